@@ -1,0 +1,27 @@
+"""The operations that MDT and DiT are made of, one room each; use them in your own model.
+
+Every room has a plain PyTorch ``reference.py`` that serves any device; :func:`backends` says what
+serves each op on this machine, and why.
+"""
+
+from .backends import Backend, backends
+from .bias_gelu import bias_gelu
+from .ln_modulate import gate_residual_ln_modulate, ln_modulate
+from .patch_embed import patch_embed
+from .rel_attention import rel_attention, relative_bias
+from .skip_linear import skip_linear
+from .tokens import gather_tokens, unmask_tokens
+
+__all__ = [
+    "Backend",
+    "backends",
+    "bias_gelu",
+    "gate_residual_ln_modulate",
+    "gather_tokens",
+    "ln_modulate",
+    "patch_embed",
+    "rel_attention",
+    "relative_bias",
+    "skip_linear",
+    "unmask_tokens",
+]

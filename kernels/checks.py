@@ -1,0 +1,39 @@
+"""Checks of arguments that several rooms share. Each raises a one-line ``ValueError``."""
+
+import torch
+from torch import Tensor
+
+
+def shape(name: str, x: Tensor, *sizes: int | str) -> None:
+    """``x`` must have these sizes; a string names a size that may be anything (it is shown in the error)."""
+    if x.ndim != len(sizes) or any(
+        isinstance(s, int) and n != s for n, s in zip(x.shape, sizes, strict=True)
+    ):
+        raise ValueError(f"{name}: shape {list(x.shape)}, expected [{', '.join(map(str, sizes))}]")
+
+
+def floating(name: str, x: Tensor) -> None:
+    """``x`` must hold floating-point numbers."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: dtype {x.dtype}, allowed are floating-point dtypes")
+
+
+def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` must have the dtype and the device of ``other``."""
+    if x.dtype != other.dtype or x.device != other.device:
+        raise ValueError(
+            f"{name}: {x.dtype} on {x.device}, but {other_name} is {other.dtype} on {other.device}"
+        )
+
+
+def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
+    """``ids`` must be int64 on the device of ``like``; on the CPU also within 0..high-1."""
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name}: dtype {ids.dtype}, allowed is torch.int64")
+    if ids.device != like.device:
+        raise ValueError(f"{name}: on {ids.device}, but the tokens are on {like.device}")
+    # Reading the values of a CUDA tensor would wait for the device.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, top = int(ids.min()), int(ids.max())
+        if low < 0 or top >= high:
+            raise ValueError(f"{name}: values {low}..{top}, allowed are 0..{high - 1}")

@@ -1,0 +1,5 @@
+"""Images to tokens."""
+
+from .op import patch_embed
+
+__all__ = ["patch_embed"]

@@ -1,0 +1,36 @@
+"""Checks and dispatch. B samples, L tokens, K of them kept, D width."""
+
+from torch import Tensor
+
+from .. import checks
+from . import reference
+
+
+def gather_tokens(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
+    """Tokens ``ids`` (int64 [B, K], 0..L-1) of ``x`` [B, L, D]: -> [B, K, D].
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
+    """
+    checks.shape("x", x_BLD, "B", "L", "D")
+    checks.shape("ids", ids_BK, x_BLD.shape[0], "K")
+    checks.token_ids("ids", ids_BK, x_BLD.shape[1], x_BLD)
+    return reference.gather_tokens(x_BLD, ids_BK)
+
+
+def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor) -> Tensor:
+    """Kept tokens back to their places, the mask token everywhere else, plus the position embedding.
+
+    ``x`` [B, K, D]; ``mask_token`` [1, 1, D]; ``pos`` [1, L, D]; ``ids_restore`` int64 [B, L]: where in
+    ``cat([kept, masked])`` each token stands. Returns [B, L, D]. Raises ``ValueError`` for shapes or dtypes
+    that do not fit, and (on the CPU) ids out of range.
+    """
+    checks.shape("x", x_BKD, "B", "K", "D")
+    B, K, D = x_BKD.shape
+    checks.shape("mask_token", mask_token_11D, 1, 1, D)
+    checks.shape("ids_restore", ids_restore_BL, B, "L")
+    L = ids_restore_BL.shape[1]
+    if K > L:
+        raise ValueError(f"x: {K} kept tokens, but ids_restore places only {L}")
+    checks.shape("pos", pos_1LD, 1, L, D)
+    checks.token_ids("ids_restore", ids_restore_BL, L, x_BKD)
+    return reference.unmask_tokens(x_BKD, mask_token_11D, pos_1LD, ids_restore_BL)

@@ -1,0 +1,15 @@
+"""Plain PyTorch, any device and dtype. B samples, L tokens, K of them kept, D width."""
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
+    return x_BLD.gather(1, ids_BK[:, :, None].expand(-1, -1, x_BLD.shape[2]))
+
+
+def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor) -> Tensor:
+    B, K, D = x_BKD.shape
+    L = ids_restore_BL.shape[1]
+    with_masked = torch.cat([x_BKD, mask_token_11D.expand(B, L - K, D).to(x_BKD.dtype)], dim=1)
+    return gather_tokens(with_masked, ids_restore_BL) + pos_1LD

@@ -1,0 +1,30 @@
+"""Masked Diffusion Transformers (MDT v1, MDTv2; DiT as their baseline), exact and fast.
+
+Public names are loaded when first used, so that ``import mdt_fast`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .diffusion import create_diffusion as create_diffusion
+    from .errors import UserError as UserError
+    from .masking import MaskPlan as MaskPlan
+    from .models import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+_HOMES = {"create_diffusion": ".diffusion", "MaskPlan": ".masking", "UserError": ".errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    models = import_module(".models", __name__) if not name.startswith("_") else None
+    if models is not None and name in models.__all__:
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, *import_module(".models", __name__).__all__, "__version__"])

@@ -1,0 +1,253 @@
+"""What a run is made of: frozen, keyword-only dataclasses and one table of presets.
+
+A run prints its configuration and saves it as ``config.json``; :func:`from_dict` reads it back and
+refuses keys it does not know.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UserError, nearest
+
+Family = Literal["mdtv2", "mdt", "dit"]
+
+RATIO_RANGE = 0.2
+"""MDTv2 draws its mask ratio uniformly from ``[mask_ratio, mask_ratio + RATIO_RANGE)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a model. The names are the constructor's keyword arguments (see ``models/mdt.py``)."""
+
+    family: Family = "mdtv2"
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    mask_ratio: float | None = 0.3
+    decode_layer: int = 4
+
+    def __post_init__(self) -> None:
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "num_classes",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
+        if self.input_size % self.patch_size:
+            raise UserError(
+                f"input_size: {self.input_size} does not divide by patch_size {self.patch_size}; nearest "
+                f"that do: {self.grid_size * self.patch_size}, {(self.grid_size + 1) * self.patch_size}"
+            )
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise UserError(
+                f"hidden_size: {self.hidden_size} must divide by num_heads {self.num_heads} "
+                "and by 4 (position embedding)"
+            )
+        if not self.mlp_ratio > 0 or int(self.hidden_size * self.mlp_ratio) < 1:
+            raise UserError(f"mlp_ratio: got {self.mlp_ratio}, allowed is a positive number")
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise UserError(f"class_dropout_prob: got {self.class_dropout_prob}, allowed are 0..1")
+        if self.family == "dit":
+            return
+        highest = 1 - RATIO_RANGE if self.family == "mdtv2" else 1.0
+        if self.mask_ratio is not None and not 0 <= self.mask_ratio <= highest:
+            raise UserError(
+                f"mask_ratio: got {self.mask_ratio}, allowed are 0..{highest} for {self.family}, or None"
+            )
+        lowest = 0 if self.family == "mdtv2" else 1  # v1 joins *before* block depth - decode_layer
+        if not lowest <= self.decode_layer <= self.depth:
+            raise UserError(
+                f"decode_layer: got {self.decode_layer}, "
+                f"allowed are {lowest}..{self.depth} (depth) for {self.family}"
+            )
+
+    @classmethod
+    def of(
+        cls, family: Family, *, mask_ratio: Any = None, decode_layer: Any = None, **kwargs: Any
+    ) -> "ModelConfig":
+        """From a constructor's arguments: ``mask_ratio`` and ``decode_layer`` may be strings (as from a
+        command line); ``decode_layer`` None is the published depth (4 in MDTv2, 2 in MDT v1)."""
+        if family == "dit":
+            if mask_ratio is not None or decode_layer is not None:
+                raise UserError("DiT takes neither mask_ratio nor decode_layer")
+            decode_layer = 0
+        elif decode_layer is None:
+            decode_layer = 4 if family == "mdtv2" else 2
+        try:
+            mask_ratio = None if mask_ratio is None else float(mask_ratio)
+        except ValueError:
+            raise UserError(f"mask_ratio: got {mask_ratio!r}, allowed is a number or None") from None
+        try:
+            decode_layer = int(decode_layer)
+        except ValueError:
+            raise UserError(
+                f"decode_layer: got {decode_layer!r}, allowed is a whole number or None"
+            ) from None
+        return cls(family=family, mask_ratio=mask_ratio, decode_layer=decode_layer, **kwargs)
+
+    @property
+    def grid_size(self) -> int:
+        """G: tokens along one side of the latent."""
+        return self.input_size // self.patch_size
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: twice the input's where the variance is learnt."""
+        return self.in_channels * 2 if self.learn_sigma else self.in_channels
+
+    def kwargs(self) -> dict[str, Any]:
+        """The constructor's keyword arguments (DiT takes neither ``mask_ratio`` nor ``decode_layer``)."""
+        kwargs = dataclasses.asdict(self)
+        if kwargs.pop("family") == "dit":
+            del kwargs["mask_ratio"], kwargs["decode_layer"]
+        return kwargs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from: ``digits`` (scikit-learn's, 8x8 grey, no download) or a folder's path.
+
+    ``on_unreadable``: stop the run at a bad file, or take the next good one instead. ``workers`` decode files.
+    """
+
+    source: str = "digits"
+    image_size: int = 8
+    channels: Literal[1, 3] = 1
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    workers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Arguments of :func:`mdt_fast.diffusion.create_diffusion`."""
+
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    diffusion_steps: int = 1000
+    predict_xstart: bool = False
+    min_snr_gamma: float | None = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training recipe. ``steps`` counts optimiser updates; learning rates are per update."""
+
+    steps: int = 1000
+    batch_size: int = 128
+    optimizer: Literal["adan", "adamw"] = "adan"
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    lr_anneal_steps: int = 0
+    ema_decay: float = 0.9999
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 250
+    keep: int = 3
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How pictures are drawn. ``scale_pow`` None: constant guidance; else the power-cosine schedule."""
+
+    num_samples: int = 100
+    steps: int = 50
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    eta: float = 0.0
+    cfg_scale: float = 2.0
+    scale_pow: float | None = 4.0
+    batch_size: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested dicts (JSON-ready)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: Any, where: str = "config") -> Any:
+    """Nested dicts back into ``cls``; ``UserError`` names an unknown key or a value of the wrong type."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a table of settings, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, hints)}; allowed: {', '.join(hints)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            made[key] = from_dict(typing.cast(type, hint), value, f"{where}.{key}")
+        else:
+            made[key] = _checked(hint, value, f"{where}.{key}")
+    return cls(**made)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    """``value`` if it fits ``hint`` (an int is taken where a float is asked for)."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value in typing.get_args(hint) and not isinstance(value, bool):
+            return value
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}")
+    allowed = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for option in allowed:
+        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    names = " or ".join("None" if o is type(None) else o.__name__ for o in allowed)
+    raise UserError(f"{where}: expected {names}, got {value!r}")
+
+
+PRESETS: dict[str, RunConfig] = {
+    # scikit-learn's handwritten digits in pixel space: minutes on two CPU cores.
+    "digits": RunConfig(
+        model=ModelConfig(
+            family="mdtv2", input_size=8, patch_size=2, in_channels=1, hidden_size=128, depth=6, num_heads=4,
+            num_classes=10, decode_layer=2,
+        ),
+        data=DataConfig(source="digits", image_size=8, channels=1),
+        diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
+        train=TrainConfig(steps=1000, batch_size=128, optimizer="adan", lr=1e-3, warmup_steps=50, ema_decay=0.99),
+    ),
+    # Any folder of images in pixel space at a size a CPU can still train.
+    "images": RunConfig(
+        model=ModelConfig(
+            family="mdtv2", input_size=32, patch_size=4, in_channels=3, hidden_size=192, depth=8, num_heads=3,
+            num_classes=10, decode_layer=2,
+        ),
+        data=DataConfig(source="", image_size=32, channels=3, flip=True),
+        diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
+        train=TrainConfig(steps=5000, batch_size=64, optimizer="adan", lr=5e-4, warmup_steps=100, ema_decay=0.999),
+    ),
+}  # fmt: skip

@@ -1,0 +1,131 @@
+"""Masks: the only place that draws them.
+
+A :class:`MaskPlan` says which tokens of each sample the encoder sees in the masked pass. Shapes:
+B samples, L tokens, K kept tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import RATIO_RANGE
+from .errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPlan:
+    """Which tokens are kept, for a batch.
+
+    ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K] (int64) are the kept and the dropped token numbers;
+    ``ids_restore`` [B, L] (int64) is where each token stands in ``cat([ids_keep, ids_mask])``;
+    ``mask`` [B, L] (float32) is 0 where a token is kept and 1 where it was dropped.
+    """
+
+    ids_keep: Tensor
+    ids_mask: Tensor
+    ids_restore: Tensor
+    mask: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        batch: int,
+        num_tokens: int,
+        mask_ratio: float,
+        *,
+        random_ratio: bool,
+        device: torch.device | str | None = None,
+    ) -> "MaskPlan":
+        """Draw a plan as the official model does: the ratio (MDTv2 only), then one noise value per token.
+
+        Both come from torch's default generators, in that order. The ratio is always drawn on the host,
+        so that no device is waited for; the noise is drawn on ``device``.
+        """
+        len_keep = (
+            draw_len_keep(num_tokens, mask_ratio) if random_ratio else int(num_tokens * (1 - mask_ratio))
+        )
+        return cls.from_noise(torch.rand(batch, num_tokens, device=device), len_keep)
+
+    @classmethod
+    def from_noise(cls, noise: Tensor, len_keep: int) -> "MaskPlan":
+        """Keep the ``len_keep`` tokens with the smallest noise; ``noise`` is [B, L], any float dtype.
+
+        Tokens stand in the order of their noise (the official order); see :meth:`sorted`. Equal noise
+        is ordered by token number. Raises ``UserError`` for a noise that is not [B, L] or has NaN (on
+        the CPU), and for a ``len_keep`` outside 0..L.
+        """
+        if noise.ndim != 2 or not noise.is_floating_point():
+            raise UserError(f"noise: expected floats [batch, tokens], got {noise.dtype} {list(noise.shape)}")
+        if noise.device.type == "cpu" and noise.isnan().any():
+            raise UserError("noise: has NaN values; allowed are ordinary numbers")
+        if not 0 <= len_keep <= noise.shape[1]:
+            raise UserError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+        return cls._from_ids(ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep:])
+
+    @classmethod
+    def from_keep(cls, ids_keep: Tensor, num_tokens: int) -> "MaskPlan":
+        """The plan that keeps ``ids_keep`` [B, K] (int64, distinct within a row, 0..num_tokens-1)."""
+        if ids_keep.ndim != 2 or ids_keep.dtype != torch.int64:
+            raise UserError(
+                f"ids_keep: expected int64 [batch, kept], got {ids_keep.dtype} {list(ids_keep.shape)}"
+            )
+        if ids_keep.numel() and (ids_keep.min() < 0 or ids_keep.max() >= num_tokens):
+            low, high = int(ids_keep.min()), int(ids_keep.max())
+            raise UserError(f"ids_keep: values {low}..{high}, allowed are 0..{num_tokens - 1}")
+        kept = torch.zeros(ids_keep.shape[0], num_tokens, dtype=torch.int64, device=ids_keep.device)
+        kept.scatter_add_(1, ids_keep, torch.ones_like(ids_keep))
+        if (kept > 1).any():
+            raise UserError("ids_keep: a token number stands twice in a row; allowed is once")
+        ids_mask = torch.argsort(kept, dim=1, stable=True)[:, : num_tokens - ids_keep.shape[1]]
+        return cls._from_ids(ids_keep, ids_mask)
+
+    @classmethod
+    def _from_ids(cls, ids_keep: Tensor, ids_mask: Tensor) -> "MaskPlan":
+        ids_restore = torch.argsort(torch.cat([ids_keep, ids_mask], dim=1), dim=1)
+        return cls(ids_keep, ids_mask, ids_restore, (ids_restore >= ids_keep.shape[1]).float())
+
+    def sorted(self) -> "MaskPlan":
+        """The same tokens kept, in ascending order.
+
+        Everything between gather and scatter is token-wise or attention, so the order changes nothing
+        but rounding; ascending order makes gathers and bias look-ups nearly contiguous.
+        """
+        return self._from_ids(self.ids_keep.sort(dim=1).values, self.ids_mask.sort(dim=1).values)
+
+    @property
+    def batch(self) -> int:
+        return self.ids_restore.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_restore.shape[1]
+
+    @property
+    def len_keep(self) -> int:
+        """K: how many tokens of each sample the encoder sees."""
+        return self.ids_keep.shape[1]
+
+    def check(self, batch: int, num_tokens: int, device: torch.device) -> None:
+        """Raise ``UserError`` unless the plan fits ``batch`` samples of ``num_tokens`` on ``device``."""
+        if (self.batch, self.num_tokens) != (batch, num_tokens):
+            raise UserError(
+                f"mask_plan: is for {self.batch} samples of {self.num_tokens} tokens, "
+                f"the input has {batch} of {num_tokens}"
+            )
+        if self.ids_keep.device != device:
+            raise UserError(f"mask_plan: is on {self.ids_keep.device}, the input is on {device}")
+
+    def to(self, device: torch.device | str) -> "MaskPlan":
+        """The plan on another device."""
+        return MaskPlan(*(x.to(device) for x in (self.ids_keep, self.ids_mask, self.ids_restore, self.mask)))
+
+
+def draw_len_keep(num_tokens: int, mask_ratio: float) -> int:
+    """MDTv2's number of kept tokens: one uniform draw for the whole batch (spec: float32, truncated).
+
+    With 256 tokens and ``mask_ratio`` 0.3 the result is 128..179.
+    """
+    ratio = torch.rand(1) * RATIO_RANGE + mask_ratio
+    return int(num_tokens * (1 - ratio))

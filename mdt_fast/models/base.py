@@ -1,0 +1,171 @@
+"""What MDT v1, MDTv2 and DiT share: constructor, embeddings, the way out, guidance.
+
+B batch, S image (or latent) side, C its channels, O output channels, L tokens, D width.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Family, ModelConfig
+from ..diffusion.guidance import guide, power_cosine_scale
+from ..errors import UserError
+from ..reference.init import initialise
+from .attention import share_index
+from .blocks import Block, FinalLayer, unpatchify
+from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
+
+
+class Transformer(nn.Module):
+    """Base of the three models. The constructor's arguments are the official ones.
+
+    ``input_size`` S is the side of the image or latent, ``mlp_ratio`` the MLP's width over D,
+    ``class_dropout_prob`` the part of labels dropped in training, ``mask_ratio`` the part of tokens dropped
+    in a masked pass (None: never), ``decode_layer`` the number of decoder blocks (None: the published 4 in
+    MDTv2, 2 in MDT v1). Raises ``UserError`` for values that do not fit together.
+    """
+
+    family: Family
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        mask_ratio: float | str | None = None,
+        decode_layer: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = ModelConfig.of(
+            self.family,
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_dropout_prob=class_dropout_prob,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            mask_ratio=mask_ratio,
+            decode_layer=decode_layer,
+        )
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels, self.learn_sigma = config.out_channels, learn_sigma
+        self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
+        self.num_classes = num_classes
+        self.mask_ratio, self.decode_layer = config.mask_ratio, config.decode_layer
+        self.make_parameters()
+        self.make_blocks()
+        self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
+        initialise(self, config.grid_size)
+        share_index(self)
+
+    def make_parameters(self) -> None:
+        """Everything but the blocks and the last layer."""
+        config = self.config
+        L, D = config.grid_size**2, config.hidden_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, L, D), requires_grad=self.family != "dit")
+        if self.family != "dit":
+            self.decoder_pos_embed = nn.Parameter(torch.zeros(1, L, D))
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, D), requires_grad=config.mask_ratio is not None)
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
+
+    def make_blocks(self) -> None:
+        """The blocks, under the names that the state_dict uses."""
+        raise NotImplementedError
+
+    def blocks_of(self, number: int, skip: bool = False) -> nn.ModuleList:
+        config = self.config
+        grid_size = None if self.family == "dit" else config.grid_size
+        return nn.ModuleList(
+            Block(config.hidden_size, config.num_heads, config.mlp_ratio, grid_size, skip)
+            for _ in range(number)
+        )
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, D] with their position embedding, and conditioning [B, D]."""
+        self.check_inputs(x, t, y)
+        return self.x_embedder(x, self.pos_embed), self.t_embedder(t) + self.y_embedder(y, self.training)
+
+    def image(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens [B, L, D] -> [B, O, S, S]."""
+        return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float | None = None,
+        diffusion_steps: int = 1000,
+        scale_pow: float | None = 4.0,
+    ) -> Tensor:
+        """Output under classifier-free guidance: [2n, O, S, S], both halves guided alike.
+
+        ``x`` [2n, C, S, S]: its first n samples are used for both halves; ``t`` [2n]; ``y`` [2n]: n classes,
+        then n times the null class. The guidance weight rises with the power-cosine schedule from 1 at
+        ``t = diffusion_steps`` to ``cfg_scale`` at 0, or is constant where ``scale_pow`` is None. The first
+        three channels are guided, the rest is each half's own. ``cfg_scale`` None: plain :meth:`forward`.
+        Raises ``UserError`` for an odd batch. Source: MDT (arXiv:2303.14389), section 4.
+        """
+        if cfg_scale is None:
+            return self(x, t, y)
+        if len(x) % 2:
+            raise UserError(f"x: batch of {len(x)}, guidance needs an even one (classes, then null classes)")
+        half = x[: len(x) // 2]
+        cond, uncond = self(torch.cat([half, half]), t, y).chunk(2)
+        scale = power_cosine_scale(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
+        return guide(cond, uncond, scale, channels=min(3, self.in_channels))
+
+    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync)."""
+        S, weight = self.input_size, self.pos_embed
+        if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, S, S):
+            raise UserError(f"x: shape {list(x.shape)}, expected [B, {self.in_channels}, {S}, {S}]")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise UserError(f"x: dtype {x.dtype}, the model's weights are {weight.dtype}")
+        if x.device != weight.device:
+            raise UserError(f"x: on {x.device}, the model is on {weight.device}")
+        for name, v in (("t", t), ("y", y)):
+            if v.shape != x.shape[:1]:
+                raise UserError(
+                    f"{name}: shape {list(v.shape)}, expected [{x.shape[0]}] (one per sample of x)"
+                )
+            if v.device != x.device:
+                raise UserError(f"{name}: on {v.device}, x is on {x.device}")
+        if y.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"y: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
+        if t.dtype == torch.bool or t.is_complex():
+            raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not len(x):
+            return
+        rows = self.y_embedder.embedding_table.num_embeddings
+        if y.min() < 0 or y.max() >= rows:
+            null = " (the last is the null class)" if rows > self.num_classes else ""
+            raise UserError(f"y: labels {int(y.min())}..{int(y.max())}, allowed are 0..{rows - 1}{null}")
+        if not (t >= 0).all() or not torch.isfinite(t).all():
+            raise UserError(
+                f"t: values {t.min().item()}..{t.max().item()}, allowed are timesteps of 0 and more"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(), .cuda() and their kin copy every buffer: make the layers share one index again.
+        super()._apply(fn, recurse)
+        share_index(self)
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config.kwargs().items())

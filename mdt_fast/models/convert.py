@@ -1,0 +1,186 @@
+"""Weights in and out: official ``.pt`` files, safetensors, and models that already hold them.
+
+No pickled code is ever executed: ``.pt`` files are read with ``weights_only=True``.
+"""
+
+import json
+import os
+import pickle
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import Family, ModelConfig
+from ..errors import UserError
+from .base import Transformer
+from .zoo import CLASSES
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state_dict in a ``.pt`` (or ``.pth``) or ``.safetensors`` file, on the CPU.
+
+    Raises ``UserError`` naming the file where it is missing, truncated, of another kind, holds anything
+    but tensors under names, or would need code from the file to be executed.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _read_pt(path)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().split("\n")[0][:160]
+        raise UserError(
+            f"{path}: not a readable {path.suffix} file (truncated or damaged?): {reason}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: holds no state_dict (a table of tensors by name)")
+    return dict(state)
+
+
+def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **metadata: Any) -> None:
+    """Write a state_dict as ``.pt`` or ``.safetensors`` (by the name's ending; ``metadata`` with the latter).
+
+    Written aside, flushed to disk and renamed: a file of that name is whole, old or new, at every moment.
+    Raises ``UserError`` for another ending or a folder that does not exist, ``OSError`` for a full disk.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: folder {path.parent} does not exist")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    try:
+        if path.suffix == ".safetensors":
+            # safetensors refuses tensors that share memory (the layers' common index does).
+            separate = {key: value.clone() for key, value in tensors.items()}
+            save_file(separate, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        else:
+            torch.save(tensors, aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
+    """``model.load_state_dict(state, strict=True)``, or one line that says which keys or shapes differ.
+
+    The model is left as it was if anything differs.
+    """
+    own = model.state_dict()
+    differences = [
+        *_listed("missing", own.keys() - state.keys()),
+        *_listed("unexpected", state.keys() - own.keys()),
+        *_listed(
+            "other shape",
+            (
+                f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+                for key in own.keys() & state.keys()
+                if own[key].shape != state[key].shape
+            ),
+        ),
+    ]
+    if differences:
+        raise UserError(f"{source}: weights of another model: {'; '.join(differences)}")
+    model.load_state_dict(dict(state), strict=True)
+
+
+def config_of(module: Any) -> ModelConfig:
+    """The configuration of a reference, official or fast model, read from its parameters and attributes."""
+    if isinstance(config := getattr(module, "config", None), ModelConfig):
+        return config
+    state = module.state_dict()
+    try:
+        weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
+        hidden_size, in_channels, patch_size, _ = weight.shape
+        prefix, family = _family(state)
+        outputs = state["final_layer.linear.weight"].shape[0] // patch_size**2
+        has_mask = family != "dit" and module.mask_ratio is not None
+        dropout = float(module.y_embedder.dropout_prob)
+        return ModelConfig.of(
+            family,
+            input_size=int(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=_depth(state, family),
+            num_heads=_num_heads(module, state, prefix),
+            mlp_ratio=state[f"{prefix}.mlp.fc1.weight"].shape[0] / hidden_size,
+            class_dropout_prob=dropout,
+            num_classes=table.shape[0] - (dropout > 0),
+            learn_sigma=outputs == 2 * in_channels,
+            mask_ratio=module.mask_ratio if has_mask else None,
+            decode_layer=None if family == "dit" else module.decode_layer,
+        )
+    except (KeyError, AttributeError) as error:
+        raise UserError(f"module: {type(module).__name__} is no MDT, MDTv2 or DiT (lacks {error})") from error
+
+
+def from_reference(module: nn.Module) -> Transformer:
+    """The fast model with the weights of a reference or official one, sharing its storage.
+
+    Parameters are the same objects: an optimiser or a checkpoint made for one serves the other.
+    Raises ``UserError`` for a module that is no MDT, MDTv2 or DiT.
+    """
+    config = config_of(module)
+    with torch.device("meta"):
+        fast: Any = CLASSES["fast"][config.family](**config.kwargs())
+    state = module.state_dict(keep_vars=True)
+    if differing := fast.state_dict().keys() ^ state.keys():
+        raise UserError(
+            f"module: {type(module).__name__} has other weights: {'; '.join(_listed('differ', differing))}"
+        )
+    fast.load_state_dict(state, strict=True, assign=True)
+    return fast.train(module.training)
+
+
+def _read_pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: needs code from the file to be executed, or is damaged; only plain tensors are read"
+        ) from error
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: ends in {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
+
+
+def _listed(what: str, names: Iterable[str], most: int = 4) -> list[str]:
+    """At most one phrase: how many names, and the first few."""
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    more = f", and {len(ordered) - most} more" if len(ordered) > most else ""
+    return [f"{len(ordered)} {what} ({', '.join(ordered[:most])}{more})"]
+
+
+def _family(state: Mapping[str, Tensor]) -> tuple[str, Family]:
+    """The prefix of a block's keys, and the family that has such keys."""
+    if "blocks.0.attn.qkv.weight" not in state:
+        return "sideblocks.0", "mdtv2"
+    return "blocks.0", "mdt" if "sideblocks.0.attn.qkv.weight" in state else "dit"
+
+
+def _depth(state: Mapping[str, Tensor], family: Family) -> int:
+    lists = ("en_inblocks", "en_outblocks", "de_blocks") if family == "mdtv2" else ("blocks",)
+    return sum(key.startswith(lists) and key.endswith("attn.qkv.weight") for key in state)
+
+
+def _num_heads(module: Any, state: Mapping[str, Tensor], prefix: str) -> int:
+    table = state.get(f"{prefix}.attn.rel_pos_bias.relative_position_bias_table")
+    return module.num_heads if table is None else table.shape[1]

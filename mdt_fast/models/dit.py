@@ -1,0 +1,25 @@
+"""DiT (arXiv:2212.09748), the baseline: no relative position bias, no masks, fixed position embedding."""
+
+from torch import Tensor
+
+from ..config import Family
+from .base import Transformer
+
+
+class DiT(Transformer):
+    """Diffusion Transformer. B batch, S side, C channels, O output channels."""
+
+    family: Family = "dit"
+
+    def make_blocks(self) -> None:
+        self.blocks = self.blocks_of(self.depth)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
+
+        Raises ``UserError`` for inputs that do not fit.
+        """
+        x, c = self.embed(x, t, y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.image(x, c)

@@ -1,0 +1,58 @@
+"""The fast classes in place of the official ones, for scripts that import ``masked_diffusion.models``."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from ..errors import UserError
+from .dit import DiT
+from .mdt import MDT, MDTv2
+from .zoo import FACTORIES
+
+MODULE = "masked_diffusion.models"
+
+_replaced: dict[str, Any] = {}
+
+
+def install() -> None:
+    """Let ``masked_diffusion.models`` give the fast classes and factories; official scripts run unchanged.
+
+    Call it before the script's own imports (``python -c "import mdt_fast; mdt_fast.install(); ..."``) or
+    after them: factories looked up in the module from then on are the fast ones. The official
+    ``models.py`` itself is not imported, so neither it nor timm needs to work. Raises ``UserError`` where
+    no package ``masked_diffusion`` can be imported. :func:`uninstall` undoes it.
+    """
+    try:
+        package = importlib.import_module("masked_diffusion")
+    except ImportError as error:
+        raise UserError(
+            f"masked_diffusion cannot be imported ({error}): run from the official checkout, "
+            "or put it on PYTHONPATH"
+        ) from error
+    if not _replaced:
+        _replaced.update(module=sys.modules.get(MODULE), attribute=getattr(package, "models", None))
+    official = _replaced["module"]
+    module = ModuleType(MODULE, "The models of mdt_fast under the official module's name.")
+    if official is not None:
+        # Helpers that a script may have taken from the official module stay reachable.
+        module.__dict__.update({key: v for key, v in vars(official).items() if not key.startswith("__")})
+    module.__dict__.update({"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT, **FACTORIES})
+    sys.modules[MODULE] = module
+    vars(package)["models"] = module
+
+
+def uninstall() -> None:
+    """Undo :func:`install`."""
+    if not _replaced:
+        return
+    package = sys.modules["masked_diffusion"]
+    module, attribute = _replaced.pop("module"), _replaced.pop("attribute")
+    if module is None:
+        sys.modules.pop(MODULE, None)
+    else:
+        sys.modules[MODULE] = module
+    if attribute is None:
+        vars(package).pop("models", None)
+    else:
+        vars(package)["models"] = attribute

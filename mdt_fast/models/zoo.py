@@ -1,0 +1,112 @@
+"""The published models by name.
+
+``MDTv2_{S,B,L,XL}_2``, ``MDT_{S,B,L,XL}_{2,4,8}`` and ``DiT_{S,B,L,XL}_{2,4,8}``.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+
+from .. import reference
+from ..config import Family, ModelConfig
+from ..errors import UserError, nearest
+from .base import Transformer
+from .dit import DiT
+from .mdt import MDT, MDTv2
+
+Implementation = Literal["fast", "reference"]
+
+CLASSES: dict[Implementation, dict[Family, Callable[..., nn.Module]]] = {
+    "fast": {"mdtv2": MDTv2, "mdt": MDT, "dit": DiT},
+    "reference": {"mdtv2": reference.MDTv2, "mdt": reference.MDT, "dit": reference.DiT},
+}
+
+SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+
+PATCHES: dict[Family, tuple[str, tuple[int, ...]]] = {
+    "mdtv2": ("MDTv2", (2,)),
+    "mdt": ("MDT", (2, 4, 8)),
+    "dit": ("DiT", (2, 4, 8)),
+}
+
+SHAPES: dict[str, tuple[Family, dict[str, int]]] = {
+    f"{prefix}_{size}_{patch}": (family, {**shape, "patch_size": patch})
+    for family, (prefix, patches) in PATCHES.items()
+    for size, shape in SIZES.items()
+    for patch in patches
+}
+
+
+def _factory(name: str) -> Callable[..., Transformer]:
+    family, shape = SHAPES[name]
+    cls: Any = CLASSES["fast"][family]
+
+    def make_model(**kwargs: Any) -> Transformer:
+        return cls(**shape, **kwargs)
+
+    make_model.__name__ = make_model.__qualname__ = name
+    sizes = ", ".join(f"{key}={value}" for key, value in shape.items())
+    make_model.__doc__ = f"``{cls.__name__}({sizes}, **kwargs)``; other arguments as in the class."
+    return make_model
+
+
+FACTORIES: dict[str, Callable[..., Transformer]] = {name: _factory(name) for name in SHAPES}
+"""Every published model's constructor, by name."""
+
+MDTv2_S_2 = FACTORIES["MDTv2_S_2"]
+MDTv2_B_2 = FACTORIES["MDTv2_B_2"]
+MDTv2_L_2 = FACTORIES["MDTv2_L_2"]
+MDTv2_XL_2 = FACTORIES["MDTv2_XL_2"]
+MDT_S_2 = FACTORIES["MDT_S_2"]
+MDT_S_4 = FACTORIES["MDT_S_4"]
+MDT_S_8 = FACTORIES["MDT_S_8"]
+MDT_B_2 = FACTORIES["MDT_B_2"]
+MDT_B_4 = FACTORIES["MDT_B_4"]
+MDT_B_8 = FACTORIES["MDT_B_8"]
+MDT_L_2 = FACTORIES["MDT_L_2"]
+MDT_L_4 = FACTORIES["MDT_L_4"]
+MDT_L_8 = FACTORIES["MDT_L_8"]
+MDT_XL_2 = FACTORIES["MDT_XL_2"]
+MDT_XL_4 = FACTORIES["MDT_XL_4"]
+MDT_XL_8 = FACTORIES["MDT_XL_8"]
+DiT_S_2 = FACTORIES["DiT_S_2"]
+DiT_S_4 = FACTORIES["DiT_S_4"]
+DiT_S_8 = FACTORIES["DiT_S_8"]
+DiT_B_2 = FACTORIES["DiT_B_2"]
+DiT_B_4 = FACTORIES["DiT_B_4"]
+DiT_B_8 = FACTORIES["DiT_B_8"]
+DiT_L_2 = FACTORIES["DiT_L_2"]
+DiT_L_4 = FACTORIES["DiT_L_4"]
+DiT_L_8 = FACTORIES["DiT_L_8"]
+DiT_XL_2 = FACTORIES["DiT_XL_2"]
+DiT_XL_4 = FACTORIES["DiT_XL_4"]
+DiT_XL_8 = FACTORIES["DiT_XL_8"]
+
+
+def shape_of(name: str) -> tuple[Family, dict[str, int]]:
+    """Family and sizes of a published model; ``UserError`` (with the nearest name) for an unknown one."""
+    if name not in SHAPES:
+        raise UserError(f"model: {name!r} is unknown{nearest(name, SHAPES)}; known: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The configuration of a published model; ``overrides`` replace any of its values."""
+    family, shape = shape_of(name)
+    return ModelConfig.of(family, **{**shape, **overrides})
+
+
+def build_model(config: ModelConfig, implementation: Implementation = "fast") -> nn.Module:
+    """A fresh model of this shape, by the fast classes or by the reference's."""
+    return CLASSES[implementation][config.family](**config.kwargs())
+
+
+def make(name: str, *, implementation: Implementation = "fast", **kwargs: Any) -> nn.Module:
+    """A fresh published model by name; ``kwargs`` as its constructor takes them."""
+    return build_model(model_config(name, **kwargs), implementation)

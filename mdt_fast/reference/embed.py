@@ -1,0 +1,91 @@
+"""Embeddings of patches, positions, timesteps and labels.
+
+B batch, L tokens, D width, G tokens along one side (L = G*G), C channels.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCIES = 256
+"""Width of the sinusoid that a timestep becomes before its MLP."""
+
+
+def sincos_position_table(hidden_size: int, grid_size: int, extra_tokens: int = 0) -> Tensor:
+    """The fixed 2-D sine-cosine table [L, D], float64; ``hidden_size`` must divide by 4.
+
+    ``extra_tokens`` rows of zeros stand before it (a class token's, say).
+
+    With ``w_k = 10000^(-k/(D/4))`` and ``e(u) = [sin(u w_k).., cos(u w_k)..]``, the row of the token at
+    (row, column) is ``[e(column), e(row)]``: the first half of the channels encodes the column.
+    """
+    # numpy's pow, sin and cos: torch's differ in the last bit of float64.
+    frequencies = 1.0 / 10000 ** (np.arange(hidden_size // 4, dtype=np.float64) / (hidden_size / 4.0))
+    angles = np.arange(grid_size, dtype=np.float64)[:, None] * frequencies
+    e = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [G, D/2]
+    table = np.concatenate([np.tile(e, (grid_size, 1)), np.repeat(e, grid_size, axis=0)], axis=1)
+    return torch.from_numpy(np.concatenate([np.zeros((extra_tokens, hidden_size)), table]))
+
+
+def timestep_embedding(t: Tensor, dim: int = FREQUENCIES, max_period: float = 10000.0) -> Tensor:
+    """Sinusoid [B, dim] of timesteps [B] (fractions allowed), always computed in float32, cosines first."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = t[:, None].float() * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, C, S, S] -> tokens [B, L, D], row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps [B] -> [B, D]: sinusoid, linear, SiLU, linear."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] -> [B, D], dropping some of them in training for classifier-free guidance.
+
+    With ``dropout_prob`` > 0 there is one row more than classes: the null class, index ``num_classes``.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """Labels with the dropped ones replaced by the null class; ``force_drop_ids`` [B]: drop where 1."""
+        if force_drop_ids is None:
+            # On the CPU's generator whatever the device, as the official model draws.
+            dropped = torch.rand(labels.shape[0]) < self.dropout_prob
+        else:
+            dropped = force_drop_ids == 1
+        return torch.where(dropped.to(labels.device), self.num_classes, labels)
+
+    def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
+        if (train and self.dropout_prob > 0) or force_drop_ids is not None:
+            labels = self.drop(labels, force_drop_ids)
+        return self.embedding_table(labels)

@@ -1,0 +1,179 @@
+"""Weights in and out, shared storage, and the fast classes in place of the official ones."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from golden_files import load, meta
+from mdt_fast import MDTv2, UserError, from_reference, install, models, reference, uninstall
+from mdt_fast.models import load_weights, read_weights, write_weights
+from mdt_fast.models.attention import RelativePositionBias
+from tolerances import FLOAT32, relative_error
+
+TINY = {
+    "input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10,
+    "mask_ratio": 0.3, "decode_layer": 2,
+}  # fmt: skip
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("name", ["v2_main", "v1_main", "v2_alt", "v1_alt", "v2_nomask"])
+def test_from_reference_shares_storage(name: str) -> None:
+    info, g = meta(f"{name}.cases"), load(f"{name}.cases")
+    source = (reference.MDTv2 if info["version"] == "v2" else reference.MDT)(**info["config"])
+    source.load_state_dict(load(f"{name}.state"))
+    source.eval()
+    fast = from_reference(source)
+    assert not fast.training
+    assert all(a is b for a, b in zip(fast.parameters(), source.parameters(), strict=True))
+    with torch.no_grad():
+        assert relative_error(fast(g["in/x"], g["in/t"], g["in/y"]), g["a/out"]) < FLOAT32
+        source.pos_embed.add_(1)
+        assert torch.equal(fast.pos_embed, source.pos_embed)
+
+
+def test_from_reference_reads_a_foreign_module() -> None:
+    """A module without our ``config`` (the official one): everything comes from parameters and attributes."""
+    source = reference.MDTv2(**TINY, class_dropout_prob=0.1)
+    config = source.config
+    del source.config
+    source.decode_layer = 2
+    assert models.convert.config_of(source) == config
+    dit = reference.DiT(**{k: v for k, v in TINY.items() if k not in ("mask_ratio", "decode_layer")})
+    config = dit.config
+    del dit.config
+    dit.num_heads = 2
+    assert models.convert.config_of(dit) == config
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1))])
+def test_from_reference_refuses_other_modules(module: nn.Module) -> None:
+    with pytest.raises(UserError, match="is no MDT, MDTv2 or DiT"):
+        from_reference(module)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_round_trip(tmp_path: Path, suffix: str) -> None:
+    model, other, path = randomised(MDTv2(**TINY)), MDTv2(**TINY), tmp_path / f"w{suffix}"
+    write_weights(path, model.state_dict(), step=3) if suffix != ".pt" else write_weights(
+        path, model.state_dict()
+    )
+    load_weights(other, read_weights(path), source=path.name)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_official_pt_file_loads_strictly(tmp_path: Path) -> None:
+    torch.save(load("v2_main.state"), tmp_path / "ema_0.9999_010000.pt")
+    model = MDTv2(**meta("v2_main.cases")["config"])
+    load_weights(model, read_weights(tmp_path / "ema_0.9999_010000.pt"))
+    model.load_state_dict(load("v2_main.state"), strict=True)
+
+
+def test_another_models_weights_are_named_and_nothing_changes() -> None:
+    model, other = MDTv2(**TINY), MDTv2(**{**TINY, "depth": 8})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        UserError, match=r"^w.pt: weights of another model: \d+ unexpected \(en_inblocks.1.*more\)$"
+    ):
+        load_weights(model, other.state_dict(), source="w.pt")
+    with pytest.raises(UserError, match=r"other shape \(.*instead of"):
+        load_weights(model, MDTv2(**{**TINY, "hidden_size": 32}).state_dict())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = MDTv2(**TINY).state_dict()
+    for suffix in (".pt", ".safetensors"):
+        write_weights(f"whole{suffix}", state)
+        whole = Path(f"whole{suffix}").read_bytes()
+        for size in (0, 10, len(whole) // 2, len(whole) - 1):
+            Path(f"torn{suffix}").write_bytes(whole[:size])
+            with pytest.raises(UserError, match=rf"^torn{suffix}: "):
+                read_weights(f"torn{suffix}")
+    torch.save({"a": Payload()}, "evil.pt")
+    with pytest.raises(UserError, match=r"evil.pt: needs code from the file to be executed"):
+        read_weights("evil.pt")
+    assert not Path("executed").exists()
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(UserError, match=r"list.pt: holds no state_dict"):
+        read_weights("list.pt")
+    with pytest.raises(UserError, match=r"none.pt: no such file"):
+        read_weights("none.pt")
+    with pytest.raises(UserError, match=r"ends in '.ckpt', allowed are .pt"):
+        read_weights("w.ckpt")
+    with pytest.raises(UserError, match=r"folder nowhere does not exist"):
+        write_weights("nowhere/w.pt", state)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.pt"
+    write_weights(path, {"a": torch.ones(1)})
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_weights(path, {"a": torch.zeros(1)})
+    assert torch.equal(read_weights(path)["a"], torch.ones(1))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_layers_share_one_index_also_after_moves_and_copies() -> None:
+    for model in (MDTv2(**TINY), MDTv2(**TINY).double(), copy.deepcopy(MDTv2(**TINY))):
+        indices = {
+            id(m.relative_position_index) for m in model.modules() if isinstance(m, RelativePositionBias)
+        }
+        assert len(indices) == 1
+        assert sum(key.endswith("relative_position_index") for key in model.state_dict()) == 5
+
+
+@pytest.mark.parametrize("imported_before", [False, True])
+def test_install_replaces_the_official_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported_before: bool
+) -> None:
+    package = tmp_path / "masked_diffusion"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "models.py").write_text("def MDTv2_S_2(**kwargs): return 'official'\nhelper = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if imported_before:
+        import masked_diffusion.models
+    install()
+    install()
+    try:
+        import masked_diffusion.models as models_mdt
+
+        model = models_mdt.__dict__["MDTv2_S_2"](input_size=8, mask_ratio="0.3", decode_layer="6")
+        assert isinstance(model, MDTv2)
+        assert hasattr(models_mdt, "helper") == imported_before
+    finally:
+        uninstall()
+        import masked_diffusion.models
+
+        assert masked_diffusion.models.MDTv2_S_2() == "official"
+        for name in ("masked_diffusion.models", "masked_diffusion"):
+            sys.modules.pop(name, None)
+
+
+def test_install_without_the_official_package() -> None:
+    with pytest.raises(UserError, match="masked_diffusion cannot be imported"):
+        install()

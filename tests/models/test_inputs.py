@@ -1,0 +1,125 @@
+"""What users get wrong: each mistake is one line that names it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import mdt_fast
+from mdt_fast import MDT, DiT, MaskPlan, MDTv2, UserError, models, reference
+
+TINY = {"input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
+
+
+def tiny(cls: Any = MDTv2, **kwargs: Any) -> torch.nn.Module:
+    settings = {"mask_ratio": 0.3, "decode_layer": 2} if cls is not DiT else {}
+    return cls(**{**TINY, **settings, **kwargs})
+
+
+def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        "x": torch.randn(batch, 4, 8, 8),
+        "t": torch.randint(0, 1000, (batch,)),
+        "y": torch.randint(0, 10, (batch,)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.randn(2, 3, 8, 8)}, r"x: shape \[2, 3, 8, 8\], expected \[B, 4, 8, 8\]"),
+        ({"x": torch.randn(2, 4, 9, 8)}, r"x: shape \[2, 4, 9, 8\]"),
+        ({"x": torch.randn(4, 8, 8)}, r"x: shape \[4, 8, 8\]"),
+        (
+            {"x": torch.randn(2, 4, 8, 8).double()},
+            r"x: dtype torch.float64, the model's weights are torch.float32",
+        ),
+        ({"x": torch.zeros(2, 4, 8, 8, dtype=torch.uint8)}, r"x: dtype torch.uint8"),
+        ({"t": torch.zeros(3)}, r"t: shape \[3\], expected \[2\]"),
+        ({"t": torch.tensor([0.0, -1.0])}, r"t: values -1.0..0.0"),
+        ({"t": torch.tensor([0.0, float("nan")])}, r"t: values"),
+        ({"t": torch.tensor([True, False])}, r"t: dtype torch.bool"),
+        ({"y": torch.zeros(2)}, r"y: dtype torch.float32, allowed are torch.int64"),
+        ({"y": torch.tensor([0, 11])}, r"y: labels 0..11, allowed are 0..10 \(the last is the null class\)"),
+        ({"y": torch.tensor([-1, 3])}, r"y: labels -1..3"),
+        ({"y": torch.zeros(2, 1, dtype=torch.int64)}, r"y: shape \[2, 1\]"),
+    ],
+)
+@pytest.mark.parametrize("cls", [MDTv2, MDT, DiT])
+def test_wrong_inputs(cls: Any, changed: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny(cls)(**{**inputs(), **changed})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"input_size": 9}, r"input_size: 9 does not divide by patch_size 2; nearest that do: 8, 10"),
+        ({"hidden_size": 30}, r"hidden_size: 30 must divide by num_heads 2 and by 4"),
+        ({"depth": 0}, r"depth: got 0"),
+        ({"num_heads": -1}, r"num_heads: got -1"),
+        ({"mask_ratio": 0.9}, r"mask_ratio: got 0.9, allowed are 0..0.8"),
+        ({"mask_ratio": "a lot"}, r"mask_ratio: got 'a lot'"),
+        ({"decode_layer": 5}, r"decode_layer: got 5, allowed are 0..4"),
+        ({"decode_layer": "deep"}, r"decode_layer: got 'deep'"),
+        ({"class_dropout_prob": 1.5}, r"class_dropout_prob: got 1.5"),
+        ({"mlp_ratio": 0}, r"mlp_ratio: got 0"),
+    ],
+)
+@pytest.mark.parametrize("module", [models, reference], ids=["fast", "reference"])
+def test_wrong_constructor(module: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny(module.MDTv2, **kwargs)
+
+
+def test_v1_needs_a_decoder() -> None:
+    with pytest.raises(UserError, match=r"decode_layer: got 0, allowed are 1..4 \(depth\) for mdt"):
+        tiny(MDT, decode_layer=0)
+
+
+def test_decode_layer_none_is_the_published_depth() -> None:
+    assert MDTv2(**{**TINY, "depth": 8}).decode_layer == 4
+    assert MDT(**TINY).decode_layer == 2
+
+
+def test_strings_from_a_command_line() -> None:
+    model = MDTv2(**TINY, mask_ratio="0.3", decode_layer="2")
+    assert model.mask_ratio == 0.3
+    assert len(model.de_blocks) == 2
+
+
+def test_dit_takes_no_mask() -> None:
+    with pytest.raises(UserError, match="DiT takes neither mask_ratio nor decode_layer"):
+        DiT(**TINY, mask_ratio=0.3)
+
+
+def test_a_plan_that_does_not_fit() -> None:
+    model = tiny()
+    with pytest.raises(UserError, match="mask_plan: is for 3 samples of 16 tokens, the input has 2 of 16"):
+        model(**inputs(), mask_plan=MaskPlan.from_noise(torch.rand(3, 16), 8))
+    with pytest.raises(UserError, match="mask_plan: is for 2 samples of 64 tokens"):
+        model(**inputs(), mask_plan=MaskPlan.from_noise(torch.rand(2, 64), 8))
+
+
+def test_guidance_needs_an_even_batch() -> None:
+    with pytest.raises(UserError, match="x: batch of 3, guidance needs an even one"):
+        tiny().forward_with_cfg(**inputs(3), cfg_scale=2.0)
+    bad = {**inputs(2), "t": torch.tensor([1001, 1001])}
+    with pytest.raises(UserError, match="t: allowed are 0 to 1000"):
+        tiny().forward_with_cfg(**bad, cfg_scale=2.0)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match=r"model: 'MDTv2_S2' is unknown \(did you mean 'MDTv2_S_2'\?\)"):
+        models.make("MDTv2_S2")
+    with pytest.raises(AttributeError, match="MDTv3"):
+        _ = mdt_fast.MDTv3
+    assert mdt_fast.MDTv2_XL_2 is models.FACTORIES["MDTv2_XL_2"]
+    assert "MDTv2_XL_2" in dir(mdt_fast)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_empty_and_single_batches(batch: int) -> None:
+    model = tiny()
+    out = model(**inputs(batch), enable_mask=True)
+    assert out.shape == (batch, 8, 8, 8)
