@@ -1,0 +1,53 @@
+"""Classifier-free guidance (Ho and Salimans 2022) with the power-cosine scale of MDT (Gao et al. 2023)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def power_cosine_scale(
+    t: Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float | None = 4.0
+) -> Tensor:
+    """Guidance scale per sample, float32 [B]: 1 at t = ``diffusion_steps``, ``cfg_scale`` at t = 0.
+
+    ``1 + (cfg_scale - 1) * (1 - cos(pi * (1 - t / diffusion_steps) ** scale_pow)) / 2``
+
+    ``t`` [B], any dtype: original timesteps, 0..diffusion_steps. A large ``scale_pow`` keeps guidance for
+    the last, cleanest steps; 0.01 is almost full guidance throughout; None is ``cfg_scale`` at every t.
+    Float32 also for float64 ``t``.
+    """
+    if diffusion_steps < 1:
+        raise UserError(f"diffusion_steps: must be at least 1, got {diffusion_steps}")
+    if scale_pow is None:
+        return torch.full(t.shape, float(cfg_scale), device=t.device)
+    if not scale_pow >= 0:
+        raise UserError(f"scale_pow: must be None or at least 0, got {scale_pow}")
+    if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        low, high = (float(bound) for bound in t.aminmax())
+        if low < 0 or high > diffusion_steps:
+            raise UserError(f"t: allowed are 0 to {diffusion_steps}, got values from {low:g} to {high:g}")
+    remaining = 1 - t.float() / diffusion_steps
+    return 1 + (cfg_scale - 1) * (1 - torch.cos(remaining**scale_pow * math.pi)) / 2
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, channels: int) -> Tensor:
+    """Guided output [2n, O, ...] from the conditional and unconditional outputs, [n, O, ...] each.
+
+    The first ``channels`` are ``uncond + scale * (cond - uncond)`` in both halves; the others stay as they
+    are in each half. ``scale``: a number or [n]. The published models guide 3 of their 4 noise channels.
+    """
+    if cond.shape != uncond.shape:
+        raise UserError(f"uncond: expected the shape of cond, {list(cond.shape)}, got {list(uncond.shape)}")
+    if not 0 <= channels <= cond.shape[1]:
+        raise UserError(f"channels: allowed are 0 to {cond.shape[1]}, got {channels}")
+    if isinstance(scale, Tensor):
+        if scale.shape != cond.shape[:1]:
+            raise UserError(f"scale: expected a number or shape {[cond.shape[0]]}, got {list(scale.shape)}")
+        scale = scale.view(-1, *[1] * (cond.ndim - 1))
+    start = uncond[:, :channels]
+    guided = start + scale * (cond[:, :channels] - start)
+    rest = torch.cat([cond[:, channels:], uncond[:, channels:]])
+    return torch.cat([torch.cat([guided, guided]), rest], dim=1)

@@ -1,0 +1,158 @@
+"""What the model is trained on: weighted squared error plus the variational bound that teaches the variance.
+
+All values are [B] float tensors; bounds are in bits per dimension (mean over all but the batch, over ln 2).
+Source: Ho et al. 2020 equations 5, 13 and 14; Nichol and Dhariwal 2021 section 3.1 (hybrid loss);
+Hang et al. 2023 (min-SNR weights).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import NoiseSource, draw
+from .process import GaussianProcess, Model
+
+
+def training_losses(
+    diffusion: GaussianProcess,
+    model: Model,
+    x_start: Tensor,
+    t: Tensor,
+    model_kwargs: dict[str, Any] | None = None,
+    noise: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Loss of every sample, with its parts: ``loss`` = ``mse`` + ``vb``, each [B].
+
+    ``mse`` is between the model's prediction and the noise (or x_0), times ``min_snr_weight``. ``vb`` trains
+    the variance only: the prediction in it is detached. It is absent with a fixed variance, and scaled by
+    num_timesteps / 1000 for ``rescaled_mse``. ``rescaled_kl`` has ``loss`` alone: num_timesteps times the
+    bound, with nothing detached. ``noise`` is drawn if it is None.
+    """
+    if noise is None:
+        noise = draw(None, x_start)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    output = diffusion.call_model(model, x_t, t, model_kwargs)
+    if diffusion.loss_type == "rescaled_kl":
+        bound, _ = vb_term(diffusion, output, x_start, x_t, t)
+        return {"loss": bound * diffusion.num_timesteps}
+
+    terms = {}
+    prediction = output
+    if diffusion.var_type == "learned_range":
+        prediction, v = output.chunk(2, dim=1)
+        frozen = torch.cat([prediction.detach(), v], dim=1)
+        terms["vb"], _ = vb_term(diffusion, frozen, x_start, x_t, t)
+        if diffusion.loss_type == "rescaled_mse":
+            terms["vb"] = terms["vb"] * (diffusion.num_timesteps / 1000.0)
+    target = x_start if diffusion.mean_type == "start_x" else noise
+    terms["mse"] = min_snr_weight(diffusion, t) * mean_flat((target - prediction) ** 2)
+    terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+    return terms
+
+
+def min_snr_weight(diffusion: GaussianProcess, t: Tensor) -> Tensor:
+    """Weight of the squared error, float32 [B], with SNR = alphas_cumprod / (1 - alphas_cumprod).
+
+    min(SNR, gamma) / SNR where noise is predicted, min(SNR, gamma) for x_0; 1 without ``min_snr_gamma``.
+    """
+    if diffusion.min_snr_gamma is None:
+        return torch.ones(t.shape, device=t.device)
+    signal = diffusion.lookup("sqrt_alphas_cumprod", t, t)
+    sigma = diffusion.lookup("sqrt_one_minus_alphas_cumprod", t, t)
+    snr = (signal / sigma) ** 2
+    capped = snr.clamp(max=diffusion.min_snr_gamma)
+    return capped if diffusion.mean_type == "start_x" else capped / snr
+
+
+def vb_term(
+    diffusion: GaussianProcess,
+    output: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    clip_denoised: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One term of the variational bound [B], and the predicted x_0 like ``x_start``.
+
+    t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). t = 0: -log p(x_0 | x_1), with ``x_start`` taken as
+    8-bit pixels in [-1, 1] (also where it is a latent and is not).
+    """
+    true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+    p = diffusion.p_from_output(output, x_t, t, clip_denoised=clip_denoised)
+    kl = bits_per_dim(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]))
+    nll = -bits_per_dim(discretized_gaussian_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"]))
+    return torch.where(t == 0, nll, kl), p["pred_xstart"]
+
+
+@torch.no_grad()
+def calc_bpd_loop(
+    diffusion: GaussianProcess,
+    model: Model,
+    x_start: Tensor,
+    clip_denoised: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    generator: NoiseSource = None,
+) -> dict[str, Tensor]:
+    """The whole bound: ``total_bpd`` and ``prior_bpd`` [B]; ``vb``, ``xstart_mse`` and ``mse`` [B,
+    num_timesteps].
+
+    Columns are in the order of evaluation, t = num_timesteps-1 down to 0; each draws its own noise.
+    """
+    columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+    for step in reversed(range(diffusion.num_timesteps)):
+        t = torch.full(x_start.shape[:1], step, device=x_start.device)
+        noise = draw(generator, x_start)
+        x_t = diffusion.q_sample(x_start, t, noise)
+        output = diffusion.call_model(model, x_t, t, model_kwargs)
+        vb, pred_xstart = vb_term(diffusion, output, x_start, x_t, t, clip_denoised)
+        columns["vb"].append(vb)
+        columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
+        columns["mse"].append(mean_flat((diffusion.predict_eps(x_t, t, pred_xstart) - noise) ** 2))
+    stacked = {name: torch.stack(values, dim=1) for name, values in columns.items()}
+    prior = prior_bpd(diffusion, x_start)
+    return {"total_bpd": stacked["vb"].sum(dim=1) + prior, "prior_bpd": prior, **stacked}
+
+
+def prior_bpd(diffusion: GaussianProcess, x_start: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: the part of the bound no model can change."""
+    t = torch.full(x_start.shape[:1], diffusion.num_timesteps - 1, device=x_start.device)
+    mean, _, log_variance = diffusion.q_mean_variance(x_start, t)
+    zero = torch.zeros((), device=x_start.device)
+    return bits_per_dim(normal_kl(mean, log_variance, zero, zero))
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) of diagonal Gaussians, elementwise, in nats."""
+    ratio = log_variance1 - log_variance2
+    return 0.5 * (-1.0 - ratio + ratio.exp() + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability (nats) of the bin of width 2/255 around ``x``, under N(mean, exp(log_scale)^2),
+    elementwise.
+
+    The outermost bins (beyond +-0.999) reach to infinity. Probabilities are cut at 1e-12.
+    """
+    centred = x - mean
+    inverse_scale = (-log_scale).exp()
+    cdf_above = approx_standard_normal_cdf(inverse_scale * (centred + 1.0 / 255.0))
+    cdf_below = approx_standard_normal_cdf(inverse_scale * (centred - 1.0 / 255.0))
+    inside = torch.where(x > 0.999, 1.0 - cdf_below, cdf_above - cdf_below)
+    return torch.where(x < -0.999, cdf_above, inside).clamp(min=1e-12).log()
+
+
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the standard normal's distribution function."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def bits_per_dim(nats: Tensor) -> Tensor:
+    return mean_flat(nats) / math.log(2.0)
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all dimensions but the first."""
+    return x.flatten(1).mean(dim=1)

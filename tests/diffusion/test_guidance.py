@@ -1,0 +1,87 @@
+"""Classifier-free guidance: golden scales and outputs, closed forms, and mistakes."""
+
+import math
+
+import pytest
+import torch
+
+from golden_files import load, meta
+from mdt_fast.diffusion import guide, power_cosine_scale
+from mdt_fast.errors import UserError
+from tolerances import FLOAT32, relative_error
+
+MODELS = ["v2_main", "v1_main", "v2_alt", "v1_alt", "v2_nomask", "v2_f64"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_scale(name: str) -> None:
+    golden = load(f"{name}.cases")
+    for i, (cfg_scale, scale_pow) in enumerate(meta(f"{name}.cases")["cfg_pairs"]):
+        scale = power_cosine_scale(golden["d/t"], cfg_scale, scale_pow=scale_pow)
+        assert scale.dtype == torch.float32
+        assert relative_error(scale, golden[f"d/scale_{i}"]) <= FLOAT32
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+def test_golden_guidance_v2_main(pair: int) -> None:
+    golden = load("v2_main.cases")
+    cond, uncond = golden["d/raw"].chunk(2)
+    guided = guide(cond, uncond, golden[f"d/scale_{pair}"][: len(cond)], channels=3)
+    assert relative_error(guided, golden[f"d/out_{pair}"]) <= FLOAT32
+
+
+def test_scale_rises_from_one_to_cfg_scale() -> None:
+    t = torch.arange(1000, -1, -1)
+    scale = power_cosine_scale(t, 3.8)
+    assert scale[0] == 1
+    assert scale[-1].item() == pytest.approx(3.8)
+    assert (scale.diff() >= 0).all()
+    assert power_cosine_scale(torch.tensor([999]), 3.8, scale_pow=0.01).item() == pytest.approx(
+        3.77, abs=5e-3
+    )
+    expected = 1 + 2.8 * (1 - math.cos(math.pi * 0.75**4)) / 2
+    assert power_cosine_scale(torch.tensor([250]), 3.8).item() == pytest.approx(expected)
+
+
+def test_scale_is_float32_and_takes_any_t() -> None:
+    t = torch.tensor([0, 250, 999])
+    for dtype in (torch.int32, torch.float32, torch.float64):
+        assert torch.equal(power_cosine_scale(t.to(dtype), 2.0), power_cosine_scale(t, 2.0))
+    constant = power_cosine_scale(t, 2.0, scale_pow=None)
+    assert constant.dtype == torch.float32
+    assert constant.tolist() == [2, 2, 2]
+
+
+def test_guide_leaves_other_channels_to_each_half() -> None:
+    cond, uncond = torch.randn(2, 3, 8, 4, 4)
+    out = guide(cond, uncond, 2.5, channels=3)
+    first, second = out.chunk(2)
+    assert torch.equal(first[:, :3], second[:, :3])
+    assert relative_error(first[:, :3], 2.5 * cond[:, :3] - 1.5 * uncond[:, :3]) <= FLOAT32
+    assert torch.equal(first[:, 3:], cond[:, 3:])
+    assert torch.equal(second[:, 3:], uncond[:, 3:])
+    assert torch.equal(out, guide(cond, uncond, torch.full((3,), 2.5), channels=3))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"t": torch.tensor([1001])}, "t: allowed are 0 to 1000, got values from 1001 to 1001"),
+        ({"t": torch.tensor([-1, 4])}, "t: allowed are 0 to 1000, got values from -1 to 4"),
+        ({"scale_pow": -1.0}, "scale_pow: must be None or at least 0, got -1.0"),
+        ({"diffusion_steps": 0}, "diffusion_steps: must be at least 1, got 0"),
+    ],
+)
+def test_scale_refuses(kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        power_cosine_scale(**{"t": torch.tensor([0]), "cfg_scale": 2.0, **kwargs})
+
+
+def test_guide_refuses() -> None:
+    x = torch.zeros(2, 8, 4, 4)
+    with pytest.raises(UserError, match="uncond: expected the shape of cond"):
+        guide(x, x[:1], 2.0, 3)
+    with pytest.raises(UserError, match="channels: allowed are 0 to 8, got 9"):
+        guide(x, x, 2.0, 9)
+    with pytest.raises(UserError, match=r"scale: expected a number or shape \[2\], got \[4\]"):
+        guide(x, x, torch.ones(4), 3)

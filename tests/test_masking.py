@@ -1,0 +1,60 @@
+"""MaskPlan: what it keeps, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdt_fast import MaskPlan, UserError
+from mdt_fast.masking import draw_len_keep
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**31))
+def test_a_plan_is_a_permutation(batch: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    len_keep = int(torch.randint(0, tokens + 1, (), generator=generator))
+    noise = torch.randint(0, 5, (batch, tokens), generator=generator) / 5  # many ties
+    for plan in (MaskPlan.from_noise(noise, len_keep), MaskPlan.from_noise(noise, len_keep).sorted()):
+        ids = torch.cat([plan.ids_keep, plan.ids_mask], dim=1)
+        assert torch.equal(ids.sort(dim=1).values, torch.arange(tokens).expand(batch, tokens))
+        assert torch.equal(ids.gather(1, plan.ids_restore), torch.arange(tokens).expand(batch, tokens))
+        assert torch.equal(plan.mask.gather(1, plan.ids_keep), torch.zeros(batch, len_keep))
+        assert (plan.batch, plan.num_tokens, plan.len_keep) == (batch, tokens, len_keep)
+        worst_kept = noise.gather(1, plan.ids_keep).amax(1) if len_keep else torch.full((batch,), -1.0)
+        best_dropped = noise.gather(1, plan.ids_mask).amin(1) if len_keep < tokens else torch.ones(batch)
+        assert (worst_kept <= best_dropped).all()
+
+
+def test_the_ratio_is_drawn_before_the_noise_from_the_default_generator() -> None:
+    torch.manual_seed(3)
+    plan = MaskPlan.draw(2, 256, 0.3, random_ratio=True)
+    torch.manual_seed(3)
+    len_keep = int(256 * (1 - (torch.rand(1) * 0.2 + 0.3)))
+    assert plan.len_keep == len_keep
+    assert torch.equal(plan.ids_keep, torch.argsort(torch.rand(2, 256), dim=1)[:, :len_keep])
+
+
+def test_lengths_at_256_tokens() -> None:
+    lengths = {draw_len_keep(256, 0.3) for _ in range(5000)}
+    assert min(lengths) == 128
+    assert max(lengths) in (178, 179)
+    assert len(lengths) in (51, 52)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 5), "len_keep: got 5, allowed are 0..4"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), -1), "len_keep: got -1"),
+        (lambda: MaskPlan.from_noise(torch.rand(4), 2), r"noise: expected floats \[batch, tokens\]"),
+        (lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2), "noise: expected floats"),
+        (lambda: MaskPlan.from_noise(torch.full((1, 4), torch.nan), 2), "noise: has NaN values"),
+        (lambda: MaskPlan.from_keep(torch.tensor([[0, 4]]), 4), "ids_keep: values 0..4, allowed are 0..3"),
+        (lambda: MaskPlan.from_keep(torch.tensor([[1, 1]]), 4), "ids_keep: a token number stands twice"),
+        (lambda: MaskPlan.from_keep(torch.tensor([[0.0]]), 4), "ids_keep: expected int64"),
+    ],
+)
+def test_refusals(call: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()  # type: ignore[operator]
