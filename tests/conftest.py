@@ -1,9 +1,14 @@
-"""What every test shares: few threads, and deterministic draws."""
+"""What every test shares: one thread, deterministic draws, and a closing list of the golden tests by name."""
+
+import textwrap
+from collections import defaultdict
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+WRAP = {"break_on_hyphens": False, "break_long_words": False}
+
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -11,8 +16,26 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List every test against the official implementation's numbers, with its outcome."""
+    golden: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            if "::test_golden" not in report.nodeid or (outcome == "passed" and report.when != "call"):
+                continue
+            name, _, case = report.nodeid.partition("[")
+            golden[name, outcome].append(case.removesuffix("]"))
+    if not golden:
+        return
+    terminalreporter.section("golden: numbers of the official implementation")
+    for (name, outcome), cases in sorted(golden.items()):
+        terminalreporter.line(f"{name}: {len(cases)} {outcome}")
+        if any(cases):
+            terminalreporter.line(textwrap.indent(textwrap.fill(", ".join(cases), 106, **WRAP), "    "))
