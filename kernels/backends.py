@@ -1,10 +1,25 @@
-"""Which implementation serves each op on this machine, and why."""
+"""Which implementation serves each op on this machine, and why.
 
+Ops with a Triton kernel run it on CUDA (float32, float16, bfloat16), and under ``TRITON_INTERPRET=1`` in
+Triton's interpreter (for tests); everything else runs the plain PyTorch of the room's ``reference.py``.
+"""
+
+import importlib.util
+import os
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the Triton kernels take; they compute in float32, so float64 goes to PyTorch."""
+
+WITH_TRITON = ("ln_modulate", "gate_residual_ln_modulate")
+
 OPS = (
-    "ln_modulate",
-    "gate_residual_ln_modulate",
+    *WITH_TRITON,
     "rel_attention",
     "patch_embed",
     "gather_tokens",
@@ -24,7 +39,29 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """One row per op, in the order of the data's way."""
-    reason = "the PyTorch reference serves every device; this version has no Triton or CUDA kernel for it"
-    detail = {"rel_attention": "scaled_dot_product_attention with the bias as its mask; " + reason}
-    return [Backend(op, "pytorch", detail.get(op, reason)) for op in OPS]
+    """One row per op: what serves it on this machine by default."""
+    return [_backend(op) for op in OPS]
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether an op that has a Triton kernel runs it on ``x``."""
+    return x.dtype in DTYPES and (INTERPRETING or (x.is_cuda and HAS_TRITON))
+
+
+def _backend(op: str) -> Backend:
+    plain = (
+        "scaled_dot_product_attention with the bias as its mask"
+        if op == "rel_attention"
+        else "PyTorch reference"
+    )
+    if op not in WITH_TRITON:
+        return Backend(
+            op, "pytorch", f"{plain}: serves every device; this version has no kernel of its own for it"
+        )
+    if INTERPRETING:
+        return Backend(op, "triton", "TRITON_INTERPRET=1: the kernel runs in Triton's interpreter, slowly")
+    if not torch.cuda.is_available():
+        return Backend(op, "pytorch", f"{plain}: no CUDA device, where the Triton kernel would serve")
+    if not HAS_TRITON:
+        return Backend(op, "pytorch", f"{plain}: triton is not installed (pip install triton)")
+    return Backend(op, "triton", "CUDA device and triton are there")

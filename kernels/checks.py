@@ -18,6 +18,12 @@ def floating(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: dtype {x.dtype}, allowed are floating-point dtypes")
 
 
+def floating_on(name: str, x: Tensor, other: Tensor) -> None:
+    """``x`` must hold floating-point numbers on the device of ``other``."""
+    if not x.is_floating_point() or x.device != other.device:
+        raise ValueError(f"{name}: {x.dtype} on {x.device}, expected floating-point on {other.device}")
+
+
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """``x`` must have the dtype and the device of ``other``."""
     if x.dtype != other.dtype or x.device != other.device:
@@ -37,3 +43,19 @@ def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
         low, top = int(ids.min()), int(ids.max())
         if low < 0 or top >= high:
             raise ValueError(f"{name}: values {low}..{top}, allowed are 0..{high - 1}")
+
+
+def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
+    """``offsets`` must be int32 [B + 1] on the device of ``rows`` [R, D]; on the CPU also 0, ascending, R."""
+    shape(name, offsets, "B + 1")
+    if offsets.dtype != torch.int32 or offsets.device != rows.device or not len(offsets):
+        raise ValueError(
+            f"{name}: {offsets.dtype} [{len(offsets)}] on {offsets.device}, "
+            f"expected torch.int32 [B + 1] on {rows.device}"
+        )
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        if offsets[0] != 0 or offsets[-1] != rows.shape[0]:
+            first, last = int(offsets[0]), int(offsets[-1])
+            raise ValueError(f"{name}: runs from {first} to {last}, expected 0 to {rows.shape[0]} (rows)")
+        if (offsets.diff() < 0).any():
+            raise ValueError(f"{name}: is not ascending")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
+# Half types: at most this times the error of the plain PyTorch op in the same dtype, both against float64.
+HALF_FACTOR = 2
 # Adam-type optimisers divide by the root of a running mean of squares: rounding noise in a gradient
 # near zero moves a parameter by a noticeable part of lr. Five steps of lr 1e-3 move at most 5e-3.
 PARAMETERS_AFTER_OPTIMISER = 1e-4

@@ -1,38 +1,98 @@
-"""Checks and dispatch. B samples, L tokens, D width."""
+"""Checks and dispatch. B samples, L tokens, R rows (tokens of all samples), D width."""
 
 from torch import Tensor
 
 from .. import checks
+from ..backends import uses_triton
 from . import reference
+from .config import MAX_D
 
 
-def ln_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, *, eps: float = 1e-6) -> Tensor:
+def ln_modulate(
+    x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, *, offsets: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
     """``LN(x) * (1 + scale) + shift``: layer norm without affine parameters, modulated per sample.
 
-    ``x`` [B, L, D], ``shift`` and ``scale`` [B, D], one floating dtype; returns [B, L, D].
-    Raises ``ValueError`` for shapes, dtypes or devices that do not fit. Source: DiT (arXiv:2212.09748),
-    section 3.2, adaLN-Zero.
+    ``x`` [B, L, D], ``shift`` and ``scale`` [B, D], floating; returns [B, L, D]. For samples of
+    different lengths, ``x`` is [R, D] and ``offsets`` (int32 [B + 1], ascending, 0 to R) says where each one
+    begins; returns [R, D]. D is at most 8192 on CUDA. Raises ``ValueError`` for what does not fit.
+    Source: DiT (arXiv:2212.09748), section 3.2, adaLN-Zero.
     """
-    _check(x_BLD, shift=shift_BD, scale=scale_BD)
-    return reference.ln_modulate(x_BLD, shift_BD, scale_BD, eps)
+    _check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
+    if not uses_triton(x_BLD):
+        return reference.ln_modulate(x_BLD, shift_BD, scale_BD, offsets, eps)
+    return _triton(x_BLD, None, None, shift_BD, scale_BD, offsets, eps)[1]
 
 
 def gate_residual_ln_modulate(
-    x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, *, eps: float = 1e-6
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The new residual ``r = x + gate * y`` and ``LN(r) * (1 + scale) + shift``, both [B, L, D].
+    """The new residual ``r = x + gate * y`` and ``LN(r) * (1 + scale) + shift``, both shaped as ``x``.
 
-    ``x``, ``y`` [B, L, D]; ``gate``, ``shift``, ``scale`` [B, D]; one floating dtype. Raises
-    ``ValueError`` for shapes, dtypes or devices that do not fit.
+    ``x``, ``y`` [B, L, D] (or [R, D] with ``offsets``, see :func:`ln_modulate`); ``gate``, ``shift``,
+    ``scale`` [B, D]; floating. The results have the dtype of ``x``. Raises ``ValueError`` for what does
+    not fit.
     """
-    _check(x_BLD, gate=gate_BD, shift=shift_BD, scale=scale_BD)
+    _check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
-    return reference.gate_residual_ln_modulate(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, eps)
+    checks.floating_on("y", y_BLD, x_BLD)
+    if not uses_triton(x_BLD):
+        return reference.gate_residual_ln_modulate(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
+    return _triton(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
 
 
-def _check(x_BLD: Tensor, **modulation_BD: Tensor) -> None:
-    checks.floating("x", x_BLD)
-    checks.shape("x", x_BLD, "B", "L", "D")
+def _triton(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    offsets: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    from .triton_op import (
+        ln_modulate_fwd,
+    )  # here: importing triton takes a second, and not every machine has it
+
+    D = x.shape[-1]
+    if D > MAX_D:
+        raise ValueError(f"x: width {D}, the Triton kernel takes at most {MAX_D}")
+    y_RD = None if y is None else y.reshape(-1, D).contiguous()
+    # A modulation is one sixth of a wider tensor's columns: rows may be apart, columns may not.
+    gate = None if gate is None else _columns_together(gate)
+    residual_RD, out_RD, _, _ = ln_modulate_fwd(
+        x.reshape(-1, D).contiguous(),
+        y_RD,
+        gate,
+        _columns_together(shift),
+        _columns_together(scale),
+        offsets,
+        eps,
+    )
+    return residual_RD.view_as(x) if y is not None else x, out_RD.view_as(x)
+
+
+def _columns_together(m_BD: Tensor) -> Tensor:
+    return m_BD if m_BD.stride(-1) == 1 else m_BD.contiguous()
+
+
+def _check(x: Tensor, offsets: Tensor | None, **modulation_BD: Tensor) -> None:
+    checks.floating("x", x)
+    batch: int | str = "B"
+    if offsets is None:
+        checks.shape("x", x, "B", "L", "D")
+        batch = x.shape[0]
+    else:
+        checks.shape("x", x, "R", "D")
+        checks.offsets("offsets", offsets, x)
+        batch = offsets.shape[0] - 1
     for name, m_BD in modulation_BD.items():
-        checks.floating(name, m_BD)
-        checks.shape(name, m_BD, x_BLD.shape[0], x_BLD.shape[2])
+        checks.shape(name, m_BD, batch, x.shape[-1])
+        checks.floating_on(name, m_BD, x)

@@ -1,18 +1,29 @@
-"""Plain PyTorch, any device and dtype. B samples, L tokens, D width."""
+"""Plain PyTorch, any device and dtype. B samples, L tokens, R rows of ragged samples, D width."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def ln_modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
-    # 1 + scale would lose scale's low bits (or make NaN of nothing) in a half type: it is never formed there.
-    normal = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps)
-    return torch.addcmul(shift_BD[:, None] + normal, normal, scale_BD[:, None])
+def per_row(m_BD: Tensor, offsets: Tensor | None) -> Tensor:
+    """A modulation in a shape that broadcasts over the rows: [B, 1, D], or [R, D] for ragged samples."""
+    return m_BD[:, None] if offsets is None else m_BD.repeat_interleave(offsets.diff(), dim=0)
+
+
+def ln_modulate(x: Tensor, shift_BD: Tensor, scale_BD: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
+    # Not n * (1 + scale) + shift: in a half type 1 + scale would lose the low bits of scale.
+    normal = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(per_row(shift_BD, offsets) + normal, normal, per_row(scale_BD, offsets))
 
 
 def gate_residual_ln_modulate(
-    x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    gate_BD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    offsets: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    residual = torch.addcmul(x_BLD, gate_BD[:, None], y_BLD)
-    return residual, ln_modulate(residual, shift_BD, scale_BD, eps)
+    residual = torch.addcmul(x, per_row(gate_BD, offsets), y)
+    return residual, ln_modulate(residual, shift_BD, scale_BD, offsets, eps)

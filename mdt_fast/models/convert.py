@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,10 +35,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _read_pt(path)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().split("\n")[0][:160]
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file makes the readers raise is not documented
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:160]
         raise UserError(
             f"{path}: not a readable {path.suffix} file (truncated or damaged?): {reason}"
         ) from error
@@ -67,6 +66,7 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
             save_file(separate, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
         else:
             torch.save(tensors, aside)
+        os.chmod(aside, 0o666 & ~_umask())  # safetensors makes files that only their owner reads
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -144,6 +144,13 @@ def from_reference(module: nn.Module) -> Transformer:
         )
     fast.load_state_dict(state, strict=True, assign=True)
     return fast.train(module.training)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _read_pt(path: Path) -> Any:

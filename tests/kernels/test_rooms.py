@@ -92,6 +92,22 @@ def test_gate_residual_ln_modulate(B: int, L: int, D: int, dtype: torch.dtype) -
     check(kernels.gate_residual_ln_modulate, formula_gate, [*x, *m], dtype)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_ragged_samples_are_as_if_alone(gated: bool) -> None:
+    offsets, m = torch.tensor([0, 4, 4, 9], dtype=torch.int32), torch.randn(3, 3, 24)
+    x, y = torch.randn(2, 9, 24)
+    for b, (start, end) in enumerate(offsets.unfold(0, 2, 1).tolist()):
+        one = [part[None, start:end] for part in (x, y)]
+        if gated:
+            whole = kernels.gate_residual_ln_modulate(x, y, *m, offsets=offsets)
+            alone = kernels.gate_residual_ln_modulate(*one, *m[:, b : b + 1])
+        else:
+            whole = (kernels.ln_modulate(x, *m[1:], offsets=offsets),)
+            alone = (kernels.ln_modulate(one[0], *m[1:, b : b + 1]),)
+        for w, a in zip(whole, alone, strict=True):
+            assert relative_error(w[start:end], a[0]) < FLOAT32
+
+
 @DTYPES
 @SHAPES
 def test_bias_gelu(B: int, L: int, D: int, dtype: torch.dtype) -> None:
@@ -210,6 +226,21 @@ def wrong() -> list[tuple[str, Callable[[], Any], str]]:
         ("ln shift", lambda: k.ln_modulate(x, m[:1], m), r"shift: shape \[1, 8\], expected \[2, 8\]"),
         ("ln x rank", lambda: k.ln_modulate(x[0], m, m), r"x: shape \[5, 8\], expected \[B, L, D\]"),
         ("ln x dtype", lambda: k.ln_modulate(x.long(), m, m), r"x: dtype torch.int64"),
+        (
+            "ln offsets",
+            lambda: k.ln_modulate(x[0], m, m, offsets=torch.tensor([0, 2, 4], dtype=torch.int32)),
+            r"offsets: runs from 0 to 4, expected 0 to 5",
+        ),
+        (
+            "ln offsets order",
+            lambda: k.ln_modulate(x[0], m, m, offsets=torch.tensor([0, 6, 5], dtype=torch.int32)),
+            r"offsets: is not ascending",
+        ),
+        (
+            "ln offsets dtype",
+            lambda: k.ln_modulate(x[0], m, m, offsets=torch.tensor([0, 2, 5])),
+            r"offsets: torch.int64 \[3\] on cpu, expected torch.int32",
+        ),
         ("gate y", lambda: k.gate_residual_ln_modulate(x, x[:, :4], m, m, m), r"y: shape \[2, 4, 8\]"),
         ("gelu bias", lambda: k.bias_gelu(x, m), r"bias: shape \[2, 8\], expected \[8\]"),
         ("skip weight", lambda: k.skip_linear(x, x, m, m[0]), r"weight: shape \[2, 8\], expected \[O, 16\]"),

@@ -72,6 +72,9 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 def test_official_pt_file_loads_strictly(tmp_path: Path) -> None:
@@ -112,6 +115,9 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"evil.pt: needs code from the file to be executed"):
         read_weights("evil.pt")
     assert not Path("executed").exists()
+    Path("junk.pt").write_bytes(b"this is no checkpoint")
+    with pytest.raises(UserError, match=r"^junk.pt: "):
+        read_weights("junk.pt")
     torch.save([1, 2], "list.pt")
     with pytest.raises(UserError, match=r"list.pt: holds no state_dict"):
         read_weights("list.pt")

@@ -1,0 +1,135 @@
+"""Rows: one JSON object per measurement and line, appended as it is made and never rewritten.
+
+Keys: ``bench``, ``model`` or ``op``, ``provider``, ``mode``, ``batch`` or ``shape``, ``dtype``, ``metric``,
+``unit``, ``p20``, ``p50``, ``p80``, ``switches``, ``device``, ``driver``, ``torch``, ``triton``,
+``commit``, ``time``, ``command``; ``note`` where something has to be said. A provider that could not be
+measured has a row of metric ``skipped`` or ``failed`` whose ``note`` says why.
+"""
+
+import datetime
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdt_fast import doctor
+from mdt_fast.errors import UserError
+
+Row = dict[str, Any]
+
+KEYS = (
+    "bench",
+    "provider",
+    "mode",
+    "dtype",
+    "metric",
+    "unit",
+    "p20",
+    "p50",
+    "p80",
+    "switches",
+    "device",
+    "driver",
+    "torch",
+    "triton",
+    "commit",
+    "time",
+    "command",
+)
+"""What every row has; besides these ``model`` and ``batch``, or ``op`` and ``shape``."""
+
+
+def machine(device: torch.device, command: str) -> Row:
+    """The keys that are the same in every row of a run."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{doctor.cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "driver": doctor.nvidia_driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": doctor.distribution_version("triton"),
+        "commit": commit(),
+        "command": command,
+    }
+
+
+def commit(folder: Path | None = None) -> str | None:
+    """The checked-out commit, ``-dirty`` if tracked files were changed; None outside of a git checkout."""
+    git = ["git", "-C", str(folder or Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+class RowFile:
+    """Rows of one run: kept in ``rows`` and, where ``path`` is given, appended to that file one by one.
+
+    The file is opened when this object is made, so that a path that cannot be written is a ``UserError``
+    before anything is measured; what it already holds stays.
+    """
+
+    def __init__(self, path: Path | None, common: Row):
+        self.path, self.common = path, common
+        self.rows: list[Row] = []
+        if path is None:
+            return
+        try:
+            with path.open("ab+") as file:
+                file.seek(0, 2)
+                torn = file.tell() > 0 and (file.seek(-1, 2), file.read(1))[1] != b"\n"
+                if torn:  # a run that was killed in mid-line: keep its rest apart from our first row
+                    file.write(b"\n")
+        except OSError as error:
+            raise UserError(f"--json: cannot write {str(path)!r}: {error.strerror}") from None
+
+    def add(self, spread: Sequence[float | None] = (None, None, None), **fields: Any) -> Row:
+        """Make a row of ``fields``, the machine's keys and a spread (p20, p50, p80), and write it."""
+        p20, p50, p80 = spread
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = {**fields, "p20": p20, "p50": p50, "p80": p80, **self.common, "time": now}
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """All rows of some files, in order; ``UserError`` names file and line of what is not a row."""
+    rows = []
+    for path in paths:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}"
+            ) from None
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not a row: {error.msg}") from None
+            if not isinstance(row, dict) or not set(KEYS) <= set(row):
+                missing = ", ".join(sorted(set(KEYS) - set(row))) if isinstance(row, dict) else "everything"
+                raise UserError(f"{path}:{number}: not a row: lacks {missing}")
+            rows.append(row)
+    return rows

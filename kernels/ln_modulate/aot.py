@@ -1,0 +1,42 @@
+"""The kernels at the widths of the published models (S, B, L, XL), for compiling without a GPU."""
+
+from collections.abc import Iterator
+from itertools import product
+
+from ..aot import Case
+from .config import launch_config
+from .kernel import ln_modulate_bwd_kernel, ln_modulate_fwd_kernel
+
+WIDTHS = (384, 768, 1024, 1152)
+FLOAT32 = ("mean_ptr", "rstd_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr")
+
+
+def cases() -> Iterator[Case]:
+    """Forward and backward, with and without the gated residual, uniform and ragged.
+
+    bfloat16 at every width, float32 at the widest.
+    """
+    kernels = (ln_modulate_fwd_kernel, ln_modulate_bwd_kernel)
+    types = [*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")]
+    for kernel, (D, dtype), gated, ragged in product(kernels, types, (False, True), (False, True)):
+        config = launch_config(D, 32, 256)
+        constants = {"GATED": gated, "OFFSETS": ragged, "BLOCK_D": config.block_d}
+        dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
+        yield Case(
+            kernel=kernel,
+            label=f"D={D} {'gated' if gated else 'plain'} {'ragged' if ragged else 'uniform'} {dtype}",
+            dtypes=dtypes,
+            constants=constants,
+            aligned=frozenset(name for name in dtypes if name != "eps"),
+            num_warps=config.num_warps,
+        )
+
+
+def _dtype(name: str, dtype: str) -> str:
+    if name == "eps":
+        return "fp32"
+    if name == "offsets_ptr":
+        return "*i32"
+    if name in FLOAT32:
+        return "*fp32"
+    return f"*{dtype}" if name.endswith("_ptr") else "i32"

@@ -1,0 +1,99 @@
+"""Triton kernels. B samples, L tokens of a sample (ragged with OFFSETS), D width, P programs a sample.
+
+Program (b, p) walks tokens p, p + P, ... of sample b with its modulation in registers, so that sums over
+tokens need no atomics: each program writes its part into a [B, P, D] buffer. Statistics and sums are float32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tokens_of(offsets_ptr, i_b, L, OFFSETS: tl.constexpr):
+    """Sample ``i_b``'s first row and its number of tokens."""
+    if OFFSETS:
+        start = tl.load(offsets_ptr + i_b).to(tl.int64)
+        length = tl.load(offsets_ptr + i_b + 1).to(tl.int64) - start
+    else:
+        start = i_b.to(tl.int64) * L
+        length = L
+    return start, length
+
+
+@triton.jit
+def _row(ptr, offset, m_d):
+    """A vector of D numbers as float32, zeros beyond D."""
+    return tl.load(ptr + offset, mask=m_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def ln_modulate_fwd_kernel(
+    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, offsets_ptr, residual_ptr, out_ptr, mean_ptr, rstd_ptr,
+    L, D, stride_gate, stride_shift, stride_scale, eps,
+    GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_shift = _row(shift_ptr, i_b * stride_shift + o_d, m_d)
+    b_scale = _row(scale_ptr, i_b * stride_scale + o_d, m_d)
+    if GATED:
+        b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
+    start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
+    for i_l in range(i_p, length, P):
+        row = start + i_l
+        p_row = row * D + o_d
+        b_x = _row(x_ptr, p_row, m_d)
+        if GATED:
+            b_residual = (b_x + b_gate * _row(y_ptr, p_row, m_d)).to(residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + p_row, b_residual, mask=m_d)
+            # The normal is that of the residual as stored: the backward pass reads it from there.
+            b_x = b_residual.to(tl.float32)
+        mean = tl.sum(b_x, axis=0) / D
+        b_centred = tl.where(m_d, b_x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
+        b_out = b_centred * rstd * (1.0 + b_scale) + b_shift
+        tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def ln_modulate_bwd_kernel(
+    x_ptr, y_ptr, gate_ptr, scale_ptr, offsets_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dout_ptr,
+    dx_ptr, dy_ptr, dgate_ptr, dshift_ptr, dscale_ptr,
+    L, D, stride_gate, stride_scale,
+    GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``x`` is the residual where GATED. ``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]."""
+    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_scale = 1.0 + _row(scale_ptr, i_b * stride_scale + o_d, m_d)
+    b_dshift = tl.zeros([BLOCK_D], dtype=tl.float32)
+    b_dscale = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if GATED:
+        b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
+        b_dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+    start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
+    for i_l in range(i_p, length, P):
+        row = start + i_l
+        p_row = row * D + o_d
+        rstd = tl.load(rstd_ptr + row)
+        b_normal = tl.where(m_d, (_row(x_ptr, p_row, m_d) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        b_dout = _row(dout_ptr, p_row, m_d)
+        b_dshift += b_dout
+        b_dscale += b_dout * b_normal
+        b_dnormal = b_dout * b_scale
+        along = tl.sum(b_dnormal * b_normal, axis=0) / D
+        b_dx = (b_dnormal - tl.sum(b_dnormal, axis=0) / D - b_normal * along) * rstd
+        if GATED:
+            b_dx += _row(dresidual_ptr, p_row, m_d)
+            b_dgate += _row(y_ptr, p_row, m_d) * b_dx
+            tl.store(dy_ptr + p_row, (b_gate * b_dx).to(dy_ptr.dtype.element_ty), mask=m_d)
+        tl.store(dx_ptr + p_row, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)
+    p_part = (i_b * P + i_p).to(tl.int64) * D + o_d
+    tl.store(dshift_ptr + p_part, b_dshift, mask=m_d)
+    tl.store(dscale_ptr + p_part, b_dscale, mask=m_d)
+    if GATED:
+        tl.store(dgate_ptr + p_part, b_dgate, mask=m_d)

@@ -1,0 +1,135 @@
+"""The Triton kernels in Triton's interpreter: run with ``TRITON_INTERPRET=1`` (``make test`` does).
+
+Forward and every gradient against float64, float32 and float16, odd widths and lengths, uniform and ragged,
+NaN-poisoned outputs, the same bits in two runs. B samples, L tokens, R rows, D width.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mdt_fast import kernels
+from mdt_fast.kernels.backends import INTERPRETING
+from mdt_fast.kernels.ln_modulate import reference
+from tolerances import FLOAT32, HALF_FACTOR, relative_error
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1 in the environment"),
+]
+
+UNIFORM = [(1, 1, 4), (2, 5, 24), (3, 7, 72), (2, 3, 200)]
+RAGGED = [([0, 3], 24), ([0, 4, 4, 9], 72), ([0, 1, 6, 6], 40)]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows up as NaN."""
+    for name in ("empty_like", "empty"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _plain=plain, **k: _poisoned(_plain(*a, **k)))
+    plain_new = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: _poisoned(plain_new(self, *a, **k)))
+
+
+def _poisoned(x: Tensor) -> Tensor:
+    return x.fill_(torch.nan) if x.is_floating_point() else x
+
+
+def arguments(rows: tuple[int, ...], B: int, D: int, gated: bool, seed: int = 0) -> list[Tensor]:
+    """x, (y, gate,) shift, scale; the modulations are columns of one tensor, as in a model."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, *rows, D, generator=generator)
+    gate, shift, scale = torch.randn(B, 3 * D, generator=generator).chunk(3, dim=1)
+    return [x[0], x[1], gate, shift, scale] if gated else [x[0], shift, scale]
+
+
+def run(op: Any, args: list[Tensor], seed: int = 1, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of a random projection of them (the same for every dtype)."""
+    leaves = [a.clone().requires_grad_() for a in args]
+    outputs = op(*leaves, **kwargs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum() for o in outputs)
+    return outputs, list(torch.autograd.grad(loss, leaves))
+
+
+def check(gated: bool, args: list[Tensor], dtype: torch.dtype, offsets: Tensor | None = None) -> None:
+    name = "gate_residual_ln_modulate" if gated else "ln_modulate"
+    op, plain = getattr(kernels, name), getattr(reference, name)
+    args = [a.to(dtype) for a in args]
+    outputs, gradients = run(op, args, offsets=offsets)
+    exact = run(plain, [a.double() for a in args], offsets=offsets, eps=1e-6)
+    half = run(plain, args, offsets=offsets, eps=1e-6)
+    for actual, expected, plain_half in zip(outputs + gradients, exact[0] + exact[1], half[0] + half[1]):
+        assert actual.dtype == dtype
+        allowed = FLOAT32
+        if dtype != torch.float32:
+            allowed = HALF_FACTOR * max(relative_error(plain_half, expected), torch.finfo(dtype).eps)
+        assert relative_error(actual, expected) <= allowed
+    again = run(op, args, offsets=offsets)
+    for first, second in zip(outputs + gradients, again[0] + again[1]):
+        assert torch.equal(first, second)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+
+
+@DTYPES
+@GATED
+@pytest.mark.parametrize(("B", "L", "D"), UNIFORM)
+def test_ln_modulate_uniform(B: int, L: int, D: int, gated: bool, dtype: torch.dtype) -> None:
+    check(gated, arguments((B, L), B, D, gated), dtype)
+
+
+@DTYPES
+@GATED
+@pytest.mark.parametrize(("bounds", "D"), RAGGED)
+def test_ln_modulate_ragged(bounds: list[int], D: int, gated: bool, dtype: torch.dtype) -> None:
+    offsets = torch.tensor(bounds, dtype=torch.int32)
+    check(gated, arguments((bounds[-1],), len(bounds) - 1, D, gated), dtype, offsets)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# From 8 on: the gradient of two normalised numbers is zero but for eps, and float32 keeps no digit of it.
+@given(st.integers(1, 3), st.integers(0, 6), st.integers(8, 70), st.booleans(), st.integers(0, 99))
+def test_ln_modulate_random_shapes(B: int, L: int, D: int, gated: bool, seed: int) -> None:
+    check(gated, arguments((B, L), B, D, gated, seed), torch.float32)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(gated: bool) -> None:
+    from mdt_fast.kernels.ln_modulate.triton_op import ln_modulate_fwd
+
+    x, y, gate, shift, scale = (a.requires_grad_() for a in arguments((6,), 2, 24, True))
+    optional = (y, gate) if gated else (None, None)
+    torch.library.opcheck(ln_modulate_fwd, (x, *optional, shift, scale, None, 1e-6))
+
+
+def test_compiles_without_graph_breaks() -> None:
+    args = [a.requires_grad_() for a in arguments((2, 5), 2, 24, True)]
+    compiled = torch.compile(kernels.gate_residual_ln_modulate, fullgraph=True, backend="aot_eager")
+    expected, actual = run(kernels.gate_residual_ln_modulate, args), run(compiled, args)
+    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
+        assert torch.equal(e, a)
+
+
+def test_under_activation_checkpointing() -> None:
+    args = arguments((2, 5), 2, 24, True)
+
+    def checkpointed(*a: Tensor) -> tuple[Tensor, ...]:
+        return torch.utils.checkpoint.checkpoint(kernels.gate_residual_ln_modulate, *a, use_reentrant=False)
+
+    expected, actual = run(kernels.gate_residual_ln_modulate, args), run(checkpointed, args)
+    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
+        assert torch.equal(e, a)
+
+
+def test_too_wide() -> None:
+    with pytest.raises(ValueError, match="x: width 8193, the Triton kernel takes at most 8192"):
+        kernels.ln_modulate(torch.zeros(1, 1, 8193), torch.zeros(1, 8193), torch.zeros(1, 8193))
