@@ -1,0 +1,97 @@
+"""Matmul FLOPs (2 per multiply-add) of a model, counted by torch on the meta device: no memory, no
+arithmetic.
+
+All providers are credited with what the *reference* needs; what a provider executes may be less.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from mdt_fast.config import ModelConfig
+from mdt_fast.masking import MaskPlan
+from mdt_fast.models import zoo
+
+
+@dataclass(frozen=True)
+class Count:
+    """FLOPs of something, and our own ops in it that have no FLOP formula (then ``flops`` is too low)."""
+
+    flops: int
+    uncounted: tuple[str, ...] = ()
+
+
+def count(call: Callable[[], object]) -> Count:
+    """FLOPs of all matmuls, convolutions and attentions that ``call`` runs, its backward included."""
+    with FlopCounterMode(display=False) as counter, _OwnOps() as own:
+        call()
+    return Count(counter.get_total_flops(), tuple(sorted(own.names)))
+
+
+class _OwnOps(TorchDispatchMode):
+    """Notes which of our ops run without a formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func._overloadpacket
+        if func.namespace == "mdt_fast" and packet not in flop_registry:
+            self.names.add(str(packet))
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def meta_model(config: ModelConfig, implementation: str = "reference") -> nn.Module:
+    """The model of ``config`` without storage."""
+    with torch.device("meta"):
+        return zoo.build_model(config, implementation=implementation)
+
+
+@cache
+def forward(config: ModelConfig, len_keep: int | None = None, implementation: str = "reference") -> Count:
+    """One forward pass of one image; ``len_keep``: masked, with so many kept tokens."""
+    return count(lambda: _forward(config, len_keep, implementation))
+
+
+@cache
+def train_step(config: ModelConfig, len_keep: int | None, implementation: str = "reference") -> Count:
+    """Forward and backward of one image: all tokens, and (unless ``len_keep`` is None) the masked pass."""
+
+    def passes() -> None:
+        loss = _forward(config, None, implementation).sum()
+        if len_keep is not None:
+            loss = loss + _forward(config, len_keep, implementation).sum()
+        loss.backward()
+
+    return count(passes)
+
+
+@cache
+def sample_step(config: ModelConfig, implementation: str = "reference") -> Count:
+    """One guided denoising step of one image: the conditional and the unconditional forward pass."""
+    model = meta_model(config, implementation).eval()
+    x, t, y = _inputs(config, batch=2)
+    return count(lambda: model.forward_with_cfg(x, t, y, cfg_scale=4.0))
+
+
+def _forward(config: ModelConfig, len_keep: int | None, implementation: str) -> torch.Tensor:
+    model = meta_model(config, implementation).train()
+    if len_keep is None:
+        return model(*_inputs(config))
+    noise = torch.rand(1, config.grid_size**2, device="meta")
+    return model(*_inputs(config), enable_mask=True, mask_plan=MaskPlan.from_noise(noise, len_keep))
+
+
+def _inputs(config: ModelConfig, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    side = config.input_size
+    x = torch.zeros(batch, config.in_channels, side, side, device="meta")
+    t, y = (torch.zeros(batch, dtype=torch.int64, device="meta") for _ in range(2))
+    return x, t, y

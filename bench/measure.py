@@ -1,0 +1,170 @@
+"""How things are measured: time, the matmul peak, peak memory.
+
+Time is wall time between two synchronisations. Providers take turns round by round, so that a drift of the
+clock or of the machine's load hits all alike; a matmul takes its turn among them, and the best rate it
+reaches in the run is the peak that the others are held against.
+
+Memory is what torch's allocator held at the highest point of one step, less what it held before, plus the
+provider's own weights, optimiser state and moving average. On a GPU this is ``max_memory_allocated``. On a
+CPU the allocations and releases of one step, recorded by torch's profiler, are added up in order. That
+leaves out scratch space that oneDNN and MKL take for themselves, and it does not depend on what the process
+held before, as the resident set size would.
+"""
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+Spread = tuple[float, float, float]
+"""20%, 50% and 80% quantiles."""
+
+
+def spread(values: list[float]) -> Spread:
+    """Quantiles of at least one value, interpolated."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Timing:
+    """What :func:`take_turns` found for one participant: seconds and indices of its steps, or its error."""
+
+    seconds: list[float] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    error: Exception | None = None
+
+
+def take_turns(
+    steps: dict[str, Callable[[int], object]],
+    device: torch.device,
+    *,
+    repeats: int,
+    inner: int = 1,
+    deadline: float = float("inf"),
+) -> dict[str, Timing]:
+    """Time ``steps`` in turns: round r calls each of them with the same indices r*inner .. r*inner + inner
+    - 1.
+
+    ``seconds`` are per step. A round that has begun is finished, so all have the same number of samples; no
+    round begins after ``deadline`` (``time.monotonic``), except the first. A participant that raises drops
+    out.
+    """
+    timings = {name: Timing() for name in steps}
+    for r in range(repeats):
+        if r > 0 and time.monotonic() > deadline:
+            break
+        for name, step in steps.items():
+            if timings[name].error is not None:
+                continue
+            indices = range(r * inner, (r + 1) * inner)
+            try:
+                synchronize(device)
+                start = time.perf_counter()
+                for index in indices:
+                    step(index)
+                synchronize(device)
+                timings[name].seconds.append((time.perf_counter() - start) / inner)
+            except Exception as error:
+                timings[name].error = error
+                continue
+            timings[name].indices.append(r * inner)
+    return timings
+
+
+class Matmul:
+    """Square matmuls of a size that this device runs fast. ``best``, in FLOP/s, is the highest rate seen."""
+
+    best = 0.0
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        sizes = (4096, 8192) if device.type == "cuda" else (512, 1024)
+        rates = {size: self._prepare(size).rate() for size in sizes}
+        self._prepare(max(rates, key=lambda size: rates[size]))
+
+    def _prepare(self, size: int) -> "Matmul":
+        self.size = size
+        self.a, self.b = (torch.randn(size, size, device=self.device).to(self.dtype) for _ in range(2))
+        # Bursts of 4 GFLOP on a CPU, 10 TFLOP on a GPU: long against the timer, short against a step.
+        self.calls = max(1, round((1e13 if self.device.type == "cuda" else 4e9) / (2 * size**3)))
+        return self
+
+    def rate(self) -> float:
+        """FLOP/s, the best of three bursts."""
+        timing = take_turns({"": self}, self.device, repeats=3)[""]
+        if timing.error is not None:
+            raise timing.error
+        return self.see(timing)
+
+    def see(self, timing: Timing) -> float:
+        """The best rate of some timed calls, kept in ``best`` if it is the highest so far."""
+        rate = self.flops / min(timing.seconds)
+        self.best = max(self.best, rate)
+        return rate
+
+    def __call__(self, index: int = 0) -> None:
+        for _ in range(self.calls):
+            torch.mm(self.a, self.b)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one call."""
+        return self.calls * 2 * self.size**3
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind ``tensors``, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def module_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def peak_bytes(step: Callable[[int], object], device: torch.device) -> int:
+    """Bytes that one call of ``step`` adds to what was allocated before it, at its highest point."""
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(0)
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step(0)
+    held = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what C++ writes to stderr: the profiler greets, and warns of every block older than itself."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -1,0 +1,138 @@
+"""Providers: the same model, made by different code, on the same weights.
+
+``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
+``torch.compile`` (the whole forward), ``official`` the code of a checkout. A provider and its compiled form
+share one module.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import official
+from mdt_fast import doctor
+from mdt_fast.config import PRESETS, ModelConfig
+from mdt_fast.errors import UserError, nearest
+from mdt_fast.models import zoo
+
+NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "official")
+MASK_RATIO = 0.3
+DECODE_LAYERS = {"MDTv2_S_2": 6}
+"""Where the published recipe differs from the constructor's default."""
+
+
+class Skip(Exception):
+    """A provider that cannot run here; the message says why."""
+
+
+def model_config(name: str) -> ModelConfig:
+    """The published recipe of a factory (mask ratio 0.3), or a preset's model; ``UserError`` if unknown."""
+    if name in PRESETS:
+        return PRESETS[name].model
+    if name not in zoo.FACTORIES:
+        known = [*zoo.FACTORIES, *PRESETS]
+        raise UserError(f"--model: unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    if name.startswith("DiT"):
+        return zoo.model_config(name)
+    overrides: dict[str, Any] = {"mask_ratio": MASK_RATIO}
+    if name in DECODE_LAYERS:
+        overrides["decode_layer"] = DECODE_LAYERS[name]
+    return zoo.model_config(name, **overrides)
+
+
+def make_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Initial weights, seeded, but with noise where they would be zero.
+
+    A fresh model outputs zero whatever it computes; the comparison of providers would see nothing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = zoo.build_model(config, implementation="reference")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+    return module.state_dict()
+
+
+class Modules:
+    """One module per implementation, made when first asked for, on ``device``, with the shared weights."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, checkout: official.Official | None):
+        self.config, self.device, self.checkout = config, device, checkout
+        self.weights = make_weights(config)
+        self._made: dict[str, nn.Module] = {}
+
+    def get(self, implementation: str) -> nn.Module:
+        """The module, its weights set back to the shared ones. Raises ``Skip`` if it cannot exist here."""
+        if implementation not in self._made:
+            self._made[implementation] = self._build(implementation).to(self.device)
+        module = self._made[implementation]
+        module.load_state_dict(self.weights)
+        return module
+
+    def _build(self, implementation: str) -> nn.Module:
+        if implementation != "official":
+            return zoo.build_model(self.config, implementation=implementation)
+        if self.checkout is None:
+            raise Skip("no checkout of the official code given (--official PATH)")
+        try:
+            return official.build(self.checkout, self.config)
+        except UserError as error:
+            raise Skip(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A name, the module behind it, and how its two entry points are called."""
+
+    name: str
+    module: nn.Module
+    forward: Callable[..., Tensor]
+    forward_with_cfg: Callable[..., Tensor]
+
+    @property
+    def compiled(self) -> bool:
+        return self.name.endswith("-compiled")
+
+    @property
+    def implementation(self) -> str:
+        return self.name.removesuffix("-compiled")
+
+
+def make(name: str, modules: Modules) -> Provider:
+    """The provider ``name``. Raises ``Skip`` with the reason if it cannot run here."""
+    if name.endswith("-compiled") and (reason := compile_obstacle(modules.device)):
+        raise Skip(reason)
+    module = modules.get(name.removesuffix("-compiled"))
+    if not name.endswith("-compiled"):
+        return Provider(name, module, module, module.forward_with_cfg)
+    return Provider(name, module, torch.compile(module), torch.compile(module.forward_with_cfg))
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why ``torch.compile`` cannot work on ``device``, or None."""
+    if device.type == "cpu" and doctor.cpp_compiler() is None:
+        return (
+            "torch.compile on the CPU needs a C++ compiler, and neither g++ nor clang++ was found (see CXX)"
+        )
+    if device.type == "cuda" and doctor.distribution_version("triton") is None:
+        return "torch.compile on a GPU needs triton, which is not installed"
+    return None
+
+
+def load_checkout(path: Path | None) -> official.Official | None:
+    return None if path is None else official.load(path)
+
+
+def check_names(names: list[str]) -> None:
+    """``UserError`` for a provider that does not exist."""
+    for name in names:
+        if name not in NAMES:
+            raise UserError(
+                f"--providers: unknown provider {name!r}{nearest(name, NAMES)}; known: {', '.join(NAMES)}"
+            )

@@ -1,0 +1,285 @@
+"""One case from start to rows: build the providers, compare, warm up, time them in turns, measure memory."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import flops
+from inputs import Inputs, len_keeps
+from mdt_fast.errors import UserError
+from measure import Matmul, Spread, Timing, peak_bytes, spread, take_turns
+from providers import Modules, Provider, Skip, make
+from rows import RowFile
+from steps import SAMPLING_STEPS, Case, SampleStep, Step, TrainStep, disagreement
+
+WARM_UP = 2
+"""Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
+
+MAX_INNER_SECONDS = 0.1
+PERIOD = 16
+"""Numbers of kept tokens before they repeat."""
+
+
+@dataclass
+class Result:
+    """What is known of one provider in one case; spreads are (p20, p50, p80)."""
+
+    provider: str
+    note: str = ""
+    compile_s: float | None = None
+    img_per_s: Spread | None = None
+    ms: Spread | None = None
+    tflop_per_s: Spread | None = None
+    peak_share: float | None = None
+    peak_bytes: int | None = None
+    ratio: float | None = None
+    executed: float | None = None
+
+
+@dataclass
+class CaseResult:
+    case: Case
+    results: list[Result]
+    repeats: int = 0
+    inner: int = 1
+    gflop_per_image: float = 0.0
+    peak: float = 0.0
+    matmul_size: int = 0
+
+
+class Session:
+    """What all cases of a run share."""
+
+    def __init__(self, rows: RowFile, say: Callable[[str], None], probe: Matmul | None = None):
+        self.rows, self.say = rows, say
+        self.matmuls = {} if probe is None else {probe.dtype: probe}
+
+    def run(
+        self,
+        case: Case,
+        names: Sequence[str],
+        modules: Modules,
+        inputs: Inputs,
+        *,
+        repeats: int,
+        inner: int | None,
+        deadline: float,
+        skipped: dict[str, str],
+    ) -> CaseResult:
+        """Measure ``names`` and write their rows. ``skipped``: those left out beforehand, with the reason."""
+        torch._dynamo.reset()
+        found = {name: Result(name) for name in (*names, *skipped)}
+        for name, reason in skipped.items():
+            self.give_up(case, found[name], "skipped", reason)
+        steps = self.agreeing(case, names, modules, inputs, found, deadline)
+        result = CaseResult(case, list(found.values()))
+        if not steps:
+            return result
+        if case.dtype not in self.matmuls:
+            self.matmuls[case.dtype] = Matmul(case.device, case.dtype)
+        matmul = self.matmuls[case.dtype]
+        result.matmul_size = matmul.size
+
+        self.say(f"{case.title}: warming up")
+        slowest = self.warm_up(case, steps, found)
+        turns: dict[str, Callable[[int], object]] = {**steps, "matmul": matmul}
+        if inner is None:
+            inner = max(1, min(20, int(MAX_INNER_SECONDS / slowest))) if case.device.type == "cuda" else 1
+        result.inner = inner
+        self.say(f"{case.title}: timing {', '.join(steps)} in turns")
+        # Memory is measured after the timing, and takes about two rounds.
+        timings = take_turns(
+            turns, case.device, repeats=repeats, inner=inner, deadline=deadline - 2 * slowest * len(steps)
+        )
+        if timings["matmul"].error is None:
+            matmul.see(timings["matmul"])
+        result.peak = matmul.best / 1e12
+        rate = [matmul.flops / s / 1e12 for s in timings["matmul"].seconds]
+        self.rows.add(
+            spread(rate) if rate else (None, result.peak, None),
+            bench="throughput",
+            op="matmul",
+            provider="torch",
+            mode="fwd",
+            shape=[matmul.size] * 3,
+            dtype=case.dtype_name,
+            metric="tflop_per_s",
+            unit="TFLOP/s",
+            switches={},
+            note=f"best of the run: {result.peak:.4g}",
+        )
+        for name, step in steps.items():
+            if timings[name].error is not None:
+                self.give_up(case, found[name], "failed", _one_line(timings[name].error))
+                continue
+            result.repeats = len(timings[name].seconds)
+            self.evaluate(case, step, timings[name], inner, result, found)
+        self.say(f"{case.title}: measuring memory")
+        for name, step in steps.items():
+            if found[name].ms is not None:
+                self.memory(case, step, found[name])
+        return result
+
+    def agreeing(
+        self,
+        case: Case,
+        names: Sequence[str],
+        modules: Modules,
+        inputs: Inputs,
+        found: dict[str, Result],
+        deadline: float,
+    ) -> dict[str, Step]:
+        """The steps of all providers that can run here and agree with the reference."""
+        steps: dict[str, Step] = {}
+        reference = self.step(case, make("reference", modules), inputs, steps)
+        expected = reference.outcome()
+        for name in names:
+            if name == "reference":
+                steps[name] = reference
+                continue
+            if name.endswith("-compiled") and time.monotonic() > deadline:
+                self.give_up(
+                    case, found[name], "skipped", "the time limit was reached before it was compiled"
+                )
+                continue
+            start = time.perf_counter()
+            try:
+                provider = make(name, modules)
+                if provider.compiled:
+                    self.say(f"{case.title}: compiling {name}")
+                step = self.step(case, provider, inputs, steps)
+                difference, problem = disagreement(step, expected)
+            except Skip as reason:
+                self.give_up(case, found[name], "skipped", str(reason))
+                continue
+            except Exception as error:
+                self.give_up(case, found[name], "failed", _one_line(error))
+                continue
+            if provider.compiled:
+                found[name].compile_s = time.perf_counter() - start
+            if problem is not None:
+                self.give_up(case, found[name], "failed", problem)
+                continue
+            self.row(case, name, "difference", "1", (None, difference, None))
+            steps[name] = step
+        return steps
+
+    def step(self, case: Case, provider: Provider, inputs: Inputs, others: dict[str, Step]) -> Step:
+        if case.mode == "sample":
+            return SampleStep(case, provider, inputs)
+        share = next((s for s in others.values() if s.provider.module is provider.module), None)
+        return TrainStep(case, provider, inputs, len_keeps(case.config, PERIOD), share)
+
+    def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> float:
+        """Run every step a few times; those that fail leave ``steps``. Seconds of the slowest one's last."""
+        slowest = 0.0
+        for name in list(steps):
+            start = time.perf_counter()
+            timing = take_turns({name: steps[name]}, case.device, repeats=WARM_UP)[name]
+            if timing.error is not None:
+                self.give_up(case, found[name], "failed", _one_line(timing.error))
+                del steps[name]
+                continue
+            if found[name].compile_s is not None:
+                found[name].compile_s += time.perf_counter() - start - WARM_UP * timing.seconds[-1]
+                self.row(case, name, "compile_s", "s", (None, found[name].compile_s, None))
+            slowest = max(slowest, timing.seconds[-1])
+        return slowest
+
+    def evaluate(
+        self, case: Case, step: Step, timing: Timing, inner: int, result: CaseResult, found: dict[str, Result]
+    ) -> None:
+        """From seconds to the table's columns, and their rows."""
+        name = step.provider.name
+        one = found[name]
+        useful = [self.useful_flops(case, step, i, inner) for i in timing.indices]
+        images = case.batch if case.mode == "train" else case.batch / SAMPLING_STEPS
+        one.ms = spread([1e3 * s for s in timing.seconds])
+        one.img_per_s = spread([images / s for s in timing.seconds])
+        one.tflop_per_s = spread([f / s / 1e12 for f, s in zip(useful, timing.seconds)])
+        result.gflop_per_image = sum(useful) / len(useful) / case.batch / 1e9
+        one.peak_share = one.tflop_per_s[1] / result.peak
+        reference = found.get("reference")
+        if reference is not None and reference.ms is not None:
+            one.ratio = reference.ms[1] / one.ms[1]
+        note = f"extrapolated to {SAMPLING_STEPS} steps" if case.mode == "sample" else None
+        self.row(case, name, "ms", "ms/step", one.ms)
+        self.row(case, name, "img_per_s", "img/s", one.img_per_s, note)
+        self.row(case, name, "tflop_per_s", "TFLOP/s", one.tflop_per_s)
+        self.row(case, name, "peak_share", "1", (None, one.peak_share, None), f"of {result.peak:.4g} TFLOP/s")
+        if one.ratio is not None:
+            self.row(case, name, "ratio", "1", (None, one.ratio, None))
+        self.executed(case, step, one, result.gflop_per_image)
+
+    def useful_flops(self, case: Case, step: Step, index: int, inner: int) -> float:
+        """Mean FLOPs that the reference needs for a step, over the ``inner`` steps from ``index`` on."""
+        if not isinstance(step, TrainStep):
+            return float(flops.sample_step(case.config).flops * case.batch)
+        lengths = [step.len_keeps[i % len(step.len_keeps)] for i in range(index, index + inner)]
+        return case.batch * sum(flops.train_step(case.config, length).flops for length in lengths) / inner
+
+    def executed(self, case: Case, step: Step, one: Result, useful_gflop: float) -> None:
+        """FLOPs that the provider itself runs, where they can be counted."""
+        implementation = step.provider.implementation
+        if implementation == "official":
+            return
+        try:
+            if isinstance(step, TrainStep):
+                length = step.len_keeps[0]
+                own = flops.train_step(case.config, length, implementation)
+                share = own.flops / flops.train_step(case.config, length).flops
+            else:
+                own = flops.sample_step(case.config, implementation)
+                share = own.flops / flops.sample_step(case.config).flops
+        except Exception as error:
+            one.note = f"executed FLOPs unknown: {_one_line(error)}"
+            return
+        if own.uncounted:
+            one.note = f"executed FLOPs unknown: no formula for {', '.join(own.uncounted)}"
+            return
+        one.executed = share
+        self.row(case, one.provider, "executed_flop_share", "1", (None, share, None))
+
+    def memory(self, case: Case, step: Step, one: Result) -> None:
+        try:
+            one.peak_bytes = step.own_bytes() + peak_bytes(step, case.device)
+        except Exception as error:
+            one.note = f"peak memory unknown: {_one_line(error)}"
+            return
+        self.row(case, one.provider, "peak_bytes", "B", (None, one.peak_bytes, None))
+
+    def give_up(self, case: Case, one: Result, metric: str, reason: str) -> None:
+        one.note = f"{metric}: {reason}"
+        self.row(case, one.provider, metric, "", (None, None, None), reason)
+
+    def row(
+        self,
+        case: Case,
+        provider: str,
+        metric: str,
+        unit: str,
+        values: tuple[float | None, float | None, float | None],
+        note: str | None = None,
+    ) -> None:
+        switches = {
+            "compile": provider.endswith("-compiled"),
+            "autocast": case.dtype == torch.bfloat16,
+            "tf32": case.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        }
+        if case.mode == "sample":
+            switches["sampler"] = case.sampler
+        said = {} if note is None else {"note": note}
+        self.rows.add(
+            values, bench="throughput", model=case.model, provider=provider, mode=case.mode, batch=case.batch,
+            dtype=case.dtype_name, metric=metric, unit=unit, switches=switches, **said,
+        )  # fmt: skip
+
+
+def _one_line(error: BaseException | None) -> str:
+    """The error's kind and the first line of its text."""
+    if isinstance(error, UserError):
+        return str(error)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300]

@@ -1,0 +1,220 @@
+"""What is timed: one training step, or one guided denoising step, with any provider's model.
+
+Around the model everything is this package's own and the same for all providers: the diffusion process, the
+optimiser, the moving average, the drawing of masks, noise and timesteps (inside the timed step, from seeds
+that depend on the step's number only).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inputs import Inputs
+from mdt_fast.config import ModelConfig, TrainConfig
+from mdt_fast.diffusion import create_diffusion
+from mdt_fast.masking import MaskPlan
+from mdt_fast.training.optim import Ema, build_optimizer
+from measure import module_tensors, storage_bytes
+from providers import Provider
+
+TRAIN_STEP = {
+    "mdtv2": "unmasked + masked pass (min-SNR 5), one backward, Adan step with gradient clipping, EMA",
+    "mdt": "unmasked + masked pass, one backward, AdamW step with gradient clipping, EMA",
+    "dit": "one pass, backward, AdamW step with gradient clipping, EMA",
+}
+SAMPLING_STEPS = 250
+CFG_SCALE = 3.8
+SAMPLE_STEP = (
+    "forward_with_cfg on 2 x batch rows (scale 3.8, power-cosine) and one {} update; "
+    "img/s is for 250 of them, extrapolated"
+)
+
+TOLERANCE = {
+    # dtype: (losses or guided output, gradient norm), relative; bfloat16 has 8 bits.
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (3e-2, 1e-1),
+}
+"""How far a provider may be from the reference in the same dtype."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: what is run, on what."""
+
+    model: str
+    config: ModelConfig
+    mode: str
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    sampler: str = "ddpm"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        half = " (autocast)" if self.dtype == torch.bfloat16 else ""
+        return f"{self.mode} · {self.model} · batch {self.batch} · {self.dtype_name}{half}"
+
+    @property
+    def step(self) -> str:
+        if self.mode == "train":
+            return TRAIN_STEP[self.config.family]
+        return SAMPLE_STEP.format(self.sampler.upper())
+
+
+class Step:
+    """A provider's step: call it with the step's number. ``outcome`` is what providers must agree on."""
+
+    def __init__(self, case: Case, provider: Provider, inputs: Inputs):
+        self.case, self.provider = case, provider
+        self.x = inputs.x_BCSS.to(case.device)
+        self.y = inputs.labels_B.to(case.device)
+
+    def model(self, call: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The model under autocast where the case is in bfloat16; float32 out."""
+        case = self.case
+        with torch.autocast(case.device.type, dtype=torch.bfloat16, enabled=case.dtype == torch.bfloat16):
+            return call(*args, **kwargs).float()
+
+    def __call__(self, index: int) -> object:
+        raise NotImplementedError
+
+    def outcome(self) -> tuple[Tensor, ...]:
+        """Results of step 0 without changing any weight, each compared by the tolerance in its place."""
+        raise NotImplementedError
+
+    def own_bytes(self) -> int:
+        """Weights and whatever else this provider keeps between steps."""
+        raise NotImplementedError
+
+
+class TrainStep(Step):
+    """The objective, its gradients, the optimiser's step and the moving average."""
+
+    def __init__(
+        self,
+        case: Case,
+        provider: Provider,
+        inputs: Inputs,
+        len_keeps: Sequence[int | None],
+        share: "TrainStep | None",
+    ):
+        super().__init__(case, provider, inputs)
+        self.len_keeps = len_keeps
+        self.module = provider.module.train()
+        family = case.config.family
+        self.diffusion = create_diffusion(
+            learn_sigma=case.config.learn_sigma, min_snr_gamma=5.0 if family == "mdtv2" else None
+        )
+        if share is not None:
+            self.optimizer, self.ema = share.optimizer, share.ema
+            return
+        recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5)
+        self.optimizer = build_optimizer(self.module.parameters(), recipe)
+        self.ema = Ema(self.module, recipe.ema_decay)
+
+    def __call__(self, index: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.stack(self.losses(index, self.y)).mean(1).sum().backward()
+        self.optimizer.step()
+        self.ema.update(self.module)
+
+    def losses(self, index: int, y: Tensor) -> list[Tensor]:
+        """Loss per image [B] of each pass."""
+        passes = [self.one_pass(2 * index, y, None)]
+        len_keep = self.len_keeps[index % len(self.len_keeps)]
+        if len_keep is not None:
+            passes.append(self.one_pass(2 * index + 1, y, len_keep))
+        return passes
+
+    def one_pass(self, seed: int, y: Tensor, len_keep: int | None) -> Tensor:
+        x, steps = self.x, self.diffusion.num_timesteps
+        torch.manual_seed(seed)
+        # Both passes of a step use the same timesteps; the noise is fresh in each.
+        t = torch.randint(steps, (len(x),), generator=torch.Generator().manual_seed(seed // 2)).to(x.device)
+        kwargs: dict[str, Any] = {"y": y}
+        noise = torch.randn_like(x)
+        if len_keep is not None:
+            tokens = torch.rand(len(x), self.case.config.grid_size**2, device=x.device)
+            kwargs |= {"enable_mask": True, "mask_plan": self.plan(tokens, len_keep)}
+        call = self.provider.forward
+        model = lambda x, t, **kw: self.model(call, x, t, **kw)  # noqa: E731
+        return self.diffusion.training_losses(model, x, t, model_kwargs=kwargs, noise=noise)["loss"]
+
+    def plan(self, noise_BL: Tensor, len_keep: int) -> MaskPlan:
+        plan = MaskPlan.from_noise(noise_BL, len_keep)
+        if self.provider.compiled:  # one graph for all lengths, from the first call on
+            for ids in (plan.ids_keep, plan.ids_mask):
+                torch._dynamo.maybe_mark_dynamic(ids, 1)
+        return plan
+
+    def outcome(self) -> tuple[Tensor, ...]:
+        # Compiled code and GPUs draw label drops from generators of their own; the null class stays itself.
+        null = torch.full_like(self.y, self.case.config.num_classes)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = torch.stack(self.losses(0, null))
+        losses.mean(1).sum().backward()
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return losses.detach().flatten().cpu(), norm.cpu()[None]
+
+    def own_bytes(self) -> int:
+        state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        return storage_bytes([*module_tensors(self.module), *module_tensors(self.ema.model), *state])
+
+
+class SampleStep(Step):
+    """One denoising step under classifier-free guidance."""
+
+    def __init__(self, case: Case, provider: Provider, inputs: Inputs):
+        super().__init__(case, provider, inputs)
+        self.module: nn.Module = provider.module.eval()
+        self.diffusion = create_diffusion(str(SAMPLING_STEPS), learn_sigma=case.config.learn_sigma)
+        noise = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(0)).to(case.device)
+        self.z = torch.cat([noise, noise])
+        self.classes = torch.cat([self.y, torch.full_like(self.y, case.config.num_classes)])
+        self.update = self.diffusion.p_sample if case.sampler == "ddpm" else self.diffusion.ddim_sample
+
+    @torch.no_grad()
+    def __call__(self, index: int) -> Tensor:
+        torch.manual_seed(index)
+        t = torch.full((len(self.z),), index * 37 % SAMPLING_STEPS, device=self.z.device)
+        call = self.provider.forward_with_cfg
+        model = lambda x, t, **kw: self.model(call, x, t, **kw)  # noqa: E731
+        kwargs = {"y": self.classes, "cfg_scale": CFG_SCALE}
+        return self.update(model, self.z, t, clip_denoised=False, model_kwargs=kwargs)["sample"]
+
+    @torch.no_grad()
+    def outcome(self) -> tuple[Tensor, ...]:
+        """The guided output at a timestep where the guidance weight is about 2 (samples are mostly input)."""
+        t = torch.full((len(self.z),), 200, device=self.z.device)
+        kwargs = {"cfg_scale": CFG_SCALE}
+        guided = self.model(self.provider.forward_with_cfg, self.z, t, self.classes, **kwargs)
+        return (guided[: len(self.x)].flatten().cpu(),)
+
+    def own_bytes(self) -> int:
+        return storage_bytes(module_tensors(self.module))
+
+
+def disagreement(step: Step, expected: Sequence[Tensor]) -> tuple[float, str | None]:
+    """The largest relative difference to the reference's ``outcome``, and why it is too large (or None).
+
+    Each is the norm of the difference against the norm of the reference's.
+    """
+    worst, problem = 0.0, None
+    limits = TOLERANCE[step.case.dtype]
+    names = ("losses", "gradient norm") if step.case.mode == "train" else ("guided output",)
+    for name, limit, got, want in zip(names, limits, step.outcome(), expected):
+        relative = float((got - want).norm() / want.norm())
+        worst = max(worst, relative)
+        if not relative <= limit and problem is None:
+            problem = (
+                f"disagrees with the reference: {name} off by {relative:.1e} relative, allowed {limit:.0e}"
+            )
+    return worst, problem

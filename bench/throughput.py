@@ -1,0 +1,102 @@
+"""Throughput of training and sampling: this package against the reference, in one run on one machine.
+
+    python bench/throughput.py                      picks sizes for about three minutes, and says why
+    python bench/throughput.py --model MDTv2_XL_2 --batch 32 --dtype bfloat16 --mode train --json rows.jsonl
+
+A training step is the two-pass objective (all tokens, and kept tokens only), one backward, the optimiser's
+step and the moving average; a sampling step is one guided denoising step. All providers get the same
+weights, images, masks and noise, must agree with the reference before they are timed, and then take turns.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+
+import inputs
+import plan
+import plots
+import providers
+import tables
+from mdt_fast.errors import UserError
+from request import Request, parser
+from rows import RowFile, machine
+from session import CaseResult, Session
+from steps import Case
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    rows = None
+    try:
+        args = parser().parse_args(argv)
+        started = time.monotonic()
+        request = Request(args)
+        command = shlex.join(["python", "bench/throughput.py", *argv])
+        rows = RowFile(args.json, machine(request.device, command))
+        if args.plot is not None:
+            plots.check_target(args.plot)
+        measured = run(request, rows, started)
+        if args.plot is not None:
+            drawn = plots.draw(rows.rows, args.plot)
+            print(f"picture: {args.plot}" if drawn else "no picture: nothing was measured")
+        where = f" appended to {args.json}" if args.json else ", not kept (--json FILE keeps them)"
+        print(f"{len(rows.rows)} rows{where}")
+        return 0 if measured else 1
+    except UserError as error:
+        print(f"throughput: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = (
+            f"{len(rows.rows)} rows so far are in {rows.path}" if rows and rows.path else "no rows were kept"
+        )
+        print(f"throughput: interrupted; {kept}", file=sys.stderr)
+        return 130
+
+
+def run(request: Request, rows: RowFile, started: float) -> bool:
+    """Plan, measure and print; True if any provider was measured."""
+    console = Console(width=max(100, Console().width))
+    picked = plan.pick(request)
+    for line in picked.reasons:
+        console.print(line, highlight=False, markup=False)
+    if request.checkout is not None:
+        print(f"official: {request.checkout.module.__file__}, with {request.checkout.timm}")
+    cases = [
+        Case(model, config, mode, batch, dtype, request.device, request.sampler)
+        for model, config in picked.models.items()
+        for mode in request.modes
+        for dtype in request.dtypes
+        for batch in picked.batches
+    ]
+    end = started + picked.time_limit
+    results: list[CaseResult] = []
+    made: dict[str, providers.Modules] = {}
+    with Console(stderr=True).status("starting") as status:
+        session = Session(rows, status.update, picked.probe)
+        for number, case in enumerate(cases):
+            if case.model not in made:
+                made = {case.model: providers.Modules(case.config, case.device, request.checkout)}
+            images = inputs.load(request.data, case.config, case.batch)
+            now = time.monotonic()
+            deadline = now + max(0.0, end - now) / (len(cases) - number)
+            result = session.run(
+                case,
+                picked.providers[case.mode],
+                made[case.model],
+                images,
+                repeats=picked.repeats,
+                inner=request.inner,
+                deadline=deadline,
+                skipped=picked.skipped[case.mode],
+            )
+            results.append(result)
+            tables.show(console, result, images.what)
+    return any(one.ms is not None for result in results for one in result.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

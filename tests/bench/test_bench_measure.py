@@ -1,0 +1,69 @@
+"""Turns, quantiles, memory."""
+
+import time
+
+import pytest
+import torch
+
+from measure import Matmul, peak_bytes, spread, storage_bytes, take_turns
+
+CPU = torch.device("cpu")
+
+
+def test_providers_take_turns_with_the_same_indices() -> None:
+    calls: list[tuple[str, int]] = []
+    steps = {name: lambda i, name=name: calls.append((name, i)) for name in "ab"}
+    timings = take_turns(steps, CPU, repeats=2, inner=2)
+    assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3), ("b", 2), ("b", 3)]
+    assert [len(timings[name].seconds) for name in "ab"] == [2, 2]
+    assert timings["a"].indices == [0, 2]
+
+
+def test_one_that_fails_drops_out_and_the_others_go_on() -> None:
+    def fail(index: int) -> None:
+        if index == 1:
+            raise RuntimeError("no more memory")
+
+    timings = take_turns({"bad": fail, "good": lambda i: None}, CPU, repeats=4)
+    assert str(timings["bad"].error) == "no more memory"
+    assert len(timings["bad"].seconds) == 1
+    assert len(timings["good"].seconds) == 4
+
+
+def test_no_round_begins_after_the_deadline_but_the_first() -> None:
+    steps = {"a": lambda i: None, "b": lambda i: None}
+    timings = take_turns(steps, CPU, repeats=9, deadline=time.monotonic() - 1)
+    assert [len(timings[name].seconds) for name in "ab"] == [1, 1]
+
+
+def test_spread() -> None:
+    assert spread([7.0]) == (7.0, 7.0, 7.0)
+    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == pytest.approx((1.0, 2.5, 4.0))
+
+
+def test_peak_bytes_counts_what_is_held_at_once() -> None:
+    def step(index: int) -> None:
+        for _ in range(3):
+            a = torch.ones(250_000)
+            b = torch.ones(250_000)
+            del a, b
+
+    assert 2_000_000 <= peak_bytes(step, CPU) < 2_010_000
+
+
+def test_storage_is_counted_once() -> None:
+    x = torch.zeros(10)
+    assert storage_bytes([x, x[:5], x.view(2, 5), torch.zeros(1)]) == 44
+
+
+def test_matmul_keeps_its_best_rate() -> None:
+    matmul = Matmul(CPU, torch.float32)
+    best = matmul.best
+    assert best > 0
+    assert matmul.rate() <= matmul.best
+    assert matmul.best >= best
+
+
+def test_speed_of_a_small_matmul(benchmark) -> None:
+    a = torch.randn(64, 64)
+    benchmark(torch.mm, a, a)

@@ -1,0 +1,124 @@
+"""Rows: their keys, their file, and the tables and pictures made from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import plots
+import report
+from mdt_fast.errors import UserError
+from rows import KEYS, RowFile, commit, machine, read
+
+COMMON = machine(torch.device("cpu"), "python bench/throughput.py")
+README = f"# title\n\n{report.BEGIN}\nold\n{report.END}\nend\n"
+
+
+def fields(**changes: object) -> dict:
+    row = {
+        "bench": "throughput",
+        "model": "digits",
+        "provider": "fast",
+        "mode": "train",
+        "batch": 4,
+        "dtype": "float32",
+        "metric": "ms",
+        "unit": "ms/step",
+        "switches": {},
+    }
+    return row | changes
+
+
+def case_rows(path: Path, **changes: object) -> list[dict]:
+    file = RowFile(path, COMMON)
+    file.add((9.0, 10.0, 11.0), **fields(**changes))
+    file.add((380.0, 400.0, 420.0), **fields(metric="img_per_s", unit="img/s", **changes))
+    file.add((None, 0.25, None), **fields(metric="peak_share", unit="1", **changes))
+    file.add((None, 2**30, None), **fields(metric="peak_bytes", unit="B", **changes))
+    return file.rows
+
+
+def test_rows_are_appended_and_have_all_keys(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    case_rows(path)
+    case_rows(path, provider="reference")
+    rows = read([path])
+    assert len(rows) == 8
+    assert all(set(KEYS) <= set(row) for row in rows)
+    assert rows[0]["p20"] == 9.0
+    assert rows[0]["time"].endswith("+00:00")
+
+
+def test_a_torn_last_line_is_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"bench": "thr')
+    RowFile(path, COMMON).add(**fields())
+    lines = path.read_text().splitlines()
+    assert lines[0] == '{"bench": "thr'
+    assert json.loads(lines[1])["provider"] == "fast"
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: not a row"):
+        read([path])
+
+
+@pytest.mark.parametrize("text", ["[]", '{"bench": "throughput"}', "nonsense"])
+def test_what_is_not_a_row_is_named_by_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"\n{text}\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not a row"):
+        read([path])
+
+
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--json: cannot write"):
+        RowFile(tmp_path / "no" / "such" / "folder.jsonl", COMMON)
+    with pytest.raises(UserError, match="cannot read"):
+        read([tmp_path / "missing.jsonl"])
+
+
+def test_no_commit_outside_of_git(tmp_path: Path) -> None:
+    assert commit(tmp_path) is None
+
+
+def test_table_has_numbers_and_origin(tmp_path: Path) -> None:
+    text = report.markdown(case_rows(tmp_path / "rows.jsonl"))
+    assert "| train | digits, 4, float32 | `fast` | 400 | 10 (9-11) | 25% | 1.00 GiB |" in text
+    for origin in (COMMON["device"], COMMON["torch"], "`python bench/throughput.py`"):
+        assert origin in text
+
+
+def test_the_latest_measurement_counts(tmp_path: Path) -> None:
+    rows = case_rows(tmp_path / "rows.jsonl")
+    newer = [{**row, "p50": 2 * row["p50"]} for row in rows]
+    assert "| 800 | 20 " in report.markdown(rows + newer)
+
+
+def test_readme_between_the_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case_rows(tmp_path / "rows.jsonl")
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert report.main([str(tmp_path / "rows.jsonl"), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("# title\n\n<!-- bench:begin -->\n| mode |")
+    assert text.endswith("<!-- bench:end -->\nend\n")
+    assert "old" not in text
+    readme.write_text("no markers")
+    assert report.main([str(tmp_path / "rows.jsonl"), "--readme", str(readme)]) == 2
+    assert "lacks the markers" in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
+def test_picture(tmp_path: Path) -> None:
+    rows = case_rows(tmp_path / "rows.jsonl")
+    assert plots.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not plots.draw([row for row in rows if row["metric"] == "ms"], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_picture_target(tmp_path: Path) -> None:
+    plots.check_target(tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+    for bad in (tmp_path / "picture.jpg", tmp_path / "no" / "picture.png"):
+        with pytest.raises(UserError, match="--plot"):
+            plots.check_target(bad)
