@@ -1,0 +1,58 @@
+# Each target sets up its own environment in .venv first: Python 3.11+ and a C++ compiler are all it needs.
+# Another Python: make PYTHON=/path/to/python3.12 test
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?=
+RUN ?= runs/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test digits lint format types clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+bench: $(READY) ## measure training and sampling throughput on this machine (about three minutes)
+	$(BIN)/python bench/throughput.py
+
+test: lint types ## lint, types and all tests, with the slowest and the skipped listed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels
+	$(BIN)/python -m pytest -ra --durations=10 -m "not interpreter"
+
+digits: $(READY) ## train a small MDTv2 on handwritten digits, then sample from it (RUN=runs/digits)
+	$(BIN)/mdt-fast train --preset digits --out $(RUN)
+	$(BIN)/mdt-fast sample $(RUN)
+
+lint: $(READY) ## ruff: rules and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(READY) ## ruff: put it right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(READY) ## mypy: the package, then the kernel rooms
+	$(BIN)/mypy
+	$(BIN)/mypy kernels
+
+clean: ## remove the environment, caches and build output (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@for compiler in "$$CXX" c++ g++ clang++; do \
+	    if command -v "$$compiler" >/dev/null 2>&1; then break; fi; compiler=; \
+	done; \
+	[ -n "$$compiler" ] || { echo "make: no C++ compiler found (tried \$$CXX, c++, g++, clang++)" >&2; exit 1; }
+	@for python in "$(PYTHON)" $(if $(PYTHON),,python3.11 python3 python3.12 python3.13 python3.14 python); do \
+	    if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then break; fi; python=; \
+	done; \
+	[ -n "$$python" ] || { echo "make: no Python 3.11 or later with its venv module found;" \
+	    "name one with PYTHON=/path/to/python" >&2; exit 1; }; \
+	echo "setting up $(VENV) with $$($$python --version)"; \
+	"$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,60 @@
+"""The documents: what they tell a user to type works, links lead somewhere, places to fill in are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdt_fast import MDTv2, cli, write_weights
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")])
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^mdt-fast ([^#\n]*)", README, re.MULTILINE)
+SMALL = {"depth": 6, "hidden_size": 32, "num_heads": 2}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_readme_has_one_place_for_the_bench_table() -> None:
+    assert re.findall(r"<!-- bench:(\w+) -->", README) == ["begin", "end"]
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?:^|`)make ([a-z]+)\b", document.read_text(), re.MULTILINE))
+        assert named <= targets, f"{document.name} names make targets that do not exist"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_parse(command: str) -> None:
+    assert cli.parse(shlex.split(command)).command == command.split()[0]
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drop-in example as printed, but for a small model and three steps."""
+    monkeypatch.chdir(tmp_path)
+    write_weights("official.pt", MDTv2(mask_ratio=0.3, decode_layer=4, **SMALL).state_dict())
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    small = "".join(f"{key}={value}, " for key, value in SMALL.items())
+    for printed, run in [
+        ("import MDTv2_XL_2", "import MDTv2"),
+        ("MDTv2_XL_2(", f"MDTv2({small}"),
+        ("250", "3"),
+    ]:
+        assert printed in code
+        code = code.replace(printed, run)
+    names: dict[str, object] = {}
+    exec(code, names)
+    latents = names["latents"]
+    assert isinstance(latents, torch.Tensor)
+    assert latents.shape == (2, 4, 32, 32)
+    assert latents.isfinite().all()
