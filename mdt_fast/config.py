@@ -238,7 +238,10 @@ PRESETS: dict[str, RunConfig] = {
         ),
         data=DataConfig(source="digits", image_size=8, channels=1),
         diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
-        train=TrainConfig(steps=1000, batch_size=128, optimizer="adan", lr=1e-3, warmup_steps=50, ema_decay=0.99),
+        train=TrainConfig(
+            steps=1100, batch_size=64, optimizer="adamw", lr=3e-3, warmup_steps=50, ema_decay=0.995, save_every=275,
+        ),
+        sample=SampleConfig(scale_pow=None),
     ),
     # Any folder of images in pixel space at a size a CPU can still train.
     "images": RunConfig(

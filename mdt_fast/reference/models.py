@@ -218,3 +218,15 @@ class DiT(_Transformer):
         for block in self.blocks:
             x = block(x, c)
         return self.image(x, c)
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float | None = None,
+        diffusion_steps: int = 1000,
+        scale_pow: float | None = None,
+    ) -> Tensor:
+        """As in MDT, but the guidance weight is ``cfg_scale`` at every t unless ``scale_pow`` is given."""
+        return super().forward_with_cfg(x, t, y, cfg_scale, diffusion_steps, scale_pow)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdt_fast import DiT, MaskPlan, MDTv2, from_reference, reference
+from mdt_fast import DiT, MaskPlan, MDTv2, from_reference, models, reference
 from tolerances import FLOAT32, FLOAT64, relative_error
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def test_compiles_without_graph_breaks(cls: Any) -> None:
     assert relative_error(compiled(x, t, y), model(x, t, y)) < FLOAT32
 
 
-def test_half_the_second_half_is_ignored_by_guidance() -> None:
+def test_guidance_ignores_the_second_half_of_the_input() -> None:
     _, fast = pair("mdtv2", torch.float32, **SHAPES["head 64"])
     x, t, y = torch.randn(4, 4, 16, 16), torch.full((4,), 300), torch.tensor([1, 2, 10, 10])
     other = torch.cat([x[:2], torch.randn(2, 4, 16, 16)])
@@ -152,3 +152,17 @@ def test_few_channels_never_guide_the_variance(channels: int) -> None:
         raw = model(x[:1].repeat(2, 1, 1, 1), t, y)
     assert torch.equal(guided[:, channels:], raw[:, channels:])
     assert not torch.equal(guided[:, :channels], raw[:, :channels])
+
+
+@pytest.mark.parametrize("module", [models, reference], ids=["fast", "reference"])
+def test_dit_guides_by_a_constant(module: Any) -> None:
+    model = module.DiT(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=10).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([900, 900]), torch.tensor([1, 10])
+    with torch.no_grad():
+        cond, uncond = model(torch.cat([x[:1], x[:1]]), t, y).chunk(2)
+        guided = model.forward_with_cfg(x, t, y, 3.0)
+        scheduled = model.forward_with_cfg(x, t, y, 3.0, scale_pow=4.0)
+    assert relative_error(guided[:1, :3], uncond[:, :3] + 3.0 * (cond - uncond)[:, :3]) < FLOAT32
+    assert relative_error(scheduled[:1, :3], guided[:1, :3]) > 0.01

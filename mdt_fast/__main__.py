@@ -1,0 +1,7 @@
+"""``python -m mdt_fast`` is ``mdt-fast``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,172 @@
+"""Labelled images: a folder of files, or scikit-learn's handwritten digits (no download).
+
+A set answers two questions: which class is sample i, and what are its pixels. Everything random
+(order, flips, random crops) is decided by ``loader.py``, so that a resumed run sees the same batches.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..config import DataConfig
+from ..errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+
+
+class ImageSet(Protocol):
+    """What the loader needs of a data set."""
+
+    labels: np.ndarray  # [N] int64
+    classes: tuple[str, ...]  # class names by index
+    in_memory: bool  # True: nothing to decode, so nothing to prefetch
+
+    def load(self, index: int, rng: random.Random) -> np.ndarray:
+        """Sample ``index`` as [C, S, S] float32 in [-1, 1]; ``rng`` serves random crops only."""
+        ...
+
+
+def open_images(config: DataConfig) -> ImageSet:
+    """The set that ``config.source`` names: ``digits`` or a folder. Raises ``UserError`` if it cannot."""
+    if config.image_size < 1:
+        raise UserError(f"data.image_size: must be at least 1, got {config.image_size}")
+    if config.source == "digits":
+        return Digits(config)
+    if not config.source:
+        raise UserError("data.source: no images given; pass --data DIR, or --preset digits")
+    return ImageFolder(config)
+
+
+class Digits:
+    """scikit-learn's digits: 1,797 grey images of 8x8 pixels, values 0..16 mapped to [-1, 1], labels 0..9."""
+
+    in_memory = True
+
+    def __init__(self, config: DataConfig):
+        if config.image_size != 8 or config.channels != 1:
+            raise UserError(
+                f"data: the digits are 8x8 with 1 channel, got image_size={config.image_size}, "
+                f"channels={config.channels}"
+            )
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UserError(
+                f"the digits come with scikit-learn, which cannot be imported ({error}); install it with "
+                "pip install 'mdt-fast[train]'"
+            ) from None
+        digits = load_digits()
+        self.images = (digits.images[:, None] / 8 - 1).astype(np.float32)
+        self.labels = digits.target.astype(np.int64)
+        self.classes = tuple(str(digit) for digit in range(10))
+
+    def load(self, index: int, rng: random.Random) -> np.ndarray:
+        return self.images[index]
+
+
+class ImageFolder:
+    """All images under a folder, sorted by path; the layout decides the classes.
+
+    Class folders (``DIR/cat/1.png``): the class is the first folder below DIR. Files lying directly in DIR:
+    the class is the file name up to its first underscore (``ClassID_ImgID.jpg``). Class indices are ranks
+    in the string-sorted set of names ("10" comes before "2"), as in the official data loader.
+    """
+
+    in_memory = False
+
+    def __init__(self, config: DataConfig):
+        root = Path(config.source)
+        self.paths = list_images(root)
+        names = [class_name(path.relative_to(root)) for path in self.paths]
+        self.classes = tuple(sorted(set(names)))
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([index[name] for name in names], dtype=np.int64)
+        self.size, self.channels, self.crop = config.image_size, config.channels, config.crop
+
+    def load(self, index: int, rng: random.Random) -> np.ndarray:
+        image = read_image(self.paths[index], self.channels)
+        crop = center_crop(image, self.size) if self.crop == "center" else random_crop(image, self.size, rng)
+        pixels_HWC = crop.reshape(self.size, self.size, self.channels)
+        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+
+
+def list_images(root: Path) -> list[Path]:
+    """Every jpg, jpeg, png and gif below ``root`` (any case), sorted; hidden ones are left out."""
+    if not root.exists():
+        raise UserError(f"data.source: no folder {str(root)!r}")
+    if not root.is_dir():
+        raise UserError(f"data.source: {str(root)!r} is a file; a folder of images is needed")
+    paths = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+    )
+    if not paths:
+        raise UserError(f"data.source: no images ({', '.join(s[1:] for s in SUFFIXES)}) in {str(root)!r}")
+    return paths
+
+
+def class_name(relative: Path) -> str:
+    """The class of a file: its top folder below the root, or else its name up to the first underscore."""
+    if len(relative.parts) > 1:
+        return relative.parts[0]
+    name, underscore, _ = relative.name.partition("_")
+    if not underscore:
+        raise UserError(
+            f"data.source: cannot tell the class of {str(relative)!r}; use class folders "
+            "(CLASS/image.png) or names like ClassID_ImgID.png"
+        )
+    return name
+
+
+def read_image(path: Path, channels: int) -> Image.Image:
+    """The first frame of a file in RGB (3 channels) or grey (1). ``UserError`` names an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB" if channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square after scaling the short side to ``size`` (S): uint8 [S, S] or [S, S, 3].
+
+    Halved with a box filter while the short side is at least twice ``size``, then bicubic, as the official
+    data loader does. Smaller images are enlarged.
+    """
+    pixels = _short_side_to(image, size)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def random_crop(image: Image.Image, size: int, rng: random.Random) -> np.ndarray:
+    """A random square of 80 to 100% of the short side, scaled to ``size`` (S): uint8 [S, S] or [S, S, 3]."""
+    short_side = rng.randrange(size, math.ceil(size / 0.8) + 1)
+    pixels = _short_side_to(image, short_side)
+    top = rng.randrange(pixels.shape[0] - size + 1)
+    left = rng.randrange(pixels.shape[1] - size + 1)
+    return pixels[top : top + size, left : left + size]
+
+
+def _short_side_to(image: Image.Image, short_side: int) -> np.ndarray:
+    while min(image.size) >= 2 * short_side:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = short_side / min(image.size)
+    new_size = round(image.width * scale), round(image.height * scale)
+    return np.asarray(image.resize(new_size, resample=Image.Resampling.BICUBIC))
+
+
+def check_classes(classes: Sequence[str], num_classes: int) -> None:
+    """``UserError`` if the data has more classes than the model has label rows."""
+    if len(classes) > num_classes:
+        raise UserError(
+            f"model.num_classes: the data has {len(classes)} classes, the model only {num_classes}; "
+            f"use --set model.num_classes={len(classes)}"
+        )

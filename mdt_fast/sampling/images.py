@@ -1,0 +1,98 @@
+"""Images out: bytes, a grid by class, the ``.npz`` that evaluators read, single files."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..errors import UserError
+
+CELL = 56  # pixels that a small image is enlarged to, at least
+MAX_ROWS, MAX_COLUMNS = 24, 20
+BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[N, C, S, S] in [-1, 1] to uint8 [N, S, S, C]: ``((x + 1) * 127.5).clamp(0, 255)``, truncated."""
+    pixels = ((images + 1) * 127.5).clamp(0, 255)
+    return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
+
+
+def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
+    """One row per class, its name in front; small images are enlarged by whole pixels (nearest).
+
+    The first 24 classes that occur and their first 20 images are shown.
+    """
+    rows = {label: images_NHWC[np.asarray(labels) == label] for label in sorted(set(labels))[:MAX_ROWS]}
+    side = images_NHWC.shape[1]
+    cell = side * max(1, -(-CELL // side))
+    gap = max(2, cell // 14)
+    columns = min(MAX_COLUMNS, max(len(row) for row in rows.values()))
+    font = ImageFont.load_default(size=max(14, min(cell // 2, 28)))
+    names = {label: _short(classes[label] if label < len(classes) else str(label)) for label in rows}
+    margin = 2 * gap + round(max(font.getlength(name) for name in names.values()))
+    sheet = Image.new(
+        "RGB", (margin + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap), BACKGROUND
+    )
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, row) in enumerate(rows.items()):
+        top = gap + i * (cell + gap)
+        draw.text((margin - gap, top + cell // 2), names[label], fill=INK, font=font, anchor="rm")
+        for j, pixels in enumerate(row[:columns]):
+            enlarged = _picture(pixels).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(enlarged.convert("RGB"), (margin + gap + j * (cell + gap), top))
+    return sheet
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG aside and rename it into place."""
+    _aside(path, lambda file: picture.save(file, format="PNG"))
+
+
+def save_npz(path: Path, images_NHWC: np.ndarray, labels: Sequence[int]) -> None:
+    """``arr_0`` uint8 [N, S, S, C] and ``arr_1`` int64 [N], as in the ADM evaluator's sample files."""
+    arrays = (images_NHWC, np.asarray(labels, dtype=np.int64))
+    _aside(path, lambda file: np.savez(file, *arrays))
+
+
+def save_pngs(folder: Path, images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
+    """One file per image, ``CLASS_000012.png``: a folder that ``mdt-fast train --data`` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (pixels, label) in enumerate(zip(images_NHWC, labels)):
+        name = (classes[label] if label < len(classes) else str(label)).replace("_", "-").replace("/", "-")
+        save_picture(folder / f"{name}_{i:06d}.png", _picture(pixels))
+
+
+def check_writable(path: Path) -> None:
+    """``UserError`` now, rather than after the samples are drawn, if ``path`` cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; a file name is needed")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {str(path)!r}: no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}")
+
+
+def _aside(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _picture(pixels_HWC: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
+
+
+def _short(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -1,0 +1,137 @@
+"""What a run records: ``metrics.jsonl``, one row per interval, and ``loss.png`` made from it.
+
+Steps are kept on the device and read once per interval. A row averages all steps since the row before it.
+Rows are written at every ``log_every`` steps and at every checkpoint, so a resumed run writes the same rows
+again.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+QUARTILES = 4
+
+
+class NonFiniteLossError(UserError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+class Metrics:
+    """Collects steps and appends rows. Opening at ``step`` drops rows of later steps (of a killed run)."""
+
+    def __init__(self, path: Path, *, step: int, num_timesteps: int, batch_size: int):
+        self.path, self.num_timesteps, self.batch_size = path, num_timesteps, batch_size
+        self._terms: list[dict[str, Tensor]] = []
+        self._timesteps: list[Tensor] = []
+        self._grad_norms: list[Tensor] = []
+        self._began = time.perf_counter()
+        if path.exists():
+            _keep_rows(path, step)
+
+    def add(self, terms: dict[str, Tensor], t: Tensor, grad_norm: Tensor) -> None:
+        """One step: loss terms [B] by name, timesteps [B], and the gradient norm before clipping."""
+        self._terms.append({name: values.detach().float() for name, values in terms.items()})
+        self._timesteps.append(t)
+        self._grad_norms.append(grad_norm)
+
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """Average the steps since the last row, append the row of ``step`` to the file and return it.
+
+        Each loss term also comes by quarter of the timesteps, ``_q0`` (least noise) to ``_q3``, where there
+        were samples. Raises ``NonFiniteLossError``, naming the first bad step, before anything is written.
+        """
+        count = len(self._terms)
+        if count == 0:
+            return {}
+        timesteps = torch.stack(self._timesteps).cpu()
+        terms = {name: torch.stack([t[name] for t in self._terms]).cpu() for name in self._terms[0]}
+        grad_norms = torch.stack(self._grad_norms).float().cpu()
+        for i in range(count):
+            values = {name: float(term[i].mean()) for name, term in terms.items()}
+            for name, value in {**values, "grad_norm": float(grad_norms[i])}.items():
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(f"{name} is {value} at step {step - count + i + 1}")
+
+        row: dict[str, Any] = {"step": step}
+        row.update((name, float(terms[name].mean())) for name in sorted(terms, key=_loss_first))
+        quartile = timesteps * QUARTILES // self.num_timesteps
+        for name, term in terms.items():
+            for q in range(QUARTILES):
+                if (quartile == q).any():
+                    row[f"{name}_q{q}"] = float(term[quartile == q].mean())
+        seconds = time.perf_counter() - self._began
+        row.update(grad_norm=float(grad_norms.mean()), lr=lr, img_per_s=count * self.batch_size / seconds)
+        row["time"] = round(time.time(), 3)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._terms, self._timesteps, self._grad_norms = [], [], []
+        self._began = time.perf_counter()
+        return row
+
+
+def _loss_first(name: str) -> tuple[bool, bool]:
+    return name.startswith("m_"), not name.endswith("loss")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a ``metrics.jsonl``; a last line torn by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _keep_rows(path: Path, step: int) -> None:
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """The loss curve of ``metrics.jsonl`` as a PNG. ``UserError`` if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"the loss curve needs matplotlib ({error}); pip install 'mdt-fast[train]'") from None
+    rows = read_rows(metrics)
+    if not rows:
+        return
+    steps = [row["step"] for row in rows]
+    labels = {"loss": "all tokens", "m_loss": "masked"}
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for color, (name, label) in zip(("tab:blue", "tab:orange"), labels.items()):
+        if name in rows[0]:
+            values = [row[name] for row in rows]
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _smooth(values), color=color, label=label)
+    axes.set(xlabel="step", ylabel="loss per image (log scale)", yscale="log", title="Training loss")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    aside = picture.with_name(f".{picture.name}.partial")
+    figure.savefig(aside, format="png")
+    aside.rename(picture)
+
+
+def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
+    """A running mean that starts unbiased."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        smooth.append(total / weight)
+    return smooth

@@ -1,0 +1,95 @@
+"""The guided sampler: seeds, batches, guidance, errors. Its numbers are in tests/diffusion."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast.config import DiffusionConfig, ModelConfig, SampleConfig
+from mdt_fast.errors import UserError
+from mdt_fast.models.zoo import build_model
+from mdt_fast.sampling import sample, sampling_diffusion
+
+MODEL = ModelConfig(
+    family="mdtv2", input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2,
+    num_classes=10, decode_layer=0,
+)  # fmt: skip
+CONFIG = SampleConfig(steps=4, batch_size=8, seed=3)
+LABELS = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A model with weights that do something: a fresh one outputs zeros."""
+    torch.manual_seed(1)
+    model = build_model(MODEL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def draw(model: nn.Module, labels: list[int] = LABELS, *, first_index: int = 0, **changes) -> Tensor:
+    config = replace(CONFIG, **changes)
+    diffusion = sampling_diffusion(MODEL, DiffusionConfig(), config)
+    return sample(model, diffusion, labels, config, first_index=first_index)
+
+
+SAMPLERS = [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "ddpm"}]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["ddim", "ddim-eta0.7", "ddpm"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_an_image_depends_on_seed_and_index_alone(model: nn.Module, sampler: dict, cfg_scale: float) -> None:
+    whole = draw(model, cfg_scale=cfg_scale, **sampler)
+    assert (whole.shape, whole.dtype) == ((5, 1, 8, 8), torch.float32)
+    assert torch.equal(whole, draw(model, cfg_scale=cfg_scale, **sampler))
+    pieces = draw(model, cfg_scale=cfg_scale, batch_size=2, **sampler)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+    alone = draw(model, [4], first_index=2, cfg_scale=cfg_scale, **sampler)
+    torch.testing.assert_close(alone[0], whole[2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole, draw(model, cfg_scale=cfg_scale, seed=4, **sampler), atol=1e-2)
+
+
+def test_pixels_are_clipped_and_labels_and_guidance_matter(model: nn.Module) -> None:
+    whole = draw(model)
+    assert whole.abs().max() <= 1
+    assert not torch.equal(whole[0], draw(model, [2, *LABELS[1:]])[0])
+    assert torch.equal(whole[1], draw(model, [2, *LABELS[1:]])[1])
+    for other in ({"cfg_scale": 1.0}, {"cfg_scale": 4.0}, {"scale_pow": None}):
+        assert not torch.equal(whole, draw(model, **other))
+
+
+def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
+    state = torch.get_rng_state()
+    draw(model, sampler="ddpm")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes", "message"),
+    [
+        ([10], {}, r"labels: allowed are 0 to 9, got 10"),
+        ([-1], {}, r"labels: allowed are 0 to 9, got -1"),
+        (LABELS, {"steps": 0}, r"steps: allowed are 1 to 1000, got 0"),
+        (LABELS, {"steps": 1001}, r"steps: allowed are 1 to 1000, got 1001"),
+        (LABELS, {"batch_size": 0}, r"batch_size: must be at least 1, got 0"),
+        (LABELS, {"cfg_scale": float("nan")}, r"cfg_scale: must be at least 0, got nan"),
+        (LABELS, {"seed": -1}, r"seed: must be at least 0, got -1"),
+    ],
+)
+def test_impossible_settings_are_named(
+    model: nn.Module, labels: list[int], changes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(model, labels, **changes)
+
+
+def test_a_model_without_null_class_cannot_be_guided() -> None:
+    config = replace(MODEL, class_dropout_prob=0.0)
+    unguided = build_model(config)
+    diffusion = sampling_diffusion(config, DiffusionConfig(), CONFIG)
+    with pytest.raises(UserError, match="trained without label dropout"):
+        sample(unguided, diffusion, LABELS, CONFIG)
+    assert sample(unguided, diffusion, LABELS, replace(CONFIG, cfg_scale=1.0)).shape == (5, 1, 8, 8)

@@ -1,0 +1,273 @@
+"""The commands as a person uses them: a whole run, and every mistake in one line with exit code 2."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mdt_fast.cli import main
+from tiny import ARGUMENTS
+
+TINY = ["train", "--preset=digits", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=3"]
+
+DIGITS = ["train", "--out=x", "--preset=digits"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*TINY, "--steps=4", "--save-every=2", f"--out={run}"]) == 0
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    noise = np.random.default_rng(0)
+    for kind in ("cat", "dog", "owl"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for i in range(2):
+            pixels = noise.integers(0, 256, (20, 17, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that ``mdt-fast ARGUMENTS`` ends with."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mdt-fast: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("mdt-fast: error: ").rstrip("\n")
+
+
+def test_train_sample_convert_as_separate_processes(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        result = subprocess.run(
+            [sys.executable, "-m", "mdt_fast", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+
+    trained = command(*TINY, "--steps=20", "--save-every=10", "--out=run")
+    assert re.search(r"step 20/20  loss \d+\.\d+  \d+ img/s  0:00 left", trained.stderr)
+    for name in ("config.json", "metrics.jsonl", "loss.png", "samples.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_0000010", "step_0000020"]
+
+    command(
+        "sample", "run", "--num-samples=5", "--steps=3", "--cfg-scale=2", "--npz=samples.npz", "--png=pngs"
+    )
+    with np.load(tmp_path / "samples.npz") as saved:
+        assert (saved["arr_0"].shape, saved["arr_0"].dtype) == ((5, 8, 8, 1), np.uint8)
+        assert saved["arr_1"].tolist() == [0, 1, 2, 3, 4]
+        picture = np.asarray(Image.open(tmp_path / "pngs" / "2_000002.png"))
+        np.testing.assert_array_equal(picture, saved["arr_0"][2, :, :, 0])
+
+    command("convert", "run", "ema.safetensors")
+    written = load_file(tmp_path / "ema.safetensors")
+    expected = load_file(tmp_path / "run" / "checkpoints" / "step_0000020" / "ema.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in expected)
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = (
+        "import sys; from mdt_fast.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "mdt-fast train --preset digits --out runs/digits" in result.stdout
+
+
+def test_resume_and_more_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"--out={run}", "--resume=auto", "--steps=6"]) == 0
+    assert "6 steps done" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_a_folder_of_images(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        *ARGUMENTS,
+        "--steps=2",
+        "--batch-size=2",
+        "--image-size=16",
+        "--set=sample.steps=2",
+        "--device=cpu",
+    ]
+    assert main(["train", f"--data={photos}", f"--out={tmp_path / 'run'}", *options]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [config["model"][key] for key in ("num_classes", "input_size", "in_channels")] == [3, 16, 3]
+    assert (
+        main(
+            ["sample", str(tmp_path / "run"), "--labels=2", "--num-samples=2", f"--npz={tmp_path / 'x.npz'}"]
+        )
+        == 0
+    )
+    with np.load(tmp_path / "x.npz") as saved:
+        assert (saved["arr_0"].shape, saved["arr_1"].tolist()) == ((2, 16, 16, 3), [2, 2])
+
+
+@pytest.mark.parametrize("factory", ["MDTv2_S_2", "MDT_S_4", "DiT_S_8"])
+def test_dry_run_of_a_published_shape_writes_nothing(
+    factory: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert (
+        main(
+            [
+                "train",
+                f"--data={photos}",
+                f"--model={factory}",
+                "--image-size=16",
+                f"--out={out}",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert '"hidden_size": 384' in printed
+    assert "6 images in 3 classes" in printed
+    assert not out.exists()
+
+
+def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
+    one, two, three = (tmp_path / name for name in ("a.safetensors", "b.pt", "c.safetensors"))
+    assert main(["convert", str(run), str(one), "--weights=model"]) == 0
+    assert main(["convert", str(one), str(two)]) == 0
+    assert main(["convert", str(two), str(three)]) == 0
+    first, last = load_file(one), load_file(three)
+    assert all(torch.equal(first[key], last[key]) for key in first)
+    saved = load_file(run / "checkpoints" / "step_0000004" / "model.safetensors")
+    assert all(torch.equal(first[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["tarin"], "command: 'tarin' is not known (did you mean 'train'?)"),
+        (["train"], "the following arguments are required: --out"),
+        (["train", "--out=x"], "pass --preset digits or --data DIR"),
+        (["train", "--out=x", "--preset=digit"], "'digit' is not known (did you mean 'digits'?)"),
+        ([*DIGITS, "--stpes=3"], "unknown argument '--stpes' (did you mean '--steps'?)"),
+        ([*DIGITS, "--steps=many"], "argument --steps: invalid int value: 'many'"),
+        ([*DIGITS, "--steps=0"], "train.steps: must be at least 1, got 0"),
+        ([*DIGITS, "--model=MDTv2_S_3"], "unknown (did you mean 'MDTv2_S_2'?)"),
+        ([*DIGITS, "--set=model.dept=3"], "no key 'dept' in model (did you mean 'depth'?)"),
+        ([*DIGITS, "--set=modl.depth=3"], "no section 'modl' (did you mean 'model'?)"),
+        ([*DIGITS, "--set=depth"], "expected SECTION.KEY=VALUE, got 'depth'"),
+        ([*DIGITS, "--set=model.depth=deep"], "model.depth: expected int, got 'deep'"),
+        ([*DIGITS, "--set=model.patch_size=3"], "does not divide by patch_size 3"),
+        ([*DIGITS, "--image-size=16"], "the digits are 8x8"),
+        ([*DIGITS, "--device=gpu"], "'gpu' is no device"),
+        ([*DIGITS, "--device=cuda:99"], "'cuda:99' asked for"),
+        (["train", "--out=x", "--data=nowhere"], "no folder 'nowhere'"),
+        (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),
+        (["sample", "nowhere", "--npz=x.npz"], "no run or checkpoint at 'nowhere'"),
+        (["sample", "RUN", "--sampler=dimm"], "'dimm' is not known (did you mean 'ddim'?)"),
+        (["sample", "RUN", "--labels=3,x"], "--labels: class indices such as 3,7 are needed, got '3,x'"),
+        (["sample", "RUN", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),
+        (["sample", "RUN", "--num-samples=0"], "--num-samples: must be at least 1, got 0"),
+        (["sample", "RUN", "--scale-pow=high"], "--scale-pow: a number or none is needed, got 'high'"),
+        (["sample", "RUN", "--steps=2000"], "steps: allowed are 1 to 1000, got 2000"),
+        (["sample", "RUN", "--npz=none/x.npz"], "cannot write 'none/x.npz': no folder 'none'"),
+        (["convert", "RUN", "weights.bin"], "weights.bin: ends in '.bin', allowed are"),
+        (["convert", "nowhere", "x.pt"], "no run or checkpoint at 'nowhere'"),
+        (["convert", "RUN", "none/x.pt"], "folder none does not exist"),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "")[:60] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_mistakes(
+    arguments: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert message in error(capsys, *(str(trained) if word == "RUN" else word for word in arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "already holds a run; go on with --resume auto" in error(capsys, *TINY, f"--out={run}")
+    changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--lr=1", "--steps=6")
+    assert "train.lr: cannot change when a run goes on" in changed
+
+
+def test_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = run / "checkpoints" / "step_0000004" / "ema.safetensors"
+    broken.write_bytes(broken.read_bytes()[:100])
+    good = run / "checkpoints" / "step_0000002"
+    for arguments in (["sample", str(run)], ["convert", str(run), str(tmp_path / "x.pt")]):
+        message = error(capsys, *arguments)
+        assert message.startswith(f"{broken}: truncated, 100 bytes where")
+        assert str(good) in message
+    assert main(["sample", str(good), "--num-samples=1", f"--grid={tmp_path / 'grid.png'}"]) == 0
+
+
+def test_weights_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(tmp_path / "x.safetensors")
+    for name in ("torn.pt", "torn.safetensors"):
+        (tmp_path / name).write_bytes(b"torn")
+        assert name in error(capsys, "convert", str(tmp_path / name), target)
+    torch.save({"x": subprocess.run}, tmp_path / "code.pt")
+    assert "needs code from the file to be executed" in error(
+        capsys, "convert", str(tmp_path / "code.pt"), target
+    )
+    torch.save({"x": torch.ones(1)}, tmp_path / "same.pt")
+    assert "are the same file" in error(
+        capsys, "convert", str(tmp_path / "same.pt"), str(tmp_path / "same.pt")
+    )
+
+
+def test_an_out_that_is_a_file_and_an_image_that_is_none(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert "is a file; a folder is needed" in error(capsys, *TINY, f"--out={tmp_path / 'file'}")
+    (photos / "cat" / "0.png").write_bytes(b"torn")
+    options = [*ARGUMENTS, "--steps=2", "--batch-size=6", "--device=cpu"]
+    assert "cannot read image" in error(
+        capsys, "train", f"--data={photos}", f"--out={tmp_path / 'run'}", *options
+    )
+    more = [*options, "--set=model.num_classes=2"]
+    assert "3 classes, the model only 2" in error(
+        capsys, "train", f"--data={photos}", f"--out={tmp_path / 'b'}", *more
+    )
+
+
+def test_programming_errors_are_not_swallowed_and_tracebacks_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("mdt_fast.cli.parse", lambda argv: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([])
+    monkeypatch.setenv("MDT_FAST_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no run or checkpoint"):
+        main(["sample", str(tmp_path / "nowhere")])

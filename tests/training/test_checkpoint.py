@@ -1,0 +1,122 @@
+"""Checkpoints: complete or absent, refused by name when damaged, never the last good one lost."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mdt_fast.errors import UserError
+from mdt_fast.training import checkpoint, train
+from mdt_fast.training.checkpoint import DamagedCheckpointError, latest, newest_good, open_checkpoint
+from tiny import files_of, tiny
+
+FILES = ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny(), run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def edit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, edit, empty, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_works(run: Path, name: str, damage) -> None:
+    newest, before = run / "checkpoints" / "step_0000008", run / "checkpoints" / "step_0000004"
+    whole = files_of(newest)
+    damage(newest / name)
+    damaged = files_of(newest)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        train(tiny(), run, resume="auto")
+    message = str(caught.value)
+    assert message.startswith(str(newest / name))
+    assert "\n" not in message
+    assert message.endswith(f"use --resume {before}")
+    assert files_of(newest) == damaged, "refusing must not touch anything"
+    assert newest_good(run) == before
+
+    train(tiny(), run, resume=str(before))
+    assert files_of(newest) == whole
+    assert files_of(newest.with_name("superseded_step_0000008")) == damaged
+
+
+def test_an_edited_state_is_refused(run: Path) -> None:
+    file = run / "checkpoints" / "step_0000008" / "state.json"
+    state = json.loads(file.read_text())
+    state["step"] = 9
+    file.write_text(json.dumps(state))
+    with pytest.raises(DamagedCheckpointError, match=r"state.json: edited or damaged"):
+        open_checkpoint(run)
+
+
+def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(run: Path) -> None:
+    torn = run / "checkpoints" / f"{checkpoint.PARTIAL}step_0000012"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    assert latest(run) == run / "checkpoints" / "step_0000008"
+    train(tiny(steps=12), run, resume="auto")
+    assert not torn.exists()
+    assert latest(run) == run / "checkpoints" / "step_0000012"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_old_checkpoints_are_pruned(tmp_path: Path, keep: int) -> None:
+    train(tiny(keep=keep, steps=10, save_every=2), tmp_path)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_0000008", "step_0000010"][-keep:]
+
+
+def test_a_full_disk_loses_nothing(run: Path) -> None:
+    kept = files_of(run / "checkpoints" / "step_0000008")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (30_000, limits[1])
+    )  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot save .*step_0000012': .*the last one is .*step_0000008'"
+        ):
+            train(tiny(steps=12), run, resume="auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_of(run / "checkpoints" / "step_0000008") == kept
+    assert [path.name for path in (run / "checkpoints").glob(".*")] == []
+    assert train(tiny(steps=12), run, resume="auto").steps == 12
+
+
+def test_state_json_says_what_made_it(run: Path) -> None:
+    opened = open_checkpoint(run)
+    assert (opened.step, opened.classes, opened.config) == (8, tuple("0123456789"), tiny())
+    assert opened.state["versions"]["torch"]
+    assert set(opened.state["files"]) == set(FILES) - {"state.json"}
+
+
+def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run or checkpoint at"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither a run"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,145 @@
+"""A run that stopped, was killed or was resumed is bit for bit the unbroken one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdt_fast.errors import UserError
+from mdt_fast.training import loop, train
+from mdt_fast.training.checkpoint import latest, locked
+from tiny import ARGUMENTS, files_of, tiny
+
+
+def rows(run: Path) -> list[dict]:
+    """The metrics without what depends on the clock."""
+    kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("time", "img_per_s")} for row in kept]
+
+
+@pytest.mark.parametrize("optimizer", ["adan", "adamw"])
+def test_two_halves_equal_the_whole(tmp_path: Path, optimizer: str) -> None:
+    config = tiny(optimizer=optimizer)
+    train(config, tmp_path / "whole")
+    train(replace(config, train=replace(config.train, steps=4)), tmp_path / "halves")
+    result = train(config, tmp_path / "halves", resume="auto")
+    assert result.steps == 8
+    whole, halves = (files_of(tmp_path / run / "checkpoints" / "step_0000008") for run in ("whole", "halves"))
+    assert len(whole) == 3
+    assert whole == halves
+    assert rows(tmp_path / "whole") == rows(tmp_path / "halves")
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [3, 4, 6, 8]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> None:
+    for run, seed in (("a", 5), ("b", 5), ("c", 6)):
+        train(tiny(steps=2, seed=seed), tmp_path / run)
+    a, b, c = (files_of(tmp_path / run / "checkpoints" / "step_0000002") for run in "abc")
+    assert a == b
+    assert a["model.safetensors"] != c["model.safetensors"]
+
+
+def test_back_to_an_earlier_checkpoint_keeps_the_later_ones_aside(tmp_path: Path) -> None:
+    config, run = tiny(), tmp_path / "run"
+    train(config, run)
+    before, whole = rows(run), files_of(run / "checkpoints" / "step_0000008")
+    train(config, run, resume=str(run / "checkpoints" / "step_0000004"))
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_0000004", "step_0000008", "superseded_step_0000008"]
+    assert files_of(run / "checkpoints" / "superseded_step_0000008") == whole
+    assert files_of(run / "checkpoints" / "step_0000008") == whole
+    assert rows(run) == before
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "run")
+    before = rows(tmp_path / "run")
+    assert train(tiny(), tmp_path / "run", resume="auto").steps == 8
+    assert rows(tmp_path / "run") == before
+
+
+def test_auto_starts_where_nothing_is_saved_yet(tmp_path: Path) -> None:
+    assert train(tiny(steps=2), tmp_path / "run", resume="auto").steps == 2
+
+
+def test_another_runs_checkpoint_starts_a_new_run_from_it(tmp_path: Path) -> None:
+    train(tiny(steps=4), tmp_path / "a")
+    train(tiny(), tmp_path / "b", resume=str(tmp_path / "a"))
+    train(tiny(), tmp_path / "whole")
+    checkpoint = Path("checkpoints", "step_0000008")
+    assert files_of(tmp_path / "b" / checkpoint) == files_of(tmp_path / "whole" / checkpoint)
+
+
+def test_settings_that_decide_the_numbers_cannot_change(tmp_path: Path) -> None:
+    train(tiny(steps=4), tmp_path / "run")
+    with pytest.raises(UserError, match=r"train.lr: cannot change.* has 0\.\d+, got 0\.5"):
+        train(tiny(lr=0.5), tmp_path / "run", resume="auto")
+    assert latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_0000004"
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    train(tiny(steps=2), tmp_path / "run")
+    before = files_of(tmp_path / "run" / "checkpoints" / "step_0000002")
+    with pytest.raises(UserError, match="already holds a run; go on with --resume auto"):
+        train(tiny(seed=1), tmp_path / "run")
+    assert files_of(tmp_path / "run" / "checkpoints" / "step_0000002") == before
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run), pytest.raises(UserError, match="another process is training"):
+        train(tiny(), run)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_losses, calls = loop.two_pass_losses, []
+
+    def broken(*args):
+        calls.append(1)
+        terms = true_losses(*args)
+        return {**terms, "loss": terms["loss"] * float("nan")} if len(calls) == 6 else terms
+
+    monkeypatch.setattr(loop, "two_pass_losses", broken)
+    with pytest.raises(UserError, match=r"^loss is nan at step 6; the last checkpoint is .*step_0000004'$"):
+        train(tiny(), tmp_path / "run")
+    assert latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_0000004"
+    assert [row["step"] for row in rows(tmp_path / "run")] == [3, 4]
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """SIGKILL, then SIGTERM, then to the end."""
+    config, broken = tiny(steps=24, save_every=1, keep=2), tmp_path / "broken"
+    train(config, tmp_path / "whole")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    options = ["--steps=24", "--save-every=1", "--batch-size=4", "--device=cpu", "--set=train.log_every=3"]
+    options += ["--set=train.keep=2", "--set=sample.steps=3", "--set=sample.num_samples=4"]
+    command = [sys.executable, "-m", "mdt_fast", "train", "--preset=digits", *ARGUMENTS, *options]
+    command += ["--out", str(broken), "--resume=auto"]
+    moments = random.Random(3)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        already = latest(broken)
+        while latest(broken) == already and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.1)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        if number == signal.SIGTERM and process.returncode != 0:  # 0: it was done before the signal came
+            assert process.returncode == 128 + signal.SIGTERM, stderr
+            assert b"checkpoint saved" in stderr
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    final = Path("checkpoints", "step_0000024")
+    assert files_of(broken / final) == files_of(tmp_path / "whole" / final)
+    steps = [row["step"] for row in rows(broken)]
+    assert steps == sorted(set(steps)) == [row["step"] for row in rows(tmp_path / "whole")]
