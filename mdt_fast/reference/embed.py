@@ -83,7 +83,7 @@ class LabelEmbedder(nn.Module):
             dropped = torch.rand(labels.shape[0]) < self.dropout_prob
         else:
             dropped = force_drop_ids == 1
-        return torch.where(dropped.to(labels.device), self.num_classes, labels)
+        return torch.where(dropped.to(labels.device, non_blocking=True), self.num_classes, labels)
 
     def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:

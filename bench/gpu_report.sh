@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
+#   bash bench/gpu_report.sh [tests|small|large|compiled ...]    (without arguments: all stages)
+# Each stage ends within eight minutes. Needs the package installed with its `test` extra; no network.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-bench/results}
+mkdir -p "$OUT"
+python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+    echo "gpu_report: no CUDA device (or no CUDA build of torch)" >&2
+    exit 2
+}
+failed=0
+stage() { # NAME COMMAND...: its output to the screen and to a log; a failure does not stop the others
+    local name=$1
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    timeout 470 "$@" 2>&1 | tee "$OUT/$name.log" || failed=1
+}
+throughput() { # NAME OPTIONS...
+    local name=$1
+    shift
+    stage "$name" python bench/throughput.py --device cuda --json "$OUT/throughput.jsonl" --plot "$OUT/$name.png" "$@"
+}
+
+for what in ${@:-tests small large compiled}; do
+    case $what in
+    tests) stage gpu_tests python -m pytest -q -ra -m gpu tests ;;
+    small) throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
+    large) throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
+    compiled) throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
+        --providers reference,reference-compiled,fast,fast-compiled --time-limit 400 ;;
+    *) echo "gpu_report: unknown stage $what; known: tests small large compiled" >&2; exit 2 ;;
+    esac
+done
+exit $failed

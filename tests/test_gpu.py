@@ -1,0 +1,119 @@
+"""What only a GPU shows: kernels compiled and run, bfloat16, no waiting for the device, the same bits twice.
+
+Half types are judged by the rule of ``tolerances.py``: against plain PyTorch in the same dtype.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast import MaskPlan, from_reference, kernels, reference
+from mdt_fast.diffusion import create_diffusion
+from mdt_fast.kernels.backends import backends
+from mdt_fast.kernels.ln_modulate import reference as plain_ln
+from tolerances import FLOAT32, HALF_FACTOR, relative_error
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def run(op: Any, args: list[Tensor], **kwargs: Any) -> list[Tensor]:
+    """Outputs and the gradients of a random projection of them."""
+    leaves = [a.clone().requires_grad_() for a in args]
+    outputs = op(*leaves, **kwargs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(o.shape, generator=generator, device="cuda") for o in outputs]
+    loss = sum((o.double() * w).sum() for o, w in zip(outputs, weights))
+    return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+
+@DTYPES
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("B", "L", "D"), [(1, 1, 8), (3, 153, 72), (4, 256, 384), (2, 179, 1152), (2, 9, 8192)]
+)
+def test_ln_modulate(B: int, L: int, D: int, gated: bool, dtype: torch.dtype) -> None:
+    x, m = torch.randn(2, B, L, D, device="cuda"), torch.randn(B, 3 * D, device="cuda").chunk(3, dim=1)
+    args = [a.to(dtype) for a in ([*x, *m] if gated else [x[0], *m[1:]])]
+    name = "gate_residual_ln_modulate" if gated else "ln_modulate"
+    ours, again = run(getattr(kernels, name), args), run(getattr(kernels, name), args)
+    exact = run(getattr(plain_ln, name), [a.double() for a in args], offsets=None, eps=1e-6)
+    plain = run(getattr(plain_ln, name), args, offsets=None, eps=1e-6)
+    for a, b, e, p in zip(ours, again, exact, plain):
+        assert torch.equal(a, b)
+        allowed = HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps)
+        assert relative_error(a, e) <= (FLOAT32 if dtype == torch.float32 else allowed)
+
+
+def models(dtype: torch.dtype, **shape: int) -> tuple[nn.Module, nn.Module]:
+    oracle = reference.MDTv2(input_size=32, depth=4, num_classes=10, mask_ratio=0.3, decode_layer=2, **shape)
+    for parameter in oracle.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    oracle = oracle.cuda().to(dtype).train()
+    return oracle, from_reference(oracle)
+
+
+def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(4, 4, 32, 32, device="cuda", dtype=dtype)
+    return x, torch.randint(0, 1000, (4,), device="cuda"), torch.randint(0, 10, (4,), device="cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(128, 2), (144, 2)], ids=["head 64", "head 72"])
+@pytest.mark.parametrize("len_keep", [None, 153])
+def test_model(len_keep: int | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    oracle, fast = models(torch.float32, hidden_size=shape[0], num_heads=shape[1])
+    oracle.eval(), fast.eval()
+    x, t, y = batch(torch.float32)
+    plan = (
+        {}
+        if len_keep is None
+        else {"mask_plan": MaskPlan.from_noise(torch.rand(4, 256, device="cuda"), len_keep)}
+    )
+    expected = oracle(x, t, y, **plan)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        ours, plain = fast(x, t, y, **plan), oracle(x, t, y, **plan)
+    allowed = FLOAT32 if dtype == torch.float32 else HALF_FACTOR * relative_error(plain, expected)
+    assert relative_error(ours, expected) <= allowed
+
+
+def test_a_training_step_never_waits_for_the_device() -> None:
+    _, fast = models(torch.float32, hidden_size=128, num_heads=2)
+    diffusion = create_diffusion()
+    diffusion.to("cuda")
+    x, t, y = batch(torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for kwargs in ({"y": y}, {"y": y, "enable_mask": True}):
+            diffusion.training_losses(fast, x, t, kwargs)["loss"].mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    _, fast = models(torch.bfloat16, hidden_size=144, num_heads=2)
+    x, t, y = batch(torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        fast.zero_grad()
+        out = fast(x, t, y, enable_mask=True)
+        out.float().square().mean().backward()
+        runs.append([out.detach(), *(p.grad.clone() for p in fast.parameters() if p.grad is not None)])
+    assert torch.equal(runs[0][0], runs[1][0])
+
+
+def test_triton_serves_its_ops() -> None:
+    serving = {row.op: row.backend for row in backends()}
+    assert serving["ln_modulate"] == serving["gate_residual_ln_modulate"] == "triton"
