@@ -21,7 +21,7 @@ from .training.run import open_or_advise, prepare, resolve_device, starting_poin
 
 
 def train(args: argparse.Namespace) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     out = Path(args.out)
     config = train_config(args)
     if args.dry_run:
@@ -135,7 +135,7 @@ def sample(args: argparse.Namespace) -> int:
     load_weights(model, opened.tensors(checkpoint.WEIGHTS["ema"]), str(opened.path))
     model.to(resolve_device(args.device))
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     steps = opened.config.diffusion.diffusion_steps
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("sampling", total=len(labels))

@@ -122,7 +122,7 @@ class ModelConfig:
 class DataConfig:
     """Where images come from: ``digits`` (scikit-learn's, 8x8 grey, no download) or a folder's path.
 
-    ``on_unreadable``: stop the run at a bad file, or take the next good one instead. ``workers`` decode files.
+    ``on_unreadable``: stop the run at a bad file, or take the next good one. ``workers``: decoding threads.
     """
 
     source: str = "digits"
@@ -239,7 +239,7 @@ PRESETS: dict[str, RunConfig] = {
         data=DataConfig(source="digits", image_size=8, channels=1),
         diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
         train=TrainConfig(
-            steps=1100, batch_size=64, optimizer="adamw", lr=3e-3, warmup_steps=50, ema_decay=0.995, save_every=275,
+            steps=1000, batch_size=64, optimizer="adamw", lr=3e-3, warmup_steps=50, ema_decay=0.995,
         ),
         sample=SampleConfig(scale_pow=None),
     ),
@@ -251,6 +251,9 @@ PRESETS: dict[str, RunConfig] = {
         ),
         data=DataConfig(source="", image_size=32, channels=3, flip=True),
         diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
-        train=TrainConfig(steps=5000, batch_size=64, optimizer="adan", lr=5e-4, warmup_steps=100, ema_decay=0.999),
+        train=TrainConfig(
+            steps=5000, batch_size=64, optimizer="adamw", lr=1e-3, warmup_steps=100, ema_decay=0.999,
+        ),
+        sample=SampleConfig(scale_pow=None),
     ),
 }  # fmt: skip

@@ -123,9 +123,10 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
         bar.update(run.step, row if logging else None)
         if saving:
             run.save()
-        if saving and not last:
-            pictures.draw_if_cheap(run.plot, run.draw_preview)
-        if interrupts.caught is not None:
+            if not last:
+                pictures.draw_if_cheap(run.plot, run.draw_preview)
+            metrics.restart_clock()  # img/s is training's own
+        if last:
             break
     pictures.draw(run.plot, *(() if interrupts.caught else (run.draw_final,)))
     return Result(run.step, row, time.perf_counter() - began, interrupts.caught)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class Metrics:
         self._terms.append({name: values.detach().float() for name, values in terms.items()})
         self._timesteps.append(t)
         self._grad_norms.append(grad_norm)
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last row out of ``img_per_s``."""
+        self._began = time.perf_counter()
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
         """Average the steps since the last row, append the row of ``step`` to the file and return it.
@@ -73,7 +78,7 @@ class Metrics:
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self._terms, self._timesteps, self._grad_norms = [], [], []
-        self._began = time.perf_counter()
+        self.restart_clock()
         return row
 
 
@@ -106,6 +111,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     """The loss curve of ``metrics.jsonl`` as a PNG. ``UserError`` if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, ScalarFormatter
     except ImportError as error:
         raise UserError(f"the loss curve needs matplotlib ({error}); pip install 'mdt-fast[train]'") from None
     rows = read_rows(metrics)
@@ -121,17 +127,21 @@ def plot_losses(metrics: Path, picture: Path) -> None:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, _smooth(values), color=color, label=label)
     axes.set(xlabel="step", ylabel="loss per image (log scale)", yscale="log", title="Training loss")
-    axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)),
+        major_formatter=ScalarFormatter(),
+        minor_locator=LogLocator(subs="all"),
+    )
+    axes.yaxis.set_minor_formatter("")
+    axes.grid(alpha=0.3)
     axes.legend()
     aside = picture.with_name(f".{picture.name}.partial")
     figure.savefig(aside, format="png")
     aside.rename(picture)
 
 
-def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
-    """A running mean that starts unbiased."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        smooth.append(total / weight)
-    return smooth
+def _smooth(values: list[float]) -> np.ndarray:
+    """Geometric means over a centred window of about a twelfth of the run, shorter at both ends."""
+    logs = np.log(values)
+    reach = [min(len(logs) // 24, i, len(logs) - 1 - i) for i in range(len(logs))]
+    return np.exp([logs[i - r : i + r + 1].mean() for i, r in enumerate(reach)])

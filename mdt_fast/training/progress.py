@@ -13,7 +13,7 @@ class TrainingProgress:
     """``with TrainingProgress(...) as bar: bar.update(step, row)``; ``bar.say(text)`` prints above it."""
 
     def __init__(self, first: int, last: int, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self.first, self.last = first, last
         self._began = time.perf_counter()
         self._next_line = first

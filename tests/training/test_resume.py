@@ -128,16 +128,16 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     command += ["--out", str(broken), "--resume=auto"]
     moments = random.Random(3)
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         already = latest(broken)
         while latest(broken) == already and process.poll() is None:
             time.sleep(0.005)
         time.sleep(moments.random() * 0.1)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=60)
         if number == signal.SIGTERM and process.returncode != 0:  # 0: it was done before the signal came
             assert process.returncode == 128 + signal.SIGTERM, stderr
-            assert b"checkpoint saved" in stderr
+            assert b"checkpoint saved" in stdout
     subprocess.run(command, check=True, env=environment, capture_output=True)
     final = Path("checkpoints", "step_0000024")
     assert files_of(broken / final) == files_of(tmp_path / "whole" / final)
