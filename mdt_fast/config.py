@@ -233,27 +233,51 @@ PRESETS: dict[str, RunConfig] = {
     # scikit-learn's handwritten digits in pixel space: minutes on two CPU cores.
     "digits": RunConfig(
         model=ModelConfig(
-            family="mdtv2", input_size=8, patch_size=2, in_channels=1, hidden_size=128, depth=6, num_heads=4,
-            num_classes=10, decode_layer=2,
+            family="mdtv2",
+            input_size=8,
+            patch_size=2,
+            in_channels=1,
+            hidden_size=128,
+            depth=6,
+            num_heads=4,
+            num_classes=10,
+            decode_layer=2,
         ),
         data=DataConfig(source="digits", image_size=8, channels=1),
         diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
         train=TrainConfig(
-            steps=1000, batch_size=64, optimizer="adamw", lr=3e-3, warmup_steps=50, ema_decay=0.995,
+            steps=1000,
+            batch_size=64,
+            optimizer="adamw",
+            lr=3e-3,
+            warmup_steps=50,
+            ema_decay=0.995,
         ),
         sample=SampleConfig(scale_pow=None),
     ),
     # Any folder of images in pixel space at a size a CPU can still train.
     "images": RunConfig(
         model=ModelConfig(
-            family="mdtv2", input_size=32, patch_size=4, in_channels=3, hidden_size=192, depth=8, num_heads=3,
-            num_classes=10, decode_layer=2,
+            family="mdtv2",
+            input_size=32,
+            patch_size=4,
+            in_channels=3,
+            hidden_size=192,
+            depth=8,
+            num_heads=3,
+            num_classes=10,
+            decode_layer=2,
         ),
         data=DataConfig(source="", image_size=32, channels=3, flip=True),
         diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
         train=TrainConfig(
-            steps=5000, batch_size=64, optimizer="adamw", lr=1e-3, warmup_steps=100, ema_decay=0.999,
+            steps=5000,
+            batch_size=64,
+            optimizer="adamw",
+            lr=1e-3,
+            warmup_steps=100,
+            ema_decay=0.999,
         ),
         sample=SampleConfig(scale_pow=None),
     ),
-}  # fmt: skip
+}

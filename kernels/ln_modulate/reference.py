@@ -11,9 +11,8 @@ def per_row(m_BD: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def ln_modulate(x: Tensor, shift_BD: Tensor, scale_BD: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
-    # Not n * (1 + scale) + shift: in a half type 1 + scale would lose the low bits of scale.
     normal = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(per_row(shift_BD, offsets) + normal, normal, per_row(scale_BD, offsets))
+    return torch.addcmul(per_row(shift_BD, offsets), normal, 1 + per_row(scale_BD, offsets))
 
 
 def gate_residual_ln_modulate(

@@ -37,4 +37,6 @@ def rel_attention(
     bias = relative_bias(
         table_RH, grid_size, every if q_pos is None else q_pos, every if k_pos is None else k_pos
     )
-    return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=bias.to(q_BHMd.dtype))
+    # Spelt out for every sample, without memory: given [H, M, N], PyTorch takes its slowest way on a CPU.
+    bias = bias.to(q_BHMd.dtype).expand(len(q_BHMd), -1, -1, -1)
+    return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=bias)
