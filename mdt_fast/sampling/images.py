@@ -23,7 +23,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
-    """One row per class, its name in front; small images are enlarged by whole pixels (nearest).
+    """One row per class, its name in front; small images are enlarged (bicubic: easier to read than squares).
 
     The first 24 classes that occur and their first 20 images are shown.
     """
@@ -43,7 +43,7 @@ def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str])
         top = gap + i * (cell + gap)
         draw.text((margin - gap, top + cell // 2), names[label], fill=INK, font=font, anchor="rm")
         for j, pixels in enumerate(row[:columns]):
-            enlarged = _picture(pixels).resize((cell, cell), Image.Resampling.NEAREST)
+            enlarged = _picture(pixels).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(enlarged.convert("RGB"), (margin + gap + j * (cell + gap), top))
     return sheet
 
