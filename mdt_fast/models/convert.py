@@ -6,7 +6,6 @@ No pickled code is ever executed: ``.pt`` files are read with ``weights_only=Tru
 import json
 import os
 import pickle
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import Family, ModelConfig
 from ..errors import UserError
+from ..files import aside
 from .base import Transformer
 from .zoo import CLASSES
 
@@ -57,21 +57,14 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
     _check_suffix(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: folder {path.parent} does not exist")
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    try:
+    with aside(path) as file:
         if path.suffix == ".safetensors":
             # safetensors refuses tensors that share memory (the layers' common index does).
             separate = {key: value.clone() for key, value in tensors.items()}
-            save_file(separate, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+            save_file(separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()})
         else:
-            torch.save(tensors, aside)
-        os.chmod(aside, 0o666 & ~_umask())  # safetensors makes files that only their owner reads
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+            torch.save(tensors, file)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
@@ -144,13 +137,6 @@ def from_reference(module: nn.Module) -> Transformer:
         )
     fast.load_state_dict(state, strict=True, assign=True)
     return fast.train(module.training)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _read_pt(path: Path) -> Any:

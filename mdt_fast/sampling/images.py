@@ -1,15 +1,15 @@
 """Images out: bytes, a grid by class, the ``.npz`` that evaluators read, single files."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import aside
 
 CELL = 56  # pixels that a small image is enlarged to, at least
 MAX_ROWS, MAX_COLUMNS = 24, 20
@@ -50,13 +50,15 @@ def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str])
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG aside and rename it into place."""
-    _aside(path, lambda file: picture.save(file, format="PNG"))
+    with aside(path) as file:
+        picture.save(file, format="PNG")
 
 
 def save_npz(path: Path, images_NHWC: np.ndarray, labels: Sequence[int]) -> None:
     """``arr_0`` uint8 [N, S, S, C] and ``arr_1`` int64 [N], as in the ADM evaluator's sample files."""
     arrays = (images_NHWC, np.asarray(labels, dtype=np.int64))
-    _aside(path, lambda file: np.savez(file, *arrays))
+    with aside(path) as file, open(file, "wb") as opened:  # numpy appends .npz to names
+        np.savez(opened, *arrays)
 
 
 def save_pngs(folder: Path, images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
@@ -75,19 +77,6 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {str(path)!r}: no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}")
-
-
-def _aside(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _picture(pixels_HWC: np.ndarray) -> Image.Image:

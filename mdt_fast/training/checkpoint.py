@@ -9,7 +9,6 @@ aside, not deleted.
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
+from ..files import aside, flush
 from .optim import Ema
 
 FORMAT = 1
@@ -197,10 +197,11 @@ def save(
                 for name in files
             },
         }
-        write_text(partial / STATE, json.dumps({**state, "sha256": _sign(state)}, indent=1))
-        _flush(partial)
+        with aside(partial / STATE) as file:
+            file.write_text(json.dumps({**state, "sha256": _sign(state)}, indent=1))
+        flush(partial)
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = latest(run)
@@ -253,16 +254,6 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file aside, flush it to the disk and rename it into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     seen: set[int] = set()
     unshared = {}
@@ -270,16 +261,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         shared = tensor.untyped_storage().data_ptr() in seen  # the format takes no two views of one storage
         seen.add(tensor.untyped_storage().data_ptr())
         unshared[name] = (tensor.clone() if shared else tensor).detach().contiguous()
-    save_file(unshared, path)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with aside(path) as file:
+        save_file(unshared, file)
 
 
 def _delete(checkpoint: Path) -> None:

@@ -7,7 +7,6 @@ again.
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import aside
 
 QUARTILES = 4
 
@@ -99,12 +99,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _keep_rows(path: Path, step: int) -> None:
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    with aside(path) as file:
+        file.write_text("".join(kept))
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
@@ -135,9 +131,8 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     axes.legend()
-    aside = picture.with_name(f".{picture.name}.partial")
-    figure.savefig(aside, format="png")
-    aside.rename(picture)
+    with aside(picture) as file:
+        figure.savefig(file, format="png")
 
 
 def _smooth(values: list[float]) -> np.ndarray:

@@ -14,6 +14,7 @@ from ..config import RunConfig, SampleConfig, to_dict
 from ..data import ImageSet, Loader, check_classes, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError
+from ..files import aside
 from ..models.zoo import build_model
 from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
@@ -61,7 +62,8 @@ class Run:
                 )
             for moved in checkpoint.set_aside_later(self.out, self.step):
                 notes.append(f"later checkpoint kept as {moved}")
-        checkpoint.write_text(self.out / "config.json", json.dumps(to_dict(self.config), indent=1) + "\n")
+        with aside(self.out / "config.json") as file:
+            file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
         metrics = Metrics(
             self.out / "metrics.jsonl",
             step=self.step,

@@ -14,6 +14,7 @@ MAX_LINES = 400
 # A room may import from rooms of a lower rank, and from itself.
 RANK = {
     "errors": 0,
+    "files": 0,
     "kernels": 0,
     "config": 1,
     "masking": 2,

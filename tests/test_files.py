@@ -1,0 +1,40 @@
+"""Files appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from mdt_fast.files import aside
+
+
+def test_the_file_appears_when_the_block_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with aside(path) as file:
+        file.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), aside(path) as file:
+        file.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), aside(tmp_path / "a.txt"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with aside(tmp_path / "ours") as file:
+        file.touch(mode=0o600)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
