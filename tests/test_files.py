@@ -20,9 +20,14 @@ def test_the_file_appears_when_the_block_is_done(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), aside(path) as file:
-        file.write_text("half of the n")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with aside(path) as file:
+            file.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
