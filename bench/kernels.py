@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
     """A table for each architecture. Returns 1 if any kernel spills or fails."""
+    from mdt_fast.kernels.bias_gelu import aot as bias_gelu
     from mdt_fast.kernels.ln_modulate import aot as ln_modulate
 
-    rooms = {"ln_modulate": list(ln_modulate.cases())}
+    rooms = {"ln_modulate": list(ln_modulate.cases()), "bias_gelu": list(bias_gelu.cases())}
     console = Console(width=max(120, Console().width))
     bad = 0
     for arch in architectures:

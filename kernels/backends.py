@@ -16,7 +16,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the Triton kernels take; they compute in float32, so float64 goes to PyTorch."""
 
-WITH_TRITON = ("ln_modulate", "gate_residual_ln_modulate")
+WITH_TRITON = ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu")
 
 OPS = (
     *WITH_TRITON,
@@ -24,7 +24,6 @@ OPS = (
     "patch_embed",
     "gather_tokens",
     "unmask_tokens",
-    "bias_gelu",
     "skip_linear",
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdt_fast import MaskPlan, from_reference, kernels, reference
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.kernels.backends import backends
+from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
 
@@ -37,6 +38,16 @@ def run(op: Any, args: list[Tensor], **kwargs: Any) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(loss, leaves)]
 
 
+def judge(
+    ours: list[Tensor], again: list[Tensor], exact: list[Tensor], plain: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Same bits in both runs; close to float64 in float32, or no worse than twice plain PyTorch."""
+    for a, b, e, p in zip(ours, again, exact, plain):
+        assert torch.equal(a, b)
+        allowed = HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps)
+        assert relative_error(a, e) <= (FLOAT32 if dtype == torch.float32 else allowed)
+
+
 @DTYPES
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
@@ -49,10 +60,18 @@ def test_ln_modulate(B: int, L: int, D: int, gated: bool, dtype: torch.dtype) ->
     ours, again = run(getattr(kernels, name), args), run(getattr(kernels, name), args)
     exact = run(getattr(plain_ln, name), [a.double() for a in args], offsets=None, eps=1e-6)
     plain = run(getattr(plain_ln, name), args, offsets=None, eps=1e-6)
-    for a, b, e, p in zip(ours, again, exact, plain):
-        assert torch.equal(a, b)
-        allowed = HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps)
-        assert relative_error(a, e) <= (FLOAT32 if dtype == torch.float32 else allowed)
+    judge(ours, again, exact, plain, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 8), (153, 288), (4, 256, 4608)], ids=str)
+def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = [
+        a.to(dtype) for a in (3 * torch.randn(shape, device="cuda"), torch.randn(shape[-1], device="cuda"))
+    ]
+    ours, again = run(kernels.bias_gelu, args), run(kernels.bias_gelu, args)
+    exact, plain = run(plain_gelu.bias_gelu, [a.double() for a in args]), run(plain_gelu.bias_gelu, args)
+    judge(ours, again, exact, plain, dtype)
 
 
 def models(dtype: torch.dtype, **shape: int) -> tuple[nn.Module, nn.Module]:
@@ -116,4 +135,5 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 def test_triton_serves_its_ops() -> None:
     serving = {row.op: row.backend for row in backends()}
-    assert serving["ln_modulate"] == serving["gate_residual_ln_modulate"] == "triton"
+    for op in ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu"):
+        assert serving[op] == "triton"

@@ -3,15 +3,22 @@
 from torch import Tensor
 
 from .. import checks
+from ..backends import uses_triton
 from . import reference
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """``gelu(x + bias)`` in its tanh form: ``x`` [..., F], ``bias`` [F], floating; returns [..., F].
 
+    Only ``x`` is kept for the backward pass, which computes the activation again.
+
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
-    checks.floating("bias", bias)
+    checks.floating_on("bias", bias, x)
     checks.shape("bias", bias, x.shape[-1] if x.ndim else "F")
-    return reference.bias_gelu(x, bias)
+    if not uses_triton(x):
+        return reference.bias_gelu(x, bias)
+    from .triton_op import bias_gelu_fwd  # here: not every machine has Triton
+
+    return bias_gelu_fwd(x.reshape(-1, x.shape[-1]).contiguous(), bias.contiguous()).view(x.shape)

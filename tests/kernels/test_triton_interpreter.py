@@ -4,6 +4,7 @@ Forward and every gradient against float64, float32 and float16, odd widths and 
 NaN-poisoned outputs, the same bits in two runs. B samples, L tokens, R rows, D width.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mdt_fast import kernels
 from mdt_fast.kernels.backends import INTERPRETING
+from mdt_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from mdt_fast.kernels.ln_modulate import reference
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
 
@@ -61,19 +63,21 @@ def run(op: Any, args: list[Tensor], seed: int = 1, **kwargs: Any) -> tuple[list
 def check(gated: bool, args: list[Tensor], dtype: torch.dtype, offsets: Tensor | None = None) -> None:
     name = "gate_residual_ln_modulate" if gated else "ln_modulate"
     op, plain = getattr(kernels, name), getattr(reference, name)
+    compare(partial(op, offsets=offsets), partial(plain, offsets=offsets, eps=1e-6), args, dtype)
+
+
+def compare(op: Any, plain: Any, args: list[Tensor], dtype: torch.dtype) -> None:
+    """Outputs and gradients of ``op`` against ``plain`` in float64; and the same bits in a second run."""
     args = [a.to(dtype) for a in args]
-    outputs, gradients = run(op, args, offsets=offsets)
-    exact = run(plain, [a.double() for a in args], offsets=offsets, eps=1e-6)
-    half = run(plain, args, offsets=offsets, eps=1e-6)
-    for actual, expected, plain_half in zip(outputs + gradients, exact[0] + exact[1], half[0] + half[1]):
-        assert actual.dtype == dtype
+    ours, again = run(op, args), run(op, args)
+    exact, same_dtype = run(plain, [a.double() for a in args]), run(plain, args)
+    for a, b, e, p in zip(*(outputs + gradients for outputs, gradients in (ours, again, exact, same_dtype))):
+        assert a.dtype == dtype
+        assert torch.equal(a, b)
         allowed = FLOAT32
         if dtype != torch.float32:
-            allowed = HALF_FACTOR * max(relative_error(plain_half, expected), torch.finfo(dtype).eps)
-        assert relative_error(actual, expected) <= allowed
-    again = run(op, args, offsets=offsets)
-    for first, second in zip(outputs + gradients, again[0] + again[1]):
-        assert torch.equal(first, second)
+            allowed = HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps)
+        assert relative_error(a, e) <= allowed
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -100,6 +104,40 @@ def test_ln_modulate_ragged(bounds: list[int], D: int, gated: bool, dtype: torch
 @given(st.integers(1, 3), st.integers(0, 6), st.integers(8, 70), st.booleans(), st.integers(0, 99))
 def test_ln_modulate_random_shapes(B: int, L: int, D: int, gated: bool, seed: int) -> None:
     check(gated, arguments((B, L), B, D, gated, seed), torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 4), (7, 24), (2, 17, 72), (3, 5, 300)], ids=str)
+def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = [3 * torch.randn(shape), torch.randn(shape[-1])]
+    compare(kernels.bias_gelu, bias_gelu_reference.bias_gelu, args, dtype)
+
+
+def test_bias_gelu_far_from_zero() -> None:
+    x = torch.tensor([[-1e4, -30.0, -5.0, 0.0, 5.0, 30.0, 1e4]], requires_grad=True)
+    out = kernels.bias_gelu(x, torch.zeros(7))
+    assert torch.equal(out[0, [0, 1, 3, 5, 6]], torch.tensor([0.0, 0.0, 0.0, 30.0, 1e4]))
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient[0, [0, 1, 5, 6]], torch.tensor([0.0, 0.0, 1.0, 1.0]))
+
+
+def test_bias_gelu_of_nothing() -> None:
+    bias = torch.randn(8, requires_grad=True)
+    out = kernels.bias_gelu(torch.randn(0, 8), bias)
+    out.sum().backward()
+    assert out.shape == (0, 8)
+    assert torch.equal(bias.grad, torch.zeros(8))
+
+
+def test_bias_gelu_opcheck_and_compile() -> None:
+    from mdt_fast.kernels.bias_gelu.triton_op import bias_gelu_fwd
+
+    args = [torch.randn(5, 24, requires_grad=True), torch.randn(24, requires_grad=True)]
+    torch.library.opcheck(bias_gelu_fwd, tuple(args))
+    compiled = torch.compile(kernels.bias_gelu, fullgraph=True, backend="aot_eager")
+    expected, actual = run(kernels.bias_gelu, args), run(compiled, args)
+    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
+        assert torch.equal(e, a)
 
 
 @pytest.mark.parametrize("gated", [False, True])

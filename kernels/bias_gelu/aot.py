@@ -1,0 +1,33 @@
+"""The kernels at the MLP widths of the published models (S, B, L, XL), for compiling without a GPU."""
+
+from collections.abc import Iterator
+from itertools import product
+
+from ..aot import Case
+from .config import launch_config
+from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
+
+FEATURES = (1536, 3072, 4096, 4608)
+
+
+def cases() -> Iterator[Case]:
+    """Forward and backward; bfloat16 at every width, float32 at the widest."""
+    types = [*product(FEATURES, ("bf16",)), (max(FEATURES), "fp32")]
+    for kernel, (features, dtype) in product((bias_gelu_fwd_kernel, bias_gelu_bwd_kernel), types):
+        config = launch_config(32 * 256, features)
+        constants = {"BLOCK_R": config.block_r, "BLOCK_F": config.block_f}
+        dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
+        yield Case(
+            kernel=kernel,
+            label=f"F={features} {dtype}",
+            dtypes=dtypes,
+            constants=constants,
+            aligned=frozenset(dtypes),
+            num_warps=config.num_warps,
+        )
+
+
+def _dtype(name: str, dtype: str) -> str:
+    if name == "dbias_ptr":
+        return "*fp32"
+    return f"*{dtype}" if name.endswith("_ptr") else "i32"
