@@ -52,21 +52,23 @@ def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
     """A table for each architecture. Returns 1 if any kernel spills or fails."""
     from mdt_fast.kernels.bias_gelu import aot as bias_gelu
     from mdt_fast.kernels.ln_modulate import aot as ln_modulate
+    from mdt_fast.kernels.tokens import aot as tokens
 
-    rooms = {"ln_modulate": list(ln_modulate.cases()), "bias_gelu": list(bias_gelu.cases())}
+    rooms = {"ln_modulate": ln_modulate, "bias_gelu": bias_gelu, "tokens": tokens}
+    cases_of = {op: list(room.cases()) for op, room in rooms.items()}
     console = Console(width=max(120, Console().width))
-    bad = 0
+    bad = number = 0
     for arch in architectures:
         table = Table(title=arch, header_style="bold", box=None)
         for name in ("kernel", "shape", "warps", *COLUMNS.values(), "wide loads", "wide stores"):
             table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
-        for op, cases in rooms.items():
+        for op, cases in cases_of.items():
             for case in cases:
                 numbers = measure(case, op, arch, rows)
+                number += 1
                 bad += numbers is None or numbers["spill_bytes"] > 0
                 table.add_row(_short(case), case.label, str(case.num_warps), *_cells(numbers))
         console.print(table)
-    number = sum(map(len, rooms.values())) * len(architectures)
     print(f"{number} compiled, {bad} of them spill or fail")
     return 1 if bad else 0
 

@@ -16,14 +16,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the Triton kernels take; they compute in float32, so float64 goes to PyTorch."""
 
-WITH_TRITON = ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu")
+WITH_TRITON = ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu", "unmask_tokens")
 
 OPS = (
     *WITH_TRITON,
     "rel_attention",
     "patch_embed",
     "gather_tokens",
-    "unmask_tokens",
     "skip_linear",
 )
 

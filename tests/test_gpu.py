@@ -14,6 +14,7 @@ from mdt_fast.diffusion import create_diffusion
 from mdt_fast.kernels.backends import backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
+from mdt_fast.kernels.tokens import reference as plain_tokens
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +73,16 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ours, again = run(kernels.bias_gelu, args), run(kernels.bias_gelu, args)
     exact, plain = run(plain_gelu.bias_gelu, [a.double() for a in args]), run(plain_gelu.bias_gelu, args)
     judge(ours, again, exact, plain, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("B", "L", "K", "D"), [(1, 1, 1, 8), (3, 64, 0, 72), (4, 256, 153, 1152)])
+def test_unmask_tokens(B: int, L: int, K: int, D: int, dtype: torch.dtype) -> None:
+    plan = {"ids_restore_BL": MaskPlan.from_noise(torch.rand(B, L, device="cuda"), K).ids_restore}
+    args = [torch.randn(shape, device="cuda").to(dtype) for shape in ((B, K, D), (1, 1, D), (1, L, D))]
+    ours, again = (run(kernels.unmask_tokens, args, **plan) for _ in range(2))
+    exact = run(plain_tokens.unmask_tokens, [a.double() for a in args], **plan)
+    judge(ours, again, exact, run(plain_tokens.unmask_tokens, args, **plan), dtype)
 
 
 def models(dtype: torch.dtype, **shape: int) -> tuple[nn.Module, nn.Module]:
@@ -135,5 +146,5 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 def test_triton_serves_its_ops() -> None:
     serving = {row.op: row.backend for row in backends()}
-    for op in ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu"):
+    for op in ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu", "unmask_tokens"):
         assert serving[op] == "triton"

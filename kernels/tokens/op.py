@@ -3,7 +3,9 @@
 from torch import Tensor
 
 from .. import checks
+from ..backends import uses_triton
 from . import reference
+from .config import MAX_D
 
 
 def gather_tokens(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
@@ -21,8 +23,8 @@ def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_re
     """Kept tokens back to their places, the mask token everywhere else, plus the position embedding.
 
     ``x`` [B, K, D]; ``mask_token`` [1, 1, D]; ``pos`` [1, L, D]; ``ids_restore`` int64 [B, L]: where in
-    ``cat([kept, masked])`` each token stands. Returns [B, L, D]. Raises ``ValueError`` for shapes or dtypes
-    that do not fit, and (on the CPU) ids out of range.
+    ``cat([kept, masked])`` each token stands. Returns [B, L, D] in the dtype of ``x``. Raises ``ValueError``
+    for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
     """
     checks.shape("x", x_BKD, "B", "K", "D")
     B, K, D = x_BKD.shape
@@ -33,4 +35,12 @@ def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_re
         raise ValueError(f"x: {K} kept tokens, but ids_restore places only {L}")
     checks.shape("pos", pos_1LD, 1, L, D)
     checks.token_ids("ids_restore", ids_restore_BL, L, x_BKD)
-    return reference.unmask_tokens(x_BKD, mask_token_11D, pos_1LD, ids_restore_BL)
+    for name, parameter in (("mask_token", mask_token_11D), ("pos", pos_1LD)):
+        checks.floating_on(name, parameter, x_BKD)
+    if not uses_triton(x_BKD):
+        return reference.unmask_tokens(x_BKD, mask_token_11D, pos_1LD, ids_restore_BL)
+    if D > MAX_D:
+        raise ValueError(f"x: width {D}, the Triton kernel takes at most {MAX_D}")
+    from .triton_op import unmask_tokens_fwd  # here: not every machine has Triton
+
+    return unmask_tokens_fwd(*(a.contiguous() for a in (x_BKD, mask_token_11D, pos_1LD, ids_restore_BL)))

@@ -12,4 +12,4 @@ def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_re
     B, K, D = x_BKD.shape
     L = ids_restore_BL.shape[1]
     with_masked = torch.cat([x_BKD, mask_token_11D.expand(B, L - K, D).to(x_BKD.dtype)], dim=1)
-    return gather_tokens(with_masked, ids_restore_BL) + pos_1LD
+    return gather_tokens(with_masked, ids_restore_BL) + pos_1LD.to(x_BKD.dtype)

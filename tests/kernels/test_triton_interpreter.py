@@ -17,6 +17,8 @@ from mdt_fast import kernels
 from mdt_fast.kernels.backends import INTERPRETING
 from mdt_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from mdt_fast.kernels.ln_modulate import reference
+from mdt_fast.kernels.tokens import reference as tokens_reference
+from mdt_fast.masking import MaskPlan
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
 
 pytestmark = [
@@ -136,6 +138,31 @@ def test_bias_gelu_opcheck_and_compile() -> None:
     torch.library.opcheck(bias_gelu_fwd, tuple(args))
     compiled = torch.compile(kernels.bias_gelu, fullgraph=True, backend="aot_eager")
     expected, actual = run(kernels.bias_gelu, args), run(compiled, args)
+    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
+        assert torch.equal(e, a)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("B", "L", "K", "D"), [(1, 1, 1, 4), (3, 9, 4, 24), (2, 7, 0, 8), (2, 7, 7, 72), (2, 5, 2, 200)]
+)
+def test_unmask_tokens(B: int, L: int, K: int, D: int, dtype: torch.dtype) -> None:
+    plan = MaskPlan.from_noise(torch.rand(B, L), K).sorted()
+    args = [torch.randn(B, K, D), torch.randn(1, 1, D), torch.randn(1, L, D)]
+    ids = {"ids_restore_BL": plan.ids_restore}
+    compare(
+        partial(kernels.unmask_tokens, **ids), partial(tokens_reference.unmask_tokens, **ids), args, dtype
+    )
+
+
+def test_unmask_tokens_opcheck_and_compile() -> None:
+    from mdt_fast.kernels.tokens.triton_op import unmask_tokens_fwd
+
+    plan = MaskPlan.from_noise(torch.rand(2, 9), 4)
+    args = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 8), (1, 1, 8), (1, 9, 8))]
+    torch.library.opcheck(unmask_tokens_fwd, (*args, plan.ids_restore))
+    op = partial(kernels.unmask_tokens, ids_restore_BL=plan.ids_restore)
+    expected, actual = run(op, args), run(torch.compile(op, fullgraph=True, backend="aot_eager"), args)
     for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
         assert torch.equal(e, a)
 

@@ -1,0 +1,66 @@
+"""The Triton kernels as registered ops. B samples, L tokens, K of them kept, D width, P partial sums."""
+
+import torch
+from torch import Tensor
+
+from .config import launch_config
+from .kernel import unmask_tokens_bwd_kernel, unmask_tokens_fwd_kernel
+
+
+@torch.library.custom_op("mdt_fast::unmask_tokens", mutates_args=())
+def unmask_tokens_fwd(
+    x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor
+) -> Tensor:
+    """Tokens [B, L, D] in the dtype of ``x``."""
+    (B, K, D), L = x_BKD.shape, ids_restore_BL.shape[1]
+    out_BLD = x_BKD.new_empty(B, L, D)
+    if out_BLD.numel():
+        config = launch_config(D, B, L)
+        unmask_tokens_fwd_kernel[(L, config.parts)](
+            x_BKD if K else mask_token_11D, mask_token_11D, pos_1LD, ids_restore_BL, out_BLD, B, L, K, D,
+            BLOCK_D=config.block_d, num_warps=config.num_warps,
+        )  # fmt: skip
+    return out_BLD
+
+
+@torch.library.custom_op("mdt_fast::unmask_tokens_bwd", mutates_args=())
+def unmask_tokens_bwd(
+    dout_BLD: Tensor, ids_restore_BL: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, len_keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, mask_token and pos, the last two in their own dtypes."""
+    B, L, D = dout_BLD.shape
+    dx_BKD = dout_BLD.new_empty(B, len_keep, D)
+    if not dout_BLD.numel():
+        return dx_BKD, torch.zeros_like(mask_token_11D), torch.zeros_like(pos_1LD)
+    config = launch_config(D, B, L)
+    parts_2PLD = dout_BLD.new_empty(2, config.parts, L, D, dtype=torch.float32)
+    unmask_tokens_bwd_kernel[(L, config.parts)](
+        dout_BLD, ids_restore_BL, dx_BKD if len_keep else dout_BLD, parts_2PLD[0], parts_2PLD[1],
+        B, L, len_keep, D, BLOCK_D=config.block_d, num_warps=config.num_warps,
+    )  # fmt: skip
+    dmask_11D = parts_2PLD[0].sum((0, 1)).view(1, 1, D).to(mask_token_11D.dtype)
+    return dx_BKD, dmask_11D, parts_2PLD[1].sum(0, keepdim=True).to(pos_1LD.dtype)
+
+
+@unmask_tokens_fwd.register_fake
+def _(x_BKD, mask_token_11D, pos_1LD, ids_restore_BL):  # type: ignore[no-untyped-def]
+    return x_BKD.new_empty(*ids_restore_BL.shape, x_BKD.shape[2])
+
+
+@unmask_tokens_bwd.register_fake
+def _(dout_BLD, ids_restore_BL, mask_token_11D, pos_1LD, len_keep):  # type: ignore[no-untyped-def]
+    B, _, D = dout_BLD.shape
+    return dout_BLD.new_empty(B, len_keep, D), torch.empty_like(mask_token_11D), torch.empty_like(pos_1LD)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_BKD, mask_token_11D, pos_1LD, ids_restore_BL = inputs
+    ctx.len_keep = x_BKD.shape[1]
+    ctx.save_for_backward(ids_restore_BL, mask_token_11D, pos_1LD)
+
+
+def _backward(ctx, dout_BLD):  # type: ignore[no-untyped-def]
+    return *unmask_tokens_bwd(dout_BLD.contiguous(), *ctx.saved_tensors, ctx.len_keep), None
+
+
+unmask_tokens_fwd.register_autograd(_backward, setup_context=_setup_context)
