@@ -5,6 +5,7 @@ refuses keys it does not know.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class ModelConfig:
             "num_heads",
             "num_classes",
         ):
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name}: got {getattr(self, name)!r}, allowed is a whole number")
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
         if self.input_size % self.patch_size:
@@ -58,9 +61,9 @@ class ModelConfig:
                 f"hidden_size: {self.hidden_size} must divide by num_heads {self.num_heads} "
                 "and by 4 (position embedding)"
             )
-        if not self.mlp_ratio > 0 or int(self.hidden_size * self.mlp_ratio) < 1:
+        if not _is_number(self.mlp_ratio) or not 1 / self.hidden_size <= self.mlp_ratio < math.inf:
             raise UserError(f"mlp_ratio: got {self.mlp_ratio}, allowed is a positive number")
-        if not 0 <= self.class_dropout_prob <= 1:
+        if not _is_number(self.class_dropout_prob) or not 0 <= self.class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: got {self.class_dropout_prob}, allowed are 0..1")
         if self.family == "dit":
             return
@@ -81,7 +84,8 @@ class ModelConfig:
         cls, family: Family, *, mask_ratio: Any = None, decode_layer: Any = None, **kwargs: Any
     ) -> "ModelConfig":
         """From a constructor's arguments: ``mask_ratio`` and ``decode_layer`` may be strings (as from a
-        command line); ``decode_layer`` None is the published depth (4 in MDTv2, 2 in MDT v1)."""
+        command line); ``decode_layer`` None is 4 in MDTv2 and 2 in MDT v1 (the published
+        recipes, but for MDTv2_S_2's 6)."""
         if family == "dit":
             if mask_ratio is not None or decode_layer is not None:
                 raise UserError("DiT takes neither mask_ratio nor decode_layer")
@@ -90,11 +94,13 @@ class ModelConfig:
             decode_layer = 4 if family == "mdtv2" else 2
         try:
             mask_ratio = None if mask_ratio is None else float(mask_ratio)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"mask_ratio: got {mask_ratio!r}, allowed is a number or None") from None
         try:
+            if isinstance(decode_layer, float) and not decode_layer.is_integer():
+                raise ValueError
             decode_layer = int(decode_layer)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             raise UserError(
                 f"decode_layer: got {decode_layer!r}, allowed is a whole number or None"
             ) from None
@@ -212,6 +218,10 @@ def from_dict(cls: type, values: Any, where: str = "config") -> Any:
     return cls(**made)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _checked(hint: Any, value: Any, where: str) -> Any:
     """``value`` if it fits ``hint`` (an int is taken where a float is asked for)."""
     origin = typing.get_origin(hint)
@@ -221,7 +231,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}")
     allowed = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where}: {str(value)[:20]}... is too large") from None
     for option in allowed:
         if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value

@@ -42,6 +42,8 @@ class MaskPlan:
         Both come from torch's default generators, in that order. The ratio is always drawn on the host,
         so that no device is waited for; the noise is drawn on ``device``.
         """
+        if not 0 <= mask_ratio <= 1:
+            raise UserError(f"mask_ratio: got {mask_ratio}, allowed are 0..1")
         len_keep = (
             draw_len_keep(num_tokens, mask_ratio) if random_ratio else int(num_tokens * (1 - mask_ratio))
         )

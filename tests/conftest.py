@@ -28,7 +28,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     golden: dict[tuple[str, str], list[str]] = defaultdict(list)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
-            if "::test_golden" not in report.nodeid or (outcome == "passed" and report.when != "call"):
+            if "golden" not in report.nodeid.partition("::")[2] or (
+                outcome == "passed" and report.when != "call"
+            ):
                 continue
             name, _, case = report.nodeid.partition("[")
             golden[name, outcome].append(case.removesuffix("]"))

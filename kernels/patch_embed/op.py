@@ -13,8 +13,11 @@ def patch_embed(x_BCSS: Tensor, weight_DCpp: Tensor, bias_D: Tensor, pos_1LD: Te
     L = (S/p)^2; one floating dtype. Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x_BCSS)
+    checks.floating_on("weight", weight_DCpp, x_BCSS)
     checks.shape("weight", weight_DCpp, "D", "C", "p", weight_DCpp.shape[-1])
     D, C, p, _ = weight_DCpp.shape
+    if p < 1:
+        raise ValueError(f"weight: shape {list(weight_DCpp.shape)}, a patch has one pixel or more")
     checks.shape("x", x_BCSS, "B", C, "S", x_BCSS.shape[-1])
     S = x_BCSS.shape[-1]
     if S % p:

@@ -37,7 +37,7 @@ def rel_attention(
     if table_RH is not None:
         if grid_size < 1:
             raise ValueError(f"grid_size: got {grid_size}, a table needs 1 or more")
-        checks.floating("table", table_RH)
+        checks.floating_on("table", table_RH, q_BHMd)
         checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, H)
         for name, pos, length in (("q_pos", q_pos, M), ("k_pos", k_pos, N)):
             if pos is not None:

@@ -15,6 +15,8 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     checks.floating("x", x)
     checks.shape("x", x, "B", "L", "D")
     checks.shape("skip", skip, *x.shape)
+    for name, other in (("skip", skip), ("weight", weight), ("bias", bias)):
+        checks.floating_on(name, other, x)
     checks.shape("weight", weight, "O", 2 * x.shape[2])
     checks.shape("bias", bias, weight.shape[0])
     return reference.skip_linear(x, skip, weight, bias)

@@ -5,8 +5,9 @@ A set answers two questions: which class is sample i, and what are its pixels. E
 """
 
 import math
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from ..config import DataConfig
 from ..errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+MAX_ASPECT = 100  # long side / short side; scaling the short side up makes anything longer fill the memory
 
 
 class ImageSet(Protocol):
@@ -89,28 +91,61 @@ class ImageFolder:
         self.size, self.channels, self.crop = config.image_size, config.channels, config.crop
 
     def load(self, index: int, rng: random.Random) -> np.ndarray:
-        image = read_image(self.paths[index], self.channels)
-        crop = center_crop(image, self.size) if self.crop == "center" else random_crop(image, self.size, rng)
+        path = self.paths[index]
+        image = read_image(path, self.channels)
+        try:
+            if self.crop == "center":
+                crop = center_crop(image, self.size)
+            else:
+                crop = random_crop(image, self.size, rng)
+        except MemoryError:
+            raise UserError(
+                f"cannot scale image {str(path)!r} of {image.width}x{image.height} pixels to "
+                f"data.image_size={self.size}: out of memory"
+            ) from None
         pixels_HWC = crop.reshape(self.size, self.size, self.channels)
         return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
 
 
 def list_images(root: Path) -> list[Path]:
-    """Every jpg, jpeg, png and gif below ``root`` (any case), sorted; hidden ones are left out."""
-    if not root.exists():
-        raise UserError(f"data.source: no folder {str(root)!r}")
-    if not root.is_dir():
-        raise UserError(f"data.source: {str(root)!r} is a file; a folder of images is needed")
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    )
+    """Every jpg, jpeg, png and gif below ``root`` (any case), sorted; hidden ones are left out.
+
+    Links are followed. ``UserError`` names a folder that cannot be read and a link that leads nowhere: what
+    lies there may be a whole class.
+    """
+    try:
+        if not root.exists():
+            raise UserError(f"data.source: no folder {str(root)!r}")
+        if not root.is_dir():
+            raise UserError(f"data.source: {str(root)!r} is a file; a folder of images is needed")
+        paths = sorted(_walk(root, frozenset()))
+    except OSError as error:
+        raise UserError(f"data.source: cannot read {str(error.filename)!r}: {error.strerror}") from None
     if not paths:
         raise UserError(f"data.source: no images ({', '.join(s[1:] for s in SUFFIXES)}) in {str(root)!r}")
     return paths
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """The images below ``folder``; ``above`` identifies the folders it lies in, so that link loops end."""
+    status = folder.stat()
+    identity = status.st_dev, status.st_ino
+    # Only loops are cut: two links to the same folder are two classes.
+    if identity in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = folder / entry.name
+            if entry.is_dir():
+                yield from _walk(path, above | {identity})
+            elif path.suffix.lower() in SUFFIXES:
+                # A broken link is listed: whether a bad image stops the run is for the loader to decide.
+                if entry.is_file() or not path.exists():
+                    yield path
+            elif entry.is_symlink():
+                entry.stat()  # raises if the link is broken
 
 
 def class_name(relative: Path) -> str:
@@ -127,12 +162,30 @@ def class_name(relative: Path) -> str:
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
-    """The first frame of a file in RGB (3 channels) or grey (1). ``UserError`` names an unreadable file."""
+    """The first frame of a file, 8 bits, in RGB (3 channels) or grey (1). ``UserError`` names a bad file."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels; the long side may be at most {MAX_ASPECT} times "
+                    "the short side"
+                )
+            return _to_8_bits(image).convert("RGB" if channels == 3 else "L")
+    except Exception as error:  # Pillow's decoders raise nearly anything, MemoryError included
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read image {str(path)!r}: {reason}") from None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which Pillow's ``convert`` would clip to white instead."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; 8-bit or 16-bit pixels are needed")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"pixel values {pixels.min()} to {pixels.max()}; 16-bit pixels are 0 to 65535")
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -19,12 +19,14 @@ def power_cosine_scale(
     the last, cleanest steps; 0.01 is almost full guidance throughout; None is ``cfg_scale`` at every t.
     Float32 also for float64 ``t``.
     """
+    if not math.isfinite(cfg_scale):
+        raise UserError(f"cfg_scale: must be finite, got {cfg_scale}")
     if diffusion_steps < 1:
         raise UserError(f"diffusion_steps: must be at least 1, got {diffusion_steps}")
     if scale_pow is None:
         return torch.full(t.shape, float(cfg_scale), device=t.device)
-    if not scale_pow >= 0:
-        raise UserError(f"scale_pow: must be None or at least 0, got {scale_pow}")
+    if not 0 <= scale_pow < math.inf:
+        raise UserError(f"scale_pow: must be None, or finite and at least 0, got {scale_pow}")
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         low, high = (float(bound) for bound in t.aminmax())
         if low < 0 or high > diffusion_steps:

@@ -17,7 +17,8 @@ def draw(source: NoiseSource, like: Tensor) -> Tensor:
     if not like.is_floating_point():
         raise UserError(f"x: expected a float tensor, got {like.dtype}")
     if source is None:
-        return torch.randn_like(like)
+        # Contiguous whatever the layout of ``like``: the same seed gives the same picture.
+        return torch.randn_like(like, memory_format=torch.contiguous_format)
     if isinstance(source, torch.Generator):
         noise = torch.randn(like.shape, generator=source, dtype=like.dtype, device=source.device)
         return noise.to(like.device)

@@ -17,6 +17,8 @@ from .attention import share_index
 from .blocks import Block, FinalLayer, unpatchify
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Transformer(nn.Module):
     """Base of the three models. The constructor's arguments are the official ones.
@@ -70,6 +72,7 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
         initialise(self, config.grid_size)
         share_index(self)
+        self.register_state_dict_post_hook(_separate_index)
 
     def make_parameters(self) -> None:
         """Everything but the blocks and the last layer."""
@@ -118,8 +121,8 @@ class Transformer(nn.Module):
         ``x`` [2n, C, S, S]: its first n samples are used for both halves; ``t`` [2n]; ``y`` [2n]: n classes,
         then n times the null class. The guidance weight rises with the power-cosine schedule from 1 at
         ``t = diffusion_steps`` to ``cfg_scale`` at 0, or is constant where ``scale_pow`` is None. The first
-        three channels are guided, the rest is each half's own. ``cfg_scale`` None: plain :meth:`forward`.
-        Raises ``UserError`` for an odd batch. Source: MDT (arXiv:2303.14389), section 4.
+        three channels (all, of fewer) are guided, the rest is each half's own. ``cfg_scale`` None: plain
+        :meth:`forward`. Raises ``UserError`` for an odd batch. Source: MDT (arXiv:2303.14389), section 4.
         """
         if cfg_scale is None:
             return self(x, t, y)
@@ -133,9 +136,13 @@ class Transformer(nn.Module):
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync)."""
         S, weight = self.input_size, self.pos_embed
+        for name, v in (("x", x), ("t", t), ("y", y)):
+            if not isinstance(v, Tensor):
+                raise UserError(f"{name}: got {type(v).__name__}, expected a torch.Tensor")
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, S, S):
             raise UserError(f"x: shape {list(x.shape)}, expected [B, {self.in_channels}, {S}, {S}]")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in AUTOCAST_DTYPES
+        if x.dtype != weight.dtype and not autocast:
             raise UserError(f"x: dtype {x.dtype}, the model's weights are {weight.dtype}")
         if x.device != weight.device:
             raise UserError(f"x: on {x.device}, the model is on {weight.device}")
@@ -150,7 +157,7 @@ class Transformer(nn.Module):
             raise UserError(f"y: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
         if t.dtype == torch.bool or t.is_complex():
             raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or not len(x):
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or _in_functorch() or not len(x):
             return
         rows = self.y_embedder.embedding_table.num_embeddings
         if y.min() < 0 or y.max() >= rows:
@@ -169,3 +176,15 @@ class Transformer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.kwargs().items())
+
+
+def _separate_index(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """A state_dict hook: copies of the index that all layers share: file formats may refuse sharing."""
+    keys = [key for key in state if key.startswith(prefix) and key.endswith("relative_position_index")]
+    for key in keys[1:]:
+        state[key] = state[key].clone()
+
+
+def _in_functorch() -> bool:
+    """Whether values are hidden inside a transform (vmap, grad, ...)."""
+    return torch._C._functorch.maybe_current_level() is not None

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import Family, ModelConfig
 from ..errors import UserError
 from ..files import aside
+from .attention import share_index
 from .base import Transformer
 from .zoo import CLASSES
 
@@ -42,8 +44,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a readable {path.suffix} file (truncated or damaged?): {reason}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no state_dict (a table of tensors by name)")
+    if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
+        raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name)")
     return dict(state)
 
 
@@ -51,20 +53,27 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
     """Write a state_dict as ``.pt`` or ``.safetensors`` (by the name's ending; ``metadata`` with the latter).
 
     Written aside, flushed to disk and renamed: a file of that name is whole, old or new, at every moment.
-    Raises ``UserError`` for another ending or a folder that does not exist, ``OSError`` for a full disk.
+    Raises ``UserError`` for another ending, a folder that does not exist, and (or an ``OSError``) for a full
+    disk or a missing permission; a file that was there before stays.
     """
     path = Path(path)
     _check_suffix(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: folder {path.parent} does not exist")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    with aside(path) as file:
-        if path.suffix == ".safetensors":
-            # safetensors refuses tensors that share memory (the layers' common index does).
-            separate = {key: value.clone() for key, value in tensors.items()}
-            save_file(separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()})
-        else:
-            torch.save(tensors, file)
+    try:
+        with aside(path) as file:
+            if path.suffix == ".safetensors":
+                # safetensors refuses tensors that share memory (views of one tensor do).
+                separate = {key: value.clone() for key, value in tensors.items()}
+                save_file(
+                    separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()}
+                )
+            else:
+                with open(file, "wb") as opened:
+                    torch.save(tensors, opened)
+    except (SafetensorError, RuntimeError) as error:  # how both report a full disk
+        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0][:160]}") from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
@@ -117,7 +126,9 @@ def config_of(module: Any) -> ModelConfig:
             mask_ratio=module.mask_ratio if has_mask else None,
             decode_layer=None if family == "dit" else module.decode_layer,
         )
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"module: {type(module).__name__} is no MDT, MDTv2 or DiT (lacks {error})") from error
 
 
@@ -127,15 +138,22 @@ def from_reference(module: nn.Module) -> Transformer:
     Parameters are the same objects: an optimiser or a checkpoint made for one serves the other.
     Raises ``UserError`` for a module that is no MDT, MDTv2 or DiT.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     config = config_of(module)
     with torch.device("meta"):
         fast: Any = CLASSES["fast"][config.family](**config.kwargs())
     state = module.state_dict(keep_vars=True)
+    trained = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
     if differing := fast.state_dict().keys() ^ state.keys():
         raise UserError(
             f"module: {type(module).__name__} has other weights: {'; '.join(_listed('differ', differing))}"
         )
     fast.load_state_dict(state, strict=True, assign=True)
+    for key, parameter in fast.named_parameters():
+        parameter.requires_grad_(
+            trained[key]
+        )  # assigning gave the given module's own parameters the fast one's
+    share_index(fast)
     return fast.train(module.training)
 
 
@@ -146,6 +164,15 @@ def _read_pt(path: Path) -> Any:
         raise UserError(
             f"{path}: needs code from the file to be executed, or is damaged; only plain tensors are read"
         ) from error
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Whether this may stand in a state_dict: a name, and a dense tensor with its numbers in memory."""
+    if not isinstance(name, str) or name == "__metadata__" or not isinstance(value, Tensor):
+        return False
+    return (
+        value.layout == torch.strided and not value.is_nested and not value.is_quantized and not value.is_meta
+    )
 
 
 def _check_suffix(path: Path) -> None:

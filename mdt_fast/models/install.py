@@ -46,7 +46,7 @@ def uninstall() -> None:
     """Undo :func:`install`."""
     if not _replaced:
         return
-    package = sys.modules["masked_diffusion"]
+    package = sys.modules.get("masked_diffusion", ModuleType("masked_diffusion"))
     module, attribute = _replaced.pop("module"), _replaced.pop("attribute")
     if module is None:
         sys.modules.pop(MODULE, None)

@@ -6,6 +6,7 @@ Source: MDT (arXiv:2303.14389; MDTv2 is its second version).
 from torch import Tensor, nn
 
 from ..config import Family
+from ..errors import UserError
 from ..kernels import gather_tokens, unmask_tokens
 from ..masking import MaskPlan
 from .base import Transformer
@@ -20,6 +21,8 @@ class MaskedTransformer(Transformer):
         """The mask of this pass (kept tokens ascending): the given one, a new one, or None for all tokens."""
         B, L, _ = x.shape
         if mask_plan is not None:
+            if not isinstance(mask_plan, MaskPlan):
+                raise UserError(f"mask_plan: got {type(mask_plan).__name__}, expected a MaskPlan or None")
             mask_plan.check(B, L, x.device)
         elif enable_mask and self.mask_ratio is not None:
             mask_plan = MaskPlan.draw(

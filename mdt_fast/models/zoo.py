@@ -104,6 +104,11 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 
 def build_model(config: ModelConfig, implementation: Implementation = "fast") -> nn.Module:
     """A fresh model of this shape, by the fast classes or by the reference's."""
+    if implementation not in CLASSES:
+        known = ", ".join(CLASSES)
+        raise UserError(
+            f"implementation: {implementation!r}{nearest(implementation, CLASSES)}; known: {known}"
+        )
     return CLASSES[implementation][config.family](**config.kwargs())
 
 

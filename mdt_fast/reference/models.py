@@ -101,7 +101,8 @@ class _Transformer(nn.Module):
         """Guided output for x [2n, C, S, S]: its first n rows are used; y: n classes, n null classes.
 
         The guidance weight rises from 1 at t = diffusion_steps to ``cfg_scale`` at t = 0 (power-cosine),
-        or is constant where ``scale_pow`` is None. The first three channels are guided, the rest is raw.
+        or is constant where ``scale_pow`` is None. The first three channels (all, of
+        fewer) are guided, the rest is raw.
         """
         if cfg_scale is None:
             return self(x, t, y)

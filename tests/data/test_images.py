@@ -1,5 +1,6 @@
 """Images in: listing, classes, crops bit for bit as the official data loader, and clear errors."""
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from golden_files import load
 from mdt_fast.config import DataConfig
 from mdt_fast.data import check_classes, open_images
-from mdt_fast.data.images import center_crop, list_images, random_crop
+from mdt_fast.data.images import center_crop, list_images, random_crop, read_image
 from mdt_fast.errors import UserError
 
 FOLDER = DataConfig(source="", image_size=8, channels=3)
@@ -92,6 +93,106 @@ def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes | str) -> N
     with pytest.raises(UserError, match=r"cannot read image '.*a_1\.png'") as caught:
         images.load(0, random.Random(0))
     assert "\n" not in str(caught.value)
+
+
+def test_linked_class_folders_count_and_link_loops_end(tmp_path: Path) -> None:
+    write_image(tmp_path / "elsewhere" / "1.png")
+    write_image(tmp_path / "photos" / "cat" / "2.png")
+    for name, target in (("dog", "../elsewhere"), ("hen", "../elsewhere"), ("loop", "."), ("cat/up", ".")):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / "photos" / target)
+    found = [str(path.relative_to(tmp_path / "photos")) for path in list_images(tmp_path / "photos")]
+    assert found == ["cat/2.png", "dog/1.png", "hen/1.png"]
+
+
+@pytest.mark.parametrize("name", ["photos", "b"])
+def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    root = tmp_path / "photos"
+    write_image(root / "a" / "1.png")
+    write_image(root / "b" / "2.png")
+    scandir = os.scandir
+
+    def refuse(path: Path):  # type: ignore[no-untyped-def]
+        if Path(path).name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root reads every folder, whatever its mode
+    with pytest.raises(UserError, match=rf"data.source: cannot read '.*{name}': Permission denied"):
+        list_images(root)
+
+
+def test_a_broken_link_is_no_missing_class(tmp_path: Path) -> None:
+    write_image(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    images = open_images(replace(FOLDER, source=str(tmp_path)))
+    with pytest.raises(UserError, match=r"cannot read image '.*2\.png'"):
+        images.load(1, random.Random(0))
+    (tmp_path / "b").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"data.source: cannot read '.*b': No such file"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [np.dtype("<u2"), np.dtype(">u2"), np.dtype(np.int32)], ids=str)
+def test_16_bit_grey_keeps_its_levels(tmp_path: Path, dtype: np.dtype, channels: int) -> None:
+    levels = np.repeat(np.arange(0, 65536, 257), 4).reshape(32, 32).astype(dtype)
+    Image.fromarray(levels).save(tmp_path / "a.png", format="TIFF" if dtype.str != "<u2" else "PNG")
+    pixels = np.asarray(read_image(tmp_path / "a.png", channels)).reshape(32, 32, channels)
+    for channel in range(channels):
+        np.testing.assert_array_equal(pixels[..., channel], levels // 257)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.ones((4, 4), np.float32), "floating-point pixels"),
+        (np.full((4, 4), 65536, np.int32), "pixel values 65536 to 65536; 16-bit pixels are 0 to 65535"),
+        (np.full((4, 4), -1, np.int32), "pixel values -1 to -1"),
+    ],
+)
+def test_pixels_beyond_16_bits_are_refused(tmp_path: Path, pixels: np.ndarray, message: str) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png", format="TIFF")
+    with pytest.raises(UserError, match=rf"a\.png': {message}"):
+        read_image(tmp_path / "a.png", 3)
+
+
+def test_a_sliver_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    Image.new("1", (3_000_000, 1)).save(tmp_path / "a_1.png")
+    Image.new("L", (100, 1)).save(tmp_path / "a_2.png")
+    images = open_images(replace(FOLDER, source=str(tmp_path)))
+    with pytest.raises(
+        UserError, match=r"a_1\.png': 3000000x1 pixels; the long side may be at most 100 times"
+    ):
+        images.load(0, random.Random(0))
+    assert images.load(1, random.Random(0)).shape == (3, 8, 8)
+
+
+def test_running_out_of_memory_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a_1.png")
+    images = open_images(replace(FOLDER, source=str(tmp_path)))
+
+    def exhaust(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", exhaust)
+    with pytest.raises(UserError, match=r"a_1\.png' of 12x10 pixels to data.image_size=8: out of memory"):
+        images.load(0, random.Random(0))
+    monkeypatch.setattr(Image.Image, "convert", exhaust)
+    with pytest.raises(UserError, match=r"cannot read image '.*a_1\.png': MemoryError"):
+        images.load(0, random.Random(0))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, Image.DecompressionBombError, KeyError])
+def test_whatever_a_decoder_raises_the_image_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*args: object) -> None:
+        raise error("pixel format 0")
+
+    path = write_image(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=r"cannot read image '.*a\.png': .*pixel format 0"):
+        read_image(path, 3)
 
 
 def test_digits_have_one_size() -> None:

@@ -271,6 +271,11 @@ def wrong() -> list[tuple[str, Callable[[], Any], str]]:
             lambda: k.rel_attention(q, q, q, table[:9], grid_size=2),
             r"table: shape \[9, 2\]",
         ),
+        (
+            "attention table elsewhere",
+            lambda: k.rel_attention(q, q, q, table.to("meta"), grid_size=2),
+            r"table: torch.float32 on meta, expected floating-point on cpu",
+        ),
         ("attention grid", lambda: k.rel_attention(q, q, q, table), r"grid_size: got 0"),
         (
             "attention pos",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from golden_files import load, meta
@@ -40,6 +41,26 @@ def test_from_reference_shares_storage(name: str) -> None:
         assert relative_error(fast(g["in/x"], g["in/t"], g["in/y"]), g["a/out"]) < FLOAT32
         source.pos_embed.add_(1)
         assert torch.equal(fast.pos_embed, source.pos_embed)
+
+
+def test_from_reference_leaves_what_is_frozen_frozen() -> None:
+    source = reference.MDTv2(**TINY)
+    source.en_inblocks.requires_grad_(False)
+    trained = {key: p.requires_grad for key, p in source.named_parameters()}
+    fast = from_reference(source)
+    assert {key: p.requires_grad for key, p in source.named_parameters()} == trained
+    assert {key: p.requires_grad for key, p in fast.named_parameters()} == trained
+    assert not all(trained.values())
+
+
+def test_from_reference_of_a_compiled_module() -> None:
+    source = reference.MDTv2(**TINY)
+    assert from_reference(torch.compile(source)).pos_embed is source.pos_embed
+
+
+def test_state_dict_shares_no_memory(tmp_path: Path) -> None:
+    """safetensors' own save_file refuses tensors that share memory."""
+    save_file(MDTv2(**TINY).state_dict(), tmp_path / "w.safetensors")
 
 
 def test_from_reference_reads_a_foreign_module() -> None:
@@ -118,6 +139,18 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("junk.pt").write_bytes(b"this is no checkpoint")
     with pytest.raises(UserError, match=r"^junk.pt: "):
         read_weights("junk.pt")
+    for number, odd in enumerate(
+        [
+            {},
+            {1: torch.ones(1)},
+            {"a": torch.ones(1, device="meta")},
+            {"a": torch.eye(2).to_sparse()},
+            {"a": 1},
+        ]
+    ):
+        torch.save(odd, f"odd{number}.pt")
+        with pytest.raises(UserError, match=r"holds no state_dict"):
+            read_weights(f"odd{number}.pt")
     torch.save([1, 2], "list.pt")
     with pytest.raises(UserError, match=r"list.pt: holds no state_dict"):
         read_weights("list.pt")

@@ -64,6 +64,12 @@ def test_wrong_inputs(cls: Any, changed: dict[str, torch.Tensor], message: str) 
         ({"decode_layer": "deep"}, r"decode_layer: got 'deep'"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob: got 1.5"),
         ({"mlp_ratio": 0}, r"mlp_ratio: got 0"),
+        ({"mlp_ratio": float("inf")}, r"mlp_ratio: got inf"),
+        ({"mlp_ratio": "4"}, r"mlp_ratio: got 4"),
+        ({"depth": "4"}, r"depth: got '4', allowed is a whole number"),
+        ({"hidden_size": 32.0}, r"hidden_size: got 32.0, allowed is a whole number"),
+        ({"mask_ratio": [0.3]}, r"mask_ratio: got \[0.3\]"),
+        ({"decode_layer": 1.5}, r"decode_layer: got 1.5"),
     ],
 )
 @pytest.mark.parametrize("module", [models, reference], ids=["fast", "reference"])
@@ -101,6 +107,32 @@ def test_a_plan_that_does_not_fit() -> None:
         model(**inputs(), mask_plan=MaskPlan.from_noise(torch.rand(2, 64), 8))
 
 
+@pytest.mark.parametrize("name", ["x", "t", "y"])
+def test_no_tensor(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: got list, expected a torch.Tensor"):
+        tiny()(**{**inputs(), name: [1, 2]})
+    with pytest.raises(UserError, match="mask_plan: got int, expected a MaskPlan or None"):
+        tiny()(**inputs(), mask_plan=3)
+
+
+@pytest.mark.parametrize("cfg_scale", [float("nan"), float("inf")])
+def test_guidance_must_be_finite(cfg_scale: float) -> None:
+    with pytest.raises(UserError, match="cfg_scale: must be finite"):
+        tiny().forward_with_cfg(**inputs(), cfg_scale=cfg_scale)
+
+
+def test_functional_transforms() -> None:
+    model, batch = tiny(), inputs()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x[None], batch["t"][:1], batch["y"][:1])).sum()
+
+    model.eval()
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, batch["x"])
+    assert per_sample["pos_embed"].shape == (2, 1, 16, 16)
+
+
 def test_guidance_needs_an_even_batch() -> None:
     with pytest.raises(UserError, match="x: batch of 3, guidance needs an even one"):
         tiny().forward_with_cfg(**inputs(3), cfg_scale=2.0)
@@ -112,6 +144,8 @@ def test_guidance_needs_an_even_batch() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(UserError, match=r"model: 'MDTv2_S2' is unknown \(did you mean 'MDTv2_S_2'\?\)"):
         models.make("MDTv2_S2")
+    with pytest.raises(UserError, match=r"implementation: 'fats' \(did you mean 'fast'\?\)"):
+        models.make("MDTv2_S_2", implementation="fats")
     with pytest.raises(AttributeError, match="MDTv3"):
         _ = mdt_fast.MDTv3
     assert mdt_fast.MDTv2_XL_2 is models.FACTORIES["MDTv2_XL_2"]

@@ -83,7 +83,7 @@ def test_imports_point_one_way(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ("reference", "kernels")])
 def test_oracle_and_kernels_stand_alone(name: str) -> None:
-    """The oracle shares no arithmetic with what it judges; a kernel room knows nothing of models."""
+    """The oracle knows nothing of what it judges, nor a kernel room of models."""
     allowed = {"kernels": {"kernels"}, "reference": {"reference", "config", "errors", "masking"}}[room(name)]
     ours = {room(target) for target in imported(name, MODULES[name]) if target.startswith("mdt_fast")}
     assert ours <= allowed

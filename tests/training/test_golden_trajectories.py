@@ -47,7 +47,7 @@ def replay(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Tensor], list
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("implementation", ["reference", "fast"])
-def test_trajectory(name: str, implementation: str, replay: tuple[list[Tensor], list[Tensor]]) -> None:
+def test_golden_trajectory(name: str, implementation: str, replay: tuple[list[Tensor], list[Tensor]]) -> None:
     saved, info = load(name), meta(name)
     version = info["version"]
     model = CLASSES[implementation][version](**info["config"])
