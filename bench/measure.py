@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,12 @@ from torch import Tensor, nn
 Spread = tuple[float, float, float]
 """20%, 50% and 80% quantiles."""
 
+PROBE_SECONDS = 1.5
+"""For finding the size and rate of :class:`Matmul`: long enough for a busy machine to have quiet moments."""
+
+MAX_BURSTS = 1000
+"""More than fit into that time on any device of today; the time ends the probe, not this."""
+
 
 def spread(values: list[float]) -> Spread:
     """Quantiles of at least one value, interpolated."""
@@ -32,6 +38,20 @@ def spread(values: list[float]) -> Spread:
         return values[0], values[0], values[0]
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return cuts[1], cuts[4], cuts[7]
+
+
+def rates(amount: float, times: Spread) -> Spread:
+    """The spread of ``amount`` per unit of ``times``, whose high end gives the low end."""
+    low, middle, high = times
+    return amount / high, amount / middle, amount / low
+
+
+def ratios(reference: Sequence[float], seconds: Sequence[float]) -> Spread:
+    """How many times as fast as the reference: each round against the same round of the reference.
+
+    A ratio of the two medians would compare moments of the machine's load, wherever each has its median.
+    """
+    return spread([a / b for a, b in zip(reference, seconds, strict=True)])
 
 
 def synchronize(device: torch.device) -> None:
@@ -56,12 +76,10 @@ def take_turns(
     inner: int = 1,
     deadline: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time ``steps`` in turns: round r calls each of them with the same indices r*inner .. r*inner + inner
-    - 1.
+    """Time ``steps`` in turns: round r calls each of them with the same ``inner`` indices from r*inner on.
 
     ``seconds`` are per step. A round that has begun is finished, so all have the same number of samples; no
-    round begins after ``deadline`` (``time.monotonic``), except the first. A participant that raises drops
-    out.
+    round begins after ``deadline`` (``time.monotonic``), except the first. Whoever raises drops out.
     """
     timings = {name: Timing() for name in steps}
     for r in range(repeats):
@@ -93,8 +111,8 @@ class Matmul:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
         sizes = (4096, 8192) if device.type == "cuda" else (512, 1024)
-        rates = {size: self._prepare(size).rate() for size in sizes}
-        self._prepare(max(rates, key=lambda size: rates[size]))
+        found = {size: self._prepare(size).rate(PROBE_SECONDS / len(sizes)) for size in sizes}
+        self._prepare(max(found, key=lambda size: found[size]))
 
     def _prepare(self, size: int) -> "Matmul":
         self.size = size
@@ -103,9 +121,10 @@ class Matmul:
         self.calls = max(1, round((1e13 if self.device.type == "cuda" else 4e9) / (2 * size**3)))
         return self
 
-    def rate(self) -> float:
-        """FLOP/s, the best of three bursts."""
-        timing = take_turns({"": self}, self.device, repeats=3)[""]
+    def rate(self, seconds: float) -> float:
+        """FLOP/s, the best of the bursts that begin within ``seconds``."""
+        end = time.monotonic() + seconds
+        timing = take_turns({"": self}, self.device, repeats=MAX_BURSTS, deadline=end)[""]
         if timing.error is not None:
             raise timing.error
         return self.see(timing)

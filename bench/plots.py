@@ -1,10 +1,11 @@
 """The picture of a run: img/s and peak memory by provider, one panel pair per case. Made from rows."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from formats import memory, memory_unit, number
 from mdt_fast.errors import UserError
 from rows import Row
 
@@ -43,17 +44,19 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     cases = group(rows)
     if not cases:
         return False
-    figure, axes = plt.subplots(len(cases), 2, figsize=(10, 1.2 + 2.3 * len(cases)), squeeze=False)
+    size = (10, 0.4 + 2.3 * len(cases))
+    figure, axes = plt.subplots(len(cases), 2, figsize=size, squeeze=False, layout="constrained")
     for (left, right), ((mode, model, batch, dtype), metrics) in zip(axes, cases.items()):
         unit = "img/s" if mode == "train" else "img/s, 250 guided steps (extrapolated)"
-        _bars(left, metrics.get("img_per_s", {}), unit)
-        _bars(right, metrics.get("peak_bytes", {}), "peak memory, GiB", scale=2**30)
+        _bars(left, metrics["img_per_s"], unit, number)
+        sizes = metrics.get("peak_bytes", {})
+        unit, scale = memory_unit(max((row["p50"] for row in sizes.values()), default=0))
+        _bars(right, sizes, f"peak memory, {unit}", memory, scale)
         left.set_title(f"{mode} · {model} · batch {batch} · {dtype}", loc="left", fontsize=10)
     any_row = rows[0]
     figure.suptitle(
-        f"{any_row['device']} · torch {any_row['torch']} · commit {any_row['commit']}", fontsize=9, y=0.995
+        f"{any_row['device']} · torch {any_row['torch']} · commit {any_row['commit']}", fontsize=9
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
@@ -72,7 +75,9 @@ def group(rows: Sequence[Row]) -> dict[Case, dict[str, dict[str, Row]]]:
     return {case: metrics for case, metrics in cases.items() if "img_per_s" in metrics}
 
 
-def _bars(axis: Any, by_provider: dict[str, Row], label: str, scale: float = 1.0) -> None:
+def _bars(
+    axis: Any, by_provider: dict[str, Row], label: str, text: Callable[[float], str], scale: float = 1.0
+) -> None:
     names = [name for name in COLORS if name in by_provider]
     values = [by_provider[name]["p50"] / scale for name in names]
     places = range(len(names))
@@ -81,7 +86,9 @@ def _bars(axis: Any, by_provider: dict[str, Row], label: str, scale: float = 1.0
         low, high = by_provider[name]["p20"], by_provider[name]["p80"]
         if low is not None:
             axis.plot([low / scale, high / scale], [place, place], color="black", linewidth=1.2)
-        axis.annotate(f" {value:.3g}", (max(value, (high or 0) / scale), place), va="center", fontsize=8)
+        axis.annotate(
+            f" {text(value * scale)}", (max(value, (high or 0) / scale), place), va="center", fontsize=8
+        )
     axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(label, fontsize=8)

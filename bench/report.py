@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import plots
+from formats import interval, memory, number, ratio
 from mdt_fast.errors import UserError
 from rows import Row, read
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SAMPLING = " Sampling: 250 guided steps, extrapolated from the time of one."
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -83,40 +85,43 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
     """The measured rows, of each (device, case, provider, metric) the last; in the order of first mention."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        if row["bench"] == "throughput" and "model" in row and row["p50"] is not None:
+        if row["bench"] == "throughput" and "model" in row:
             keys = ("device", "mode", "model", "batch", "dtype", "provider", "metric")
             found[tuple(str(row[key]) for key in keys)] = row
-    return list(found.values())
+    return [row for row in found.values() if row["p50"] is not None]
 
 
 def _table(run: tuple[str, ...], rows: Sequence[Row]) -> str:
     device, driver, torch_version, triton, commit, command = run
     lines = [
-        "| mode | model, batch, dtype | provider | img/s | ms/step (p20-p80) | of peak | memory | ratio |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| mode | model, batch, dtype | provider | img/s | ms/step (p20-p80) | rounds | of peak | memory "
+        "| ratio (p20-p80) |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (mode, model, batch, dtype), metrics in plots.group(rows).items():
         for provider in metrics["img_per_s"]:
             p50 = {metric: by[provider]["p50"] for metric, by in metrics.items() if provider in by}
-            ms = metrics["ms"][provider]
+            ms, to = metrics["ms"][provider], metrics.get("ratio", {}).get(provider)
             half = " autocast" if dtype == "bfloat16" else ""
             cells = [
                 mode,
                 f"{model}, {batch}, {dtype}{half}",
                 f"`{provider}`",
-                f"{p50['img_per_s']:.3g}",
-                f"{ms['p50']:,.4g} ({ms['p20']:,.4g}-{ms['p80']:,.4g})",
+                number(p50["img_per_s"]),
+                f"{number(ms['p50'])} ({interval(ms['p20'], ms['p80'])})",
+                str(ms.get("rounds", "")),
                 f"{p50['peak_share']:.0%}" if "peak_share" in p50 else "",
-                f"{p50['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in p50 else "",
-                f"{p50['ratio']:.2f}x" if "ratio" in p50 else "",
+                memory(p50["peak_bytes"]) if "peak_bytes" in p50 else "",
+                ratio((to["p20"], to["p50"], to["p80"])) if to is not None else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     where = f"{device}, driver {driver}" if driver != "None" else device
     lines += [
         "",
         f"{where}; torch {torch_version}, triton {triton}; commit {commit}; `{command}`. "
-        "Of peak: of the best matmul rate of the same run. Memory: peak. Ratio: speed over the reference's. "
-        "Sampling: 250 guided steps, extrapolated from the time of one.",
+        "Of peak: of the best matmul rate of the same run. Memory: peak. "
+        "Ratio: speed over the reference's in the same round, the median of all rounds."
+        + (SAMPLING if any(row["mode"] == "sample" for row in rows) else ""),
     ]
     return "\n".join(lines)
 

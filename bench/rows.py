@@ -2,8 +2,8 @@
 
 Keys: ``bench``, ``model`` or ``op``, ``provider``, ``mode``, ``batch`` or ``shape``, ``dtype``, ``metric``,
 ``unit``, ``p20``, ``p50``, ``p80``, ``switches``, ``device``, ``driver``, ``torch``, ``triton``,
-``commit``, ``time``, ``command``; ``note`` where something has to be said. A provider that could not be
-measured has a row of metric ``skipped`` or ``failed`` whose ``note`` says why.
+``commit``, ``time``, ``command``; ``rounds`` where time was taken; ``note`` where something has to be said.
+A provider that could not be measured has a row of metric ``skipped`` or ``failed`` whose ``note`` says why.
 """
 
 import datetime

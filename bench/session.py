@@ -2,20 +2,23 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 import flops
 from inputs import Inputs, len_keeps
 from mdt_fast.errors import UserError
-from measure import Matmul, Spread, Timing, peak_bytes, spread, take_turns
+from measure import Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
 from steps import SAMPLING_STEPS, Case, SampleStep, Step, TrainStep, disagreement
 
 WARM_UP = 2
 """Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
+
+MIN_ROUNDS = 5
+"""Rounds that a ratio takes; the median of fewer is chance."""
 
 MAX_INNER_SECONDS = 0.1
 PERIOD = 16
@@ -27,14 +30,14 @@ class Result:
     """What is known of one provider in one case; spreads are (p20, p50, p80)."""
 
     provider: str
-    note: str = ""
+    notes: list[str] = field(default_factory=list)
     compile_s: float | None = None
     img_per_s: Spread | None = None
     ms: Spread | None = None
     tflop_per_s: Spread | None = None
     peak_share: float | None = None
     peak_bytes: int | None = None
-    ratio: float | None = None
+    ratio: Spread | None = None
     executed: float | None = None
 
 
@@ -96,9 +99,9 @@ class Session:
         if timings["matmul"].error is None:
             matmul.see(timings["matmul"])
         result.peak = matmul.best / 1e12
-        rate = [matmul.flops / s / 1e12 for s in timings["matmul"].seconds]
+        bursts = timings["matmul"].seconds
         self.rows.add(
-            spread(rate) if rate else (None, result.peak, None),
+            rates(matmul.flops / 1e12, spread(bursts)) if bursts else (None, result.peak, None),
             bench="throughput",
             op="matmul",
             provider="torch",
@@ -108,6 +111,7 @@ class Session:
             metric="tflop_per_s",
             unit="TFLOP/s",
             switches={},
+            rounds=len(bursts),
             note=f"best of the run: {result.peak:.4g}",
         )
         for name, step in steps.items():
@@ -115,7 +119,7 @@ class Session:
                 self.give_up(case, found[name], "failed", _one_line(timings[name].error))
                 continue
             result.repeats = len(timings[name].seconds)
-            self.evaluate(case, step, timings[name], inner, result, found)
+            self.evaluate(case, step, timings, inner, result, found[name])
         self.say(f"{case.title}: measuring memory")
         for name, step in steps.items():
             if found[name].ms is not None:
@@ -189,29 +193,45 @@ class Session:
         return slowest
 
     def evaluate(
-        self, case: Case, step: Step, timing: Timing, inner: int, result: CaseResult, found: dict[str, Result]
+        self,
+        case: Case,
+        step: Step,
+        timings: dict[str, Timing],
+        inner: int,
+        result: CaseResult,
+        one: Result,
     ) -> None:
         """From seconds to the table's columns, and their rows."""
-        name = step.provider.name
-        one = found[name]
+        name = one.provider
+        timing = timings[name]
         useful = [self.useful_flops(case, step, i, inner) for i in timing.indices]
         images = case.batch if case.mode == "train" else case.batch / SAMPLING_STEPS
+        flops_per_step = sum(useful) / len(useful)
         one.ms = spread([1e3 * s for s in timing.seconds])
-        one.img_per_s = spread([images / s for s in timing.seconds])
-        one.tflop_per_s = spread([f / s / 1e12 for f, s in zip(useful, timing.seconds)])
-        result.gflop_per_image = sum(useful) / len(useful) / case.batch / 1e9
+        one.img_per_s = rates(1e3 * images, one.ms)
+        one.tflop_per_s = rates(1e3 * flops_per_step / 1e12, one.ms)
+        result.gflop_per_image = flops_per_step / case.batch / 1e9
         one.peak_share = one.tflop_per_s[1] / result.peak
-        reference = found.get("reference")
-        if reference is not None and reference.ms is not None:
-            one.ratio = reference.ms[1] / one.ms[1]
         note = f"extrapolated to {SAMPLING_STEPS} steps" if case.mode == "sample" else None
-        self.row(case, name, "ms", "ms/step", one.ms)
-        self.row(case, name, "img_per_s", "img/s", one.img_per_s, note)
-        self.row(case, name, "tflop_per_s", "TFLOP/s", one.tflop_per_s)
-        self.row(case, name, "peak_share", "1", (None, one.peak_share, None), f"of {result.peak:.4g} TFLOP/s")
-        if one.ratio is not None:
-            self.row(case, name, "ratio", "1", (None, one.ratio, None))
+        of = f"of {result.peak:.4g} TFLOP/s"
+        rounds = len(timing.seconds)
+        self.row(case, name, "ms", "ms/step", one.ms, rounds=rounds)
+        self.row(case, name, "img_per_s", "img/s", one.img_per_s, note, rounds)
+        self.row(case, name, "tflop_per_s", "TFLOP/s", one.tflop_per_s, rounds=rounds)
+        self.row(case, name, "peak_share", "1", (None, one.peak_share, None), of, rounds)
+        if "reference" in timings and timings["reference"].error is None:
+            self.ratio(case, one, timings["reference"], timing)
         self.executed(case, step, one, result.gflop_per_image)
+
+    def ratio(self, case: Case, one: Result, reference: Timing, timing: Timing) -> None:
+        rounds = len(timing.seconds)
+        if rounds < MIN_ROUNDS:
+            reason = f"too few rounds ({rounds}; a ratio takes {MIN_ROUNDS})"
+            one.notes.append(f"no ratio: {reason}")
+            self.row(case, one.provider, "ratio", "1", (None, None, None), reason, rounds)
+            return
+        one.ratio = ratios(reference.seconds, timing.seconds)
+        self.row(case, one.provider, "ratio", "1", one.ratio, rounds=rounds)
 
     def useful_flops(self, case: Case, step: Step, index: int, inner: int) -> float:
         """Mean FLOPs that the reference needs for a step, over the ``inner`` steps from ``index`` on."""
@@ -234,10 +254,10 @@ class Session:
                 own = flops.sample_step(case.config, implementation)
                 share = own.flops / flops.sample_step(case.config).flops
         except Exception as error:
-            one.note = f"executed FLOPs unknown: {_one_line(error)}"
+            one.notes.append(f"executed FLOPs unknown: {_one_line(error)}")
             return
         if own.uncounted:
-            one.note = f"executed FLOPs unknown: no formula for {', '.join(own.uncounted)}"
+            one.notes.append(f"executed FLOPs unknown: no formula for {', '.join(own.uncounted)}")
             return
         one.executed = share
         self.row(case, one.provider, "executed_flop_share", "1", (None, share, None))
@@ -246,12 +266,12 @@ class Session:
         try:
             one.peak_bytes = step.own_bytes() + peak_bytes(step, case.device)
         except Exception as error:
-            one.note = f"peak memory unknown: {_one_line(error)}"
+            one.notes.append(f"peak memory unknown: {_one_line(error)}")
             return
         self.row(case, one.provider, "peak_bytes", "B", (None, one.peak_bytes, None))
 
     def give_up(self, case: Case, one: Result, metric: str, reason: str) -> None:
-        one.note = f"{metric}: {reason}"
+        one.notes.append(f"{metric}: {reason}")
         self.row(case, one.provider, metric, "", (None, None, None), reason)
 
     def row(
@@ -262,6 +282,7 @@ class Session:
         unit: str,
         values: tuple[float | None, float | None, float | None],
         note: str | None = None,
+        rounds: int | None = None,
     ) -> None:
         switches = {
             "compile": provider.endswith("-compiled"),
@@ -270,7 +291,7 @@ class Session:
         }
         if case.mode == "sample":
             switches["sampler"] = case.sampler
-        said = {} if note is None else {"note": note}
+        said = {key: value for key, value in (("rounds", rounds), ("note", note)) if value is not None}
         self.rows.add(
             values, bench="throughput", model=case.model, provider=provider, mode=case.mode, batch=case.batch,
             dtype=case.dtype_name, metric=metric, unit=unit, switches=switches, **said,

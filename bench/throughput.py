@@ -26,6 +26,9 @@ from rows import RowFile, machine
 from session import CaseResult, Session
 from steps import Case
 
+TABLE_WIDTH = 140
+"""Columns for the widest table, also where the terminal is narrower or there is none."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
@@ -59,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(request: Request, rows: RowFile, started: float) -> bool:
     """Plan, measure and print; True if any provider was measured."""
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(TABLE_WIDTH, Console().width))
     picked = plan.pick(request)
     for line in picked.reasons:
-        console.print(line, highlight=False, markup=False)
+        tables.say(console, line)
     if request.checkout is not None:
         print(f"official: {request.checkout.module.__file__}, with {request.checkout.timm}")
     cases = [

@@ -141,8 +141,10 @@ class Transformer(nn.Module):
                 raise UserError(f"{name}: got {type(v).__name__}, expected a torch.Tensor")
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, S, S):
             raise UserError(f"x: shape {list(x.shape)}, expected [B, {self.in_channels}, {S}, {S}]")
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in AUTOCAST_DTYPES
-        if x.dtype != weight.dtype and not autocast:
+        # The meta device has no autocast and must not be asked.
+        if x.dtype != weight.dtype and not (
+            x.dtype in AUTOCAST_DTYPES and torch.is_autocast_enabled(x.device.type)
+        ):
             raise UserError(f"x: dtype {x.dtype}, the model's weights are {weight.dtype}")
         if x.device != weight.device:
             raise UserError(f"x: on {x.device}, the model is on {weight.device}")

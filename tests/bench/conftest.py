@@ -12,6 +12,11 @@ sys.path.insert(0, str(BENCH))
 
 
 @pytest.fixture(autouse=True)
+def _short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("measure.PROBE_SECONDS", 0.05)
+
+
+@pytest.fixture(autouse=True)
 def _same_threads_after() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield

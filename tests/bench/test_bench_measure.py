@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from measure import Matmul, peak_bytes, spread, storage_bytes, take_turns
+from measure import Matmul, peak_bytes, rates, spread, storage_bytes, take_turns
 
 CPU = torch.device("cpu")
 
@@ -41,6 +41,10 @@ def test_spread() -> None:
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == pytest.approx((1.0, 2.5, 4.0))
 
 
+def test_rates_are_the_times_turned_round() -> None:
+    assert rates(8.0, (1.0, 2.0, 4.0)) == (2.0, 4.0, 8.0)
+
+
 def test_peak_bytes_counts_what_is_held_at_once() -> None:
     def step(index: int) -> None:
         for _ in range(3):
@@ -60,8 +64,17 @@ def test_matmul_keeps_its_best_rate() -> None:
     matmul = Matmul(CPU, torch.float32)
     best = matmul.best
     assert best > 0
-    assert matmul.rate() <= matmul.best
+    assert matmul.rate(0.01) <= matmul.best
     assert matmul.best >= best
+
+
+def test_matmul_rate_is_the_best_of_the_bursts_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = Matmul(CPU, torch.float32)
+    matmul.best, bursts = 0.0, iter([0.05, 0.001, *[0.05] * 1000])
+    monkeypatch.setattr(Matmul, "__call__", lambda self, index: time.sleep(next(bursts)))
+    start = time.monotonic()
+    assert matmul.rate(0.2) > matmul.flops / 0.05
+    assert 0.2 <= time.monotonic() - start < 2
 
 
 def test_speed_of_a_small_matmul(benchmark) -> None:

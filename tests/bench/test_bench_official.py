@@ -105,4 +105,4 @@ def test_the_real_one_agrees(mode: str) -> None:
     modules = providers.Modules(config, case.device, loaded)
     images = throughput.inputs.load("synthetic", config, 2)
     agreeing = run.agreeing(case, list(found), modules, images, found, float("inf"))
-    assert list(agreeing) == ["reference", "official"], found["official"].note
+    assert list(agreeing) == ["reference", "official"], found["official"].notes

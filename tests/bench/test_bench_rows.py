@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import formats
 import plots
 import report
 from mdt_fast.errors import UserError
@@ -32,7 +33,7 @@ def fields(**changes: object) -> dict:
 
 def case_rows(path: Path, **changes: object) -> list[dict]:
     file = RowFile(path, COMMON)
-    file.add((9.0, 10.0, 11.0), **fields(**changes))
+    file.add((9.0, 10.0, 11.0), **fields(rounds=7, **changes))
     file.add((380.0, 400.0, 420.0), **fields(metric="img_per_s", unit="img/s", **changes))
     file.add((None, 0.25, None), **fields(metric="peak_share", unit="1", **changes))
     file.add((None, 2**30, None), **fields(metric="peak_bytes", unit="B", **changes))
@@ -82,15 +83,34 @@ def test_no_commit_outside_of_git(tmp_path: Path) -> None:
 
 def test_table_has_numbers_and_origin(tmp_path: Path) -> None:
     text = report.markdown(case_rows(tmp_path / "rows.jsonl"))
-    assert "| train | digits, 4, float32 | `fast` | 400 | 10 (9-11) | 25% | 1.00 GiB |" in text
+    assert "| train | digits, 4, float32 | `fast` | 400 | 10.0 (9.00-11.0) | 7 | 25% | 1.00 GiB |" in text
     for origin in (COMMON["device"], COMMON["torch"], "`python bench/throughput.py`"):
         assert origin in text
+    assert "guided steps" not in text
+    assert "guided steps" in report.markdown(case_rows(tmp_path / "rows.jsonl", mode="sample"))
+
+
+def test_ratio_with_its_spread_unless_the_latest_run_has_none(tmp_path: Path) -> None:
+    rows = case_rows(tmp_path / "rows.jsonl")
+    file = RowFile(None, COMMON)
+    file.add((0.9, 0.98, 1.04), **fields(metric="ratio", unit="1"))
+    assert "| 0.98x (0.90-1.04) |" in report.markdown(rows + file.rows)
+    file.add(**fields(metric="ratio", unit="1", note="too few rounds"))
+    assert "0.98x" not in report.markdown(rows + file.rows)
+
+
+def test_numbers_are_written_alike() -> None:
+    assert [formats.number(x) for x in (0.02, 0.0197, 9, 10, 99.96, 1234.5)] == (
+        ["0.0200", "0.0197", "9.00", "10.0", "100", "1,234"]
+    )
+    assert [formats.memory(x * 2**20) for x in (36.25, 1023, 1024)] == ["36.2 MiB", "1,023 MiB", "1.00 GiB"]
+    assert formats.ratio((1.0, 1.0, 1.0)) == "1.00x"
 
 
 def test_the_latest_measurement_counts(tmp_path: Path) -> None:
     rows = case_rows(tmp_path / "rows.jsonl")
     newer = [{**row, "p50": 2 * row["p50"]} for row in rows]
-    assert "| 800 | 20 " in report.markdown(rows + newer)
+    assert "| 800 | 20.0 " in report.markdown(rows + newer)
 
 
 def test_readme_between_the_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +134,14 @@ def test_picture(tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert not plots.draw([row for row in rows if row["metric"] == "ms"], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_picture_says_memory_as_the_table_does() -> None:
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    row = {"p20": None, "p50": 36.25 * 2**20, "p80": None}
+    plots._bars(axis, {"fast": row}, "peak memory, MiB", formats.memory, scale=2**20)
+    assert [text.get_text() for text in axis.texts] == [" 36.2 MiB"]
+    assert [bar.get_width() for bar in axis.patches] == [36.25]
 
 
 def test_picture_target(tmp_path: Path) -> None:

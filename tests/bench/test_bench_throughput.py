@@ -13,6 +13,7 @@ import session
 import steps
 import throughput
 from mdt_fast.config import ModelConfig
+from measure import Timing
 from rows import KEYS, read
 
 SHAPE = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2}
@@ -55,6 +56,15 @@ def test_a_run_leaves_rows_a_table_and_a_picture(tmp_path: Path, capsys: pytest.
             }
             assert expected <= set(found)
             assert 0 < found["ms"]["p20"] <= found["ms"]["p50"] <= found["ms"]["p80"]
+            timed = ("ms", "img_per_s", "tflop_per_s", "peak_share", "ratio")
+            assert all(found[metric]["rounds"] == 2 for metric in timed)
+            images = 2 if mode == "train" else 2 / steps.SAMPLING_STEPS
+            for low, high in (("p20", "p80"), ("p50", "p50"), ("p80", "p20")):
+                assert found["img_per_s"][low] == 1e3 * images / found["ms"][high]
+                tflop = found["tflop_per_s"][low] * found["ms"][high]
+                assert tflop == pytest.approx(found["tflop_per_s"]["p50"] * found["ms"]["p50"])
+            assert found["ratio"]["p50"] is None
+            assert found["ratio"]["note"] == "too few rounds (2; a ratio takes 5)"
         skipped = [row for row in rows if (row["mode"], row["metric"]) == (mode, "skipped")]
         assert [row["provider"] for row in skipped] == ["official"]
         assert "--official PATH" in skipped[0]["note"]
@@ -62,8 +72,31 @@ def test_a_run_leaves_rows_a_table_and_a_picture(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "train · digits · batch 2 · float32" in out
     assert "scikit-learn's digits" in out
+    assert "reference, fast: no ratio: too few rounds (2; a ratio takes 5)" in out
     assert f"{len(rows)} rows appended to" in out.replace("\n", " ")
     assert picture.exists()
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_the_ratio_is_taken_round_by_round(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both medians are 1 s, but in most rounds ``fast`` takes half of the reference's time."""
+    reference, fast = [1.0, 1.0, 1.0, 4.0, 4.0], [0.5, 1.0, 1.0, 2.0, 2.0]
+
+    def turns(turns: dict, *args: object, **kwargs: object) -> dict[str, Timing]:
+        seconds = {"reference": reference, "fast": fast}
+        return {name: Timing(seconds.get(name, [1.0] * 5), list(range(5))) for name in turns}
+
+    monkeypatch.setattr(session, "take_turns", turns)
+    rows_file = tmp_path / "rows.jsonl"
+    flags = [*FLAGS, "--mode", "sample", "--providers", "reference,fast", "--json", str(rows_file)]
+    assert throughput.main(flags) == 0
+    row = next(r for r in read([rows_file]) if (r["provider"], r["metric"]) == ("fast", "ratio"))
+    assert (row["p20"], row["p50"], row["p80"], row["rounds"]) == (1.0, 2.0, 2.0, 5)
+    out = capsys.readouterr().out
+    assert "2.00x (1.00-2.00)" in out
+    assert "machine busy: times scatter; look at the spread, not the ratio\n" in out
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -76,6 +109,7 @@ def test_sizes_are_picked_and_explained(capsys: pytest.CaptureFixture[str]) -> N
     assert "probe: " in out
     assert "model: MDTv2_S_2" in out
     assert "batch: " in out
+    assert "(aim: no more than 1 s)\n" in out, "a reason is printed on one line"
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -156,7 +190,7 @@ def test_all_steps_agree(dtype: str, tmp_path: Path) -> None:
             modules = providers.Modules(config, case.device, None)
             found = {name: session.Result(name) for name in ("reference", "fast")}
             agreeing = run.agreeing(case, list(found), modules, images, found, float("inf"))
-            assert list(agreeing) == ["reference", "fast"], [one.note for one in found.values()]
+            assert list(agreeing) == ["reference", "fast"], [one.notes for one in found.values()]
 
 
 MISTAKES = {

@@ -1,0 +1,34 @@
+"""How numbers are written, the same in the table, the report and the picture."""
+
+Quantiles = tuple[float | None, float, float | None]
+"""20%, 50% and 80% quantiles; the outer ones may be unknown."""
+
+
+def number(value: float) -> str:
+    """Three significant digits, zeros included; whole numbers from 100 on."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def interval(low: float, high: float) -> str:
+    return f"{number(low)}-{number(high)}"
+
+
+def memory(size: float) -> str:
+    """Bytes, in GiB or MiB."""
+    unit, scale = memory_unit(size)
+    return f"{number(size / scale)} {unit}"
+
+
+def memory_unit(size: float) -> tuple[str, int]:
+    """The unit that ``size`` bytes are written in, and its bytes."""
+    return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
+
+
+def ratio(quantiles: Quantiles) -> str:
+    """Median and, where there is any spread, p20-p80."""
+    p20, p50, p80 = quantiles
+    if p20 is None or p20 == p80:
+        return f"{p50:.2f}x"
+    return f"{p50:.2f}x ({p20:.2f}-{p80:.2f})"
