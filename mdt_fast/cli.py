@@ -6,6 +6,7 @@ Torch is imported only by the commands that compute, so that ``--help`` is quick
 
 import argparse
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -21,8 +22,8 @@ Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png,
   mdt-fast train --data photos --image-size 32 --out runs/photos
   mdt-fast train --out runs/photos --resume auto            go on where it stopped
 
-Images are class folders (photos/cat/1.jpg) or files named ClassID_ImgID.jpg. Ctrl-C or SIGTERM saves a
-checkpoint first; the exit code is then 128 + the signal's number."""
+Images are class folders (photos/cat/1.jpg) or files named ClassID_ImgID.jpg. Ctrl-C, SIGTERM or SIGHUP saves
+a checkpoint first; the exit code is then 128 + the signal's number."""
 SAMPLE_HELP = """\
 Draw images from a run's EMA weights. Labels go round all classes unless --labels names some.
 
@@ -163,12 +164,34 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command's entry point; returns the exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError) as error:
         if os.environ.get("MDT_FAST_TRACEBACK"):
             raise
-        print(f"mdt-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("MDT_FAST_TRACEBACK") or not _out_of_memory(error):
+            raise
+        return _refuse(f"out of memory; a smaller model or batch needs less ({error})")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _refuse(message: str) -> int:
+    print(f"mdt-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, torch's on a GPU, and torch's two on a CPU, which have no class of their own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(
+            words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed")
+        )
+    )

@@ -13,7 +13,16 @@ from .data import open_images
 from .errors import UserError, nearest
 from .models import zoo
 from .models.convert import load_weights, read_weights, write_weights
-from .sampling import check_writable, grid, sampling_diffusion, save_npz, save_picture, save_pngs, to_uint8
+from .sampling import (
+    check_sampling,
+    check_writable,
+    grid,
+    sampling_diffusion,
+    save_npz,
+    save_picture,
+    save_pngs,
+    to_uint8,
+)
 from .sampling import sample as draw
 from .training import checkpoint
 from .training import train as run_training
@@ -22,6 +31,7 @@ from .training.run import open_or_advise, prepare, resolve_device, starting_poin
 
 def train(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    _refuse_empty(args, "out")
     out = Path(args.out)
     config = train_config(args)
     if args.dry_run:
@@ -41,9 +51,10 @@ def train(args: argparse.Namespace) -> int:
         )
         return 128 + result.signal
     loss = f", loss {result.row['loss']:.4f}" if result.row else ""
+    made = [name for name in ("samples.png", "loss.png") if (out / name).exists()]
     console.print(
         f"{result.steps} steps done{loss}, {result.seconds:.0f} s; "
-        f"in {out}: samples.png, loss.png, metrics.jsonl, checkpoints/",
+        f"in {out}: {', '.join([*made, 'metrics.jsonl', 'checkpoints/'])}",
         markup=False,
     )
     return 0
@@ -51,6 +62,11 @@ def train(args: argparse.Namespace) -> int:
 
 def train_config(args: argparse.Namespace) -> RunConfig:
     """The checkpoint's configuration when resuming, else the preset's, with the options put on top."""
+    name = args.preset
+    if name is not None and name not in PRESETS:
+        raise UserError(
+            f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
+        )
     start = starting_point(Path(args.out), args.resume)
     values = to_dict(start.config if start else _preset(args))
     for option, section, key in (
@@ -74,11 +90,13 @@ def _preset(args: argparse.Namespace) -> RunConfig:
     name = args.preset or ("images" if args.data is not None else None)
     if name is None:
         raise UserError("train: nothing to train on; pass --preset digits or --data DIR")
-    if name not in PRESETS:
-        raise UserError(
-            f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
-        )
     return PRESETS[name]
+
+
+def _refuse_empty(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) == "":
+            raise UserError(f"--{name}: a name is needed, got ''")
 
 
 def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
@@ -98,7 +116,7 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
         )
     try:
         return section, key, json.loads({"none": "null", "None": "null"}.get(word, word))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return section, key, word
 
 
@@ -116,6 +134,7 @@ def _fit_model_to_data(values: dict[str, Any], model: str | None) -> None:
 
 
 def sample(args: argparse.Namespace) -> int:
+    _refuse_empty(args, "npz", "grid", "png")
     opened = open_or_advise(Path(args.run), [checkpoint.WEIGHTS["ema"]], "mdt-fast sample {}")
     config = sample_config(args, opened.config.sample)
     grid_file = Path(args.grid) if args.grid else None
@@ -123,12 +142,14 @@ def sample(args: argparse.Namespace) -> int:
         if not (Path(args.run) / "checkpoints").is_dir():
             raise UserError("sample: nothing to write; pass --npz FILE, --grid FILE or --png DIR")
         grid_file = Path(args.run) / "grid.png"
-    for path in (Path(args.npz) if args.npz else None, grid_file):
-        if path is not None:
-            check_writable(path)
-    if args.png:
-        Path(args.png).mkdir(parents=True, exist_ok=True)
+    npz_file, png_folder = (Path(name) if name else None for name in (args.npz, args.png))
+    targets = [path for path in (npz_file, grid_file, png_folder) if path is not None]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise UserError("sample: --npz, --grid and --png need different names")
+    for path in targets:
+        check_writable(path, folder=path is png_folder)
     model_config = opened.config.model
+    check_sampling(model_config, config)
     labels = _labels(args.labels, config.num_samples, model_config.num_classes, len(opened.classes))
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
     model = zoo.build_model(model_config)
@@ -146,14 +167,14 @@ def sample(args: argparse.Namespace) -> int:
             )
         )  # fmt: skip
     written = []
-    if args.npz:
-        save_npz(Path(args.npz), images, labels)
+    if npz_file is not None:
+        save_npz(npz_file, images, labels)
         written.append(args.npz)
     if grid_file is not None:
         save_picture(grid_file, grid(images, labels, opened.classes))
         written.append(str(grid_file))
-    if args.png:
-        save_pngs(Path(args.png), images, labels, opened.classes)
+    if png_folder is not None:
+        save_pngs(png_folder, images, labels, opened.classes)
         written.append(args.png)
     console.print(f"{len(labels)} images from {opened.path} in {', '.join(written)}", markup=False)
     return 0
@@ -192,9 +213,10 @@ def _labels(text: str | None, count: int, num_classes: int, present: int) -> lis
 def convert(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.target)
     metadata: dict[str, Any] = {}
+    if source.is_file() and target.exists() and source.samefile(target):
+        raise UserError(f"convert: {str(source)!r} and {str(target)!r} are the same file")
+    check_writable(target)
     if source.is_file():
-        if target.exists() and source.samefile(target):
-            raise UserError(f"convert: {str(source)!r} and {str(target)!r} are the same file")
         state = read_weights(source)
     else:
         file = checkpoint.WEIGHTS[args.weights]

@@ -189,6 +189,20 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         ([*DIGITS, "--device=cuda:99"], "'cuda:99' asked for"),
         (["train", "--out=x", "--data=nowhere"], "no folder 'nowhere'"),
         (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),
+        (["train", "--out=", "--preset=digits"], "--out: a name is needed"),
+        (["train", "--out=RUN", "--preset=nonsense", "--resume=auto"], "--preset: 'nonsense' is not known"),
+        ([*DIGITS, "--set=sample.steps=5000"], "sample.steps: allowed are 1 to 1000, got 5000"),
+        ([*DIGITS, "--set=sample.cfg_scale=NaN"], "sample.cfg_scale: must be at least 0, got nan"),
+        ([*DIGITS, "--set=sample.batch_size=0"], "sample.batch_size: must be at least 1, got 0"),
+        ([*DIGITS, "--set=sample.eta=7"], "sample.eta: must be at most 1, got 7.0"),
+        ([*DIGITS, "--set=model.class_dropout_prob=0"], "sample.cfg_scale: a model trained without label"),
+        ([*DIGITS, f"--set=model.depth={'[' * 100_000}"], "model.depth: expected int"),
+        (["sample", "RUN", "--npz="], "--npz: a name is needed"),
+        (["sample", "RUN", "--grid="], "--grid: a name is needed"),
+        (["sample", "RUN", "--png="], "--png: a name is needed"),
+        (["sample", "RUN", "--npz=same", "--grid=./same"], "--npz, --grid and --png need different names"),
+        (["sample", "RUN", "--png=new", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),
+        (["sample", "RUN", "--cfg-scale=inf"], "cfg_scale: must be finite, got inf"),
         (["sample", "nowhere", "--npz=x.npz"], "no run or checkpoint at 'nowhere'"),
         (["sample", "RUN", "--sampler=dimm"], "'dimm' is not known (did you mean 'ddim'?)"),
         (["sample", "RUN", "--labels=3,x"], "--labels: class indices such as 3,7 are needed, got '3,x'"),
@@ -199,7 +213,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--npz=none/x.npz"], "cannot write 'none/x.npz': no folder 'none'"),
         (["convert", "RUN", "weights.bin"], "weights.bin: ends in '.bin', allowed are"),
         (["convert", "nowhere", "x.pt"], "no run or checkpoint at 'nowhere'"),
-        (["convert", "RUN", "none/x.pt"], "folder none does not exist"),
+        (["convert", "RUN", "none/x.pt"], "cannot write 'none/x.pt': no folder 'none'"),
     ],
     ids=lambda value: "-".join(value).replace("--", "")[:60] if isinstance(value, list) else "",
 )  # fmt: skip
@@ -216,6 +230,69 @@ def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str])
     assert "already holds a run; go on with --resume auto" in error(capsys, *TINY, f"--out={run}")
     changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--lr=1", "--steps=6")
     assert "train.lr: cannot change when a run goes on" in changed
+
+
+def test_checkpoints_are_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "checkpoints" / "step_0000004"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments in (
+        ["convert", str(run), str(folder / "model.safetensors")],
+        ["convert", str(run), str(run / "checkpoints" / "x.safetensors")],
+        ["sample", str(run), f"--npz={folder / 'state.json'}"],
+        ["sample", str(run), f"--grid={folder / 'state.json'}"],
+        ["sample", str(run), f"--png={folder / 'new'}"],
+        ["sample", str(run), f"--png={run / 'checkpoints'}"],
+    ):
+        assert "checkpoints are in" in error(capsys, *arguments)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    folder.rename(run / "moved")
+    assert "checkpoints are in" in error(capsys, "convert", str(run), str(run / "moved" / "x.pt"))
+
+
+def test_the_last_line_lists_what_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mdt_fast.training.run.Run.draw_final", full)
+    assert main([*TINY, "--steps=1", f"--out={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: no picture: disk full" in printed
+    assert printed.endswith(": loss.png, metrics.jsonl, checkpoints/\n")
+
+
+def test_no_reader_and_no_unicode(tmp_path: Path) -> None:
+    """A closed pipe does not end training, nor does a name that the output's encoding lacks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "mdt_fast", *TINY, "--steps=3", "--set=train.log_every=1", "--out=rün"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        process = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert (tmp_path / "rün" / "checkpoints" / "step_0000003").is_dir()
+    again = subprocess.run(
+        [*command, "--resume=auto"], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert rb"r\xfcn" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError(), MemoryError()],
+)
+def test_out_of_memory_is_one_line(
+    raised: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("mdt_fast.training.run.build_model", fail)
+    assert "out of memory" in error(capsys, *TINY, f"--out={tmp_path / 'a' / 'run'}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

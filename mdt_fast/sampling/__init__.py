@@ -1,9 +1,10 @@
 """Samples out: the guided sampler and the files it fills."""
 
-from .generate import sample, sampling_diffusion
+from .generate import check_sampling, sample, sampling_diffusion
 from .images import check_writable, grid, save_npz, save_picture, save_pngs, to_uint8
 
 __all__ = [
+    "check_sampling",
     "check_writable",
     "grid",
     "sample",

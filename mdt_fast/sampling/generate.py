@@ -1,5 +1,6 @@
 """From class labels to images: noise, guided sampler, pixels in [-1, 1]."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -30,6 +31,25 @@ def sampling_diffusion(
     )
 
 
+def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
+    """``UserError`` for settings that ``sample`` cannot follow; ``sampling_diffusion`` checks ``steps``."""
+    for name, lowest, highest in (
+        ("num_samples", 1, None), ("batch_size", 1, None), ("seed", 0, None),
+        ("cfg_scale", 0, None), ("scale_pow", 0, None), ("eta", 0, 1),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is None:  # no power: constant guidance
+            continue
+        if not value >= lowest:
+            raise UserError(f"{name}: must be at least {lowest}, got {value}")
+        if not math.isfinite(value) or (highest is not None and value > highest):
+            raise UserError(
+                f"{name}: must be {'finite' if highest is None else f'at most {highest}'}, got {value}"
+            )
+    if config.cfg_scale != 1 and model.class_dropout_prob == 0:
+        raise UserError("cfg_scale: a model trained without label dropout cannot be guided; use 1")
+
+
 def sample(
     model: nn.Module,
     diffusion: GaussianDiffusion,
@@ -54,11 +74,7 @@ def sample(
     for label in labels:
         if not 0 <= label < num_classes:
             raise UserError(f"labels: allowed are 0 to {num_classes - 1}, got {label}")
-    for name, lowest in (("batch_size", 1), ("cfg_scale", 0), ("seed", 0)):
-        if not getattr(config, name) >= lowest:
-            raise UserError(f"{name}: must be at least {lowest}, got {getattr(config, name)}")
-    if config.cfg_scale != 1 and model.config.class_dropout_prob == 0:  # type: ignore[union-attr]
-        raise UserError("cfg_scale: this model was trained without label dropout and cannot be guided; use 1")
+    check_sampling(model.config, config)  # type: ignore[arg-type]
     model.eval()
     device = next(model.parameters()).device
     shape = int(model.in_channels), int(model.input_size), int(model.input_size)  # type: ignore[arg-type]

@@ -69,14 +69,30 @@ def save_pngs(folder: Path, images_NHWC: np.ndarray, labels: Sequence[int], clas
         save_picture(folder / f"{name}_{i:06d}.png", _picture(pixels))
 
 
-def check_writable(path: Path) -> None:
-    """``UserError`` now, rather than after the samples are drawn, if ``path`` cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{str(path)!r} is a folder; a file name is needed")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {str(path)!r}: no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}")
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """``UserError`` now, rather than after the samples are drawn, if ``path`` cannot or must not be written.
+
+    ``folder``: a folder is meant, which need not exist yet. Nothing may be put among a run's checkpoints.
+    """
+    if folder:
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not parent.is_dir():
+            raise UserError(f"cannot write {str(path)!r}: {str(parent)!r} is a file; a folder is needed")
+    else:
+        parent = path.parent
+        if path.is_dir():
+            raise UserError(f"{str(path)!r} is a folder; a file name is needed")
+        if not parent.is_dir():
+            raise UserError(f"cannot write {str(path)!r}: no folder {str(parent)!r}")
+    place = parent.resolve()
+    if (place / "state.json").exists() or any(
+        above.name == "checkpoints" and any(above.glob("step_*")) for above in (place, *place.parents)
+    ):
+        raise UserError(
+            f"cannot write {str(path)!r}: checkpoints are in {str(parent)!r}; choose another place"
+        )
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write {str(path)!r}: no permission to write in {str(parent)!r}")
 
 
 def _picture(pixels_HWC: np.ndarray) -> Image.Image:

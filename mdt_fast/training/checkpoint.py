@@ -9,14 +9,15 @@ aside, not deleted.
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import safetensors
 import torch
@@ -32,6 +33,7 @@ FORMAT = 1
 STATE = "state.json"
 WEIGHTS = {"model": "model.safetensors", "ema": "ema.safetensors"}
 OPTIMIZER = "optimizer.safetensors"
+METRICS = "metrics.safetensors"  # only if the run was stopped between two rows of its metrics
 NAME = re.compile(r"step_(\d{7,})")
 PARTIAL = ".partial_"
 
@@ -68,20 +70,27 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The verified content of one tensor file, on the CPU."""
         self.verify(name)
-        return load_file(self.path / name)
+        try:
+            return load_file(self.path / name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise DamagedCheckpointError(f"{self.path / name}: cannot be read: {error}") from None
 
     def verify(self, name: str) -> None:
         """Raise ``DamagedCheckpointError``, naming the file, unless it is the one that was written."""
         path, expected = self.path / name, self.state["files"][name]
         if not path.is_file():
             raise DamagedCheckpointError(f"{path}: missing from its checkpoint")
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+            sha256 = _sha256(path)
+        except OSError as error:  # a trainer may be deleting it just now
+            raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         if size != expected["bytes"]:
             verb = "truncated" if size < expected["bytes"] else "edited"
             raise DamagedCheckpointError(
                 f"{path}: {verb}, {size} bytes where {expected['bytes']} were written"
             )
-        if _sha256(path) != expected["sha256"]:
+        if sha256 != expected["sha256"]:
             raise DamagedCheckpointError(f"{path}: edited or damaged, its SHA-256 is not the one in {STATE}")
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -115,15 +124,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     file = path / STATE
     try:
         state = json.loads(file.read_text())
-        signed = state.pop("sha256")
+        signed, actual = state.pop("sha256"), _sign(state)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{file}: missing from its checkpoint") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except NotADirectoryError:
+        raise DamagedCheckpointError(f"{path}: not a checkpoint but a file") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedCheckpointError(f"{file}: truncated or edited, it is not what was written") from None
-    if signed != _sign(state):
+    if signed != actual:
         raise DamagedCheckpointError(f"{file}: edited or damaged, its own SHA-256 does not fit")
-    if state["format"] != FORMAT:
-        raise UserError(f"{file}: format {state['format']}; this version reads format {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{file}: format {state.get('format')}; this version reads format {FORMAT}")
+    if not _is_complete(state):
+        raise DamagedCheckpointError(f"{file}: edited, entries are missing or of another type")
     return Checkpoint(path, state)
 
 
@@ -162,14 +175,22 @@ def save(
     model: nn.Module,
     ema: Ema,
     optimizer: torch.optim.Optimizer,
+    pending: dict[str, Tensor],
 ) -> Path:
-    """Write the checkpoint of ``step``, then delete the oldest beyond ``config.train.keep``."""
+    """Write the checkpoint of ``step``, then delete the oldest beyond ``config.train.keep``.
+
+    ``pending``: what ``Metrics.pending`` returned. Raises ``UserError`` if the disk is full or a weight is
+    not finite; the checkpoints before are kept.
+    """
+    for name, weights in (("model", model), ("ema", ema.model)):
+        largest = torch._foreach_norm(list(weights.parameters()), torch.inf)
+        if not torch.stack([value.float() for value in largest]).isfinite().all():
+            raise UserError(f"the {name}'s weights are not finite after step {step}; nothing was saved")
     folder = run / "checkpoints"
     final, partial = folder / f"step_{step:07d}", folder / f"{PARTIAL}step_{step:07d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{PARTIAL}*"):  # of a run that was killed while it saved
-            shutil.rmtree(leftover)
+        _clear(folder)
         partial.mkdir()
         optimizer_state = optimizer.state_dict()
         names = _trained(model)
@@ -182,6 +203,8 @@ def save(
                 for entry, tensor in entries.items()
             },
         }
+        if pending:
+            files[METRICS] = pending
         for name, tensors in files.items():
             _write_tensors(partial / name, tensors)
         state = {
@@ -214,6 +237,19 @@ def save(
     return final
 
 
+def make_folder(run: Path) -> None:
+    """The folder for checkpoints. ``UserError`` now, rather than at the first save, if it is not writable."""
+    folder = run / "checkpoints"
+    probe = folder / f"{PARTIAL}probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write checkpoints in {str(folder)!r}: {error.strerror}") from None
+
+
 def set_aside_later(run: Path, step: int) -> list[Path]:
     """Rename the checkpoints after ``step`` to ``superseded_...``: the run goes on without them."""
     moved = []
@@ -240,18 +276,66 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep a second process from training in the folder; the lock ends with the process, however it ends."""
+    """Make the folder and keep a second process from training in it.
+
+    The lock ends with the process, however it ends. What was made here is removed again if the block raises
+    before anything is written.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out: {str(run)!r} is a file; a folder is needed")
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    lock = run / ".lock"
+    new = not lock.exists()
+    with open(lock, "w") as file:
+        if not _lock(file) or not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise UserError(f"another process is training in {str(run)!r}")
+        try:
+            yield
+        except BaseException:
+            if new and list(run.iterdir()) == [lock]:
+                lock.unlink()
+                with suppress(OSError):  # another process may use a folder above by now
+                    for folder in made:
+                        folder.rmdir()
+            raise
+
+
+def _lock(file: TextIO) -> bool:
+    """Whether the file is ours until it is closed; always on platforms without such locks."""
     try:
         import fcntl
-    except ImportError:  # not on this platform
-        yield
-        return
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {str(run)!r}") from None
-        yield
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_complete(state: dict[str, Any]) -> bool:
+    """Whether everything that is read from ``state.json`` is there."""
+    for key, kind in (
+        ("step", int), ("config", dict), ("classes", list), ("num_images", int), ("optimizer_groups", list),
+        ("files", dict),
+    ):  # fmt: skip
+        if not isinstance(state.get(key), kind):
+            return False
+    files = state["files"]
+    return {*WEIGHTS.values(), OPTIMIZER} <= files.keys() and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
+        for entry in files.values()
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run left that was killed while it saved."""
+    for leftover in folder.glob(f"{PARTIAL}*"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -85,25 +85,21 @@ def train(
     """Train until ``config.train.steps`` updates are done, and leave everything in the folder ``out``.
 
     ``resume``: None starts a run, in a folder that has none; ``"auto"`` goes on from the newest checkpoint
-    in ``out``, or starts if there is none; a path goes on from that checkpoint. SIGINT and SIGTERM save a
-    checkpoint and end the run. Raises ``UserError`` for bad settings, unreadable images, damaged
+    in ``out``, or starts if there is none; a path goes on from that checkpoint. SIGINT, SIGTERM and SIGHUP
+    save a checkpoint and end the run. Raises ``UserError`` for bad settings, unreadable images, damaged
     checkpoints, a full disk and a loss that is not finite; it names the last checkpoint. What is saved
     stays.
     """
-    run = prepare(config, out, resume)
-    out.mkdir(parents=True, exist_ok=True)
-    with (
-        locked(out),
-        TrainingProgress(run.step, config.train.steps, console) as bar,
-        Interrupts() as interrupts,
-    ):
-        try:
-            return _train(run, bar, interrupts)
-        except (UserError, OSError) as error:
-            last = latest(out)
-            if last is None or str(last) in str(error):
-                raise
-            raise UserError(f"{error}; the last checkpoint is {str(last)!r}") from error
+    with locked(out):
+        run = prepare(config, out, resume)
+        with TrainingProgress(run.step, config.train.steps, console) as bar, Interrupts() as interrupts:
+            try:
+                return _train(run, bar, interrupts)
+            except (UserError, OSError) as error:
+                last = latest(out)
+                if last is None or str(last) in str(error):
+                    raise
+                raise UserError(f"{error}; the last checkpoint is {str(last)!r}") from error
 
 
 def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
@@ -115,14 +111,15 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
     row: dict[str, Any] = {}
     for x, y in run.loader.batches(run.step, settings.steps):
         train_step(run, x, y, metrics)
+        planned = run.step == settings.steps or run.step % settings.save_every == 0
         last = run.step == settings.steps or interrupts.caught is not None
-        saving = last or run.step % settings.save_every == 0
-        logging = saving or run.step % settings.log_every == 0
+        saving = last or planned
+        logging = planned or run.step % settings.log_every == 0
         if logging:
             row = metrics.row(run.step, learning_rate(settings, run.step - 1))
         bar.update(run.step, row if logging else None)
         if saving:
-            run.save()
+            run.save(metrics)
             if not last:
                 pictures.draw_if_cheap(run.plot, run.draw_preview)
             metrics.restart_clock()  # img/s is training's own
@@ -156,7 +153,14 @@ class Pictures:
 
 
 class Interrupts:
-    """Within ``with``, the first SIGINT or SIGTERM is only noted in ``caught``; a second acts as usual."""
+    """Within ``with``, the first SIGINT, SIGTERM or SIGHUP is only noted in ``caught``.
+
+    After it SIGINT and SIGTERM act as usual. Signals that are ignored (SIGHUP under nohup) stay so.
+    """
+
+    NUMBERS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.caught: int | None = None
@@ -165,7 +169,9 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self._before = {
-                number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+                number: signal.signal(number, self._note)
+                for number in self.NUMBERS
+                if signal.getsignal(number) != signal.SIG_IGN
             }
         return self
 
@@ -175,5 +181,7 @@ class Interrupts:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self.__exit__()
+        self.caught = self.caught or number
+        for usual in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes sends several
+            if usual in self._before:
+                signal.signal(usual, self._before[usual])

@@ -1,8 +1,8 @@
 """What a run records: ``metrics.jsonl``, one row per interval, and ``loss.png`` made from it.
 
 Steps are kept on the device and read once per interval. A row averages all steps since the row before it.
-Rows are written at every ``log_every`` steps and at every checkpoint, so a resumed run writes the same rows
-again.
+Rows are written at every ``log_every`` and every ``save_every`` steps and at the end. A run that is stopped
+between them puts its pending steps into the checkpoint, so resuming it writes the rows of the unbroken run.
 """
 
 import json
@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import aside
 
 QUARTILES = 4
+TIMESTEPS, GRAD_NORM = "t", "grad_norm"
 
 
 class NonFiniteLossError(UserError):
@@ -33,6 +34,7 @@ class Metrics:
         self._terms: list[dict[str, Tensor]] = []
         self._timesteps: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
+        self._restored = 0
         self._began = time.perf_counter()
         if path.exists():
             _keep_rows(path, step)
@@ -53,18 +55,10 @@ class Metrics:
         Each loss term also comes by quarter of the timesteps, ``_q0`` (least noise) to ``_q3``, where there
         were samples. Raises ``NonFiniteLossError``, naming the first bad step, before anything is written.
         """
-        count = len(self._terms)
-        if count == 0:
+        terms = self.pending(step)
+        if not terms:
             return {}
-        timesteps = torch.stack(self._timesteps).cpu()
-        terms = {name: torch.stack([t[name] for t in self._terms]).cpu() for name in self._terms[0]}
-        grad_norms = torch.stack(self._grad_norms).float().cpu()
-        for i in range(count):
-            values = {name: float(term[i].mean()) for name, term in terms.items()}
-            for name, value in {**values, "grad_norm": float(grad_norms[i])}.items():
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(f"{name} is {value} at step {step - count + i + 1}")
-
+        timesteps, grad_norms = terms.pop(TIMESTEPS), terms.pop(GRAD_NORM)
         row: dict[str, Any] = {"step": step}
         row.update((name, float(terms[name].mean())) for name in sorted(terms, key=_loss_first))
         quartile = timesteps * QUARTILES // self.num_timesteps
@@ -73,13 +67,37 @@ class Metrics:
                 if (quartile == q).any():
                     row[f"{name}_q{q}"] = float(term[quartile == q].mean())
         seconds = time.perf_counter() - self._began
-        row.update(grad_norm=float(grad_norms.mean()), lr=lr, img_per_s=count * self.batch_size / seconds)
+        images = (len(self._terms) - self._restored) * self.batch_size
+        row.update(grad_norm=float(grad_norms.mean()), lr=lr, img_per_s=images / seconds)
         row["time"] = round(time.time(), 3)
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        self._terms, self._timesteps, self._grad_norms = [], [], []
+        self._terms, self._timesteps, self._grad_norms, self._restored = [], [], [], 0
         self.restart_clock()
         return row
+
+    def pending(self, step: int) -> dict[str, Tensor]:
+        """The steps since the last row up to ``step``, on the CPU: [n, B] by loss term, ``t`` [n, B],
+        ``grad_norm`` [n]; empty if there are none. Raises ``NonFiniteLossError`` as ``row`` does."""
+        count = len(self._terms)
+        if count == 0:
+            return {}
+        names = list(self._terms[-1])  # restored ones may come in another order
+        pending = {name: torch.stack([t[name] for t in self._terms]).cpu() for name in names}
+        pending[GRAD_NORM] = torch.stack(self._grad_norms).float().cpu()
+        for i in range(count):
+            for name, values in pending.items():
+                if not math.isfinite(value := float(values[i].mean())):
+                    raise NonFiniteLossError(f"{name} is {value} at step {step - count + i + 1}")
+        return {**pending, TIMESTEPS: torch.stack(self._timesteps).cpu()}
+
+    def restore(self, pending: dict[str, Tensor], device: torch.device) -> None:
+        """Go on from what ``pending`` returned in the run that was stopped."""
+        steps = {name: values.to(device).unbind() for name, values in pending.items()}
+        self._timesteps = list(steps.pop(TIMESTEPS))
+        self._grad_norms = list(steps.pop(GRAD_NORM))
+        self._restored = len(self._timesteps)
+        self._terms = [{name: values[i] for name, values in steps.items()} for i in range(self._restored)]
 
 
 def _loss_first(name: str) -> tuple[bool, bool]:
@@ -87,13 +105,15 @@ def _loss_first(name: str) -> tuple[bool, bool]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a ``metrics.jsonl``; a last line torn by a kill is left out."""
+    """The rows of a ``metrics.jsonl``; what is none (a line torn by a kill, or edited) is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -113,13 +133,13 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     rows = read_rows(metrics)
     if not rows:
         return
-    steps = [row["step"] for row in rows]
     labels = {"loss": "all tokens", "m_loss": "masked"}
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     for color, (name, label) in zip(("tab:blue", "tab:orange"), labels.items()):
-        if name in rows[0]:
-            values = [row[name] for row in rows]
+        steps = [row["step"] for row in rows if isinstance(row.get(name), float)]
+        if steps:
+            values = [row[name] for row in rows if isinstance(row.get(name), float)]
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, _smooth(values), color=color, label=label)
     axes.set(xlabel="step", ylabel="loss per image (log scale)", yscale="log", title="Training loss")

@@ -1,6 +1,8 @@
 """A progress bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,10 @@ LINES = 20  # plain lines per run, about
 
 
 class TrainingProgress:
-    """``with TrainingProgress(...) as bar: bar.update(step, row)``; ``bar.say(text)`` prints above it."""
+    """``with TrainingProgress(...) as bar: bar.update(step, row)``; ``bar.say(text)`` prints above it.
+
+    When nobody reads any more (a closed pipe or terminal), it goes quiet: training goes on.
+    """
 
     def __init__(self, first: int, last: int, console: Console | None = None):
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -29,27 +34,38 @@ class TrainingProgress:
     def __enter__(self) -> "TrainingProgress":
         self._began = time.perf_counter()
         if self._bar:
-            self._bar.start()
+            with self._or_quiet():
+                self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._bar:
-            self._bar.stop()
+            with self._or_quiet():
+                self._bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with self._or_quiet():
+            self.console.print(text, markup=False)
 
     def update(self, step: int, row: dict[str, Any] | None = None) -> None:
         """``step`` updates are done; ``row`` is the latest of the metrics, if there is a new one."""
         numbers = f"loss {_total(row):.4f}  {row['img_per_s']:.0f} img/s" if row else None
         if self._bar:
-            self._bar.update(self._task, completed=step)
-            if numbers:
-                self._bar.update(self._task, numbers=numbers)
+            with self._or_quiet():
+                self._bar.update(self._task, completed=step)
+                if numbers:
+                    self._bar.update(self._task, numbers=numbers)
         elif numbers and (step >= self._next_line or step == self.last):
             self._next_line = step + max(1, (self.last - self.first) // LINES)
             left = (time.perf_counter() - self._began) / (step - self.first) * (self.last - step)
             self.say(f"step {step}/{self.last}  {numbers}  {_clock(left)} left")
+
+    @contextmanager
+    def _or_quiet(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
+            self.console.quiet = True
 
 
 def _total(row: dict[str, Any] | None) -> float:

@@ -16,7 +16,7 @@ from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError
 from ..files import aside
 from ..models.zoo import build_model
-from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
+from ..sampling import check_sampling, grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .metrics import Metrics, plot_losses
@@ -62,6 +62,7 @@ class Run:
                 )
             for moved in checkpoint.set_aside_later(self.out, self.step):
                 notes.append(f"later checkpoint kept as {moved}")
+        checkpoint.make_folder(self.out)
         with aside(self.out / "config.json") as file:
             file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
         metrics = Metrics(
@@ -70,10 +71,12 @@ class Run:
             num_timesteps=self.diffusion.num_timesteps,
             batch_size=self.config.train.batch_size,
         )
+        if self.start is not None and checkpoint.METRICS in self.start.state["files"]:
+            metrics.restore(self.start.tensors(checkpoint.METRICS), self.device)
         return metrics, notes
 
-    def save(self) -> Path:
-        """A checkpoint of this moment."""
+    def save(self, metrics: Metrics) -> Path:
+        """A checkpoint of this moment, with the steps that are in no row of ``metrics`` yet."""
         return checkpoint.save(
             self.out,
             step=self.step,
@@ -83,6 +86,7 @@ class Run:
             model=self.model,
             ema=self.ema,
             optimizer=self.optimizer,
+            pending=metrics.pending(self.step),
         )
 
     def draw_preview(self) -> None:
@@ -219,6 +223,11 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(
             f"data.channels: {config.data.channels} is not model.in_channels {config.model.in_channels}"
         )
+    try:
+        sampling_diffusion(config.model, config.diffusion, config.sample)
+        check_sampling(config.model, config.sample)
+    except UserError as error:
+        raise UserError(f"sample.{error}") from None
 
 
 def resolve_device(name: str) -> torch.device:

@@ -76,6 +76,11 @@ def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
         (LABELS, {"steps": 1001}, r"steps: allowed are 1 to 1000, got 1001"),
         (LABELS, {"batch_size": 0}, r"batch_size: must be at least 1, got 0"),
         (LABELS, {"cfg_scale": float("nan")}, r"cfg_scale: must be at least 0, got nan"),
+        (LABELS, {"cfg_scale": float("inf")}, r"cfg_scale: must be finite, got inf"),
+        (LABELS, {"scale_pow": float("inf")}, r"scale_pow: must be finite, got inf"),
+        (LABELS, {"scale_pow": float("nan")}, r"scale_pow: must be at least 0, got nan"),
+        (LABELS, {"eta": float("nan")}, r"eta: must be at least 0, got nan"),
+        (LABELS, {"eta": 7.0}, r"eta: must be at most 1, got 7.0"),
         (LABELS, {"seed": -1}, r"seed: must be at least 0, got -1"),
     ],
 )

@@ -62,5 +62,10 @@ def test_a_place_that_cannot_be_written_is_named_before_sampling(tmp_path: Path)
         check_writable(tmp_path)
     with pytest.raises(UserError, match="no folder"):
         check_writable(tmp_path / "none" / "x.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; a folder is needed"):
+        check_writable(tmp_path / "file" / "new", folder=True)
+    check_writable(tmp_path / "none" / "new", folder=True)
+    assert not (tmp_path / "none").exists()
     save_picture(tmp_path / "x.png", Image.new("L", (4, 4)))
     check_writable(tmp_path / "x.png")

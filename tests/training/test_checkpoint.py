@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mdt_fast.errors import UserError
-from mdt_fast.training import checkpoint, train
+from mdt_fast.training import checkpoint, loop, train
 from mdt_fast.training.checkpoint import DamagedCheckpointError, latest, newest_good, open_checkpoint
 from tiny import files_of, tiny
 
@@ -69,6 +69,72 @@ def test_an_edited_state_is_refused(run: Path) -> None:
     file.write_text(json.dumps(state))
     with pytest.raises(DamagedCheckpointError, match=r"state.json: edited or damaged"):
         open_checkpoint(run)
+
+
+def test_states_that_are_none(run: Path) -> None:
+    folder = run / "checkpoints" / "step_0000008"
+    file = folder / "state.json"
+    state = json.loads(file.read_text())
+    del state["sha256"], state["files"]
+    file.write_text(json.dumps({**state, "sha256": checkpoint._sign(state)}))
+    with pytest.raises(DamagedCheckpointError, match=r"state.json: edited, entries are missing"):
+        open_checkpoint(run)
+    file.write_text("[" * 100_000)
+    with pytest.raises(DamagedCheckpointError, match=r"state.json: truncated or edited"):
+        open_checkpoint(run)
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(DamagedCheckpointError, match=r"step_0000008: not a checkpoint but a file"):
+        open_checkpoint(run)
+
+
+def test_a_file_that_a_trainer_deletes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_checkpoint(run)
+    verify = checkpoint.Checkpoint.verify
+
+    def verify_then_delete(self: checkpoint.Checkpoint, name: str) -> None:
+        verify(self, name)
+        (self.path / name).unlink()
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "verify", verify_then_delete)
+    with pytest.raises(DamagedCheckpointError, match=r"ema.safetensors: cannot be read"):
+        opened.tensors("ema.safetensors")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"cannot write checkpoints in .*: File exists"):
+        train(tiny(), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_partial_files_and_links_are_removed_without_following_them(run: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (run / "checkpoints" / f"{checkpoint.PARTIAL}file").touch()
+    (run / "checkpoints" / f"{checkpoint.PARTIAL}link").symlink_to(precious)
+    train(tiny(steps=9), run, resume="auto")
+    assert [path.name for path in (run / "checkpoints").glob(".*")] == []
+    assert (precious / "file").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(
+    run: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    step = loop.train_step
+
+    def broken(training, *args) -> None:
+        step(training, *args)
+        next(training.model.parameters()).data.view(-1)[0] = value
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(
+        UserError, match=r"^the model's weights are not finite after step 9; .*the last .*step_0000008'$"
+    ):
+        train(tiny(steps=9), run, resume="auto")
+    assert latest(run) == run / "checkpoints" / "step_0000008"
 
 
 def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(run: Path) -> None:

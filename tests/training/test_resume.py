@@ -100,6 +100,70 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
         train(tiny(), run)
 
 
+def test_a_refused_start_leaves_nothing_and_prepares_under_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "a" / "run"
+    with pytest.raises(UserError, match=r"train.lr_anneal|train.steps"):
+        train(tiny(steps=0), run)
+    assert list(tmp_path.iterdir()) == []
+    prepare = loop.prepare
+
+    def prepare_alone(*args):
+        with pytest.raises(UserError, match="another process is training"), locked(run):
+            pass
+        return prepare(*args)
+
+    monkeypatch.setattr(loop, "prepare", prepare_alone)
+    assert train(tiny(steps=1), run).steps == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_between_two_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    config = tiny(steps=12, log_every=6, save_every=12)
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        step = loop.train_step
+
+        def interrupted(run, *args) -> None:
+            step(run, *args)
+            if run.step == 8:
+                signal.raise_signal(number)
+                if number == signal.SIGHUP:
+                    signal.raise_signal(number)  # a terminal that closes sends it twice
+
+        patch.setattr(loop, "train_step", interrupted)
+        result = train(config, tmp_path / "halves")
+    assert (result.steps, result.signal) == (8, number)
+    assert [row["step"] for row in rows(tmp_path / "halves")] == [6]
+    train(config, tmp_path / "halves", resume="auto")
+    halves, whole = rows(tmp_path / "halves"), rows(tmp_path / "whole")
+    assert [list(row.items()) for row in halves] == [list(row.items()) for row in whole]
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+        assert interrupts.caught is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_odd_lines_in_the_metrics_are_left_out(tmp_path: Path) -> None:
+    train(tiny(steps=4), tmp_path)
+    before = rows(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n1\nnull\n[]\n{}\n{"step": "a"}\n{"step": true}\n' + b"[" * 100_000 + b"\n{")
+    train(tiny(steps=6), tmp_path, resume="auto")
+    after = rows(tmp_path)
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after] == [3, 4, 6]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
