@@ -37,6 +37,9 @@ executing anything in them).
   mdt-fast convert mdt_xl2_v2_ckpt.pt mdt_xl2_v2.safetensors"""
 
 
+THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with whole option names only, one-line errors, and a hint for a mistyped word."""
 
@@ -88,6 +91,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "--seed", type=int, metavar="N", help="decides weights, order, noise: the same seed, the same run"
     )
     train.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    train.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
     train.add_argument(
         "--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one"
     )
@@ -119,6 +123,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sample.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
     )
+    sample.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
     sample.add_argument("--npz", metavar="FILE", help="arr_0 uint8 [N, S, S, C] and arr_1 labels")
     sample.add_argument("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
     sample.add_argument("--png", metavar="DIR", help="one PNG per image")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,10 +27,12 @@ from .sampling import (
 from .sampling import sample as draw
 from .training import checkpoint
 from .training import train as run_training
+from .training.progress import describe_loss
 from .training.run import open_or_advise, prepare, resolve_device, starting_point
 
 
 def train(args: argparse.Namespace) -> int:
+    _set_threads(args.threads)
     console = Console(highlight=False, soft_wrap=True)
     _refuse_empty(args, "out")
     out = Path(args.out)
@@ -50,7 +53,7 @@ def train(args: argparse.Namespace) -> int:
             f"stopped after {result.steps} steps, checkpoint saved; go on with --resume auto", markup=False
         )
         return 128 + result.signal
-    loss = f", loss {result.row['loss']:.4f}" if result.row else ""
+    loss = f", {describe_loss(result.row)}" if result.row else ""
     made = [name for name in ("samples.png", "loss.png") if (out / name).exists()]
     console.print(
         f"{result.steps} steps done{loss}, {result.seconds:.0f} s; "
@@ -61,14 +64,24 @@ def train(args: argparse.Namespace) -> int:
 
 
 def train_config(args: argparse.Namespace) -> RunConfig:
-    """The checkpoint's configuration when resuming, else the preset's, with the options put on top."""
+    """The configuration to train with, the options put on top.
+
+    It starts from the checkpoint's when resuming, from the run's ``config.json`` where ``--resume auto``
+    finds a run that was killed before its first checkpoint, else from the preset's.
+    """
     name = args.preset
     if name is not None and name not in PRESETS:
         raise UserError(
             f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
         )
     start = starting_point(Path(args.out), args.resume)
-    values = to_dict(start.config if start else _preset(args))
+    begun = Path(args.out) / "config.json"
+    if start is not None:
+        values = to_dict(start.config)
+    elif args.resume == "auto" and name is None and args.data is None and begun.is_file():
+        values = to_dict(_read_config(begun))
+    else:
+        values = to_dict(_preset(args))
     for option, section, key in (
         ("data", "data", "source"), ("image_size", "data", "image_size"), ("steps", "train", "steps"),
         ("batch_size", "train", "batch_size"), ("lr", "train", "lr"), ("save_every", "train", "save_every"),
@@ -86,11 +99,27 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     return from_dict(RunConfig, values)
 
 
+def _read_config(path: Path) -> RunConfig:
+    try:
+        values = json.loads(path.read_text(errors="replace"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: truncated or edited, it is not JSON") from None
+    return from_dict(RunConfig, values, str(path))
+
+
 def _preset(args: argparse.Namespace) -> RunConfig:
     name = args.preset or ("images" if args.data is not None else None)
     if name is None:
         raise UserError("train: nothing to train on; pass --preset digits or --data DIR")
     return PRESETS[name]
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise UserError(f"--threads: must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
 
 
 def _refuse_empty(args: argparse.Namespace, *names: str) -> None:
@@ -134,6 +163,7 @@ def _fit_model_to_data(values: dict[str, Any], model: str | None) -> None:
 
 
 def sample(args: argparse.Namespace) -> int:
+    _set_threads(args.threads)
     _refuse_empty(args, "npz", "grid", "png")
     opened = open_or_advise(Path(args.run), [checkpoint.WEIGHTS["ema"]], "mdt-fast sample {}")
     config = sample_config(args, opened.config.sample)

@@ -70,7 +70,7 @@ def test_train_sample_convert_as_separate_processes(tmp_path: Path) -> None:
         return result
 
     trained = command(*TINY, "--steps=20", "--save-every=10", "--out=run")
-    assert re.search(r"step 20/20  loss \d+\.\d+  \d+ img/s  0:00 left", trained.stdout)
+    assert re.search(r"step 20/20  loss \d+\.\d+ \(masked \d+\.\d+\)  \d+ img/s  0:00 left", trained.stdout)
     for name in ("config.json", "metrics.jsonl", "loss.png", "samples.png"):
         assert (tmp_path / "run" / name).stat().st_size > 100
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -108,6 +108,27 @@ def test_resume_and_more_steps(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "6 steps done" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
+
+
+def test_resume_before_the_first_checkpoint_keeps_the_settings(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["steps"] = 1234
+    (killed / "config.json").write_text(json.dumps(config))
+    (killed / "metrics.jsonl").touch()
+    assert main(["train", f"--out={killed}", "--resume=auto", "--dry-run"]) == 0
+    assert "steps 0 to 1234" in capsys.readouterr().out
+    (killed / "config.json").write_text("{")
+    assert "config.json: truncated or edited" in error(capsys, "train", f"--out={killed}", "--resume=auto")
+
+
+def test_threads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--threads: must be at least 1, got 0" in error(capsys, "sample", str(run), "--threads=0")
+    assert main(["sample", str(run), "--threads=1", "--num-samples=2", "--steps=2"]) == 0
+    assert torch.get_num_threads() == 1
 
 
 def test_a_folder_of_images(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ class TrainingProgress:
 
     def update(self, step: int, row: dict[str, Any] | None = None) -> None:
         """``step`` updates are done; ``row`` is the latest of the metrics, if there is a new one."""
-        numbers = f"loss {_total(row):.4f}  {row['img_per_s']:.0f} img/s" if row else None
+        numbers = f"{describe_loss(row)}  {row['img_per_s']:.0f} img/s" if row else None
         if self._bar:
             with self._or_quiet():
                 self._bar.update(self._task, completed=step)
@@ -68,8 +68,10 @@ class TrainingProgress:
             self.console.quiet = True
 
 
-def _total(row: dict[str, Any] | None) -> float:
-    return row["loss"] + row.get("m_loss", 0.0) if row else 0.0
+def describe_loss(row: dict[str, Any]) -> str:
+    """The mean loss over all tokens and, of a model with masks, that of the masked pass."""
+    masked = f" (masked {row['m_loss']:.4f})" if "m_loss" in row else ""
+    return f"loss {row['loss']:.4f}{masked}"
 
 
 def _clock(seconds: float) -> str:
