@@ -68,7 +68,7 @@ def test_guide_leaves_other_channels_to_each_half() -> None:
     [
         ({"t": torch.tensor([1001])}, "t: allowed are 0 to 1000, got values from 1001 to 1001"),
         ({"t": torch.tensor([-1, 4])}, "t: allowed are 0 to 1000, got values from -1 to 4"),
-        ({"scale_pow": -1.0}, "scale_pow: must be None or at least 0, got -1.0"),
+        ({"scale_pow": -1.0}, "scale_pow: must be None, or finite and at least 0, got -1.0"),
         ({"diffusion_steps": 0}, "diffusion_steps: must be at least 1, got 0"),
     ],
 )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def test_a_refused_start_leaves_nothing_and_prepares_under_the_lock(
     assert train(tiny(steps=1), run).steps == 1
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP with its default action: under nohup it is ignored, and stays so in a run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_between_two_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
