@@ -8,7 +8,7 @@ from .backends import Backend, backends
 from .bias_gelu import bias_gelu
 from .ln_modulate import gate_residual_ln_modulate, ln_modulate
 from .patch_embed import patch_embed
-from .rel_attention import rel_attention, relative_bias
+from .rel_attention import rel_attention, rel_attention_qkvpacked, relative_bias
 from .skip_linear import skip_linear
 from .tokens import gather_tokens, unmask_tokens
 
@@ -21,6 +21,7 @@ __all__ = [
     "ln_modulate",
     "patch_embed",
     "rel_attention",
+    "rel_attention_qkvpacked",
     "relative_bias",
     "skip_linear",
     "unmask_tokens",

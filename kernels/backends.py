@@ -16,11 +16,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the Triton kernels take; they compute in float32, so float64 goes to PyTorch."""
 
-WITH_TRITON = ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu", "unmask_tokens")
+WITH_TRITON = (
+    "ln_modulate",
+    "gate_residual_ln_modulate",
+    "bias_gelu",
+    "unmask_tokens",
+    "rel_attention",
+    "rel_attention_qkvpacked",
+)
 
 OPS = (
     *WITH_TRITON,
-    "rel_attention",
     "patch_embed",
     "gather_tokens",
     "skip_linear",
@@ -49,7 +55,7 @@ def uses_triton(x: Tensor) -> bool:
 def _backend(op: str) -> Backend:
     plain = (
         "scaled_dot_product_attention with the bias as its mask"
-        if op == "rel_attention"
+        if op.startswith("rel_attention")
         else "PyTorch reference"
     )
     if op not in WITH_TRITON:

@@ -1,6 +1,6 @@
 """Attention with a learnt relative position bias."""
 
-from .op import rel_attention
+from .op import rel_attention, rel_attention_qkvpacked
 from .reference import relative_bias
 
-__all__ = ["rel_attention", "relative_bias"]
+__all__ = ["rel_attention", "rel_attention_qkvpacked", "relative_bias"]

@@ -1,9 +1,31 @@
-"""Checks and dispatch. B samples, H heads, M queries, N keys, d head size, G grid side."""
+"""Checks and dispatch.
 
+B samples, H heads, M queries, N keys, L tokens, R rows of all samples, d head size, G grid side.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor
 
 from .. import checks
-from . import reference
+from . import backends
+from .config import BIAS_FORMS, MAX_GRID, TABLE_GRADS, BiasForm, TableGrad
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """One of the two sides, by its arguments' names: for errors."""
+
+    tensor: str
+    pos: str
+    offsets: str
+    longest: str
+
+
+_Q = _Side(tensor="q", pos="q_pos", offsets="q_offsets", longest="max_q")
+_K = _Side(tensor="k", pos="k_pos", offsets="k_offsets", longest="max_k")
+_QKV = _Side(tensor="qkv", pos="pos", offsets="offsets", longest="max_length")
 
 
 def rel_attention(
@@ -15,34 +37,192 @@ def rel_attention(
     grid_size: int = 0,
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
+    q_offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
+    max_q: int | None = None,
+    max_k: int | None = None,
+    scale: float | None = None,
+    attention_backend: str = "auto",
+    bias_form: BiasForm | None = None,
+    table_grad: TableGrad | None = None,
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(d) + bias) v`` with ``bias`` read from a table by relative position.
+    """``softmax(scale * q k^T + bias) v`` with ``bias`` read from a table by relative position.
 
-    ``q`` [B, H, M, d], ``k`` and ``v`` [B, H, N, d], one floating dtype; returns [B, H, M, d].
-    ``table`` [(2G-1)^2 + 3, H], or None for no bias; its last three rows are never read. ``q_pos`` [B, M] and
-    ``k_pos`` [B, N] (int64, 0..G*G-1) say which of the G*G grid positions each token stands at; without
-    them it is all positions in order. Raises ``ValueError`` for shapes, dtypes or devices that do not fit,
-    and (on the CPU) positions out of the grid.
+    ``q`` [B, H, M, d], ``k`` and ``v`` [B, H, N, d], one floating dtype, a head's numbers side by side in
+    memory (strides are free otherwise); returns [B, H, M, d]. ``table`` [(2G-1)^2 + 3, H], or None for no
+    bias; its last three rows are never read. ``q_pos`` [B, M] and ``k_pos`` [B, N] (int64, 0..G*G-1,
+    distinct within a sample) say which of the G*G grid positions each token stands at; without them it is
+    all positions in order. ``scale`` is 1/sqrt(d) if None. A query without any key gives zeros.
+
+    Samples of different lengths stand one after the other: ``q`` [R, H, d] with ``q_offsets`` (int32 [B + 1],
+    ascending, 0 to R), positions [R], ``max_q`` the length of the longest (or more); ``k``, ``v`` likewise
+    (``k_offsets`` and ``max_k`` are those of q if None); returns [R, H, d].
+
+    ``attention_backend``: ``auto`` (Triton on CUDA, PyTorch elsewhere) or one of ``triton``, ``sdpa``,
+    ``flex``, ``xformers``, ``flash_attn``. ``bias_form`` and ``table_grad`` choose between the Triton
+    kernels' ways (``config.py``); None is the default there. Triton takes d up to 128.
+
+    Raises ``ValueError`` for shapes, dtypes, strides or devices that do not fit, on the CPU also for
+    positions out of the grid or twice in a sample, and for a backend that cannot serve the call.
 
     Source: MDT (arXiv:2303.14389), section 3; the table's form is BEiT's (arXiv:2106.08254).
     """
     checks.floating("q", q_BHMd)
-    checks.shape("q", q_BHMd, "B", "H", "M", "d")
-    B, H, M, d = q_BHMd.shape
-    checks.shape("k", k_BHNd, B, H, "N", d)
-    N = k_BHNd.shape[2]
-    checks.shape("v", v_BHNd, B, H, N, d)
-    for name, x in (("k", k_BHNd), ("v", v_BHNd)):
-        checks.alike(name, x, "q", q_BHMd)
-    if table_RH is not None:
-        if grid_size < 1:
-            raise ValueError(f"grid_size: got {grid_size}, a table needs 1 or more")
-        checks.floating_on("table", table_RH, q_BHMd)
-        checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, H)
-        for name, pos, length in (("q_pos", q_pos, M), ("k_pos", k_pos, N)):
-            if pos is not None:
-                checks.shape(name, pos, B, length)
-                checks.token_ids(name, pos, grid_size**2, q_BHMd)
-            elif length != grid_size**2:
-                raise ValueError(f"{name}: needed for {length} tokens (a whole grid has {grid_size**2})")
-    return reference.rel_attention(q_BHMd, k_BHNd, v_BHNd, table_RH, grid_size, q_pos, k_pos)
+    ragged = q_offsets is not None
+    _check_layout(q_BHMd, k_BHNd, v_BHNd, ragged)
+    if ragged:
+        k_offsets = q_offsets if k_offsets is None else k_offsets
+    elif k_offsets is not None:
+        raise ValueError("k_offsets: given without q_offsets")
+    if max_k is None and k_offsets is q_offsets:
+        max_k = max_q
+    _check_table(table_RH, q_BHMd, grid_size, q_BHMd.shape[1])
+    queries = _side(_Q, q_BHMd, q_pos, q_offsets, max_q, table_RH, grid_size)
+    keys = _side(_K, k_BHNd, k_pos, k_offsets, max_k, table_RH, grid_size)
+    if ragged and keys.batch != queries.batch:
+        raise ValueError(f"k_offsets: {keys.batch} samples, but q_offsets has {queries.batch}")
+    call = _call(queries, keys, grid_size, q_BHMd.shape[-1], scale, bias_form, table_grad)
+    backend = backends.choose(attention_backend, q_BHMd, table_RH, call)
+    return backends.attend(backend, q_BHMd, k_BHNd, v_BHNd, table_RH, call)
+
+
+def rel_attention_qkvpacked(
+    qkv_BL3Hd: Tensor,
+    table_RH: Tensor | None = None,
+    *,
+    grid_size: int = 0,
+    pos: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+    scale: float | None = None,
+    attention_backend: str = "auto",
+    bias_form: BiasForm | None = None,
+    table_grad: TableGrad | None = None,
+) -> Tensor:
+    """Self-attention on ``qkv`` [B, L, 3, H, d] as one linear layer gives it: returns [B, L, H, d].
+
+    The gradient comes back in one tensor like ``qkv``: nothing is split or put together. Samples of
+    different lengths: ``qkv`` [R, 3, H, d] with ``offsets``, ``pos`` [R] and ``max_length``; returns [R, H,
+    d]. All else as :func:`rel_attention`.
+    """
+    checks.floating("qkv", qkv_BL3Hd)
+    ragged = offsets is not None
+    sizes: tuple[int | str, ...] = ("R", 3, "H", "d") if ragged else ("B", "L", 3, "H", "d")
+    checks.shape("qkv", qkv_BL3Hd, *sizes)
+    _check_strides("qkv", qkv_BL3Hd)
+    H, d = qkv_BL3Hd.shape[-2:]
+    _check_table(table_RH, qkv_BL3Hd, grid_size, H)
+    q = qkv_BL3Hd.select(-3, 0)
+    side = _side(_QKV, q if ragged else q.transpose(1, 2), pos, offsets, max_length, table_RH, grid_size)
+    call = _call(side, side, grid_size, d, scale, bias_form, table_grad)
+    backend = backends.choose(attention_backend, q, table_RH, call)
+    return backends.attend_packed(backend, qkv_BL3Hd, table_RH, call)
+
+
+def _call(
+    queries: backends.Side,
+    keys: backends.Side,
+    grid_size: int,
+    head_dim: int,
+    scale: float | None,
+    bias_form: BiasForm | None,
+    table_grad: TableGrad | None,
+) -> backends.Call:
+    for name, value, allowed in (
+        ("bias_form", bias_form, BIAS_FORMS),
+        ("table_grad", table_grad, TABLE_GRADS),
+    ):
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)} or None")
+    call = backends.Call(
+        queries=queries,
+        keys=keys,
+        grid_size=grid_size,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+    )
+    return replace(call, bias_form=bias_form or call.bias_form, table_grad=table_grad or call.table_grad)
+
+
+def _check_layout(q: Tensor, k: Tensor, v: Tensor, ragged: bool) -> None:
+    if ragged:
+        checks.shape("q", q, "R", "H", "d")
+        H, d = q.shape[1:]
+        checks.shape("k", k, "R", H, d)
+    else:
+        checks.shape("q", q, "B", "H", "M", "d")
+        B, H, _, d = q.shape
+        checks.shape("k", k, B, H, "N", d)
+    if not H or not d:
+        raise ValueError(f"q: shape {list(q.shape)}, needs one head and one number a head or more")
+    checks.shape("v", v, *k.shape)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.alike(name, x, "q", q)
+        _check_strides(name, x)
+
+
+def _check_strides(name: str, x: Tensor) -> None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+        raise ValueError(
+            f"{name}: stride {x.stride(-1)} along the head size, allowed is 1 (call .contiguous())"
+        )
+
+
+def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int) -> None:
+    if table_RH is None:
+        return
+    if not 1 <= grid_size <= MAX_GRID:
+        raise ValueError(f"grid_size: got {grid_size}, a table needs 1 to {MAX_GRID}")
+    checks.floating_on("table", table_RH, x)
+    checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, heads)
+
+
+def _side(
+    names: _Side,
+    x: Tensor,
+    pos: Tensor | None,
+    offsets: Tensor | None,
+    longest: int | None,
+    table_RH: Tensor | None,
+    grid_size: int,
+) -> backends.Side:
+    """Queries or keys [B, H, rows, d] or [R, H, d], checked."""
+    looking = torch.compiler.is_compiling() or x.is_cuda
+    if offsets is None:
+        batch, length = x.shape[0], x.shape[2]
+        if longest is not None:
+            raise ValueError(f"{names.longest}: given without {names.offsets}")
+    else:
+        checks.offsets(names.offsets, offsets, x)
+        batch = len(offsets) - 1
+        if not looking:
+            most = int(offsets.diff().max()) if batch else 0
+            if longest is not None and longest < most:
+                raise ValueError(
+                    f"{names.longest}: got {longest}, but {names.offsets} has a sample of {most}"
+                )
+            longest = most if longest is None else longest
+        if longest is None or longest < 0:
+            raise ValueError(
+                f"{names.longest}: got {longest}; with {names.offsets} it must be given on CUDA and under "
+                "torch.compile, and be 0 or more"
+            )
+        length = longest
+    if table_RH is None:
+        pos = None
+    elif pos is not None:
+        checks.shape(names.pos, pos, *((x.shape[0],) if offsets is not None else (batch, length)))
+        checks.token_ids(names.pos, pos, grid_size**2, x)
+        if not looking and pos.device.type == "cpu":
+            _check_distinct(names.pos, pos, offsets)
+    elif offsets is not None or length != grid_size**2:
+        what = "samples of different lengths" if offsets is not None else f"{length} tokens"
+        raise ValueError(f"{names.pos}: needed for {what} (a whole grid has {grid_size**2})")
+    pos, offsets = (None if x is None else x.contiguous() for x in (pos, offsets))
+    return backends.Side(pos=pos, offsets=offsets, length=length, batch=batch)
+
+
+def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None) -> None:
+    samples = pos.unbind() if offsets is None else pos.split(offsets.diff().tolist())
+    for i, sample in enumerate(samples):
+        if len(sample.unique()) < len(sample):
+            raise ValueError(f"{name}: two tokens of sample {i} stand at one position, allowed is one")

@@ -1,8 +1,13 @@
 """Plain PyTorch, any device and dtype. B samples, H heads, M queries, N keys, d head size, G grid side."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backends import Call
 
 
 def relative_bias(table_RH: Tensor, grid_size: int, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -22,21 +27,38 @@ def relative_bias(table_RH: Tensor, grid_size: int, q_pos: Tensor, k_pos: Tensor
     return table_RH.t().expand(*batch, -1, -1).gather(-1, flat).view(*batch, H, M, N)
 
 
-def rel_attention(
+def rel_attention(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: "Call") -> Tensor:
+    """q [B, H, M, d], k and v [B, H, N, d]; or samples one after the other, [R, H, d]: one at a time."""
+    queries, keys = call.queries, call.keys
+    if queries.offsets is None or keys.offsets is None:
+        return _attend(q, k, v, table_RH, call, queries.pos, keys.pos)
+    rows_q, rows_k = (offsets.diff().tolist() for offsets in (queries.offsets, keys.offsets))
+    outputs = []
+    for i, (q_MHd, k_NHd, v_NHd) in enumerate(zip(q.split(rows_q), k.split(rows_k), v.split(rows_k))):
+        q_pos = None if queries.pos is None else queries.pos.split(rows_q)[i][None]
+        k_pos = None if keys.pos is None else keys.pos.split(rows_k)[i][None]
+        q_1, k_1, v_1 = (x.transpose(0, 1)[None] for x in (q_MHd, k_NHd, v_NHd))
+        outputs.append(_attend(q_1, k_1, v_1, table_RH, call, q_pos, k_pos)[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def _attend(
     q_BHMd: Tensor,
     k_BHNd: Tensor,
     v_BHNd: Tensor,
     table_RH: Tensor | None,
-    grid_size: int,
+    call: "Call",
     q_pos: Tensor | None,
     k_pos: Tensor | None,
 ) -> Tensor:
+    if not k_BHNd.shape[2]:
+        return q_BHMd @ k_BHNd.transpose(2, 3) @ v_BHNd  # zeros, with gradients
     if table_RH is None:
-        return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd)
-    every = torch.arange(grid_size**2, device=q_BHMd.device)
+        return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, scale=call.scale)
+    every = torch.arange(call.grid_size**2, device=q_BHMd.device)
     bias = relative_bias(
-        table_RH, grid_size, every if q_pos is None else q_pos, every if k_pos is None else k_pos
+        table_RH, call.grid_size, every if q_pos is None else q_pos, every if k_pos is None else k_pos
     )
     # Spelt out for every sample, without memory: given [H, M, N], PyTorch takes its slowest way on a CPU.
     bias = bias.to(q_BHMd.dtype).expand(len(q_BHMd), -1, -1, -1)
-    return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=bias)
+    return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=bias, scale=call.scale)

@@ -1,0 +1,100 @@
+"""Launch choices as plain data: no autotuning in a user's first step.
+
+Found by compiling for each architecture (no spills); not yet tuned on a GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+BiasForm = Literal["lookup", "dense"]
+"""``lookup``: every score reads the table. ``dense``: one float32 bias [H, G*G, G*G] is written per call, and
+shared by the batch."""
+TableGrad = Literal["recompute", "store"]
+"""``recompute``: scores once more, dS summed over samples in registers. ``store``: the gradient of q writes
+dS for some samples at a time, and those are gathered."""
+BIAS_FORMS, TABLE_GRADS = get_args(BiasForm), get_args(TableGrad)
+
+MAX_HEAD_DIM = 128
+MAX_GRID = 64
+"""64 x 64 tokens: images of 1024 pixels at patch 2 on latents, or 512 pixels at patch 8."""
+
+DS_BYTES = 128 * 2**20
+"""Most memory for dS at a time with ``store``."""
+DBIAS_BYTES = 256 * 2**20
+"""Most memory for the sums over samples at a time with ``recompute``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """``block_m`` queries and ``block_n`` keys a program holds; warps and pipeline stages of each program."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfigs:
+    """One for each kernel: forward; gradient of q; of k and v; of the table by ``recompute``."""
+
+    forward: LaunchConfig
+    q: LaunchConfig
+    kv: LaunchConfig
+    bias: LaunchConfig
+
+
+def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> LaunchConfig:
+    return LaunchConfig(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+_INTERPRETER = LaunchConfigs(
+    forward=_launch(64, 64, 1, 1),
+    q=_launch(64, 64, 1, 1),
+    kv=_launch(64, 64, 1, 1),
+    bias=_launch(64, 64, 1, 1),
+)
+"""Few programs: in Triton's interpreter it is their number that takes time."""
+
+_HALF = {
+    "sm_80": LaunchConfigs(
+        forward=_launch(64, 64, 4, 3),
+        q=_launch(64, 64, 8, 3),
+        kv=_launch(32, 64, 4, 2),
+        bias=_launch(64, 64, 8, 2),
+    ),
+    "sm_90": LaunchConfigs(
+        forward=_launch(64, 64, 4, 3),
+        q=_launch(64, 64, 4, 3),
+        kv=_launch(64, 64, 8, 3),
+        bias=_launch(64, 64, 8, 2),
+    ),
+}
+_FLOAT32 = LaunchConfigs(
+    forward=_launch(32, 32, 4, 2),
+    q=_launch(32, 32, 4, 2),
+    kv=_launch(32, 32, 4, 2),
+    bias=_launch(32, 32, 4, 2),
+)
+
+
+def launch_configs(arch: str, head_dim: int, half: bool) -> LaunchConfigs:
+    """For ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``; a head size; half types or not."""
+    if arch == "interpreter":
+        return _INTERPRETER
+    if not half:
+        return _FLOAT32
+    return _HALF.get(arch, _HALF["sm_90"])
+
+
+def split_head(head_dim: int) -> tuple[int, int]:
+    """Head size as two tile widths, 72 as 64 + 16: a power of two from 16 on, and one for the rest (or 0)."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = max(0, head_dim - first)
+    return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+def bias_parts(batch: int, tiles: int) -> int:
+    """Programs that share the samples of one tile of the table's gradient: some 500 in all, each with four
+    samples or more."""
+    return max(1, min(batch // 4, -(-512 // tiles)))

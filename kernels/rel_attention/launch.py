@@ -1,0 +1,252 @@
+"""Launching the Triton kernels. q, k, v and their gradients are [B, H, rows, d] by strides."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import config
+from .backends import Call, Side
+from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
+from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
+from .kernel_table import (
+    rel_attention_bias_kernel,
+    rel_attention_bwd_bias_kernel,
+    rel_attention_bwd_gather_kernel,
+    rel_attention_bwd_table_kernel,
+    rel_attention_slots_kernel,
+)
+
+
+def forward(
+    q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
+) -> Tensor:
+    """Write ``out``; returns log(sum(exp(score))), float32 [H, all rows of q]."""
+    B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
+    lse = q_BHMd.new_empty(H, rows, dtype=torch.float32)
+    launch = _configs(q_BHMd).forward
+    n_blocks = triton.cdiv(call.queries.length, launch.block_m)
+    if B * H * n_blocks and rows:
+        bias, bias_size, form = _bias(q_BHMd, table_RH, call)
+        rel_attention_fwd_kernel[(B * H * n_blocks,)](
+            q_BHMd, k_BHNd, v_BHNd, *_scene(q_BHMd, bias, call), out_BHMd, lse,
+            H, call.queries.length, call.keys.length, rows, n_blocks, bias_size, call.scale,
+            *_strides(q_BHMd, k_BHNd, v_BHNd, out_BHMd),
+            BIAS=form, **_constants(call, q_BHMd, k_BHNd, v_BHNd, out_BHMd), **_blocks(launch),
+        )  # fmt: skip
+    return lse
+
+
+def backward(
+    dout_BHMd: Tensor,
+    q_BHMd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    table_RH: Tensor | None,
+    out_BHMd: Tensor,
+    lse: Tensor,
+    call: Call,
+    dq_BHMd: Tensor,
+    dk_BHNd: Tensor,
+    dv_BHNd: Tensor,
+    dtable_RH: Tensor | None,
+) -> None:
+    """Write the gradients of q, k, v, and of the table where ``dtable`` (zeros at first) is given."""
+    B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
+    if not rows or not k_BHNd.numel():
+        dq_BHMd.zero_(), dk_BHNd.zero_(), dv_BHNd.zero_()
+        return
+    delta = torch.empty_like(lse)
+    bias, bias_size, form = _bias(q_BHMd, table_RH, call)
+    scene = _scene(q_BHMd, bias, call)
+    lengths = call.queries.length, call.keys.length
+    configs = _configs(q_BHMd)
+
+    store = dtable_RH is not None and call.table_grad == "store"
+    chunk, ds, sums = B, q_BHMd, q_BHMd
+    if store:
+        row = -(-lengths[1] // 16) * 16
+        chunk = max(1, min(B, config.DS_BYTES // (H * lengths[0] * row * q_BHMd.element_size())))
+        ds = q_BHMd.new_empty(chunk, H, lengths[0], row)
+        sums = q_BHMd.new_empty(1, H, call.grid_size**4, dtype=torch.float32)
+        slots = _slots(call, B)
+    n_blocks = triton.cdiv(lengths[0], configs.q.block_m)
+    for first in range(0, B, chunk):
+        samples = min(chunk, B - first)
+        rel_attention_bwd_q_kernel[(samples * H * n_blocks,)](
+            q_BHMd, k_BHNd, v_BHNd, *scene, out_BHMd, dout_BHMd, lse, delta, dq_BHMd, ds,
+            first, H, *lengths, rows, n_blocks, bias_size, call.scale,
+            *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd), ds.stride(1), ds.stride(2),
+            BIAS=form, STORE=store, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd),
+            **_blocks(configs.q),
+        )  # fmt: skip
+        if store:
+            _gather(ds, sums[0], slots, call, first, samples)
+
+    n_blocks = triton.cdiv(lengths[1], configs.kv.block_n)
+    rel_attention_bwd_kv_kernel[(B * H * n_blocks,)](
+        q_BHMd, k_BHNd, v_BHNd, *scene, dout_BHMd, lse, delta, dk_BHNd, dv_BHNd,
+        H, *lengths, rows, n_blocks, bias_size, call.scale,
+        *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd),
+        BIAS=form, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd),
+        **_blocks(configs.kv),
+    )  # fmt: skip
+    if store and dtable_RH is not None:
+        _table(sums, dtable_RH, 0, call)
+    elif dtable_RH is not None and table_RH is not None:
+        _recompute(dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, delta, call, dtable_RH)
+
+
+def _recompute(
+    dout_BHMd: Tensor,
+    q_BHMd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    table_RH: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    call: Call,
+    dtable_RH: Tensor,
+) -> None:
+    """The table's gradient, some heads at a time."""
+    B, H, L = call.queries.batch, q_BHMd.shape[1], call.grid_size**2
+    launch = _configs(q_BHMd).bias
+    n_blocks = triton.cdiv(L, launch.block_n)
+    tiles = n_blocks * triton.cdiv(L, launch.block_m)
+    parts = config.bias_parts(B, tiles * H)
+    heads = max(1, min(H, config.DBIAS_BYTES // (4 * parts * L * L)))
+    sums = q_BHMd.new_empty(parts, heads, L * L, dtype=torch.float32)
+    bias, bias_size, _ = _bias(q_BHMd, table_RH, replace(call, bias_form="lookup"))
+    q_slots, k_slots = _slots(call, B)
+    constants = _constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd)
+    del constants["Q_POSITIONS"], constants["K_POSITIONS"]
+    for first in range(0, H, heads):
+        some = min(heads, H - first)
+        rel_attention_bwd_bias_kernel[(tiles, some, parts)](
+            q_BHMd, k_BHNd, v_BHNd, bias, _or(q_slots, q_BHMd), _or(k_slots, q_BHMd),
+            _or(call.queries.offsets, q_BHMd), _or(call.keys.offsets, q_BHMd), dout_BHMd, lse, delta, sums,
+            B, first, some, call.queries.length, call.keys.length, lse.shape[1], n_blocks, bias_size,
+            call.scale, *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd),
+            Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, **constants, **_blocks(launch),
+        )  # fmt: skip
+        _table(sums.flatten(0, 1)[: parts * some].view(parts, some, -1), dtable_RH, first, call)
+
+
+def _gather(
+    ds: Tensor,
+    sums_HL: Tensor,
+    slots: tuple[Tensor | None, Tensor | None],
+    call: Call,
+    first: int,
+    samples: int,
+) -> None:
+    H, L, (q_slots, k_slots) = ds.shape[1], call.grid_size**2, slots
+    n_blocks = triton.cdiv(L, 64)
+    rel_attention_bwd_gather_kernel[(n_blocks * triton.cdiv(L, 32), H)](
+        ds, _or(q_slots, ds), _or(k_slots, ds), sums_HL, first, samples, H, n_blocks,
+        ds.stride(1), ds.stride(2),
+        Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, G=call.grid_size, BLOCK_M=32, BLOCK_N=64,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _table(sums: Tensor, dtable_RH: Tensor, first: int, call: Call) -> None:
+    """Rows of the table from sums over samples [parts, heads from ``first``, G*G * G*G]."""
+    G = call.grid_size
+    rel_attention_bwd_table_kernel[(2 * G - 1, sums.shape[1])](
+        sums, dtable_RH, first, sums.shape[0], sums.shape[1], dtable_RH.shape[1],
+        G=G, BLOCK_W=triton.next_power_of_2(2 * G - 1), BLOCK_G=triton.next_power_of_2(G), num_warps=4,
+    )  # fmt: skip
+
+
+def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, int, int]:
+    """What the kernels read scores' biases from, its size for a head, and its form."""
+    if table_RH is None:
+        return q_BHMd, 0, NO_BIAS
+    R, H = table_RH.shape
+    # A head's biases side by side: 4 KB at 16 x 16 tokens, which stays in the first-level cache.
+    table_HR = table_RH.t().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    if call.bias_form == "lookup":
+        return table_HR, R, LOOKUP
+    L = call.grid_size**2
+    # Float32: in half types it would save bytes, but 4-byte loads are what the pipeline can bring in ahead.
+    bias_HLL = q_BHMd.new_empty(H, L, L, dtype=torch.float32)
+    grid = (triton.cdiv(L, 128), triton.cdiv(L, 16), H)
+    rel_attention_bias_kernel[grid](
+        table_HR, bias_HLL, R, G=call.grid_size, BLOCK_M=16, BLOCK_N=128, num_warps=4
+    )
+    return bias_HLL, L * L, DENSE
+
+
+def _slots(call: Call, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """For queries and keys: which token stands at each grid position, int32 [B, G*G]; None: all in order."""
+    queries = _slots_of(call.queries, call.grid_size, batch)
+    if call.keys.pos is call.queries.pos and call.keys.offsets is call.queries.offsets:
+        return queries, queries
+    return queries, _slots_of(call.keys, call.grid_size, batch)
+
+
+def _slots_of(side: Side, G: int, batch: int) -> Tensor | None:
+    if side.pos is None:
+        return None
+    slots = side.pos.new_empty(batch, G * G, dtype=torch.int32)
+    missing = side.pos.new_empty(batch, dtype=torch.int32)
+    rel_attention_slots_kernel[(batch,)](
+        side.pos, _or(side.offsets, side.pos), slots, missing, side.length,
+        RAGGED=side.offsets is not None, G=G,
+        BLOCK=min(1024, triton.next_power_of_2(G * G)), num_warps=4,
+    )  # fmt: skip
+    # Does not wait for the device; a CPU tensor was checked before.
+    torch._assert_async(
+        ~missing.any(), "q_pos, k_pos: two tokens of a sample stand at one position, or outside"
+    )
+    return slots
+
+
+def _scene(q_BHMd: Tensor, bias: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Bias, positions and offsets as kernels take them; q stands in for what is not there."""
+    sides = call.queries, call.keys
+    return bias, *(_or(side.pos, q_BHMd) for side in sides), *(_or(side.offsets, q_BHMd) for side in sides)
+
+
+def _or(x: Tensor | None, unused: Tensor) -> Tensor:
+    return unused if x is None else x
+
+
+def _strides(*tensors_BHRd: Tensor) -> list[int]:
+    return [stride for x in tensors_BHRd for stride in x.stride()[:3]]
+
+
+def _constants(call: Call, *tensors_BHRd: Tensor) -> dict[str, Any]:
+    head_dim = tensors_BHRd[0].shape[3]
+    first, rest = config.split_head(head_dim)
+    aligned = head_dim % 8 == 0 and all(stride % 8 == 0 for stride in _strides(*tensors_BHRd))
+    return {
+        "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
+        "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,
+        "ALIGN": 8 if aligned else 1, "PRECISION": "ieee",
+    }  # fmt: skip
+
+
+def _blocks(launch: config.LaunchConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+    }  # fmt: skip
+
+
+def _configs(q_BHMd: Tensor) -> config.LaunchConfigs:
+    arch = _arch(q_BHMd.device.index) if q_BHMd.is_cuda else "interpreter"
+    return config.launch_configs(arch, q_BHMd.shape[3], half=q_BHMd.element_size() == 2)
+
+
+@cache
+def _arch(device: int | None) -> str:
+    """The newest architecture in ``config.py`` that is not newer than the device."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
