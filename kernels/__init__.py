@@ -6,20 +6,25 @@ serves each op on this machine, and why.
 
 from .backends import Backend, backends
 from .bias_gelu import bias_gelu
+from .cfg_step import cfg_step, ddim_coefficients, ddpm_coefficients
 from .ln_modulate import gate_residual_ln_modulate, ln_modulate
 from .patch_embed import patch_embed
 from .rel_attention import rel_attention, rel_attention_qkvpacked, relative_bias
-from .skip_linear import skip_linear
+from .skip_linear import patch_skip_linear, skip_linear
 from .tokens import gather_tokens, unmask_tokens
 
 __all__ = [
     "Backend",
     "backends",
     "bias_gelu",
+    "cfg_step",
+    "ddim_coefficients",
+    "ddpm_coefficients",
     "gate_residual_ln_modulate",
     "gather_tokens",
     "ln_modulate",
     "patch_embed",
+    "patch_skip_linear",
     "rel_attention",
     "rel_attention_qkvpacked",
     "relative_bias",

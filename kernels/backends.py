@@ -23,6 +23,7 @@ WITH_TRITON = (
     "unmask_tokens",
     "rel_attention",
     "rel_attention_qkvpacked",
+    "cfg_step",
 )
 
 OPS = (
@@ -30,6 +31,7 @@ OPS = (
     "patch_embed",
     "gather_tokens",
     "skip_linear",
+    "patch_skip_linear",
 )
 
 

@@ -48,43 +48,53 @@ def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Laun
     return LaunchConfig(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-_INTERPRETER = LaunchConfigs(
-    forward=_launch(64, 64, 1, 1),
-    q=_launch(64, 64, 1, 1),
-    kv=_launch(64, 64, 1, 1),
-    bias=_launch(64, 64, 1, 1),
-)
-"""Few programs: in Triton's interpreter it is their number that takes time."""
+def _launches(*each: tuple[int, int, int, int]) -> LaunchConfigs:
+    """Block of queries, block of keys, warps, stages: forward, q, kv, bias."""
+    forward, q, kv, bias = (
+        LaunchConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in each
+    )
+    return LaunchConfigs(forward=forward, q=q, kv=kv, bias=bias)
+
 
 _HALF = {
-    "sm_80": LaunchConfigs(
-        forward=_launch(64, 64, 4, 3),
-        q=_launch(64, 64, 8, 3),
-        kv=_launch(32, 64, 4, 2),
-        bias=_launch(64, 64, 8, 2),
-    ),
-    "sm_90": LaunchConfigs(
-        forward=_launch(64, 64, 4, 3),
-        q=_launch(64, 64, 4, 3),
-        kv=_launch(64, 64, 8, 3),
-        bias=_launch(64, 64, 8, 2),
-    ),
+    ("sm_80", 64): _launches((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("sm_80", 80): _launches((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+    ("sm_80", 128): _launches((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_90", 64): _launches((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("sm_90", 80): _launches((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("sm_90", 128): _launches((64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+    ("sm_100", 64): _launches((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("sm_100", 80): _launches((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    ("sm_100", 128): _launches((64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+    ("gfx942", 64): _launches(*[(64, 64, 4, 1)] * 4),
+    ("gfx942", 80): _launches(*[(64, 64, 4, 1)] * 4),
+    ("gfx942", 128): _launches((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
-_FLOAT32 = LaunchConfigs(
-    forward=_launch(32, 32, 4, 2),
-    q=_launch(32, 32, 4, 2),
-    kv=_launch(32, 32, 4, 2),
-    bias=_launch(32, 32, 4, 2),
-)
+"""By architecture and the widest head that a row serves (80: as 64 + 16 columns)."""
+_FLOAT32 = {
+    ("sm_80", 64): _launches((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 2)),
+    ("sm_80", 80): _launches((32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (32, 32, 4, 2)),
+    ("sm_80", 128): _launches((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("sm_90", 64): _launches((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 2), (32, 32, 4, 2)),
+    ("sm_90", 80): _launches((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_90", 128): _launches((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("sm_100", 64): _launches((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 1)),
+    ("sm_100", 80): _launches((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_100", 128): _launches((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("gfx942", 64): _launches(*[(64, 32, 4, 1)] * 4),
+    ("gfx942", 80): _launches(*[(64, 32, 4, 1)] * 4),
+    ("gfx942", 128): _launches((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+}
+_INTERPRETER = _launches(*[(64, 64, 1, 1)] * 4)
+"""Few programs: in Triton's interpreter it is their number that takes time."""
 
 
 def launch_configs(arch: str, head_dim: int, half: bool) -> LaunchConfigs:
     """For ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``; a head size; half types or not."""
     if arch == "interpreter":
         return _INTERPRETER
-    if not half:
-        return _FLOAT32
-    return _HALF.get(arch, _HALF["sm_90"])
+    widest = 64 if head_dim <= 64 else 80 if head_dim <= 80 else MAX_HEAD_DIM
+    return (_HALF if half else _FLOAT32)[arch, widest]
 
 
 def split_head(head_dim: int) -> tuple[int, int]:

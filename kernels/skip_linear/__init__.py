@@ -1,5 +1,5 @@
 """MDTv2's long skip."""
 
-from .op import skip_linear
+from .op import patch_skip_linear, skip_linear
 
-__all__ = ["skip_linear"]
+__all__ = ["patch_skip_linear", "skip_linear"]

@@ -1,4 +1,4 @@
-"""Plain PyTorch, any device and dtype. D width."""
+"""Plain PyTorch, any device and dtype. L tokens, D width, O output width, P numbers of a patch."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,3 +7,18 @@ from torch import Tensor
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     weight_x, weight_skip = weight.chunk(2, dim=1)
     return F.linear(x, weight_x, bias) + F.linear(skip, weight_skip)
+
+
+def patch_skip_linear(
+    x_BLD: Tensor,
+    patches_BLP: Tensor,
+    embed_weight_DP: Tensor,
+    embed_bias_D: Tensor,
+    pos_1LD: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    weight_x, weight_skip = weight.chunk(2, dim=1)
+    thin_OP = weight_skip @ embed_weight_DP
+    shared_1LO = F.linear(embed_bias_D + pos_1LD, weight_skip, bias)  # the same for every sample
+    return F.linear(x_BLD, weight_x) + F.linear(patches_BLP, thin_OP) + shared_1LO

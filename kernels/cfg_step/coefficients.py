@@ -1,0 +1,82 @@
+"""A sampler's step as a few numbers: a table with a row for each timestep, made once before the loop.
+
+Source: Ho et al. 2020 (DDPM) equations 6, 7 and 15; Nichol and Dhariwal 2021 equation 15 (learned variance);
+Song et al. 2021 (DDIM) equations 12 and 16.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+
+
+def ddpm_coefficients(
+    alphas_cumprod: Tensor | Sequence[float], variance: Variance = "learned_range"
+) -> Tensor:
+    """Ancestral sampling: float32 [T, 7] for the T timesteps of a (respaced) process, on the CPU.
+
+    ``alphas_cumprod`` [T] (a tensor, or numbers, taken as float64): the share of signal variance left after
+    each step, falling from below 1. Columns: sqrt(1/a), sqrt(1/a - 1), the posterior mean's factors of x_0
+    and x_t, the least and the largest log variance (posterior's, clipped at t = 0, and log beta), and 0 at
+    t = 0 but 1 after. With a fixed variance both log variances are that one. Raises ``ValueError`` for what
+    is no such list.
+    """
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance: got {variance!r}, allowed are {', '.join(get_args(Variance))}")
+    a = _alphas_cumprod(alphas_cumprod)
+    prev = torch.cat([a.new_ones(1), a[:-1]])
+    alphas = a / prev
+    betas = 1 - alphas
+    posterior = betas * (1 - prev) / (1 - a)
+    # The posterior's variance is 0 at t = 0: its logarithm there is replaced by that of t = 1.
+    first = posterior[1:2] if len(a) > 1 else betas
+    lower = torch.cat([first, posterior[1:]]).log()
+    upper = betas.log()
+    if variance == "fixed_small":
+        upper = lower
+    elif variance == "fixed_large":
+        lower = upper = torch.cat([first, betas[1:]]).log()
+    coef1, coef2 = betas * prev.sqrt() / (1 - a), (1 - prev) * alphas.sqrt() / (1 - a)
+    return torch.stack([*_recip(a), coef1, coef2, lower, upper, _move(a)], dim=1).float()
+
+
+def ddim_coefficients(alphas_cumprod: Tensor | Sequence[float], eta: float = 0.0) -> Tensor:
+    """DDIM: float32 [T, 5]; see :func:`ddpm_coefficients`. ``eta`` 0 is deterministic, 1 has DDPM's variance.
+
+    Columns: sqrt(1/a), sqrt(1/a - 1), sqrt(a_prev), the factor of the noise direction, and of fresh noise
+    (0 at t = 0).
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}, allowed are 0 to 1")
+    exact = _alphas_cumprod(alphas_cumprod)
+    # From values rounded to float32 on, in float32: the published samplers' arithmetic.
+    a = exact.float()
+    prev = torch.cat([a.new_ones(1), a[:-1]])
+    sigma = eta * ((1 - prev) / (1 - a)).sqrt() * (1 - a / prev).sqrt()
+    direction = (1 - prev - sigma**2).clamp(min=0).sqrt()
+    return torch.stack(
+        [*(column.float() for column in _recip(exact)), prev.sqrt(), direction, sigma * _move(a)], dim=1
+    )
+
+
+def _alphas_cumprod(values: Tensor | Sequence[float]) -> Tensor:
+    a = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    steps = torch.cat([a.new_ones(1), a.flatten()])
+    if a.ndim != 1 or not len(a) or not (steps.diff() < 0).all() or not a[-1] > 0:
+        raise ValueError(
+            f"alphas_cumprod: got shape {list(a.shape)}; allowed are [T] numbers that fall, below 1, above 0"
+        )
+    return a
+
+
+def _recip(a: Tensor) -> tuple[Tensor, Tensor]:
+    return (1 / a).sqrt(), (1 / a - 1).sqrt()
+
+
+def _move(a: Tensor) -> Tensor:
+    move = torch.ones_like(a)
+    move[0] = 0
+    return move

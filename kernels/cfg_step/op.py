@@ -1,0 +1,102 @@
+"""Checks and dispatch. B samples (n conditional, then n unconditional), C channels, K coefficients."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import uses_triton
+from . import reference
+
+Kind = Literal["ddpm", "ddim"]
+Predicts = Literal["epsilon", "start_x"]
+COLUMNS = {"ddpm": 7, "ddim": 5}
+
+
+def cfg_step(
+    output: Tensor,
+    x: Tensor,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    *,
+    scale: Tensor | float | None = None,
+    guided_channels: int = 3,
+    kind: Kind = "ddpm",
+    predicts: Predicts = "epsilon",
+    clip_denoised: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of guided sampling: x_{t-1} and the predicted x_0, both like ``x``.
+
+    ``output`` [B, 2C, ...], what the model predicts and its variance's place between its bounds, or [B, C,
+    ...] for a fixed variance; ``x`` and ``noise`` [B, C, ...] (``noise`` None: none is added); each
+    floating. ``coefficients``: float32, a row of ``ddpm_coefficients`` or ``ddim_coefficients`` for the
+    whole batch, or [B, K] with a row for each sample; on the device, so that a captured graph can be
+    replayed for every step.
+
+    ``scale``: the guidance weight, a number or floating [n]: B is 2n then, n conditional samples and the
+    same n unconditional ones. In both halves the first ``guided_channels`` channels become uncond + scale *
+    (cond - uncond) (3 of 4 in the published models), the others stay as they are in each half, and so does
+    the variance. None: no guidance. ``clip_denoised`` clamps the predicted x_0 to [-1, 1].
+
+    For inference: raises ``ValueError`` where a gradient is asked for, and for shapes, dtypes, devices or
+    names that do not fit. Source: Ho et al. 2020, algorithm 2; Song et al. 2021; Ho and Salimans 2022
+    (guidance).
+    """
+    names = (("kind", kind, get_args(Kind)), ("predicts", predicts, get_args(Predicts)))
+    for name, value, allowed in names:
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
+    scale_n = _check(output, x, noise, scale, guided_channels)
+    coefficients_BK = _rows(coefficients, x, kind)
+    serve = reference.cfg_step
+    if uses_triton(x) and uses_triton(output):
+        from .triton_op import cfg_step_fwd  # here: not every machine has Triton
+
+        serve = cfg_step_fwd
+        output, x = output.contiguous(), x.contiguous()
+        noise = None if noise is None else noise.contiguous()
+    return serve(output, x, noise, coefficients_BK, scale_n, guided_channels, kind, predicts, clip_denoised)
+
+
+def _check(
+    output: Tensor, x: Tensor, noise: Tensor | None, scale: Tensor | float | None, guided_channels: int
+) -> Tensor | None:
+    """The guidance weights as float32 [n]."""
+    checks.floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x: shape {list(x.shape)}, expected [B, C, ...]")
+    B, C, *rest = x.shape
+    channels = output.shape[1] if output.ndim > 1 and output.shape[1] == C else 2 * C
+    checks.shape("output", output, B, channels, *rest)
+    checks.floating_on("output", output, x)
+    if noise is not None:
+        checks.shape("noise", noise, *x.shape)
+        checks.floating_on("noise", noise, x)
+    if torch.is_grad_enabled():
+        for name, tensor in (("output", output), ("x", x), ("noise", noise), ("scale", scale)):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise ValueError(f"{name}: needs a gradient, a sampling step has none; use torch.no_grad()")
+    if scale is None:
+        return None
+    if B % 2:
+        raise ValueError(f"x: {B} samples, guidance needs an even number (conditional, then unconditional)")
+    if not 0 <= guided_channels <= C:
+        raise ValueError(f"guided_channels: got {guided_channels}, allowed are 0 to {C}")
+    if not isinstance(scale, Tensor):
+        return torch.full((1,), float(scale), device=x.device).expand(B // 2)
+    checks.shape("scale", scale, B // 2)
+    checks.floating_on("scale", scale, x)
+    return scale.float()
+
+
+def _rows(coefficients: Tensor, x: Tensor, kind: Kind) -> Tensor:
+    K = COLUMNS[kind]
+    shape = (K,) if coefficients.ndim == 1 else (x.shape[0], K)
+    checks.shape("coefficients", coefficients, *shape)
+    if coefficients.dtype != torch.float32 or coefficients.device != x.device:
+        raise ValueError(
+            f"coefficients: {coefficients.dtype} on {coefficients.device}, "
+            f"expected torch.float32 on {x.device}"
+        )
+    return coefficients.contiguous().expand(x.shape[0], K)

@@ -1,0 +1,46 @@
+"""Two matrix products into one output, as a registered op. R rows, D width, O output width."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("mdt_fast::skip_linear", mutates_args=())
+def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: Tensor) -> Tensor:
+    """[R, O]: the second product is added to the first where it lies."""
+    weight_x, weight_skip = weight_O2D.chunk(2, dim=1)
+    out_RO = torch.addmm(bias_O, x_RD, weight_x.t())
+    return out_RO.addmm_(skip_RD, weight_skip.t())
+
+
+@torch.library.custom_op("mdt_fast::skip_linear_bwd", mutates_args=())
+def skip_linear_bwd(
+    dout_RO: Tensor, x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, skip, weight (both halves written in place) and bias."""
+    (weight_x, weight_skip), D = weight_O2D.chunk(2, dim=1), x_RD.shape[1]
+    dweight_O2D = weight_O2D.new_empty(weight_O2D.shape)
+    torch.mm(dout_RO.t(), x_RD, out=dweight_O2D[:, :D])
+    torch.mm(dout_RO.t(), skip_RD, out=dweight_O2D[:, D:])
+    return dout_RO @ weight_x, dout_RO @ weight_skip, dweight_O2D, dout_RO.sum(0)
+
+
+@skip_linear_fwd.register_fake
+def _(x_RD, skip_RD, weight_O2D, bias_O):  # type: ignore[no-untyped-def]
+    return x_RD.new_empty(x_RD.shape[0], weight_O2D.shape[0])
+
+
+@skip_linear_bwd.register_fake
+def _(dout_RO, x_RD, skip_RD, weight_O2D):  # type: ignore[no-untyped-def]
+    rows = (x_RD.new_empty(x_RD.shape), x_RD.new_empty(x_RD.shape))
+    return *rows, weight_O2D.new_empty(weight_O2D.shape), dout_RO.new_empty(dout_RO.shape[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx, dout_RO):  # type: ignore[no-untyped-def]
+    return skip_linear_bwd(dout_RO.contiguous(), *ctx.saved_tensors)
+
+
+skip_linear_fwd.register_autograd(_backward, setup_context=_setup_context)

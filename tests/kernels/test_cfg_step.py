@@ -1,0 +1,228 @@
+"""``cfg_step`` against the samplers of ``mdt_fast.diffusion``, along whole loops; and its refusals.
+
+Runs twice: on the plain path, and (marked ``interpreter``) as the Triton kernel in Triton's interpreter.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdt_fast.diffusion import create_diffusion
+from mdt_fast.diffusion.guidance import guide
+from mdt_fast.kernels import cfg_step, ddim_coefficients, ddpm_coefficients
+from mdt_fast.kernels.backends import INTERPRETING
+from mdt_fast.kernels.cfg_step import reference
+from tolerances import FLOAT32, FLOAT64, HALF_FACTOR, relative_error
+
+PATH = pytest.param(
+    "interpreter",
+    marks=[
+        pytest.mark.interpreter,
+        pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1 in the environment"),
+    ],
+)
+both_paths = pytest.mark.parametrize("path", ["plain", PATH])
+
+
+def model(x: Tensor, t: Tensor) -> Tensor:
+    """Some smooth function with twice the channels."""
+    x = x * (1 + t.view(-1, 1, 1, 1) / 1000)
+    return torch.cat([torch.sin(x), torch.cos(3 * x) * 0.8], dim=1)
+
+
+@both_paths
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("kind", "eta"), [("ddpm", None), ("ddim", 0.0), ("ddim", 0.7), ("ddim", 1.0)])
+def test_a_loop_of_ten_steps(kind: str, eta: float | None, clip: bool, path: str) -> None:
+    """Same noise, same guidance (3 of 4 channels): each of the sampler's steps, from where it stands."""
+    diffusion = create_diffusion("10")
+    a = diffusion.alphas_cumprod
+    table = ddpm_coefficients(a) if eta is None else ddim_coefficients(a, eta)
+    noise = torch.randn(11, 6, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([3.0, 1.0, 0.5])
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        return guide(*model(x, t).chunk(2), scale, channels=3)
+
+    x = noise[10]
+    for i in range(9, -1, -1):
+        t = torch.full((6,), i)
+        output = model(x, diffusion.original_timesteps(t))
+        sample, xstart = cfg_step(output, x, noise[i], table[i], scale=scale, kind=kind, clip_denoised=clip)
+        step = diffusion.p_sample if eta is None else partial(diffusion.ddim_sample, eta=eta)
+        expected = step(guided, x, t, clip_denoised=clip, generator=lambda like, i=i: noise[i])
+        x = expected["sample"]
+        assert relative_error(xstart, expected["pred_xstart"]) <= FLOAT32
+        assert relative_error(sample, x) <= FLOAT32
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_fixed_variance_and_start_x(variance: str) -> None:
+    diffusion = create_diffusion(
+        "7", learn_sigma=False, sigma_small=variance == "fixed_small", predict_xstart=True
+    )
+    table = ddpm_coefficients(diffusion.alphas_cumprod, variance)
+    x, noise = torch.randn(2, 3, 4, 4, 4)
+    for i in (6, 3, 0):
+        expected = diffusion.p_sample(
+            lambda x, t: torch.sin(x),
+            x,
+            torch.full((3,), i),
+            clip_denoised=False,
+            generator=lambda like: noise,
+        )
+        sample, _ = cfg_step(torch.sin(x), x, noise, table[i], predicts="start_x")
+        assert relative_error(sample, expected["sample"]) <= FLOAT32
+
+
+def arguments(B: int, C: int, side: int, dtype: torch.dtype, rows: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    table = ddpm_coefficients(create_diffusion("50").alphas_cumprod)
+    return {
+        "output": torch.randn(B, 2 * C, side, side).to(dtype), "x": torch.randn(B, C, side, side),
+        "noise": torch.randn(B, C, side, side), "coefficients": table[:B] if rows else table[7],
+    }  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1 in the environment")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("B", "C", "side", "rows", "scale", "guided"),
+    [(2, 4, 8, False, 3.8, 3), (6, 1, 5, True, None, 0), (4, 4, 33, True, 2.0, 4), (2, 4, 6, False, 0.0, 0)],
+)
+def test_kernel(
+    B: int, C: int, side: int, rows: bool, scale: float | None, guided: int, kind: str, dtype: torch.dtype
+) -> None:
+    args = arguments(B, C, side, dtype, rows)
+    if kind == "ddim":
+        table = ddim_coefficients(create_diffusion("50").alphas_cumprod, 0.5)
+        args["coefficients"] = table[:B] if rows else table[7]
+    ours = cfg_step(**args, scale=scale, guided_channels=guided, kind=kind)
+    again = cfg_step(**args, scale=scale, guided_channels=guided, kind=kind)
+    scale_n = None if scale is None else torch.full((B // 2,), scale)
+    rows_BK = args["coefficients"].expand(B, -1).double()
+    exact = reference.cfg_step(
+        args["output"].double(), args["x"].double(), args["noise"].double(), rows_BK, scale_n, guided, kind,
+        "epsilon", False,
+    )  # fmt: skip
+    for a, b, e in zip(ours, again, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+        assert relative_error(a, e) <= FLOAT32
+
+
+@both_paths
+def test_half_latents(path: str) -> None:
+    args = dict(arguments(2, 4, 8, torch.float16, False).items())
+    args |= {name: args[name].half() for name in ("x", "noise")}
+    sample, xstart = cfg_step(**args, scale=2.0)
+    exact = cfg_step(**{k: v if k == "coefficients" else v.double() for k, v in args.items()}, scale=2.0)
+    assert sample.dtype == torch.float16
+    for a, e in zip((sample, xstart), exact, strict=True):
+        assert relative_error(a, e) <= HALF_FACTOR * torch.finfo(torch.float16).eps
+
+
+def test_double_stays_double() -> None:
+    args = arguments(2, 4, 4, torch.float64, False)
+    args |= {name: args[name].double() for name in ("x", "noise")}
+    sample, _ = cfg_step(**args, scale=1.0)
+    assert sample.dtype == torch.float64
+    unguided, _ = cfg_step(**args)
+    first = cfg_step(**args, scale=1.0, guided_channels=0)[0]
+    assert relative_error(first, unguided) <= FLOAT64
+
+
+@both_paths
+def test_nothing_and_no_noise(path: str) -> None:
+    table = ddpm_coefficients([0.9, 0.5])
+    for shape in ((0, 4, 8, 8), (2, 4, 0, 8)):
+        x = torch.randn(shape)
+        sample, xstart = cfg_step(torch.randn(shape[0], 8, *shape[2:]), x, x, table[0], scale=3.0)
+        assert sample.shape == xstart.shape == x.shape
+    x = torch.randn(2, 4, 3, 3)
+    output = torch.randn(2, 8, 3, 3)
+    still, _ = cfg_step(output, x, None, table[1])
+    assert torch.equal(still, cfg_step(output, x, torch.zeros_like(x), table[1])[0])
+
+
+@both_paths
+def test_compiles(path: str) -> None:
+    args = arguments(2, 4, 8, torch.float32, False)
+    step = partial(cfg_step, scale=2.5)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(step(**args), compiled(**args), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1 in the environment")
+def test_opcheck() -> None:
+    from mdt_fast.kernels.cfg_step.triton_op import cfg_step_fwd
+
+    args = arguments(2, 4, 8, torch.float32, True)
+    torch.library.opcheck(cfg_step_fwd, (*args.values(), torch.ones(1), 3, "ddpm", "epsilon", False))
+
+
+@pytest.mark.parametrize("eta", [None, 0.5])
+def test_coefficients_of_one_step(eta: float | None) -> None:
+    a = create_diffusion("1").alphas_cumprod
+    table = ddpm_coefficients(a) if eta is None else ddim_coefficients(a, eta)
+    assert table.shape == (1, 7 if eta is None else 5)
+    assert table.isfinite().all()
+    assert table[0, -1] == 0
+
+
+GOOD: dict[str, Any] = {
+    "output": torch.zeros(2, 8, 4, 4), "x": torch.zeros(2, 4, 4, 4), "noise": torch.zeros(2, 4, 4, 4),
+    "coefficients": torch.zeros(7), "scale": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": torch.zeros(2, 6, 4, 4)}, r"output: shape \[2, 6, 4, 4\], expected \[2, 8, 4, 4\]"),
+        ({"x": torch.zeros(2, 4, 4, 4).int()}, "x: dtype torch.int32, allowed are floating-point dtypes"),
+        ({"noise": torch.zeros(1, 4, 4, 4)}, r"noise: shape \[1, 4, 4, 4\], expected \[2, 4, 4, 4\]"),
+        ({"coefficients": torch.zeros(5)}, r"coefficients: shape \[5\], expected \[7\]"),
+        ({"coefficients": torch.zeros(3, 7)}, r"coefficients: shape \[3, 7\], expected \[2, 7\]"),
+        (
+            {"coefficients": torch.zeros(7).double()},
+            "coefficients: torch.float64 on cpu, expected torch.float32",
+        ),
+        ({"scale": torch.ones(2)}, r"scale: shape \[2\], expected \[1\]"),
+        ({"guided_channels": 5}, "guided_channels: got 5, allowed are 0 to 4"),
+        ({"kind": "euler"}, "kind: got 'euler', allowed are ddpm, ddim"),
+        ({"predicts": "v"}, "predicts: got 'v', allowed are epsilon, start_x"),
+        ({"x": torch.zeros(2, 4, 4, 4, requires_grad=True)}, "x: needs a gradient, a sampling step has none"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cfg_step(**(GOOD | change))
+
+
+def test_an_odd_batch_has_no_halves() -> None:
+    args = {k: v[:1] if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in GOOD.items()}
+    with pytest.raises(ValueError, match="x: 1 samples, guidance needs an even number"):
+        cfg_step(**args)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, 0.9], [1.0, 0.5], [0.5, 0.0], [[0.5]], [0.5, float("nan")]])
+def test_no_schedule(values: list[float]) -> None:
+    for make in (ddpm_coefficients, ddim_coefficients):
+        with pytest.raises(ValueError, match="alphas_cumprod: got shape"):
+            make(values)
+
+
+def test_bad_names() -> None:
+    with pytest.raises(ValueError, match="variance: got 'fixed', allowed are learned_range"):
+        ddpm_coefficients([0.5], "fixed")
+    with pytest.raises(ValueError, match=r"eta: got 2\.0, allowed are 0 to 1"):
+        ddim_coefficients([0.5], 2.0)
