@@ -11,7 +11,7 @@ from .ln_modulate import gate_residual_ln_modulate, ln_modulate
 from .patch_embed import patch_embed
 from .rel_attention import rel_attention, rel_attention_qkvpacked, relative_bias
 from .skip_linear import patch_skip_linear, skip_linear
-from .tokens import gather_tokens, unmask_tokens
+from .tokens import gather_tokens, merge_tokens, unmask_tokens
 
 __all__ = [
     "Backend",
@@ -23,6 +23,7 @@ __all__ = [
     "gate_residual_ln_modulate",
     "gather_tokens",
     "ln_modulate",
+    "merge_tokens",
     "patch_embed",
     "patch_skip_linear",
     "rel_attention",

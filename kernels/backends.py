@@ -20,7 +20,10 @@ WITH_TRITON = (
     "ln_modulate",
     "gate_residual_ln_modulate",
     "bias_gelu",
+    "gather_tokens",
     "unmask_tokens",
+    "merge_tokens",
+    "patch_embed",
     "rel_attention",
     "rel_attention_qkvpacked",
     "cfg_step",
@@ -28,8 +31,6 @@ WITH_TRITON = (
 
 OPS = (
     *WITH_TRITON,
-    "patch_embed",
-    "gather_tokens",
     "skip_linear",
     "patch_skip_linear",
 )

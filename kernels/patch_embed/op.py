@@ -1,27 +1,55 @@
-"""Checks and dispatch. B images, C channels, S image side, p patch side, L tokens, D width."""
+"""Checks and dispatch. B images, C channels, S image side, p patch side, L tokens, K chosen ones, D width."""
 
+import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends import uses_triton
 from . import reference
 
 
-def patch_embed(x_BCSS: Tensor, weight_DCpp: Tensor, bias_D: Tensor, pos_1LD: Tensor) -> Tensor:
+def patch_embed(
+    x_BCSS: Tensor, weight_DCpp: Tensor, bias_D: Tensor, pos_1LD: Tensor, ids_BK: Tensor | None = None
+) -> Tensor:
     """Cut images into patches, project them, add the position embedding: -> tokens [B, L, D], row by row.
 
     ``x`` [B, C, S, S], ``weight`` [D, C, p, p] (a convolution's), ``bias`` [D], ``pos`` [1, L, D] with
-    L = (S/p)^2; one floating dtype. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    L = (S/p)^2. With ``ids`` (int64 [B, K], 0..L-1; they may repeat) only those tokens: -> [B, K, D].
+
+    x, weight and bias have one floating dtype, or any under autocast, which casts them as for a linear
+    layer; the result's dtype is that or ``pos``'s, whichever is wider. Raises ``ValueError`` for shapes or
+    dtypes that do not fit, and (on the CPU) ids out of range.
     """
     checks.floating("x", x_BCSS)
-    checks.floating_on("weight", weight_DCpp, x_BCSS)
-    checks.shape("weight", weight_DCpp, "D", "C", "p", weight_DCpp.shape[-1])
-    D, C, p, _ = weight_DCpp.shape
-    if p < 1:
-        raise ValueError(f"weight: shape {list(weight_DCpp.shape)}, a patch has one pixel or more")
-    checks.shape("x", x_BCSS, "B", C, "S", x_BCSS.shape[-1])
-    S = x_BCSS.shape[-1]
+    checks.shape("weight", weight_DCpp, "D", "C", "p", weight_DCpp.shape[-1] if weight_DCpp.ndim else "p")
+    D, C, p, other = weight_DCpp.shape
+    if p < 1 or p != other:
+        raise ValueError(f"weight: shape {list(weight_DCpp.shape)}, a patch is square, of one pixel or more")
+    checks.shape("x", x_BCSS, "B", C, "S", x_BCSS.shape[-1] if x_BCSS.ndim else "S")
+    if x_BCSS.shape[2] != x_BCSS.shape[3]:
+        raise ValueError(f"x: shape {list(x_BCSS.shape)}, images must be square")
+    B, S = x_BCSS.shape[0], x_BCSS.shape[-1]
     if S % p:
         raise ValueError(f"x: image side {S} does not divide by the patch side {p}")
     checks.shape("bias", bias_D, D)
     checks.shape("pos", pos_1LD, 1, (S // p) ** 2, D)
-    return reference.patch_embed(x_BCSS, weight_DCpp, bias_D, pos_1LD)
+    # The meta device has no autocast and must not be asked.
+    autocast = x_BCSS.device.type != "meta" and torch.is_autocast_enabled(x_BCSS.device.type)
+    for name, parameter in (("weight", weight_DCpp), ("bias", bias_D)):
+        checks.floating_on(name, parameter, x_BCSS)
+        if not autocast:
+            checks.alike(name, parameter, "x", x_BCSS)
+    checks.floating_on("pos", pos_1LD, x_BCSS)
+    if ids_BK is not None:
+        checks.shape("ids", ids_BK, B, "K")
+        checks.token_ids("ids", ids_BK, (S // p) ** 2, x_BCSS)
+    if not uses_triton(x_BCSS):
+        return reference.patch_embed(x_BCSS, weight_DCpp, bias_D, pos_1LD, ids_BK)
+    from .triton_op import patch_embed_fwd  # here: not every machine has Triton
+
+    dtype = torch.get_autocast_dtype(x_BCSS.device.type) if autocast else x_BCSS.dtype
+    x, weight, bias = (tensor.to(dtype).contiguous() for tensor in (x_BCSS, weight_DCpp, bias_D))
+    ids = None if ids_BK is None else ids_BK.contiguous()
+    return patch_embed_fwd(
+        x, weight, bias, pos_1LD.contiguous(), ids, torch.promote_types(dtype, pos_1LD.dtype)
+    )

@@ -39,7 +39,7 @@ def rel_attention(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call
         k_pos = None if keys.pos is None else keys.pos.split(rows_k)[i][None]
         q_1, k_1, v_1 = (x.transpose(0, 1)[None] for x in (q_MHd, k_NHd, v_NHd))
         outputs.append(_attend(q_1, k_1, v_1, table_RH, call, q_pos, k_pos)[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    return torch.cat(outputs) if outputs else q.clone()
 
 
 def _attend(

@@ -2,32 +2,51 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 from ..aot import Case
-from .config import launch_config
-from .kernel import unmask_tokens_bwd_kernel, unmask_tokens_fwd_kernel
+from .config import launch_config, row_config
+from .kernel import (
+    gather_tokens_bwd_kernel,
+    gather_tokens_fwd_kernel,
+    merge_tokens_bwd_kernel,
+    merge_tokens_fwd_kernel,
+    unmask_tokens_bwd_kernel,
+    unmask_tokens_fwd_kernel,
+)
 
 WIDTHS = (384, 768, 1024, 1152)
 
 
-def cases() -> Iterator[Case]:
+def cases(arch: str) -> Iterator[Case]:
     """Forward and backward; bfloat16 at every width, float32 at the widest."""
-    types = [*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")]
-    for kernel, (D, dtype) in product((unmask_tokens_fwd_kernel, unmask_tokens_bwd_kernel), types):
-        config = launch_config(D, 32, 256)
-        dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name != "BLOCK_D"}
-        yield Case(
-            kernel=kernel,
-            label=f"D={D} {dtype}",
-            dtypes=dtypes,
-            constants={"BLOCK_D": config.block_d},
-            aligned=frozenset(name for name in dtypes if name.endswith("_ptr") or name == "D"),
-            num_warps=config.num_warps,
-        )
+    del arch  # one choice for all
+    for D, dtype in (*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")):
+        config, rows = launch_config(D, 32, 256), row_config(D)
+        for kernel in (unmask_tokens_fwd_kernel, unmask_tokens_bwd_kernel):
+            yield _case(kernel, f"D={D} {dtype}", dtype, {"BLOCK_D": config.block_d}, config.num_warps)
+        for kernel in (gather_tokens_fwd_kernel, merge_tokens_fwd_kernel, merge_tokens_bwd_kernel):
+            yield _case(kernel, f"D={D} {dtype}", dtype, {"BLOCK_D": rows.block_d}, rows.num_warps)
+        for restore in (False, True):
+            constants = {"BLOCK_D": rows.block_d, "BLOCK_K": rows.block_k, "RESTORE": restore}
+            label = f"D={D}{' restore' if restore else ''} {dtype}"
+            yield _case(gather_tokens_bwd_kernel, label, dtype, constants, rows.num_warps)
+
+
+def _case(kernel: Any, label: str, dtype: str, constants: dict[str, Any], num_warps: int) -> Case:
+    dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
+    return Case(
+        kernel=kernel,
+        label=label,
+        dtypes=dtypes,
+        constants=constants,
+        aligned=frozenset(name for name in dtypes if name.endswith("_ptr") or name == "D"),
+        num_warps=num_warps,
+    )
 
 
 def _dtype(name: str, dtype: str) -> str:
-    if name == "restore_ptr":
+    if name in ("restore_ptr", "ids_ptr"):
         return "*i64"
     if name in ("dmask_ptr", "dpos_ptr"):
         return "*fp32"

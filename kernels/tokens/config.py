@@ -15,6 +15,21 @@ class LaunchConfig:
     num_warps: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """``block_d``: columns a program moves; ``block_k``: ids it looks through at a time."""
+
+    block_d: int
+    block_k: int
+    num_warps: int
+
+
+def row_config(D: int) -> RowConfig:
+    """For kernels that move one row of width ``D`` a program. Not yet tuned on a GPU."""
+    block_d = max(32, 1 << (D - 1).bit_length())
+    return RowConfig(block_d=block_d, block_k=256, num_warps=min(16, max(1, block_d // 512)))
+
+
 def launch_config(D: int, batch: int, tokens: int) -> LaunchConfig:
     """For ``batch`` samples of ``tokens`` tokens of width ``D``.
 

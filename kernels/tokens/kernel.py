@@ -1,7 +1,8 @@
-"""Triton kernels. B samples, L tokens, K of them kept, D width, P programs a position.
+"""Triton kernels. B samples, L tokens, K of them kept, N = L - K not, D width, P programs a position.
 
-Program (l, p) holds what belongs to position l and walks samples p, p + P, ...: the position embedding is
-read once, and its gradient needs no atomics, only a [P, L, D] buffer and one sum.
+Gathering and merging move rows: a program for each row that is written. Unmasking: program (l, p) holds what
+belongs to position l and walks samples p, p + P, ...: the position embedding is read once, and its gradient
+needs no atomics, only a [P, L, D] buffer and one sum.
 """
 
 import triton
@@ -20,7 +21,7 @@ def unmask_tokens_fwd_kernel(
     b_masked = tl.load(mask_token_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     for i_b in range(i_p, B, P):
         row = i_b * L_64 + i_l
-        slot = tl.load(restore_ptr + row)
+        slot = tl.maximum(tl.load(restore_ptr + row), 0)
         kept = slot < K
         p_x = (i_b * K_64 + slot) * D + o_d
         b_x = tl.load(x_ptr + p_x, mask=m_d & kept, other=0.0).to(tl.float32)
@@ -41,7 +42,7 @@ def unmask_tokens_bwd_kernel(
     b_dmask = tl.zeros([BLOCK_D], dtype=tl.float32)
     for i_b in range(i_p, B, P):
         row = i_b * L_64 + i_l
-        slot = tl.load(restore_ptr + row)
+        slot = tl.maximum(tl.load(restore_ptr + row), 0)
         kept = slot < K
         b_dout = tl.load(dout_ptr + row * D + o_d, mask=m_d, other=0.0)
         p_x = (i_b * K_64 + slot) * D + o_d
@@ -51,3 +52,75 @@ def unmask_tokens_bwd_kernel(
     p_part = (i_p * L + i_l) * D + o_d
     tl.store(dpos_ptr + p_part, b_dpos, mask=m_d)
     tl.store(dmask_ptr + p_part, b_dmask, mask=m_d)
+
+
+@triton.jit
+def gather_tokens_fwd_kernel(x_ptr, ids_ptr, out_ptr, L, K, D, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    # Kept inside, so that nothing outside of x is ever read.
+    i_l = tl.minimum(tl.maximum(tl.load(ids_ptr + row), 0), L - 1)
+    b_x = tl.load(x_ptr + (row // K * L + i_l) * D + o_d, mask=m_d)
+    tl.store(out_ptr + row * D + o_d, b_x, mask=m_d)
+
+
+@triton.jit
+def _next_slot(ids_ptr, i_l, after, K, BLOCK_K: tl.constexpr):
+    """The first slot behind ``after`` that holds token ``i_l``, or K."""
+    slot = K
+    for start in range(0, K, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        b_ids = tl.load(ids_ptr + o_k, mask=o_k < K, other=-1)
+        slot = tl.minimum(slot, tl.min(tl.where((b_ids == i_l) & (o_k > after), o_k, K), axis=0))
+    return slot
+
+
+@triton.jit
+def gather_tokens_bwd_kernel(
+    dout_ptr, ids_ptr, restore_ptr, dx_ptr, L, K, D,
+    RESTORE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A row of dx: the row that was taken from it, the sum of those if it was taken twice, or zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    i_b, i_l = row // L, row % L
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    p_dout = dout_ptr + i_b * K * D + o_d
+    if RESTORE:
+        slot = tl.maximum(tl.load(restore_ptr + row), 0)
+        b_dx = tl.load(p_dout + slot * D, mask=m_d & (slot < K), other=0.0)
+    else:
+        b_dx = tl.zeros([BLOCK_D], dtype=tl.float32)
+        slot = _next_slot(ids_ptr + i_b * K, i_l, -1, K, BLOCK_K)
+        while slot < K:
+            b_dx += tl.load(p_dout + slot.to(tl.int64) * D, mask=m_d, other=0.0).to(tl.float32)
+            slot = _next_slot(ids_ptr + i_b * K, i_l, slot, K, BLOCK_K)
+    tl.store(dx_ptr + row * D + o_d, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def merge_tokens_fwd_kernel(x_ptr, computed_ptr, restore_ptr, out_ptr, L, N, D, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    slot = tl.load(restore_ptr + row) - (L - N)
+    p_row = row * D
+    if slot >= 0:
+        b_out = tl.load(computed_ptr + (row // L * N + slot) * D + o_d, mask=m_d)
+        tl.store(out_ptr + p_row + o_d, b_out, mask=m_d)
+    else:
+        tl.store(out_ptr + p_row + o_d, tl.load(x_ptr + p_row + o_d, mask=m_d), mask=m_d)
+
+
+@triton.jit
+def merge_tokens_bwd_kernel(dout_ptr, restore_ptr, dx_ptr, dcomputed_ptr, L, N, D, BLOCK_D: tl.constexpr):
+    """dx is zero where a computed token stood; every row of dcomputed has one token."""
+    row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    slot = tl.load(restore_ptr + row) - (L - N)
+    b_dout = tl.load(dout_ptr + row * D + o_d, mask=m_d, other=0.0)
+    masked = slot >= 0
+    tl.store(dcomputed_ptr + (row // L * N + slot) * D + o_d, b_dout, mask=m_d & masked)
+    tl.store(dx_ptr + row * D + o_d, tl.where(masked, 0.0, b_dout), mask=m_d)

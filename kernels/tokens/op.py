@@ -1,4 +1,4 @@
-"""Checks and dispatch. B samples, L tokens, K of them kept, D width."""
+"""Checks and dispatch. B samples, L tokens, K of them kept, N not, D width."""
 
 from torch import Tensor
 
@@ -8,15 +8,52 @@ from . import reference
 from .config import MAX_D
 
 
-def gather_tokens(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
+def gather_tokens(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | None = None) -> Tensor:
     """Tokens ``ids`` (int64 [B, K], 0..L-1) of ``x`` [B, L, D]: -> [B, K, D].
 
+    ``ids`` may repeat. ``ids_restore`` (int64 [B, L]: where in ``cat([kept, masked])`` each token stands),
+    for ids that do not, spares the backward pass a search; it changes no result.
     Raises ``ValueError`` for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
     """
+    checks.floating("x", x_BLD)
     checks.shape("x", x_BLD, "B", "L", "D")
-    checks.shape("ids", ids_BK, x_BLD.shape[0], "K")
-    checks.token_ids("ids", ids_BK, x_BLD.shape[1], x_BLD)
-    return reference.gather_tokens(x_BLD, ids_BK)
+    B, L, D = x_BLD.shape
+    checks.shape("ids", ids_BK, B, "K")
+    checks.token_ids("ids", ids_BK, L, x_BLD)
+    if ids_restore_BL is not None:
+        checks.shape("ids_restore", ids_restore_BL, B, L)
+        checks.token_ids("ids_restore", ids_restore_BL, L, x_BLD)
+    if not uses_triton(x_BLD):
+        return reference.gather_tokens(x_BLD, ids_BK)
+    _check_width(D)
+    from .move_op import gather_tokens_fwd  # here: not every machine has Triton
+
+    restore = None if ids_restore_BL is None else ids_restore_BL.contiguous()
+    return gather_tokens_fwd(x_BLD.contiguous(), ids_BK.contiguous(), restore)
+
+
+def merge_tokens(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
+    """``computed`` tokens in place of the masked ones of ``x``: -> [B, L, D].
+
+    ``x`` [B, L, D]; ``computed`` [B, N, D], the N = L - K masked tokens in the order of ``ids_masked``;
+    ``ids_restore`` int64 [B, L]: where in ``cat([kept, masked])`` each token stands. One floating dtype.
+    Raises ``ValueError`` for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
+    """
+    checks.floating("x", x_BLD)
+    checks.shape("x", x_BLD, "B", "L", "D")
+    B, L, D = x_BLD.shape
+    checks.shape("computed", computed_BND, B, "N", D)
+    checks.alike("computed", computed_BND, "x", x_BLD)
+    if computed_BND.shape[1] > L:
+        raise ValueError(f"computed: {computed_BND.shape[1]} tokens, but x has only {L}")
+    checks.shape("ids_restore", ids_restore_BL, B, L)
+    checks.token_ids("ids_restore", ids_restore_BL, L, x_BLD)
+    if not uses_triton(x_BLD):
+        return reference.merge_tokens(x_BLD, computed_BND, ids_restore_BL)
+    _check_width(D)
+    from .move_op import merge_tokens_fwd
+
+    return merge_tokens_fwd(*(a.contiguous() for a in (x_BLD, computed_BND, ids_restore_BL)))
 
 
 def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor) -> Tensor:
@@ -26,6 +63,7 @@ def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_re
     ``cat([kept, masked])`` each token stands. Returns [B, L, D] in the dtype of ``x``. Raises ``ValueError``
     for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
     """
+    checks.floating("x", x_BKD)
     checks.shape("x", x_BKD, "B", "K", "D")
     B, K, D = x_BKD.shape
     checks.shape("mask_token", mask_token_11D, 1, 1, D)
@@ -39,8 +77,12 @@ def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_re
         checks.floating_on(name, parameter, x_BKD)
     if not uses_triton(x_BKD):
         return reference.unmask_tokens(x_BKD, mask_token_11D, pos_1LD, ids_restore_BL)
-    if D > MAX_D:
-        raise ValueError(f"x: width {D}, the Triton kernel takes at most {MAX_D}")
-    from .triton_op import unmask_tokens_fwd  # here: not every machine has Triton
+    _check_width(D)
+    from .triton_op import unmask_tokens_fwd
 
     return unmask_tokens_fwd(*(a.contiguous() for a in (x_BKD, mask_token_11D, pos_1LD, ids_restore_BL)))
+
+
+def _check_width(D: int) -> None:
+    if D > MAX_D:
+        raise ValueError(f"x: width {D}, the Triton kernel takes at most {MAX_D}")

@@ -1,4 +1,4 @@
-"""Plain PyTorch, any device and dtype. B samples, L tokens, K of them kept, D width."""
+"""Plain PyTorch, any device and dtype. B samples, L tokens, K of them kept, N = L - K not, D width."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,13 @@ from torch import Tensor
 
 def gather_tokens(x_BLD: Tensor, ids_BK: Tensor) -> Tensor:
     return x_BLD.gather(1, ids_BK[:, :, None].expand(-1, -1, x_BLD.shape[2]))
+
+
+def merge_tokens(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
+    L = x_BLD.shape[1]
+    slots = ids_restore_BL - (L - computed_BND.shape[1])
+    own = torch.arange(L, device=x_BLD.device)
+    return gather_tokens(torch.cat([x_BLD, computed_BND], dim=1), (slots + L).where(slots >= 0, own))
 
 
 def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""The kernels' machine code, for GPUs that need not be here: a table and rows for each architecture."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from importlib import import_module
+from multiprocessing import get_context
+
+from rich.console import Console
+from rich.table import Table
+
+from mdt_fast.kernels.aot import Case, compile_case
+from rows import RowFile
+
+ROOMS = ("ln_modulate", "bias_gelu", "tokens", "patch_embed", "rel_attention", "cfg_step")
+"""The rooms that list kernels in an ``aot.py``."""
+
+COLUMNS = {
+    "registers": "registers",
+    "spill_bytes": "spills B",
+    "stack_bytes": "stack B",
+    "shared_bytes": "shared B",
+    "occupancy": "occupancy",
+}
+MATRIX = ("HMMA", "HGMMA", "UTCMMA", "MFMA")
+# Of a multiprocessor; each block takes 1 KiB for itself. All have room for 64 warps and 65536 registers.
+SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+
+Outcome = dict[str, float] | str
+
+
+def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
+    """A table for each architecture. Returns 1 if any kernel spills or fails."""
+    console = Console(width=max(170, Console().width))
+    bad = number = 0
+    # Spawned: a fork of a process with threads may hang.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for arch in architectures:
+            jobs = [(op, arch, i) for op in ROOMS for i in range(len(_cases(op, arch)))]
+            table = _table(arch)
+            for (op, _, i), outcome in zip(jobs, pool.map(_compile, jobs, chunksize=4), strict=True):
+                case = _cases(op, arch)[i]
+                _record(case, op, arch, outcome, rows)
+                number += 1
+                bad += isinstance(outcome, str) or outcome["spill_bytes"] > 0
+                name = case.kernel.__name__.removesuffix("_kernel")
+                table.add_row(name, case.label, str(case.num_warps), *_cells(outcome))
+            console.print(table)
+    print(f"{number} compiled, {bad} of them spill or fail")
+    return 1 if bad else 0
+
+
+@cache
+def _cases(op: str, arch: str) -> list[Case]:
+    return list(import_module(f"mdt_fast.kernels.{op}.aot").cases(arch))
+
+
+def _compile(job: tuple[str, str, int]) -> Outcome:
+    """Numbers of one kernel, or why it does not compile."""
+    op, arch, i = job
+    case = _cases(op, arch)[i]
+    try:
+        numbers = compile_case(case, arch)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if arch in SHARED_BYTES:
+        return numbers | {"occupancy": _occupancy(numbers, case.num_warps, SHARED_BYTES[arch])}
+    return dict(numbers)
+
+
+def _occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:
+    """The share of a multiprocessor's 64 warps that registers and shared memory leave room for, at most."""
+    registers = -(-numbers["registers"] // 8) * 8 * 32 * num_warps
+    blocks = min(64 // num_warps, 65536 // registers, shared_bytes // (numbers["shared_bytes"] + 1024), 32)
+    return blocks * num_warps / 64
+
+
+def _record(case: Case, op: str, arch: str, outcome: Outcome, rows: RowFile) -> None:
+    common = {
+        "bench": "aot", "op": op, "kernel": case.kernel.__name__, "arch": arch, "shape": case.label,
+        "provider": "triton", "mode": "bwd" if "bwd" in case.kernel.__name__ else "fwd",
+        "dtype": case.label.split()[-1],
+        "switches": {"num_warps": case.num_warps, "num_stages": case.num_stages},
+    }  # fmt: skip
+    if isinstance(outcome, str):
+        rows.add(**common, metric="failed", unit="", note=outcome[:300])
+        return
+    for metric, value in outcome.items():
+        rows.add((None, value, None), **common, metric=metric, unit="B" if metric.endswith("bytes") else "1")
+
+
+def _table(arch: str) -> Table:
+    table = Table(title=arch, header_style="bold", box=None)
+    wide = ("wide loads", "wide stores", "local loads, stores", "matrix")
+    for name in ("kernel", "shape", "warps", *COLUMNS.values(), *wide):
+        table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
+    return table
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    if isinstance(outcome, str):
+        return [f"failed: {outcome.splitlines()[0][:80]}"]
+    cells = []
+    for key in COLUMNS:
+        value = outcome.get(key)
+        cells.append("" if value is None else f"{value:.0%}" if key == "occupancy" else f"{value:g}")
+    if "LDG" not in outcome:
+        cells += ["", "", ""]
+    else:
+        loads = outcome["LDG"] + outcome["LDGSTS"], outcome["LDG.128"] + outcome["LDGSTS.128"]
+        cells += [
+            f"{loads[1]:g} of {loads[0]:g}",
+            f"{outcome['STG.128']:g} of {outcome['STG']:g}",
+            f"{outcome['LDL']:g}, {outcome['STL']:g}",
+        ]
+    matrix = [f"{outcome[kind]:g} {kind}" for kind in MATRIX if outcome.get(kind)]
+    return [*cells, ", ".join(matrix)]
