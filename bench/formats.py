@@ -1,4 +1,8 @@
-"""How numbers are written, the same in the table, the report and the picture."""
+"""How numbers are written, the same in the table, the report and the picture; and errors."""
+
+from collections.abc import Mapping
+
+from mdt_fast.errors import UserError
 
 Quantiles = tuple[float | None, float, float | None]
 """20%, 50% and 80% quantiles; the outer ones may be unknown."""
@@ -26,9 +30,22 @@ def memory_unit(size: float) -> tuple[str, int]:
     return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
 
 
+def sizes(shape: Mapping[str, int]) -> str:
+    """``B 2, L 256``."""
+    return ", ".join(f"{name} {size}" for name, size in shape.items())
+
+
 def ratio(quantiles: Quantiles) -> str:
     """Median and, where there is any spread, p20-p80."""
     p20, p50, p80 = quantiles
     if p20 is None or p20 == p80:
         return f"{p50:.2f}x"
     return f"{p50:.2f}x ({p20:.2f}-{p80:.2f})"
+
+
+def one_line(error: BaseException | None) -> str:
+    """The error's kind and the first line of its text."""
+    if isinstance(error, UserError):
+        return str(error)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300]

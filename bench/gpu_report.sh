@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
-#   bash bench/gpu_report.sh [tests|small|large|compiled ...]    (without arguments: all stages)
+#   bash bench/gpu_report.sh [tests|kernels|attention|small|large|compiled ...]    (without arguments: all stages)
 # Each stage ends within eight minutes. Needs the package installed with its `test` extra; no network.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,14 +23,31 @@ throughput() { # NAME OPTIONS...
     stage "$name" python bench/throughput.py --device cuda --json "$OUT/throughput.jsonl" --plot "$OUT/$name.png" "$@"
 }
 
-for what in ${@:-tests small large compiled}; do
+ROOF=sdpa-no-bias
+TRITON=triton-lookup-recompute,triton-lookup-store,triton-dense-recompute,triton-dense-store,triton-packed
+ops() { # SCRIPT NAME OPTIONS...: single ops
+    local script=$1 name=$2
+    shift 2
+    stage "$name" python "bench/$script.py" --device cuda --json "$OUT/$script.jsonl" --plot "$OUT/$name.png" "$@"
+}
+
+for what in ${@:-tests kernels attention small large compiled}; do
     case $what in
     tests) stage gpu_tests python -m pytest -q -ra -m gpu tests ;;
+    kernels)
+        ops kernels kernels_xl --model XL --dtype bfloat16
+        ops kernels kernels_s --model S --dtype bfloat16 --providers fast,eager --time-limit 100
+        ;;
+    attention) # flex apart: it compiles for every shape
+        ops attention attention_bf16 --providers "$ROOF,sdpa,xformers,flash_attn,$TRITON" --time-limit 220
+        ops attention attention_flex --providers "$ROOF,flex" --tokens 256,1024 --time-limit 120
+        ops attention attention_f32 --providers "$ROOF,sdpa,$TRITON" --dtype float32 --tokens 256 --time-limit 60
+        ;;
     small) throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
     large) throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
     compiled) throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
         --providers reference,reference-compiled,fast,fast-compiled --time-limit 400 ;;
-    *) echo "gpu_report: unknown stage $what; known: tests small large compiled" >&2; exit 2 ;;
+    *) echo "gpu_report: unknown stage $what; known: tests kernels attention small large compiled" >&2; exit 2 ;;
     esac
 done
 exit $failed

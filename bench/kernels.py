@@ -1,119 +1,109 @@
-"""The kernels' machine code: compiled here for GPUs that need not be here.
+"""The ops of the rooms, timed on this machine; or their machine code, for GPUs that need not be here.
 
+    python bench/kernels.py                        every op, its providers in turns: time, share of the roof
+    python bench/kernels.py --model XL --batch 32 --dtype bfloat16 --ops ln_modulate --json rows.jsonl
     python bench/kernels.py --aot                  a table; exit code 1 if a kernel spills or does not fit
     python bench/kernels.py --aot --arch sm_90 --json rows.jsonl
 
-Every kernel is compiled at every shape class that it serves, for A100 (sm_80), H100 and H200 (sm_90), B200
-(sm_100) and MI300 (gfx942). Timing on a GPU is not part of this version.
+Timing: ``fast`` is our op as it dispatches here, ``eager`` the room's reference.py, ``compile`` that under
+torch.compile. The roof is the time of a copy of as many bytes in the same rounds or, where that is longer, of
+the matmul FLOPs at the best rate of the run. On a CPU the default is the smallest size, in under a minute.
+
+``--aot`` compiles every kernel at every shape class that it serves, for A100 (sm_80), H100 and H200 (sm_90),
+B200 (sm_100) and MI300 (gfx942).
 """
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+import aot
+import command
+import ops
+import plots
+import points
 from mdt_fast.errors import UserError, nearest
-from mdt_fast.kernels.aot import ARCHITECTURES, Case, compile_case
+from mdt_fast.kernels.aot import ARCHITECTURES
 from rows import RowFile, machine
 
-COLUMNS = {
-    "registers": "registers",
-    "spill_bytes": "spills B",
-    "stack_bytes": "stack B",
-    "shared_bytes": "shared",
-}
+TIME_LIMITS = {"cpu": 50.0, "cuda": 225.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile and print. Returns 0; 1 if a kernel spills or does not compile; 2 after a user's mistake."""
+    """Time the ops, or compile their kernels. Returns 0; 1 if nothing was measured, or if a kernel spills or
+    does not compile; 2 after a user's mistake; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parser().parse_args(argv)
+    return command.guarded("kernels", lambda kept: _main(argv, kept))
+
+
+def _main(argv: list[str], kept: command.Kept) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    line = shlex.join(["python", "bench/kernels.py", *argv])
+    if args.aot:
+        if other := [name for name in given if name not in ("aot", "arch", "json")]:
+            raise UserError(f"--{other[0].replace('_', '-')}: not with --aot, which takes no times")
         architectures = args.arch.split(",")
         for arch in architectures:
             if arch not in ARCHITECTURES:
                 known = ", ".join(ARCHITECTURES)
                 raise UserError(f"--arch: unknown {arch!r}{nearest(arch, ARCHITECTURES)}; known: {known}")
-        rows = RowFile(
-            args.json, machine(torch.device("cpu"), shlex.join(["python", "bench/kernels.py", *argv]))
-        )
-        return compile_all(architectures, rows)
-    except UserError as error:
-        print(f"kernels: error: {error}", file=sys.stderr)
-        return 2
+        kept.rows = rows = RowFile(args.json, machine(torch.device("cpu"), line))
+        return aot.compile_all(architectures, rows)
+    if "arch" in given:
+        raise UserError("--arch: only with --aot; times are taken on the device that is here")
+    return time_ops(args, line, kept)
 
 
-def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
-    """A table for each architecture. Returns 1 if any kernel spills or fails."""
-    from mdt_fast.kernels.bias_gelu import aot as bias_gelu
-    from mdt_fast.kernels.ln_modulate import aot as ln_modulate
-    from mdt_fast.kernels.tokens import aot as tokens
-
-    rooms = {"ln_modulate": ln_modulate, "bias_gelu": bias_gelu, "tokens": tokens}
-    cases_of = {op: list(room.cases()) for op, room in rooms.items()}
-    console = Console(width=max(120, Console().width))
-    bad = number = 0
-    for arch in architectures:
-        table = Table(title=arch, header_style="bold", box=None)
-        for name in ("kernel", "shape", "warps", *COLUMNS.values(), "wide loads", "wide stores"):
-            table.add_column(name, justify="left" if name in ("kernel", "shape") else "right", no_wrap=True)
-        for op, cases in cases_of.items():
-            for case in cases:
-                numbers = measure(case, op, arch, rows)
-                number += 1
-                bad += numbers is None or numbers["spill_bytes"] > 0
-                table.add_row(_short(case), case.label, str(case.num_warps), *_cells(numbers))
-        console.print(table)
-    print(f"{number} compiled, {bad} of them spill or fail")
-    return 1 if bad else 0
-
-
-def measure(case: Case, op: str, arch: str, rows: RowFile) -> dict[str, int] | None:
-    """Compile one kernel and write its rows; None (and a row that says why) where it does not compile."""
-    common = {
-        "bench": "aot", "op": op, "kernel": case.kernel.__name__, "arch": arch, "shape": case.label,
-        "provider": "triton", "mode": "bwd" if "bwd" in case.kernel.__name__ else "fwd",
-        "dtype": case.label.split()[-1], "switches": {"num_warps": case.num_warps},
-    }  # fmt: skip
-    try:
-        numbers = compile_case(case, arch)
-    except Exception as error:
-        rows.add(**common, metric="failed", unit="", note=f"{type(error).__name__}: {error}"[:300])
-        return None
-    for metric, value in numbers.items():
-        rows.add((None, value, None), **common, metric=metric, unit="B" if metric.endswith("bytes") else "1")
-    return numbers
-
-
-def _cells(numbers: dict[str, int] | None) -> list[str]:
-    if numbers is None:
-        return ["failed"]
-    wide = [
-        f"{numbers[f'{op}.128']} of {numbers[op]}" if f"{op}.128" in numbers else "" for op in ("LDG", "STG")
+def time_ops(args: argparse.Namespace, line: str, kept: command.Kept) -> int:
+    """Time what was asked for. Returns 1 if nothing was measured."""
+    request = points.Request(args, ops.PROVIDERS, time_limits=TIME_LIMITS, not_on_cpu=("compile",))
+    on_cpu = request.device.type == "cpu"
+    models = command.names("--model", args.model or ("S" if on_cpu else "XL"), tuple(ops.WIDTHS))
+    B = command.whole("--batch", args.batch or ("2" if on_cpu else "32"))
+    known = tuple(ops.cases("S", 1))
+    asked = command.names("--ops", args.ops, known) if args.ops is not None else list(known)
+    chosen = [
+        cases[name].point(mode, dtype)
+        for cases in (ops.cases(model, B) for model in models)
+        for name in asked
+        for dtype in request.dtypes
+        for mode in request.modes
+        if mode in cases[name].modes
     ]
-    return [*(str(numbers.get(key, "")) for key in COLUMNS), *wide]
+    if not chosen:
+        raise UserError(f"--mode: {', '.join(asked)} has no backward pass, allowed is fwd")
+    kept.rows = rows = RowFile(args.json, machine(request.device, line))
+    if args.plot is not None:
+        plots.check_target(args.plot)
+    if on_cpu and args.model is None and args.batch is None:
+        print("model S, batch 2: the smallest sizes, as this is a CPU (published: --model XL --batch 32)")
+    if on_cpu and not request.asked:
+        print("providers fast, eager: compile would take minutes more (--providers fast,eager,compile)")
+    measured = points.measure(chosen, request, rows)
+    command.conclude(rows, args.plot, plots.draw_kernels)
+    return 0 if measured else 1
 
 
-def _short(case: Case) -> str:
-    return case.kernel.__name__.removesuffix("_kernel")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Compile every Triton kernel and show its machine code's numbers."
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog="kernels", description="Time every op, or compile every Triton kernel (--aot)."
     )
     parser.add_argument(
-        "--aot", action="store_true", required=True, help="compile for GPUs that are not here"
+        "--model", help=f"width: of {', '.join(ops.WIDTHS)}, by comma (default: XL; on a CPU S)"
     )
+    parser.add_argument("--batch", help="samples (default: 32; on a CPU 2)")
+    parser.add_argument("--ops", help="which, by comma (default: all)")
+    points.add_options(parser, ops.PROVIDERS)
+    parser.add_argument("--aot", action="store_true", help="compile for GPUs that are not here; no times")
     parser.add_argument(
-        "--arch", default=",".join(ARCHITECTURES), help="which, comma-separated (default: all)"
+        "--arch", default=",".join(ARCHITECTURES), help="with --aot: which, by comma (default: all)"
     )
-    parser.add_argument("--json", type=Path, help="append rows to this file")
+    command.add_output_options(parser)
     return parser
 
 

@@ -1,8 +1,9 @@
-"""How things are measured: time, the matmul peak, peak memory.
+"""How things are measured: time, the matmul peak, copies, peak memory.
 
-Time is wall time between two synchronisations. Providers take turns round by round, so that a drift of the
-clock or of the machine's load hits all alike; a matmul takes its turn among them, and the best rate it
-reaches in the run is the peak that the others are held against.
+Time is wall time between two synchronisations; single ops have clocks of their own (:func:`op_clock`).
+Providers take turns round by round, so that a drift of the clock or of the machine's load hits all alike; a
+matmul takes its turn among them, and the best rate it reaches in the run is the peak that the others are
+held against.
 
 Memory is what torch's allocator held at the highest point of one step, less what it held before, plus the
 provider's own weights, optimiser state and moving average. On a GPU this is ``max_memory_allocated``. On a
@@ -13,11 +14,13 @@ held before, as the resident set size would.
 
 import contextlib
 import os
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +28,18 @@ from torch import Tensor, nn
 Spread = tuple[float, float, float]
 """20%, 50% and 80% quantiles."""
 
+MIN_ROUNDS = 5
+"""Rounds that a ratio takes; the median of fewer is chance."""
+
 PROBE_SECONDS = 1.5
 """For finding the size and rate of :class:`Matmul`: long enough for a busy machine to have quiet moments."""
 
 MAX_BURSTS = 1000
 """More than fit into that time on any device of today; the time ends the probe, not this."""
+
+
+FLUSH_BYTES, FLUSHES = 2**28, 4
+"""Several times the L2 of today's GPUs; together half a millisecond on an A100."""
 
 
 def spread(values: list[float]) -> Spread:
@@ -59,13 +69,77 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class WallClock:
+    """Wall time of a call, between two synchronisations."""
+
+    late = False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+class ColdClock:
+    """Time of a call on the current GPU that finds nothing in the L2, by events.
+
+    The L2 is emptied by filling a buffer. That also gives the host a start of some tenths of a millisecond:
+    without it, short kernels would be timed at the pace at which Python launches them. ``late`` says that the
+    last call may have taken that pace all the same: the GPU had begun before everything was launched, and
+    took less time than the launching.
+    """
+
+    late = False
+
+    def __init__(self, device: torch.device):
+        self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        for _ in range(FLUSHES):
+            self.buffer.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        launching = time.perf_counter()
+        start.record()
+        call()
+        begun = start.query()
+        end.record()
+        launching = time.perf_counter() - launching
+        end.synchronize()
+        seconds = start.elapsed_time(end) / 1e3
+        self.late = begun and seconds < launching
+        return seconds
+
+
+class WarmClock(WallClock):
+    """Wall time of the second of two calls: whose turn it was before makes no difference."""
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        call()
+        return super().__call__(call)
+
+
+Clock = WallClock | ColdClock
+
+
+def op_clock(device: torch.device) -> Clock:
+    """For single ops. A CPU's caches stay full: emptying them would slow Python more than the op."""
+    return ColdClock(device) if device.type == "cuda" else WarmClock(device)
+
+
 @dataclass
 class Timing:
-    """What :func:`take_turns` found for one participant: seconds and indices of its steps, or its error."""
+    """What :func:`take_turns` found for one participant: seconds and indices of its steps, or its error;
+    ``late``: how many times the clock says that the host was too slow."""
 
     seconds: list[float] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     error: Exception | None = None
+    late: int = 0
 
 
 def take_turns(
@@ -75,32 +149,41 @@ def take_turns(
     repeats: int,
     inner: int = 1,
     deadline: float = float("inf"),
+    clock: Clock | None = None,
+    shuffle: bool = False,
 ) -> dict[str, Timing]:
     """Time ``steps`` in turns: round r calls each of them with the same ``inner`` indices from r*inner on.
+
+    ``shuffle``: in another order each round, as who comes after whom matters where turns are short.
 
     ``seconds`` are per step. A round that has begun is finished, so all have the same number of samples; no
     round begins after ``deadline`` (``time.monotonic``), except the first. Whoever raises drops out.
     """
+    clock = clock or WallClock(device)
     timings = {name: Timing() for name in steps}
     for r in range(repeats):
         if r > 0 and time.monotonic() > deadline:
             break
-        for name, step in steps.items():
+        order = list(steps.items())
+        if shuffle:
+            random.Random(r).shuffle(order)
+        for name, step in order:
             if timings[name].error is not None:
                 continue
             indices = range(r * inner, (r + 1) * inner)
             try:
-                synchronize(device)
-                start = time.perf_counter()
-                for index in indices:
-                    step(index)
-                synchronize(device)
-                timings[name].seconds.append((time.perf_counter() - start) / inner)
+                timings[name].seconds.append(clock(partial(_each, step, indices)) / inner)
             except Exception as error:
                 timings[name].error = error
                 continue
             timings[name].indices.append(r * inner)
+            timings[name].late += clock.late
     return timings
+
+
+def _each(step: Callable[[int], object], indices: range) -> None:
+    for index in indices:
+        step(index)
 
 
 class Matmul:
@@ -143,6 +226,21 @@ class Matmul:
     def flops(self) -> int:
         """FLOPs of one call."""
         return self.calls * 2 * self.size**3
+
+
+class Copy:
+    """A copy that moves so many bytes: reads half of them, writes the other half."""
+
+    def __init__(self, device: torch.device, moved: int):
+        self.source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device)
+        self.target = self.source.clone()
+
+    def __call__(self, index: int = 0) -> None:
+        self.target.copy_(self.source)
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.source.numel()
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

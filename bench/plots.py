@@ -1,11 +1,12 @@
-"""The picture of a run: img/s and peak memory by provider, one panel pair per case. Made from rows."""
+"""The picture of a run, made from rows: img/s and peak memory of models, the share of the roof that ops
+reach, TFLOP/s of attention over lengths."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from formats import memory, memory_unit, number
+from formats import memory, memory_unit, number, sizes
 from mdt_fast.errors import UserError
 from rows import Row
 
@@ -15,6 +16,21 @@ COLORS = {
     "fast": "#3b82c4",
     "fast-compiled": "#1d4f8c",
     "official": "#d08a3c",
+}
+RATES = ("copy", "matmul")
+"""Ops that are measured for the machine's own rates."""
+OP_COLORS = {"fast": "#3b82c4", "eager": "#9a9a9a", "compile": "#6b6b6b"}
+ATTENTION_COLORS = {
+    "sdpa-no-bias": "#000000",
+    "sdpa": "#9a9a9a",
+    "flex": "#d08a3c",
+    "xformers": "#8a6fb0",
+    "flash_attn": "#b0506f",
+    "triton-lookup-recompute": "#1d4f8c",
+    "triton-lookup-store": "#3b82c4",
+    "triton-dense-recompute": "#2e7d4f",
+    "triton-dense-store": "#66b388",
+    "triton-packed": "#00a0a0",
 }
 
 
@@ -36,16 +52,10 @@ def check_target(path: Path) -> None:
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
     """Draw all throughput rows that were measured into a PNG; False, and no file, if there are none."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cases = group(rows)
     if not cases:
         return False
-    size = (10, 0.4 + 2.3 * len(cases))
-    figure, axes = plt.subplots(len(cases), 2, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = _panels(len(cases), 2, (10, 0.4 + 2.3 * len(cases)))
     for (left, right), ((mode, model, batch, dtype), metrics) in zip(axes, cases.items()):
         unit = "img/s" if mode == "train" else "img/s, 250 guided steps (extrapolated)"
         _bars(left, metrics["img_per_s"], unit, number)
@@ -53,13 +63,117 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         unit, scale = memory_unit(max((row["p50"] for row in sizes.values()), default=0))
         _bars(right, sizes, f"peak memory, {unit}", memory, scale)
         left.set_title(f"{mode} · {model} · batch {batch} · {dtype}", loc="left", fontsize=10)
+    _save(figure, rows, path)
+    return True
+
+
+def draw_kernels(rows: Sequence[Row], path: Path) -> bool:
+    """Draw the share of the roof that each op reaches, a panel for each mode and dtype; False if there are
+    no such rows."""
+    panels: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in op_rows(rows, "kernels"):
+        if row["metric"] == "roof_share":
+            ops = panels.setdefault((row["mode"], row["dtype"]), {})
+            ops.setdefault(f"{row['op']}\n{sizes(row['shape'])}", {})[row["provider"]] = row
+    if not panels:
+        return False
+    height = 0.8 + 0.55 * max(map(len, panels.values()))
+    figure, axes = _panels(1, len(panels), (1.5 + 5.5 * len(panels), height))
+    for axis, ((mode, dtype), ops) in zip(axes[0], panels.items()):
+        for i, provider in enumerate(OP_COLORS):
+            found = [(place, by[provider]) for place, by in enumerate(ops.values()) if provider in by]
+            if not found:
+                continue
+            places = [place + 0.25 * (i - 1) for place, _ in found]
+            values = [100 * row["p50"] for _, row in found]
+            axis.barh(places, values, height=0.23, color=OP_COLORS[provider], label=provider)
+        axis.set_yticks(range(len(ops)), list(ops), fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(100, color="black", linewidth=0.8)
+        axis.set_title(f"{mode} · {dtype}", loc="left", fontsize=10)
+        _finish(axis, "% of the roof (a copy of as many bytes; matmul peak)")
+    axes[0][0].legend(fontsize=7, frameon=False)
+    _save(figure, rows, path)
+    return True
+
+
+def draw_attention(rows: Sequence[Row], path: Path) -> bool:
+    """Draw TFLOP/s over lengths, a line for each provider, a panel for each mode, heads and dtype; masked
+    cases as rings. False if there are no such rows."""
+    panels: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in op_rows(rows, "attention"):
+        if row["metric"] == "tflop_per_s":
+            heads = f"{row['shape']['H']} heads of {row['shape']['d']}"
+            by_provider = panels.setdefault((row["mode"], heads, row["dtype"]), {})
+            by_provider.setdefault(row["provider"], []).append(row)
+    if not panels:
+        return False
+    columns = min(4, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = _panels(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (panel, by_provider) in zip(axes.flat, panels.items()):
+        for provider in (name for name in ATTENTION_COLORS if name in by_provider):
+            color = ATTENTION_COLORS[provider]
+            for masked, style in ((False, "-o"), (True, "o")):
+                dots = sorted(
+                    (row["shape"]["L"], row["p50"])
+                    for row in by_provider[provider]
+                    if masked == ("K" in row["shape"])
+                )
+                axis.plot(
+                    [length for length, _ in dots],
+                    [rate for _, rate in dots],
+                    style,
+                    color=color,
+                    markersize=5 if masked else 3,
+                    markerfacecolor="none" if masked else color,
+                    label=None if masked else provider,
+                )
+        axis.set_xscale("log", base=2)
+        ticks = sorted({row["shape"]["L"] for found in by_provider.values() for row in found})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_title(" · ".join(panel), loc="left", fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("TFLOP/s", fontsize=8)
+        _finish(axis, "tokens (rings: of which 60% are kept)")
+    axes.flat[0].legend(fontsize=6, frameon=False)
+    _save(figure, rows, path)
+    return True
+
+
+def op_rows(rows: Sequence[Row], bench: str) -> list[Row]:
+    """The measured rows of ``kernels`` or ``attention``, without those of the machine's own rates."""
+    return [
+        row for row in rows if row["bench"] == bench and row["p50"] is not None and row["op"] not in RATES
+    ]
+
+
+def _panels(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
+
+
+def _finish(axis: Any, label: str) -> None:
+    axis.set_xlabel(label, fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, rows: Sequence[Row], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     any_row = rows[0]
     figure.suptitle(
         f"{any_row['device']} · torch {any_row['torch']} · commit {any_row['commit']}", fontsize=9
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return True
 
 
 Case = tuple[str, str, int, str]
@@ -91,7 +205,5 @@ def _bars(
         )
     axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel(label, fontsize=8)
-    axis.tick_params(axis="x", labelsize=8)
     axis.set_xlim(0, max(values, default=1.0) * 1.18)
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis, label)

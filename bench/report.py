@@ -1,20 +1,20 @@
-"""A Markdown table from rows, printed or put into a README between its two markers.
+"""Markdown tables from rows, printed or put into a README between its two markers.
 
     python bench/report.py bench/results/cpu.jsonl
+    python bench/report.py --bench kernels,attention
     python bench/report.py --readme README.md
 
 Without files all of ``bench/results/*.jsonl`` are read. Where a case was measured several times, the latest
-counts.
+counts. Models come first (throughput), then single ops (kernels), then attention.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+import command
 import plots
-from formats import interval, memory, number, ratio
+from formats import interval, memory, number, ratio, sizes
 from mdt_fast.errors import UserError
 from rows import Row, read
 
@@ -23,47 +23,48 @@ SAMPLING = " Sampling: 250 guided steps, extrapolated from the time of one."
 RESULTS = Path(__file__).parent / "results"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+RUN = ("device", "driver", "torch", "triton", "commit", "command")
+"""What the rows of one table share."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or write it into ``--readme``. Returns 0, or 2 after a mistake of the user."""
-    parser = Parser(prog="report", description="A Markdown table from the bench's rows.", allow_abbrev=False)
+    """Print the tables, or write them into ``--readme``. Returns 0, or 2 after a mistake of the user."""
+    return command.guarded("report", lambda kept: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = command.Parser(prog="report", description="Markdown tables from the bench's rows.")
     parser.add_argument("files", nargs="*", type=Path, help="row files (default: bench/results/*.jsonl)")
     parser.add_argument(
         "--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file"
     )
-    try:
-        args = parser.parse_args(argv)
-        files = args.files or sorted(RESULTS.glob("*.jsonl"))
-        if not files:
-            raise UserError(
-                f"no rows: {RESULTS} has no .jsonl files; make some with throughput.py --json FILE"
-            )
-        text = markdown(read(files))
-        if args.readme is None:
-            print(text)
-        else:
-            put(args.readme, text)
-            print(f"wrote the table into {args.readme}")
-        return 0
-    except UserError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--bench", help=f"of {', '.join(TABLES)}, by comma (default: all that have rows)")
+    args = parser.parse_args(argv)
+    benches = command.names("--bench", args.bench, tuple(TABLES)) if args.bench is not None else list(TABLES)
+    files = args.files or sorted(RESULTS.glob("*.jsonl"))
+    if not files:
+        raise UserError(f"no rows: {RESULTS} has no .jsonl files; make some with throughput.py --json FILE")
+    text = markdown(read(files), benches)
+    if args.readme is None:
+        print(text)
+    else:
+        put(args.readme, text)
+        print(f"wrote the table into {args.readme}")
+    return 0
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """One table per machine, versions, commit and command, the commit and command below it."""
-    latest = _latest(rows)
-    if not latest:
-        raise UserError("no throughput was measured in these rows")
-    runs: dict[tuple[str, ...], list[Row]] = {}
-    for row in latest:
-        run = tuple(str(row[key]) for key in ("device", "driver", "torch", "triton", "commit", "command"))
-        runs.setdefault(run, []).append(row)
-    return "\n\n".join(_table(run, of_run) for run, of_run in runs.items())
+def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
+    """For each bench one table per machine, versions, commit and command, those two below it."""
+    tables = []
+    for bench in TABLES if benches is None else benches:
+        runs: dict[tuple[str, ...], list[Row]] = {}
+        for row in _latest(rows, bench):
+            runs.setdefault(tuple(str(row[key]) for key in RUN), []).append(row)
+        tables += [TABLES[bench](run, of_run) for run, of_run in runs.items()]
+    if not tables:
+        what = "" if benches is None else f" of {', '.join(benches)}"
+        raise UserError(f"nothing{what} was measured in these rows")
+    return "\n\n".join(tables)
 
 
 def put(readme: Path, text: str) -> None:
@@ -81,18 +82,18 @@ def put(readme: Path, text: str) -> None:
         raise UserError(f"--readme: cannot write {str(readme)!r}: {error.strerror}") from None
 
 
-def _latest(rows: Sequence[Row]) -> list[Row]:
+def _latest(rows: Sequence[Row], bench: str) -> list[Row]:
     """The measured rows, of each (device, case, provider, metric) the last; in the order of first mention."""
+    case = ("mode", "model", "batch") if bench == "throughput" else ("mode", "op", "shape")
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        if row["bench"] == "throughput" and "model" in row:
-            keys = ("device", "mode", "model", "batch", "dtype", "provider", "metric")
+        if row["bench"] == bench and set(case) <= set(row) and row.get("op") not in plots.RATES:
+            keys = ("device", *case, "dtype", "provider", "metric")
             found[tuple(str(row[key]) for key in keys)] = row
     return [row for row in found.values() if row["p50"] is not None]
 
 
-def _table(run: tuple[str, ...], rows: Sequence[Row]) -> str:
-    device, driver, torch_version, triton, commit, command = run
+def _throughput(run: tuple[str, ...], rows: Sequence[Row]) -> str:
     lines = [
         "| mode | model, batch, dtype | provider | img/s | ms/step (p20-p80) | rounds | of peak | memory "
         "| ratio (p20-p80) |",
@@ -101,7 +102,7 @@ def _table(run: tuple[str, ...], rows: Sequence[Row]) -> str:
     for (mode, model, batch, dtype), metrics in plots.group(rows).items():
         for provider in metrics["img_per_s"]:
             p50 = {metric: by[provider]["p50"] for metric, by in metrics.items() if provider in by}
-            ms, to = metrics["ms"][provider], metrics.get("ratio", {}).get(provider)
+            ms = metrics["ms"][provider]
             half = " autocast" if dtype == "bfloat16" else ""
             cells = [
                 mode,
@@ -112,18 +113,103 @@ def _table(run: tuple[str, ...], rows: Sequence[Row]) -> str:
                 str(ms.get("rounds", "")),
                 f"{p50['peak_share']:.0%}" if "peak_share" in p50 else "",
                 memory(p50["peak_bytes"]) if "peak_bytes" in p50 else "",
-                ratio((to["p20"], to["p50"], to["p80"])) if to is not None else "",
+                _ratio({metric: by[provider] for metric, by in metrics.items() if provider in by}),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    where = f"{device}, driver {driver}" if driver != "None" else device
     lines += [
         "",
-        f"{where}; torch {torch_version}, triton {triton}; commit {commit}; `{command}`. "
-        "Of peak: of the best matmul rate of the same run. Memory: peak. "
+        f"{_origin(run)} Of peak: of the best matmul rate of the same run. Memory: peak. "
         "Ratio: speed over the reference's in the same round, the median of all rounds."
         + (SAMPLING if any(row["mode"] == "sample" for row in rows) else ""),
     ]
     return "\n".join(lines)
+
+
+def _kernels(run: tuple[str, ...], rows: Sequence[Row]) -> str:
+    """A line for each op, mode and provider."""
+    lines = [
+        "| op | shape | mode | provider | us (p20-p80) | GB/s | TFLOP/s | of roof | vs eager (p20-p80) |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        shape = f"{sizes(row['shape'])}, {row['dtype']}"
+        cases.setdefault((row["op"], shape, row["mode"], row["provider"]), {})[row["metric"]] = row
+    for (op, shape, mode, provider), metrics in cases.items():
+        if "ms" not in metrics:
+            continue
+        us = [1e3 * metrics["ms"][key] for key in ("p20", "p50", "p80")]
+        p50 = {metric: row["p50"] for metric, row in metrics.items()}
+        cells = [
+            f"`{op}`",
+            shape,
+            mode,
+            f"`{provider}`",
+            f"{number(us[1])} ({interval(us[0], us[2])})",
+            number(p50["gb_per_s"]) if "gb_per_s" in p50 else "",
+            number(p50["tflop_per_s"]) if "tflop_per_s" in p50 else "",
+            f"{p50['roof_share']:.0%}" if "roof_share" in p50 else "",
+            _ratio(metrics),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{_origin(run)} GB/s: the least bytes by the op's formula, over the time. Of roof: the time of a "
+        "copy of as many bytes in the same rounds (or, if longer, of the matmul FLOPs at the best rate of "
+        "the run) over the op's. vs eager: speed over plain PyTorch's in the same round, the median of all.",
+    ]
+    return "\n".join(lines)
+
+
+def _attention(run: tuple[str, ...], rows: Sequence[Row]) -> str:
+    """TFLOP/s, and the ratio to attention without a bias: a line for each mode, head size and provider, a
+    column for each length."""
+    lengths = sorted({_length(row) for row in rows})
+    lines = [
+        f"| mode | heads, dtype | provider | {' | '.join(text for *_, text in lengths)} |",
+        f"|---|---|---|{'---:|' * len(lengths)}",
+    ]
+    cases: dict[tuple[str, ...], dict[tuple[int, bool, str], dict[str, Row]]] = {}
+    for row in rows:
+        heads = f"{row['shape']['H']} of {row['shape']['d']}, {row['dtype']}"
+        by_length = cases.setdefault((row["mode"], heads, row["provider"]), {})
+        by_length.setdefault(_length(row), {})[row["metric"]] = row
+    for (mode, heads, provider), by_length in sorted(cases.items(), key=lambda case: case[0][:2]):
+        cells = [mode, heads, f"`{provider}`"]
+        for length in lengths:
+            metrics = by_length.get(length, {})
+            rate = number(metrics["tflop_per_s"]["p50"]) if "tflop_per_s" in metrics else ""
+            vs = f" ({metrics['ratio']['p50']:.2f}x)" if "ratio" in metrics else ""
+            cells.append(rate + vs)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{_origin(run)} TFLOP/s, and in brackets the speed over that of `sdpa-no-bias` (PyTorch's "
+        "attention without any bias) in the same round, the median of all. FLOPs: 4 B H M M d forward, 2.5 "
+        "times that backward.",
+    ]
+    return "\n".join(lines)
+
+
+def _length(row: Row) -> tuple[int, bool, str]:
+    """Sorts by tokens, and says them."""
+    shape = row["shape"]
+    B, L, K = shape["B"], shape["L"], shape.get("K")
+    return L, K is not None, f"{L} tokens" + (f", {K} kept" if K is not None else "") + f", batch {B}"
+
+
+def _ratio(metrics: dict[str, Row]) -> str:
+    row = metrics.get("ratio")
+    return "" if row is None else ratio((row["p20"], row["p50"], row["p80"]))
+
+
+def _origin(run: tuple[str, ...]) -> str:
+    device, driver, torch_version, triton, commit, line = run
+    where = f"{device}, driver {driver}" if driver != "None" else device
+    return f"{where}; torch {torch_version}, triton {triton}; commit {commit}; `{line}`."
+
+
+TABLES = {"throughput": _throughput, "kernels": _kernels, "attention": _attention}
 
 
 if __name__ == "__main__":

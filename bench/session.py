@@ -7,18 +7,15 @@ from dataclasses import dataclass, field
 import torch
 
 import flops
+from formats import one_line
 from inputs import Inputs, len_keeps
-from mdt_fast.errors import UserError
-from measure import Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
+from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
 from steps import SAMPLING_STEPS, Case, SampleStep, Step, TrainStep, disagreement
 
 WARM_UP = 2
 """Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
-
-MIN_ROUNDS = 5
-"""Rounds that a ratio takes; the median of fewer is chance."""
 
 MAX_INNER_SECONDS = 0.1
 PERIOD = 16
@@ -116,7 +113,7 @@ class Session:
         )
         for name, step in steps.items():
             if timings[name].error is not None:
-                self.give_up(case, found[name], "failed", _one_line(timings[name].error))
+                self.give_up(case, found[name], "failed", one_line(timings[name].error))
                 continue
             result.repeats = len(timings[name].seconds)
             self.evaluate(case, step, timings, inner, result, found[name])
@@ -159,7 +156,7 @@ class Session:
                 self.give_up(case, found[name], "skipped", str(reason))
                 continue
             except Exception as error:
-                self.give_up(case, found[name], "failed", _one_line(error))
+                self.give_up(case, found[name], "failed", one_line(error))
                 continue
             if provider.compiled:
                 found[name].compile_s = time.perf_counter() - start
@@ -183,7 +180,7 @@ class Session:
             start = time.perf_counter()
             timing = take_turns({name: steps[name]}, case.device, repeats=WARM_UP)[name]
             if timing.error is not None:
-                self.give_up(case, found[name], "failed", _one_line(timing.error))
+                self.give_up(case, found[name], "failed", one_line(timing.error))
                 del steps[name]
                 continue
             if found[name].compile_s is not None:
@@ -254,7 +251,7 @@ class Session:
                 own = flops.sample_step(case.config, implementation)
                 share = own.flops / flops.sample_step(case.config).flops
         except Exception as error:
-            one.notes.append(f"executed FLOPs unknown: {_one_line(error)}")
+            one.notes.append(f"executed FLOPs unknown: {one_line(error)}")
             return
         if own.uncounted:
             one.notes.append(f"executed FLOPs unknown: no formula for {', '.join(own.uncounted)}")
@@ -266,7 +263,7 @@ class Session:
         try:
             one.peak_bytes = step.own_bytes() + peak_bytes(step, case.device)
         except Exception as error:
-            one.notes.append(f"peak memory unknown: {_one_line(error)}")
+            one.notes.append(f"peak memory unknown: {one_line(error)}")
             return
         self.row(case, one.provider, "peak_bytes", "B", (None, one.peak_bytes, None))
 
@@ -296,11 +293,3 @@ class Session:
             values, bench="throughput", model=case.model, provider=provider, mode=case.mode, batch=case.batch,
             dtype=case.dtype_name, metric=metric, unit=unit, switches=switches, **said,
         )  # fmt: skip
-
-
-def _one_line(error: BaseException | None) -> str:
-    """The error's kind and the first line of its text."""
-    if isinstance(error, UserError):
-        return str(error)
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]

@@ -1,10 +1,22 @@
 """The table that a person reads in the terminal, one per case."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from formats import interval, memory, number, ratio
-from session import CaseResult, Result
+from measure import Spread
+
+if TYPE_CHECKING:
+    import points
+    from session import CaseResult, Result
+
+WIDTH = 140
+"""Columns for the widest table, also where the terminal is narrower or there is none."""
 
 BUSY = 1.3
 """p80/p20 of a step's time above which the machine must have been busy with other things too."""
@@ -28,11 +40,64 @@ def show(console: Console, result: CaseResult, images: str) -> None:
         ):
             say(console, line, "dim")
         console.print(_table(measured))
+    _say_busy(console, measured)
+    _say_notes(console, [(one.provider, one.notes) for one in result.results])
+
+
+def show_points(
+    console: Console,
+    title: str,
+    roofs: Sequence[str],
+    results: Sequence[points.Result],
+    base: str,
+    told: set[tuple[str, str]],
+) -> None:
+    """Print an op at one shape: what the machine gives, one line per mode and provider, then the notes that
+    were not ``told`` of the same provider before (they are added)."""
+    console.print()
+    say(console, title, "bold")
+    measured = [one for one in results if one.ms is not None]
+    if measured:
+        for roof in roofs:
+            say(console, roof, "dim")
+        console.print(_points_table(measured, base))
+    _say_busy(console, measured)
+    notes_of = [
+        (f"{one.provider} {one.mode}", [note for note in one.notes if (one.provider, note) not in told])
+        for one in results
+    ]
+    told.update((one.provider, note) for one in results for note in one.notes)
+    _say_notes(console, notes_of)
+
+
+def _points_table(measured: Sequence[points.Result], base: str) -> Table:
+    columns: dict[str, tuple[list[Spread | None], Callable[[Spread], str]]] = {
+        "ms": ([one.ms for one in measured], lambda q: number(q[1])),
+        "p20-p80": ([one.ms for one in measured], lambda q: interval(q[0], q[2])),
+        "GB/s": ([one.gb_per_s for one in measured], lambda q: number(q[1])),
+        "TFLOP/s": ([one.tflop_per_s for one in measured], lambda q: number(q[1])),
+        "of roof": ([one.roof_share for one in measured], lambda q: f"{q[1]:.0%}"),
+        f"vs {base} (p20-p80)": ([one.ratio for one in measured], ratio),
+    }
+    columns = {name: column for name, column in columns.items() if any(column[0])}
+    table = Table(box=None, pad_edge=False)
+    for name in ("mode", "provider", *columns):
+        table.add_column(name, justify="left" if name in ("mode", "provider") else "right", no_wrap=True)
+    for i, one in enumerate(measured):
+        cells = [text(values[i]) if values[i] is not None else "" for values, text in columns.values()]
+        table.add_row(one.mode, one.provider, *cells)
+    return table
+
+
+def _say_busy(console: Console, measured: Sequence[Result | points.Result]) -> None:
     if any(one.ms is not None and one.ms[2] > BUSY * one.ms[0] for one in measured):
         say(console, "machine busy: times scatter; look at the spread, not the ratio")
-    for note in dict.fromkeys(note for one in result.results for note in one.notes):
-        names = ", ".join(one.provider for one in result.results if note in one.notes)
-        say(console, f"{names}: {note}")
+
+
+def _say_notes(console: Console, notes_of: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Each note once, after the names of all whom it is about."""
+    for note in dict.fromkeys(note for _, notes in notes_of for note in notes):
+        say(console, f"{', '.join(name for name, notes in notes_of if note in notes)}: {note}")
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:

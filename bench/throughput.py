@@ -15,54 +15,40 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+import command
 import inputs
 import plan
 import plots
 import providers
 import tables
-from mdt_fast.errors import UserError
 from request import Request, parser
 from rows import RowFile, machine
 from session import CaseResult, Session
 from steps import Case
 
-TABLE_WIDTH = 140
-"""Columns for the widest table, also where the terminal is narrower or there is none."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    rows = None
-    try:
-        args = parser().parse_args(argv)
-        started = time.monotonic()
-        request = Request(args)
-        command = shlex.join(["python", "bench/throughput.py", *argv])
-        rows = RowFile(args.json, machine(request.device, command))
-        if args.plot is not None:
-            plots.check_target(args.plot)
-        measured = run(request, rows, started)
-        if args.plot is not None:
-            drawn = plots.draw(rows.rows, args.plot)
-            print(f"picture: {args.plot}" if drawn else "no picture: nothing was measured")
-        where = f" appended to {args.json}" if args.json else ", not kept (--json FILE keeps them)"
-        print(f"{len(rows.rows)} rows{where}")
-        return 0 if measured else 1
-    except UserError as error:
-        print(f"throughput: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        kept = (
-            f"{len(rows.rows)} rows so far are in {rows.path}" if rows and rows.path else "no rows were kept"
-        )
-        print(f"throughput: interrupted; {kept}", file=sys.stderr)
-        return 130
+    return command.guarded("throughput", lambda kept: _main(argv, kept))
+
+
+def _main(argv: list[str], kept: command.Kept) -> int:
+    args = parser().parse_args(argv)
+    started = time.monotonic()
+    request = Request(args)
+    line = shlex.join(["python", "bench/throughput.py", *argv])
+    kept.rows = rows = RowFile(args.json, machine(request.device, line))
+    if args.plot is not None:
+        plots.check_target(args.plot)
+    measured = run(request, rows, started)
+    command.conclude(rows, args.plot, plots.draw)
+    return 0 if measured else 1
 
 
 def run(request: Request, rows: RowFile, started: float) -> bool:
     """Plan, measure and print; True if any provider was measured."""
-    console = Console(width=max(TABLE_WIDTH, Console().width))
+    console = Console(width=max(tables.WIDTH, Console().width))
     picked = plan.pick(request)
     for line in picked.reasons:
         tables.say(console, line)

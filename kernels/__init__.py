@@ -9,12 +9,13 @@ from .bias_gelu import bias_gelu
 from .cfg_step import cfg_step, ddim_coefficients, ddpm_coefficients
 from .ln_modulate import gate_residual_ln_modulate, ln_modulate
 from .patch_embed import patch_embed
-from .rel_attention import rel_attention, rel_attention_qkvpacked, relative_bias
+from .rel_attention import attention_backends, rel_attention, rel_attention_qkvpacked, relative_bias
 from .skip_linear import patch_skip_linear, skip_linear
 from .tokens import gather_tokens, merge_tokens, unmask_tokens
 
 __all__ = [
     "Backend",
+    "attention_backends",
     "backends",
     "bias_gelu",
     "cfg_step",

@@ -51,8 +51,13 @@ OPTIONAL = (
     OptionalPackage("diffusers", "diffusers", NOT_USED, "pip install diffusers"),
     OptionalPackage("torchmetrics", "torchmetrics", NOT_USED, "pip install torchmetrics"),
     OptionalPackage("torchao", "torchao", NOT_USED, "pip install torchao"),
-    OptionalPackage("flash-attn", "flash_attn", NOT_USED, "pip install --no-build-isolation flash-attn"),
-    OptionalPackage("xformers", "xformers", NOT_USED, "pip install xformers"),
+    OptionalPackage(
+        "flash-attn",
+        "flash_attn",
+        "attention_backend='flash_attn' (models without a bias table)",
+        "pip install --no-build-isolation flash-attn",
+    ),
+    OptionalPackage("xformers", "xformers", "attention_backend='xformers'", "pip install xformers"),
     OptionalPackage("apex", "apex", NOT_USED, "from source: github.com/NVIDIA/apex"),
 )
 
@@ -81,6 +86,7 @@ def report() -> dict[str, Any]:
         },
         "compiler": {"c++": _tool_version(cpp_compiler()), "ninja": _tool_version(shutil.which("ninja"))},
         "ops": _safely(_ops),
+        "attention": _safely(_attention),
         "optional": optional_packages(),
     }
 
@@ -217,6 +223,12 @@ def _ops() -> list[dict[str, str]]:
     return [{"op": row.op, "backend": row.backend, "reason": row.reason} for row in backends()]
 
 
+def _attention() -> list[dict[str, str]]:
+    from mdt_fast.kernels import attention_backends
+
+    return [{"name": row.op, "found": row.backend, "serves": row.reason} for row in attention_backends()]
+
+
 def _safely(question: Callable[[], Any]) -> Any:
     """The answer, or ``{"error": one line}``: a broken part must not hide the others."""
     try:
@@ -274,6 +286,9 @@ def _print_tables(found: dict[str, Any]) -> None:
     table("This machine", ("what", "found"), _machine_rows(found))
     table("Which backend serves each op", ("op", "backend", "why"), _op_rows(found["ops"]))
     table(
+        "Attention backends", ("attention_backend=", "found", "serves"), _attention_rows(found["attention"])
+    )
+    table(
         "Optional packages",
         ("package", "found", "used for", "how to get it"),
         [
@@ -313,6 +328,12 @@ def _op_rows(ops: list[dict[str, str]] | dict[str, str]) -> list[tuple[str, ...]
     if isinstance(ops, dict):
         return [("-", "-", _text(ops))]
     return [(row["op"], row["backend"], row["reason"]) for row in ops]
+
+
+def _attention_rows(backends: list[dict[str, str]] | dict[str, str]) -> list[tuple[str, ...]]:
+    if isinstance(backends, dict):
+        return [("-", "-", _text(backends))]
+    return [(row["name"], row["found"], row["serves"]) for row in backends]
 
 
 def _package_state(package: dict[str, str | None]) -> str:

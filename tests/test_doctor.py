@@ -21,6 +21,9 @@ def test_it_names_versions_devices_ops_and_packages(found: dict) -> None:
     assert len(found["gpus"]) == torch.cuda.device_count()
     assert {"rel_attention", "ln_modulate"} <= {row["op"] for row in found["ops"]}
     assert all(row["backend"] and row["reason"] for row in found["ops"])
+    backends = [row["name"] for row in found["attention"]]
+    assert backends == ["triton", "sdpa", "flex", "xformers", "flash_attn"]
+    assert all(row["found"] and row["serves"] for row in found["attention"])
     names = {row["name"] for row in found["optional"]}
     assert {"flash-attn", "xformers", "apex", "torchao", "diffusers", "timm", "torchmetrics"} <= names
     assert all(row["use"] and row["get"] for row in found["optional"])

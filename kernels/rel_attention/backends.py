@@ -1,96 +1,64 @@
-"""Which library computes attention. B samples, H heads, M queries, N keys, d head size, R rows in all."""
+"""Which library computes attention: each has a module, with what it refuses and how it is called."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from ..backends import uses_triton
-from . import reference
-from .config import MAX_HEAD_DIM
+from ..backends import Backend, uses_triton
+from . import with_flash_attn, with_flex, with_sdpa, with_triton, with_xformers
+from .call import Call
 
-ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "flex", "xformers", "flash_attn")
+Refusal = Callable[[Tensor, Tensor | None, Call, bool], str | None]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], Tensor]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """Where queries or keys stand: ``pos`` [B, length] or [R], or None for the whole grid in order; with
-    ``offsets`` (int32 [B + 1]) samples differ in length, and the longest has ``length`` tokens at most."""
-
-    pos: Tensor | None
-    offsets: Tensor | None
-    length: int
-    batch: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """Everything about one call but the tensors that carry gradients."""
-
-    queries: Side
-    keys: Side
-    grid_size: int
-    scale: float
-    bias_form: str = "lookup"
-    table_grad: str = "recompute"
-
-    @property
-    def ragged(self) -> bool:
-        return self.queries.offsets is not None
+LIBRARIES: dict[str, tuple[Refusal, Attend]] = {
+    "triton": (with_triton.refusal, with_triton.attend),
+    "sdpa": (with_sdpa.refusal, with_sdpa.attend),
+    "flex": (with_flex.refusal, with_flex.attend),
+    "xformers": (with_xformers.refusal, with_xformers.attend),
+    "flash_attn": (with_flash_attn.refusal, with_flash_attn.attend),
+}
+ATTENTION_BACKENDS = ("auto", *LIBRARIES)
 
 
-def choose(name: str, q: Tensor, table: Tensor | None, call: Call) -> str:
+def choose(name: str, q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str:
     """The backend that serves this call. ``ValueError`` where the one asked for cannot, with the reason."""
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend: got {name!r}, allowed are {', '.join(ATTENTION_BACKENDS)}")
     if name == "auto":
-        if not uses_triton(q):
-            return "sdpa"
-        name = "triton"
-    reason = _refusal(name, q, table, call)
+        name = "triton" if uses_triton(q) else "sdpa"
+    reason = LIBRARIES[name][0](q, table_RH, call, needs_grad)
     if reason is not None:
         raise ValueError(f"attention_backend: {name!r} cannot serve this call: {reason}")
     return name
 
 
-def _refusal(name: str, q: Tensor, table: Tensor | None, call: Call) -> str | None:
-    if name == "triton":
-        if not uses_triton(q):
-            dtypes = "float32, float16 or bfloat16"
-            return f"it needs a CUDA device, Triton and {dtypes}; got {q.dtype} on {q.device}"
-        if q.shape[-1] > MAX_HEAD_DIM:
-            return f"head size {q.shape[-1]}, it takes at most {MAX_HEAD_DIM}"
-    return None
-
-
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     """q [B, H, M, d] (or [R, H, d]) -> like q."""
-    if name == "sdpa":
-        return reference.rel_attention(q, k, v, table_RH, call)
-    from .triton_op import rel_attention_fwd
-
-    ragged = call.ragged
-    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v)) if ragged else (q, k, v)
-    queries, keys = call.queries, call.keys
-    out = rel_attention_fwd(
-        *heads_first, table_RH, queries.pos, keys.pos, queries.offsets, keys.offsets,
-        queries.length, keys.length, call.grid_size, call.scale, call.bias_form, call.table_grad,
-    )[0]  # fmt: skip
-    return out[0] if ragged else out.transpose(1, 2)
+    return LIBRARIES[name][1](q, k, v, table_RH, call)
 
 
 def attend_packed(name: str, qkv: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     """qkv [B, L, 3, H, d] (or [R, 3, H, d]) -> [B, L, H, d] (or [R, H, d])."""
-    if name != "triton":
-        q, k, v = qkv.unbind(-3)
-        if call.ragged:
-            return attend(name, q, k, v, table_RH, call)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return attend(name, q, k, v, table_RH, call).transpose(1, 2)
-    from .triton_op import rel_attention_qkvpacked_fwd
+    if name == "triton":
+        return with_triton.attend_packed(qkv, table_RH, call)
+    q, k, v = qkv.unbind(-3)
+    if call.ragged:
+        return attend(name, q, k, v, table_RH, call)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend(name, q, k, v, table_RH, call).transpose(1, 2)
 
-    side = call.queries
-    out = rel_attention_qkvpacked_fwd(
-        qkv[None] if call.ragged else qkv, table_RH, side.pos, side.offsets, side.length,
-        call.grid_size, call.scale, call.bias_form, call.table_grad,
-    )[0]  # fmt: skip
-    return out[0] if call.ragged else out
+
+def attention_backends() -> list[Backend]:
+    """One row per library: its version or what it lacks here, what it serves and what it cannot."""
+    triton = uses_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    rows = {
+        "triton": ("here" if triton else None, "all of it, deterministic; CUDA, head sizes up to 128"),
+        "sdpa": (with_sdpa.installed(), "all of it, on every device; spells the bias out; never cuDNN"),
+        "flex": (with_sdpa.installed(), "no samples of different lengths; on a CPU no gradients; on CUDA "
+                 "the table's gradient by atomics, not deterministic"),
+        "xformers": (with_xformers.installed(), "CUDA; spells the bias out; no samples of different lengths"),
+        "flash_attn": (with_flash_attn.installed(), "CUDA, half types, models without a bias table (DiT)"),
+    }  # fmt: skip
+    return [Backend(name, found or "not here", serves) for name, (found, serves) in rows.items()]

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import config
-from .backends import Call, Side
+from .call import Call, Side
 from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
 from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
 from .kernel_table import (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from . import backends
+from .call import Call, Side
 from .config import BIAS_FORMS, MAX_GRID, TABLE_GRADS, BiasForm, TableGrad
 
 
@@ -82,7 +83,8 @@ def rel_attention(
     if ragged and keys.batch != queries.batch:
         raise ValueError(f"k_offsets: {keys.batch} samples, but q_offsets has {queries.batch}")
     call = _call(queries, keys, grid_size, q_BHMd.shape[-1], scale, bias_form, table_grad)
-    backend = backends.choose(attention_backend, q_BHMd, table_RH, call)
+    needs_grad = _needs_grad(q_BHMd, k_BHNd, v_BHNd, table_RH)
+    backend = backends.choose(attention_backend, q_BHMd, table_RH, call, needs_grad)
     return backends.attend(backend, q_BHMd, k_BHNd, v_BHNd, table_RH, call)
 
 
@@ -115,32 +117,36 @@ def rel_attention_qkvpacked(
     q = qkv_BL3Hd.select(-3, 0)
     side = _side(_QKV, q if ragged else q.transpose(1, 2), pos, offsets, max_length, table_RH, grid_size)
     call = _call(side, side, grid_size, d, scale, bias_form, table_grad)
-    backend = backends.choose(attention_backend, q, table_RH, call)
+    backend = backends.choose(attention_backend, q, table_RH, call, _needs_grad(qkv_BL3Hd, table_RH))
     return backends.attend_packed(backend, qkv_BL3Hd, table_RH, call)
 
 
 def _call(
-    queries: backends.Side,
-    keys: backends.Side,
+    queries: Side,
+    keys: Side,
     grid_size: int,
     head_dim: int,
     scale: float | None,
     bias_form: BiasForm | None,
     table_grad: TableGrad | None,
-) -> backends.Call:
+) -> Call:
     for name, value, allowed in (
         ("bias_form", bias_form, BIAS_FORMS),
         ("table_grad", table_grad, TABLE_GRADS),
     ):
         if value is not None and value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)} or None")
-    call = backends.Call(
+    call = Call(
         queries=queries,
         keys=keys,
         grid_size=grid_size,
         scale=head_dim**-0.5 if scale is None else float(scale),
     )
     return replace(call, bias_form=bias_form or call.bias_form, table_grad=table_grad or call.table_grad)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _check_layout(q: Tensor, k: Tensor, v: Tensor, ragged: bool) -> None:
@@ -184,7 +190,7 @@ def _side(
     longest: int | None,
     table_RH: Tensor | None,
     grid_size: int,
-) -> backends.Side:
+) -> Side:
     """Queries or keys [B, H, rows, d] or [R, H, d], checked."""
     looking = torch.compiler.is_compiling() or x.is_cuda
     if offsets is None:
@@ -218,7 +224,7 @@ def _side(
         what = "samples of different lengths" if offsets is not None else f"{length} tokens"
         raise ValueError(f"{names.pos}: needed for {what} (a whole grid has {grid_size**2})")
     pos, offsets = (None if x is None else x.contiguous() for x in (pos, offsets))
-    return backends.Side(pos=pos, offsets=offsets, length=length, batch=batch)
+    return Side(pos=pos, offsets=offsets, length=length, batch=batch)
 
 
 def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None) -> None:

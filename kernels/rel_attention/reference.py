@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .backends import Call
+    from .call import Call
 
 
 def relative_bias(table_RH: Tensor, grid_size: int, q_pos: Tensor, k_pos: Tensor) -> Tensor:

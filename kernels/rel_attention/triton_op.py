@@ -8,7 +8,7 @@ reads.
 import torch
 from torch import Tensor
 
-from .backends import Call, Side
+from .call import Call, Side
 from .launch import backward, forward
 
 

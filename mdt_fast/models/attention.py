@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import rel_attention
+from ..kernels import rel_attention_qkvpacked
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
 
@@ -37,6 +37,7 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
+        self.attention_backend = "auto"
         self.num_heads = num_heads
         self.grid_size = grid_size or 0
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
@@ -46,9 +47,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x [B, L, D] -> [B, L, D]; ``positions`` [B, L] where the tokens are not the whole grid in order."""
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        table = (
-            None if self.rel_pos_bias is None else self.rel_pos_bias.relative_position_bias_table.to(q.dtype)
+        qkv = self.qkv(x).view(B, L, 3, self.num_heads, D // self.num_heads)
+        table = None if self.rel_pos_bias is None else self.rel_pos_bias.relative_position_bias_table
+        out = rel_attention_qkvpacked(
+            qkv, table, grid_size=self.grid_size, pos=positions, attention_backend=self.attention_backend
         )
-        out = rel_attention(q, k, v, table, grid_size=self.grid_size, q_pos=positions, k_pos=positions)
-        return self.proj(out.transpose(1, 2).reshape(B, L, D))
+        return self.proj(out.reshape(B, L, D))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..config import Family, ModelConfig
 from ..diffusion.guidance import guide, power_cosine_scale
 from ..errors import UserError
+from ..kernels import attention_backends
 from ..reference.init import initialise
-from .attention import share_index
+from .attention import Attention, share_index
 from .blocks import Block, FinalLayer, unpatchify
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 
@@ -26,7 +27,8 @@ class Transformer(nn.Module):
     ``input_size`` S is the side of the image or latent, ``mlp_ratio`` the MLP's width over D,
     ``class_dropout_prob`` the part of labels dropped in training, ``mask_ratio`` the part of tokens dropped
     in a masked pass (None: never), ``decode_layer`` the number of decoder blocks (None: the published 4 in
-    MDTv2, 2 in MDT v1). Raises ``UserError`` for values that do not fit together.
+    MDTv2, 2 in MDT v1). ``attention_backend``: see :meth:`set_attention_backend`. Raises ``UserError`` for
+    values that do not fit together.
     """
 
     family: Family
@@ -45,6 +47,7 @@ class Transformer(nn.Module):
         learn_sigma: bool = True,
         mask_ratio: float | str | None = None,
         decode_layer: int | str | None = None,
+        attention_backend: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config = ModelConfig.of(
@@ -73,6 +76,19 @@ class Transformer(nn.Module):
         initialise(self, config.grid_size)
         share_index(self)
         self.register_state_dict_post_hook(_separate_index)
+        self.set_attention_backend(attention_backend)
+
+    def set_attention_backend(self, name: str) -> None:
+        """The library that computes attention from now on: ``auto`` (Triton on CUDA, PyTorch elsewhere), or
+        one that :func:`mdt_fast.kernels.attention_backends` lists. Raises ``UserError`` for another name; a
+        library that cannot serve a call raises ``ValueError`` then.
+        """
+        known = ("auto", *(row.op for row in attention_backends()))
+        if name not in known:
+            raise UserError(f"attention_backend: got {name!r}, allowed are {', '.join(known)}")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attention_backend = name
 
     def make_parameters(self) -> None:
         """Everything but the blocks and the last layer."""

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from measure import Matmul, peak_bytes, rates, spread, storage_bytes, take_turns
+from measure import Copy, Matmul, WarmClock, op_clock, peak_bytes, rates, spread, storage_bytes, take_turns
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,52 @@ def test_providers_take_turns_with_the_same_indices() -> None:
     assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3), ("b", 2), ("b", 3)]
     assert [len(timings[name].seconds) for name in "ab"] == [2, 2]
     assert timings["a"].indices == [0, 2]
+
+
+def test_shuffled_turns_follow_each_other_in_every_order() -> None:
+    calls: list[str] = []
+    steps = {name: lambda i, name=name: calls.append(name) for name in "abc"}
+    timings = take_turns(steps, CPU, repeats=20, shuffle=True)
+    rounds = {tuple(calls[i : i + 3]) for i in range(0, 60, 3)}
+    assert len(rounds) == 6
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert all(len(timing.seconds) == 20 for timing in timings.values())
+
+
+def test_an_op_on_a_cpu_is_timed_by_its_second_call() -> None:
+    clock, sleeps = op_clock(CPU), iter([0.2, 0.01])
+    assert isinstance(clock, WarmClock)
+    assert 0.01 <= clock(lambda: time.sleep(next(sleeps))) < 0.2
+    assert not clock.late
+
+
+def test_a_call_that_its_launches_held_up_is_counted() -> None:
+    class Clock:
+        late = False
+
+        def __call__(self, call: object) -> float:
+            self.late = not self.late
+            return 1.0
+
+    assert take_turns({"a": print}, CPU, repeats=5, clock=Clock())["a"].late == 3
+
+
+def test_a_copy_reads_half_and_writes_half() -> None:
+    copy = Copy(CPU, 1000)
+    copy.source.fill_(7)
+    copy()
+    assert copy.bytes == 1000
+    assert copy.target.tolist() == [7] * 500
+
+
+@pytest.mark.gpu
+def test_a_cold_clock_sees_the_kernel_and_not_the_host() -> None:
+    device = torch.device("cuda")
+    clock, x = op_clock(device), torch.zeros(2**26, device=device)
+    clock(x.zero_)
+    assert 1e-5 < clock(x.zero_) < 1e-2
+    clock(lambda: time.sleep(0.1))
+    assert clock.late
 
 
 def test_one_that_fails_drops_out_and_the_others_go_on() -> None:

@@ -1,6 +1,7 @@
 """Rows: their keys, their file, and the tables and pictures made from them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,84 @@ def test_ratio_with_its_spread_unless_the_latest_run_has_none(tmp_path: Path) ->
     assert "0.98x" not in report.markdown(rows + file.rows)
 
 
+def op_rows(bench: str, **changes: object) -> list[dict]:
+    """Of one point: time, rates, ratio and, first, the copy that is its roof."""
+    file = RowFile(None, COMMON)
+    common = {
+        "bench": bench, "op": "ln_modulate", "provider": "fast", "mode": "fwd",
+        "shape": {"B": 2, "L": 256, "D": 384}, "dtype": "float32", "switches": {}, "rounds": 9,
+    } | changes  # fmt: skip
+    file.add((1.0, 2.0, 3.0), **common | {"op": "copy", "provider": "torch"}, metric="gb_per_s", unit="GB/s")
+    file.add((0.09, 0.1, 0.12), **common, metric="ms", unit="ms")
+    file.add((30.0, 40.0, 50.0), **common, metric="gb_per_s", unit="GB/s")
+    file.add((1.0, 2.5, 3.0), **common, metric="tflop_per_s", unit="TFLOP/s")
+    file.add((0.7, 0.84, 0.9), **common, metric="roof_share", unit="1")
+    file.add((1.5, 1.75, 1.8), **common, metric="ratio", unit="1")
+    return file.rows
+
+
+def test_table_of_ops() -> None:
+    rows = op_rows("kernels") + op_rows("kernels", provider="eager", mode="fwd+bwd")
+    rows += [row | {"p50": 0.2, "p80": 0.3} for row in rows if row["metric"] == "ms"][:1]
+    lines = report.markdown(rows).splitlines()
+    op, rates = "| `ln_modulate` | B 2, L 256, D 384, float32 |", "40.0 | 2.50 | 84% | 1.75x (1.50-1.80) |"
+    assert lines[2:4] == [
+        f"{op} fwd | `fast` | 200 (90.0-300) | {rates}",
+        f"{op} fwd+bwd | `eager` | 100 (90.0-120) | {rates}",
+    ]
+    assert not any("copy`" in line for line in lines)
+    assert "`python bench/throughput.py`" in lines[-1]
+
+
+def test_table_of_attention() -> None:
+    rows = []
+    for provider in ("sdpa-no-bias", "triton-lookup-store"):
+        for sizes in ({"B": 8, "L": 1024}, {"B": 32, "L": 256}, {"B": 32, "L": 256, "K": 153}):
+            for d in (72, 64):
+                shape = {"H": 16, **sizes, "d": d}
+                rows += op_rows("attention", op="rel_attention", provider=provider, shape=shape)
+    rows += op_rows(
+        "attention", op="rel_attention", mode="fwd+bwd", shape={"B": 8, "H": 16, "L": 1024, "d": 64}
+    )
+    lines = report.markdown(rows).splitlines()
+    tokens = ["256 tokens, batch 32", "256 tokens, 153 kept, batch 32", "1024 tokens, batch 8"]
+    assert lines[0] == f"| mode | heads, dtype | provider | {' | '.join(tokens)} |"
+    cell = "2.50 (1.75x)"
+    assert lines[2:7] == [
+        f"| fwd | 16 of 64, float32 | `sdpa-no-bias` | {cell} | {cell} | {cell} |",
+        f"| fwd | 16 of 64, float32 | `triton-lookup-store` | {cell} | {cell} | {cell} |",
+        f"| fwd | 16 of 72, float32 | `sdpa-no-bias` | {cell} | {cell} | {cell} |",
+        f"| fwd | 16 of 72, float32 | `triton-lookup-store` | {cell} | {cell} | {cell} |",
+        f"| fwd+bwd | 16 of 64, float32 | `fast` |  |  | {cell} |",
+    ]
+
+
+def test_tables_stand_in_order_and_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    shape = {"B": 2, "H": 2, "L": 16, "d": 8}
+    rows = op_rows("attention", op="rel_attention", shape=shape) + op_rows("kernels")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    case_rows(path)
+    assert report.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("| mode | model") < out.index("| op | shape") < out.index("| mode | heads")
+    assert report.main([str(path), "--bench", "kernels"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("| op | shape")
+    assert "heads" not in out
+    assert report.main([str(path), "--bench", "kernel"]) == 2
+    assert "--bench: got 'kernel' (did you mean 'kernels'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("benches", "said"), [(None, "nothing was"), (["kernels"], "nothing of kernels was")]
+)
+def test_rows_without_measurements(benches: list[str] | None, said: str) -> None:
+    rows = [row | {"p50": None} for row in op_rows("kernels")]
+    with pytest.raises(UserError, match=f"{said} measured in these rows"):
+        report.markdown(rows, benches)
+
+
 def test_numbers_are_written_alike() -> None:
     assert [formats.number(x) for x in (0.02, 0.0197, 9, 10, 99.96, 1234.5)] == (
         ["0.0200", "0.0197", "9.00", "10.0", "100", "1,234"]
@@ -133,6 +212,21 @@ def test_picture(tmp_path: Path) -> None:
     assert plots.draw(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert not plots.draw([row for row in rows if row["metric"] == "ms"], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("draw", "rows"),
+    [
+        (plots.draw_kernels, op_rows("kernels") + op_rows("kernels", dtype="bfloat16")),
+        (plots.draw_attention, op_rows("attention", provider="sdpa", shape={"H": 2, "L": 64, "d": 8})),
+    ],
+    ids=["kernels", "attention"],
+)
+def test_pictures_of_ops(draw: Callable[..., bool], rows: list[dict], tmp_path: Path) -> None:
+    assert draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not draw([row for row in rows if row["metric"] == "ms"], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 

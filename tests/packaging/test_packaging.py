@@ -43,7 +43,8 @@ def room_aot(name):
 assert all(hasattr(mdt_fast, name) for name in dir(mdt_fast))
 for package in (mdt_fast, mdt_fast.kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not (module.name.endswith((".kernel", ".triton_op", ".__main__")) or room_aot(module.name)):
+        triton = (".kernel", ".kernel_bwd", ".kernel_table", ".launch", ".triton_op", ".move_op")
+        if not (module.name.endswith((*triton, ".__main__")) or room_aot(module.name)):
             importlib.import_module(module.name)
 """
 

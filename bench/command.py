@@ -1,0 +1,121 @@
+"""What the command lines of the bench share: mistakes are found before anything is measured, are one line
+and give exit code 2; Ctrl-C keeps the rows made."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from mdt_fast.errors import UserError, nearest
+from rows import Row, RowFile
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+@dataclass
+class Kept:
+    """The rows of a run, once there are any: for the message after Ctrl-C."""
+
+    rows: RowFile | None = None
+
+
+def guarded(name: str, body: Callable[[Kept], int]) -> int:
+    """``body``'s exit code; 2 after a user's mistake, 130 after Ctrl-C, each with one line on stderr."""
+    kept = Kept()
+    try:
+        return body(kept)
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        rows, said = kept.rows, "no rows were kept"
+        if rows is not None and rows.path is not None:
+            said = f"{len(rows.rows)} rows so far are in {rows.path}"
+        print(f"{name}: interrupted; {said}", file=sys.stderr)
+        return 130
+
+
+def conclude(rows: RowFile, plot: Path | None, draw: Callable[[Sequence[Row], Path], bool]) -> None:
+    """Draw the picture, if one was asked for, and say where everything is."""
+    if plot is not None:
+        print(f"picture: {plot}" if draw(rows.rows, plot) else "no picture: nothing was measured")
+    where = f" appended to {rows.path}" if rows.path else ", not kept (--json FILE keeps them)"
+    print(f"{len(rows.rows)} rows{where}")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the rows to this file, as they are made"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result into this PNG")
+
+
+def listed(option: str, text: str) -> list[str]:
+    """The names in ``text``, each once."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise UserError(f"{option}: got {text!r}, expected one or more names, by comma")
+    return list(dict.fromkeys(found))
+
+
+def names(option: str, text: str, allowed: Sequence[str]) -> list[str]:
+    """The names in ``text``, all of which must be among ``allowed``."""
+    found = listed(option, text)
+    for name in found:
+        if name not in allowed:
+            raise UserError(
+                f"{option}: got {name!r}{nearest(name, allowed)}, allowed are {', '.join(allowed)}"
+            )
+    return found
+
+
+def whole(option: str, text: str) -> int:
+    """A whole number, 1 or more."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{option}: got {text!r}, allowed is a whole number, 1 or more")
+    return number
+
+
+def at_least_one(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{option}: got {value}, allowed is 1 or more")
+
+
+def positive_seconds(option: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UserError(f"{option}: got {value}, allowed is a positive number of seconds")
+
+
+def device(text: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, if it is there."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: got {text!r}, allowed are auto, cpu, cuda and cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device: {text!r} asked for, but torch finds no CUDA device here")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: got {text!r}, this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        )
+    return found

@@ -1,0 +1,32 @@
+"""What one call of attention is about, apart from the tensors that carry gradients."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Where queries or keys stand: ``pos`` [B, length] or [R], or None for the whole grid in order; with
+    ``offsets`` (int32 [B + 1]) samples differ in length, and the longest has ``length`` tokens at most."""
+
+    pos: Tensor | None
+    offsets: Tensor | None
+    length: int
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Both sides, G, the factor of q k^T, and the Triton kernels' ways (``config.py``)."""
+
+    queries: Side
+    keys: Side
+    grid_size: int
+    scale: float
+    bias_form: str = "lookup"
+    table_grad: str = "recompute"
+
+    @property
+    def ragged(self) -> bool:
+        return self.queries.offsets is not None
