@@ -65,7 +65,7 @@ class MDTv2(MaskedTransformer):
         tokens, c = self.embed(x, t, y)
         plan = self.plan(tokens, enable_mask, mask_plan)
         positions = None if plan is None else plan.ids_keep
-        x = tokens if positions is None else gather_tokens(tokens, positions)
+        x = tokens if plan is None else gather_tokens(tokens, plan.ids_keep, plan.ids_restore)
 
         skips = []
         for block in self.en_inblocks:
@@ -95,7 +95,7 @@ class MDT(MaskedTransformer):
         tokens, c = self.embed(x, t, y)
         plan = self.plan(tokens, enable_mask, mask_plan)
         positions = None if plan is None else plan.ids_keep
-        x = tokens if positions is None else gather_tokens(tokens, positions)
+        x = tokens if plan is None else gather_tokens(tokens, plan.ids_keep, plan.ids_restore)
 
         encoder = self.depth - self.decode_layer
         for block in self.blocks[:encoder]:
