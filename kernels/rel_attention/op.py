@@ -3,6 +3,7 @@
 B samples, H heads, M queries, N keys, L tokens, R rows of all samples, d head size, G grid side.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,6 +137,8 @@ def _call(
     ):
         if value is not None and value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)} or None")
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"scale: got {scale!r}, allowed are finite numbers or None")
     call = Call(
         queries=queries,
         keys=keys,
@@ -176,8 +179,8 @@ def _check_strides(name: str, x: Tensor) -> None:
 def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int) -> None:
     if table_RH is None:
         return
-    if not 1 <= grid_size <= MAX_GRID:
-        raise ValueError(f"grid_size: got {grid_size}, a table needs 1 to {MAX_GRID}")
+    if isinstance(grid_size, float | str) or not 1 <= grid_size <= MAX_GRID:
+        raise ValueError(f"grid_size: got {grid_size!r}, a table needs a whole number from 1 to {MAX_GRID}")
     checks.floating_on("table", table_RH, x)
     checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, heads)
 
