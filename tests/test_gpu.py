@@ -3,7 +3,7 @@
 Half types are judged by the rule of ``tolerances.py``: against plain PyTorch in the same dtype.
 """
 
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mdt_fast import MaskPlan, from_reference, kernels, reference
 from mdt_fast.diffusion import create_diffusion
-from mdt_fast.kernels.backends import backends
+from mdt_fast.kernels.backends import WITH_TRITON, backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
 from mdt_fast.kernels.tokens import reference as plain_tokens
+from parity import compare
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -28,27 +29,6 @@ def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def run(op: Any, args: list[Tensor], **kwargs: Any) -> list[Tensor]:
-    """Outputs and the gradients of a random projection of them."""
-    leaves = [a.clone().requires_grad_() for a in args]
-    outputs = op(*leaves, **kwargs)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator("cuda").manual_seed(1)
-    weights = [torch.randn(o.shape, generator=generator, device="cuda") for o in outputs]
-    loss = sum((o.double() * w).sum() for o, w in zip(outputs, weights))
-    return [*outputs, *torch.autograd.grad(loss, leaves)]
-
-
-def judge(
-    ours: list[Tensor], again: list[Tensor], exact: list[Tensor], plain: list[Tensor], dtype: torch.dtype
-) -> None:
-    """Same bits in both runs; close to float64 in float32, or no worse than twice plain PyTorch."""
-    for a, b, e, p in zip(ours, again, exact, plain):
-        assert torch.equal(a, b)
-        allowed = HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps)
-        assert relative_error(a, e) <= (FLOAT32 if dtype == torch.float32 else allowed)
-
-
 @DTYPES
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
@@ -58,10 +38,7 @@ def test_ln_modulate(B: int, L: int, D: int, gated: bool, dtype: torch.dtype) ->
     x, m = torch.randn(2, B, L, D, device="cuda"), torch.randn(B, 3 * D, device="cuda").chunk(3, dim=1)
     args = [a.to(dtype) for a in ([*x, *m] if gated else [x[0], *m[1:]])]
     name = "gate_residual_ln_modulate" if gated else "ln_modulate"
-    ours, again = run(getattr(kernels, name), args), run(getattr(kernels, name), args)
-    exact = run(getattr(plain_ln, name), [a.double() for a in args], offsets=None, eps=1e-6)
-    plain = run(getattr(plain_ln, name), args, offsets=None, eps=1e-6)
-    judge(ours, again, exact, plain, dtype)
+    compare(getattr(kernels, name), partial(getattr(plain_ln, name), offsets=None, eps=1e-6), args, dtype)
 
 
 @DTYPES
@@ -70,9 +47,7 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     args = [
         a.to(dtype) for a in (3 * torch.randn(shape, device="cuda"), torch.randn(shape[-1], device="cuda"))
     ]
-    ours, again = run(kernels.bias_gelu, args), run(kernels.bias_gelu, args)
-    exact, plain = run(plain_gelu.bias_gelu, [a.double() for a in args]), run(plain_gelu.bias_gelu, args)
-    judge(ours, again, exact, plain, dtype)
+    compare(kernels.bias_gelu, plain_gelu.bias_gelu, args, dtype)
 
 
 @DTYPES
@@ -80,9 +55,8 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_unmask_tokens(B: int, L: int, K: int, D: int, dtype: torch.dtype) -> None:
     plan = {"ids_restore_BL": MaskPlan.from_noise(torch.rand(B, L, device="cuda"), K).ids_restore}
     args = [torch.randn(shape, device="cuda").to(dtype) for shape in ((B, K, D), (1, 1, D), (1, L, D))]
-    ours, again = (run(kernels.unmask_tokens, args, **plan) for _ in range(2))
-    exact = run(plain_tokens.unmask_tokens, [a.double() for a in args], **plan)
-    judge(ours, again, exact, run(plain_tokens.unmask_tokens, args, **plan), dtype)
+    op, plain = (partial(f, **plan) for f in (kernels.unmask_tokens, plain_tokens.unmask_tokens))
+    compare(op, plain, args, dtype)
 
 
 def models(dtype: torch.dtype, **shape: int) -> tuple[nn.Module, nn.Module]:
@@ -146,5 +120,4 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 def test_triton_serves_its_ops() -> None:
     serving = {row.op: row.backend for row in backends()}
-    for op in ("ln_modulate", "gate_residual_ln_modulate", "bias_gelu", "unmask_tokens"):
-        assert serving[op] == "triton"
+    assert all(serving[op] == "triton" for op in WITH_TRITON)

@@ -19,7 +19,7 @@ from mdt_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from mdt_fast.kernels.ln_modulate import reference
 from mdt_fast.kernels.tokens import reference as tokens_reference
 from mdt_fast.masking import MaskPlan
-from tolerances import FLOAT32, HALF_FACTOR, relative_error
+from parity import compare, poisoned, same
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -31,17 +31,9 @@ RAGGED = [([0, 3], 24), ([0, 4, 4, 9], 72), ([0, 1, 6, 6], 40)]
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows up as NaN."""
-    for name in ("empty_like", "empty"):
-        plain = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, _plain=plain, **k: _poisoned(_plain(*a, **k)))
-    plain_new = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: _poisoned(plain_new(self, *a, **k)))
-
-
-def _poisoned(x: Tensor) -> Tensor:
-    return x.fill_(torch.nan) if x.is_floating_point() else x
+def _poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with poisoned(monkeypatch):
+        yield
 
 
 def arguments(rows: tuple[int, ...], B: int, D: int, gated: bool, seed: int = 0) -> list[Tensor]:
@@ -52,34 +44,10 @@ def arguments(rows: tuple[int, ...], B: int, D: int, gated: bool, seed: int = 0)
     return [x[0], x[1], gate, shift, scale] if gated else [x[0], shift, scale]
 
 
-def run(op: Any, args: list[Tensor], seed: int = 1, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients of a random projection of them (the same for every dtype)."""
-    leaves = [a.clone().requires_grad_() for a in args]
-    outputs = op(*leaves, **kwargs)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator().manual_seed(seed)
-    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum() for o in outputs)
-    return outputs, list(torch.autograd.grad(loss, leaves))
-
-
 def check(gated: bool, args: list[Tensor], dtype: torch.dtype, offsets: Tensor | None = None) -> None:
     name = "gate_residual_ln_modulate" if gated else "ln_modulate"
     op, plain = getattr(kernels, name), getattr(reference, name)
     compare(partial(op, offsets=offsets), partial(plain, offsets=offsets, eps=1e-6), args, dtype)
-
-
-def compare(op: Any, plain: Any, args: list[Tensor], dtype: torch.dtype) -> None:
-    """Outputs and gradients of ``op`` against ``plain`` in float64; and the same bits in a second run."""
-    args = [a.to(dtype) for a in args]
-    ours, again = run(op, args), run(op, args)
-    exact, same_dtype = run(plain, [a.double() for a in args]), run(plain, args)
-    for a, b, e, p in zip(*(outputs + gradients for outputs, gradients in (ours, again, exact, same_dtype))):
-        assert a.dtype == dtype
-        assert torch.equal(a, b)
-        allowed = FLOAT32
-        if dtype != torch.float32:
-            allowed = HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps)
-        assert relative_error(a, e) <= allowed
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -137,9 +105,7 @@ def test_bias_gelu_opcheck_and_compile() -> None:
     args = [torch.randn(5, 24, requires_grad=True), torch.randn(24, requires_grad=True)]
     torch.library.opcheck(bias_gelu_fwd, tuple(args))
     compiled = torch.compile(kernels.bias_gelu, fullgraph=True, backend="aot_eager")
-    expected, actual = run(kernels.bias_gelu, args), run(compiled, args)
-    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
-        assert torch.equal(e, a)
+    same(kernels.bias_gelu, compiled, args)
 
 
 @DTYPES
@@ -162,9 +128,7 @@ def test_unmask_tokens_opcheck_and_compile() -> None:
     args = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 8), (1, 1, 8), (1, 9, 8))]
     torch.library.opcheck(unmask_tokens_fwd, (*args, plan.ids_restore))
     op = partial(kernels.unmask_tokens, ids_restore_BL=plan.ids_restore)
-    expected, actual = run(op, args), run(torch.compile(op, fullgraph=True, backend="aot_eager"), args)
-    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
-        assert torch.equal(e, a)
+    same(op, torch.compile(op, fullgraph=True, backend="aot_eager"), args)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -179,9 +143,7 @@ def test_opcheck(gated: bool) -> None:
 def test_compiles_without_graph_breaks() -> None:
     args = [a.requires_grad_() for a in arguments((2, 5), 2, 24, True)]
     compiled = torch.compile(kernels.gate_residual_ln_modulate, fullgraph=True, backend="aot_eager")
-    expected, actual = run(kernels.gate_residual_ln_modulate, args), run(compiled, args)
-    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
-        assert torch.equal(e, a)
+    same(kernels.gate_residual_ln_modulate, compiled, args)
 
 
 def test_under_activation_checkpointing() -> None:
@@ -190,9 +152,7 @@ def test_under_activation_checkpointing() -> None:
     def checkpointed(*a: Tensor) -> tuple[Tensor, ...]:
         return torch.utils.checkpoint.checkpoint(kernels.gate_residual_ln_modulate, *a, use_reentrant=False)
 
-    expected, actual = run(kernels.gate_residual_ln_modulate, args), run(checkpointed, args)
-    for e, a in zip(expected[0] + expected[1], actual[0] + actual[1]):
-        assert torch.equal(e, a)
+    same(kernels.gate_residual_ln_modulate, checkpointed, args)
 
 
 def test_too_wide() -> None:
