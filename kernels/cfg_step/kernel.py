@@ -1,6 +1,6 @@
 """The Triton kernel. n pairs of samples with GUIDED (conditional, unconditional), else n samples.
 
-N numbers of each sample, ``width`` of its output. Program (e, i) takes a block of numbers of pair i: both
+N numbers of each sample, ``width`` of its output. Program (i, e) takes a block of numbers of pair i: both
 halves' outputs are read once and both halves are stepped. All arithmetic in float32.
 """
 
@@ -28,7 +28,8 @@ def _step(
     else:
         b_xstart = recip * b_x - recipm1 * b_value
     if CLIP:
-        b_xstart = tl.minimum(tl.maximum(b_xstart, -1.0), 1.0)
+        b_xstart = tl.maximum(b_xstart, -1.0, propagate_nan=tl.PropagateNan.ALL)  # or NaN becomes -1
+        b_xstart = tl.minimum(b_xstart, 1.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == 0:
         lower = tl.load(p_k + 4)
         b_log_variance = lower
@@ -55,8 +56,8 @@ def cfg_step_kernel(
     NOISE: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Output [B, width], x and noise [B, N]; the first ``guided`` numbers of each output are guided."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_b = tl.program_id(0).to(tl.int64)
+    o_e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < N
     b_cond = _load(output_ptr, i_b * width + o_e, m_e)
     if GUIDED:

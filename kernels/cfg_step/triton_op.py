@@ -30,7 +30,8 @@ def cfg_step_fwd(
         return sample, xstart
     numbers, config = x[0].numel(), launch_config(x[0].numel())
     pairs = B if scale_n is None else B // 2
-    cfg_step_kernel[(triton.cdiv(numbers, config.block), pairs)](
+    # A grid's first axis alone may pass 65535.
+    cfg_step_kernel[(pairs, triton.cdiv(numbers, config.block))](
         output, x, x if noise is None else noise, coefficients_BK, x if scale_n is None else scale_n,
         sample, xstart, pairs, numbers, output[0].numel(), guided_channels * math.prod(x.shape[2:]),
         coefficients_BK.stride(0), 0 if scale_n is None else scale_n.stride(0),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import reference
+from . import gemm_op, reference
 
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -24,13 +24,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.
     if not x.is_cuda or torch.compiler.is_compiling():
         return reference.skip_linear(x, skip, weight, bias)
-    from .gemm_op import skip_linear_fwd
-
-    x, skip = x.flatten(0, 1), skip.flatten(0, 1)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, skip, weight, bias = (tensor.to(dtype) for tensor in (x, skip, weight, bias))
-    return skip_linear_fwd(x, skip, weight, bias).view(B, L, -1)
+    return gemm_op.skip_linear(x, skip, weight, bias)
 
 
 def patch_skip_linear(

@@ -3,15 +3,18 @@
 Runs twice: on the plain path, and (marked ``interpreter``) as the Triton kernel in Triton's interpreter.
 """
 
+import importlib.util
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mdt_fast import MDT, MDTv2
 from mdt_fast.diffusion import create_diffusion
-from mdt_fast.diffusion.guidance import guide
+from mdt_fast.diffusion.guidance import guide, power_cosine_scale
 from mdt_fast.kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from mdt_fast.kernels.backends import INTERPRETING
 from mdt_fast.kernels.cfg_step import reference
@@ -57,6 +60,79 @@ def test_a_loop_of_ten_steps(kind: str, eta: float | None, clip: bool, path: str
         x = expected["sample"]
         assert relative_error(xstart, expected["pred_xstart"]) <= FLOAT32
         assert relative_error(sample, x) <= FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("cls", "cfg_scale", "scale_pow"), [(MDTv2, 4.0, 0.01), (MDTv2, 3.8, 4.0), (MDT, 5.0, 0.01)]
+)
+@pytest.mark.parametrize("eta", [None, 0.0], ids=["ddpm", "ddim"])
+def test_samples_of_a_model(cls: Any, cfg_scale: float, scale_pow: float, eta: float | None) -> None:
+    """Noise to pictures with the scales of both versions' scripts: ``forward_with_cfg`` in the sampler's
+    loop, plain ``forward`` and ``cfg_step`` in ours."""
+    net = cls(input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=10, decode_layer=2).eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    diffusion = create_diffusion("10")
+    labels = torch.tensor([3, 7, 10, 10])
+    noise = torch.randn(11, 4, 4, 8, 8)
+    draws = iter(noise)
+    loop = diffusion.p_sample_loop if eta is None else partial(diffusion.ddim_sample_loop, eta=eta)
+    expected = loop(
+        net.forward_with_cfg,
+        noise[0].shape,
+        clip_denoised=False,
+        model_kwargs={"y": labels, "cfg_scale": cfg_scale, "scale_pow": scale_pow},
+        generator=lambda like: next(draws),
+        device="cpu",
+    )
+
+    a = diffusion.alphas_cumprod
+    table = ddpm_coefficients(a) if eta is None else ddim_coefficients(a, eta)
+    draws = iter(noise)
+    x = next(draws)
+    with torch.inference_mode():
+        for i in range(9, -1, -1):
+            t = diffusion.original_timesteps(torch.full((4,), i))
+            output = net(torch.cat([x[:2], x[:2]]), t, labels)
+            scale = power_cosine_scale(t[:2], cfg_scale, scale_pow=scale_pow)
+            kind = "ddpm" if eta is None else "ddim"
+            x, _ = cfg_step(output, x, next(draws), table[i], scale=scale, kind=kind)
+    assert relative_error(x, expected) <= FLOAT32
+
+
+@both_paths
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_nan_is_not_clipped_away(kind: str, path: str) -> None:
+    """A model that diverges must be seen to, as with ``clamp``."""
+    args = arguments(2, 4, 4, torch.float32, False)
+    if kind == "ddim":
+        args["coefficients"] = ddim_coefficients([0.9, 0.5])[1]
+    args["output"][0, 3, 1, 2] = torch.nan
+    for result in cfg_step(**args, scale=2.0, kind=kind, clip_denoised=True):
+        assert result[0, 3, 1, 2].isnan()
+        assert result.isnan().sum() == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(INTERPRETING, reason="needs the compiler, not the interpreter")
+def test_compiled_clip_keeps_nan() -> None:
+    """PTX's plain ``max`` and ``min`` drop a NaN; Triton's interpreter does not show it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mdt_fast.kernels.cfg_step.aot import cases
+
+    case = next(iter(cases("sm_80")))
+    case = replace(case, constants={**case.constants, "CLIP": True})
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else case.dtypes[name] for name in names}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(case.kernel, signature, constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+    assert "max.NaN.f32" in ptx
+    assert "max.f32" not in ptx
+    assert "min.f32" not in ptx
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdt_fast.kernels import patch_skip_linear, skip_linear
+from mdt_fast.kernels.skip_linear.gemm_op import skip_linear as in_place  # CUDA's form; it runs anywhere
 from mdt_fast.kernels.skip_linear.gemm_op import skip_linear_fwd
 from parity import compare, same
 from tolerances import FLOAT32, FLOAT64, relative_error
@@ -13,11 +14,6 @@ from tolerances import FLOAT32, FLOAT64, relative_error
 
 def concatenated(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
-
-
-def in_place(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The form that CUDA takes; it runs anywhere."""
-    return skip_linear_fwd(x.flatten(0, 1), skip.flatten(0, 1), weight, bias).view(*x.shape[:2], -1)
 
 
 def arguments(B: int, L: int, D: int, width: int) -> list[Tensor]:
@@ -32,12 +28,15 @@ def test_against_the_concatenation(op, B: int, L: int, D: int, width: int, dtype
     compare(op, concatenated, arguments(B, L, D, width), dtype)
 
 
-def test_nothing() -> None:
-    for B, L in ((0, 4), (2, 0)):
-        args = [a.requires_grad_() for a in arguments(B, L, 8, 8)]
-        for op in (skip_linear, in_place):
-            out = op(*args) if op is skip_linear or B * L else skip_linear(*args)
-            assert out.shape == (B, L, 8)
+@pytest.mark.parametrize("op", [skip_linear, in_place])
+@pytest.mark.parametrize(("B", "L"), [(0, 4), (2, 0)])
+def test_nothing(op, B: int, L: int) -> None:
+    args = [a.requires_grad_() for a in arguments(B, L, 8, 6)]
+    out = op(*args)
+    assert out.shape == (B, L, 6)
+    for argument, gradient in zip(args, torch.autograd.grad(out.sum(), args), strict=True):
+        assert gradient.shape == argument.shape
+        assert not gradient.any()
 
 
 def test_opcheck_compile_and_checkpoint() -> None:
@@ -47,12 +46,24 @@ def test_opcheck_compile_and_checkpoint() -> None:
     same(in_place, lambda *a: torch.utils.checkpoint.checkpoint(in_place, *a, use_reentrant=False), args)
 
 
-def test_under_autocast() -> None:
-    args = arguments(2, 5, 16, 16)
+@pytest.mark.parametrize("op", [skip_linear, in_place])
+def test_under_autocast(op) -> None:  # type: ignore[no-untyped-def]
+    """As a linear layer: weights and gradients stay float32; a float64 model is left alone."""
+    args = [a.requires_grad_() for a in arguments(2, 5, 16, 24)]
     with torch.autocast("cpu", torch.bfloat16):
-        out = skip_linear(*args)
-        assert out.dtype == torch.bfloat16
-        assert relative_error(out, concatenated(*args)) <= 2 * torch.finfo(torch.bfloat16).eps
+        out, expected = op(*args), concatenated(*args)
+        mixed = op(args[0].bfloat16(), *args[1:])
+        double = op(*(a.double() for a in args))
+    assert out.dtype == mixed.dtype == torch.bfloat16
+    assert double.dtype == torch.float64
+    assert relative_error(out, expected) <= 2 * torch.finfo(torch.bfloat16).eps
+    for ours, plain in zip(
+        torch.autograd.grad(out.float().sum(), args),
+        torch.autograd.grad(expected.float().sum(), args),
+        strict=True,
+    ):
+        assert ours.dtype == torch.float32
+        assert relative_error(ours, plain) <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 def embedded(x, patches, embed_weight, embed_bias, pos, weight, bias) -> Tensor:  # type: ignore[no-untyped-def]
