@@ -45,7 +45,7 @@ MEMORY_SHARE = 0.5
 BIASES = 8
 """Float32 tensors as large as the scores that a materialised bias and its gradient take at once, at most."""
 
-TIME_LIMITS = {"cpu": 50.0, "cuda": 420.0}
+TIME_LIMITS = {"cpu": 50.0, "cuda": 225.0}
 DEFAULTS = {
     "cpu": {"tokens": "64", "head_dim": "64,72", "heads": "2,6"},
     "cuda": {"tokens": "256,64,1024,4096", "head_dim": "64,72", "heads": "16"},

@@ -57,6 +57,12 @@ OPTIONAL = (
         "attention_backend='flash_attn' (models without a bias table)",
         "pip install --no-build-isolation flash-attn",
     ),
+    OptionalPackage(
+        "flash-attn-4",
+        "flash_attn.cute",
+        "attention_backend='flash_attn' (the forward pass with a bias table)",
+        "pip install --pre flash-attn-4",
+    ),
     OptionalPackage("xformers", "xformers", "attention_backend='xformers'", "pip install xformers"),
     OptionalPackage("apex", "apex", NOT_USED, "from source: github.com/NVIDIA/apex"),
 )

@@ -25,7 +25,8 @@ def test_it_names_versions_devices_ops_and_packages(found: dict) -> None:
     assert backends == ["triton", "sdpa", "flex", "xformers", "flash_attn"]
     assert all(row["found"] and row["serves"] for row in found["attention"])
     names = {row["name"] for row in found["optional"]}
-    assert {"flash-attn", "xformers", "apex", "torchao", "diffusers", "timm", "torchmetrics"} <= names
+    known = {"flash-attn", "flash-attn-4", "xformers", "apex", "torchao", "diffusers", "timm", "torchmetrics"}
+    assert known <= names
     assert all(row["use"] and row["get"] for row in found["optional"])
 
 

@@ -55,10 +55,13 @@ def attention_backends() -> list[Backend]:
     triton = uses_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
     rows = {
         "triton": ("here" if triton else None, "all of it, deterministic; CUDA, head sizes up to 128"),
-        "sdpa": (with_sdpa.installed(), "all of it, on every device; spells the bias out; never cuDNN"),
+        "sdpa": (with_sdpa.installed(), "all of it, on every device; spells the bias out; never cuDNN; on "
+                 "CUDA the table's gradient by atomics, not deterministic"),
         "flex": (with_sdpa.installed(), "no samples of different lengths; on a CPU no gradients; on CUDA "
-                 "the table's gradient by atomics, not deterministic"),
-        "xformers": (with_xformers.installed(), "CUDA; spells the bias out; no samples of different lengths"),
-        "flash_attn": (with_flash_attn.installed(), "CUDA, half types, models without a bias table (DiT)"),
+                 "head sizes from 16, the table's gradient by atomics, not deterministic"),
+        "xformers": (with_xformers.installed(), "CUDA, with a bias up to compute capability 9.0; spells the "
+                     "bias out; no samples of different lengths"),
+        "flash_attn": (with_flash_attn.installed(), "CUDA, half types: 2 and 3 models without a bias table "
+                       "(DiT), 4 the forward pass with one on Hopper and Blackwell; no training with one"),
     }  # fmt: skip
     return [Backend(name, found or "not here", serves) for name, (found, serves) in rows.items()]

@@ -16,15 +16,45 @@ def relative_bias(table_RH: Tensor, grid_size: int, q_pos: Tensor, k_pos: Tensor
     ``table`` [(2G-1)^2 + 3, H]; ``q_pos`` [M] or [B, M], ``k_pos`` [N] or [B, N] (int64). Returns [H, M, N],
     or [B, H, M, N] where positions differ per sample.
     """
-    # row * (2G-1) + column turns the difference of two positions into the difference of two numbers.
-    stride, center = 2 * grid_size - 1, grid_size - 1
-    u_q = q_pos // grid_size * stride + q_pos % grid_size
-    u_k = k_pos // grid_size * stride + k_pos % grid_size
-    index = u_q[..., :, None] - u_k[..., None, :] + center * (stride + 1)
+    u_q, u_k = coordinates(q_pos, grid_size), coordinates(k_pos, grid_size)
+    index = u_q[..., :, None] - u_k[..., None, :] + center(grid_size)
     # gather's gradient is a scatter_add over one row per head: many times faster on a CPU than indexing's.
     H, (*batch, M, N) = table_RH.shape[1], index.shape
     flat = index.reshape(*batch, 1, M * N).expand(*batch, H, -1)
     return table_RH.t().expand(*batch, -1, -1).gather(-1, flat).view(*batch, H, M, N)
+
+
+def coordinates(pos: Tensor, grid_size: int) -> Tensor:
+    """row * (2G-1) + column: the difference of two of them, plus :func:`center`, is a row of the table."""
+    return pos // grid_size * (2 * grid_size - 1) + pos % grid_size
+
+
+def center(grid_size: int) -> int:
+    """The table's row of a token and itself."""
+    return 2 * grid_size * (grid_size - 1)
+
+
+def bias_mask(
+    q_BHMd: Tensor,
+    table_RH: Tensor,
+    call: "Call",
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    multiple: int = 1,
+) -> Tensor:
+    """[B, H, M, N] in the dtype of q, spelt out for every sample where positions differ, else a view.
+
+    Its rows lie a multiple of ``multiple`` elements apart: memory-efficient attention asks for 8.
+    """
+    every = torch.arange(call.grid_size**2, device=q_BHMd.device)
+    q_pos, k_pos = (every if pos is None else pos for pos in (q_pos, k_pos))
+    if multiple == 1:
+        bias = relative_bias(table_RH, call.grid_size, q_pos, k_pos).to(q_BHMd.dtype)
+    else:
+        N = k_pos.shape[-1]
+        k_pos = F.pad(k_pos, (0, -N % multiple))
+        bias = relative_bias(table_RH, call.grid_size, q_pos, k_pos).to(q_BHMd.dtype)[..., :N]
+    return bias.expand(len(q_BHMd), -1, -1, -1)
 
 
 def rel_attention(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: "Call") -> Tensor:
@@ -55,10 +85,6 @@ def _attend(
         return q_BHMd @ k_BHNd.transpose(2, 3) @ v_BHNd  # zeros, with gradients
     if table_RH is None:
         return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, scale=call.scale)
-    every = torch.arange(call.grid_size**2, device=q_BHMd.device)
-    bias = relative_bias(
-        table_RH, call.grid_size, every if q_pos is None else q_pos, every if k_pos is None else k_pos
-    )
-    # Spelt out for every sample, without memory: given [H, M, N], PyTorch takes its slowest way on a CPU.
-    bias = bias.to(q_BHMd.dtype).expand(len(q_BHMd), -1, -1, -1)
-    return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=bias, scale=call.scale)
+    # A mask for every sample, without memory: given [H, M, N], PyTorch takes its slowest way on a CPU.
+    mask = bias_mask(q_BHMd, table_RH, call, q_pos, k_pos, multiple=8 if q_BHMd.is_cuda else 1)
+    return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=mask, scale=call.scale)

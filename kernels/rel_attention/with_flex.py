@@ -1,7 +1,7 @@
 """Attention by PyTorch's FlexAttention, with a ``score_mod`` that reads the table.
 
 On CUDA it is compiled, and its gradient of the table is summed by atomics: not the same bits in every run. On
-the CPU it has no gradients, and runs as plain PyTorch.
+the CPU it has no gradients, and runs as plain PyTorch. The compiled form has not run on a GPU yet.
 """
 
 from collections.abc import Callable
@@ -12,45 +12,70 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .call import Call
+from .call import Call, Side
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALLEST = 16
+"""The smallest head size that the compiled form takes."""
+VARIANTS = 64
+"""Compiled forms in one process (PyTorch's 8 are few: dtype, gradients, one length or many, models)."""
 
 
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
     if call.ragged:
         return "samples of different lengths (q_offsets); pad them, or take triton or sdpa"
-    if not q.is_cuda and needs_grad:
-        return f"FlexAttention has no gradients on {q.device.type}"
+    return limits(q, needs_grad, q.device.type)
+
+
+def limits(q: Tensor, needs_grad: bool, device: str) -> str | None:
+    """What it cannot on a device of this type."""
+    if device != "cuda":
+        return f"FlexAttention has no gradients on {device}" if needs_grad else None
+    if q.dtype not in DTYPES:
+        return f"on CUDA it takes float32, float16 or bfloat16; got {q.dtype}"
+    if q.shape[-1] < SMALLEST:
+        return f"head size {q.shape[-1]}, on CUDA it takes {SMALLEST} or more"
     return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     if not q.numel() or not k.numel():
         return reference.rel_attention(q, k, v, table_RH, call)
+    if not q.is_cuda:
+        q, k, v = (x.detach() for x in (q, k, v))  # under no_grad too it refuses a leaf that requires one
     score_mod = None if table_RH is None else _score_mod(table_RH, call, q.device)
-    return _attention(q.is_cuda)(q, k, v, score_mod=score_mod, scale=call.scale)
+    if torch.compiler.is_compiling():
+        return _flex_attention()(q, k, v, score_mod=score_mod, scale=call.scale)
+    attention = _compiled() if q.is_cuda else _flex_attention()
+    with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        out: Tensor = attention(q, k, v, score_mod=score_mod, scale=call.scale)
+    return out
+
+
+def _flex_attention() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
 
 
 @cache
-def _attention(compiled: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    attention: Callable[..., Any] = flex_attention
-    return torch.compile(attention) if compiled else attention
+def _compiled() -> Callable[..., Any]:
+    # fullgraph: past the limit of variants it raises, where it would go on uncompiled, slowly, unsaid.
+    return torch.compile(_flex_attention(), fullgraph=True)
 
 
 def _score_mod(table_RH: Tensor, call: Call, device: torch.device) -> Callable[..., Tensor]:
-    G = call.grid_size
-    u = [_coordinate(side.pos, G, device) for side in (call.queries, call.keys)]
-    q_each, k_each = (side.pos is not None for side in (call.queries, call.keys))
+    # Numbers in tensors: a captured int would be one more thing to compile anew for.
+    u_q = _coordinates(call.queries, call.grid_size, device) + reference.center(call.grid_size)
+    u_k = _coordinates(call.keys, call.grid_size, device)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
-        u_q = u[0][b, m] if q_each else u[0][m]
-        u_k = u[1][b, n] if k_each else u[1][n]
-        return score + table_RH[u_q - u_k + 2 * G * (G - 1), h]
+        return score + table_RH[u_q[b, m] - u_k[b, n], h]
 
     return score_mod
 
 
-def _coordinate(pos: Tensor | None, G: int, device: torch.device) -> Tensor:
-    every = torch.arange(G * G, device=device) if pos is None else pos
-    return every // G * (2 * G - 1) + every % G
+def _coordinates(side: Side, grid_size: int, device: torch.device) -> Tensor:
+    """[B, length], whether or not positions differ per sample: one ``score_mod`` for both."""
+    pos = torch.arange(grid_size**2, device=device) if side.pos is None else side.pos
+    return reference.coordinates(pos, grid_size).expand(side.batch, -1).contiguous()

@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import reference
 from .call import Call
 
-# Not cuDNN, whose gradients with a mask have been wrong in some versions. With a mask EFFICIENT serves, with
-# float64 MATH.
+# Without a mask FLASH serves, with one EFFICIENT, and MATH what they cannot (float64, head sizes that are no
+# multiple of 8). Never cuDNN: with a mask its gradients have been wrong in some versions, or NaN.
 PINNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -20,7 +20,14 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     if not q.is_cuda:
         return reference.rel_attention(q, k, v, table_RH, call)
-    with sdpa_kernel(PINNED):
+    return _pinned(q, k, v, table_RH, call)
+
+
+def _pinned(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
+    # Where the mask alone needs a gradient, EFFICIENT has read memory that was not there.
+    heads_need_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    mask_alone = table_RH is not None and table_RH.requires_grad and not heads_need_grad
+    with sdpa_kernel([SDPBackend.MATH] if mask_alone and torch.is_grad_enabled() else PINNED):
         return reference.rel_attention(q, k, v, table_RH, call)
 
 

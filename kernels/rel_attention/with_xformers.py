@@ -1,24 +1,34 @@
-"""Attention by xformers' ``memory_efficient_attention``, with the bias spelt out, gradients included."""
+"""Attention by xformers' ``memory_efficient_attention``, with the bias spelt out, gradients included.
 
-import importlib.util
+Written from the source of xformers 0.0.35; not run on a GPU yet.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .call import Call
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NEWEST = (9, 0)
+"""The newest compute capability that its kernel with a bias is made for."""
+
+
+def _version() -> str | None:
+    try:
+        return version("xformers")
+    except PackageNotFoundError:
+        return None
+
+
+VERSION = _version()  # asked in every call
 
 
 def installed() -> str | None:
     """Its version, or None."""
-    if importlib.util.find_spec("xformers") is None:
-        return None
-    from importlib.metadata import version
-
-    return version("xformers")
+    return VERSION
 
 
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
@@ -26,8 +36,24 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
         return "xformers is not installed (pip install xformers)"
     if not q.is_cuda or q.dtype not in DTYPES:
         return f"it needs a CUDA device and float32, float16 or bfloat16; got {q.dtype} on {q.device}"
+    gpu = torch.cuda.get_device_properties(q.device)
+    return limits(q, table_RH, call, needs_grad, (gpu.major, gpu.minor))
+
+
+def limits(
+    q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool, capability: tuple[int, int]
+) -> str | None:
+    """What it cannot on a GPU of this compute capability."""
     if call.ragged:
         return "samples of different lengths (q_offsets); pad them, or take triton or sdpa"
+    multiple = 16 // q.element_size()
+    if q.shape[-1] % multiple:
+        return f"head size {q.shape[-1]}, it takes multiples of {multiple} in {q.dtype}"
+    if table_RH is not None and capability > NEWEST:
+        major, minor = capability
+        return f"it takes a bias up to compute capability 9.0, this GPU has {major}.{minor}"
+    if needs_grad and table_RH is not None and table_RH.requires_grad and not q.requires_grad:
+        return "the table needs a gradient and q does not: xformers would give none"
     return None
 
 
@@ -36,17 +62,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call)
         return reference.rel_attention(q, k, v, table_RH, call)
     from xformers.ops import memory_efficient_attention
 
-    bias = None if table_RH is None else _bias(q, k, table_RH, call)
+    bias = None
+    if table_RH is not None:
+        bias = reference.bias_mask(q, table_RH, call, call.queries.pos, call.keys.pos, multiple=8)
     out = memory_efficient_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias, scale=call.scale
     )
     return out.transpose(1, 2)
-
-
-def _bias(q: Tensor, k: Tensor, table_RH: Tensor, call: Call) -> Tensor:
-    """[B, H, M, N] in the dtype of q, its rows a multiple of 16 bytes apart, as xformers asks."""
-    every = torch.arange(call.grid_size**2, device=q.device)
-    positions = (every if side.pos is None else side.pos for side in (call.queries, call.keys))
-    bias = reference.relative_bias(table_RH, call.grid_size, *positions).to(q.dtype)
-    N = k.shape[2]
-    return F.pad(bias, (0, -N % 8)).expand(len(q), -1, -1, -1)[..., :N]
