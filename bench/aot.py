@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from rich.console import Console
 from rich.table import Table
 
+import aot_csrc
 from mdt_fast.kernels.aot import Case, compile_case
 from rows import RowFile
 
@@ -46,7 +47,13 @@ def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
                 bad += isinstance(outcome, str) or outcome["spill_bytes"] > 0
                 name = case.kernel.__name__.removesuffix("_kernel")
                 table.add_row(name, case.label, str(case.num_warps), *_cells(outcome))
+            for name, numbers in _csrc(arch, rows):
+                number += 1
+                bad += isinstance(numbers, str) or numbers["spill_bytes"] > 0
+                table.add_row(name, "csrc", "", *_cells(numbers))
             console.print(table)
+        if aot_csrc.nvcc() is None:
+            print("the kernels of csrc/ were left out: nvcc was not found")
     print(f"{number} compiled, {bad} of them spill or fail")
     return 1 if bad else 0
 
@@ -67,6 +74,28 @@ def _compile(job: tuple[str, str, int]) -> Outcome:
     if arch in SHARED_BYTES:
         return numbers | {"occupancy": _occupancy(numbers, case.num_warps, SHARED_BYTES[arch])}
     return dict(numbers)
+
+
+def _csrc(arch: str, rows: RowFile) -> list[tuple[str, Outcome]]:
+    """The CUDA kernels of ``csrc/``, if nvcc is here; recorded like the others."""
+    if aot_csrc.nvcc() is None or not arch.startswith("sm_"):
+        return []
+    found: list[tuple[str, Outcome]] = []
+    for source in aot_csrc.SOURCES:
+        common = {"bench": "aot", "op": source.removesuffix(".cu"), "arch": arch, "provider": "csrc",
+                  "mode": "fwd"}  # fmt: skip
+        try:
+            kernels = aot_csrc.compile_source(source, arch)
+        except RuntimeError as error:
+            found.append((source, str(error)))
+            rows.add(**common, kernel=source, metric="failed", unit="", note=str(error)[:300])
+            continue
+        for name, numbers in kernels.items():
+            found.append((name, numbers))
+            for metric, value in numbers.items():
+                unit = "B" if metric.endswith("bytes") else "1"
+                rows.add((None, value, None), **common, kernel=name, metric=metric, unit=unit)
+    return found
 
 
 def _occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:

@@ -8,6 +8,8 @@ from .backends import Backend, backends
 from .bias_gelu import bias_gelu
 from .cfg_step import cfg_step, ddim_coefficients, ddpm_coefficients
 from .ln_modulate import gate_residual_ln_modulate, ln_modulate
+from .mask_plan import MaskIds, mask_plan
+from .optim import adamw_step, adan_step, grad_norm, grad_sumsq
 from .patch_embed import patch_embed
 from .rel_attention import attention_backends, rel_attention, rel_attention_qkvpacked, relative_bias
 from .skip_linear import patch_skip_linear, skip_linear
@@ -15,6 +17,9 @@ from .tokens import gather_tokens, merge_tokens, unmask_tokens
 
 __all__ = [
     "Backend",
+    "MaskIds",
+    "adamw_step",
+    "adan_step",
     "attention_backends",
     "backends",
     "bias_gelu",
@@ -23,7 +28,10 @@ __all__ = [
     "ddpm_coefficients",
     "gate_residual_ln_modulate",
     "gather_tokens",
+    "grad_norm",
+    "grad_sumsq",
     "ln_modulate",
+    "mask_plan",
     "merge_tokens",
     "patch_embed",
     "patch_skip_linear",

@@ -60,11 +60,25 @@ def _read_cubin(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, sass = (_cuobjdump(flag, path) for flag in ("-res-usage", "-sass"))
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
+        (numbers,) = read_cubin(path).values()
+    return numbers
+
+
+def read_cubin(path: Path) -> dict[str, dict[str, int]]:
+    """Registers, spills, stack, static shared memory and instruction counts of each kernel in a file."""
+    usage, sass = (_cuobjdump(flag, path) for flag in ("-res-usage", "-sass"))
+    found = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage, flags=re.MULTILINE
+    )
+    if not found:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage[:200]!r}")
-    registers, stack, local = map(int, found.groups())
+    code = dict(zip(*[iter(re.split(r"Function : (\S+)", sass)[1:])] * 2, strict=True))
+    return {
+        name: _numbers(*map(int, numbers), sass=code[name]) for name, *numbers in found
+    }  # fmt: skip
+
+
+def _numbers(registers: int, stack: int, shared: int, local: int, sass: str) -> dict[str, int]:
     counts = {
         name: len(re.findall(pattern, sass))
         for name, pattern in {
@@ -77,7 +91,7 @@ def _read_cubin(cubin: bytes) -> dict[str, int]:
     # Local memory is where registers go that do not fit; loads and stores of it tell of spills too.
     spills = local + 4 * 32 * (counts["LDL"] + counts["STL"])
     return {
-        "registers": registers, "stack_bytes": stack, "spill_bytes": spills, **counts
+        "registers": registers, "stack_bytes": stack, "shared_bytes": shared, "spill_bytes": spills, **counts
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Which implementation serves each op on this machine, and why.
 
 Ops with a Triton kernel run it on CUDA (float32, float16, bfloat16), and under ``TRITON_INTERPRET=1`` in
-Triton's interpreter (for tests); everything else runs the plain PyTorch of the room's ``reference.py``.
+Triton's interpreter (for tests); those of ``csrc/`` run there where it was built; everything else runs the
+plain PyTorch of the room's ``reference.py``.
 """
 
 import importlib.util
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .native import MISSING
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,8 +32,11 @@ WITH_TRITON = (
     "cfg_step",
 )
 
+NATIVE = ("mask_plan", "grad_sumsq", "adan_step", "adamw_step")
+
 OPS = (
     *WITH_TRITON,
+    *NATIVE,
     "skip_linear",
     "patch_skip_linear",
 )
@@ -55,7 +61,17 @@ def uses_triton(x: Tensor) -> bool:
     return x.dtype in DTYPES and (INTERPRETING or (x.is_cuda and HAS_TRITON))
 
 
+def _native(op: str) -> Backend:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if MISSING[device] is None:
+        return Backend(op, "csrc", f"{device.upper()} op, built with the package")
+    rest = "" if device == "cpu" or MISSING["cpu"] is not None else "; on the CPU the C++ op serves"
+    return Backend(op, "pytorch", f"PyTorch reference: the {device.upper()} op is {MISSING[device]}{rest}")
+
+
 def _backend(op: str) -> Backend:
+    if op in NATIVE:
+        return _native(op)
     plain = (
         "scaled_dot_product_attention with the bias as its mask"
         if op.startswith("rel_attention")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import RATIO_RANGE
 from .errors import UserError
+from .kernels import mask_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +37,27 @@ class MaskPlan:
         *,
         random_ratio: bool,
         device: torch.device | str | None = None,
+        ascending: bool = False,
     ) -> "MaskPlan":
         """Draw a plan as the official model does: the ratio (MDTv2 only), then one noise value per token.
 
         Both come from torch's default generators, in that order. The ratio is always drawn on the host,
-        so that no device is waited for; the noise is drawn on ``device``.
+        so that no device is waited for; the noise is drawn on ``device``. ``ascending``: see
+        :meth:`from_noise`.
         """
         if not 0 <= mask_ratio <= 1:
             raise UserError(f"mask_ratio: got {mask_ratio}, allowed are 0..1")
         len_keep = (
             draw_len_keep(num_tokens, mask_ratio) if random_ratio else int(num_tokens * (1 - mask_ratio))
         )
-        return cls.from_noise(torch.rand(batch, num_tokens, device=device), len_keep)
+        return cls.from_noise(torch.rand(batch, num_tokens, device=device), len_keep, ascending=ascending)
 
     @classmethod
-    def from_noise(cls, noise: Tensor, len_keep: int) -> "MaskPlan":
+    def from_noise(cls, noise: Tensor, len_keep: int, *, ascending: bool = False) -> "MaskPlan":
         """Keep the ``len_keep`` tokens with the smallest noise; ``noise`` is [B, L], any float dtype.
 
-        Tokens stand in the order of their noise (the official order); see :meth:`sorted`. Equal noise
+        Tokens stand in the order of their noise (the official order), or with ``ascending`` in the order of
+        their numbers, in one step (``kernels.mask_plan``) and as :meth:`sorted` would have them. Equal noise
         is ordered by token number. Raises ``UserError`` for a noise that is not [B, L] or has NaN (on
         the CPU), and for a ``len_keep`` outside 0..L.
         """
@@ -63,6 +67,8 @@ class MaskPlan:
             raise UserError("noise: has NaN values; allowed are ordinary numbers")
         if not 0 <= len_keep <= noise.shape[1]:
             raise UserError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
+        if ascending:
+            return cls(*mask_plan(noise, len_keep))
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)
         return cls._from_ids(ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep:])
 

@@ -13,6 +13,8 @@ import pytest
 from mdt_fast.kernels.aot import ARCHITECTURES
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "kernels.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import aot_csrc  # noqa: E402
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -53,6 +55,25 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
             wide[row["kernel"], row["shape"]] += row["p50"]
         gathered = {"rel_attention_bwd_gather_kernel"}  # numbers of other tokens stand side by side in memory
         assert {kernel for (kernel, _), loads in wide.items() if loads < 2} <= gathered
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch.startswith("sm_")])
+def test_no_cuda_kernel_spills(arch: str) -> None:
+    """csrc/, by nvcc: registers leave room for two blocks, memory-bound kernels move 16 bytes at a time."""
+    if aot_csrc.nvcc() is None:
+        pytest.skip("needs nvcc (CUDA_HOME, or pip install nvidia-cuda-nvcc)")
+    kernels: dict[str, dict[str, float]] = {}
+    for source in aot_csrc.SOURCES:
+        kernels |= aot_csrc.compile_source(source, arch)
+    threads = {"mask_plan_kernel<f, 1024, 4>": 1024, "step_kernel<0>": 256, "step_kernel<1>": 256}
+    assert threads.keys() < kernels.keys()
+    assert len(kernels) == 11
+    for name, numbers in kernels.items():
+        assert numbers["spill_bytes"] == numbers["stack_bytes"] == 0, name
+        assert numbers["shared_bytes"] <= 48 * 1024, name
+        assert numbers["registers"] * threads.get(name, 256) <= 65536, name
+    for name in ("step_kernel<0>", "step_kernel<1>", "sumsq_kernel"):
+        assert kernels[name]["LDG.128"] >= 2, name
 
 
 def test_unknown_architecture() -> None:

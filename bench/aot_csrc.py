@@ -1,0 +1,52 @@
+"""The machine code of ``csrc/``'s CUDA kernels, by nvcc, for GPUs that need not be here."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from mdt_fast.kernels.aot import read_cubin
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = ("mask_plan.cu", "optim.cu")
+FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+
+
+@cache
+def nvcc() -> Path | None:
+    """CUDA's compiler: in ``CUDA_HOME``, on the path, in ``/usr/local/cuda``, or of its pip packages."""
+    packages = sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*"))
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *packages]
+    for home in homes:
+        if home and (compiler := Path(home, "bin", "nvcc")).exists():
+            return compiler
+    on_path = shutil.which("nvcc")
+    return Path(on_path) if on_path else None
+
+
+def compile_source(source: str, arch: str) -> dict[str, dict[str, float]]:
+    """Numbers of each kernel of ``csrc/<source>`` for ``arch``, by name. ``RuntimeError`` if it fails."""
+    compiler = nvcc()
+    if compiler is None:
+        raise RuntimeError("nvcc was not found (set CUDA_HOME, or pip install nvidia-cuda-nvcc)")
+    include = [Path(torch.__file__).parent / "include", *compiler.resolve().parents[1].glob("include/cccl")]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        options = [*FLAGS, f"-arch={arch}", *(f"-I{path}" for path in include)]
+        command = [str(compiler), "-cubin", *options, str(CSRC / source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc: {(done.stderr or done.stdout).strip()}")
+        return {_short(name): dict(numbers) for name, numbers in read_cubin(cubin).items()}
+
+
+def _short(mangled: str) -> str:
+    """``mask_plan_kernel<f, 128, 2>`` of a mangled name."""
+    name, arguments = re.search(r"(?<=\d)([a-z_]+_kernel)(?:I(.*?)EE?v)?", mangled).groups()  # type: ignore[union-attr]
+    values = re.findall(r"^[df](?=L)|(?<=L[ib])\d+", arguments or "")
+    return f"{name}<{', '.join(values)}>" if values else name

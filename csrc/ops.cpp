@@ -1,0 +1,17 @@
+// The schemas of all native ops. Implementations: <op>.cpp for the CPU, <op>.cu for CUDA.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
+  m.def("mask_plan(Tensor noise, int len_keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("grad_sumsq(Tensor[] grads) -> Tensor");
+  m.def(
+      "adan_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_diff, "
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] neg_pre_grad, Tensor(f!)[] masters, Tensor(g!)[] emas, "
+      "Tensor(h!)[] steps, Tensor lr, Tensor grad_norm, float beta1, float beta2, float beta3, float eps, "
+      "float weight_decay, bool no_prox, float max_grad_norm, float clip_eps, float[] ema_decays) -> ()");
+  m.def(
+      "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+      "Tensor(d!)[] masters, Tensor(e!)[] emas, Tensor(f!)[] steps, Tensor lr, Tensor grad_norm, "
+      "float beta1, float beta2, float eps, float weight_decay, float max_grad_norm, float clip_eps, "
+      "float[] ema_decays) -> ()");
+}

@@ -1,0 +1,63 @@
+"""The public function: checks, then csrc's op where it was built, else PyTorch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..native import library
+from . import reference
+
+MOST_TOKENS_ON_CUDA = 4096
+
+
+class MaskIds(NamedTuple):
+    """What a mask keeps: B samples, L tokens, K kept; int64 but for ``mask``.
+
+    ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K]: kept and dropped token numbers, ascending.
+    ``ids_restore`` [B, L]: where each token stands in ``cat([ids_keep, ids_mask])``.
+    ``mask`` [B, L] (float32): 0 where a token is kept, 1 where it was dropped.
+    """
+
+    ids_keep: Tensor
+    ids_mask: Tensor
+    ids_restore: Tensor
+    mask: Tensor
+
+
+def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
+    """Keep the ``len_keep`` tokens with the smallest noise in each row of ``noise`` [B, L] (any float dtype).
+
+    The tokens kept are those of ``argsort(noise, stable=True)[:, :len_keep]``: equal numbers in the order of
+    their tokens, -0 equal to 0. No gradients. On CUDA one launch for the batch, up to 4096 tokens (more: two
+    sorts by PyTorch), and NaN counts as largest; on the CPU NaN raises.
+
+    Raises ``ValueError`` for a noise that is not [B, L] of floats or has NaN (CPU), and a ``len_keep``
+    outside 0..L.
+    """
+    if noise.ndim != 2 or not noise.is_floating_point():
+        raise ValueError(f"noise: {noise.dtype} {list(noise.shape)}, expected floating-point [B, L]")
+    if not isinstance(len_keep, int | torch.SymInt) or isinstance(len_keep, bool):
+        raise ValueError(f"len_keep: got {len_keep!r}, expected a whole number")
+    if not 0 <= len_keep <= noise.shape[1]:
+        raise ValueError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
+    if noise.device.type == "cpu" and not torch.compiler.is_compiling() and noise.isnan().any():
+        raise ValueError("noise: has NaN values; allowed are ordinary numbers")
+    noise = noise.detach()
+    fits = noise.device.type != "cuda" or noise.shape[1] <= MOST_TOKENS_ON_CUDA
+    if not fits or not library(noise.device.type):
+        return MaskIds(*reference.mask_plan(noise, len_keep))
+    if noise.dtype != torch.float64:
+        noise = noise.float()  # exact, and in the same order
+    return MaskIds(*torch.ops.mdt_fast.mask_plan(noise.contiguous(), len_keep))
+
+
+if library("cpu"):
+
+    @torch.library.register_fake("mdt_fast::mask_plan")
+    def _(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        B, L = noise.shape
+        ids_keep, ids_mask, ids_restore = (
+            noise.new_empty((B, n), dtype=torch.int64) for n in (len_keep, L - len_keep, L)
+        )
+        return ids_keep, ids_mask, ids_restore, noise.new_empty((B, L), dtype=torch.float32)

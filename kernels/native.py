@@ -1,0 +1,43 @@
+"""The ops of ``csrc/``: two libraries, for the CPU and for CUDA, built with the package where possible.
+
+They are looked for beside this file, or in ``MDT_FAST_NATIVE`` if that names a folder; with
+``MDT_FAST_NATIVE=0`` they are left alone. Where one is missing, PyTorch serves.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+DEVICES = ("cpu", "cuda")
+SETTING = os.environ.get("MDT_FAST_NATIVE", "")
+
+
+def _load(device: str) -> str | None:
+    """Load a device's library. Returns what keeps it from serving, or None."""
+    if SETTING == "0":
+        return "turned off by MDT_FAST_NATIVE=0"
+    folder = Path(SETTING) if SETTING else Path(__file__).parent
+    found = sorted(folder.glob(f"_{device}.*"))
+    if device == "cuda" and torch.version.cuda is None:
+        return "this torch is built for the CPU"
+    if not found:
+        return "not built (with torch and a C++ compiler there: pip install --no-build-isolation)"
+    if device == "cuda" and MISSING["cpu"] is not None:
+        return f"needs the CPU's library, which is {MISSING['cpu']}"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+    return None
+
+
+MISSING: dict[str, str | None] = {}
+"""For each device, why its library is not loaded; None where it is."""
+for _device in DEVICES:
+    MISSING[_device] = _load(_device)
+
+
+def library(device: str) -> bool:
+    """Whether the native ops serve tensors on this type of device (``"cpu"``, ``"cuda"``)."""
+    return MISSING.get(device, "no such device") is None

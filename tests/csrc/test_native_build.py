@@ -1,0 +1,166 @@
+"""How ``csrc/`` is built and found: with a compiler and without, with torch and without; and what it says."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdt_fast.kernels.native import MISSING, library
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["mdt_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+SETTINGS = ("MDT_FAST_CUDA", "TORCH_CUDA_ARCH_LIST", "MDT_FAST_NATIVE", "TRITON_INTERPRET")
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what the package is built from, without anything built."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path / "source" / name)
+    return tmp_path / "source"
+
+
+def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``pip wheel`` without the network, as ``pip install --no-build-isolation`` builds."""
+    pytest.importorskip("pip", reason="needs pip to build a wheel")
+    env = {name: value for name, value in os.environ.items() if name not in SETTINGS} | environment
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index"]
+    command += ["-w", str(source.parent / "wheel"), str(source)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def libraries(source: Path) -> list[str]:
+    (wheel,) = (source.parent / "wheel").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    return [name for name in names if name.endswith(".so")]
+
+
+def run(code: str, **environment: str) -> str:
+    env = os.environ | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    ).stdout
+
+
+def test_this_checkout_has_the_cpu_ops() -> None:
+    """Built by the set-up; without a compiler they would be missing, and every test of them skipped."""
+    assert library("cpu"), MISSING["cpu"]
+
+
+def test_one_binary_for_every_python(source: Path) -> None:
+    done = build(source, MDT_FAST_CUDA="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (source.parent / "wheel").glob("*.whl")
+    assert "-cp311-abi3-" in wheel.name
+    assert libraries(source) == ["mdt_fast/kernels/_cpu.abi3.so"]
+
+
+def test_without_a_compiler(source: Path) -> None:
+    done = build(source, CXX="/nowhere/c++", CC="/nowhere/cc", MDT_FAST_CUDA="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "could not be built" in done.stdout + done.stderr
+    assert libraries(source) == []
+
+
+def test_a_compiler_that_fails(source: Path) -> None:
+    with open(source / "csrc" / "update.h", "a") as header:
+        header.write("#error this compiler is too old\n")
+    done = build(source, MDT_FAST_CUDA="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no mdt_fast.kernels._cpu: it could not be built" in done.stdout + done.stderr
+    assert libraries(source) == []
+
+
+def test_without_torch(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "hidden" / "torch").mkdir(parents=True)
+    (tmp_path / "hidden" / "torch" / "__init__.py").write_text("raise ImportError('hidden from this test')")
+    done = build(source, PYTHONPATH=str(tmp_path / "hidden"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no native ops: torch cannot be imported here (hidden from this test)" in done.stdout + done.stderr
+    assert libraries(source) == []
+    assert build(source, PYTHONPATH=str(tmp_path / "hidden"), MDT_FAST_CUDA="1").returncode != 0
+
+
+def test_settings_are_checked(source: Path, tmp_path: Path) -> None:
+    done = build(source, MDT_FAST_CUDA="yes")
+    assert done.returncode != 0
+    assert "MDT_FAST_CUDA: got 'yes', allowed are auto, 0 and 1" in done.stdout + done.stderr
+    done = build(source, MDT_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert f"MDT_FAST_CUDA=1: no nvcc with its static runtime in {tmp_path}" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists(), reason="needs CUDA in /usr/local/cuda")
+def test_cuda_ops_without_a_gpu(source: Path) -> None:
+    done = build(source, MDT_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert libraries(source) == ["mdt_fast/kernels/_cpu.abi3.so", "mdt_fast/kernels/_cuda.abi3.so"]
+    (wheel,) = (source.parent / "wheel").glob("*.whl")
+    content = zipfile.ZipFile(wheel).read("mdt_fast/kernels/_cuda.abi3.so")
+    assert b"libtorch_cuda.so" in content
+    assert b"libcudart.so" not in content  # static
+
+
+def test_the_ops_can_be_turned_off() -> None:
+    code = (
+        "import torch; from mdt_fast.kernels import backends, mask_plan, native\n"
+        "print(native.MISSING['cpu']); print(mask_plan(torch.tensor([[.3, .1, .2]]), 2).ids_keep.tolist())\n"
+        "print([b.backend for b in backends() if b.op == 'mask_plan'])"
+    )
+    out = run(code, MDT_FAST_NATIVE="0").splitlines()
+    assert out[0] == "turned off by MDT_FAST_NATIVE=0"
+    assert out[1:] == ["[[1, 2]]", "['pytorch']"]
+
+
+def test_a_damaged_library_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "_cpu.abi3.so").write_bytes(b"\x7fELF and no more")
+    code = (
+        "import torch; from mdt_fast.kernels import mask_plan, native; print(native.MISSING['cpu'])\n"
+        "print(mask_plan(torch.tensor([[.3, .1, .2]]), 2).ids_keep.tolist())"
+    )
+    first, second = run(code, MDT_FAST_NATIVE=str(tmp_path)).splitlines()
+    assert first.startswith("cannot be loaded: ")
+    assert second == "[[1, 2]]"
+
+
+def test_an_empty_folder_is_told_of(tmp_path: Path) -> None:
+    code = "from mdt_fast.kernels import native; print(native.MISSING['cpu'])"
+    assert run(code, MDT_FAST_NATIVE=str(tmp_path)).startswith("not built")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the sanitizers' libraries to be preloaded")
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """The C++ ops compiled with checks of every address and of undefined behaviour, under their own tests."""
+    runtime = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("needs g++ with its address sanitizer")
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1"]
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000", *checks]
+    home = Path(torch.__file__).parent
+    command += [f"-I{home / 'include'}", f"-L{home / 'lib'}"]
+    sources = [str(ROOT / "csrc" / name) for name in ("ops.cpp", "mask_plan.cpp", "optim.cpp")]
+    subprocess.run([*command, *sources, "-ltorch_cpu", "-lc10", "-o", tmp_path / "_cpu.so"], check=True)
+    env = os.environ | {
+        "MDT_FAST_NATIVE": str(tmp_path), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    tests = [ROOT / "tests" / "kernels" / "test_mask_plan.py", ROOT / "tests" / "test_optim.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
+         "-k", "not compile", *tests],
+        capture_output=True, text=True, env=env, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
