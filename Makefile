@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTHON ?=
+EXTRAS ?= test
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
@@ -38,10 +39,11 @@ types: $(READY) ## mypy: the package, then the kernel rooms
 	$(BIN)/mypy kernels
 
 clean: ## remove the environment, caches and build output (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml setup.py constraints.txt
+# torch first: csrc/ is built against it, which an isolated build could not see.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@for compiler in "$$CXX" c++ g++ clang++; do \
 	    if command -v "$$compiler" >/dev/null 2>&1; then break; fi; compiler=; \
 	done; \
@@ -54,5 +56,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 	    "name one with PYTHON=/path/to/python" >&2; exit 1; }; \
 	echo "setting up $(VENV) with $$($$python --version)"; \
 	"$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch setuptools ninja numpy
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@

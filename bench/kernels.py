@@ -7,7 +7,9 @@
 
 Timing: ``fast`` is our op as it dispatches here, ``eager`` the room's reference.py, ``compile`` that under
 torch.compile. The roof is the time of a copy of as many bytes in the same rounds or, where that is longer, of
-the matmul FLOPs at the best rate of the run. On a CPU the default is the smallest size, in under a minute.
+the matmul FLOPs at the best rate of the run. Optimiser steps are over the tensors of the whole model, against
+clipping, update and average as sweeps of their own (``optimizers.py``). On a CPU the default is the smallest
+size, in under a minute.
 
 ``--aot`` compiles every kernel at every shape class that it serves, for A100 (sm_80), H100 and H200 (sm_90),
 B200 (sm_100) and MI300 (gfx942).
@@ -23,6 +25,7 @@ import torch
 import aot
 import command
 import ops
+import optimizers
 import plots
 import points
 from mdt_fast.errors import UserError, nearest
@@ -65,7 +68,7 @@ def time_ops(args: argparse.Namespace, line: str, kept: command.Kept) -> int:
     on_cpu = request.device.type == "cpu"
     models = command.names("--model", args.model or ("S" if on_cpu else "XL"), tuple(ops.WIDTHS))
     B = command.whole("--batch", args.batch or ("2" if on_cpu else "32"))
-    known = tuple(ops.cases("S", 1))
+    known = (*ops.cases("S", 1), *optimizers.PROVIDERS)
     asked = command.names("--ops", args.ops, known) if args.ops is not None else list(known)
     chosen = [
         cases[name].point(mode, dtype)
@@ -73,8 +76,15 @@ def time_ops(args: argparse.Namespace, line: str, kept: command.Kept) -> int:
         for name in asked
         for dtype in request.dtypes
         for mode in request.modes
-        if mode in cases[name].modes
+        if name in cases and mode in cases[name].modes
     ]
+    if "fwd" in request.modes:
+        chosen += [
+            optimizers.point(name, model)
+            for model in models
+            for name in asked
+            if name in optimizers.PROVIDERS
+        ]
     if not chosen:
         raise UserError(f"--mode: {', '.join(asked)} has no backward pass, allowed is fwd")
     kept.rows = rows = RowFile(args.json, machine(request.device, line))

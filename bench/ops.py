@@ -17,14 +17,17 @@ from mdt_fast.kernels.backends import INTERPRETING, backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.cfg_step import reference as plain_cfg
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
+from mdt_fast.kernels.mask_plan import reference as plain_mask
 from mdt_fast.kernels.patch_embed import reference as plain_patch
 from mdt_fast.kernels.skip_linear import reference as plain_skip
 from mdt_fast.kernels.tokens import reference as plain_tokens
 from mdt_fast.masking import MaskPlan
 from providers import Skip, compile_obstacle
 
-PROVIDERS = ("fast", "eager", "compile")
+OURS = ("fast", "eager", "compile")
 """Our op as it dispatches; the room's ``reference.py``; that under ``torch.compile``."""
+PROVIDERS = (*OURS, "fused", "timm", "apex")
+"""Besides, for optimiser steps alone: see ``optimizers.py``."""
 
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 TOKENS, KEPT = 256, 153
@@ -77,7 +80,7 @@ class Op:
         return points.Point(
             bench="kernels", op=self.name, mode=mode, shape=self.shape, dtype=dtype,
             prepare=partial(self.prepare, mode, dtype), base="eager", oracle="eager",
-            bytes=moved, flops=sum(self.flops[parts]), roofline=True,
+            bytes=moved, flops=sum(self.flops[parts]), roofline=True, providers=OURS,
             switches={"fast": {"backend": served[self.name]}, "compile": {"compile": True}},
         )  # fmt: skip
 
@@ -106,7 +109,8 @@ class Op:
 def cases(model: str, B: int) -> dict[str, Op]:
     """Every op by its name, at the width of ``model`` (a key of ``WIDTHS``) and batch ``B``."""
     D, L, K = WIDTHS[model], TOKENS, KEPT
-    return {op.name: op for op in (*_rows(B, L, D), *_tokens(B, L, K, D), *_linear(B, L, D), _sampling(B))}
+    ops = (*_rows(B, L, D), *_tokens(B, L, K, D), *_linear(B, L, D), _sampling(B), _masks(B, L, K))
+    return {op.name: op for op in ops}
 
 
 def _rows(B: int, L: int, D: int) -> list[Op]:
@@ -241,4 +245,16 @@ def _sampling(images: int) -> Op:
         name="cfg_step", shape={"B": B, "C": CHANNELS, "S": side}, arguments=arguments,
         fast=lambda *tensors: kernels.cfg_step(*tensors[:-1], scale=tensors[-1]), eager=eager,
         elements=(2 * N, 0), other_bytes=16 * N, modes=("fwd",),
+    )  # fmt: skip
+
+
+def _masks(B: int, L: int, K: int) -> Op:
+    """Noise is float32 whatever the dtype; ids are int64."""
+
+    def arguments(make: Maker) -> tuple[Any, ...]:
+        return torch.rand(B, L, generator=make.generator, device=make.device), K
+
+    return Op(
+        name="mask_plan", shape={"B": B, "L": L, "K": K}, arguments=arguments, fast=kernels.mask_plan,
+        eager=plain_mask.mask_plan, elements=(0, 0), other_bytes=B * L * (4 + 8 + 8 + 4), modes=("fwd",),
     )  # fmt: skip

@@ -54,7 +54,7 @@ class Point:
     """``prepare(device)`` makes the arguments and returns for each provider what makes its :data:`Call`, or
     raises ``Skip``. ``base`` is whom the others are compared with in speed, ``oracle`` in results (but for
     ``unlike``, which compute something else). ``bytes`` that a call has to move at the least, and ``flops``;
-    with ``roofline`` their share of the machine's rates is measured."""
+    with ``roofline`` their share of the machine's rates is measured. ``providers``: if it has not all."""
 
     bench: str
     op: str
@@ -68,6 +68,7 @@ class Point:
     flops: int = 0
     roofline: bool = False
     unlike: frozenset[str] = frozenset()
+    providers: tuple[str, ...] | None = None
     switches: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -218,7 +219,9 @@ class Session:
     def run(self, point: Point, deadline: float) -> list[Result]:
         """Measure the providers asked for and write their rows. A point that comes after ``deadline`` is
         skipped."""
-        names = self.request.providers
+        names = [
+            name for name in self.request.providers if point.providers is None or name in point.providers
+        ]
         found = {name: Result(point.mode, name) for name in names}
         self.roof = ""
         if time.monotonic() >= deadline:

@@ -118,12 +118,12 @@ class TrainStep(Step):
         recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5)
         self.optimizer = build_optimizer(self.module.parameters(), recipe)
         self.ema = Ema(self.module, recipe.ema_decay)
+        self.ema.attach(self.optimizer, self.module)
 
     def __call__(self, index: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(self.losses(index, self.y)).mean(1).sum().backward()
         self.optimizer.step()
-        self.ema.update(self.module)
 
     def losses(self, index: int, y: Tensor) -> list[Tensor]:
         """Loss per image [B] of each pass."""

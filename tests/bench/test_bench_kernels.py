@@ -9,10 +9,12 @@ import torch
 
 import kernels
 import ops
+import optimizers
 import plots
 import points
 from mdt_fast.kernels import backends
 from measure import Timing
+from providers import Skip
 from rows import KEYS, read
 
 
@@ -21,14 +23,35 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "TOKENS", 16)
     monkeypatch.setattr(ops, "KEPT", 9)
     monkeypatch.setitem(ops.WIDTHS, "S", 16)
+    monkeypatch.setattr(optimizers, "shapes", lambda model: [torch.Size([16, 9]), torch.Size([5])])
 
 
 def test_every_op_is_in_the_bench() -> None:
-    """Attention has a bench of its own."""
-    assert set(ops.cases("S", 1)) == {row.op for row in backends()} - {
-        "rel_attention",
-        "rel_attention_qkvpacked",
-    }
+    """Attention has a bench of its own; the norm is a part of the optimisers' steps."""
+    elsewhere = {"rel_attention", "rel_attention_qkvpacked", "grad_sumsq"}
+    assert {*ops.cases("S", 1), *optimizers.PROVIDERS} == {row.op for row in backends()} - elsewhere
+
+
+@pytest.mark.parametrize(("model", "millions"), [("S", (33, 50)), ("XL", (280, 300))])
+def test_optimisers_step_over_a_published_model(model: str, millions: tuple[int, int]) -> None:
+    sizes = optimizers.shapes(model)
+    assert millions[0] <= sum(size.numel() for size in sizes) / 1e6 <= millions[1]
+    assert torch.Size([384 if model == "S" else 1152]) in sizes
+
+
+@pytest.mark.parametrize("op", optimizers.PROVIDERS)
+def test_providers_of_a_step_agree_after_several(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "shapes", lambda model: [torch.Size([16, 9]), torch.Size([5])])
+    found = {}
+    for name, make in optimizers.point(op, "S").prepare(torch.device("cpu")).items():
+        try:
+            call = make()
+        except Skip:
+            assert name in ("timm", "apex")
+            continue
+        found[name] = [call() for _ in range(5)][-1]
+    assert {"fast", "eager"} <= found.keys()
+    assert all(points.difference(results, found["eager"]) < 1e-5 for results in found.values())
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -38,7 +61,9 @@ def test_a_run_leaves_rows_tables_and_a_picture(tmp_path: Path, capsys: pytest.C
     assert kernels.main(flags) == 0
     rows = read([rows_file])
     assert all({*KEYS, "op", "shape"} <= set(row) and row["bench"] == "kernels" for row in rows)
-    assert not [row for row in rows if row["metric"] in ("failed", "skipped")]
+    left_out = {row["provider"] for row in rows if row["metric"] in ("failed", "skipped")}
+    assert left_out <= {"timm", "apex"}
+    assert {row["provider"] for row in rows if row["op"] == "adamw_step"} >= {"fast", "eager", "fused"}
     for op, case in ops.cases("S", 2).items():
         for mode in case.modes:
             for provider in ("fast", "eager"):
@@ -61,7 +86,8 @@ def test_a_run_leaves_rows_tables_and_a_picture(tmp_path: Path, capsys: pytest.C
     fast = next(row for row in rows if row["provider"] == "fast")
     assert fast["switches"] == {"backend": "pytorch"}
     copies = [row for row in rows if row["op"] == "copy"]
-    assert len(copies) == sum(len(case.modes) for case in ops.cases("S", 2).values())
+    timed = sum(len(case.modes) for case in ops.cases("S", 2).values()) + len(optimizers.PROVIDERS)
+    assert len(copies) == timed
     out = capsys.readouterr().out
     assert "ln_modulate · B 2, L 16, D 16 · float32" in out
     assert "the smallest sizes, as this is a CPU" in out

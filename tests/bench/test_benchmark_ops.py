@@ -7,6 +7,7 @@ import torch
 
 import attention
 import ops
+import optimizers
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -22,6 +23,16 @@ def _cases() -> dict[str, ops.Op]:
 @pytest.mark.parametrize(("op", "mode"), [(op, mode) for op, case in _cases().items() for mode in case.modes])
 def test_speed_of_an_op(benchmark, op: str, mode: str) -> None:
     call = _cases()[op].prepare(mode, torch.float32, CPU)["fast"]()
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("provider", ["fast", "eager"])
+@pytest.mark.parametrize("op", optimizers.PROVIDERS)
+def test_speed_of_an_optimiser_step(
+    benchmark, op: str, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "shapes", lambda model: [torch.Size([WIDTH, 4 * WIDTH])] * 20)
+    call = optimizers.point(op, "S").prepare(CPU)[provider]()
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 
 

@@ -18,6 +18,7 @@ RANK = {
     "kernels": 0,
     "config": 1,
     "masking": 2,
+    "optim": 2,
     "diffusion": 2,
     "data": 2,
     "reference": 3,
