@@ -1,6 +1,7 @@
 """Training: optimisers, checkpoints, metrics and the loop."""
 
+from ..optim import FusedAdamW, FusedAdan
 from .loop import Result, train
-from .optim import AdamW, Adan, Ema, build_optimizer
+from .optim import Ema, build_optimizer
 
-__all__ = ["AdamW", "Adan", "Ema", "Result", "build_optimizer", "train"]
+__all__ = ["Ema", "FusedAdamW", "FusedAdan", "Result", "build_optimizer", "train"]

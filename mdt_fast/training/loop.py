@@ -73,9 +73,8 @@ def train_step(run: Run, x: Tensor, y: Tensor, metrics: Metrics) -> None:
     run.optimizer.zero_grad()
     loss.backward()
     set_learning_rate(run.optimizer, learning_rate(settings, run.step))
-    run.optimizer.step()
-    run.ema.update(run.model)
-    metrics.add(terms, t, run.optimizer.grad_norm)
+    run.optimizer.step()  # moves the average too
+    metrics.add(terms, t, run.optimizer.grad_norm.float())
     run.step += 1
 
 

@@ -16,11 +16,12 @@ from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError
 from ..files import aside
 from ..models.zoo import build_model
+from ..optim import FusedAdamW, FusedAdan
 from ..sampling import check_sampling, grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .metrics import Metrics, plot_losses
-from .optim import AdamW, Adan, Ema, build_optimizer
+from .optim import Ema, build_optimizer
 
 # What may differ from the checkpoint when a run goes on; everything else decides the numbers.
 MAY_CHANGE = (
@@ -43,7 +44,7 @@ class Run:
     device: torch.device
     model: nn.Module
     ema: Ema
-    optimizer: Adan | AdamW
+    optimizer: FusedAdan | FusedAdamW
     diffusion: GaussianDiffusion
     start: Checkpoint | None
 
@@ -130,6 +131,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None) -> Run:
     model.to(device).train()
     ema = Ema(model, config.train.ema_decay)
     optimizer = build_optimizer(model.parameters(), config.train)
+    ema.attach(optimizer, model)
     if start is not None:
         ema.model.load_state_dict(start.tensors(checkpoint.WEIGHTS["ema"]))
         start.restore_optimizer(optimizer, model)

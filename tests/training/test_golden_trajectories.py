@@ -63,6 +63,8 @@ def test_golden_trajectory(name: str, implementation: str, replay: tuple[list[Te
     )
     optimizer = build_optimizer(model.parameters(), config)
     averages = {rate: Ema(model, rate) for rate in info["ema_rates"]}
+    for average in averages.values():
+        average.attach(optimizer, model)
     diffusion = create_diffusion(info["respacing"], min_snr_gamma=5.0 if version == "v2" else None)
     uniforms, normals = replay
 
@@ -79,8 +81,6 @@ def test_golden_trajectory(name: str, implementation: str, replay: tuple[list[Te
         lr = learning_rate(config, step)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        for average in averages.values():
-            average.update(model)
 
         assert lr == pytest.approx(saved["lr"][step].item(), rel=1e-12)
         for term, values in terms.items():
@@ -118,5 +118,8 @@ def test_ema_of_golden_samplers() -> None:
     target, source = torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(5, 1, bias=False)
     target.weight.data, source.weight.data = saved["ema/target"], saved["ema/source"]
     average = Ema(target, 0.9999)
-    average.update(source)
+    optimizer = build_optimizer(source.parameters(), TrainConfig(lr=0.0))
+    average.attach(optimizer, source)
+    source.weight.grad = torch.zeros_like(source.weight)
+    optimizer.step()
     assert relative_error(average.model.weight, saved["ema/after_0.9999"]) < FLOAT32

@@ -1,0 +1,5 @@
+"""Optimisers whose whole step is one sweep over memory; they stand in for torch's AdamW and timm's Adan."""
+
+from .fused import FusedAdamW, FusedAdan
+
+__all__ = ["FusedAdamW", "FusedAdan"]

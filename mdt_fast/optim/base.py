@@ -1,0 +1,360 @@
+"""Adan and AdamW whose whole step is one sweep over memory: clipping, update, master weights, averages.
+
+The gradients are read twice (once for their norm), everything else once. Nothing waits for the device, but
+in the step that first meets a parameter, so a step can be captured in a CUDA graph after a few ordinary ones.
+A step in which a gradient is not finite changes nothing and is counted in ``skipped_steps``.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..errors import UserError
+from ..kernels.optim import grad_sumsq
+from ..kernels.optim.op import NATIVE, is_dense, run
+from .loading import check_state, restore
+from .shards import laid_out, local, split
+
+NUMBERS = {2: "two", 3: "three"}
+
+OWN = ("max_grad_norm", "clip_norm", "moments_dtype", "process_group", "grad_norm", "skipped_steps",
+       "_averages", "_decays")  # fmt: skip
+
+
+class Item(NamedTuple):
+    """A parameter with a gradient: its place among all parameters, and what of both lies on this rank."""
+
+    place: int
+    param: Tensor
+    local: Tensor
+    grad: Tensor
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What both optimisers share; not to be made itself. Their keyword-only arguments:
+
+    - ``max_grad_norm``: the gradients of all groups together are scaled to at most this norm; 0: they are
+      not. ``.grad`` is never written.
+    - ``clip_norm``: ``"global"`` clips by the norm over all ranks; ``"rank"`` by the norm of what is on this
+      one, as the official Adan does under ZeroRedundancyOptimizer.
+    - ``moments_dtype``: ``torch.bfloat16`` halves the memory of the moments (rounded stochastically by the
+      native op, to nearest by PyTorch); default float32, float64 for float64 parameters.
+    - ``process_group``: the ranks among which whole parameters are split; their squares are added up. What
+      DTensor shards is known from its placements and needs none.
+
+    Parameters are float32, bfloat16 (with a float32 ``master`` in the state, made in the first step) or
+    float64 (plain PyTorch); ``lr`` is a number, or a 0-dim tensor that is read on the device. After a step
+    ``grad_norm`` is the norm before clipping (0-dim float64) and ``skipped_steps`` (0-dim int64) counts the
+    steps left out so far; both are on the device.
+    """
+
+    op: str  # of kernels.optim
+    betas: int  # how many
+    moments: tuple[str, ...]
+    fixed: ClassVar[dict[str, Any]]  # what the plain optimiser has in its groups besides
+    refused: tuple[str, ...]  # those keys of it that would change the result, had they another value
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        max_grad_norm: float,
+        clip_norm: str,
+        moments_dtype: torch.dtype | None,
+        process_group: dist.ProcessGroup | None,
+    ):
+        if not 0 <= max_grad_norm < math.inf:
+            raise UserError(f"max_grad_norm: must be at least 0 and finite, got {max_grad_norm}")
+        if clip_norm not in ("global", "rank"):
+            raise UserError(f"clip_norm: got {clip_norm!r}, allowed are global, rank")
+        if moments_dtype not in (None, torch.float32, torch.bfloat16):
+            raise UserError(f"moments_dtype: got {moments_dtype}, allowed are None, float32, bfloat16")
+        self.max_grad_norm, self.clip_norm = float(max_grad_norm), clip_norm
+        self.moments_dtype, self.process_group = moments_dtype, process_group
+        self.grad_norm = torch.full((), math.nan, dtype=torch.float64)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self._averages: list[list[Tensor]] = []
+        self._decays: list[float] = []
+        self._rates: dict[tuple[int, torch.dtype], tuple[float, Tensor]] = {}
+        super().__init__(params, {**defaults, **self.fixed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. ``UserError`` for values and dtypes that are not served, and after ``add_ema``."""
+        if self._averages:
+            raise UserError(
+                "add_param_group: the averages of add_ema would lack its parameters; add it first"
+            )
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except UserError:
+            self.param_groups.pop()
+            raise
+
+    def add_ema(self, params: Iterable[Tensor], decay: float) -> None:
+        """Move ``params`` in every step: ``ema = decay * ema + (1 - decay) * parameter``, in the same sweep.
+
+        ``params``: one float32 tensor (float64 where the parameter is) for each parameter, in the optimiser's
+        order, of its shape and on its device. Every parameter's is moved, with a gradient or without.
+        """
+        average, own = list(params), list(self._all())
+        if not 0 <= decay < 1:
+            raise UserError(f"decay: must be in [0, 1), got {decay}")
+        if len(average) != len(own):
+            raise UserError(f"params: {len(average)} tensors to average {len(own)} parameters")
+        for i, (ema, p) in enumerate(zip(average, own)):
+            allowed = (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
+            if ema.shape != p.shape or ema.device != p.device or ema.dtype not in allowed:
+                raise UserError(
+                    f"params[{i}]: {ema.dtype} {list(ema.shape)} on {ema.device}, "
+                    f"expected {allowed[0]} {list(p.shape)} on {p.device}"
+                )
+            if local(ema).shape != local(p).shape:
+                raise UserError(f"params[{i}]: is not sharded as its parameter is")
+        self._averages.append([ema.detach() for ema in average])
+        self._decays.append(float(decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, by the gradients there are. ``UserError`` for none, and for sparse or partial ones."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups, squares = self._gather()
+        self.grad_norm = norm = self._norm(squares)
+        finite = norm.isfinite()
+        self.skipped_steps = self.skipped_steps.to(norm.device)
+        self.skipped_steps += ~finite
+        for index, (group, items) in enumerate(zip(self.param_groups, groups)):
+            served = self._begin(group, items, norm) if items else []
+            steps = self._steps(group, served)
+            batches = self._batches(served)
+            for number, ((dtype, _, native), batch) in enumerate(batches.items()):
+                last = number == len(batches) - 1
+                self._update(index, dtype, native, batch, self._of(steps, batch, last), norm)
+        self._average_others({item.place for items in groups for item in items}, finite)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the plain optimiser's, which can load it; bfloat16 parameters have a ``master`` too."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            if "step" in group:
+                group["step"] = int(group["step"])
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A state of this class or of the plain optimiser; moments and masters keep their own dtype.
+
+        ``UserError`` for options that are not served, and for states that lack something or do not fit.
+        """
+        given: dict[str, Any] = {}
+
+        def before(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            for group in loaded["param_groups"]:
+                self._check_fixed(group)
+            check_state(loaded, list(self._all()), self.moments)
+            given.update(loaded)
+
+        def after(_: torch.optim.Optimizer) -> None:
+            restore(given, list(self._all()), self.state, self.moments, self.moments_dtype)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rates = {}
+        for group in self.param_groups:
+            for key, value in self.fixed.items():
+                group.setdefault(key, value)
+
+    # What the two differ in
+
+    def _steps(self, group: dict[str, Any], items: list[Item]) -> list[Tensor]:
+        """The step counts: one for the group, or one for each item."""
+        raise NotImplementedError
+
+    def _of(self, steps: list[Tensor], batch: list[tuple[int, Item]], last: bool) -> list[Tensor]:
+        """Those of them that the op may count up for ``batch``; ``last``: the group's last batch."""
+        raise NotImplementedError
+
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Arguments of the op that only one of the two has."""
+        return ()
+
+    def _clip_eps(self, group: dict[str, Any]) -> float:
+        raise NotImplementedError
+
+    def _start(self, group: dict[str, Any], item: Item, norm: Tensor) -> bool:
+        """Fill the new state of ``item``, whose moments are zero; False: it cannot start with this step."""
+        raise NotImplementedError
+
+    # The parts of a step
+
+    def _all(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _gather(self) -> tuple[list[list[Item]], dict[Any, list[Tensor]]]:
+        """Parameters and gradients of each group; the gradients also by the ranks that hold other parts."""
+        groups: list[list[Item]] = []
+        squares: dict[Any, list[Tensor]] = {}
+        index = -1
+        for group in self.param_groups:
+            groups.append([])
+            for p in group["params"]:
+                index += 1
+                if p.grad is None:
+                    continue
+                grad, own, where = p.grad, p, None
+                if isinstance(p, DTensor):
+                    where = split(index, p, grad)
+                    grad, own = local(grad), local(p)
+                if grad.layout != torch.strided:
+                    raise UserError(f"parameter {index}: a sparse gradient; this optimiser needs dense ones")
+                if grad.dtype not in NATIVE and own.dtype in NATIVE:
+                    grad = grad.float()
+                grad = laid_out(grad, own)
+                groups[-1].append(Item(index, p, own, grad))
+                squares.setdefault(where, []).append(grad)
+        if not squares and self.process_group is None:
+            raise UserError("optimizer.step(): no parameter has a gradient; call backward() first")
+        devices = {item.local.device for items in groups for item in items}
+        if len(devices) > 1:
+            raise UserError(
+                f"optimizer.step(): parameters on {', '.join(sorted(map(str, devices)))}; one needed"
+            )
+        return groups, squares
+
+    def _norm(self, squares: dict[Any, list[Tensor]]) -> Tensor:
+        """The norm to clip by. Not finite on any rank makes it so on all, that all of them skip the step."""
+        total = torch.zeros((), dtype=torch.float64, device=local(next(self._all())).device)
+        own = total.clone()
+        for where, grads in squares.items():
+            part = grad_sumsq(grads)
+            own += part
+            if where is not None:
+                mesh, dims = where
+                for dim in dims:
+                    dist.all_reduce(part, group=mesh.get_group(dim))
+            total += part
+        if self.process_group is not None:
+            dist.all_reduce(total, group=self.process_group)
+        if self.clip_norm == "rank":
+            total = torch.where(total.isfinite(), own, total)
+        return total.sqrt()
+
+    def _begin(self, group: dict[str, Any], items: list[Item], norm: Tensor) -> list[Item]:
+        """The items with a state, new ones included."""
+        served = []
+        for item in items:
+            p = item.param
+            if not self.state.get(p):
+                dtype = self._moments_dtype(p)
+                self.state[p] = {name: torch.zeros_like(p, dtype=dtype) for name in self.moments}
+                if not self._start(group, item, norm):
+                    del self.state[p]
+                    continue
+            if p.dtype == torch.bfloat16 and "master" not in self.state[p]:
+                self.state[p]["master"] = p.detach().float()
+            served.append(item)
+        return served
+
+    def _batches(self, items: list[Item]) -> dict[tuple, list[tuple[int, Item]]]:
+        """What one call of the op takes: alike in dtypes, and in whether the layout is the native op's."""
+        batches: dict[tuple, list[tuple[int, Item]]] = {}
+        for number, item in enumerate(items):
+            strides, state = item.local.stride(), self.state[item.param]
+            parts = [value for name, value in state.items() if name != "step"]
+            parts += [average[item.place] for average in self._averages]
+            native = is_dense(item.local) and all(local(part).stride() == strides for part in parts)
+            batches.setdefault((item.local.dtype, item.grad.dtype, native), []).append((number, item))
+        return batches
+
+    def _update(
+        self,
+        index: int,
+        dtype: torch.dtype,
+        native: bool,
+        batch: list[tuple[int, Item]],
+        steps: list[Tensor],
+        norm: Tensor,
+    ) -> None:
+        group, items = self.param_groups[index], [item for _, item in batch]
+        states = [self.state[item.param] for item in items]
+        moments = [[local(state[name]) for state in states] for name in self.moments]
+        masters = [local(state["master"]) for state in states] if dtype == torch.bfloat16 else []
+        emas = [local(average[item.place]) for average in self._averages for item in items]
+        rate = self._rate(index, torch.float64 if dtype == torch.float64 else torch.float32, norm.device)
+        run(self.op, native, [item.local for item in items], [item.grad for item in items], *moments, masters,
+            emas, steps, rate, norm, *group["betas"], group["eps"], group["weight_decay"],
+            *self._options(group), self.max_grad_norm, self._clip_eps(group), self._decays)  # fmt: skip
+
+    def _rate(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The group's learning rate on the device; a number is written there when it changes."""
+        lr = self.param_groups[index]["lr"]
+        if isinstance(lr, Tensor):
+            return lr.detach().to(device, dtype, non_blocking=True).reshape(())
+        was, rate = self._rates.get((index, dtype), (None, None))
+        if rate is None or rate.device != device:
+            rate = torch.full((), lr, dtype=dtype, device=device)
+        elif was != lr:
+            rate.fill_(lr)
+        self._rates[index, dtype] = lr, rate
+        return rate
+
+    def _average_others(self, moved: set[int], finite: Tensor) -> None:
+        """Averages of parameters without a gradient; as they were if the step is skipped."""
+        others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if self._averages else []
+        if not others:
+            return
+        for average, decay in zip(self._averages, self._decays):
+            emas = [local(average[i]) for i, _ in others]
+            values = [
+                local(self.state.get(p, {}).get("master", p)).to(e.dtype) for (_, p), e in zip(others, emas)
+            ]
+            change = torch._foreach_sub(values, emas)
+            torch._foreach_mul_(change, finite * (1 - decay))
+            torch._foreach_add_(emas, change)
+
+    def _moments_dtype(self, p: Tensor) -> torch.dtype:
+        return self.moments_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
+
+    # Checks, and state from elsewhere
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            value = group[name]
+            if name == "lr" and isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise UserError(f"lr: a tensor of shape {list(value.shape)}, expected a single number")
+            elif not 0 <= value < math.inf:
+                raise UserError(f"{name}: must be at least 0 and finite, got {value}")
+        betas = group["betas"]
+        if len(betas) != self.betas or any(not 0 <= beta < 1 for beta in betas):
+            raise UserError(f"betas: {NUMBERS[self.betas]} values in [0, 1) needed, got {betas}")
+        self._check_fixed(group)
+        for i, p in enumerate(group["params"]):
+            if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise UserError(f"params[{i}]: {p.dtype}, allowed are float32, bfloat16, float64")
+
+    def _check_fixed(self, group: dict[str, Any]) -> None:
+        for name, value in self.fixed.items():
+            if name in self.refused and group.get(name, value) != value:
+                raise UserError(f"{name}: {group[name]} is not served, only {value}")

@@ -1,0 +1,71 @@
+"""Optimiser states from elsewhere: what must be in them, and how it comes into the optimiser."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..errors import UserError
+from .shards import laid_out, local
+
+UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed is put back
+
+
+def check_state(loaded: dict[str, Any], params: list[Tensor], moments: Sequence[str]) -> None:
+    """``UserError`` where an entry of the state is missing or does not fit its parameter."""
+    for i, p, entries in _entries(loaded, params):
+        for name in (*moments, "master"):
+            value = _moment(entries, name)
+            if value is None:
+                if name == "master":
+                    continue
+                raise UserError(f"state of parameter {i}: no {name!r}; it has {', '.join(map(str, entries))}")
+            if value.shape != p.shape or local(value).shape != local(p).shape:
+                raise UserError(
+                    f"state of parameter {i}: {name} of shape {list(value.shape)}, "
+                    f"or sharded otherwise, for a parameter of {list(p.shape)}"
+                )
+
+
+def restore(
+    loaded: dict[str, Any],
+    params: list[Tensor],
+    state: dict[Tensor, dict[str, Any]],
+    moments: Sequence[str],
+    moments_dtype: torch.dtype | None,
+) -> None:
+    """Put the entries of ``loaded`` into ``state`` again, in the dtypes and layouts that the step needs.
+
+    ``Optimizer.load_state_dict`` has brought them into the parameter's dtype, which would round a float32
+    master weight to bfloat16.
+    """
+    for _, p, entries in _entries(loaded, params):
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        kept = {name: _fit(_moment(entries, name), p, moments_dtype or wide) for name in moments}
+        if "step" in entries:
+            kept["step"] = torch.tensor(float(entries["step"]), device=local(p).device)
+        if p.dtype == torch.bfloat16 and "master" in entries:
+            kept["master"] = _fit(entries["master"], p, torch.float32)
+        state[p] = {**{name: state[p][name] for name in entries if name not in UNUSED}, **kept}
+
+
+def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    if len(ids) == len(params):  # if not, load_state_dict itself says so
+        for i, (key, p) in enumerate(zip(ids, params)):
+            if loaded["state"].get(key):
+                yield i, p, loaded["state"][key]
+
+
+def _moment(entries: dict[str, Any], name: str) -> Any:
+    """An entry; Adan's last gradient was once saved without its sign turned."""
+    if name == "neg_pre_grad" and name not in entries and "prev_grad" in entries:
+        return -entries["prev_grad"]
+    return entries.get(name)
+
+
+def _fit(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach().to(p.device, dtype)
+    return value if isinstance(value, DTensor) else laid_out(value, local(p))
