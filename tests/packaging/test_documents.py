@@ -43,7 +43,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The drop-in example as printed, but for a small model and three steps."""
     monkeypatch.chdir(tmp_path)
     write_weights("official.pt", MDTv2(mask_ratio=0.3, decode_layer=4, **SMALL).state_dict())
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, optimiser = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     small = "".join(f"{key}={value}, " for key, value in SMALL.items())
     for printed, run in [
         ("import MDTv2_XL_2", "import MDTv2"),
@@ -58,3 +58,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(latents, torch.Tensor)
     assert latents.shape == (2, 4, 32, 32)
     assert latents.isfinite().all()
+
+    exec(optimiser, names)
+    average, trained = (next(names[name].parameters()) for name in ("ema", "model"))  # type: ignore[attr-defined]
+    assert 0 < (trained - average).abs().max() < 1e-3
