@@ -72,13 +72,12 @@ def read_cubin(path: Path) -> dict[str, dict[str, int]]:
     )
     if not found:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage[:200]!r}")
-    code = dict(zip(*[iter(re.split(r"Function : (\S+)", sass)[1:])] * 2, strict=True))
-    return {
-        name: _numbers(*map(int, numbers), sass=code[name]) for name, *numbers in found
-    }  # fmt: skip
+    parts = re.split(r"Function : (\S+)", sass)
+    code = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return {name: _numbers(code[name], *map(int, numbers)) for name, *numbers in found}
 
 
-def _numbers(registers: int, stack: int, shared: int, local: int, sass: str) -> dict[str, int]:
+def _numbers(sass: str, registers: int, stack: int, shared: int, local: int) -> dict[str, int]:
     counts = {
         name: len(re.findall(pattern, sass))
         for name, pattern in {
