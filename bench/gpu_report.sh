@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
-#   bash bench/gpu_report.sh [tests|kernels|attention|small|large|compiled ...]    (without arguments: all stages)
-# Each stage ends within eight minutes. Needs the package installed with its `test` extra; no network.
+#   bash bench/gpu_report.sh [build|tests|kernels|attention|small|large|compiled ...]    (without arguments: all stages)
+# Each stage ends within eight minutes. Needs torch, nvcc and what the `test` extra brings; no network.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-bench/results}
@@ -31,8 +31,11 @@ ops() { # SCRIPT NAME OPTIONS...: single ops
     stage "$name" python "bench/$script.py" --device cuda --json "$OUT/$script.jsonl" --plot "$OUT/$name.png" "$@"
 }
 
-for what in ${@:-tests kernels attention small large compiled}; do
+for what in ${@:-build tests kernels attention small large compiled}; do
     case $what in
+    build) # csrc/ for the GPU that is here
+        MDT_FAST_CUDA=1 stage build python -m pip install --no-deps --no-build-isolation -e .
+        ;;
     tests) stage gpu_tests python -m pytest -q -ra -m gpu tests ;;
     kernels)
         ops kernels kernels_xl --model XL --dtype bfloat16
@@ -47,7 +50,7 @@ for what in ${@:-tests kernels attention small large compiled}; do
     large) throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
     compiled) throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
         --providers reference,reference-compiled,fast,fast-compiled --time-limit 400 ;;
-    *) echo "gpu_report: unknown stage $what; known: tests kernels attention small large compiled" >&2; exit 2 ;;
+    *) echo "gpu_report: unknown stage $what; known: build tests kernels attention small large compiled" >&2; exit 2 ;;
     esac
 done
 exit $failed

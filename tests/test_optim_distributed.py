@@ -1,5 +1,6 @@
 """The fused optimisers over several ranks (gloo, CPU): global norm, sharded parameters, checkpoints."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,10 @@ def near(actual: list[Tensor], expected: list[Tensor]) -> None:
 def on_rank(rank: int, world: int, rendezvous: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    try:
-        job(rank, *args)
-    finally:
-        dist.destroy_process_group()
+    job(rank, *args)
+    dist.barrier()
+    gc.collect()  # meshes and FSDP's states hold groups in cycles, whose threads must end before the process
+    dist.destroy_process_group()
 
 
 def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
