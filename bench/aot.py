@@ -83,7 +83,7 @@ def _csrc(arch: str, rows: RowFile) -> list[tuple[str, Outcome]]:
     found: list[tuple[str, Outcome]] = []
     for source in aot_csrc.SOURCES:
         common = {"bench": "aot", "op": source.removesuffix(".cu"), "arch": arch, "provider": "csrc",
-                  "mode": "fwd"}  # fmt: skip
+                  "mode": "fwd", "dtype": "fp32", "shape": "", "switches": {}}  # fmt: skip
         try:
             kernels = aot_csrc.compile_source(source, arch)
         except RuntimeError as error:

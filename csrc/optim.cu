@@ -114,7 +114,7 @@ __device__ __forceinline__ void update(
   }
 }
 
-constexpr int kMostEmas = 16;
+constexpr int kMostEmas = 64;
 
 struct Decays {
   float of[kMostEmas];

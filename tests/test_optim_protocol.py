@@ -320,3 +320,14 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
             adamw.load_state_dict(torch.optim.AdamW(parameters(), **{option: True}).state_dict())
     assert same(bits(optimizer, params), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def test_too_many_averages_are_refused() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = FusedAdan([p])
+    for _ in range(64):
+        optimizer.add_ema([torch.ones(2)], 0.9)
+    with pytest.raises(UserError, match="add_ema: there are 64 averages, no more are allowed"):
+        optimizer.add_ema([torch.ones(2)], 0.9)
+    p.grad = torch.ones(2)
+    optimizer.step()

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..native import library
 from . import reference
 
+MOST_AVERAGES = 64
+"""Of one call; the CUDA op's limit, kept everywhere."""
 NATIVE = (torch.float32, torch.bfloat16)
 """What the native ops take; they compute in float32, so float64 goes to PyTorch."""
 
@@ -181,6 +183,8 @@ def _check(
     for name, number in numbers.items():
         if not 0 <= number < float("inf"):
             raise ValueError(f"{name}: got {number}, allowed are finite numbers of at least 0")
+    if len(ema_decays) > MOST_AVERAGES:
+        raise ValueError(f"ema_decays: {len(ema_decays)}, allowed are up to {MOST_AVERAGES}")
     n = len(params)
     double = bool(params) and params[0].dtype == torch.float64
     half = bool(params) and params[0].dtype == torch.bfloat16

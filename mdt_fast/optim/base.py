@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
-from ..kernels.optim.op import NATIVE, is_dense, run
+from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
 from .loading import check_state, restore
 from .shards import laid_out, local, split
 
@@ -103,6 +103,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         order, of its shape and on its device. Every parameter's is moved, with a gradient or without.
         """
         average, own = list(params), list(self._all())
+        if len(self._averages) == MOST_AVERAGES:
+            raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
             raise UserError(f"decay: must be in [0, 1), got {decay}")
         if len(average) != len(own):
