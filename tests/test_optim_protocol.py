@@ -331,3 +331,22 @@ def test_too_many_averages_are_refused() -> None:
         optimizer.add_ema([torch.ones(2)], 0.9)
     p.grad = torch.ones(2)
     optimizer.step()
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("inf"), float("nan"), 1e39])
+def test_a_rate_set_later_is_checked(lr: float) -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = FusedAdan([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    before = bits(optimizer, [p])
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(UserError, match="lr: must be at least 0 and finite, got"):
+        optimizer.step()
+    assert same(before, bits(optimizer, [p]))
+
+
+def test_an_average_that_is_the_parameter_is_refused() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match=r"params\[0\]: is the parameter itself or shares its memory"):
+        FusedAdan([p]).add_ema([p.detach()], 0.9)

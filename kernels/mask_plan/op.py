@@ -1,5 +1,6 @@
 """The public function: checks, then csrc's op where it was built, else PyTorch."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
     """
     if noise.ndim != 2 or not noise.is_floating_point():
         raise ValueError(f"noise: {noise.dtype} {list(noise.shape)}, expected floating-point [B, L]")
-    if not isinstance(len_keep, int | torch.SymInt) or isinstance(len_keep, bool):
+    if not isinstance(len_keep, Integral | torch.SymInt) or isinstance(len_keep, bool):
         raise ValueError(f"len_keep: got {len_keep!r}, expected a whole number")
     if not 0 <= len_keep <= noise.shape[1]:
         raise ValueError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")

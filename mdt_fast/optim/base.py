@@ -116,6 +116,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"params[{i}]: {ema.dtype} {list(ema.shape)} on {ema.device}, "
                     f"expected {allowed[0]} {list(p.shape)} on {p.device}"
                 )
+            if local(p).numel() and _memory(ema) == _memory(p):
+                raise UserError(f"params[{i}]: is the parameter itself or shares its memory; make a copy")
             if local(ema).shape != local(p).shape:
                 raise UserError(f"params[{i}]: is not sharded as its parameter is")
         self._averages.append([ema.detach() for ema in average])
@@ -128,6 +130,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                _check_rate(group["lr"])
         groups, squares = self._gather()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()
@@ -346,6 +351,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if name == "lr" and isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise UserError(f"lr: a tensor of shape {list(value.shape)}, expected a single number")
+            elif name == "lr":
+                _check_rate(value)
             elif not 0 <= value < math.inf:
                 raise UserError(f"{name}: must be at least 0 and finite, got {value}")
         betas = group["betas"]
@@ -360,3 +367,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, value in self.fixed.items():
             if name in self.refused and group.get(name, value) != value:
                 raise UserError(f"{name}: {group[name]} is not served, only {value}")
+
+
+def _check_rate(lr: float) -> None:
+    if not 0 <= lr <= torch.finfo(torch.float32).max:
+        raise UserError(f"lr: must be at least 0 and finite, got {lr}")
+
+
+def _memory(tensor: Tensor) -> int:
+    return local(tensor).untyped_storage().data_ptr()
