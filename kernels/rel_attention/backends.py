@@ -43,6 +43,8 @@ def attend_packed(name: str, qkv: Tensor, table_RH: Tensor | None, call: Call) -
     """qkv [B, L, 3, H, d] (or [R, 3, H, d]) -> [B, L, H, d] (or [R, H, d])."""
     if name == "triton":
         return with_triton.attend_packed(qkv, table_RH, call)
+    if name == "sdpa" and (out := with_sdpa.attend_packed(qkv, table_RH, call)) is not None:
+        return out
     q, k, v = qkv.unbind(-3)
     if call.ragged:
         return attend(name, q, k, v, table_RH, call)

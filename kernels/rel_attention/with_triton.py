@@ -5,6 +5,7 @@ from torch import Tensor
 from ..backends import uses_triton
 from .call import Call
 from .config import MAX_HEAD_DIM
+from .registered import rel_attention_fwd, rel_attention_qkvpacked_fwd
 
 
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
@@ -17,8 +18,6 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
-    from .triton_op import rel_attention_fwd  # here: not every machine has Triton
-
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v)) if call.ragged else (q, k, v)
     queries, keys = call.queries, call.keys
     out = rel_attention_fwd(
@@ -30,8 +29,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call)
 
 def attend_packed(qkv: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     """qkv [B, L, 3, H, d] (or [R, 3, H, d]) -> [B, L, H, d] (or [R, H, d])."""
-    from .triton_op import rel_attention_qkvpacked_fwd
-
     side = call.queries
     out = rel_attention_qkvpacked_fwd(
         qkv[None] if call.ragged else qkv, table_RH, side.pos, side.offsets, side.length,

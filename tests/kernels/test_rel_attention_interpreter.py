@@ -225,7 +225,7 @@ def test_strides() -> None:
 
 
 def test_opcheck() -> None:
-    from mdt_fast.kernels.rel_attention.triton_op import rel_attention_fwd, rel_attention_qkvpacked_fwd
+    from mdt_fast.kernels.rel_attention.registered import rel_attention_fwd, rel_attention_qkvpacked_fwd
 
     q, k, v, table = (x.requires_grad_() for x in heads(2, 2, 9, 9, 16, 4))
     pos = kept(2, 4, 9)

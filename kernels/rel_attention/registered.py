@@ -1,15 +1,18 @@
-"""The Triton kernels as registered ops.
+"""The kernels as registered ops: Triton's, or on a CPU those of ``samples.py``.
 
 B samples, H heads, M queries, N keys, L tokens, d head size, R table rows. With offsets, samples stand one
 after the other in a batch of one. Outputs are [B, M, H, d] in memory: what the projection after attention
 reads.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..backends import uses_triton
+from . import samples
 from .call import Call, Side
-from .launch import backward, forward
 
 
 @torch.library.custom_op("mdt_fast::rel_attention", mutates_args=())
@@ -29,13 +32,15 @@ def rel_attention_fwd(
     bias_form: str,
     table_grad: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, M, H, d] and log(sum(exp(score))), float32 [H, B * M]."""
+    """Output [B, M, H, d] and log(sum(exp(score))) [H, B * M], float32 (float64 for float64)."""
     call = Call(
         queries=_side(q_BHMd, q_pos, q_offsets, max_q), keys=_side(k_BHNd, k_pos, k_offsets, max_k),
         grid_size=grid_size, scale=scale, bias_form=bias_form, table_grad=table_grad,
     )  # fmt: skip
     out_BMHd = _rows_first(q_BHMd)
-    return out_BMHd, forward(q_BHMd, k_BHNd, v_BHNd, table_RH, call, out_BMHd.transpose(1, 2))
+    return out_BMHd, _kernels(q_BHMd).forward(
+        q_BHMd, k_BHNd, v_BHNd, table_RH, call, out_BMHd.transpose(1, 2)
+    )
 
 
 @torch.library.custom_op("mdt_fast::rel_attention_bwd", mutates_args=())
@@ -66,7 +71,7 @@ def rel_attention_bwd(
     )  # fmt: skip
     dq, dk, dv = (_rows_first(x) for x in (q_BHMd, k_BHNd, v_BHNd))
     dtable = _table_gradient(q_BHMd, table_RH if needs_table else None)
-    backward(
+    _kernels(q_BHMd).backward(
         dout_BMHd.transpose(1, 2), q_BHMd, k_BHNd, v_BHNd, table_RH, out_BMHd.transpose(1, 2), lse, call,
         dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dtable.zero_() if needs_table else None,
     )  # fmt: skip
@@ -89,7 +94,7 @@ def rel_attention_qkvpacked_fwd(
     call = _packed_call(qkv_BL3Hd, pos, offsets, max_length, grid_size, scale, bias_form, table_grad)
     q, k, v = _unpack(qkv_BL3Hd)
     out_BLHd = _rows_first(q)
-    return out_BLHd, forward(q, k, v, table_RH, call, out_BLHd.transpose(1, 2))
+    return out_BLHd, _kernels(q).forward(q, k, v, table_RH, call, out_BLHd.transpose(1, 2))
 
 
 @torch.library.custom_op("mdt_fast::rel_attention_qkvpacked_bwd", mutates_args=())
@@ -113,11 +118,19 @@ def rel_attention_qkvpacked_bwd(
     q, k, v = _unpack(qkv_BL3Hd)
     dqkv_BL3Hd = qkv_BL3Hd.new_empty(qkv_BL3Hd.shape)
     dtable = _table_gradient(q, table_RH if needs_table else None)
-    backward(
+    _kernels(q).backward(
         dout_BLHd.transpose(1, 2), q, k, v, table_RH, out_BLHd.transpose(1, 2), lse, call,
         *_unpack(dqkv_BL3Hd), dtable.zero_() if needs_table else None,
     )  # fmt: skip
     return dqkv_BL3Hd, dtable
+
+
+def _kernels(q: Tensor) -> Any:
+    if not uses_triton(q):
+        return samples
+    from . import launch  # here: not every machine has Triton
+
+    return launch
 
 
 def _side(x_BHRd: Tensor, pos: Tensor | None, offsets: Tensor | None, longest: int) -> Side:
@@ -157,7 +170,8 @@ def _table_gradient(x: Tensor, table_RH: Tensor | None) -> Tensor:
 
 def _fake_lse(q_BHMd: Tensor) -> Tensor:
     B, H, M, _ = q_BHMd.shape
-    return q_BHMd.new_empty(H, B * M, dtype=torch.float32)
+    wide = torch.float64 if q_BHMd.dtype == torch.float64 else torch.float32
+    return q_BHMd.new_empty(H, B * M, dtype=wide)
 
 
 @rel_attention_fwd.register_fake

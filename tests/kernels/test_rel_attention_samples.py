@@ -1,0 +1,109 @@
+"""Attention on a CPU, one sample after the other, against plain PyTorch: every gradient, in every layout."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
+from mdt_fast.kernels.rel_attention import reference, with_sdpa
+from mdt_fast.kernels.rel_attention.call import Call, Side
+from parity import compare, run
+from tolerances import FLOAT64, relative_error
+
+H, G = 3, 5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def table() -> Tensor:
+    return torch.randn((2 * G - 1) ** 2 + 3, H)
+
+
+def positions(*lengths: int, ascending: bool = True) -> Tensor:
+    ids = [torch.randperm(G * G)[:n] for n in lengths]
+    return torch.cat([i.sort().values if ascending else i for i in ids])
+
+
+def offsets_of(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, call: Call) -> Tensor:
+    return reference.rel_attention(q, k, v, table_RH, call)
+
+
+def packed_plain(qkv: Tensor, table_RH: Tensor, pos: Tensor, offsets: Tensor, length: int) -> Tensor:
+    side = Side(pos=pos, offsets=offsets, length=length, batch=len(offsets) - 1)
+    call = Call(queries=side, keys=side, grid_size=G, scale=qkv.shape[-1] ** -0.5)
+    return plain(*qkv.unbind(1), table_RH, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 64, 72])
+@pytest.mark.parametrize("lengths", [(25, 25, 10, 7), (3,), (25, 0, 1)], ids=str)
+@pytest.mark.parametrize("ascending", [True, False], ids=["ascending", "shuffled"])
+def test_packed_batches(dtype: torch.dtype, d: int, lengths: tuple[int, ...], ascending: bool) -> None:
+    torch.manual_seed(0)
+    pos, offsets = positions(*lengths, ascending=ascending), offsets_of(*lengths)
+    ours = partial(rel_attention_qkvpacked, grid_size=G, pos=pos, offsets=offsets)
+    oracle = partial(packed_plain, pos=pos, offsets=offsets, length=max(lengths))
+    compare(ours, oracle, [torch.randn(sum(lengths), 3, H, d), table()], dtype)
+
+
+def test_float64() -> None:
+    lengths = (25, 11)
+    pos, offsets = positions(*lengths), offsets_of(*lengths)
+    args = [torch.randn(36, 3, H, 8).double(), table().double()]
+    ours = run(partial(rel_attention_qkvpacked, grid_size=G, pos=pos, offsets=offsets), args)
+    oracle = run(partial(packed_plain, pos=pos, offsets=offsets, length=25), args)
+    for a, e in zip(ours, oracle, strict=True):
+        assert relative_error(a, e) < FLOAT64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "N"), [(25, 25), (7, 25), (6, 9), (0, 4), (4, 0)], ids=str)
+def test_queries_that_are_a_subset(dtype: torch.dtype, M: int, N: int) -> None:
+    B, d = 2, 16
+    torch.manual_seed(0)
+    q_pos = None if M == G * G else positions(M, M).view(B, M)
+    k_pos = None if N == G * G else positions(N, N).view(B, N)
+    sides = [Side(pos=pos, offsets=None, length=n, batch=B) for pos, n in ((q_pos, M), (k_pos, N))]
+    call = Call(queries=sides[0], keys=sides[1], grid_size=G, scale=d**-0.5)
+    ours = partial(rel_attention, grid_size=G, q_pos=q_pos, k_pos=k_pos)
+    args = [torch.randn(B, H, n, d) for n in (M, N, N)] + [table()]
+    compare(ours, partial(plain, call=call), args, dtype)
+
+
+def test_it_serves_what_needs_it() -> None:
+    q, side = torch.randn(1, H, 25, 8), Side(pos=None, offsets=None, length=25, batch=1)
+    call = Call(queries=side, keys=side, grid_size=G, scale=1.0)
+    assert with_sdpa.by_samples(q, table().requires_grad_(), call)
+    assert not with_sdpa.by_samples(q, table(), call)
+    with torch.no_grad():
+        assert not with_sdpa.by_samples(q, table().requires_grad_(), call)
+
+
+def test_compiled_with_every_length() -> None:
+    """One graph serves all numbers of kept tokens."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    @partial(torch.compile, backend=count, fullgraph=True)
+    def attend(qkv: Tensor, weights: Tensor, pos: Tensor, offsets: Tensor) -> Tensor:
+        return rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, offsets=offsets, max_length=G * G)
+
+    weights = table().requires_grad_()
+    for kept in (9, 10, 17, 3):
+        qkv = torch.randn(25 + kept, 3, H, 8)
+        pos, offsets = positions(25, kept), offsets_of(25, kept)
+        torch._dynamo.mark_dynamic(qkv, 0)
+        torch._dynamo.mark_dynamic(pos, 0)
+        expected = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, offsets=offsets)
+        assert torch.equal(attend(qkv, weights, pos, offsets), expected)
+    assert graphs == 1
