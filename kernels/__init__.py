@@ -5,9 +5,15 @@ serves each op on this machine, and why.
 """
 
 from .backends import Backend, backends
-from .bias_gelu import bias_gelu
+from .bias_gelu import bias_gelu, gelu_linear
 from .cfg_step import cfg_step, ddim_coefficients, ddpm_coefficients
-from .ln_modulate import gate_residual_ln_modulate, ln_modulate
+from .ln_modulate import (
+    gate_residual,
+    gate_residual_ln_modulate,
+    gate_residual_ln_modulate_linear,
+    ln_modulate,
+    ln_modulate_linear,
+)
 from .mask_plan import MaskIds, mask_plan
 from .optim import adamw_step, adan_step, grad_norm, grad_sumsq
 from .patch_embed import patch_embed
@@ -26,11 +32,15 @@ __all__ = [
     "cfg_step",
     "ddim_coefficients",
     "ddpm_coefficients",
+    "gate_residual",
     "gate_residual_ln_modulate",
+    "gate_residual_ln_modulate_linear",
     "gather_tokens",
+    "gelu_linear",
     "grad_norm",
     "grad_sumsq",
     "ln_modulate",
+    "ln_modulate_linear",
     "mask_plan",
     "merge_tokens",
     "patch_embed",

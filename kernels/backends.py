@@ -22,7 +22,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WITH_TRITON = (
     "ln_modulate",
     "gate_residual_ln_modulate",
+    "gate_residual",
+    "ln_modulate_linear",
+    "gate_residual_ln_modulate_linear",
     "bias_gelu",
+    "gelu_linear",
     "gather_tokens",
     "unmask_tokens",
     "merge_tokens",

@@ -59,3 +59,21 @@ def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
             raise ValueError(f"{name}: runs from {first} to {last}, expected 0 to {rows.shape[0]} (rows)")
         if (offsets.diff() < 0).any():
             raise ValueError(f"{name}: is not ascending")
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's ``weight`` [O, D] and ``bias`` [O] for ``x``, in the dtype of its products: autocast's
+    where that is on (float64 stays), else the dtype of ``x``, which they must have."""
+    # The meta device has no autocast and must not be asked.
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    parameters = [weight] if bias is None else [weight, bias]
+    for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+        floating_on(name, parameter, x)
+        if not autocast:
+            alike(name, parameter, "x", x)
+    if bias is not None:
+        shape("bias", bias, weight.shape[0])
+    if autocast and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight, bias

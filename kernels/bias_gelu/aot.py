@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 from ..aot import Case
 from .config import launch_config
@@ -16,7 +17,9 @@ def cases(arch: str) -> Iterator[Case]:
     types = [*product(FEATURES, ("bf16",)), (max(FEATURES), "fp32")]
     for kernel, (features, dtype) in product((bias_gelu_fwd_kernel, bias_gelu_bwd_kernel), types):
         config = launch_config(32 * 256, features)
-        constants = {"BLOCK_R": config.block_r, "BLOCK_F": config.block_f}
+        constants: dict[str, Any] = {"BLOCK_R": config.block_r, "BLOCK_F": config.block_f}
+        if kernel is bias_gelu_bwd_kernel:
+            constants["RECOMPUTE"] = True
         dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
         yield Case(
             kernel=kernel,

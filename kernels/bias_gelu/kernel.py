@@ -33,9 +33,12 @@ def bias_gelu_fwd_kernel(x_ptr, bias_ptr, out_ptr, R, F, BLOCK_R: tl.constexpr, 
 
 @triton.jit
 def bias_gelu_bwd_kernel(
-    x_ptr, bias_ptr, dout_ptr, dx_ptr, dbias_ptr, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
-):
-    """``dbias`` [P, F]: program (f, p) sums over row blocks p, p + P, ..."""
+    x_ptr, bias_ptr, dout_ptr, dx_ptr, dbias_ptr, out_ptr,
+    R, F,
+    RECOMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """``dbias`` [P, F]: program (f, p) sums over row blocks p, p + P, ... RECOMPUTE: the forward pass's
+    output is written again, to ``out``."""
     i_f, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     b_bias = tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(tl.float32)
@@ -45,6 +48,8 @@ def bias_gelu_bwd_kernel(
         b_z = tl.load(x_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_bias[None, :]
         b_dout = tl.load(dout_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_s = _gate(b_z)
+        if RECOMPUTE:
+            tl.store(out_ptr + p_tile, (b_z * b_s).to(out_ptr.dtype.element_ty), mask=m_tile)
         b_slope = (1.0 + 0.134145 * b_z * b_z) * 1.5957691216057308  # of 2u
         b_dz = b_dout * b_s * (1.0 + b_z * (1.0 - b_s) * b_slope)
         b_dbias += tl.sum(b_dz, axis=0)

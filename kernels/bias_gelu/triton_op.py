@@ -23,18 +23,21 @@ def bias_gelu_fwd(x_RF: Tensor, bias_F: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mdt_fast::bias_gelu_bwd", mutates_args=())
-def bias_gelu_bwd(x_RF: Tensor, bias_F: Tensor, dout_RF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and bias; the activation is recomputed from ``x``."""
+def bias_gelu_bwd(
+    x_RF: Tensor, bias_F: Tensor, dout_RF: Tensor, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and bias, and the forward pass's output again (empty unless ``recompute``)."""
     dx_RF, (R, F) = torch.empty_like(x_RF), x_RF.shape
+    out_RF = dout_RF.new_empty(dout_RF.shape if recompute else 0)
     if not dx_RF.numel():
-        return dx_RF, torch.zeros_like(bias_F)
+        return dx_RF, torch.zeros_like(bias_F), out_RF
     config = launch_config(R, F)
     parts_PF = x_RF.new_empty(config.parts, F, dtype=torch.float32)
     bias_gelu_bwd_kernel[(triton.cdiv(F, config.block_f), config.parts)](
-        x_RF, bias_F, dout_RF, dx_RF, parts_PF, R, F,
-        BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
+        x_RF, bias_F, dout_RF, dx_RF, parts_PF, out_RF, R, F,
+        RECOMPUTE=recompute, BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
     )  # fmt: skip
-    return dx_RF, parts_PF.sum(0).to(bias_F.dtype)
+    return dx_RF, parts_PF.sum(0).to(bias_F.dtype), out_RF
 
 
 @bias_gelu_fwd.register_fake
@@ -43,8 +46,9 @@ def _(x_RF, bias_F):  # type: ignore[no-untyped-def]
 
 
 @bias_gelu_bwd.register_fake
-def _(x_RF, bias_F, dout_RF):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_RF), torch.empty_like(bias_F)
+def _(x_RF, bias_F, dout_RF, recompute):  # type: ignore[no-untyped-def]
+    out_RF = dout_RF.new_empty(dout_RF.shape if recompute else 0)
+    return torch.empty_like(x_RF), torch.empty_like(bias_F), out_RF
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -52,7 +56,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dout_RF):  # type: ignore[no-untyped-def]
-    return bias_gelu_bwd(*ctx.saved_tensors, dout_RF.contiguous())
+    return bias_gelu_bwd(*ctx.saved_tensors, dout_RF.contiguous(), False)[:2]
 
 
 bias_gelu_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,5 +1,12 @@
-"""adaLN: layer norm and modulation, alone or behind a gated residual."""
+"""adaLN: layer norm and modulation, alone or behind a gated residual, with the linear layer behind or not."""
 
-from .op import gate_residual_ln_modulate, ln_modulate
+from .linear import gate_residual_ln_modulate_linear, ln_modulate_linear
+from .op import gate_residual, gate_residual_ln_modulate, ln_modulate
 
-__all__ = ["gate_residual_ln_modulate", "ln_modulate"]
+__all__ = [
+    "gate_residual",
+    "gate_residual_ln_modulate",
+    "gate_residual_ln_modulate_linear",
+    "ln_modulate",
+    "ln_modulate_linear",
+]

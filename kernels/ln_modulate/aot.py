@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 from ..aot import Case
 from .config import launch_config
-from .kernel import ln_modulate_bwd_kernel, ln_modulate_fwd_kernel
+from .kernel import (
+    gate_residual_bwd_kernel,
+    gate_residual_fwd_kernel,
+    ln_modulate_bwd_kernel,
+    ln_modulate_fwd_kernel,
+)
 
 WIDTHS = (384, 768, 1024, 1152)
 FLOAT32 = ("mean_ptr", "rstd_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr")
@@ -14,23 +20,32 @@ FLOAT32 = ("mean_ptr", "rstd_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr")
 def cases(arch: str) -> Iterator[Case]:
     """Forward and backward, with and without the gated residual, uniform and ragged.
 
-    bfloat16 at every width, float32 at the widest.
+    bfloat16 at every width, float32 at the widest. The backward pass with the output computed again.
     """
     del arch  # one choice for all
-    kernels = (ln_modulate_fwd_kernel, ln_modulate_bwd_kernel)
     types = [*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")]
-    for kernel, (D, dtype), gated, ragged in product(kernels, types, (False, True), (False, True)):
-        config = launch_config(D, 32, 256)
-        constants = {"GATED": gated, "OFFSETS": ragged, "BLOCK_D": config.block_d}
-        dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
-        yield Case(
-            kernel=kernel,
-            label=f"D={D} {'gated' if gated else 'plain'} {'ragged' if ragged else 'uniform'} {dtype}",
-            dtypes=dtypes,
-            constants=constants,
-            aligned=frozenset(name for name in dtypes if name != "eps"),
-            num_warps=config.num_warps,
-        )
+    for (D, dtype), ragged in product(types, (False, True)):
+        for gated in (False, True):
+            form = {"GATED": gated, "OFFSETS": ragged}
+            what = "gated" if gated else "plain"
+            yield _case(ln_modulate_fwd_kernel, D, dtype, what, form)
+            yield _case(ln_modulate_bwd_kernel, D, dtype, what, form | {"RECOMPUTE": True})
+        for kernel in (gate_residual_fwd_kernel, gate_residual_bwd_kernel):
+            yield _case(kernel, D, dtype, "residual", {"OFFSETS": ragged})
+
+
+def _case(kernel: Any, D: int, dtype: str, what: str, form: dict[str, bool]) -> Case:
+    config = launch_config(D, 32, 256)
+    constants = form | {"BLOCK_D": config.block_d}
+    dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
+    return Case(
+        kernel=kernel,
+        label=f"D={D} {what} {'ragged' if form['OFFSETS'] else 'uniform'} {dtype}",
+        dtypes=dtypes,
+        constants=constants,
+        aligned=frozenset(name for name in dtypes if name != "eps"),
+        num_warps=config.num_warps,
+    )
 
 
 def _dtype(name: str, dtype: str) -> str:

@@ -60,12 +60,13 @@ def ln_modulate_fwd_kernel(
 
 @triton.jit
 def ln_modulate_bwd_kernel(
-    x_ptr, y_ptr, gate_ptr, scale_ptr, offsets_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dout_ptr,
-    dx_ptr, dy_ptr, dgate_ptr, dshift_ptr, dscale_ptr,
-    L, D, stride_gate, stride_scale,
-    GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, offsets_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dout_ptr,
+    dx_ptr, dy_ptr, dgate_ptr, dshift_ptr, dscale_ptr, out_ptr,
+    L, D, stride_gate, stride_shift, stride_scale,
+    GATED: tl.constexpr, OFFSETS: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``x`` is the residual where GATED. ``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]."""
+    """``x`` is the residual where GATED. ``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D].
+    RECOMPUTE: the forward pass's output is written again, to ``out``."""
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -75,12 +76,17 @@ def ln_modulate_bwd_kernel(
     if GATED:
         b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
         b_dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if RECOMPUTE:
+        b_shift = _row(shift_ptr, i_b * stride_shift + o_d, m_d)
     start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
     for i_l in range(i_p, length, P):
         row = start + i_l
         p_row = row * D + o_d
         rstd = tl.load(rstd_ptr + row)
         b_normal = tl.where(m_d, (_row(x_ptr, p_row, m_d) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        if RECOMPUTE:
+            b_out = b_normal * b_scale + b_shift
+            tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
         b_dout = _row(dout_ptr, p_row, m_d)
         b_dshift += b_dout
         b_dscale += b_dout * b_normal
@@ -97,3 +103,42 @@ def ln_modulate_bwd_kernel(
     tl.store(dscale_ptr + p_part, b_dscale, mask=m_d)
     if GATED:
         tl.store(dgate_ptr + p_part, b_dgate, mask=m_d)
+
+
+@triton.jit
+def gate_residual_fwd_kernel(
+    x_ptr, y_ptr, gate_ptr, offsets_ptr, out_ptr,
+    L, D, stride_gate,
+    OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
+    start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
+    for i_l in range(i_p, length, P):
+        p_row = (start + i_l) * D + o_d
+        b_out = _row(x_ptr, p_row, m_d) + b_gate * _row(y_ptr, p_row, m_d)
+        tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def gate_residual_bwd_kernel(
+    y_ptr, gate_ptr, offsets_ptr, dout_ptr, dy_ptr, dgate_ptr,
+    L, D, stride_gate,
+    OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``dgate``: partial sums [B, P, D]. The gradient of x is that of the output."""
+    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
+    b_dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+    start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
+    for i_l in range(i_p, length, P):
+        p_row = (start + i_l) * D + o_d
+        b_dout = _row(dout_ptr, p_row, m_d)
+        b_dgate += _row(y_ptr, p_row, m_d) * b_dout
+        tl.store(dy_ptr + p_row, (b_gate * b_dout).to(dy_ptr.dtype.element_ty), mask=m_d)
+    p_part = (i_b * P + i_p).to(tl.int64) * D + o_d
+    tl.store(dgate_ptr + p_part, b_dgate, mask=m_d)

@@ -18,7 +18,7 @@ def ln_modulate(
     begins; returns [R, D]. D is at most 8192 on CUDA. Raises ``ValueError`` for what does not fit.
     Source: DiT (arXiv:2212.09748), section 3.2, adaLN-Zero.
     """
-    _check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
+    check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
     if not uses_triton(x_BLD):
         return reference.ln_modulate(x_BLD, shift_BD, scale_BD, offsets, eps)
     return _triton(x_BLD, None, None, shift_BD, scale_BD, offsets, eps)[1]
@@ -40,12 +40,27 @@ def gate_residual_ln_modulate(
     ``scale`` [B, D]; floating. The results have the dtype of ``x``. Raises ``ValueError`` for what does
     not fit.
     """
-    _check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
+    check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
     if not uses_triton(x_BLD):
         return reference.gate_residual_ln_modulate(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
     return _triton(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
+
+
+def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, *, offsets: Tensor | None = None) -> Tensor:
+    """``x + gate * y``, like ``x``: ``x``, ``y`` [B, L, D] (or [R, D] with ``offsets``, see
+    :func:`ln_modulate`), ``gate`` [B, D], floating. Raises ``ValueError`` for what does not fit."""
+    check(x_BLD, offsets, gate=gate_BD)
+    checks.shape("y", y_BLD, *x_BLD.shape)
+    checks.floating_on("y", y_BLD, x_BLD)
+    if not uses_triton(x_BLD):
+        return reference.gate_residual(x_BLD, y_BLD, gate_BD, offsets)
+    from .triton_op import gate_residual_fwd  # here: not every machine has Triton
+
+    check_width(x_BLD)
+    x_RD, y_RD = (a.reshape(-1, a.shape[-1]).contiguous() for a in (x_BLD, y_BLD))
+    return gate_residual_fwd(x_RD, y_RD, columns_together(gate_BD), offsets).view_as(x_BLD)
 
 
 def _triton(
@@ -62,28 +77,33 @@ def _triton(
     )  # here: importing triton takes a second, and not every machine has it
 
     D = x.shape[-1]
-    if D > MAX_D:
-        raise ValueError(f"x: width {D}, the Triton kernel takes at most {MAX_D}")
+    check_width(x)
     y_RD = None if y is None else y.reshape(-1, D).contiguous()
     # A modulation is one sixth of a wider tensor's columns: rows may be apart, columns may not.
-    gate = None if gate is None else _columns_together(gate)
+    gate = None if gate is None else columns_together(gate)
     residual_RD, out_RD, _, _ = ln_modulate_fwd(
         x.reshape(-1, D).contiguous(),
         y_RD,
         gate,
-        _columns_together(shift),
-        _columns_together(scale),
+        columns_together(shift),
+        columns_together(scale),
         offsets,
         eps,
+        x.dtype,
     )
     return residual_RD.view_as(x) if y is not None else x, out_RD.view_as(x)
 
 
-def _columns_together(m_BD: Tensor) -> Tensor:
+def check_width(x: Tensor) -> None:
+    if x.shape[-1] > MAX_D:
+        raise ValueError(f"x: width {x.shape[-1]}, the Triton kernel takes at most {MAX_D}")
+
+
+def columns_together(m_BD: Tensor) -> Tensor:
     return m_BD if m_BD.stride(-1) == 1 else m_BD.contiguous()
 
 
-def _check(x: Tensor, offsets: Tensor | None, **modulation_BD: Tensor) -> None:
+def check(x: Tensor, offsets: Tensor | None, **modulation_BD: Tensor) -> None:
     checks.floating("x", x)
     batch: int | str = "B"
     if offsets is None:

@@ -1,18 +1,20 @@
-"""Plain PyTorch, any device and dtype. B samples, L tokens, R rows of ragged samples, D width."""
+"""Plain PyTorch, any device and dtype. B samples, L tokens, R rows of all samples, D width."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def per_row(m_BD: Tensor, offsets: Tensor | None) -> Tensor:
+def per_row(m_BD: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
     """A modulation in a shape that broadcasts over the rows: [B, 1, D], or [R, D] for ragged samples."""
-    return m_BD[:, None] if offsets is None else m_BD.repeat_interleave(offsets.diff(), dim=0)
+    if offsets is None:
+        return m_BD[:, None]
+    return m_BD.repeat_interleave(offsets.diff(), dim=0, output_size=rows)
 
 
 def ln_modulate(x: Tensor, shift_BD: Tensor, scale_BD: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
-    normal = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(per_row(shift_BD, offsets), normal, 1 + per_row(scale_BD, offsets))
+    R, normal = x.shape[0], F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(per_row(shift_BD, offsets, R), normal, 1 + per_row(scale_BD, offsets, R))
 
 
 def gate_residual_ln_modulate(
@@ -24,5 +26,83 @@ def gate_residual_ln_modulate(
     offsets: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    residual = torch.addcmul(x, per_row(gate_BD, offsets), y)
+    residual = gate_residual(x, y, gate_BD, offsets)
     return residual, ln_modulate(residual, shift_BD, scale_BD, offsets, eps)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate_BD: Tensor, offsets: Tensor | None) -> Tensor:
+    return torch.addcmul(x, per_row(gate_BD, offsets, x.shape[0]), y)
+
+
+def forward(
+    x_RD: Tensor,
+    y_RD: Tensor | None,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    offsets: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual (``x`` without ``y``), modulated normal in ``dtype``, mean and 1/std [R, 1]."""
+    rows = _Rows(x_RD, scale_BD, offsets)
+    r_RD = x_RD
+    if y_RD is not None and gate_BD is not None:
+        r_RD = torch.addcmul(x_RD, rows.of(gate_BD), y_RD.to(x_RD.dtype))
+    normal, mean, rstd = torch.native_layer_norm(r_RD, r_RD.shape[1:], None, None, eps)
+    out = torch.addcmul(rows.of(shift_BD), normal, 1 + rows.of(scale_BD))
+    return r_RD, out.to(dtype), mean, rstd
+
+
+def backward(
+    r_RD: Tensor,
+    y_RD: Tensor | None,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    offsets: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual_RD: Tensor | None,
+    dout_RD: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of x, y, gate, shift, scale, and the forward pass's output again."""
+    rows = _Rows(r_RD, scale_BD, offsets)
+    normal, dout, scale = (r_RD - mean) * rstd, dout_RD.to(r_RD.dtype), 1 + rows.of(scale_BD)
+    out = torch.addcmul(rows.of(shift_BD), normal, scale).to(dout_RD.dtype)
+    dshift, dscale = rows.sum(dout, shift_BD), rows.sum(dout * normal, scale_BD)
+    mask = [True, False, False]
+    dr = torch.ops.aten.native_layer_norm_backward(
+        dout * scale, r_RD, r_RD.shape[1:], mean, rstd, None, None, mask
+    )[0]
+    if y_RD is None or gate_BD is None:
+        return dr, None, None, dshift, dscale, out
+    assert dresidual_RD is not None
+    dr = dr + dresidual_RD
+    dgate = rows.sum(dr * y_RD, gate_BD)
+    return dr, (dr * rows.of(gate_BD)).to(y_RD.dtype), dgate, dshift, dscale, out
+
+
+class _Rows:
+    """Modulations spelt out for rows, and sums over each sample's rows."""
+
+    def __init__(self, x_RD: Tensor, m_BD: Tensor, offsets: Tensor | None):
+        self.R, self.B, self.dtype = x_RD.shape[0], m_BD.shape[0], x_RD.dtype
+        self.offsets = offsets
+
+    def of(self, m_BD: Tensor) -> Tensor:
+        """[R, D] in the dtype of x."""
+        m_BD = m_BD.to(self.dtype)
+        if self.offsets is None:
+            return m_BD[:, None].expand(-1, self.R // max(self.B, 1), -1).reshape(self.R, m_BD.shape[1])
+        return per_row(m_BD, self.offsets, self.R)
+
+    def sum(self, x_RD: Tensor, like_BD: Tensor) -> Tensor:
+        """[B, D] in the dtype of ``like``."""
+        if self.offsets is None:
+            L = self.R // max(self.B, 1)
+            return x_RD.view(self.B, L, x_RD.shape[1]).sum(1).to(like_BD.dtype)
+        samples = torch.arange(self.B, device=x_RD.device)
+        samples = samples.repeat_interleave(self.offsets.diff(), output_size=self.R)
+        total = x_RD.new_zeros(self.B, x_RD.shape[1])
+        return total.index_add_(0, samples, x_RD).to(like_BD.dtype)

@@ -5,6 +5,7 @@ B samples, H heads, M queries, N keys, d head size, T table rows, G grid side. q
 and the table's gradient in float32 (float64 for float64).
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -164,7 +165,7 @@ def _rows(side: Side, x_BHRd: Tensor) -> Iterator[tuple[int, slice, slice, Tenso
             yield b, slice(0, L), slice(b * L, b * L + L), None if side.pos is None else side.pos[b]
         return
     offsets = side.offsets.tolist()
-    for start, end in zip(offsets, offsets[1:]):
+    for start, end in itertools.pairwise(offsets):
         rows = slice(start, end)
         yield 0, rows, rows, None if side.pos is None else side.pos[rows]
 

@@ -137,7 +137,7 @@ def test_opcheck(gated: bool) -> None:
 
     x, y, gate, shift, scale = (a.requires_grad_() for a in arguments((6,), 2, 24, True))
     optional = (y, gate) if gated else (None, None)
-    torch.library.opcheck(ln_modulate_fwd, (x, *optional, shift, scale, None, 1e-6))
+    torch.library.opcheck(ln_modulate_fwd, (x, *optional, shift, scale, None, 1e-6, torch.float32))
 
 
 def test_compiles_without_graph_breaks() -> None:

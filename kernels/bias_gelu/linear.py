@@ -1,0 +1,66 @@
+"""GELU and the linear layer that reads it, as one step of autograd: the activation is computed again in the
+backward pass. R rows, F features, O output width."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..backends import uses_triton
+from . import reference
+
+
+def gelu_linear(x: Tensor, bias_F: Tensor, weight_OF: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``F.linear(bias_gelu(x, bias_F), weight, bias_O)``: ``x`` [..., F] -> [..., O].
+
+    ``bias_F`` [F] is added before the activation (see :func:`bias_gelu`), ``weight`` [O, F] and ``bias_O``
+    [O] are the layer's, in the dtype of ``x`` (under autocast any floating dtype). Only ``x`` is kept for the
+    backward pass, not the activation. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    checks.floating("x", x)
+    features = x.shape[-1] if x.ndim else "F"
+    checks.shape("bias_F", bias_F, features)
+    checks.floating_on("bias_F", bias_F, x)
+    checks.shape("weight", weight_OF, "O", features)
+    weight, bias = checks.layer(x, weight_OF, bias_O)
+    out = _Linear.apply(x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    """x [R, F], weight [O, F] -> [R, O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x, bias_F, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.with_bias = bias is not None
+        ctx.save_for_backward(x, bias_F, weight)
+        return F.linear(_forward(x, bias_F).to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
+        x, bias_F, weight = ctx.saved_tensors
+        dout = dout.contiguous()
+        dx, dbias_F, activation = _backward(x, bias_F, dout @ weight)
+        dweight = dout.t() @ activation if ctx.needs_input_grad[2] else None
+        return dx, dbias_F, dweight, dout.sum(0) if ctx.with_bias else None
+
+
+def _forward(x: Tensor, bias_F: Tensor) -> Tensor:
+    if not uses_triton(x):
+        return reference.bias_gelu(x, bias_F.to(x.dtype))
+    from .triton_op import bias_gelu_fwd  # here: not every machine has Triton
+
+    return bias_gelu_fwd(x, bias_F)
+
+
+def _backward(x: Tensor, bias_F: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and the first bias, and the activation in the dtype of ``dout``."""
+    if not uses_triton(x):
+        z = x + bias_F.to(x.dtype)
+        dx = torch.ops.aten.gelu_backward(dout.to(x.dtype), z, approximate="tanh")
+        return dx, dx.sum(0).to(bias_F.dtype), F.gelu(z, approximate="tanh").to(dout.dtype)
+    from .triton_op import bias_gelu_bwd
+
+    return bias_gelu_bwd(x, bias_F, dout, True)

@@ -1,0 +1,129 @@
+"""A modulated normal and the linear layer that reads it, as one step of autograd.
+
+The normal is computed again in the backward pass, where the layer's weight gradient needs it: it is not kept.
+B samples, R rows of all samples, D width, O output width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..backends import uses_triton
+from . import reference
+from .op import check, check_width, columns_together
+
+
+def ln_modulate_linear(
+    x_BLD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``F.linear(ln_modulate(x, shift, scale), weight, bias)``: [B, L, O].
+
+    ``x``, ``shift``, ``scale``, ``offsets``, ``eps``: see :func:`ln_modulate`; ``weight`` [O, D], ``bias``
+    [O], in the dtype of ``x`` (under autocast any floating dtype: it casts as for a linear layer). For the
+    backward pass ``x`` and two numbers a row are kept, not the normal. Raises ``ValueError`` for what does
+    not fit.
+    """
+    check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
+    weight, bias = _layer(x_BLD, weight_OD, bias_O)
+    out = _Linear.apply(
+        _rows(x_BLD), None, None, _columns(shift_BD, x_BLD), _columns(scale_BD, x_BLD), weight, bias, offsets,
+        eps,
+    )  # fmt: skip
+    return out.view(*x_BLD.shape[:-1], weight.shape[0])
+
+
+def gate_residual_ln_modulate_linear(
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``.
+
+    Arguments as in :func:`gate_residual_ln_modulate` and :func:`ln_modulate_linear`; kept for the backward
+    pass are ``r`` and ``y``. Raises ``ValueError`` for what does not fit.
+    """
+    check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
+    checks.shape("y", y_BLD, *x_BLD.shape)
+    checks.floating_on("y", y_BLD, x_BLD)
+    weight, bias = _layer(x_BLD, weight_OD, bias_O)
+    residual, out = _Linear.apply(
+        _rows(x_BLD), _rows(y_BLD), *(_columns(m, x_BLD) for m in (gate_BD, shift_BD, scale_BD)), weight,
+        bias, offsets, eps,
+    )  # fmt: skip
+    return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> (residual [R, D],) linear [R, O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps):  # type: ignore[no-untyped-def]
+        residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, weight.dtype)
+        ctx.gated, ctx.with_bias = y is not None, bias is not None
+        r = residual if ctx.gated else x
+        ctx.save_for_backward(r, y, gate, shift, scale, offsets, mean, rstd, weight)
+        out = F.linear(normal, weight, bias)
+        return (residual, out) if ctx.gated else out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):  # type: ignore[no-untyped-def]
+        r, y, gate, shift, scale, offsets, mean, rstd, weight = ctx.saved_tensors
+        dout = gradients[-1].contiguous()
+        dresidual = gradients[0].contiguous() if ctx.gated else None
+        dx, dy, dgate, dshift, dscale, normal = _backward(
+            r, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout @ weight
+        )
+        dweight = dout.t() @ normal if ctx.needs_input_grad[5] else None
+        dbias = dout.sum(0) if ctx.with_bias else None
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None
+
+
+def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-untyped-def]
+    if not uses_triton(x):
+        return reference.forward(x, y, gate, shift, scale, offsets, eps, dtype)
+    from .triton_op import ln_modulate_fwd  # here: not every machine has Triton
+
+    check_width(x)
+    return ln_modulate_fwd(x, y, gate, shift, scale, offsets, eps, dtype)
+
+
+def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout):  # type: ignore[no-untyped-def]
+    if not uses_triton(x):
+        return reference.backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout)
+    from .triton_op import ln_modulate_bwd
+
+    dx, dy, dgate, *rest = ln_modulate_bwd(
+        x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, True
+    )
+    return (dx, *((None, None) if y is None else (dy, dgate)), *rest)
+
+
+def _layer(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The layer's parameters, cast where autocast would; then nothing inside is cast."""
+    checks.shape("weight", weight_OD, "O", x.shape[-1])
+    return checks.layer(x, weight_OD, bias_O)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _columns(m_BD: Tensor, x: Tensor) -> Tensor:
+    return columns_together(m_BD) if uses_triton(x) else m_BD
