@@ -1,6 +1,7 @@
-"""The tests of ``test_fused_linear.py`` again, with the Triton kernels in the interpreter."""
+"""The tests of ``fused_linear.py``, with the Triton kernels in the interpreter."""
 
 import pytest
-from test_fused_linear import *  # noqa: F403
+
+from fused_linear import *  # noqa: F403
 
 pytestmark = pytest.mark.interpreter

@@ -1,0 +1,181 @@
+"""A modulated normal or a GELU with the linear layer behind it: every gradient, and what is kept for it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdt_fast import kernels
+from mdt_fast.kernels.bias_gelu import reference as gelu_reference
+from mdt_fast.kernels.ln_modulate import reference as ln_reference
+from parity import compare, run, same
+from tolerances import FLOAT64, relative_error
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+RAGGED = pytest.mark.parametrize("lengths", [None, (3, 2), (0, 5), (5, 0)], ids=str)
+
+
+def plain_ln(x: Tensor, shift: Tensor, scale: Tensor, w: Tensor, b: Tensor, offsets: Any = None) -> Tensor:
+    return F.linear(ln_reference.ln_modulate(x, shift, scale, offsets, 1e-6), w, b)
+
+
+def plain_gated(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    w: Tensor,
+    b: Tensor,
+    offsets: Any = None,
+) -> tuple[Tensor, Tensor]:
+    residual, normal = ln_reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, 1e-6)
+    return residual, F.linear(normal, w, b)
+
+
+def plain_gelu(x: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.linear(gelu_reference.bias_gelu(x, bias), w, b)
+
+
+def inputs(lengths: tuple[int, ...] | None, D: int, gated: bool) -> tuple[list[Tensor], dict[str, Any]]:
+    """Arguments, and offsets where samples differ in length."""
+    torch.manual_seed(0)
+    shape = (2, 5, D) if lengths is None else (sum(lengths), D)
+    x = [torch.randn(shape)] * (1 + gated)
+    offsets = {} if lengths is None else {"offsets": torch.tensor([0, *lengths]).cumsum(0).int()}
+    return [*(torch.randn_like(a) for a in x), *torch.randn(2 + gated, 2, D).unbind()], offsets
+
+
+def layer(D: int, wide: int = 12) -> list[Tensor]:
+    return [torch.randn(wide, D) * D**-0.5, torch.randn(wide)]
+
+
+@DTYPES
+@RAGGED
+@pytest.mark.parametrize("D", [1, 24, 72])
+def test_ln_modulate_linear(lengths: tuple[int, ...] | None, D: int, dtype: torch.dtype) -> None:
+    args, offsets = inputs(lengths, D, gated=False)
+    ours, plain = (partial(f, **offsets) for f in (kernels.ln_modulate_linear, plain_ln))
+    compare(ours, plain, [*args, *layer(D)], dtype)
+
+
+@DTYPES
+@RAGGED
+@pytest.mark.parametrize("D", [24, 72])
+def test_gate_residual_ln_modulate_linear(
+    lengths: tuple[int, ...] | None, D: int, dtype: torch.dtype
+) -> None:
+    args, offsets = inputs(lengths, D, gated=True)
+    ours, plain = (partial(f, **offsets) for f in (kernels.gate_residual_ln_modulate_linear, plain_gated))
+    compare(ours, plain, [*args, *layer(D)], dtype)
+
+
+@DTYPES
+@RAGGED
+@pytest.mark.parametrize("D", [1, 72])
+def test_gate_residual(lengths: tuple[int, ...] | None, D: int, dtype: torch.dtype) -> None:
+    args, offsets = inputs(lengths, D, gated=True)
+    plain = partial(ln_reference.gate_residual, offsets=offsets.get("offsets"))
+    compare(partial(kernels.gate_residual, **offsets), plain, args[:3], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 5, 24), (7, 96), (0, 8)], ids=str)
+def test_gelu_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    compare(
+        kernels.gelu_linear,
+        plain_gelu,
+        [torch.randn(shape), torch.randn(shape[-1]), *layer(shape[-1])],
+        dtype,
+    )
+
+
+FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool | None]] = {
+    "ln": (kernels.ln_modulate_linear, plain_ln, False),
+    "gated": (kernels.gate_residual_ln_modulate_linear, plain_gated, True),
+    "gelu": (kernels.gelu_linear, plain_gelu, None),
+}
+
+
+def arguments(gated: bool | None, D: int = 24) -> list[Tensor]:
+    if gated is None:
+        return [torch.randn(2, 5, D), torch.randn(D), *layer(D)]
+    return [*inputs(None, D, gated)[0], *layer(D)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64(form: str) -> None:
+    ours, plain, gated = FORMS[form]
+    args = [a.double() for a in arguments(gated)]
+    for a, e in zip(run(ours, args), run(plain, args), strict=True):
+        assert relative_error(a, e) < FLOAT64
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_and_can_be_checkpointed(form: str) -> None:
+    ours, _, gated = FORMS[form]
+    args = arguments(gated)
+    same(ours, torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True), args)
+    checkpointed = partial(torch.utils.checkpoint.checkpoint, ours, use_reentrant=False)
+    same(ours, checkpointed, args)
+
+
+@pytest.mark.parametrize(("form", "rows"), [("ln", 1), ("gated", 2), ("gelu", 1)])
+def test_what_is_kept(form: str, rows: int) -> None:
+    """So many tensors of the input's size, and nothing else of it: neither normal nor activation."""
+    ours, _, gated = FORMS[form]
+    args = [a.requires_grad_() for a in arguments(gated, D=240)]
+    size, kept = args[0].numel(), {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault((x.untyped_storage().data_ptr(), x.numel()), x), lambda x: x
+    ):
+        ours(*args)
+    assert sum(x.numel() == size for x in kept.values()) == rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_casts_the_layer(form: str) -> None:
+    ours, plain, gated = FORMS[form]
+    args = [a.requires_grad_() for a in arguments(gated)]
+
+    def last(f: Callable[..., Any]) -> Tensor:
+        out = f(*args)
+        return out[-1] if isinstance(out, tuple) else out
+
+    exact = last(plain)
+    with torch.autocast("cpu", torch.float16):
+        actual, half = last(ours), last(plain)
+    assert actual.dtype == torch.float16
+    assert relative_error(actual, exact) <= 2 * max(relative_error(half, exact), 2**-11)
+    actual.float().sum().backward()
+    assert all(a.grad.dtype == torch.float32 and a.grad.isfinite().all() for a in args if a.grad is not None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_frozen_layer_gets_no_gradient(form: str) -> None:
+    ours, _, gated = FORMS[form]
+    args = arguments(gated)
+    x = args[0].requires_grad_()
+    out = ours(*args)
+    (out[-1] if isinstance(out, tuple) else out).sum().backward()
+    assert x.grad is not None
+    assert all(a.grad is None for a in args[1:])
+
+
+def test_wrong_arguments() -> None:
+    x, shift, scale, w, b = arguments(False)
+    with pytest.raises(ValueError, match=r"weight: shape \[12, 23\], expected \[O, 24\]"):
+        kernels.ln_modulate_linear(x, shift, scale, w[:, :23], b)
+    with pytest.raises(ValueError, match=r"bias: shape \[3\], expected \[12\]"):
+        kernels.ln_modulate_linear(x, shift, scale, w, b[:3])
+    with pytest.raises(ValueError, match=r"weight: torch.float64 on cpu, but x is torch.float32"):
+        kernels.gelu_linear(x, shift[0], w.double(), b)
+    with pytest.raises(ValueError, match=r"bias_F: shape \[12\], expected \[24\]"):
+        kernels.gelu_linear(x, b, w, b)
+    with pytest.raises(ValueError, match=r"y: shape \[2, 4, 24\], expected \[2, 5, 24\]"):
+        kernels.gate_residual(x, x[:, :4], shift)
