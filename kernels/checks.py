@@ -77,3 +77,8 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return weight, bias
+
+
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is at work: it sees into plain PyTorch only."""
+    return torch._C._functorch.maybe_current_level() is not None

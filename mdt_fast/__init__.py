@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import Switches as Switches
     from .diffusion import create_diffusion as create_diffusion
     from .errors import UserError as UserError
     from .masking import MaskPlan as MaskPlan
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"create_diffusion": ".diffusion", "MaskPlan": ".masking", "UserError": ".errors"}
+_HOMES = {
+    "create_diffusion": ".diffusion",
+    "MaskPlan": ".masking",
+    "Switches": ".config",
+    "UserError": ".errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -125,6 +125,35 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Switches:
+    """What the fast models do differently from a plain implementation: all exact, up to rounding.
+
+    ``packed``: a training step's two passes as one batch. ``sorted_tokens``: kept tokens in ascending order.
+    ``masked_side``: the side block computes the masked tokens only. ``thin_skip``: MDTv2's decoder mixes in
+    the embedded input by a product of the patch's width. ``fused_attention``: the bias is read from its table
+    where scores are computed. ``fused_adaln``: gate, norm and modulation in one step, normals computed again
+    in the backward pass. ``fused_tokens``: patches are embedded, tokens moved, in one write. ``fused_mlp``:
+    bias and GELU in one step, the activation computed again. ``batched_adaln``: the modulations of all blocks
+    by one product, from a copy of all their weights (off: it pays where launches cost more than that copy).
+    """
+
+    packed: bool = True
+    sorted_tokens: bool = True
+    masked_side: bool = True
+    thin_skip: bool = True
+    fused_attention: bool = True
+    fused_adaln: bool = True
+    fused_tokens: bool = True
+    fused_mlp: bool = True
+    batched_adaln: bool = False
+
+    @classmethod
+    def none(cls) -> "Switches":
+        """All off."""
+        return cls(**dict.fromkeys((field.name for field in dataclasses.fields(cls)), False))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where images come from: ``digits`` (scikit-learn's, 8x8 grey, no download) or a folder's path.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_triton
 from . import reference
-from .op import check, check_width, columns_together
+from .op import check, check_width, columns_together, gate_residual_ln_modulate, ln_modulate
 
 
 def ln_modulate_linear(
@@ -35,6 +35,8 @@ def ln_modulate_linear(
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
     weight, bias = _layer(x_BLD, weight_OD, bias_O)
+    if checks.in_functorch():
+        return F.linear(ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps), weight, bias)
     out = _Linear.apply(
         _rows(x_BLD), None, None, _columns(shift_BD, x_BLD), _columns(scale_BD, x_BLD), weight, bias, offsets,
         eps,
@@ -63,6 +65,11 @@ def gate_residual_ln_modulate_linear(
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
     weight, bias = _layer(x_BLD, weight_OD, bias_O)
+    if checks.in_functorch():
+        residual, normal = gate_residual_ln_modulate(
+            x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets=offsets, eps=eps
+        )
+        return residual, F.linear(normal, weight, bias)
     residual, out = _Linear.apply(
         _rows(x_BLD), _rows(y_BLD), *(_columns(m, x_BLD) for m in (gate_BD, shift_BD, scale_BD)), weight,
         bias, offsets, eps,

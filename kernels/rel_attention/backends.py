@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, uses_triton
-from . import with_flash_attn, with_flex, with_sdpa, with_triton, with_xformers
+from . import with_flash_attn, with_flex, with_samples, with_sdpa, with_triton, with_xformers
 from .call import Call
 
 Refusal = Callable[[Tensor, Tensor | None, Call, bool], str | None]
@@ -14,6 +14,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], Tensor]
 
 LIBRARIES: dict[str, tuple[Refusal, Attend]] = {
     "triton": (with_triton.refusal, with_triton.attend),
+    "samples": (with_samples.refusal, with_samples.attend),
     "sdpa": (with_sdpa.refusal, with_sdpa.attend),
     "flex": (with_flex.refusal, with_flex.attend),
     "xformers": (with_xformers.refusal, with_xformers.attend),
@@ -27,7 +28,8 @@ def choose(name: str, q: Tensor, table_RH: Tensor | None, call: Call, needs_grad
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend: got {name!r}, allowed are {', '.join(ATTENTION_BACKENDS)}")
     if name == "auto":
-        name = "triton" if uses_triton(q) else "sdpa"
+        better = with_samples.better(q, table_RH, call, needs_grad)
+        name = "triton" if uses_triton(q) else "samples" if better else "sdpa"
     reason = LIBRARIES[name][0](q, table_RH, call, needs_grad)
     if reason is not None:
         raise ValueError(f"attention_backend: {name!r} cannot serve this call: {reason}")
@@ -41,10 +43,8 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, 
 
 def attend_packed(name: str, qkv: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     """qkv [B, L, 3, H, d] (or [R, 3, H, d]) -> [B, L, H, d] (or [R, H, d])."""
-    if name == "triton":
+    if name in ("triton", "samples"):
         return with_triton.attend_packed(qkv, table_RH, call)
-    if name == "sdpa" and (out := with_sdpa.attend_packed(qkv, table_RH, call)) is not None:
-        return out
     q, k, v = qkv.unbind(-3)
     if call.ragged:
         return attend(name, q, k, v, table_RH, call)
@@ -57,6 +57,7 @@ def attention_backends() -> list[Backend]:
     triton = uses_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
     rows = {
         "triton": ("here" if triton else None, "all of it, deterministic; CUDA, head sizes up to 128"),
+        "samples": ("here", "the CPU; one sample after the other: no table of all scores; deterministic"),
         "sdpa": (with_sdpa.installed(), "all of it, on every device; spells the bias out; never cuDNN; on "
                  "CUDA the table's gradient by atomics, not deterministic"),
         "flex": (with_sdpa.installed(), "no samples of different lengths; on a CPU no gradients; on CUDA "

@@ -60,9 +60,10 @@ def rel_attention(
     ascending, 0 to R), positions [R], ``max_q`` the length of the longest (or more); ``k``, ``v`` likewise
     (``k_offsets`` and ``max_k`` are those of q if None); returns [R, H, d].
 
-    ``attention_backend``: ``auto`` (Triton on CUDA, PyTorch elsewhere) or one of ``triton``, ``sdpa``,
-    ``flex``, ``xformers``, ``flash_attn``. ``bias_form`` and ``table_grad`` choose between the Triton
-    kernels' ways (``config.py``); None is the default there. Triton takes d up to 128.
+    ``attention_backend``: ``auto`` (Triton on CUDA; on a CPU ``samples`` or ``sdpa``, whichever is faster) or
+    one of ``triton``, ``samples``, ``sdpa``, ``flex``, ``xformers``, ``flash_attn``. ``bias_form`` and
+    ``table_grad`` choose between the Triton kernels' ways (``config.py``); None is the default there. Triton
+    takes d up to 128.
 
     Raises ``ValueError`` for shapes, dtypes, strides or devices that do not fit, on the CPU also for
     positions out of the grid or twice in a sample, and for a backend that cannot serve the call.

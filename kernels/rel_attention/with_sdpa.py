@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import reference, with_triton
+from . import reference
 from .call import Call
 
 # Without a mask FLASH serves, with one EFFICIENT, and MATH what they cannot (float64, head sizes that are no
@@ -18,25 +18,9 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
-    if by_samples(q, table_RH, call):
-        return with_triton.attend(q, k, v, table_RH, call)
     if not q.is_cuda:
         return reference.rel_attention(q, k, v, table_RH, call)
     return _pinned(q, k, v, table_RH, call)
-
-
-def attend_packed(qkv: Tensor, table_RH: Tensor | None, call: Call) -> Tensor | None:
-    """As :func:`attend` on one tensor, where that spares copies; else None."""
-    return with_triton.attend_packed(qkv, table_RH, call) if by_samples(qkv, table_RH, call) else None
-
-
-def by_samples(q: Tensor, table_RH: Tensor | None, call: Call) -> bool:
-    """Whether ``samples.py`` serves: on a CPU, what PyTorch's fused attention cannot do there, a table's
-    gradient and samples of different lengths. Inside torch.func's transforms plain PyTorch does."""
-    if q.device.type != "cpu" or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    table_grad = table_RH is not None and table_RH.requires_grad and torch.is_grad_enabled()
-    return call.ragged or table_grad
 
 
 def _pinned(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[B, L, O]. Autocast does not look into a registered op: what it would cast is cast here."""
-    args = [x.flatten(0, 1), skip.flatten(0, 1), weight, bias]
+    """[..., O]. Autocast does not look into a registered op: what it would cast is cast here."""
+    args = [x.reshape(-1, x.shape[-1]), skip.reshape(-1, x.shape[-1]), weight, bias]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         args = [a if a.dtype == torch.float64 else a.to(dtype) for a in args]
-    return skip_linear_fwd(*args).view(*x.shape[:2], weight.shape[0])
+    return skip_linear_fwd(*args).view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("mdt_fast::skip_linear", mutates_args=())

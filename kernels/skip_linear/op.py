@@ -10,15 +10,15 @@ from . import gemm_op, reference
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``cat([x, skip], -1) @ weight.T + bias`` without the concatenation.
 
-    ``x``, ``skip`` [B, L, D]; ``weight`` [O, 2D], its first D columns for ``x``; ``bias`` [O]; one floating
-    dtype, or any under autocast, which sets the dtype as it does for a linear layer. Returns [B, L, O].
+    ``x``, ``skip`` [..., D]; ``weight`` [O, 2D], its first D columns for ``x``; ``bias`` [O]; one floating
+    dtype, or any under autocast, which sets the dtype as it does for a linear layer. Returns [..., O].
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
-    checks.shape("x", x, "B", "L", "D")
-    B, L, D = x.shape
-    checks.shape("skip", skip, B, L, D)
-    checks.shape("weight", weight, "O", 2 * D)
+    if not x.ndim:
+        raise ValueError("x: shape [], expected [..., D]")
+    checks.shape("skip", skip, *x.shape)
+    checks.shape("weight", weight, "O", 2 * x.shape[-1])
     checks.shape("bias", bias, weight.shape[0])
     _check_dtypes(x, skip=skip, weight=weight, bias=bias)
     # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.

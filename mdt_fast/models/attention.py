@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import rel_attention_qkvpacked
+from ..config import Switches
+from ..kernels import rel_attention, rel_attention_qkvpacked
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
+from .rows import WHOLE, Rows
 
 
 class RelativePositionBias(nn.Module):
@@ -38,18 +40,36 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
         self.attention_backend = "auto"
+        self.switches = Switches()
         self.num_heads = num_heads
         self.grid_size = grid_size or 0
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.rel_pos_bias = None if grid_size is None else RelativePositionBias(grid_size, num_heads)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x [B, L, D] -> [B, L, D]; ``positions`` [B, L] where the tokens are not the whole grid in order."""
-        B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.num_heads, D // self.num_heads)
-        table = None if self.rel_pos_bias is None else self.rel_pos_bias.relative_position_bias_table
+    def forward(self, qkv: Tensor, rows: Rows = WHOLE) -> Tensor:
+        """From what ``qkv`` gave, [B, L, 3D] -> [B, L, D], or packed rows [R, 3D] -> [R, D]."""
         out = rel_attention_qkvpacked(
-            qkv, table, grid_size=self.grid_size, pos=positions, attention_backend=self.attention_backend
+            qkv.unflatten(-1, (3, self.num_heads, -1)), self.table, grid_size=self.grid_size,
+            pos=rows.positions, offsets=rows.offsets, max_length=rows.longest, attention_backend=self.backend,
+        )  # fmt: skip
+        return self.proj(out.flatten(-2))
+
+    def chosen(self, q: Tensor, kv: Tensor, ids: Tensor) -> Tensor:
+        """Queries [B, N, D] of tokens ``ids`` [B, N] alone, keys and values [B, L, 2D] of a whole grid."""
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = rel_attention(
+            q, k, v, self.table, grid_size=self.grid_size, q_pos=ids, attention_backend=self.backend
         )
-        return self.proj(out.reshape(B, L, D))
+        return self.proj(out.transpose(1, 2).flatten(-2))
+
+    @property
+    def table(self) -> Tensor | None:
+        return None if self.rel_pos_bias is None else self.rel_pos_bias.relative_position_bias_table
+
+    @property
+    def backend(self) -> str:
+        """Without the fused kernel, PyTorch's attention serves what would be chosen by itself."""
+        automatic = self.attention_backend == "auto"
+        return "sdpa" if automatic and not self.switches.fused_attention else self.attention_backend

@@ -3,20 +3,24 @@
 B batch, S image (or latent) side, C its channels, O output channels, L tokens, D width.
 """
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Family, ModelConfig
+from ..config import Family, ModelConfig, Switches
 from ..diffusion.guidance import guide, power_cosine_scale
 from ..errors import UserError
 from ..kernels import attention_backends
+from ..kernels.checks import in_functorch
 from ..reference.init import initialise
 from .attention import Attention, share_index
 from .blocks import Block, FinalLayer, unpatchify
+from .checkpointing import CHECKPOINTING, checkpointed
+from .conditioning import Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
+from .rows import WHOLE, Rows
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,6 +78,9 @@ class Transformer(nn.Module):
         self.make_blocks()
         self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
         initialise(self, config.grid_size)
+        for index, block in enumerate(self.every_block()):
+            block.index = index
+        self.switches, self.checkpointing = Switches(), "none"
         share_index(self)
         self.register_state_dict_post_hook(_separate_index)
         self.set_attention_backend(attention_backend)
@@ -114,14 +121,42 @@ class Transformer(nn.Module):
             for _ in range(number)
         )
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, D] with their position embedding, and conditioning [B, D]."""
-        self.check_inputs(x, t, y)
-        return self.x_embedder(x, self.pos_embed), self.t_embedder(t) + self.y_embedder(y, self.training)
+    def set_switches(self, switches: Switches) -> None:
+        """What the model does faster than a plain one from now on; see :class:`Switches`. Set it before
+        ``torch.compile``."""
+        if not isinstance(switches, Switches):
+            raise UserError(f"switches: got {type(switches).__name__}, expected a Switches")
+        for module in self.modules():
+            if isinstance(getattr(module, "switches", None), Switches):
+                vars(module)["switches"] = switches
 
-    def image(self, x: Tensor, c: Tensor) -> Tensor:
+    def set_checkpointing(self, mode: str) -> None:
+        """What is computed again in the backward pass instead of being kept: ``none`` (but see
+        :class:`Switches`), ``selective`` (each block, but for its attention), ``full`` (each block). Raises
+        ``UserError`` for another mode.
+        """
+        if mode not in CHECKPOINTING:
+            raise UserError(f"checkpointing: got {mode!r}, allowed are {', '.join(CHECKPOINTING)}")
+        self.checkpointing = mode
+
+    def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
+        """Of times and labels [B]; ``drop``: some labels are dropped, as in training."""
+        c = self.t_embedder(t) + self.y_embedder(y, drop)
+        return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
+
+    def every_block(self) -> Iterator[Block]:
+        return (module for module in self.modules() if isinstance(module, Block))
+
+    def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
+        """One block, under :meth:`set_checkpointing`."""
+        kwargs["modulation"] = c.modulations.get(block.index)
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return block(x, c.c, rows, **kwargs)
+        return checkpointed(block, self.checkpointing, (x, c.c, rows), kwargs)
+
+    def image(self, x: Tensor, c: Conditioning) -> Tensor:
         """Tokens [B, L, D] -> [B, O, S, S]."""
-        return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+        return unpatchify(self.final_layer(x, c.c), self.patch_size, self.out_channels)
 
     def forward_with_cfg(
         self,
@@ -175,7 +210,7 @@ class Transformer(nn.Module):
             raise UserError(f"y: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
         if t.dtype == torch.bool or t.is_complex():
             raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or _in_functorch() or not len(x):
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or in_functorch() or not len(x):
             return
         rows = self.y_embedder.embedding_table.num_embeddings
         if y.min() < 0 or y.max() >= rows:
@@ -201,8 +236,3 @@ def _separate_index(module: nn.Module, state: dict[str, Tensor], prefix: str, _:
     keys = [key for key in state if key.startswith(prefix) and key.endswith("relative_position_index")]
     for key in keys[1:]:
         state[key] = state[key].clone()
-
-
-def _in_functorch() -> bool:
-    """Whether values are hidden inside a transform (vmap, grad, ...)."""
-    return torch._C._functorch.maybe_current_level() is not None

@@ -1,24 +1,51 @@
-"""The transformer block and the last layer, on the kernel rooms. B samples, L tokens, D width."""
+"""The transformer block and the last layer, on the kernel rooms.
+
+x [B, L, D], or packed rows [R, D] (see ``rows.py``); B samples, L tokens, D width, P numbers of a patch.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import bias_gelu, gate_residual_ln_modulate, ln_modulate, skip_linear
+from ..config import Switches
+from ..kernels import gather_tokens, gelu_linear, merge_tokens, patch_skip_linear, skip_linear
+from ..masking import MaskPlan
 from ..reference.layers import unpatchify
 from .attention import Attention
+from .ops import gated, gated_norm_linear, is_plain, norm_linear
+from .rows import WHOLE, Rows
+
+
+class Embedded(NamedTuple):
+    """The embedded input, not spelt out: patches [B, L, P], and what makes tokens of them."""
+
+    patches: Tensor
+    weight: Tensor
+    bias: Tensor
+    pos_embed: Tensor
 
 
 class Mlp(nn.Module):
-    """Linear, bias and GELU (tanh form), linear."""
+    """Linear, bias and GELU (tanh form), linear. The block runs the first one, behind its norm."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         super().__init__()
+        self.switches = Switches()
         self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
         self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+    @property
+    def fused(self) -> bool:
+        """Whether :meth:`forward` adds the first layer's bias."""
+        return self.switches.fused_mlp and is_plain(self.fc1) and is_plain(self.fc2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """From what the first layer gave, with its bias unless ``fused``."""
+        if self.fused:
+            return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -28,34 +55,67 @@ class Block(nn.Module):
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None, skip: bool = False
     ) -> None:
         super().__init__()
+        self.switches, self.index = Switches(), 0
         self.attn = Attention(hidden_size, num_heads, grid_size)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.skip_linear = nn.Linear(2 * hidden_size, hidden_size) if skip else None
 
     def forward(
-        self, x: Tensor, c: Tensor, skip: Tensor | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        rows: Rows = WHOLE,
+        skip: Tensor | Embedded | None = None,
+        masked: MaskPlan | None = None,
+        modulation: Tensor | None = None,
     ) -> Tensor:
-        """x [B, L, D], c [B, D] -> [B, L, D]; ``skip`` like x; ``positions`` [B, L] of kept tokens."""
+        """x and conditioning c [B, D], activated (SiLU) -> like x.
+
+        ``skip``: like x, or the embedded input. ``masked``: only the masked tokens of whole grids x [B, L, D]
+        are computed, the others stay. ``modulation`` [B, 6D]: this block's, if it is known already.
+        """
         if self.skip_linear is not None and skip is not None:
-            x = skip_linear(x, skip, self.skip_linear.weight, self.skip_linear.bias)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        attended = self.attn(ln_modulate(x, shift_a, scale_a), positions)
-        x, normal = gate_residual_ln_modulate(x, attended, gate_a, shift_m, scale_m)
-        return torch.addcmul(x, gate_m[:, None], self.mlp(normal))
+            x = self.mix(x, skip, self.skip_linear)
+        if modulation is None:
+            modulation = self.adaLN_modulation[1](c)  # [0], the SiLU, has been applied once for all
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
+        how: dict[str, Any] = {"offsets": rows.offsets, "fused": self.switches.fused_adaln}
+        whole, qkv = x, self.attn.qkv
+        if masked is None:
+            attended = self.attn(norm_linear(x, shift_a, scale_a, qkv, **how), rows)
+        else:
+            x, D = gather_tokens(whole, masked.ids_mask), x.shape[-1]
+            q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
+            kv = norm_linear(whole, shift_a, scale_a, qkv, **how, outputs=slice(D, 3 * D))
+            attended = self.attn.chosen(q, kv, masked.ids_mask)
+        x, hidden = gated_norm_linear(
+            x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, with_bias=not self.mlp.fused, **how
+        )
+        x = gated(x, self.mlp(hidden), gate_m, **how)
+        return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
+
+    def mix(self, x: Tensor, skip: Tensor | Embedded, layer: nn.Linear) -> Tensor:
+        """``layer`` on x and skip, side by side."""
+        if isinstance(skip, Embedded):
+            return patch_skip_linear(x, *skip, layer.weight, layer.bias)
+        if is_plain(layer):
+            return skip_linear(x, skip, layer.weight, layer.bias)
+        return layer(torch.cat([x, skip], dim=-1))
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches: [B, L, D] -> [B, L, p*p*O]."""
+    """Tokens [B, L, D] and conditioning [B, D], activated (SiLU), to patches [B, L, p*p*O]."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
+        self.switches = Switches()
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(ln_modulate(x, shift, scale))
+        shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
+        return norm_linear(x, shift, scale, self.linear, offsets=None, fused=self.switches.fused_adaln)
 
 
-__all__ = ["Block", "FinalLayer", "Mlp", "unpatchify"]
+__all__ = ["Block", "Embedded", "FinalLayer", "Mlp", "unpatchify"]

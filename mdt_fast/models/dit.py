@@ -19,9 +19,11 @@ class DiT(Transformer):
 
         Raises ``UserError`` for inputs that do not fit.
         """
-        x, c = self.embed(x, t, y)
+        self.check_inputs(x, t, y)
+        c = self.condition(t, y, drop=self.training)
+        x = self.x_embedder(x, self.pos_embed)
         for block in self.blocks:
-            x = block(x, c)
+            x = self.run(block, x, c)
         return self.image(x, c)
 
     def forward_with_cfg(

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
+from ..config import Switches
 from ..kernels import patch_embed
+from ..kernels.tokens import reference
+from ..masking import MaskPlan
 from ..reference.embed import LabelEmbedder, TimestepEmbedder
 
 __all__ = ["LabelEmbedder", "PatchEmbed", "TimestepEmbedder"]
@@ -13,8 +16,14 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
+        self.switches = Switches()
         # A convolution's parameters, under its name: official checkpoints hold them.
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
-        return patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
+    def forward(self, x: Tensor, pos_embed: Tensor, plan: MaskPlan | None = None) -> Tensor:
+        """With a plan only the tokens that it keeps: [B, K, D]."""
+        weight, bias = self.proj.weight, self.proj.bias
+        if self.switches.fused_tokens:
+            return patch_embed(x, weight, bias, pos_embed, None if plan is None else plan.ids_keep)
+        tokens = self.proj(x).flatten(2).transpose(1, 2) + pos_embed
+        return tokens if plan is None else reference.gather_tokens(tokens, plan.ids_keep)

@@ -1,45 +1,138 @@
-"""MDTv2 and MDT v1 on the kernel rooms. B batch, S side, C channels, O output channels, L tokens, D width.
+"""MDTv2 and MDT v1 on the kernel rooms.
 
+B samples, S side, C channels, O output channels, L tokens, K of them kept, R rows of a packed batch, D width.
 Source: MDT (arXiv:2303.14389; MDTv2 is its second version).
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..config import Family
 from ..errors import UserError
 from ..kernels import gather_tokens, unmask_tokens
+from ..kernels.patch_embed.reference import patchify
+from ..kernels.tokens import reference
 from ..masking import MaskPlan
+from . import rows
 from .base import Transformer
+from .blocks import Embedded
+from .conditioning import Conditioning
+from .ops import is_plain
+from .rows import Rows
+
+Skip = Tensor | Embedded | None
+"""The embedded input [B, L, D] that MDTv2's decoder mixes in; v1 has none."""
 
 
 class MaskedTransformer(Transformer):
-    """What both MDTs share: the mask of a pass and the side-interpolater."""
+    """What both MDTs share: a pass, both passes of a training step in one, the side-interpolater."""
 
     sideblocks: nn.ModuleList
 
-    def plan(self, x: Tensor, enable_mask: bool, mask_plan: MaskPlan | None) -> MaskPlan | None:
-        """The mask of this pass (kept tokens ascending): the given one, a new one, or None for all tokens."""
-        B, L, _ = x.shape
-        if mask_plan is not None:
-            if not isinstance(mask_plan, MaskPlan):
-                raise UserError(f"mask_plan: got {type(mask_plan).__name__}, expected a MaskPlan or None")
-            mask_plan.check(B, L, x.device)
-        elif enable_mask and self.mask_ratio is not None:
-            mask_plan = MaskPlan.draw(
-                B, L, self.mask_ratio, random_ratio=self.family == "mdtv2", device=x.device
-            )
-        return None if mask_plan is None else mask_plan.sorted()
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, enable_mask: bool = False, mask_plan: MaskPlan | None = None
+    ) -> Tensor:
+        """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
 
-    def join(self, x: Tensor, c: Tensor, plan: MaskPlan | None) -> Tensor:
+        ``enable_mask`` drops tokens as in training, by ``mask_plan`` or, without one, by a new plan; it does
+        nothing where the model's ``mask_ratio`` is None. Raises ``UserError`` for inputs that do not fit.
+        """
+        self.check_inputs(x, t, y)
+        c = self.condition(t, y, drop=self.training)
+        return self.one_pass(x, c, self.plan(x, enable_mask, mask_plan))
+
+    def one_pass(self, x: Tensor, c: Conditioning, plan: MaskPlan | None) -> Tensor:
+        tokens, skip = self.embed(x, plan)
+        tokens = self.encode(tokens, c, rows.kept(plan))
+        tokens = self.join(tokens, c, plan)
+        return self.image(self.decode(tokens, c, skip), c)
+
+    def training_step_outputs(
+        self,
+        x_full: Tensor,
+        x_masked: Tensor,
+        t: Tensor,
+        y: Tensor,
+        y_masked: Tensor | None = None,
+        mask_plan: MaskPlan | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both passes of a training step: all tokens of ``x_full``, and the kept ones of ``x_masked``.
+
+        The same as ``forward(x_full, t, y)`` and ``forward(x_masked, t, y, enable_mask=True)``, drawing in
+        that order, but as one batch: every weight is read once. Shapes as there; returns both outputs. With
+        ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. Raises
+        ``UserError`` for inputs that do not fit, and for an attention backend that cannot take them.
+        """
+        drop = self.training and y_masked is None
+        y_masked = y if y_masked is None else y_masked
+        self.check_inputs(x_full, t, y)
+        self.check_inputs(x_masked, t, y_masked)
+        y, y_masked = (self.y_embedder.drop(labels) if drop else labels for labels in (y, y_masked))
+        plan = self.plan(x_masked, True, mask_plan)
+        if plan is None:
+            raise UserError("mask_plan: needed, as the model's mask_ratio is None")
+        if not self.switches.packed:
+            full = self.one_pass(x_full, self.condition(t, y), None)
+            return full, self.one_pass(x_masked, self.condition(t, y_masked), plan)
+
+        self.check_packed()
+        B, L, K = len(t), plan.num_tokens, plan.len_keep
+        c = self.condition(torch.cat([t, t]), torch.cat([y, y_masked]))
+        (full, skip_full), (kept, skip_masked) = self.embed(x_full, None), self.embed(x_masked, plan)
+        x = torch.cat([full.flatten(0, 1), kept.flatten(0, 1)])  # [R, D]: B samples of L, then B of K tokens
+        full, kept = self.encode(x, c, rows.packed(plan)).split([B * L, B * K])
+        full = self.join(full.view(B, L, x.shape[1]), c.of(slice(0, B)), None)
+        masked = self.join(kept.view(B, K, x.shape[1]), c.of(slice(B, 2 * B)), plan)
+        x = self.decode(torch.cat([full, masked]), c, _both(skip_full, skip_masked))
+        full, masked = self.image(x, c).chunk(2)
+        return full, masked
+
+    def join(self, x: Tensor, c: Conditioning, plan: MaskPlan | None) -> Tensor:
         """Encoder's output [B, K, D] -> decoder's input [B, L, D].
 
         The side block predicts the dropped tokens from the kept ones; kept tokens bypass it.
         """
         if plan is None:
             return x + self.decoder_pos_embed
-        full = unmask_tokens(x, self.mask_token, self.decoder_pos_embed, plan.ids_restore)
-        side = self.sideblocks[0](full, c)
+        unmask = unmask_tokens if self.switches.fused_tokens else reference.unmask_tokens
+        full = unmask(x, self.mask_token, self.decoder_pos_embed, plan.ids_restore)
+        if self.switches.masked_side:
+            return self.run(self.sideblocks[0], full, c, masked=plan)
+        side = self.run(self.sideblocks[0], full, c)
         return side.where(plan.mask[:, :, None] > 0, full)
+
+    def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
+        """Images -> the encoder's tokens [B, K, D], and what the decoder mixes in."""
+        return self.x_embedder(x, self.pos_embed, plan), None
+
+    def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, x: Tensor, c: Conditioning, skip: Skip) -> Tensor:
+        raise NotImplementedError
+
+    def plan(self, x: Tensor, enable_mask: bool, mask_plan: MaskPlan | None) -> MaskPlan | None:
+        """The mask of this pass: the given one, a new one, or None for all tokens."""
+        B, L, ascending = len(x), self.config.grid_size**2, self.switches.sorted_tokens
+        if mask_plan is not None:
+            if not isinstance(mask_plan, MaskPlan):
+                raise UserError(f"mask_plan: got {type(mask_plan).__name__}, expected a MaskPlan or None")
+            mask_plan.check(B, L, x.device)
+            return mask_plan.sorted() if ascending else mask_plan
+        if not enable_mask or self.mask_ratio is None:
+            return None
+        random_ratio = self.family == "mdtv2"
+        return MaskPlan.draw(
+            B, L, self.mask_ratio, random_ratio=random_ratio, device=x.device, ascending=ascending
+        )
+
+    def check_packed(self) -> None:
+        for block in self.every_block():
+            if block.attn.attention_backend in ("flex", "xformers"):
+                raise UserError(
+                    f"switches: packed does not go with attention_backend {block.attn.attention_backend!r}, "
+                    "which takes no samples of different lengths; allowed are auto, triton, samples, sdpa"
+                )
 
 
 class MDTv2(MaskedTransformer):
@@ -54,29 +147,34 @@ class MDTv2(MaskedTransformer):
         self.de_blocks = self.blocks_of(self.decode_layer, skip=True)
         self.sideblocks = self.blocks_of(1)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, enable_mask: bool = False, mask_plan: MaskPlan | None = None
-    ) -> Tensor:
-        """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
+    def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
+        weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias
+        assert bias is not None
+        if self.switches.thin_skip and all(
+            is_plain(block.get_submodule("skip_linear")) for block in self.de_blocks
+        ):
+            skip = Embedded(patchify(x, self.patch_size), weight.flatten(1), bias, self.pos_embed)
+            return self.x_embedder(x, self.pos_embed, plan), skip
+        tokens = self.x_embedder(x, self.pos_embed)
+        if plan is None:
+            return tokens, tokens
+        if self.switches.fused_tokens:
+            return gather_tokens(tokens, plan.ids_keep, plan.ids_restore), tokens
+        return reference.gather_tokens(tokens, plan.ids_keep), tokens
 
-        ``enable_mask`` drops tokens as in training, by ``mask_plan`` or, without one, by a new plan; it does
-        nothing where the model's ``mask_ratio`` is None. Raises ``UserError`` for inputs that do not fit.
-        """
-        tokens, c = self.embed(x, t, y)
-        plan = self.plan(tokens, enable_mask, mask_plan)
-        positions = None if plan is None else plan.ids_keep
-        x = tokens if plan is None else gather_tokens(tokens, plan.ids_keep, plan.ids_restore)
-
+    def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
         skips = []
         for block in self.en_inblocks:
-            x = block(x, c, positions=positions)
+            x = self.run(block, x, c, rows)
             skips.append(x)
         for block in self.en_outblocks:
-            x = block(x, c, skip=skips.pop(), positions=positions)
-        x = self.join(x, c, plan)
+            x = self.run(block, x, c, rows, skip=skips.pop())
+        return x
+
+    def decode(self, x: Tensor, c: Conditioning, skip: Skip) -> Tensor:
         for block in self.de_blocks:
-            x = block(x, c, skip=tokens)
-        return self.image(x, c)
+            x = self.run(block, x, c, skip=skip)
+        return x
 
 
 class MDT(MaskedTransformer):
@@ -88,19 +186,21 @@ class MDT(MaskedTransformer):
         self.blocks = self.blocks_of(self.depth)
         self.sideblocks = self.blocks_of(1)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, enable_mask: bool = False, mask_plan: MaskPlan | None = None
-    ) -> Tensor:
-        """As :meth:`MDTv2.forward`."""
-        tokens, c = self.embed(x, t, y)
-        plan = self.plan(tokens, enable_mask, mask_plan)
-        positions = None if plan is None else plan.ids_keep
-        x = tokens if plan is None else gather_tokens(tokens, plan.ids_keep, plan.ids_restore)
+    def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
+        for block in self.blocks[: self.depth - self.decode_layer]:
+            x = self.run(block, x, c, rows)
+        return x
 
-        encoder = self.depth - self.decode_layer
-        for block in self.blocks[:encoder]:
-            x = block(x, c, positions=positions)
-        x = self.join(x, c, plan)
-        for block in self.blocks[encoder:]:
-            x = block(x, c)
-        return self.image(x, c)
+    def decode(self, x: Tensor, c: Conditioning, skip: Skip) -> Tensor:
+        for block in self.blocks[self.depth - self.decode_layer :]:
+            x = self.run(block, x, c)
+        return x
+
+
+def _both(full: Skip, masked: Skip) -> Skip:
+    """For the samples of both passes, one after the other."""
+    if isinstance(full, Embedded) and isinstance(masked, Embedded):
+        return full._replace(patches=torch.cat([full.patches, masked.patches]))
+    if isinstance(full, Tensor) and isinstance(masked, Tensor):
+        return torch.cat([full, masked])
+    return None

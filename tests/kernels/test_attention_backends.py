@@ -105,7 +105,10 @@ def refused(message: str, **change: Any) -> None:
 
 
 def test_refusals() -> None:
-    refused("attention_backend: got 'cudnn', allowed are auto, triton, sdpa, flex", attention_backend="cudnn")
+    refused(
+        "attention_backend: got 'cudnn', allowed are auto, triton, samples, sdpa, flex",
+        attention_backend="cudnn",
+    )
     cannot = "attention_backend: {!r} cannot serve this call: "
     q = torch.randn(1, 2, 16, 8, requires_grad=True)
     refused(
@@ -229,7 +232,7 @@ def test_ragged_is_refused_where_it_is_not_served() -> None:
 
 def test_rows_for_the_doctor() -> None:
     rows = attention_backends()
-    assert [row.op for row in rows] == ["triton", "sdpa", "flex", "xformers", "flash_attn"]
+    assert [row.op for row in rows] == ["triton", "samples", "sdpa", "flex", "xformers", "flash_attn"]
     assert all(row.backend and row.reason for row in rows)
 
 
@@ -246,7 +249,7 @@ def test_a_model_takes_a_backend() -> None:
     keys = DiT_S_8(input_size=16).state_dict().keys()
     assert model.state_dict().keys() == keys
     with pytest.raises(
-        UserError, match="attention_backend: got 'fast', allowed are auto, triton, sdpa, flex"
+        UserError, match="attention_backend: got 'fast', allowed are auto, triton, samples, sdpa, flex"
     ):
         model.set_attention_backend("fast")
     with pytest.raises(UserError, match="attention_backend: got 'fast'"):

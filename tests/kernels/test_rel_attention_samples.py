@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
-from mdt_fast.kernels.rel_attention import reference, with_sdpa
+from mdt_fast.kernels.rel_attention import backends, reference
 from mdt_fast.kernels.rel_attention.call import Call, Side
 from parity import compare, run
 from tolerances import FLOAT64, relative_error
@@ -78,10 +78,11 @@ def test_queries_that_are_a_subset(dtype: torch.dtype, M: int, N: int) -> None:
 def test_it_serves_what_needs_it() -> None:
     q, side = torch.randn(1, H, 25, 8), Side(pos=None, offsets=None, length=25, batch=1)
     call = Call(queries=side, keys=side, grid_size=G, scale=1.0)
-    assert with_sdpa.by_samples(q, table().requires_grad_(), call)
-    assert not with_sdpa.by_samples(q, table(), call)
-    with torch.no_grad():
-        assert not with_sdpa.by_samples(q, table().requires_grad_(), call)
+    assert backends.choose("auto", q, table().requires_grad_(), call, True) == "samples"
+    assert backends.choose("auto", q, table(), call, True) == "sdpa"
+    assert backends.choose("auto", q, table().requires_grad_(), call, False) == "sdpa"
+    with pytest.raises(ValueError, match="'samples' cannot serve this call: it serves the CPU; got meta"):
+        backends.choose("samples", q.to("meta"), None, call, False)
 
 
 def test_compiled_with_every_length() -> None:

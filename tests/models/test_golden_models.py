@@ -173,6 +173,11 @@ def test_golden_activations(
         if masked and implementation == "fast" and key.startswith("en_"):
             order = g["b_train/ids_keep"].argsort(dim=1)
             expected = expected.gather(1, order[:, :, None].expand_as(expected))
+        if (
+            masked and implementation == "fast" and key == "sideblocks.0"
+        ):  # it computes the masked tokens only
+            dropped = g["b_train/mask"] > 0
+            out, expected = out[dropped], expected[dropped]
         assert relative_error(out, expected) < FLOAT32, key
 
 

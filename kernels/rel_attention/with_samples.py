@@ -1,0 +1,23 @@
+"""Attention on a CPU by ``samples.py``: the table's gradient without all scores, samples of any lengths."""
+
+from torch import Tensor
+
+from .. import checks
+from .call import Call
+from .with_triton import attend, attend_packed
+
+__all__ = ["attend", "attend_packed", "better", "refusal"]
+
+
+def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
+    if q.device.type != "cpu":
+        return f"it serves the CPU; got {q.device}"
+    if checks.in_functorch():
+        return "it cannot be transformed by torch.func"
+    return None
+
+
+def better(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> bool:
+    """Whether it beats PyTorch's fused attention, which does neither of these two on a CPU."""
+    table_grad = needs_grad and table_RH is not None and table_RH.requires_grad
+    return (call.ragged or table_grad) and refusal(q, table_RH, call, needs_grad) is None

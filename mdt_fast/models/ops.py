@@ -1,0 +1,82 @@
+"""adaLN with the linear layer behind it: by the kernels, or, with ``fused`` False, in plain PyTorch.
+
+x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D].
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import (
+    gate_residual,
+    gate_residual_ln_modulate,
+    gate_residual_ln_modulate_linear,
+    ln_modulate,
+    ln_modulate_linear,
+)
+from ..kernels.ln_modulate import reference
+
+EPS = 1e-6
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear layer whose weights say all: no hooks, and no other module in its place
+    (float8, adapters), whose own forward has to run."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def norm_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    layer: nn.Linear,
+    *,
+    offsets: Tensor | None,
+    fused: bool,
+    outputs: slice = slice(None),
+) -> Tensor:
+    """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
+    if fused and is_plain(layer):
+        weight, bias = layer.weight[outputs], layer.bias[outputs]
+        return ln_modulate_linear(x, shift, scale, weight, bias, offsets=offsets, eps=EPS)
+    normal = (
+        ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
+        if fused
+        else reference.ln_modulate(x, shift, scale, offsets, EPS)
+    )
+    if is_plain(layer):
+        return F.linear(normal, layer.weight[outputs], layer.bias[outputs])
+    return layer(normal)[..., outputs]
+
+
+def gated_norm_linear(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    layer: nn.Linear,
+    *,
+    offsets: Tensor | None,
+    fused: bool,
+    with_bias: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``r = x + gate * y``, and ``layer`` (a plain one also without its bias) on the modulated norm of r."""
+    plain = is_plain(layer)
+    if fused and plain:
+        bias = layer.bias if with_bias else None
+        return gate_residual_ln_modulate_linear(
+            x, y, gate, shift, scale, layer.weight, bias, offsets=offsets, eps=EPS
+        )
+    r, normal = (
+        gate_residual_ln_modulate(x, y, gate, shift, scale, offsets=offsets, eps=EPS)
+        if fused
+        else reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, EPS)
+    )
+    return r, F.linear(normal, layer.weight) if plain and not with_bias else layer(normal)
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor, *, offsets: Tensor | None, fused: bool) -> Tensor:
+    """``x + gate * y``."""
+    if fused:
+        return gate_residual(x, y, gate, offsets=offsets)
+    return reference.gate_residual(x, y, gate, offsets)
