@@ -4,7 +4,7 @@ A :class:`MaskPlan` says which tokens of each sample the encoder sees in the mas
 B samples, L tokens, K kept tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ class MaskPlan:
 
     ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K] (int64) are the kept and the dropped token numbers;
     ``ids_restore`` [B, L] (int64) is where each token stands in ``cat([ids_keep, ids_mask])``;
-    ``mask`` [B, L] (float32) is 0 where a token is kept and 1 where it was dropped.
+    ``mask`` [B, L] (float32) is 0 where a token is kept and 1 where it was dropped. ``ascending``: both
+    numbers stand in ascending order (False: perhaps not).
     """
 
     ids_keep: Tensor
     ids_mask: Tensor
     ids_restore: Tensor
     mask: Tensor
+    ascending: bool = False
 
     @classmethod
     def draw(
@@ -68,7 +70,7 @@ class MaskPlan:
         if not 0 <= len_keep <= noise.shape[1]:
             raise UserError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
         if ascending:
-            return cls(*mask_plan(noise, len_keep))
+            return cls(*mask_plan(noise, len_keep), ascending=True)
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)
         return cls._from_ids(ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep:])
 
@@ -100,7 +102,10 @@ class MaskPlan:
         Everything between gather and scatter is token-wise or attention, so the order changes nothing
         but rounding; ascending order makes gathers and bias look-ups nearly contiguous.
         """
-        return self._from_ids(self.ids_keep.sort(dim=1).values, self.ids_mask.sort(dim=1).values)
+        if self.ascending:
+            return self
+        plan = self._from_ids(self.ids_keep.sort(dim=1).values, self.ids_mask.sort(dim=1).values)
+        return replace(plan, ascending=True)
 
     @property
     def batch(self) -> int:
@@ -127,7 +132,8 @@ class MaskPlan:
 
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The plan on another device."""
-        return MaskPlan(*(x.to(device) for x in (self.ids_keep, self.ids_mask, self.ids_restore, self.mask)))
+        moved = (x.to(device) for x in (self.ids_keep, self.ids_mask, self.ids_restore, self.mask))
+        return MaskPlan(*moved, ascending=self.ascending)
 
 
 def draw_len_keep(num_tokens: int, mask_ratio: float) -> int:

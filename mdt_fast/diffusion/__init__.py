@@ -34,6 +34,7 @@ class GaussianDiffusion(GaussianProcess):
     """
 
     training_losses = loss.training_losses
+    two_pass_losses = loss.two_pass_losses
     calc_bpd_loop = loss.calc_bpd_loop
     prior_bpd = loss.prior_bpd
 

@@ -34,6 +34,37 @@ def training_losses(
         noise = draw(None, x_start)
     x_t = diffusion.q_sample(x_start, t, noise)
     output = diffusion.call_model(model, x_t, t, model_kwargs)
+    return losses_from_output(diffusion, output, x_start, x_t, t, noise)
+
+
+def two_pass_losses(
+    diffusion: GaussianProcess, model: Any, x_start: Tensor, t: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """MDT's objective: the terms of :func:`training_losses` over all tokens, and, as ``m_...``, those of the
+    masked pass; each [B].
+
+    Both passes share ``x_start``, ``t`` and ``y``; noise, label drops and the mask are drawn anew. A model
+    with ``training_step_outputs`` runs both as one batch. The order of draws, and so every number drawn on a
+    CPU, is that of two passes, one after the other.
+    """
+    diffusion.check_timesteps(t, x_start)
+    noise, y_full = draw(None, x_start), model.drop_labels(y)
+    noise_masked, y_masked = draw(None, x_start), model.drop_labels(y)
+    x_full, x_masked = (diffusion.q_sample(x_start, t, n) for n in (noise, noise_masked))
+    times = diffusion.original_timesteps(t)
+    plan = model.draw_plan(len(t), x_start.device)
+    outputs = model.training_step_outputs(x_full, x_masked, times, y_full, y_masked, plan)
+    full, masked = (
+        losses_from_output(diffusion, diffusion.checked(output, x), x_start, x, t, n)
+        for output, x, n in zip(outputs, (x_full, x_masked), (noise, noise_masked), strict=True)
+    )
+    return full | {f"m_{name}": values for name, values in masked.items()}
+
+
+def losses_from_output(
+    diffusion: GaussianProcess, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """:func:`training_losses` of an ``output`` that the model has already given for ``x_t``."""
     if diffusion.loss_type == "rescaled_kl":
         bound, _ = vb_term(diffusion, output, x_start, x_t, t)
         return {"loss": bound * diffusion.num_timesteps}

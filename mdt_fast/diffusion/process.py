@@ -109,7 +109,10 @@ class GaussianProcess(Schedule):
     ) -> Tensor:
         """``model(x, original timesteps, **model_kwargs)``, its shape checked: [B, 2C or C, ...]."""
         self.check_timesteps(t, x)
-        output = model(x, self.original_timesteps(t), **(model_kwargs or {}))
+        return self.checked(model(x, self.original_timesteps(t), **(model_kwargs or {})), x)
+
+    def checked(self, output: Tensor, x: Tensor) -> Tensor:
+        """A model's ``output`` for ``x``, if its shape is right: [B, 2C or C, ...]."""
         factor = 2 if self.var_type == "learned_range" else 1
         expected = (x.shape[0], factor * x.shape[1], *x.shape[2:])
         if not isinstance(output, Tensor) or output.shape != expected:

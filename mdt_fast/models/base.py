@@ -144,6 +144,11 @@ class Transformer(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y, drop)
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
 
+    def drop_labels(self, y: Tensor) -> Tensor:
+        """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself."""
+        embedder = self.y_embedder
+        return embedder.drop(y) if self.training and embedder.dropout_prob > 0 else y
+
     def every_block(self) -> Iterator[Block]:
         return (module for module in self.modules() if isinstance(module, Block))
 

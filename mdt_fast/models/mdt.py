@@ -63,14 +63,11 @@ class MaskedTransformer(Transformer):
         ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. Raises
         ``UserError`` for inputs that do not fit, and for an attention backend that cannot take them.
         """
-        drop = self.training and y_masked is None
-        y_masked = y if y_masked is None else y_masked
         self.check_inputs(x_full, t, y)
-        self.check_inputs(x_masked, t, y_masked)
-        y, y_masked = (self.y_embedder.drop(labels) if drop else labels for labels in (y, y_masked))
-        plan = self.plan(x_masked, True, mask_plan)
-        if plan is None:
-            raise UserError("mask_plan: needed, as the model's mask_ratio is None")
+        self.check_inputs(x_masked, t, y if y_masked is None else y_masked)
+        if y_masked is None:
+            y, y_masked = self.drop_labels(y), self.drop_labels(y)
+        plan = self.plan(x_masked, True, mask_plan) or self.draw_plan(len(t), x_masked.device)
         if not self.switches.packed:
             full = self.one_pass(x_full, self.condition(t, y), None)
             return full, self.one_pass(x_masked, self.condition(t, y_masked), plan)
@@ -119,11 +116,19 @@ class MaskedTransformer(Transformer):
                 raise UserError(f"mask_plan: got {type(mask_plan).__name__}, expected a MaskPlan or None")
             mask_plan.check(B, L, x.device)
             return mask_plan.sorted() if ascending else mask_plan
-        if not enable_mask or self.mask_ratio is None:
-            return None
-        random_ratio = self.family == "mdtv2"
+        return self.draw_plan(B, x.device) if enable_mask and self.mask_ratio is not None else None
+
+    def draw_plan(self, batch: int, device: torch.device) -> MaskPlan:
+        """A mask for a training step, from torch's default generators; see :meth:`MaskPlan.draw`."""
+        if self.mask_ratio is None:
+            raise UserError("mask_plan: needed, as the model's mask_ratio is None")
         return MaskPlan.draw(
-            B, L, self.mask_ratio, random_ratio=random_ratio, device=x.device, ascending=ascending
+            batch,
+            self.config.grid_size**2,
+            self.mask_ratio,
+            random_ratio=self.family == "mdtv2",
+            device=device,
+            ascending=self.switches.sorted_tokens,
         )
 
     def check_packed(self) -> None:

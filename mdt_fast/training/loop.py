@@ -46,11 +46,13 @@ def two_pass_losses(
     """Loss terms, each [B]: ``loss``, ``mse``, ``vb`` over all tokens, then ``m_...`` of the masked pass.
 
     Both passes share x [B, C, S, S], t [B] and y [B]; noise, label drops and the mask are drawn anew. Models
-    without a mask (DiT, or ``mask_ratio`` None) have the first pass only.
+    without a mask (DiT, or ``mask_ratio`` None) have the first pass only; the fast models run both as one.
     """
-    terms = diffusion.training_losses(model, x, t, {"y": y})
     if getattr(model, "mask_ratio", None) is None:
-        return terms
+        return diffusion.training_losses(model, x, t, {"y": y})
+    if hasattr(model, "training_step_outputs"):
+        return diffusion.two_pass_losses(model, x, t, y)
+    terms = diffusion.training_losses(model, x, t, {"y": y})
     masked = diffusion.training_losses(model, x, t, {"y": y, "enable_mask": True})
     return terms | {f"m_{name}": values for name, values in masked.items()}
 
