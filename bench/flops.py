@@ -66,6 +66,7 @@ def train_step(config: ModelConfig, len_keep: int | None, implementation: str = 
     """Forward and backward of one image: all tokens, and (unless ``len_keep`` is None) the masked pass."""
 
     def passes() -> None:
+        # The fast model runs both in one batch, with the same products.
         loss = _forward(config, None, implementation).sum()
         if len_keep is not None:
             loss = loss + _forward(config, len_keep, implementation).sum()

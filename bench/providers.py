@@ -88,12 +88,14 @@ class Modules:
 
 @dataclass(frozen=True)
 class Provider:
-    """A name, the module behind it, and how its two entry points are called."""
+    """A name, the module behind it, and how its entry points are called: a pass, a guided pass, and, where
+    the module has that, both passes of a training step at once."""
 
     name: str
     module: nn.Module
     forward: Callable[..., Tensor]
     forward_with_cfg: Callable[..., Tensor]
+    both: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -109,9 +111,10 @@ def make(name: str, modules: Modules) -> Provider:
     if name.endswith("-compiled") and (reason := compile_obstacle(modules.device)):
         raise Skip(reason)
     module = modules.get(name.removesuffix("-compiled"))
-    if not name.endswith("-compiled"):
-        return Provider(name, module, module, module.forward_with_cfg)
-    return Provider(name, module, torch.compile(module), torch.compile(module.forward_with_cfg))
+    calls = [module, module.forward_with_cfg, getattr(module, "training_step_outputs", None)]
+    if name.endswith("-compiled"):
+        calls = [None if call is None else torch.compile(call) for call in calls]
+    return Provider(name, module, *calls)
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from inputs import Inputs
 from mdt_fast.config import ModelConfig, TrainConfig
 from mdt_fast.diffusion import create_diffusion
+from mdt_fast.diffusion.loss import losses_from_output
 from mdt_fast.masking import MaskPlan
 from mdt_fast.training.optim import Ema, build_optimizer
 from measure import module_tensors, storage_bytes
@@ -78,9 +79,12 @@ class Step:
 
     def model(self, call: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The model under autocast where the case is in bfloat16; float32 out."""
+        return self.autocast(call, *args, **kwargs).float()
+
+    def autocast(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         case = self.case
         with torch.autocast(case.device.type, dtype=torch.bfloat16, enabled=case.dtype == torch.bfloat16):
-            return call(*args, **kwargs).float()
+            return call(*args, **kwargs)
 
     def __call__(self, index: int) -> object:
         raise NotImplementedError
@@ -126,29 +130,53 @@ class TrainStep(Step):
         self.optimizer.step()
 
     def losses(self, index: int, y: Tensor) -> list[Tensor]:
-        """Loss per image [B] of each pass."""
-        passes = [self.one_pass(2 * index, y, None)]
+        """Loss per image [B] of each pass. Both use the same timesteps; the noise is fresh in each."""
+        t = torch.randint(
+            self.diffusion.num_timesteps, (len(self.x),), generator=torch.Generator().manual_seed(index)
+        ).to(self.x.device)
         len_keep = self.len_keeps[index % len(self.len_keeps)]
+        if len_keep is not None and self.provider.both is not None:
+            return self.both_passes(index, t, y, len_keep, self.provider.both)
+        passes = [self.one_pass(2 * index, t, y, None)]
         if len_keep is not None:
-            passes.append(self.one_pass(2 * index + 1, y, len_keep))
+            passes.append(self.one_pass(2 * index + 1, t, y, len_keep))
         return passes
 
-    def one_pass(self, seed: int, y: Tensor, len_keep: int | None) -> Tensor:
-        x, steps = self.x, self.diffusion.num_timesteps
-        torch.manual_seed(seed)
-        # Both passes of a step use the same timesteps; the noise is fresh in each.
-        t = torch.randint(steps, (len(x),), generator=torch.Generator().manual_seed(seed // 2)).to(x.device)
+    def one_pass(self, seed: int, t: Tensor, y: Tensor, len_keep: int | None) -> Tensor:
+        noise, plan = self.draws(seed, len_keep)
         kwargs: dict[str, Any] = {"y": y}
-        noise = torch.randn_like(x)
-        if len_keep is not None:
-            tokens = torch.rand(len(x), self.case.config.grid_size**2, device=x.device)
-            kwargs |= {"enable_mask": True, "mask_plan": self.plan(tokens, len_keep)}
+        if plan is not None:
+            kwargs |= {"enable_mask": True, "mask_plan": plan}
         call = self.provider.forward
         model = lambda x, t, **kw: self.model(call, x, t, **kw)  # noqa: E731
-        return self.diffusion.training_losses(model, x, t, model_kwargs=kwargs, noise=noise)["loss"]
+        return self.diffusion.training_losses(model, self.x, t, model_kwargs=kwargs, noise=noise)["loss"]
+
+    def both_passes(self, index: int, t: Tensor, y: Tensor, len_keep: int, call: Any) -> list[Tensor]:
+        """The same draws, in one batch."""
+        noise, _ = self.draws(2 * index, None)
+        y_full = self.module.drop_labels(y)
+        noise_masked, plan = self.draws(2 * index + 1, len_keep)
+        y_masked = self.module.drop_labels(y)
+        noises = noise, noise_masked
+        noisy = [self.diffusion.q_sample(self.x, t, n) for n in noises]
+        times = self.diffusion.original_timesteps(t)
+        outputs = self.autocast(call, *noisy, times, y_full, y_masked, plan)
+        return [
+            losses_from_output(self.diffusion, out.float(), self.x, x_t, t, n)["loss"]
+            for out, x_t, n in zip(outputs, noisy, noises, strict=True)
+        ]
+
+    def draws(self, seed: int, len_keep: int | None) -> tuple[Tensor, MaskPlan | None]:
+        """A pass's noise and mask. Label drops come next from the same generator."""
+        torch.manual_seed(seed)
+        noise = torch.randn_like(self.x)
+        if len_keep is None:
+            return noise, None
+        tokens = torch.rand(len(self.x), self.case.config.grid_size**2, device=self.x.device)
+        return noise, self.plan(tokens, len_keep)
 
     def plan(self, noise_BL: Tensor, len_keep: int) -> MaskPlan:
-        plan = MaskPlan.from_noise(noise_BL, len_keep)
+        plan = MaskPlan.from_noise(noise_BL, len_keep, ascending=self.provider.both is not None)
         if self.provider.compiled:  # one graph for all lengths, from the first call on
             for ids in (plan.ids_keep, plan.ids_mask):
                 torch._dynamo.maybe_mark_dynamic(ids, 1)

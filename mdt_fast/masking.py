@@ -70,7 +70,7 @@ class MaskPlan:
         if not 0 <= len_keep <= noise.shape[1]:
             raise UserError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
         if ascending:
-            return cls(*mask_plan(noise, len_keep), ascending=True)
+            return replace(cls(*mask_plan(noise, len_keep)), ascending=True)
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)
         return cls._from_ids(ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep:])
 
@@ -132,8 +132,8 @@ class MaskPlan:
 
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The plan on another device."""
-        moved = (x.to(device) for x in (self.ids_keep, self.ids_mask, self.ids_restore, self.mask))
-        return MaskPlan(*moved, ascending=self.ascending)
+        tensors = ("ids_keep", "ids_mask", "ids_restore", "mask")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def draw_len_keep(num_tokens: int, mask_ratio: float) -> int:

@@ -1,6 +1,7 @@
 """The models: constructors and keys as in the reference, the work done by ``mdt_fast.kernels``."""
 
 from .base import Transformer
+from .compiling import compile_for_training
 from .convert import from_reference, load_weights, read_weights, write_weights
 from .dit import DiT
 from .install import install, uninstall
@@ -75,6 +76,7 @@ __all__ = [
     "MDTv2_XL_2",
     "Transformer",
     "build_model",
+    "compile_for_training",
     "from_reference",
     "install",
     "load_weights",

@@ -14,6 +14,7 @@ from ..diffusion.guidance import guide, power_cosine_scale
 from ..errors import UserError
 from ..kernels import attention_backends
 from ..kernels.checks import in_functorch
+from ..masking import MaskPlan
 from ..reference.init import initialise
 from .attention import Attention, share_index
 from .blocks import Block, FinalLayer, unpatchify
@@ -143,6 +144,9 @@ class Transformer(nn.Module):
         """Of times and labels [B]; ``drop``: some labels are dropped, as in training."""
         c = self.t_embedder(t) + self.y_embedder(y, drop)
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
+
+    def mark_lengths(self, x: Tensor, rows: Rows, plan: MaskPlan) -> None:
+        """Say what follows the number of kept tokens; replaced by ``compile_for_training``."""
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself."""

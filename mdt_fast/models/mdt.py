@@ -77,7 +77,9 @@ class MaskedTransformer(Transformer):
         c = self.condition(torch.cat([t, t]), torch.cat([y, y_masked]))
         (full, skip_full), (kept, skip_masked) = self.embed(x_full, None), self.embed(x_masked, plan)
         x = torch.cat([full.flatten(0, 1), kept.flatten(0, 1)])  # [R, D]: B samples of L, then B of K tokens
-        full, kept = self.encode(x, c, rows.packed(plan)).split([B * L, B * K])
+        where = rows.packed(plan)
+        self.mark_lengths(x, where, plan)
+        full, kept = self.encode(x, c, where).split([B * L, B * K])
         full = self.join(full.view(B, L, x.shape[1]), c.of(slice(0, B)), None)
         masked = self.join(kept.view(B, K, x.shape[1]), c.of(slice(B, 2 * B)), plan)
         x = self.decode(torch.cat([full, masked]), c, _both(skip_full, skip_masked))

@@ -1,0 +1,45 @@
+"""``torch.compile`` for a training step: the whole model, or block by block."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..masking import MaskPlan
+from .base import Transformer
+from .rows import Rows
+
+SCOPES = ("model", "block")
+
+
+def compile_for_training(model: Transformer, scope: str = "block", **options: Any) -> None:
+    """Compile ``model``, in place: its ``forward`` and, in MDT, ``training_step_outputs``.
+
+    ``scope``: ``model`` compiles them whole, ``block`` each block alone (a fraction of the time, as equal
+    blocks share one compilation; what FSDP needs). ``options`` are those of ``torch.compile``; graphs are
+    always full. The number of kept tokens is dynamic: no length compiles anew. Call it after
+    ``set_switches``, ``set_checkpointing`` and ``set_attention_backend``, and after ``to``.
+    Raises ``UserError`` for another scope.
+    """
+    if scope not in SCOPES:
+        raise UserError(f"scope: got {scope!r}, allowed are {', '.join(SCOPES)}")
+    options = {"fullgraph": True} | options
+    vars(model)["mark_lengths"] = mark
+    if scope == "block":
+        for block in model.every_block():
+            block.compile(**options)
+        return
+    model.compile(**options)
+    step = getattr(model, "training_step_outputs", None)
+    if step is not None:
+        vars(model)["training_step_outputs"] = torch.compile(step, **options)
+
+
+def mark(x: Tensor, rows: Rows, plan: MaskPlan) -> None:
+    """Declare the sizes that follow the number of kept tokens, so that the first compilation serves all."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor, dim in ((x, 0), (rows.positions, 0), (plan.ids_keep, 1), (plan.ids_mask, 1)):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)

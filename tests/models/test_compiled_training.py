@@ -1,0 +1,73 @@
+"""A compiled training step: how often it compiles, and what it gives."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mdt_fast import MaskPlan, MDTv2, UserError, compile_for_training
+from mdt_fast.masking import draw_len_keep
+from tolerances import FLOAT32, relative_error
+
+KINDS = 4
+"""Of blocks: into the U, out of it, decoder, side block."""
+
+
+def model(**kwargs: Any) -> MDTv2:
+    torch.manual_seed(0)
+    made = MDTv2(
+        hidden_size=16, depth=4, num_heads=2, num_classes=10, mask_ratio=0.3, decode_layer=2, **kwargs
+    )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return made.train()
+
+
+def inputs(side: int, batch: int = 2) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(2, batch, 4, side, side)
+    return x[0], x[1], torch.arange(batch) * 100, torch.arange(batch), torch.arange(batch)
+
+
+@pytest.mark.parametrize(("scope", "most"), [("model", 2), ("block", 2 * KINDS)])
+def test_all_lengths_of_training(scope: str, most: int) -> None:
+    """256 tokens keep 128 to 179 of them."""
+    torch._dynamo.reset()
+    compiled, counter = model(), CompileCounterWithBackend("aot_eager")
+    compile_for_training(compiled, scope, backend=counter)
+    lengths = sorted({draw_len_keep(256, 0.3) for _ in range(5000)})
+    assert lengths == list(range(128, 180))
+    for len_keep in lengths[::-1]:
+        plan = MaskPlan.from_noise(torch.rand(2, 256), len_keep, ascending=True)
+        full, masked = compiled.training_step_outputs(*inputs(32), plan)
+        if len_keep % 10 == 0:
+            (full.square().sum() + masked.square().sum()).backward()
+    assert 0 < counter.frame_count <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scope", "checkpointing"),
+    [("model", "none"), ("block", "none"), ("block", "selective"), ("block", "full")],
+)
+def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str) -> None:
+    torch._dynamo.reset()
+    eager, compiled = model(input_size=8), model(input_size=8)
+    compiled.set_checkpointing(checkpointing)
+    compile_for_training(compiled, scope)
+    for len_keep in (11, 8):
+        plan, arguments = MaskPlan.from_noise(torch.rand(2, 16), len_keep), inputs(8)
+        results = []
+        for m in (eager, compiled):
+            m.zero_grad()
+            outputs = m.training_step_outputs(*arguments, plan)
+            sum(o.square().sum() for o in outputs).backward()
+            results.append([*outputs, *(p.grad for p in m.parameters() if p.grad is not None)])
+        assert len(results[0]) == len(results[1])
+        for e, a in zip(*results, strict=True):
+            assert relative_error(a, e) < 10 * FLOAT32  # key biases, whose gradient is zero, are not apart
+
+
+def test_refusal() -> None:
+    with pytest.raises(UserError, match="scope: got 'layer', allowed are model, block"):
+        compile_for_training(model(), "layer")
