@@ -30,7 +30,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-# No -march: optim.cpp and mask_plan.cpp choose by the processor they run on. No fused multiply-add: the same
+# No -march: the inner loops choose by the processor they run on (targets.h). No fused multiply-add: the same
 # bits on all of them.
 CXX_FLAGS = [
     *TARGET,
@@ -97,7 +97,7 @@ def cuda_home(torch, cpp_extension) -> Path | None:
 def cpu_extension(cpp_extension) -> Extension:
     return Extension(
         "mdt_fast.kernels._cpu",
-        ["csrc/ops.cpp", "csrc/mask_plan.cpp", "csrc/optim.cpp"],
+        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
         depends=HEADERS,
         include_dirs=cpp_extension.include_paths(),
         library_dirs=cpp_extension.library_paths(),

@@ -14,4 +14,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
       "Tensor(d!)[] masters, Tensor(e!)[] emas, Tensor(f!)[] steps, Tensor lr, Tensor grad_norm, "
       "float beta1, float beta2, float eps, float weight_decay, float max_grad_norm, float clip_eps, "
       "float[] ema_decays) -> ()");
+  // These fill what the caller has allocated.
+  m.def(
+      "ln_modulate_fwd_cpu(Tensor x, Tensor? y, Tensor? gate, Tensor shift, Tensor scale, Tensor? offsets, "
+      "float eps, Tensor(a!)? residual, Tensor(b!) out, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+  m.def(
+      "ln_modulate_bwd_cpu(Tensor x, Tensor? y, Tensor? gate, Tensor shift, Tensor scale, Tensor? offsets, "
+      "Tensor mean, Tensor rstd, Tensor? dresidual, Tensor dout, Tensor(a!) dx, Tensor(b!)? dy, "
+      "Tensor(c!)? dgate, Tensor(d!) dshift, Tensor(e!) dscale, Tensor(f!)? out) -> ()");
+  m.def("gate_residual_fwd_cpu(Tensor x, Tensor y, Tensor gate, Tensor? offsets, Tensor(a!) out) -> ()");
+  m.def(
+      "gate_residual_bwd_cpu(Tensor y, Tensor gate, Tensor? offsets, Tensor dout, Tensor(a!) dy, "
+      "Tensor(b!) dgate) -> ()");
+  m.def("bias_gelu_fwd_cpu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
+  m.def(
+      "bias_gelu_bwd_cpu(Tensor x, Tensor bias, Tensor dout, Tensor(a!) dx, Tensor(b!) dbias, "
+      "Tensor(c!)? out) -> ()");
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import in_functorch
 from .native import MISSING
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,17 @@ WITH_TRITON = (
     "rel_attention_qkvpacked",
     "cfg_step",
 )
+
+WITH_CPP = (
+    "ln_modulate",
+    "gate_residual_ln_modulate",
+    "gate_residual",
+    "ln_modulate_linear",
+    "gate_residual_ln_modulate_linear",
+    "bias_gelu",
+    "gelu_linear",
+)
+"""Of these, what ``csrc/`` serves on a CPU."""
 
 NATIVE = ("mask_plan", "grad_sumsq", "adan_step", "adamw_step")
 
@@ -65,6 +77,13 @@ def uses_triton(x: Tensor) -> bool:
     return x.dtype in DTYPES and (INTERPRETING or (x.is_cuda and HAS_TRITON))
 
 
+def uses_csrc(*tensors: Tensor | None) -> bool:
+    """Whether an op that has a C++ kernel for the CPU runs it on these."""
+    if MISSING["cpu"] is not None or INTERPRETING or in_functorch():
+        return False
+    return all(x is None or (x.device.type == "cpu" and x.dtype in DTYPES) for x in tensors)
+
+
 def _native(op: str) -> Backend:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if MISSING[device] is None:
@@ -88,6 +107,8 @@ def _backend(op: str) -> Backend:
     if INTERPRETING:
         return Backend(op, "triton", "TRITON_INTERPRET=1: the kernel runs in Triton's interpreter, slowly")
     if not torch.cuda.is_available():
+        if op in WITH_CPP and MISSING["cpu"] is None:
+            return Backend(op, "csrc", "no CUDA device, where the Triton kernel would serve; C++ on the CPU")
         return Backend(op, "pytorch", f"{plain}: no CUDA device, where the Triton kernel would serve")
     if not HAS_TRITON:
         return Backend(op, "pytorch", f"{plain}: triton is not installed (pip install triton)")

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_triton
+from ..backends import uses_csrc, uses_triton
 from . import reference
 from .op import bias_gelu
+from .registered import bias_gelu_bwd, bias_gelu_fwd
 
 
 def gelu_linear(x: Tensor, bias_F: Tensor, weight_OF: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -51,19 +52,15 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(x: Tensor, bias_F: Tensor) -> Tensor:
-    if not uses_triton(x):
+    if not (uses_triton(x) or uses_csrc(x, bias_F)):
         return reference.bias_gelu(x, bias_F.to(x.dtype))
-    from .triton_op import bias_gelu_fwd  # here: not every machine has Triton
-
     return bias_gelu_fwd(x, bias_F)
 
 
 def _backward(x: Tensor, bias_F: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and the first bias, and the activation in the dtype of ``dout``."""
-    if not uses_triton(x):
+    if not (uses_triton(x) or uses_csrc(x, bias_F, dout)):
         z = x + bias_F.to(x.dtype)
         dx = torch.ops.aten.gelu_backward(dout.to(x.dtype), z, approximate="tanh")
         return dx, dx.sum(0).to(bias_F.dtype), F.gelu(z, approximate="tanh").to(dout.dtype)
-    from .triton_op import bias_gelu_bwd
-
     return bias_gelu_bwd(x, bias_F, dout, True)

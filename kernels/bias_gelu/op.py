@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_triton
+from ..backends import uses_csrc, uses_triton
 from . import reference
+from .registered import bias_gelu_fwd
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -17,8 +18,6 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     checks.floating("x", x)
     checks.floating_on("bias", bias, x)
     checks.shape("bias", bias, x.shape[-1] if x.ndim else "F")
-    if not uses_triton(x):
+    if not (uses_triton(x) or uses_csrc(x, bias)):
         return reference.bias_gelu(x, bias)
-    from .triton_op import bias_gelu_fwd  # here: not every machine has Triton
-
     return bias_gelu_fwd(x.reshape(-1, x.shape[-1]).contiguous(), bias.contiguous()).view(x.shape)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_triton
 from . import reference
-from .op import check, check_width, columns_together, gate_residual_ln_modulate, ln_modulate
+from .op import check, columns_together, gate_residual_ln_modulate, ln_modulate, serves
+from .registered import ln_modulate_bwd, ln_modulate_fwd
 
 
 def ln_modulate_linear(
@@ -37,10 +37,8 @@ def ln_modulate_linear(
     weight, bias = _layer(x_BLD, weight_OD, bias_O)
     if checks.in_functorch():
         return F.linear(ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps), weight, bias)
-    out = _Linear.apply(
-        _rows(x_BLD), None, None, _columns(shift_BD, x_BLD), _columns(scale_BD, x_BLD), weight, bias, offsets,
-        eps,
-    )  # fmt: skip
+    shift_BD, scale_BD = columns_together(shift_BD), columns_together(scale_BD)
+    out = _Linear.apply(_rows(x_BLD), None, None, shift_BD, scale_BD, weight, bias, offsets, eps)
     return out.view(*x_BLD.shape[:-1], weight.shape[0])
 
 
@@ -71,7 +69,7 @@ def gate_residual_ln_modulate_linear(
         )
         return residual, F.linear(normal, weight, bias)
     residual, out = _Linear.apply(
-        _rows(x_BLD), _rows(y_BLD), *(_columns(m, x_BLD) for m in (gate_BD, shift_BD, scale_BD)), weight,
+        _rows(x_BLD), _rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)), weight,
         bias, offsets, eps,
     )  # fmt: skip
     return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight.shape[0])
@@ -103,19 +101,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-untyped-def]
-    if not uses_triton(x):
+    if not serves(x, y, gate, shift, scale):
         return reference.forward(x, y, gate, shift, scale, offsets, eps, dtype)
-    from .triton_op import ln_modulate_fwd  # here: not every machine has Triton
-
-    check_width(x)
     return ln_modulate_fwd(x, y, gate, shift, scale, offsets, eps, dtype)
 
 
 def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout):  # type: ignore[no-untyped-def]
-    if not uses_triton(x):
+    if not serves(x, y, gate, shift, scale, dresidual, dout):
         return reference.backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout)
-    from .triton_op import ln_modulate_bwd
-
     dx, dy, dgate, *rest = ln_modulate_bwd(
         x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, True
     )
@@ -130,7 +123,3 @@ def _layer(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> tuple[Tensor,
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _columns(m_BD: Tensor, x: Tensor) -> Tensor:
-    return columns_together(m_BD) if uses_triton(x) else m_BD

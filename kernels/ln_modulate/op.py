@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_triton
+from ..backends import uses_csrc, uses_triton
 from . import reference
 from .config import MAX_D
+from .registered import gate_residual_fwd, ln_modulate_fwd
 
 
 def ln_modulate(
@@ -19,9 +20,9 @@ def ln_modulate(
     Source: DiT (arXiv:2212.09748), section 3.2, adaLN-Zero.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
-    if not uses_triton(x_BLD):
+    if not serves(x_BLD, shift_BD, scale_BD):
         return reference.ln_modulate(x_BLD, shift_BD, scale_BD, offsets, eps)
-    return _triton(x_BLD, None, None, shift_BD, scale_BD, offsets, eps)[1]
+    return _kernel(x_BLD, None, None, shift_BD, scale_BD, offsets, eps)[1]
 
 
 def gate_residual_ln_modulate(
@@ -43,9 +44,9 @@ def gate_residual_ln_modulate(
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
-    if not uses_triton(x_BLD):
+    if not serves(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD):
         return reference.gate_residual_ln_modulate(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
-    return _triton(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
+    return _kernel(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets, eps)
 
 
 def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, *, offsets: Tensor | None = None) -> Tensor:
@@ -54,16 +55,13 @@ def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, *, offsets: Ten
     check(x_BLD, offsets, gate=gate_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
-    if not uses_triton(x_BLD):
+    if not serves(x_BLD, y_BLD, gate_BD):
         return reference.gate_residual(x_BLD, y_BLD, gate_BD, offsets)
-    from .triton_op import gate_residual_fwd  # here: not every machine has Triton
-
-    check_width(x_BLD)
     x_RD, y_RD = (a.reshape(-1, a.shape[-1]).contiguous() for a in (x_BLD, y_BLD))
     return gate_residual_fwd(x_RD, y_RD, columns_together(gate_BD), offsets).view_as(x_BLD)
 
 
-def _triton(
+def _kernel(
     x: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
@@ -72,12 +70,7 @@ def _triton(
     offsets: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from .triton_op import (
-        ln_modulate_fwd,
-    )  # here: importing triton takes a second, and not every machine has it
-
     D = x.shape[-1]
-    check_width(x)
     y_RD = None if y is None else y.reshape(-1, D).contiguous()
     # A modulation is one sixth of a wider tensor's columns: rows may be apart, columns may not.
     gate = None if gate is None else columns_together(gate)
@@ -94,9 +87,13 @@ def _triton(
     return residual_RD.view_as(x) if y is not None else x, out_RD.view_as(x)
 
 
-def check_width(x: Tensor) -> None:
+def serves(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel does, Triton's or the CPU's; ``ValueError`` for what the first cannot."""
+    if not uses_triton(x):
+        return uses_csrc(x, *others)
     if x.shape[-1] > MAX_D:
         raise ValueError(f"x: width {x.shape[-1]}, the Triton kernel takes at most {MAX_D}")
+    return True
 
 
 def columns_together(m_BD: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_bias_gelu_of_nothing() -> None:
 
 
 def test_bias_gelu_opcheck_and_compile() -> None:
-    from mdt_fast.kernels.bias_gelu.triton_op import bias_gelu_fwd
+    from mdt_fast.kernels.bias_gelu.registered import bias_gelu_fwd
 
     args = [torch.randn(5, 24, requires_grad=True), torch.randn(24, requires_grad=True)]
     torch.library.opcheck(bias_gelu_fwd, tuple(args))
@@ -133,7 +133,7 @@ def test_unmask_tokens_opcheck_and_compile() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated: bool) -> None:
-    from mdt_fast.kernels.ln_modulate.triton_op import ln_modulate_fwd
+    from mdt_fast.kernels.ln_modulate.registered import ln_modulate_fwd
 
     x, y, gate, shift, scale = (a.requires_grad_() for a in arguments((6,), 2, 24, True))
     optional = (y, gate) if gated else (None, None)

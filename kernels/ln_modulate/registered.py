@@ -1,15 +1,14 @@
-"""The Triton kernels as registered ops. B samples, R rows (tokens of all samples), D width, P parts."""
+"""The kernels as registered ops: Triton's, or on a CPU those of ``csrc/``.
+
+B samples, R rows (tokens of all samples), D width.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import launch_config
-from .kernel import (
-    gate_residual_bwd_kernel,
-    gate_residual_fwd_kernel,
-    ln_modulate_bwd_kernel,
-    ln_modulate_fwd_kernel,
-)
+from ..backends import uses_triton
 
 
 @torch.library.custom_op("mdt_fast::ln_modulate", mutates_args=())
@@ -24,18 +23,13 @@ def ln_modulate_fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Residual (empty without ``y``), modulated normal in ``dtype``, mean [R] and 1/std [R] in float32."""
-    residual_RD, out_RD, mean_R, rstd_R = _outputs(x_RD, y_RD, dtype)
-    (R, D), B = x_RD.shape, shift_BD.shape[0]
-    if R:
-        config, unused = launch_config(D, B, R // B), x_RD
-        ln_modulate_fwd_kernel[(B, config.programs)](
-            x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD,
-            shift_BD, scale_BD, unused if offsets is None else offsets, residual_RD, out_RD, mean_R, rstd_R,
-            R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
-            eps, GATED=y_RD is not None, OFFSETS=offsets is not None, BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+    outputs = residual_RD, out_RD, mean_R, rstd_R = _outputs(x_RD, y_RD, dtype)
+    if len(x_RD):
+        _kernels(x_RD).ln_modulate_fwd(
+            x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, eps, None if y_RD is None else residual_RD,
+            out_RD, mean_R, rstd_R,
         )  # fmt: skip
-    return residual_RD, out_RD, mean_R, rstd_R
+    return outputs
 
 
 @torch.library.custom_op("mdt_fast::ln_modulate_bwd", mutates_args=())
@@ -54,39 +48,28 @@ def ln_modulate_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, gate, shift, scale; ``x`` is the residual where there is a gate. Then the forward
     pass's output again in the dtype of ``dout`` (empty unless ``recompute``)."""
-    dx_RD, dy_RD, dgate_BD, dshift_BD, dscale_BD, out_RD = _gradients(
+    gradients = dx_RD, dy_RD, dgate_BD, dshift_BD, dscale_BD, out_RD = _gradients(
         x_RD, y_RD, gate_BD, shift_BD, scale_BD, dout_RD, recompute
     )
-    (R, D), B = x_RD.shape, scale_BD.shape[0]
-    if not R:
-        return dx_RD, dy_RD, dgate_BD.zero_(), dshift_BD.zero_(), dscale_BD.zero_(), out_RD
-    config, unused = launch_config(D, B, R // B), x_RD
-    parts_3BPD = x_RD.new_empty(3, B, config.programs, D, dtype=torch.float32)
-    ln_modulate_bwd_kernel[(B, config.programs)](
-        x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD, shift_BD, scale_BD,
-        unused if offsets is None else offsets, mean_R, rstd_R,
-        unused if dresidual_RD is None else dresidual_RD, dout_RD,
-        dx_RD, dy_RD, parts_3BPD[2], parts_3BPD[0], parts_3BPD[1], out_RD,
-        R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
-        GATED=y_RD is not None, OFFSETS=offsets is not None, RECOMPUTE=recompute, BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
+    if not len(x_RD):
+        for sums_BD in (dgate_BD, dshift_BD, dscale_BD):
+            sums_BD.zero_()
+        return gradients
+    gated = y_RD is not None
+    _kernels(x_RD).ln_modulate_bwd(
+        x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R, dresidual_RD, dout_RD,
+        dx_RD, dy_RD if gated else None, dgate_BD if gated else None, dshift_BD, dscale_BD,
+        out_RD if recompute else None,
     )  # fmt: skip
-    for i, total_BD in enumerate((dshift_BD, dscale_BD, dgate_BD)):
-        if total_BD.numel():
-            total_BD.copy_(parts_3BPD[i].sum(1))
-    return dx_RD, dy_RD, dgate_BD, dshift_BD, dscale_BD, out_RD
+    return gradients
 
 
 @torch.library.custom_op("mdt_fast::gate_residual", mutates_args=())
 def gate_residual_fwd(x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None) -> Tensor:
     """``x + gate * y`` in the dtype of ``x``."""
-    out_RD, (R, D), B = torch.empty_like(x_RD), x_RD.shape, gate_BD.shape[0]
-    if R:
-        config = launch_config(D, B, R // B)
-        gate_residual_fwd_kernel[(B, config.programs)](
-            x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, R // B, D, gate_BD.stride(0),
-            OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
-        )  # fmt: skip
+    out_RD = torch.empty_like(x_RD)
+    if len(x_RD):
+        _kernels(x_RD).gate_residual_fwd(x_RD, y_RD, gate_BD, offsets, out_RD)
     return out_RD
 
 
@@ -96,17 +79,25 @@ def gate_residual_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y and gate."""
     dy_RD, dgate_BD = torch.empty_like(y_RD), gate_BD.new_empty(gate_BD.shape)
-    (R, D), B = y_RD.shape, gate_BD.shape[0]
-    if not R:
+    if not len(y_RD):
         return dy_RD, dgate_BD.zero_()
-    config = launch_config(D, B, R // B)
-    parts_BPD = y_RD.new_empty(B, config.programs, D, dtype=torch.float32)
-    gate_residual_bwd_kernel[(B, config.programs)](
-        y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,
-        R // B, D, gate_BD.stride(0),
-        OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
-    )  # fmt: skip
-    return dy_RD, dgate_BD.copy_(parts_BPD.sum(1))
+    _kernels(y_RD).gate_residual_bwd(y_RD, gate_BD, offsets, dout_RD, dy_RD, dgate_BD)
+    return dy_RD, dgate_BD
+
+
+class _Native:
+    """The same calls, of ``csrc/``."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.mdt_fast, f"{name}_cpu")
+
+
+def _kernels(x: Tensor) -> Any:
+    if not uses_triton(x):
+        return _Native()
+    from . import launch  # here: not every machine has Triton
+
+    return launch
 
 
 @ln_modulate_fwd.register_fake

@@ -1,24 +1,19 @@
-"""The Triton kernels as registered ops. R rows, F features, P partial sums."""
+"""The kernels as registered ops: Triton's, or on a CPU those of ``csrc/``. R rows, F features."""
+
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .config import launch_config
-from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
+from ..backends import uses_triton
 
 
 @torch.library.custom_op("mdt_fast::bias_gelu", mutates_args=())
 def bias_gelu_fwd(x_RF: Tensor, bias_F: Tensor) -> Tensor:
     """``gelu(x + bias)``, tanh form, in the dtype of ``x``."""
-    out_RF, (R, F) = torch.empty_like(x_RF), x_RF.shape
+    out_RF = torch.empty_like(x_RF)
     if out_RF.numel():
-        config = launch_config(R, F)
-        grid = (triton.cdiv(F, config.block_f), triton.cdiv(R, config.block_r))
-        bias_gelu_fwd_kernel[grid](
-            x_RF, bias_F, out_RF, R, F,
-            BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
-        )  # fmt: skip
+        _kernels(x_RF).bias_gelu_fwd(x_RF, bias_F[None], out_RF)
     return out_RF
 
 
@@ -27,17 +22,28 @@ def bias_gelu_bwd(
     x_RF: Tensor, bias_F: Tensor, dout_RF: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and bias, and the forward pass's output again (empty unless ``recompute``)."""
-    dx_RF, (R, F) = torch.empty_like(x_RF), x_RF.shape
-    out_RF = dout_RF.new_empty(dout_RF.shape if recompute else 0)
+    gradients = dx_RF, dbias_F, out_RF = _gradients(x_RF, bias_F, dout_RF, recompute)
     if not dx_RF.numel():
-        return dx_RF, torch.zeros_like(bias_F), out_RF
-    config = launch_config(R, F)
-    parts_PF = x_RF.new_empty(config.parts, F, dtype=torch.float32)
-    bias_gelu_bwd_kernel[(triton.cdiv(F, config.block_f), config.parts)](
-        x_RF, bias_F, dout_RF, dx_RF, parts_PF, out_RF, R, F,
-        RECOMPUTE=recompute, BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
-    )  # fmt: skip
-    return dx_RF, parts_PF.sum(0).to(bias_F.dtype), out_RF
+        dbias_F.zero_()
+        return gradients
+    out = out_RF if recompute else None
+    _kernels(x_RF).bias_gelu_bwd(x_RF, bias_F[None], dout_RF, dx_RF, dbias_F[None], out)
+    return gradients
+
+
+class _Native:
+    """The same calls, of ``csrc/``."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.mdt_fast, f"{name}_cpu")
+
+
+def _kernels(x: Tensor) -> Any:
+    if not uses_triton(x):
+        return _Native()
+    from . import launch  # here: not every machine has Triton
+
+    return launch
 
 
 @bias_gelu_fwd.register_fake
@@ -47,6 +53,12 @@ def _(x_RF, bias_F):  # type: ignore[no-untyped-def]
 
 @bias_gelu_bwd.register_fake
 def _(x_RF, bias_F, dout_RF, recompute):  # type: ignore[no-untyped-def]
+    return _gradients(x_RF, bias_F, dout_RF, recompute)
+
+
+def _gradients(
+    x_RF: Tensor, bias_F: Tensor, dout_RF: Tensor, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     out_RF = dout_RF.new_empty(dout_RF.shape if recompute else 0)
     return torch.empty_like(x_RF), torch.empty_like(bias_F), out_RF
 

@@ -1,0 +1,98 @@
+"""Launching the Triton kernels. B samples, R rows (tokens of all samples), D width, P parts."""
+
+import torch
+from torch import Tensor
+
+from .config import launch_config
+from .kernel import (
+    gate_residual_bwd_kernel,
+    gate_residual_fwd_kernel,
+    ln_modulate_bwd_kernel,
+    ln_modulate_fwd_kernel,
+)
+
+
+def ln_modulate_fwd(
+    x_RD: Tensor,
+    y_RD: Tensor | None,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    offsets: Tensor | None,
+    eps: float,
+    residual_RD: Tensor | None,
+    out_RD: Tensor,
+    mean_R: Tensor,
+    rstd_R: Tensor,
+) -> None:
+    (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
+    config = launch_config(D, B, R // B)
+    ln_modulate_fwd_kernel[(B, config.programs)](
+        x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD,
+        shift_BD, scale_BD, unused if offsets is None else offsets,
+        unused if residual_RD is None else residual_RD, out_RD, mean_R, rstd_R,
+        R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
+        eps, GATED=y_RD is not None, OFFSETS=offsets is not None, BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def ln_modulate_bwd(
+    x_RD: Tensor,
+    y_RD: Tensor | None,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    offsets: Tensor | None,
+    mean_R: Tensor,
+    rstd_R: Tensor,
+    dresidual_RD: Tensor | None,
+    dout_RD: Tensor,
+    dx_RD: Tensor,
+    dy_RD: Tensor | None,
+    dgate_BD: Tensor | None,
+    dshift_BD: Tensor,
+    dscale_BD: Tensor,
+    out_RD: Tensor | None,
+) -> None:
+    (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
+    config = launch_config(D, B, R // B)
+    parts_3BPD = x_RD.new_empty(3, B, config.programs, D, dtype=torch.float32)
+    ln_modulate_bwd_kernel[(B, config.programs)](
+        x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD, shift_BD, scale_BD,
+        unused if offsets is None else offsets, mean_R, rstd_R,
+        unused if dresidual_RD is None else dresidual_RD, dout_RD,
+        dx_RD, unused if dy_RD is None else dy_RD, parts_3BPD[2], parts_3BPD[0], parts_3BPD[1],
+        unused if out_RD is None else out_RD,
+        R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
+        GATED=y_RD is not None, OFFSETS=offsets is not None, RECOMPUTE=out_RD is not None,
+        BLOCK_D=config.block_d, num_warps=config.num_warps,
+    )  # fmt: skip
+    for i, total_BD in enumerate((dshift_BD, dscale_BD, dgate_BD)):
+        if total_BD is not None:
+            total_BD.copy_(parts_3BPD[i].sum(1))
+
+
+def gate_residual_fwd(
+    x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, out_RD: Tensor
+) -> None:
+    (R, D), B = x_RD.shape, gate_BD.shape[0]
+    config = launch_config(D, B, R // B)
+    gate_residual_fwd_kernel[(B, config.programs)](
+        x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, R // B, D, gate_BD.stride(0),
+        OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def gate_residual_bwd(
+    y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, dout_RD: Tensor, dy_RD: Tensor, dgate_BD: Tensor
+) -> None:
+    (R, D), B = y_RD.shape, gate_BD.shape[0]
+    config = launch_config(D, B, R // B)
+    parts_BPD = y_RD.new_empty(B, config.programs, D, dtype=torch.float32)
+    gate_residual_bwd_kernel[(B, config.programs)](
+        y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,
+        R // B, D, gate_BD.stride(0),
+        OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
+    )  # fmt: skip
+    dgate_BD.copy_(parts_BPD.sum(1))
