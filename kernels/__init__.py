@@ -7,6 +7,7 @@ serves each op on this machine, and why.
 from .backends import Backend, backends
 from .bias_gelu import bias_gelu, gelu_linear
 from .cfg_step import cfg_step, ddim_coefficients, ddpm_coefficients
+from .linear import linear
 from .ln_modulate import (
     gate_residual,
     gate_residual_ln_modulate,
@@ -39,6 +40,7 @@ __all__ = [
     "gelu_linear",
     "grad_norm",
     "grad_sumsq",
+    "linear",
     "ln_modulate",
     "ln_modulate_linear",
     "mask_plan",

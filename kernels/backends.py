@@ -53,6 +53,7 @@ NATIVE = ("mask_plan", "grad_sumsq", "adan_step", "adamw_step")
 OPS = (
     *WITH_TRITON,
     *NATIVE,
+    "linear",
     "skip_linear",
     "patch_skip_linear",
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import uses_csrc, uses_triton
+from ..linear.op import input_gradient, product, weight_gradient
 from . import reference
 from .op import bias_gelu
 from .registered import bias_gelu_bwd, bias_gelu_fwd
@@ -40,14 +41,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x, bias_F, weight, bias):  # type: ignore[no-untyped-def]
         ctx.with_bias = bias is not None
         ctx.save_for_backward(x, bias_F, weight)
-        return F.linear(_forward(x, bias_F).to(weight.dtype), weight, bias)
+        return product(_forward(x, bias_F).to(weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
         x, bias_F, weight = ctx.saved_tensors
         dout = dout.contiguous()
-        dx, dbias_F, activation = _backward(x, bias_F, dout @ weight)
-        dweight = dout.t() @ activation if ctx.needs_input_grad[2] else None
+        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, weight))
+        dweight = weight_gradient(dout, activation) if ctx.needs_input_grad[2] else None
         return dx, dbias_F, dweight, dout.sum(0) if ctx.with_bias else None
 
 

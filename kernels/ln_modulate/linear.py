@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..linear.op import input_gradient, product, weight_gradient
 from . import reference
 from .op import check, columns_together, gate_residual_ln_modulate, ln_modulate, serves
 from .registered import ln_modulate_bwd, ln_modulate_fwd
@@ -84,7 +85,7 @@ class _Linear(torch.autograd.Function):
         ctx.gated, ctx.with_bias = y is not None, bias is not None
         r = residual if ctx.gated else x
         ctx.save_for_backward(r, y, gate, shift, scale, offsets, mean, rstd, weight)
-        out = F.linear(normal, weight, bias)
+        out = product(normal, weight, bias)
         return (residual, out) if ctx.gated else out
 
     @staticmethod
@@ -93,9 +94,9 @@ class _Linear(torch.autograd.Function):
         dout = gradients[-1].contiguous()
         dresidual = gradients[0].contiguous() if ctx.gated else None
         dx, dy, dgate, dshift, dscale, normal = _backward(
-            r, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout @ weight
+            r, y, gate, shift, scale, offsets, mean, rstd, dresidual, input_gradient(dout, weight)
         )
-        dweight = dout.t() @ normal if ctx.needs_input_grad[5] else None
+        dweight = weight_gradient(dout, normal) if ctx.needs_input_grad[5] else None
         dbias = dout.sum(0) if ctx.with_bias else None
         return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None
 

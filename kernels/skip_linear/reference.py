@@ -3,10 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linear.op import product
+
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     weight_x, weight_skip = weight.chunk(2, dim=1)
-    return F.linear(x, weight_x, bias).add_(F.linear(skip, weight_skip))
+    return product(x, weight_x, bias).add_(product(skip, weight_skip))
 
 
 def patch_skip_linear(
@@ -21,4 +23,4 @@ def patch_skip_linear(
     weight_x, weight_skip = weight.chunk(2, dim=1)
     thin_OP = weight_skip @ embed_weight_DP
     shared_1LO = F.linear(embed_bias_D + pos_1LD, weight_skip, bias)  # the same for every sample
-    return F.linear(x_BLD, weight_x).add_(F.linear(patches_BLP, thin_OP)).add_(shared_1LO)
+    return product(x_BLD, weight_x).add_(F.linear(patches_BLP, thin_OP)).add_(shared_1LO)

@@ -7,6 +7,7 @@ from ..config import Switches
 from ..kernels import rel_attention, rel_attention_qkvpacked
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
+from .ops import apply_linear
 from .rows import WHOLE, Rows
 
 
@@ -53,7 +54,7 @@ class Attention(nn.Module):
             qkv.unflatten(-1, (3, self.num_heads, -1)), self.table, grid_size=self.grid_size,
             pos=rows.positions, offsets=rows.offsets, max_length=rows.longest, attention_backend=self.backend,
         )  # fmt: skip
-        return self.proj(out.flatten(-2))
+        return apply_linear(self.proj, out.flatten(-2))
 
     def chosen(self, q: Tensor, kv: Tensor, ids: Tensor) -> Tensor:
         """Queries [B, N, D] of tokens ``ids`` [B, N] alone, keys and values [B, L, 2D] of a whole grid."""
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         out = rel_attention(
             q, k, v, self.table, grid_size=self.grid_size, q_pos=ids, attention_backend=self.backend
         )
-        return self.proj(out.transpose(1, 2).flatten(-2))
+        return apply_linear(self.proj, out.transpose(1, 2).flatten(-2))
 
     @property
     def table(self) -> Tensor | None:

@@ -3,13 +3,13 @@
 x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D].
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
     gate_residual,
     gate_residual_ln_modulate,
     gate_residual_ln_modulate_linear,
+    linear,
     ln_modulate,
     ln_modulate_linear,
 )
@@ -22,6 +22,11 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether ``layer`` is a linear layer whose weights say all: no hooks, and no other module in its place
     (float8, adapters), whose own forward has to run."""
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer`` on x."""
+    return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
 
 
 def norm_linear(
@@ -44,7 +49,7 @@ def norm_linear(
         else reference.ln_modulate(x, shift, scale, offsets, EPS)
     )
     if is_plain(layer):
-        return F.linear(normal, layer.weight[outputs], layer.bias[outputs])
+        return linear(normal, layer.weight[outputs], layer.bias[outputs])
     return layer(normal)[..., outputs]
 
 
@@ -72,7 +77,7 @@ def gated_norm_linear(
         if fused
         else reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, EPS)
     )
-    return r, F.linear(normal, layer.weight) if plain and not with_bias else layer(normal)
+    return r, linear(normal, layer.weight) if plain and not with_bias else apply_linear(layer, normal)
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor, *, offsets: Tensor | None, fused: bool) -> Tensor:

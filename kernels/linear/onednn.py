@@ -1,0 +1,61 @@
+"""float32 products by oneDNN, as registered ops. R rows, D input width, O output width."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("mdt_fast::linear", mutates_args=())
+def linear_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """[R, O]."""
+    return _product(x_RD, weight_OD, bias_O)
+
+
+@torch.library.custom_op("mdt_fast::linear_bwd", mutates_args=())
+def linear_bwd(
+    dout_RO: Tensor, x_RD: Tensor, weight_OD: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight (empty where they are not needed)."""
+    dx_RD, dweight_OD = dout_RO.new_empty(0), dout_RO.new_empty(0)
+    if needs_x:
+        dx_RD = _product(dout_RO, weight_OD.t(), None)
+    if needs_weight:
+        dweight_OD = _product(dout_RO.t(), x_RD.t(), None)
+    return dx_RD, dweight_OD
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not torch.backends.mkldnn.enabled:
+        return F.linear(x, weight, bias)
+    # For a part of a wider matrix oneDNN has only its slow reference code.
+    x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@linear_fwd.register_fake
+def _(x_RD, weight_OD, bias_O):  # type: ignore[no-untyped-def]
+    return x_RD.new_empty(x_RD.shape[0], weight_OD.shape[0])
+
+
+@linear_bwd.register_fake
+def _(dout_RO, x_RD, weight_OD, needs_x, needs_weight):  # type: ignore[no-untyped-def]
+    return dout_RO.new_empty(x_RD.shape if needs_x else 0), dout_RO.new_empty(
+        weight_OD.shape if needs_weight else 0
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_RD, weight_OD, bias_O = inputs
+    ctx.with_bias = bias_O is not None
+    ctx.save_for_backward(x_RD, weight_OD)
+
+
+def _backward(ctx, dout_RO):  # type: ignore[no-untyped-def]
+    needs = ctx.needs_input_grad
+    dout_RO = dout_RO.contiguous()
+    dx, dweight = linear_bwd(dout_RO, *ctx.saved_tensors, needs[0], needs[1])
+    dbias = dout_RO.sum(0) if ctx.with_bias and needs[2] else None
+    return dx if needs[0] else None, dweight if needs[1] else None, dbias
+
+
+linear_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,51 @@
+"""Checks and dispatch. D input width, O output width."""
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from . import reference
+from .onednn import linear_fwd
+
+ONEDNN = torch.backends.mkldnn.is_available()
+
+MIN_ROWS = 64
+"""Below, a product is bound by reading the weight, whoever multiplies."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: ``x`` [..., D], ``weight`` [O, D], ``bias`` [O] -> [..., O].
+
+    In the dtype of ``x``, which all have (under autocast any floating dtype: it casts as for PyTorch's linear
+    layer). Raises ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    checks.floating("x", x)
+    checks.shape("weight", weight, "O", x.shape[-1] if x.ndim else "D")
+    weight, bias = checks.layer(x, weight, bias)
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` without its checks."""
+    if not uses_onednn(x, weight):
+        return reference.linear(x, weight, bias)
+    return linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
+    """``dout.T @ x``: [O, D]."""
+    return product(dout_RO.t(), x_RD.t())
+
+
+def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
+    """``dout @ weight``: [R, D]."""
+    return product(dout_RO, weight_OD.t())
+
+
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """In float32 on a CPU: PyTorch asks MKL there, which leaves AVX-512 unused on processors other than
+    Intel's."""
+    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    if not float32 or not ONEDNN or checks.in_functorch():
+        return False
+    return x.numel() >= MIN_ROWS * x.shape[-1] > 0
