@@ -155,13 +155,16 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     command = ["g++", "-std=c++17", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000", *checks]
     home = Path(torch.__file__).parent
     command += [f"-I{home / 'include'}", f"-L{home / 'lib'}"]
-    sources = [str(ROOT / "csrc" / name) for name in ("ops.cpp", "mask_plan.cpp", "optim.cpp")]
+    sources = sorted(map(str, (ROOT / "csrc").glob("*.cpp")))
     subprocess.run([*command, *sources, "-ltorch_cpu", "-lc10", "-o", tmp_path / "_cpu.so"], check=True)
+    # The sanitizer looks for C++'s exceptions when it is loaded.
+    exceptions = subprocess.check_output(["g++", "-print-file-name=libstdc++.so.6"], text=True).strip()
     env = os.environ | {
-        "MDT_FAST_NATIVE": str(tmp_path), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
+        "MDT_FAST_NATIVE": str(tmp_path), "LD_PRELOAD": f"{runtime} {exceptions}",
+        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
     }  # fmt: skip
-    tests = [ROOT / "tests" / "kernels" / "test_mask_plan.py", ROOT / "tests" / "test_optim.py"]
+    names = ("kernels/test_mask_plan.py", "test_optim.py", "csrc/test_native_rows.py")
+    tests = [ROOT / "tests" / name for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
          "-k", "not compile", *tests],

@@ -1,0 +1,69 @@
+"""Products of linear layers, by oneDNN or PyTorch: every gradient, and layouts that oneDNN is slow at."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdt_fast.kernels import linear
+from mdt_fast.kernels.linear import op
+from parity import compare, same
+from tolerances import FLOAT32, relative_error
+
+ONEDNN = pytest.mark.skipif(not op.ONEDNN, reason="this torch has no oneDNN")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7), (64, 24), (2, 65, 72), (3, 0, 8), (70, 1)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_forward_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    args = [torch.randn(shape), torch.randn(20, shape[-1])] + [torch.randn(20)] * with_bias
+    compare(linear, F.linear, args, dtype)
+
+
+@ONEDNN
+@pytest.mark.parametrize("half", [0, 1])
+def test_halves_of_a_wider_weight(half: int) -> None:
+    """As in skip layers: part of a matrix, which oneDNN would multiply a thousand times slower."""
+    weight = torch.randn(20, 48)
+
+    def with_half(f, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return f(x, w.chunk(2, dim=1)[half])
+
+    compare(
+        partial(with_half, linear), partial(with_half, F.linear), [torch.randn(80, 24), weight], torch.float32
+    )
+
+
+@ONEDNN
+def test_who_multiplies() -> None:
+    x, weight = torch.randn(64, 8), torch.randn(4, 8)
+    assert op.uses_onednn(x, weight)
+    assert not op.uses_onednn(x[:63], weight)
+    assert not op.uses_onednn(x.double(), weight.double())
+    assert not op.uses_onednn(x.to("meta"), weight.to("meta"))
+    expected = F.linear(x, weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert relative_error(linear(x, weight), expected) < FLOAT32
+
+
+@ONEDNN
+def test_opcheck_and_compile() -> None:
+    from mdt_fast.kernels.linear.onednn import linear_fwd
+
+    args = [torch.randn(70, 8), torch.randn(4, 8), torch.randn(4)]
+    torch.library.opcheck(linear_fwd, tuple(a.requires_grad_() for a in args))
+    same(linear, torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True), args)
+
+
+def test_wrong_arguments() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"weight: shape \[4, 8\], expected \[O, 7\]"):
+        linear(x[:, :7], weight)
+    with pytest.raises(ValueError, match=r"weight: torch.float64 on cpu, but x is torch.float32"):
+        linear(x, weight.double())
+    with pytest.raises(ValueError, match=r"bias: shape \[3\], expected \[4\]"):
+        linear(x, weight, torch.randn(3))
