@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import points
 from mdt_fast import kernels
@@ -130,7 +131,47 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
             *(m.requires_grad_() for m in modulation(make, 3)),
         )
 
+    def layer(make: Maker, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+        return make.normal(outputs, inputs, std=inputs**-0.5), make.normal(outputs)
+
+    def plain_gate_linear(x: Any, y: Any, gate: Any, shift: Any, scale: Any, weight: Any, bias: Any) -> Any:
+        residual, normal = plain_ln.gate_residual_ln_modulate(x, y, gate, shift, scale, None, 1e-6)
+        return residual, linear(normal, weight, bias)
+
+    weight, wide = 3 * D * D, 3 * N
     return [
+        Op(
+            name="linear", shape={"B": B, "L": L, "D": D, "O": 3 * D}, fast=kernels.linear, eager=linear,
+            arguments=lambda make: (make.normal(B, L, D), *layer(make, D, 3 * D)),
+            elements=(N + weight + wide, 2 * (N + weight + wide)), flops=(6 * N * D, 12 * N * D),
+        ),
+        Op(
+            name="ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
+            arguments=lambda make: (*ln(make), *layer(make, D, 3 * D)), fast=kernels.ln_modulate_linear,
+            eager=lambda x, shift, scale, weight, bias: linear(
+                plain_ln.ln_modulate(x, shift, scale, None, 1e-6), weight, bias
+            ),
+            elements=(3 * N + weight + wide, 6 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
+        ),
+        Op(
+            name="gate_residual_ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
+            arguments=lambda make: (*gate_ln(make), *layer(make, D, 3 * D)),
+            fast=kernels.gate_residual_ln_modulate_linear, eager=plain_gate_linear,
+            elements=(5 * N + weight + wide, 9 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
+        ),
+        Op(
+            name="gate_residual", shape={"B": B, "L": L, "D": D}, arguments=lambda make: gate_ln(make)[:3],
+            fast=kernels.gate_residual, eager=partial(plain_ln.gate_residual, offsets=None),
+            elements=(3 * N, 3 * N),
+        ),
+        Op(
+            name="gelu_linear", shape={"B": B, "L": L, "F": F, "O": D},
+            arguments=lambda make: (make.normal(B, L, F), make.normal(F), *layer(make, F, D)),
+            fast=kernels.gelu_linear,
+            eager=lambda x, bias, weight, bias_O: linear(plain_gelu.bias_gelu(x, bias), weight, bias_O),
+            elements=(3 * B * L * F + F * D + N, 7 * B * L * F + 2 * (F * D + N)),
+            flops=(2 * N * F, 4 * N * F),
+        ),
         Op(
             name="ln_modulate", shape={"B": B, "L": L, "D": D}, arguments=ln, fast=kernels.ln_modulate,
             eager=partial(plain_ln.ln_modulate, offsets=None, eps=1e-6), elements=(2 * N, 3 * N),

@@ -22,7 +22,7 @@ def test_it_names_versions_devices_ops_and_packages(found: dict) -> None:
     assert {"rel_attention", "ln_modulate"} <= {row["op"] for row in found["ops"]}
     assert all(row["backend"] and row["reason"] for row in found["ops"])
     backends = [row["name"] for row in found["attention"]]
-    assert backends == ["triton", "sdpa", "flex", "xformers", "flash_attn"]
+    assert backends == ["triton", "samples", "sdpa", "flex", "xformers", "flash_attn"]
     assert all(row["found"] and row["serves"] for row in found["attention"])
     names = {row["name"] for row in found["optional"]}
     known = {"flash-attn", "flash-attn-4", "xformers", "apex", "torchao", "diffusers", "timm", "torchmetrics"}

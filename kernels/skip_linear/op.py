@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..linear.op import product
 from . import gemm_op, reference
 
 
@@ -23,7 +24,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     _check_dtypes(x, skip=skip, weight=weight, bias=bias)
     # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.
     if not x.is_cuda or torch.compiler.is_compiling():
-        return reference.skip_linear(x, skip, weight, bias)
+        return reference.skip_linear(x, skip, weight, bias, product)
     return gemm_op.skip_linear(x, skip, weight, bias)
 
 
@@ -57,7 +58,7 @@ def patch_skip_linear(
         weight=weight, bias=bias,
     )  # fmt: skip
     return reference.patch_skip_linear(
-        x_BLD, patches_BLP, embed_weight_DP, embed_bias_D, pos_1LD, weight, bias
+        x_BLD, patches_BLP, embed_weight_DP, embed_bias_D, pos_1LD, weight, bias, product
     )
 
 

@@ -1,12 +1,15 @@
 """Plain PyTorch, any device and dtype. L tokens, D width, O output width, P numbers of a patch."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear.op import product
+Product = Callable[..., Tensor]
+"""What multiplies: as ``F.linear``."""
 
 
-def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, product: Product = F.linear) -> Tensor:
     weight_x, weight_skip = weight.chunk(2, dim=1)
     return product(x, weight_x, bias).add_(product(skip, weight_skip))
 
@@ -19,6 +22,7 @@ def patch_skip_linear(
     pos_1LD: Tensor,
     weight: Tensor,
     bias: Tensor,
+    product: Product = F.linear,
 ) -> Tensor:
     weight_x, weight_skip = weight.chunk(2, dim=1)
     thin_OP = weight_skip @ embed_weight_DP

@@ -155,11 +155,11 @@ class MDTv2(MaskedTransformer):
         self.sideblocks = self.blocks_of(1)
 
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
-        weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias
-        assert bias is not None
-        if self.switches.thin_skip and all(
-            is_plain(block.get_submodule("skip_linear")) for block in self.de_blocks
-        ):
+        layers = [block.get_submodule("skip_linear") for block in self.de_blocks]
+        # Of one sample alone it would be no less work: a part of it is done once for the batch.
+        if self.switches.thin_skip and len(x) > 1 and all(map(is_plain, layers)):
+            weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias
+            assert bias is not None
             skip = Embedded(patchify(x, self.patch_size), weight.flatten(1), bias, self.pos_embed)
             return self.x_embedder(x, self.pos_embed, plan), skip
         tokens = self.x_embedder(x, self.pos_embed)

@@ -106,7 +106,7 @@ def test_rank_p_form_needs_fewer_flops() -> None:
 @pytest.mark.parametrize(
     ("position", "shape", "message"),
     [
-        (0, (4, 8), r"x: shape \[4, 8\], expected \[B, L, D\]"),
+        (0, (4, 8), r"skip: shape \[1, 4, 8\], expected \[4, 8\]"),
         (1, (1, 4, 7), r"skip: shape \[1, 4, 7\], expected \[1, 4, 8\]"),
         (2, (8, 8), r"weight: shape \[8, 8\], expected \[O, 16\]"),
         (3, (9,), r"bias: shape \[9\], expected \[8\]"),
