@@ -241,4 +241,4 @@ def test_the_script_runs_from_any_directory(tmp_path: Path) -> None:
     command = [sys.executable, kernels.__file__, "--ops", "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("kernels: error: --ops: got 'none', allowed are ln_modulate,")
+    assert done.stderr.startswith("kernels: error: --ops: got 'none', allowed are linear,")

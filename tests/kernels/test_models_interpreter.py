@@ -49,3 +49,29 @@ def test_against_the_reference(cls: Any, len_keep: int | None) -> None:
         # The gradients of key biases are zero but for rounding: judged against the largest of all.
         error = (gradients[name] - gradient).abs().max()
         assert error <= 10 * FLOAT32 * max(gradient.abs().max(), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("cls", [reference.MDTv2, reference.MDT], ids=lambda cls: cls.__name__)
+def test_both_passes_in_one_batch(cls: Any) -> None:
+    """Packed rows through every kernel: both outputs, and the gradients of both together."""
+    torch.manual_seed(0)
+    size = {"input_size": 8, "hidden_size": 48, "depth": 4, "num_heads": 2, "num_classes": 10}
+    oracle = cls(**size, mask_ratio=0.3, decode_layer=2).eval()
+    for parameter in oracle.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    fast = from_reference(oracle)
+    x, t, y = torch.randn(2, 2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 2])
+    plan = MaskPlan.from_noise(torch.rand(2, 16), 9)
+    expected = oracle(x[0], t, y), oracle(x[1], t, y, mask_plan=plan)
+    found = fast.training_step_outputs(x[0], x[1], t, y, mask_plan=plan)
+    gradients = []
+    for outputs, model in ((expected, oracle), (found, fast)):
+        weights = torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss = sum((out * weights).sum() for out in outputs)
+        gradients.append(torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True))
+    for a, e in zip(found, expected, strict=True):
+        assert relative_error(a, e) <= FLOAT32
+    largest = max(g.abs().max() for g in gradients[0])
+    for e, a in zip(*gradients, strict=True):
+        assert (a - e).abs().max() <= 10 * FLOAT32 * max(e.abs().max(), 1e-3 * largest)
