@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mdt_fast.config import ModelConfig
+from mdt_fast.config import ModelConfig, Switches
 from mdt_fast.masking import MaskPlan
 from mdt_fast.models import zoo
 
@@ -49,10 +49,15 @@ class _OwnOps(TorchDispatchMode):
 
 
 @cache
-def meta_model(config: ModelConfig, implementation: str = "reference") -> nn.Module:
-    """The model of ``config`` without storage."""
+def meta_model(
+    config: ModelConfig, implementation: str = "reference", switches: Switches | None = None
+) -> nn.Module:
+    """The model of ``config`` without storage; ``switches`` for the fast one."""
     with torch.device("meta"):
-        return zoo.build_model(config, implementation=implementation)
+        model = zoo.build_model(config, implementation=implementation)
+    if switches is not None:
+        model.set_switches(switches)
+    return model
 
 
 @cache
@@ -62,14 +67,20 @@ def forward(config: ModelConfig, len_keep: int | None = None, implementation: st
 
 
 @cache
-def train_step(config: ModelConfig, len_keep: int | None, implementation: str = "reference") -> Count:
-    """Forward and backward of one image: all tokens, and (unless ``len_keep`` is None) the masked pass."""
+def train_step(
+    config: ModelConfig,
+    len_keep: int | None,
+    implementation: str = "reference",
+    batch: int = 1,
+    switches: Switches | None = None,
+) -> Count:
+    """Forward and backward of ``batch`` images: all tokens, and (unless ``len_keep`` is None) the masked
+    pass. A packed step has the products of two passes."""
 
     def passes() -> None:
-        # The fast model runs both in one batch, with the same products.
-        loss = _forward(config, None, implementation).sum()
+        loss = _forward(config, None, implementation, batch, switches).sum()
         if len_keep is not None:
-            loss = loss + _forward(config, len_keep, implementation).sum()
+            loss = loss + _forward(config, len_keep, implementation, batch, switches).sum()
         loss.backward()
 
     return count(passes)
@@ -83,12 +94,18 @@ def sample_step(config: ModelConfig, implementation: str = "reference") -> Count
     return count(lambda: model.forward_with_cfg(x, t, y, cfg_scale=4.0))
 
 
-def _forward(config: ModelConfig, len_keep: int | None, implementation: str) -> torch.Tensor:
-    model = meta_model(config, implementation).train()
+def _forward(
+    config: ModelConfig,
+    len_keep: int | None,
+    implementation: str,
+    batch: int = 1,
+    switches: Switches | None = None,
+) -> torch.Tensor:
+    model = meta_model(config, implementation, switches).train()
     if len_keep is None:
-        return model(*_inputs(config))
-    noise = torch.rand(1, config.grid_size**2, device="meta")
-    return model(*_inputs(config), enable_mask=True, mask_plan=MaskPlan.from_noise(noise, len_keep))
+        return model(*_inputs(config, batch))
+    noise = torch.rand(batch, config.grid_size**2, device="meta")
+    return model(*_inputs(config, batch), enable_mask=True, mask_plan=MaskPlan.from_noise(noise, len_keep))
 
 
 def _inputs(config: ModelConfig, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -37,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data", default="digits", help="digits, synthetic or a folder of images (default: digits)"
     )
+    p.add_argument(
+        "--account",
+        action="store_true",
+        help="instead of speed: FLOPs, bytes, ops and gathers of a training step, switch by switch",
+    )
     p.add_argument("--sampler", default="ddpm", help="ddpm (ancestral) or ddim")
     command.add_output_options(p)
     return p
@@ -75,6 +80,9 @@ class Request:
         if args.batch is not None:
             self.batches = [command.whole("--batch", text) for text in command.listed("--batch", args.batch)]
         self.repeats, self.inner, self.time_limit = args.repeats, args.steps, args.time_limit
+        self.account = args.account
+        if self.account:
+            self.modes = ["train"]
         self.data = args.data
         if self.data not in ("digits", "synthetic"):
             config = next(iter((self.models or {"": providers.model_config("MDTv2_S_2")}).values()))

@@ -245,8 +245,8 @@ class Session:
         try:
             if isinstance(step, TrainStep):
                 length = step.len_keeps[0]
-                own = flops.train_step(case.config, length, implementation)
-                share = own.flops / flops.train_step(case.config, length).flops
+                own = flops.train_step(case.config, length, implementation, case.batch)
+                share = own.flops / flops.train_step(case.config, length).flops / case.batch
             else:
                 own = flops.sample_step(case.config, implementation)
                 share = own.flops / flops.sample_step(case.config).flops

@@ -1,6 +1,7 @@
 """Throughput of training and sampling: this package against the reference, in one run on one machine.
 
     python bench/throughput.py                      picks sizes for about three minutes, and says why
+    python bench/throughput.py --account            what a training step costs, switch by switch
     python bench/throughput.py --model MDTv2_XL_2 --batch 32 --dtype bfloat16 --mode train --json rows.jsonl
 
 A training step is the two-pass objective (all tokens, and kept tokens only), one backward, the optimiser's
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+import account
 import command
 import inputs
 import plan
@@ -70,6 +72,12 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
             if case.model not in made:
                 made = {case.model: providers.Modules(case.config, case.device, request.checkout)}
             images = inputs.load(request.data, case.config, case.batch)
+            if request.account:
+                if case.mode == "train":
+                    account.show(
+                        console, case, account.run(case, made[case.model], images, rows, status.update)
+                    )
+                continue
             now = time.monotonic()
             deadline = now + max(0.0, end - now) / (len(cases) - number)
             result = session.run(
@@ -84,7 +92,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
             )
             results.append(result)
             tables.show(console, result, images.what)
-    return any(one.ms is not None for result in results for one in result.results)
+    return request.account or any(one.ms is not None for result in results for one in result.results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,200 @@
+"""What one training step costs, provider by provider and switch by switch: ``throughput.py --account``.
+
+FLOPs: of matmuls, as torch counts them on the meta device. Saved: bytes that wait for the backward pass,
+parameters apart. Peak: bytes at the highest point beyond what the step found, by the allocator. Ops: what
+torch dispatched, views apart; a registered op counts once, whatever it calls (on a GPU: about the launches).
+Gathers: how often FSDP would gather a block's weights, sharded by block: for each call and for its backward
+pass. Time: the median of a few steps in turns with the others, too few for a claim; ``throughput.py`` alone
+measures that.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flops
+import tables
+from formats import memory, number
+from inputs import Inputs, len_keeps
+from mdt_fast.config import Switches
+from measure import peak_bytes, spread, storage_bytes, take_turns
+from providers import Modules, make
+from rows import RowFile
+from steps import Case, TrainStep
+
+ROUNDS = 3
+METRICS = {
+    "flops": "FLOP",
+    "saved_bytes": "B",
+    "peak_bytes": "B",
+    "ops": "1",
+    "gathers": "1",
+    "ms": "ms/step",
+}
+DEFAULT = Switches()
+
+
+@dataclass
+class Line:
+    """One line of the table: a provider, or the fast model with other switches."""
+
+    name: str
+    step: TrainStep
+    switches: Switches | None
+    found: dict[str, float]
+
+
+def run(
+    case: Case, modules: Modules, inputs: Inputs, rows: RowFile, say: Callable[[str], None]
+) -> list[Line]:
+    """Account of one case: the reference, the fast model, and that with every switch turned."""
+    lengths = len_keeps(case.config, 1)
+    lines: list[Line] = []
+    reference = make("reference", modules)
+    lines.append(Line("reference", TrainStep(case, reference, inputs, lengths, None), None, {}))
+    fast = make("fast", modules)
+    share = TrainStep(case, fast, inputs, lengths, None)
+    for name, switches in settings(fast.module):
+        lines.append(Line(name, TrainStep(case, fast, inputs, lengths, share), switches, {}))
+    for line in lines:
+        say(f"{case.title}: counting {line.name}")
+        count(case, line, lengths[0])
+    say(f"{case.title}: timing {len(lines)} lines in turns")
+    turns = {line.name: _turned(line) for line in lines}
+    for line, timing in zip(lines, take_turns(turns, case.device, repeats=ROUNDS).values(), strict=True):
+        if timing.error is not None:
+            raise timing.error
+        line.found["ms"] = spread([1e3 * s for s in timing.seconds])[1]
+    for line in lines:
+        for metric, value in line.found.items():
+            rows.add(
+                (None, value, None), bench="account", model=case.model, provider=line.name.split()[0],
+                mode="train", batch=case.batch, dtype=case.dtype_name, metric=metric, unit=METRICS[metric],
+                switches={} if line.switches is None else dataclasses.asdict(line.switches), note=line.name,
+            )  # fmt: skip
+    if hasattr(fast.module, "set_switches"):
+        fast.module.set_switches(DEFAULT)
+    return lines
+
+
+def settings(module: nn.Module) -> list[tuple[str, Switches]]:
+    """The fast model as it is, and with each switch turned; those that a model does not have are left out."""
+    family = module.config.family
+    without = {"dit": {"packed", "sorted_tokens", "masked_side", "thin_skip"}, "mdt": {"thin_skip"}}
+    names = [f.name for f in dataclasses.fields(Switches) if f.name not in without.get(family, set())]
+    turned = [
+        (
+            f"fast {'without' if getattr(DEFAULT, name) else 'with'} {name}",
+            replace(DEFAULT, **{name: not getattr(DEFAULT, name)}),
+        )
+        for name in names
+    ]
+    return [("fast", DEFAULT), *turned, ("fast without any", Switches.none())]
+
+
+def count(case: Case, line: Line, len_keep: int | None) -> None:
+    """Everything but time."""
+    implementation = line.step.provider.implementation
+    unpacked = None if line.switches is None else replace(line.switches, packed=False)
+    counted = flops.train_step(case.config, len_keep, implementation, case.batch, unpacked)
+    step = _turned(line)
+    step(0)  # the optimiser's state is there from now on
+    line.found |= {
+        "flops": counted.flops,
+        "saved_bytes": saved_bytes(line.step),
+        "peak_bytes": peak_bytes(step, case.device),
+        "ops": ops(step),
+        "gathers": gathers(line.step, step),
+    }
+
+
+def _turned(line: Line) -> Callable[[int], None]:
+    """The line's step, with its switches set first."""
+
+    def step(index: int) -> None:
+        if line.switches is not None:
+            line.step.module.set_switches(line.switches)
+        line.step(index)
+
+    return step
+
+
+def saved_bytes(owner: TrainStep) -> int:
+    """Bytes of all storages that autograd keeps from the forward pass, the parameters' own apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in owner.module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses = owner.losses(0, owner.y)  # alive, so that no storage is used twice
+    del losses
+    return storage_bytes(kept.values())
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def ops(step: Callable[[int], None]) -> int:
+    with _Count() as counter:
+        step(0)
+    return counter.number
+
+
+def gathers(owner: TrainStep, step: Callable[[int], None]) -> int:
+    """Twice the calls of blocks in a step: before the pass and before its backward."""
+    calls = 0
+
+    def called(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    blocks = [m for m in owner.module.modules() if type(m).__name__ in ("Block", "MDTBlock", "DiTBlock")]
+    hooks = [block.register_forward_pre_hook(called) for block in blocks]
+    try:
+        step(0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 2 * calls
+
+
+def show(console: Console, case: Case, lines: list[Line]) -> None:
+    """The table, beside the reference in brackets."""
+    base = lines[0].found
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("one training step", "GFLOP", "saved", "peak", "ops", "gathers", "ms"):
+        table.add_column(title, justify="left" if title.startswith("one") else "right")
+    for line in lines:
+        cells = [
+            f"{shown} {line.found[metric] / base[metric]:4.2f}x"
+            for metric, shown in (
+                ("flops", number(line.found["flops"] / 1e9)),
+                ("saved_bytes", memory(int(line.found["saved_bytes"]))),
+                ("peak_bytes", memory(int(line.found["peak_bytes"]))),
+                ("ops", f"{line.found['ops']:.0f}"),
+                ("gathers", f"{line.found['gathers']:.0f}"),
+                ("ms", number(line.found["ms"])),
+            )
+        ]
+        table.add_row(line.name, *cells)
+    console.print()
+    tables.say(console, f"account · {case.title}", "bold")
+    console.print(table)
