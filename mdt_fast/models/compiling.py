@@ -1,5 +1,6 @@
 """``torch.compile`` for a training step: the whole model, or block by block."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
             block.compile(**options)
         return
     model.compile(**options)
-    step = getattr(model, "training_step_outputs", None)
+    step = getattr(type(model), "training_step_outputs", None)
     if step is not None:
-        vars(model)["training_step_outputs"] = torch.compile(step, **options)
+        # Not a bound method: a deep copy of the model has to run its own weights.
+        vars(model)["training_step_outputs"] = partial(torch.compile(step, **options), model)
 
 
 def mark(x: Tensor, rows: Rows, plan: MaskPlan) -> None:

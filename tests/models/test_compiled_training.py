@@ -1,5 +1,6 @@
 """A compiled training step: how often it compiles, and what it gives."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -66,6 +67,25 @@ def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str) -> 
         assert len(results[0]) == len(results[1])
         for e, a in zip(*results, strict=True):
             assert relative_error(a, e) < 10 * FLOAT32  # key biases, whose gradient is zero, are not apart
+
+
+def test_a_copy_runs_its_own_weights() -> None:
+    torch._dynamo.reset()
+    compiled = model(input_size=8)
+    compile_for_training(compiled, "model", backend="aot_eager")
+    plan, arguments = MaskPlan.from_noise(torch.rand(2, 16), 8, ascending=True), inputs(8)
+    before = compiled.training_step_outputs(*arguments, plan)
+    copied = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(2)
+    assert torch.equal(compiled.training_step_outputs(*arguments, plan)[0], before[0])
+    changed = copied.training_step_outputs(*arguments, plan)
+    plain = model(input_size=8)
+    plain.load_state_dict(copied.state_dict())
+    for a, e in zip(changed, plain.training_step_outputs(*arguments, plan), strict=True):
+        assert relative_error(a, e) < FLOAT32
+    assert not torch.equal(changed[0], before[0])
 
 
 def test_refusal() -> None:
