@@ -60,8 +60,9 @@ class MaskedTransformer(Transformer):
 
         The same as ``forward(x_full, t, y)`` and ``forward(x_masked, t, y, enable_mask=True)``, drawing in
         that order, but as one batch: every weight is read once. Shapes as there; returns both outputs. With
-        ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. Raises
-        ``UserError`` for inputs that do not fit, and for an attention backend that cannot take them.
+        ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. Under
+        FSDP2 name it to ``register_fsdp_forward_method``: it is no forward. Raises ``UserError`` for inputs
+        that do not fit, and for an attention backend that cannot take them.
         """
         self.check_inputs(x_full, t, y)
         self.check_inputs(x_masked, t, y if y_masked is None else y_masked)
