@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flops
 import tables
 from formats import memory, number
 from inputs import Inputs, len_keeps
 from mdt_fast.config import Switches
+from mdt_fast.models import flops
 from measure import peak_bytes, spread, storage_bytes, take_turns
 from providers import Modules, make
 from rows import RowFile

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-import flops
 import providers
 from formats import number
 from inputs import len_keeps
 from mdt_fast.config import ModelConfig
+from mdt_fast.models import flops
 from measure import Matmul
 from request import Request
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-import flops
 from formats import one_line
 from inputs import Inputs, len_keeps
+from mdt_fast.models import flops
 from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
 from providers import Modules, Provider, Skip, make
 from rows import RowFile

@@ -1,11 +1,8 @@
 """float32 products by oneDNN, as registered ops. R rows, D input width, O output width."""
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.library.custom_op("mdt_fast::linear", mutates_args=())
@@ -62,13 +59,3 @@ def _backward(ctx, dout_RO):  # type: ignore[no-untyped-def]
 
 
 linear_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.mdt_fast.linear)
-def _(x_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]
-    return 2 * prod(x_shape) * weight_shape[0]
-
-
-@register_flop_formula(torch.ops.mdt_fast.linear_bwd)
-def _(dout_shape, x_shape, weight_shape, needs_x, needs_weight, **_):  # type: ignore[no-untyped-def]
-    return (needs_x + needs_weight) * 2 * prod(x_shape) * weight_shape[0]

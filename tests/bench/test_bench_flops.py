@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import flops
 import providers
 from inputs import len_keeps
+from mdt_fast.models import flops
 
 
 @pytest.mark.parametrize(

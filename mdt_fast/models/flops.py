@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mdt_fast.config import ModelConfig, Switches
-from mdt_fast.masking import MaskPlan
-from mdt_fast.models import zoo
+from ..config import ModelConfig, Switches
+from ..kernels.linear import flops as flops  # the formulas of our own products
+from ..masking import MaskPlan
+from . import zoo
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,20 @@ class _OwnOps(TorchDispatchMode):
 
 @cache
 def meta_model(
-    config: ModelConfig, implementation: str = "reference", switches: Switches | None = None
+    config: ModelConfig, implementation: zoo.Implementation = "reference", switches: Switches | None = None
 ) -> nn.Module:
     """The model of ``config`` without storage; ``switches`` for the fast one."""
     with torch.device("meta"):
-        model = zoo.build_model(config, implementation=implementation)
+        model: Any = zoo.build_model(config, implementation=implementation)
     if switches is not None:
         model.set_switches(switches)
     return model
 
 
 @cache
-def forward(config: ModelConfig, len_keep: int | None = None, implementation: str = "reference") -> Count:
+def forward(
+    config: ModelConfig, len_keep: int | None = None, implementation: zoo.Implementation = "reference"
+) -> Count:
     """One forward pass of one image; ``len_keep``: masked, with so many kept tokens."""
     return count(lambda: _forward(config, len_keep, implementation))
 
@@ -70,7 +73,7 @@ def forward(config: ModelConfig, len_keep: int | None = None, implementation: st
 def train_step(
     config: ModelConfig,
     len_keep: int | None,
-    implementation: str = "reference",
+    implementation: zoo.Implementation = "reference",
     batch: int = 1,
     switches: Switches | None = None,
 ) -> Count:
@@ -87,9 +90,9 @@ def train_step(
 
 
 @cache
-def sample_step(config: ModelConfig, implementation: str = "reference") -> Count:
+def sample_step(config: ModelConfig, implementation: zoo.Implementation = "reference") -> Count:
     """One guided denoising step of one image: the conditional and the unconditional forward pass."""
-    model = meta_model(config, implementation).eval()
+    model: Any = meta_model(config, implementation).eval()
     x, t, y = _inputs(config, batch=2)
     return count(lambda: model.forward_with_cfg(x, t, y, cfg_scale=4.0))
 
@@ -97,11 +100,11 @@ def sample_step(config: ModelConfig, implementation: str = "reference") -> Count
 def _forward(
     config: ModelConfig,
     len_keep: int | None,
-    implementation: str,
+    implementation: zoo.Implementation,
     batch: int = 1,
     switches: Switches | None = None,
 ) -> torch.Tensor:
-    model = meta_model(config, implementation, switches).train()
+    model: Any = meta_model(config, implementation, switches).train()
     if len_keep is None:
         return model(*_inputs(config, batch))
     noise = torch.rand(batch, config.grid_size**2, device="meta")

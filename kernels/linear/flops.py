@@ -1,0 +1,21 @@
+"""How many FLOPs our own products are, for torch's ``FlopCounterMode``; import it to have them counted.
+
+It stands apart because torch's counter imports Triton, which ``import mdt_fast`` does without.
+"""
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import onednn as onednn  # registers the ops
+
+
+@register_flop_formula(torch.ops.mdt_fast.linear)
+def _(x_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.mdt_fast.linear_bwd)
+def _(dout_shape, x_shape, weight_shape, needs_x, needs_weight, **_):  # type: ignore[no-untyped-def]
+    return (needs_x + needs_weight) * 2 * prod(x_shape) * weight_shape[0]
