@@ -155,14 +155,20 @@ class Switches:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from: ``digits`` (scikit-learn's, 8x8 grey, no download) or a folder's path.
+    """Where images come from.
 
+    ``source``: ``digits`` (scikit-learn's, 8x8 grey, no download), a folder of images or of webdataset
+    shards, or what ``mdt-fast encode`` made of one. ``image_size``: pixels they are cropped to. ``vae``: an
+    AutoencoderKL (a local folder or a hub's name) that makes latents of images as they come, and images of
+    sampled latents; None: the model works on pixels. ``conditional`` False: labels are ignored.
     ``on_unreadable``: stop the run at a bad file, or take the next good one. ``workers``: decoding threads.
     """
 
     source: str = "digits"
     image_size: int = 8
     channels: Literal[1, 3] = 1
+    vae: str | None = None
+    conditional: bool = True
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     on_unreadable: Literal["stop", "skip"] = "stop"

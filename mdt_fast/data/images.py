@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -28,8 +28,11 @@ class ImageSet(Protocol):
     classes: tuple[str, ...]  # class names by index
     in_memory: bool  # True: nothing to decode, so nothing to prefetch
 
-    def load(self, index: int, rng: random.Random) -> np.ndarray:
-        """Sample ``index`` as [C, S, S] float32 in [-1, 1]; ``rng`` serves random crops only."""
+    def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
+        """Sample ``index``, float32: pixels [C, S, S] in [-1, 1], or of an encoded set moments [2C, S, S].
+
+        ``rng`` serves random crops only; ``mirror``: left and right exchanged.
+        """
         ...
 
 
@@ -67,8 +70,8 @@ class Digits:
         self.labels = digits.target.astype(np.int64)
         self.classes = tuple(str(digit) for digit in range(10))
 
-    def load(self, index: int, rng: random.Random) -> np.ndarray:
-        return self.images[index]
+    def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
+        return mirrored(self.images[index]) if mirror else self.images[index]
 
 
 class ImageFolder:
@@ -90,21 +93,10 @@ class ImageFolder:
         self.labels = np.array([index[name] for name in names], dtype=np.int64)
         self.size, self.channels, self.crop = config.image_size, config.channels, config.crop
 
-    def load(self, index: int, rng: random.Random) -> np.ndarray:
+    def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
         path = self.paths[index]
-        image = read_image(path, self.channels)
-        try:
-            if self.crop == "center":
-                crop = center_crop(image, self.size)
-            else:
-                crop = random_crop(image, self.size, rng)
-        except MemoryError:
-            raise UserError(
-                f"cannot scale image {str(path)!r} of {image.width}x{image.height} pixels to "
-                f"data.image_size={self.size}: out of memory"
-            ) from None
-        pixels_HWC = crop.reshape(self.size, self.size, self.channels)
-        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+        pixels = to_pixels(read_image(path, self.channels), str(path), self.size, self.crop, rng)
+        return mirrored(pixels) if mirror else pixels
 
 
 def list_images(root: Path) -> list[Path]:
@@ -161,10 +153,31 @@ def class_name(relative: Path) -> str:
     return name
 
 
-def read_image(path: Path, channels: int) -> Image.Image:
-    """The first frame of a file, 8 bits, in RGB (3 channels) or grey (1). ``UserError`` names a bad file."""
+def mirrored(pixels: np.ndarray) -> np.ndarray:
+    """Left and right exchanged."""
+    return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def to_pixels(image: Image.Image, name: str, size: int, crop: str, rng: random.Random) -> np.ndarray:
+    """``image``, cropped as ``crop`` says: [C, S, S] float32 in [-1, 1]. ``UserError`` names the image."""
     try:
-        with Image.open(path) as image:
+        cropped = center_crop(image, size) if crop == "center" else random_crop(image, size, rng)
+    except MemoryError:
+        raise UserError(
+            f"cannot scale image {name!r} of {image.width}x{image.height} pixels to "
+            f"data.image_size={size}: out of memory"
+        ) from None
+    pixels_HWC = cropped.reshape(size, size, -1)
+    return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+
+
+def read_image(file: Path | BinaryIO, channels: int, name: str | None = None) -> Image.Image:
+    """The first frame of a file, 8 bits, in RGB (3 channels) or grey (1). ``UserError`` names a bad one.
+
+    ``name``: what to call it, if not by its path.
+    """
+    try:
+        with Image.open(file) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(
                     f"{image.width}x{image.height} pixels; the long side may be at most {MAX_ASPECT} times "
@@ -173,7 +186,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
             return _to_8_bits(image).convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow's decoders raise nearly anything, MemoryError included
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read image {str(path)!r}: {reason}") from None
+        raise UserError(f"cannot read image {name or str(file)!r}: {reason}") from None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
