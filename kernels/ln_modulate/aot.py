@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from ..aot import Case
-from .config import launch_config, residual_config
+from .config import launch_config, thin_config
 from .kernel import (
     gate_residual_bwd_kernel,
     gate_residual_fwd_kernel,
@@ -35,7 +35,8 @@ def cases(arch: str) -> Iterator[Case]:
 
 
 def _case(kernel: Any, D: int, dtype: str, what: str, form: dict[str, bool]) -> Case:
-    config = (residual_config if what == "residual" else launch_config)(D, 32, 256)
+    thin = what == "residual" or (what == "gated" and kernel is ln_modulate_bwd_kernel)
+    config = (thin_config if thin else launch_config)(D, 32, 256)
     constants = form | {"BLOCK_D": config.block_d}
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
     return Case(

@@ -27,8 +27,12 @@ def launch_config(D: int, batch: int, tokens: int) -> LaunchConfig:
     return LaunchConfig(block_d=block_d, programs=programs, num_warps=num_warps)
 
 
-def residual_config(D: int, batch: int, tokens: int) -> LaunchConfig:
-    """For the gated residual alone: it forms no statistics, so half as many numbers a thread will do, one
-    128-bit load of a half type each (with more, the compiler for sm_100 spills)."""
+def thin_config(D: int, batch: int, tokens: int) -> LaunchConfig:
+    """With half as many numbers a thread: one 128-bit load of a half type.
+
+    For the gated residual alone, which forms no statistics (with more, the compiler for sm_100 spills), and for
+    the gated backward pass, which holds three sums and a gate besides the row (with more it takes 168 registers,
+    and of ragged samples it spills on sm_80 and sm_90).
+    """
     config = launch_config(D, batch, tokens)
     return replace(config, num_warps=min(16, 2 * config.num_warps))

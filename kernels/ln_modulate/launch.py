@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .config import launch_config, residual_config
+from .config import launch_config, thin_config
 from .kernel import (
     gate_residual_bwd_kernel,
     gate_residual_fwd_kernel,
@@ -56,7 +56,7 @@ def ln_modulate_bwd(
     out_RD: Tensor | None,
 ) -> None:
     (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
-    config = launch_config(D, B, R // B)
+    config = (launch_config if y_RD is None else thin_config)(D, B, R // B)
     parts_3BPD = x_RD.new_empty(3, B, config.programs, D, dtype=torch.float32)
     ln_modulate_bwd_kernel[(B, config.programs)](
         x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD, shift_BD, scale_BD,
@@ -77,7 +77,7 @@ def gate_residual_fwd(
     x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, out_RD: Tensor
 ) -> None:
     (R, D), B = x_RD.shape, gate_BD.shape[0]
-    config = residual_config(D, B, R // B)
+    config = thin_config(D, B, R // B)
     gate_residual_fwd_kernel[(B, config.programs)](
         x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, R // B, D, gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
@@ -88,7 +88,7 @@ def gate_residual_bwd(
     y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, dout_RD: Tensor, dy_RD: Tensor, dgate_BD: Tensor
 ) -> None:
     (R, D), B = y_RD.shape, gate_BD.shape[0]
-    config = residual_config(D, B, R // B)
+    config = thin_config(D, B, R // B)
     parts_BPD = y_RD.new_empty(B, config.programs, D, dtype=torch.float32)
     gate_residual_bwd_kernel[(B, config.programs)](
         y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,
