@@ -30,9 +30,9 @@ def launch_config(D: int, batch: int, tokens: int) -> LaunchConfig:
 def thin_config(D: int, batch: int, tokens: int) -> LaunchConfig:
     """With half as many numbers a thread: one 128-bit load of a half type.
 
-    For the gated residual alone, which forms no statistics (with more, the compiler for sm_100 spills), and for
-    the gated backward pass, which holds three sums and a gate besides the row (with more it takes 168 registers,
-    and of ragged samples it spills on sm_80 and sm_90).
+    For the gated residual alone, which forms no statistics (with more, the compiler for sm_100 spills), and
+    for the gated backward pass, which holds three sums and a gate besides the row (with more it takes 168
+    registers, and of ragged samples it spills on sm_80 and sm_90).
     """
     config = launch_config(D, batch, tokens)
     return replace(config, num_warps=min(16, 2 * config.num_warps))
