@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import official
 from mdt_fast import doctor
-from mdt_fast.config import PRESETS, ModelConfig
+from mdt_fast.config import ModelConfig
 from mdt_fast.errors import UserError, nearest
 from mdt_fast.models import zoo
+from mdt_fast.presets import PRESETS
 
 NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "official")
 MASK_RATIO = 0.3

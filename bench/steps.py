@@ -122,7 +122,7 @@ class TrainStep(Step):
         recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5)
         self.optimizer = build_optimizer(self.module.parameters(), recipe)
         self.ema = Ema(self.module, recipe.ema_decay)
-        self.ema.attach(self.optimizer, self.module)
+        self.ema.attach(self.optimizer)
 
     def __call__(self, index: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import UserError, nearest
 
@@ -22,8 +22,11 @@ Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png,
   mdt-fast train --data photos --image-size 32 --out runs/photos
   mdt-fast train --out runs/photos --resume auto            go on where it stopped
 
-Images are class folders (photos/cat/1.jpg) or files named ClassID_ImgID.jpg. Ctrl-C, SIGTERM or SIGHUP saves
-a checkpoint first; the exit code is then 128 + the signal's number."""
+  torchrun --nproc-per-node 8 -m mdt_fast train --preset mdtv2-xl2 --data latents --out runs/xl2 --resume auto
+
+Images are class folders (photos/cat/1.jpg), files named ClassID_ImgID.jpg, or webdataset shards; mdt-fast
+encode makes latents of them. SIGTERM and SIGUSR1 save a checkpoint and exit with 0; Ctrl-C and SIGHUP save
+one, too, and exit with 128 + the signal's number."""
 SAMPLE_HELP = """\
 Draw images from a run's EMA weights. Labels go round all classes unless --labels names some.
 
@@ -71,40 +74,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train", help="train a model on digits or a folder of images", description=TRAIN_HELP
-    )
-    train.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
-    train.add_argument("--preset", metavar="NAME", help="digits or images (the default with --data)")
-    train.add_argument("--data", metavar="DIR", help="a folder of images; sets the number of classes")
-    train.add_argument(
-        "--image-size", type=int, metavar="N", help="side in pixels that images are cropped to"
-    )
-    train.add_argument("--model", metavar="FACTORY", help="a published shape, such as MDTv2_S_2 or DiT_B_4")
-    train.add_argument(
-        "--steps", type=int, metavar="N", help="updates in all, those before a resume included"
-    )
-    train.add_argument("--batch-size", type=int, metavar="N")
-    train.add_argument("--lr", type=float, metavar="X", help="learning rate")
-    train.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
-    train.add_argument(
-        "--seed", type=int, metavar="N", help="decides weights, order, noise: the same seed, the same run"
-    )
-    train.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
-    train.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
-    train.add_argument(
-        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one"
-    )
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="any other setting, such as model.depth=8 (repeatable)",
-    )
-    train.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
-    )
+    train = _add_train(commands)
 
     sample = commands.add_parser("sample", help="draw images from a trained run", description=SAMPLE_HELP)
     sample.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
@@ -124,6 +94,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
     )
     sample.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
+    sample.add_argument(
+        "--vae", metavar="PATH|NAME", help="autoencoder (default: the one it was trained with)"
+    )
     sample.add_argument("--npz", metavar="FILE", help="arr_0 uint8 [N, S, S, C] and arr_1 labels")
     sample.add_argument("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
     sample.add_argument("--png", metavar="DIR", help="one PNG per image")
@@ -140,6 +113,46 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser, {"train": train, "sample": sample, "convert": convert, "doctor": doctor}
+
+
+def _add_train(commands: Any) -> Parser:
+    train: Parser = commands.add_parser(
+        "train", help="train a model on images or encoded latents", description=TRAIN_HELP
+    )
+    add = train.add_argument
+    add("--out", required=True, metavar="RUN", help="the run's folder")
+    add("--preset", metavar="NAME", help="digits, images (the default with --data), mdtv2-xl2, dit-s4, ...")
+    add("--config", metavar="FILE", help="settings in YAML, as --dry-run prints them; on top of the preset")
+    add(
+        "--data",
+        metavar="DIR",
+        help="images, webdataset shards or encoded latents; sets the number of classes",
+    )
+    add("--image-size", type=int, metavar="N", help="side in pixels that images are cropped to")
+    add(
+        "--vae", metavar="PATH|NAME", help="autoencoder: train on latents of the images, encoded as they come"
+    )
+    add("--unconditional", action="store_true", help="ignore the labels")
+    add("--model", metavar="FACTORY", help="a published shape, such as MDTv2_S_2 or DiT_B_4")
+    add("--steps", type=int, metavar="N", help="updates in all, those before a resume included")
+    add("--batch-size", type=int, metavar="N", help="images in an update, of all processes together")
+    add("--accumulate", type=int, metavar="N", help="parts that a process computes its images in (memory)")
+    add("--lr", type=float, metavar="X", help="learning rate")
+    add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16: what is computed in")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    add("--seed", type=int, metavar="N", help="decides weights, order, noise: the same seed, the same run")
+    add("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help=THREADS_HELP)
+    add("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="any other setting, such as model.depth=8 (repeatable)",
+    )
+    add("--dry-run", action="store_true", help="check everything, print all settings as YAML, write nothing")
+    return train
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -187,6 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
+    if "RANK" not in os.environ:
+        return _say(message)
+    # One of several processes: the first one's reason is the reason, and its threads may wait for lost ones.
+    from .training.distributed import first_to_report, leave
+
+    return leave(_say(message) if first_to_report() else 2)
+
+
+def _say(message: str) -> int:
     print(f"mdt-fast: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

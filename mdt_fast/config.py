@@ -187,10 +187,23 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The training recipe. ``steps`` counts optimiser updates; learning rates are per update."""
+    """The training recipe. ``steps`` counts optimiser updates; learning rates are per update.
+
+    ``batch_size``: images in an update, of all processes and ``accumulate`` parts together. ``dtype``: what
+    is computed in; weights, statistics and optimiser states are float32. ``keep``: the last so many
+    checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
+    or a gradient that is not finite are left out; after more than so many in a row the run stops.
+
+    ``parallel``: of several processes each keeps a part of the weights: among all of them (``fsdp``), or
+    among those of a machine (``hybrid``). ``compile``: each ``block``, the whole ``model`` (one process), or
+    nothing. ``checkpointing``: what is computed again in the backward pass, see ``set_checkpointing``.
+    ``async_save``: a checkpoint is written while the training goes on. ``tensorboard`` None: where it is
+    installed. ``wandb``: the project to report to.
+    """
 
     steps: int = 1000
     batch_size: int = 128
+    accumulate: int = 1
     optimizer: Literal["adan", "adamw"] = "adan"
     lr: float = 3e-4
     weight_decay: float = 0.0
@@ -198,12 +211,20 @@ class TrainConfig:
     warmup_steps: int = 0
     lr_anneal_steps: int = 0
     ema_decay: float = 0.9999
+    max_skips: int = 10
     seed: int = 0
     log_every: int = 10
     save_every: int = 250
     keep: int = 3
+    keep_every: int = 0
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    parallel: Literal["fsdp", "hybrid"] = "fsdp"
+    compile: Literal["none", "block", "model"] = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    async_save: bool = True
+    tensorboard: bool | None = None
+    wandb: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,57 +296,3 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return value
     names = " or ".join("None" if o is type(None) else o.__name__ for o in allowed)
     raise UserError(f"{where}: expected {names}, got {value!r}")
-
-
-PRESETS: dict[str, RunConfig] = {
-    # scikit-learn's handwritten digits in pixel space: minutes on two CPU cores.
-    "digits": RunConfig(
-        model=ModelConfig(
-            family="mdtv2",
-            input_size=8,
-            patch_size=2,
-            in_channels=1,
-            hidden_size=128,
-            depth=6,
-            num_heads=4,
-            num_classes=10,
-            decode_layer=2,
-        ),
-        data=DataConfig(source="digits", image_size=8, channels=1),
-        diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
-        train=TrainConfig(
-            steps=1000,
-            batch_size=64,
-            optimizer="adamw",
-            lr=3e-3,
-            warmup_steps=50,
-            ema_decay=0.995,
-        ),
-        sample=SampleConfig(scale_pow=None),
-    ),
-    # Any folder of images in pixel space at a size a CPU can still train.
-    "images": RunConfig(
-        model=ModelConfig(
-            family="mdtv2",
-            input_size=32,
-            patch_size=4,
-            in_channels=3,
-            hidden_size=192,
-            depth=8,
-            num_heads=3,
-            num_classes=10,
-            decode_layer=2,
-        ),
-        data=DataConfig(source="", image_size=32, channels=3, flip=True),
-        diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2"),
-        train=TrainConfig(
-            steps=5000,
-            batch_size=64,
-            optimizer="adamw",
-            lr=1e-3,
-            warmup_steps=100,
-            ema_decay=0.999,
-        ),
-        sample=SampleConfig(scale_pow=None),
-    ),
-}

@@ -13,6 +13,8 @@ from .config import RATIO_RANGE
 from .errors import UserError
 from .kernels import mask_plan
 
+TENSORS = ("ids_keep", "ids_mask", "ids_restore", "mask")
+
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
@@ -132,8 +134,11 @@ class MaskPlan:
 
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The plan on another device."""
-        tensors = ("ids_keep", "ids_mask", "ids_restore", "mask")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+    def rows(self, rows: slice) -> "MaskPlan":
+        """The plan of some of the samples."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
 
 
 def draw_len_keep(num_tokens: int, mask_ratio: float) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mdt_fast.cli import main
-from tiny import ARGUMENTS
+from tiny import ARGUMENTS, file_of
 
 TINY = ["train", "--preset=digits", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=3"]
 
@@ -87,8 +87,8 @@ def test_train_sample_convert_as_separate_processes(tmp_path: Path) -> None:
 
     command("convert", "run", "ema.safetensors")
     written = load_file(tmp_path / "ema.safetensors")
-    expected = load_file(tmp_path / "run" / "checkpoints" / "step_0000020" / "ema.safetensors")
-    assert written.keys() == expected.keys()
+    expected = load_file(tmp_path / "run" / "checkpoints" / "step_0000020" / file_of("ema"))
+    assert {key for key in written if not key.endswith("relative_position_index")} == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)
 
 
@@ -172,7 +172,7 @@ def test_dry_run_of_a_published_shape_writes_nothing(
         == 0
     )
     printed = capsys.readouterr().out
-    assert '"hidden_size": 384' in printed
+    assert "  hidden_size: 384\n" in printed
     assert "6 images in 3 classes" in printed
     assert not out.exists()
 
@@ -184,7 +184,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
     assert main(["convert", str(two), str(three)]) == 0
     first, last = load_file(one), load_file(three)
     assert all(torch.equal(first[key], last[key]) for key in first)
-    saved = load_file(run / "checkpoints" / "step_0000004" / "model.safetensors")
+    saved = load_file(run / "checkpoints" / "step_0000004" / file_of("model"))
     assert all(torch.equal(first[key], saved[key]) for key in saved)
 
 
@@ -317,7 +317,7 @@ def test_out_of_memory_is_one_line(
 
 
 def test_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = run / "checkpoints" / "step_0000004" / "ema.safetensors"
+    broken = run / "checkpoints" / "step_0000004" / file_of("ema")
     broken.write_bytes(broken.read_bytes()[:100])
     good = run / "checkpoints" / "step_0000002"
     for arguments in (["sample", str(run)], ["convert", str(run), str(tmp_path / "x.pt")]):

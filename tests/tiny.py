@@ -4,7 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mdt_fast.config import PRESETS, RunConfig
+from safetensors import deserialize
+
+from mdt_fast.config import RunConfig
+from mdt_fast.presets import PRESETS
 
 MODEL = {"hidden_size": 16, "depth": 2, "num_heads": 2, "decode_layer": 0, "patch_size": 4}
 ARGUMENTS = [f"--set=model.{key}={value}" for key, value in MODEL.items()]
@@ -23,6 +26,24 @@ def tiny(**train: Any) -> RunConfig:
     )
 
 
+def tensors_of(checkpoint: Path) -> dict[str, tuple[Any, ...]]:
+    """Dtype, shape and bytes of every tensor of a checkpoint, to compare bit for bit.
+
+    The files themselves have their metadata in any order.
+    """
+    return {
+        f"{file}: {name}": (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
+        for file, content in files_of(checkpoint).items()
+        for name, entry in deserialize(content)
+    }
+
+
 def files_of(checkpoint: Path) -> dict[str, bytes]:
-    """The tensor files of a checkpoint, to compare bit for bit."""
-    return {path.name: path.read_bytes() for path in sorted(checkpoint.glob("*.safetensors"))}
+    """The tensor files of a checkpoint."""
+    files = sorted(checkpoint.glob("*/*.safetensors"))
+    return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
+
+
+def file_of(part: str) -> str:
+    """The file of ``model``, ``ema`` or ``optimizer`` in a checkpoint that one process wrote."""
+    return f"{part}/shard-00001-model-00001-of-00001.safetensors"

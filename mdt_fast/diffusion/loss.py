@@ -38,27 +38,43 @@ def training_losses(
 
 
 def two_pass_losses(
-    diffusion: GaussianProcess, model: Any, x_start: Tensor, t: Tensor, y: Tensor
+    diffusion: GaussianProcess,
+    model: Any,
+    x_start: Tensor,
+    t: Tensor,
+    y: Tensor,
+    y_masked: Tensor | None = None,
+    *,
+    noise: Tensor | None = None,
+    noise_masked: Tensor | None = None,
+    mask_plan: Any = None,
 ) -> dict[str, Tensor]:
     """MDT's objective: the terms of :func:`training_losses` over all tokens, and, as ``m_...``, those of the
     masked pass; each [B].
 
-    Both passes share ``x_start``, ``t`` and ``y``; noise, label drops and the mask are drawn anew. A model
-    with ``training_step_outputs`` runs both as one batch. The order of draws, and so every number drawn on a
+    Both passes share ``x_start``, ``t`` and ``y``; noise, label drops and the mask are drawn anew where they
+    are not given. With ``y_masked``, the labels of the masked pass, no label is dropped. A model with
+    ``training_step_outputs`` runs both as one batch. The order of draws, and so every number drawn on a
     CPU, is that of two passes, one after the other.
     """
     diffusion.check_timesteps(t, x_start)
-    noise, y_full = draw(None, x_start), model.drop_labels(y)
-    noise_masked, y_masked = draw(None, x_start), model.drop_labels(y)
+    drop = model.drop_labels if y_masked is None else _as_it_is
+    noise, y_full = draw(None, x_start) if noise is None else noise, drop(y)
+    noise_masked = draw(None, x_start) if noise_masked is None else noise_masked
+    y_masked = drop(y if y_masked is None else y_masked)
     x_full, x_masked = (diffusion.q_sample(x_start, t, n) for n in (noise, noise_masked))
     times = diffusion.original_timesteps(t)
-    plan = model.draw_plan(len(t), x_start.device)
+    plan = model.draw_plan(len(t), x_start.device) if mask_plan is None else mask_plan
     outputs = model.training_step_outputs(x_full, x_masked, times, y_full, y_masked, plan)
     full, masked = (
         losses_from_output(diffusion, diffusion.checked(output, x), x_start, x, t, n)
         for output, x, n in zip(outputs, (x_full, x_masked), (noise, noise_masked), strict=True)
     )
     return full | {f"m_{name}": values for name, values in masked.items()}
+
+
+def _as_it_is(y: Tensor) -> Tensor:
+    return y
 
 
 def losses_from_output(

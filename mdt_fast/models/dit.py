@@ -14,13 +14,14 @@ class DiT(Transformer):
     def make_blocks(self) -> None:
         self.blocks = self.blocks_of(self.depth)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, drop_labels: bool = True) -> Tensor:
         """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
 
-        Raises ``UserError`` for inputs that do not fit.
+        ``drop_labels`` False: in training too, the labels are taken as they are. Raises ``UserError`` for
+        inputs that do not fit.
         """
         self.check_inputs(x, t, y)
-        c = self.condition(t, y, drop=self.training)
+        c = self.condition(t, y, drop=self.training and drop_labels)
         x = self.x_embedder(x, self.pos_embed)
         for block in self.blocks:
             x = self.run(block, x, c)

@@ -30,15 +30,23 @@ class MaskedTransformer(Transformer):
     sideblocks: nn.ModuleList
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, enable_mask: bool = False, mask_plan: MaskPlan | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        enable_mask: bool = False,
+        mask_plan: MaskPlan | None = None,
+        *,
+        drop_labels: bool = True,
     ) -> Tensor:
         """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
 
         ``enable_mask`` drops tokens as in training, by ``mask_plan`` or, without one, by a new plan; it does
-        nothing where the model's ``mask_ratio`` is None. Raises ``UserError`` for inputs that do not fit.
+        nothing where the model's ``mask_ratio`` is None. ``drop_labels`` False: in training too, the labels
+        are taken as they are. Raises ``UserError`` for inputs that do not fit.
         """
         self.check_inputs(x, t, y)
-        c = self.condition(t, y, drop=self.training)
+        c = self.condition(t, y, drop=self.training and drop_labels)
         return self.one_pass(x, c, self.plan(x, enable_mask, mask_plan))
 
     def one_pass(self, x: Tensor, c: Conditioning, plan: MaskPlan | None) -> Tensor:

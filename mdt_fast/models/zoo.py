@@ -11,6 +11,7 @@ from torch import nn
 from .. import reference
 from ..config import Family, ModelConfig
 from ..errors import UserError, nearest
+from ..presets import PATCHES, SIZES
 from .base import Transformer
 from .dit import DiT
 from .mdt import MDT, MDTv2
@@ -20,19 +21,6 @@ Implementation = Literal["fast", "reference"]
 CLASSES: dict[Implementation, dict[Family, Callable[..., nn.Module]]] = {
     "fast": {"mdtv2": MDTv2, "mdt": MDT, "dit": DiT},
     "reference": {"mdtv2": reference.MDTv2, "mdt": reference.MDT, "dit": reference.DiT},
-}
-
-SIZES = {
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-}
-
-PATCHES: dict[Family, tuple[str, tuple[int, ...]]] = {
-    "mdtv2": ("MDTv2", (2,)),
-    "mdt": ("MDT", (2, 4, 8)),
-    "dit": ("DiT", (2, 4, 8)),
 }
 
 SHAPES: dict[str, tuple[Family, dict[str, int]]] = {

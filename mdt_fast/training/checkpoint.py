@@ -1,10 +1,10 @@
 """Checkpoints: complete or not there, checked when read, never pickled.
 
-A checkpoint is a folder ``checkpoints/step_0000940/`` with ``model``, ``ema`` and ``optimizer.safetensors``
-and ``state.json`` (step, configuration, versions, and the SHA-256 of every file, itself included). It is
-written under a temporary name beside its place, flushed to the disk and then renamed; so a run killed at
-any moment leaves only complete ones. When a run goes back to an earlier checkpoint, the later ones are set
-aside, not deleted.
+A checkpoint is a folder ``checkpoints/step_0000940/`` with ``model/``, ``ema/`` and ``optimizer/``, which
+torch.distributed.checkpoint writes as safetensors, a file from each process, and ``state.json`` (step,
+configuration, versions, and the SHA-256 of every file, itself included). It is written under a temporary name
+beside its place, flushed to the disk and then renamed; so a run killed at any moment leaves only complete
+ones (``saving.py``). When a run goes back to an earlier one, the later ones are set aside, not deleted.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,19 +22,18 @@ from typing import Any, TextIO
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from ..config import RunConfig, from_dict, to_dict
+from ..config import RunConfig, from_dict
 from ..errors import UserError
-from ..files import aside, flush
-from .optim import Ema
+from .distributed import World
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
-WEIGHTS = {"model": "model.safetensors", "ema": "ema.safetensors"}
-OPTIMIZER = "optimizer.safetensors"
-METRICS = "metrics.safetensors"  # only if the run was stopped between two rows of its metrics
+PARTS = MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
+METRICS = "metrics"  # in the optimizer's part, only if the run was stopped between two rows of its metrics
 NAME = re.compile(r"step_(\d{7,})")
 PARTIAL = ".partial_"
 
@@ -44,7 +44,7 @@ class DamagedCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: ``state.json`` is verified, tensor files are when they are read."""
+    """An opened checkpoint: ``state.json`` is verified, tensor files are when ``verify`` is called."""
 
     path: Path
     state: dict[str, Any]
@@ -67,22 +67,57 @@ class Checkpoint:
         """The run's folder."""
         return self.path.parent.parent
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The verified content of one tensor file, on the CPU."""
-        self.verify(name)
-        try:
-            return load_file(self.path / name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DamagedCheckpointError(f"{self.path / name}: cannot be read: {error}") from None
+    def shapes(self, part: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor of ``model``, ``ema`` or ``optimizer``."""
+        with self._readable(part) as reader:
+            found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
 
-    def verify(self, name: str) -> None:
-        """Raise ``DamagedCheckpointError``, naming the file, unless it is the one that was written."""
+    def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
+        """The whole tensors of a part whose names start with ``prefix``, on the CPU."""
+        whole = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in self.shapes(part).items()
+            if name.startswith(prefix)
+        }
+        return self.fill(part, whole)
+
+    def fill(self, part: str, tensors: dict[str, Tensor], world: World | None = None) -> dict[str, Tensor]:
+        """Read a part into ``tensors``, by name; of sharded ones each process its own rows, however many
+        processes wrote them. ``UserError`` if one is missing or of another shape."""
+        shapes, world = self.shapes(part), world or World()
+        for name, tensor in tensors.items():
+            if name not in shapes:
+                raise UserError(f"{self.path / part}: has no {name!r}, which this model needs")
+            if shapes[name][0] != tensor.shape:
+                saved = list(shapes[name][0])
+                raise UserError(f"{self.path / part}: {name!r} is {saved}, this model's {list(tensor.shape)}")
+        quiet()
+        with self._readable(part) as reader:
+            dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
+        return tensors
+
+    def verify(self, *parts: str, world: World | None = None) -> None:
+        """Raise ``DamagedCheckpointError``, naming the file, unless all files of these parts (default: all)
+        are the ones that were written. Each process reads some of them."""
+        world = world or World()
+        files = sorted(file for file in self.state["files"] if not parts or file.split("/")[0] in parts)
+        wrong = None
+        try:
+            for file in files[world.rank :: world.size]:
+                self._verify(file)
+        except DamagedCheckpointError as error:
+            wrong = str(error)
+        for message in filter(None, world.everyones(wrong)):
+            raise DamagedCheckpointError(message)
+
+    def _verify(self, name: str) -> None:
         path, expected = self.path / name, self.state["files"][name]
         if not path.is_file():
             raise DamagedCheckpointError(f"{path}: missing from its checkpoint")
         try:
             size = path.stat().st_size
-            sha256 = _sha256(path)
+            sha256 = sha256_of(path)
         except OSError as error:  # a trainer may be deleting it just now
             raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         if size != expected["bytes"]:
@@ -93,19 +128,17 @@ class Checkpoint:
         if sha256 != expected["sha256"]:
             raise DamagedCheckpointError(f"{path}: edited or damaged, its SHA-256 is not the one in {STATE}")
 
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Put the saved state into ``optimizer``, which must be over ``model``'s trained parameters."""
-        names = _trained(model)
-        state: dict[int, dict[str, Tensor]] = {}
-        index = {name: i for i, name in enumerate(names)}
-        for key, tensor in self.tensors(OPTIMIZER).items():
-            param, _, entry = key.rpartition("/")
-            if param not in index:
-                raise UserError(
-                    f"{self.path / OPTIMIZER}: state of {param!r}, which the model does not train"
-                )
-            state.setdefault(index[param], {})[entry] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": self.state["optimizer_groups"]})
+    @contextmanager
+    def _readable(self, part: str) -> Iterator[HuggingFaceStorageReader]:
+        known = {file.rpartition("/")[2] for file in self.state["files"] if file.startswith(f"{part}/")}
+        found = {path.name for path in (self.path / part).glob("*.safetensors")}
+        for name in sorted(known ^ found):
+            what = "missing from its checkpoint" if name in known else f"not in the checkpoint's {STATE}"
+            raise DamagedCheckpointError(f"{self.path / part / name}: {what}")
+        try:
+            yield HuggingFaceStorageReader(str(self.path / part))
+        except (OSError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
+            raise DamagedCheckpointError(f"{self.path / part}: cannot be read: {reason(error)}") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -124,7 +157,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     file = path / STATE
     try:
         state = json.loads(file.read_text())
-        signed, actual = state.pop("sha256"), _sign(state)
+        signed, actual = state.pop("sha256"), sign(state)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{file}: missing from its checkpoint") from None
     except NotADirectoryError:
@@ -156,85 +189,11 @@ def newest_good(run: Path) -> Path | None:
     """The newest checkpoint of a run in which every file is as it was written."""
     for path in reversed(steps(run)):
         try:
-            checkpoint = open_checkpoint(path)
-            for name in checkpoint.state["files"]:
-                checkpoint.verify(name)
+            open_checkpoint(path).verify()
         except UserError:
             continue
         return path
     return None
-
-
-def save(
-    run: Path,
-    *,
-    step: int,
-    config: RunConfig,
-    classes: tuple[str, ...],
-    num_images: int,
-    model: nn.Module,
-    ema: Ema,
-    optimizer: torch.optim.Optimizer,
-    pending: dict[str, Tensor],
-) -> Path:
-    """Write the checkpoint of ``step``, then delete the oldest beyond ``config.train.keep``.
-
-    ``pending``: what ``Metrics.pending`` returned. Raises ``UserError`` if the disk is full or a weight is
-    not finite; the checkpoints before are kept.
-    """
-    for name, weights in (("model", model), ("ema", ema.model)):
-        largest = torch._foreach_norm(list(weights.parameters()), torch.inf)
-        if not torch.stack([value.float() for value in largest]).isfinite().all():
-            raise UserError(f"the {name}'s weights are not finite after step {step}; nothing was saved")
-    folder = run / "checkpoints"
-    final, partial = folder / f"step_{step:07d}", folder / f"{PARTIAL}step_{step:07d}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
-        partial.mkdir()
-        optimizer_state = optimizer.state_dict()
-        names = _trained(model)
-        files = {
-            WEIGHTS["model"]: model.state_dict(),
-            WEIGHTS["ema"]: ema.model.state_dict(),
-            OPTIMIZER: {
-                f"{names[index]}/{entry}": tensor
-                for index, entries in optimizer_state["state"].items()
-                for entry, tensor in entries.items()
-            },
-        }
-        if pending:
-            files[METRICS] = pending
-        for name, tensors in files.items():
-            _write_tensors(partial / name, tensors)
-        state = {
-            "format": FORMAT,
-            "step": step,
-            "config": to_dict(config),
-            "classes": list(classes),
-            "num_images": num_images,
-            "optimizer_groups": optimizer_state["param_groups"],
-            "versions": versions(),
-            "files": {
-                name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
-                for name in files
-            },
-        }
-        with aside(partial / STATE) as file:
-            file.write_text(json.dumps({**state, "sha256": _sign(state)}, indent=1))
-        flush(partial)
-        partial.rename(final)
-        flush(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = latest(run)
-        raise UserError(
-            f"cannot save the checkpoint {str(final)!r}: {error}; "
-            + (f"the last one is {str(last)!r}" if last else "there is no earlier one")
-        ) from error
-    for old in steps(run)[: -config.train.keep]:
-        _delete(old)
-    return final
 
 
 def make_folder(run: Path) -> None:
@@ -243,7 +202,7 @@ def make_folder(run: Path) -> None:
     probe = folder / f"{PARTIAL}probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
+        clear(folder)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -318,18 +277,18 @@ def _is_complete(state: dict[str, Any]) -> bool:
     """Whether everything that is read from ``state.json`` is there."""
     for key, kind in (
         ("step", int), ("config", dict), ("classes", list), ("num_images", int), ("optimizer_groups", list),
-        ("files", dict),
+        ("files", dict), ("streak", int),
     ):  # fmt: skip
         if not isinstance(state.get(key), kind):
             return False
     files = state["files"]
-    return {*WEIGHTS.values(), OPTIMIZER} <= files.keys() and all(
+    return {name.split("/")[0] for name in files} == set(PARTS) and all(
         isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
         for entry in files.values()
     )
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove what a run left that was killed while it saved."""
     for leftover in folder.glob(f"{PARTIAL}*"):
         if leftover.is_dir() and not leftover.is_symlink():
@@ -338,32 +297,31 @@ def _clear(folder: Path) -> None:
             leftover.unlink()
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    seen: set[int] = set()
-    unshared = {}
-    for name, tensor in tensors.items():
-        shared = tensor.untyped_storage().data_ptr() in seen  # the format takes no two views of one storage
-        seen.add(tensor.untyped_storage().data_ptr())
-        unshared[name] = (tensor.clone() if shared else tensor).detach().contiguous()
-    with aside(path) as file:
-        save_file(unshared, file)
-
-
-def _delete(checkpoint: Path) -> None:
+def delete(checkpoint: Path) -> None:
     """Out of sight in one rename first, so that a kill half-way leaves no torn checkpoint."""
     doomed = checkpoint.with_name(PARTIAL + checkpoint.name)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def _trained(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sign(state: dict[str, Any]) -> str:
+def sign(state: dict[str, Any]) -> str:
+    """The SHA-256 of a state, as its file has it."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a line; of the causes that torch.distributed.checkpoint collects the first."""
+    if isinstance(error, dcp.api.CheckpointException):
+        for cause, _ in error.failures.values():
+            return reason(cause)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def quiet() -> None:
+    """From now on no warning that there is a single process, which is what is meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -1,13 +1,15 @@
 """The training loop: the two-pass objective of MDT, one step after the other.
 
-Everything random in step s comes from (seed, s): the batch, timesteps, noise, label drops and masks. So a
-resumed run needs no generator states, and goes on bit for bit as the unbroken one on the same machine.
+Everything random in step s comes from (seed, s), drawn for the whole batch: the images, timesteps, noise,
+label drops and masks. So a resumed run needs no generator states and goes on bit for bit as the unbroken one
+on the same machine, and a run on more processes, or in more accumulated parts, differs by rounding alone.
 """
 
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,19 +17,22 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import RunConfig
-from ..diffusion import GaussianDiffusion
 from ..errors import UserError
 from .checkpoint import latest, locked
+from .distributed import World, joined
 from .metrics import Metrics
+from .objective import draw, losses_of, total_loss
 from .optim import learning_rate, set_learning_rate
+from .parallelize import autocasting, reduce_gradients, split
 from .progress import TrainingProgress
-from .run import Run, derive_seed, prepare
+from .run import Run, derive_seed, prepare, resolve_device
 
-STEP = 11  # the seed stream of training steps
+STEP, POSTERIOR = 11, 12  # the seed streams of training steps and of the autoencoder's noise
 PICTURE_SPACING = 20  # training takes this many times longer than drawing
+SAVE_FAILED = 1000  # what the processes agree on, beside the number of a signal
 
 
 @dataclass(frozen=True)
@@ -40,44 +45,42 @@ class Result:
     signal: int | None = None
 
 
-def two_pass_losses(
-    model: nn.Module, diffusion: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor
-) -> dict[str, Tensor]:
-    """Loss terms, each [B]: ``loss``, ``mse``, ``vb`` over all tokens, then ``m_...`` of the masked pass.
-
-    Both passes share x [B, C, S, S], t [B] and y [B]; noise, label drops and the mask are drawn anew. Models
-    without a mask (DiT, or ``mask_ratio`` None) have the first pass only; the fast models run both as one.
-    """
-    if getattr(model, "mask_ratio", None) is None:
-        return diffusion.training_losses(model, x, t, {"y": y})
-    if hasattr(model, "training_step_outputs"):
-        return diffusion.two_pass_losses(model, x, t, y)
-    terms = diffusion.training_losses(model, x, t, {"y": y})
-    masked = diffusion.training_losses(model, x, t, {"y": y, "enable_mask": True})
-    return terms | {f"m_{name}": values for name, values in masked.items()}
-
-
-def total_loss(terms: dict[str, Tensor]) -> Tensor:
-    """The sum, not the average, of the passes' mean losses."""
-    loss = terms["loss"].mean()
-    return loss + terms["m_loss"].mean() if "m_loss" in terms else loss
-
-
-def train_step(run: Run, x: Tensor, y: Tensor, metrics: Metrics) -> None:
-    """One update from images x [B, C, S, S] in [-1, 1] and labels y [B]."""
+def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
+    """One update from this process's rows of the batch, as the loader gives them, and their labels y [b]."""
     settings = run.config.train
     torch.manual_seed(derive_seed(settings.seed, STEP, run.step))
-    x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
-    t = torch.randint(run.diffusion.num_timesteps, y.shape, device=run.device)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-        terms = two_pass_losses(run.model, run.diffusion, x, t, y)
-        loss = total_loss(terms)
+    draws = draw(run.model, run.diffusion, settings.batch_size, run.device).rows(run.rows)
+    posterior = posterior_noise(run)
+    batch, y = batch.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+    terms: list[dict[str, Tensor]] = []
     run.optimizer.zero_grad()
-    loss.backward()
+    parts = split(run.rows, settings.accumulate)
+    for part in parts:
+        reduce_gradients(run.model, run.sharded, now=part is parts[-1])
+        x = run.first_stage(batch[part], None if posterior is None else posterior[part])
+        with autocasting(settings, run.sharded, run.device):
+            terms.append(losses_of(run.model, run.diffusion, x, y[part], draws.rows(part)))
+            loss = total_loss(terms[-1]) / len(parts)
+        (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
+    if run.loss_scale is not None:
+        run.loss_scale.unscale(run.optimizer)
     set_learning_rate(run.optimizer, learning_rate(settings, run.step))
     run.optimizer.step()  # moves the average too
-    metrics.add(terms, t, run.optimizer.grad_norm.float())
+    if run.loss_scale is not None:
+        run.loss_scale.update(run.optimizer.grad_norm)
+    whole = {name: torch.cat([part[name].detach() for part in terms]) for name in terms[0]}
+    metrics.add(whole, draws.t, run.optimizer.grad_norm.float())
     run.step += 1
+
+
+def posterior_noise(run: Run) -> Tensor | None:
+    """This process's rows of the noise that draws a step's latents, [b, C, S, S]; None for pixels."""
+    stage, settings = run.first_stage, run.config.train
+    if not stage.random:
+        return None
+    generator = torch.Generator(run.device).manual_seed(derive_seed(settings.seed, POSTERIOR, run.step))
+    shape = settings.batch_size, stage.channels, stage.size, stage.size
+    return torch.randn(shape, generator=generator, device=run.device)[run.rows]
 
 
 def train(
@@ -86,21 +89,25 @@ def train(
     """Train until ``config.train.steps`` updates are done, and leave everything in the folder ``out``.
 
     ``resume``: None starts a run, in a folder that has none; ``"auto"`` goes on from the newest checkpoint
-    in ``out``, or starts if there is none; a path goes on from that checkpoint. SIGINT, SIGTERM and SIGHUP
-    save a checkpoint and end the run. Raises ``UserError`` for bad settings, unreadable images, damaged
-    checkpoints, a full disk and a loss that is not finite; it names the last checkpoint. What is saved
-    stays.
+    in ``out``, or starts if there is none; a path goes on from that checkpoint. SIGINT, SIGTERM, SIGUSR1 and
+    SIGHUP save a checkpoint and end the run. Started by torchrun, each process does its part of every batch.
+    Raises ``UserError`` for bad settings, unreadable images, damaged checkpoints, a full disk, losses that
+    stay non-finite and a lost process; it names the last checkpoint. What is saved stays.
     """
-    with locked(out):
-        run = prepare(config, out, resume)
-        with TrainingProgress(run.step, config.train.steps, console) as bar, Interrupts() as interrupts:
-            try:
+    with joined(resolve_device(config.train.device)) as world, ExitStack() as stack:
+        if world.main:
+            stack.enter_context(locked(out))
+        run = prepare(config, out, resume, world)
+        world.barrier()  # all have looked at the folder before it is written to
+        bar = TrainingProgress(run.step, config.train.steps, console if world.main else QUIET)
+        try:
+            with bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
-            except (UserError, OSError) as error:
-                last = latest(out)
-                if last is None or str(last) in str(error):
-                    raise
-                raise UserError(f"{error}; the last checkpoint is {str(last)!r}") from error
+        except (UserError, OSError) as error:
+            last = latest(out)
+            if last is None or str(last) in str(error):
+                raise
+            raise UserError(f"{error}; the last checkpoint is {str(last)!r}") from error
 
 
 def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
@@ -108,16 +115,20 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
     metrics, notes = run.open()
     for note in notes:
         bar.say(note)
-    pictures = Pictures(bar)
+    pictures = Pictures(bar, run.world)
     row: dict[str, Any] = {}
-    for x, y in run.loader.batches(run.step, settings.steps):
-        train_step(run, x, y, metrics)
+    asked = 0
+    for batch, y in run.loader.batches(run.step, settings.steps):
+        train_step(run, batch, y, metrics)
+        asked = run.world.agree(SAVE_FAILED if run.saver.failed else interrupts.caught or 0)
+        if asked == SAVE_FAILED:
+            break
         planned = run.step == settings.steps or run.step % settings.save_every == 0
-        last = run.step == settings.steps or interrupts.caught is not None
+        last = run.step == settings.steps or asked
         saving = last or planned
         logging = planned or run.step % settings.log_every == 0
         if logging:
-            row = metrics.row(run.step, learning_rate(settings, run.step - 1))
+            row, _ = metrics.row(run.step, learning_rate(settings, run.step - 1))
         bar.update(run.step, row if logging else None)
         if saving:
             run.save(metrics)
@@ -126,20 +137,25 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
             metrics.restart_clock()  # img/s is training's own
         if last:
             break
-    pictures.draw(run.plot, *(() if interrupts.caught else (run.draw_final,)))
-    return Result(run.step, row, time.perf_counter() - began, interrupts.caught)
+    run.saver.close()
+    pictures.draw(run.plot, *(() if asked else (run.draw_final,)))
+    return Result(run.step, row, time.perf_counter() - began, asked or None)
+
+
+QUIET = Console(quiet=True)
 
 
 class Pictures:
     """Draws the run's pictures: an extra, so what keeps one from being made is only said."""
 
-    def __init__(self, bar: TrainingProgress):
-        self.bar = bar
+    def __init__(self, bar: TrainingProgress, world: World):
+        self.bar, self.world = bar, world
         self._finished, self._took = time.perf_counter(), 0.0
 
     def draw_if_cheap(self, *makers: Callable[[], None]) -> None:
         """Draw unless that would take more than a twentieth of the time, judging by the last drawing."""
-        if time.perf_counter() - self._finished >= PICTURE_SPACING * self._took:
+        cheap = time.perf_counter() - self._finished >= PICTURE_SPACING * self._took
+        if self.world.from_main(cheap):  # all take part
             self.draw(*makers)
 
     def draw(self, *makers: Callable[[], None]) -> None:
@@ -154,13 +170,13 @@ class Pictures:
 
 
 class Interrupts:
-    """Within ``with``, the first SIGINT, SIGTERM or SIGHUP is only noted in ``caught``.
+    """Within ``with``, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP is only noted in ``caught``.
 
     After it SIGINT and SIGTERM act as usual. Signals that are ignored (SIGHUP under nohup) stay so.
     """
 
     NUMBERS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
     )
 
     def __init__(self) -> None:

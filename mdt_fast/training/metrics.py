@@ -3,10 +3,10 @@
 Steps are kept on the device and read once per interval. A row averages all steps since the row before it.
 Rows are written at every ``log_every`` and every ``save_every`` steps and at the end. A run that is stopped
 between them puts its pending steps into the checkpoint, so resuming it writes the rows of the unbroken run.
+Of several processes each collects its own rows of the batch; they are put together when they are read.
 """
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,87 +17,149 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import aside
+from .distributed import World
 
 QUARTILES = 4
 TIMESTEPS, GRAD_NORM = "t", "grad_norm"
 
 
 class NonFiniteLossError(UserError):
-    """A loss or a gradient became NaN or infinite."""
+    """Losses or gradients were NaN or infinite in too many steps in a row."""
 
 
 class Metrics:
-    """Collects steps and appends rows. Opening at ``step`` drops rows of later steps (of a killed run)."""
+    """Collects steps and appends rows. Opening at ``step`` drops rows of later steps (of a killed run).
 
-    def __init__(self, path: Path, *, step: int, num_timesteps: int, batch_size: int):
+    ``max_skips``: after so many bad steps in a row (a loss or the gradient is not finite; the optimiser
+    leaves them out) the next reading raises ``NonFiniteLossError``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        step: int,
+        num_timesteps: int,
+        batch_size: int,
+        max_skips: int = 10,
+        world: World | None = None,
+    ):
         self.path, self.num_timesteps, self.batch_size = path, num_timesteps, batch_size
+        self.max_skips, self.world = max_skips, world or World()
         self._terms: list[dict[str, Tensor]] = []
         self._timesteps: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
-        self._restored = 0
+        self._before: dict[str, Tensor] = {}
+        self.streak = 0  # bad steps in a row before the pending ones
         self._began = time.perf_counter()
-        if path.exists():
+        if self.world.main and path.exists():
             _keep_rows(path, step)
 
     def add(self, terms: dict[str, Tensor], t: Tensor, grad_norm: Tensor) -> None:
-        """One step: loss terms [B] by name, timesteps [B], and the gradient norm before clipping."""
+        """One step: loss terms [b] by name, timesteps [b], and the gradient norm before clipping."""
         self._terms.append({name: values.detach().float() for name, values in terms.items()})
         self._timesteps.append(t)
         self._grad_norms.append(grad_norm)
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last row out of ``img_per_s``."""
+        """Leave what happened since the last row out of the measured time."""
         self._began = time.perf_counter()
 
-    def row(self, step: int, lr: float) -> dict[str, Any]:
-        """Average the steps since the last row, append the row of ``step`` to the file and return it.
+    def row(self, step: int, lr: float) -> tuple[dict[str, Any], float]:
+        """Average the steps since the last row, append the row of ``step`` to the file; returns it, and the
+        seconds that these steps took (of those since the last resume).
 
         Each loss term also comes by quarter of the timesteps, ``_q0`` (least noise) to ``_q3``, where there
-        were samples. Raises ``NonFiniteLossError``, naming the first bad step, before anything is written.
+        were samples; ``skipped`` counts the bad steps, which are in no average. Raises
+        ``NonFiniteLossError``, naming the first of the bad steps, before anything is written.
         """
-        terms = self.pending(step)
+        fresh = len(self._terms)
+        terms = dict(self.pending(step))
         if not terms:
-            return {}
-        timesteps, grad_norms = terms.pop(TIMESTEPS), terms.pop(GRAD_NORM)
+            return {}, 0.0
+        good = _finite(terms)
+        self.streak = self._streaks(terms)[-1]
+        timesteps, grad_norms = terms.pop(TIMESTEPS)[good], terms.pop(GRAD_NORM)[good]
         row: dict[str, Any] = {"step": step}
-        row.update((name, float(terms[name].mean())) for name in sorted(terms, key=_loss_first))
-        quartile = timesteps * QUARTILES // self.num_timesteps
-        for name, term in terms.items():
-            for q in range(QUARTILES):
-                if (quartile == q).any():
-                    row[f"{name}_q{q}"] = float(term[quartile == q].mean())
+        if good.any():
+            row.update((name, float(terms[name][good].mean())) for name in sorted(terms, key=_loss_first))
+            quartile = timesteps * QUARTILES // self.num_timesteps
+            for name, term in terms.items():
+                for q in range(QUARTILES):
+                    if (quartile == q).any():
+                        row[f"{name}_q{q}"] = float(term[good][quartile == q].mean())
+            row["grad_norm"] = float(grad_norms.mean())
+        if not good.all():
+            row["skipped"] = int((~good).sum())
         seconds = time.perf_counter() - self._began
-        images = (len(self._terms) - self._restored) * self.batch_size
-        row.update(grad_norm=float(grad_norms.mean()), lr=lr, img_per_s=images / seconds)
-        row["time"] = round(time.time(), 3)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._terms, self._timesteps, self._grad_norms, self._restored = [], [], [], 0
+        row.update(lr=lr, img_per_s=fresh * self.batch_size / seconds, time=round(time.time(), 3))
+        self._terms, self._timesteps, self._grad_norms, self._before = [], [], [], {}
+        if self.world.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
         self.restart_clock()
-        return row
+        return row, seconds
 
     def pending(self, step: int) -> dict[str, Tensor]:
         """The steps since the last row up to ``step``, on the CPU: [n, B] by loss term, ``t`` [n, B],
-        ``grad_norm`` [n]; empty if there are none. Raises ``NonFiniteLossError`` as ``row`` does."""
-        count = len(self._terms)
-        if count == 0:
-            return {}
-        names = list(self._terms[-1])  # restored ones may come in another order
-        pending = {name: torch.stack([t[name] for t in self._terms]).cpu() for name in names}
-        pending[GRAD_NORM] = torch.stack(self._grad_norms).float().cpu()
-        for i in range(count):
-            for name, values in pending.items():
-                if not math.isfinite(value := float(values[i].mean())):
-                    raise NonFiniteLossError(f"{name} is {value} at step {step - count + i + 1}")
-        return {**pending, TIMESTEPS: torch.stack(self._timesteps).cpu()}
+        ``grad_norm`` [n]; empty if there are none. All processes call it, and get the whole batch's. Raises
+        ``NonFiniteLossError`` as ``row`` does."""
+        if self._terms:
+            names = list(self._terms[0])
+            own = [torch.stack([terms[name] for terms in self._terms]) for name in names]
+            own.append(torch.stack(self._timesteps).to(own[0]))  # float32 holds every timestep exactly
+            parts = self.world.together(torch.stack(own).cpu())
+            values = torch.cat(parts, dim=2)  # ranks hold consecutive rows of the batch
+            pending = {name: values[i] for i, name in enumerate(names)}
+            pending[TIMESTEPS] = values[-1].long()
+            pending[GRAD_NORM] = torch.stack(self._grad_norms).float().cpu()
+            if self._before:
+                pending = {name: torch.cat([self._before[name], values]) for name, values in pending.items()}
+        else:
+            pending = self._before
+        if pending:
+            self._check(pending, step)
+        return pending
 
-    def restore(self, pending: dict[str, Tensor], device: torch.device) -> None:
-        """Go on from what ``pending`` returned in the run that was stopped."""
-        steps = {name: values.to(device).unbind() for name, values in pending.items()}
-        self._timesteps = list(steps.pop(TIMESTEPS))
-        self._grad_norms = list(steps.pop(GRAD_NORM))
-        self._restored = len(self._timesteps)
-        self._terms = [{name: values[i] for name, values in steps.items()} for i in range(self._restored)]
+    def restore(self, pending: dict[str, Tensor], streak: int) -> None:
+        """Go on from what ``pending`` and ``streak`` were in the run that was stopped."""
+        self._before, self.streak = pending, streak
+
+    def _streaks(self, pending: dict[str, Tensor]) -> list[int]:
+        """How many bad steps in a row end with each of these."""
+        streaks, streak = [], self.streak
+        for good in _finite(pending).tolist():
+            streak = 0 if good else streak + 1
+            streaks.append(streak)
+        return streaks
+
+    def _check(self, pending: dict[str, Tensor], step: int) -> None:
+        streaks = self._streaks(pending)
+        if max(streaks) <= self.max_skips:
+            return
+        last = next(i for i, streak in enumerate(streaks) if streak > self.max_skips)
+        first = last - streaks[last] + 1  # negative: before these, with nothing kept of it but the count
+        name, value = next(
+            (name, float(values[max(first, 0)].mean()))
+            for name, values in pending.items()
+            if name != TIMESTEPS and not values[max(first, 0)].isfinite().all()
+        )
+        more = f", and so are the {streaks[last] - 1} steps after it" if streaks[last] > 1 else ""
+        raise NonFiniteLossError(
+            f"{name} is {value} at step {step - len(streaks) + first + 1}{more} "
+            f"(train.max_skips={self.max_skips})"
+        )
+
+
+def _finite(pending: dict[str, Tensor]) -> Tensor:
+    """Bool [n]: the steps in which everything is finite."""
+    return torch.stack(
+        [
+            values.flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
+            for name, values in pending.items()
+            if name != TIMESTEPS
+        ]
+    ).all(0)
 
 
 def _loss_first(name: str) -> tuple[bool, bool]:

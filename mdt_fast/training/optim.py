@@ -1,14 +1,16 @@
 """The optimiser that a configuration names, the learning-rate schedule and the moving average of weights."""
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..config import TrainConfig
 from ..errors import UserError
 from ..optim import FusedAdamW, FusedAdan
+from ..optim.shards import local
 
 
 def build_optimizer(params: Iterable[Tensor], config: TrainConfig) -> FusedAdan | FusedAdamW:
@@ -40,18 +42,67 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class Ema:
     """An exponential moving average of a model's parameters: ``ema = decay * ema + (1 - decay) * param``.
 
-    It starts as a copy and lives in ``.model`` (eval mode, no gradients), ready to sample from. The optimiser
-    it is attached to moves it, in every step that is not skipped.
+    ``tensors`` by name, laid out and sharded as the parameters are; they start as copies. The optimiser it is
+    attached to moves them, in every step that is not skipped.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise UserError(f"train.ema_decay: must be in [0, 1), got {decay}")
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.model = decay, model
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def attach(self, optimizer: FusedAdan | FusedAdamW, model: nn.Module) -> None:
-        """Have ``optimizer``, which is over parameters of ``model``, move the copies of those parameters."""
-        copies = dict(zip(model.parameters(), self.model.parameters()))
+    def attach(self, optimizer: FusedAdan | FusedAdamW) -> None:
+        """Have ``optimizer``, which is over parameters of the model, move the copies of those parameters."""
+        copies = {p: self.tensors[name] for name, p in self.model.named_parameters()}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.add_ema([copies[p] for p in trained], self.decay)
+
+    @contextmanager
+    def in_model(self) -> Iterator[nn.Module]:
+        """Within the block the model has the averaged weights, in eval mode; then its own, bit for bit."""
+        self._exchange()
+        training = self.model.training
+        try:
+            yield self.model.eval()
+        finally:
+            self.model.train(training)
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            # What has been gathered of the weights before belongs to the others.
+            self.model.reshard()
+        for name, parameter in self.model.named_parameters():
+            own, average = local(parameter), local(self.tensors[name])
+            kept = own.clone()
+            own.copy_(average)
+            average.copy_(kept)
+
+
+class LossScale:
+    """float16's loss scale: halved after a step with a gradient that is not finite, doubled after
+    ``patience`` good ones. Kept on the device; nothing waits for it."""
+
+    LARGEST = 2.0**24
+
+    def __init__(self, device: torch.device, patience: int = 2000):
+        self.patience = patience
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.good = torch.zeros((), device=device)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the gradients back to their size, in place."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        torch._foreach_mul_(grads, 1 / self.scale)
+
+    def update(self, grad_norm: Tensor) -> None:
+        """After a step whose gradient had this norm."""
+        finite = grad_norm.isfinite()
+        self.good = torch.where(finite, self.good + 1, 0)
+        grow = self.good >= self.patience
+        self.good = torch.where(grow, 0, self.good)
+        factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.scale = (self.scale * factor).clamp(1.0, self.LARGEST)

@@ -1,33 +1,34 @@
 """A run's parts: checked settings, data, model, optimiser, and the folder they are kept in."""
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..config import RunConfig, SampleConfig, to_dict
-from ..data import ImageSet, Loader, check_classes, open_images
+from ..data import FirstStage, ImageSet, Loader, check_classes, open_first_stage, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError
 from ..files import aside
+from ..models.base import Transformer
 from ..models.zoo import build_model
 from ..optim import FusedAdamW, FusedAdan
-from ..sampling import check_sampling, grid, sample, sampling_diffusion, save_picture, to_uint8
+from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .distributed import World, launched
 from .metrics import Metrics, plot_losses
-from .optim import Ema, build_optimizer
+from .optim import Ema, LossScale, build_optimizer
+from .parallelize import parallelize, rows_of
+from .saving import Saver
+from .settings import check_resumable, check_settings
+from .states import restore_optimizer, training_state
 
-# What may differ from the checkpoint when a run goes on; everything else decides the numbers.
-MAY_CHANGE = (
-    "train.steps", "train.log_every", "train.save_every", "train.keep", "train.device",
-    "data.source", "data.workers", "data.on_unreadable", "sample.",
-)  # fmt: skip
 INIT = 10  # the seed stream of the initial weights; the loader and the loop have theirs
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 10, 10, 20
 
@@ -38,15 +39,22 @@ class Run:
 
     config: RunConfig
     out: Path
+    world: World
     step: int
     images: ImageSet
+    first_stage: FirstStage
     loader: Loader
+    rows: slice
     device: torch.device
-    model: nn.Module
+    model: Transformer
+    sharded: bool
     ema: Ema
     optimizer: FusedAdan | FusedAdamW
+    loss_scale: LossScale | None
     diffusion: GaussianDiffusion
+    saver: Saver
     start: Checkpoint | None
+    notes: list[str] = field(default_factory=list)
 
     def open(self) -> tuple[Metrics, list[str]]:
         """Make the folder ready to be written to; returns its metrics and what there is to say about it."""
@@ -54,46 +62,45 @@ class Run:
             f"{section}: " + " ".join(f"{key}={value}" for key, value in settings.items())
             for section, settings in to_dict(self.config).items()
         ]
+        notes += self.notes
         if self.start is not None:
             notes.append(f"going on from {self.start.path} ({self.step} steps done)")
-            if self.start.state["num_images"] != len(self.images.labels):
-                notes.append(
-                    f"warning: the data had {self.start.state['num_images']} images and now has "
-                    f"{len(self.images.labels)}: batches will differ from the unbroken run's"
-                )
+        if self.world.main:
             for moved in checkpoint.set_aside_later(self.out, self.step):
                 notes.append(f"later checkpoint kept as {moved}")
-        checkpoint.make_folder(self.out)
-        with aside(self.out / "config.json") as file:
-            file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
+            checkpoint.make_folder(self.out)
+            with aside(self.out / "config.json") as file:
+                file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
         metrics = Metrics(
             self.out / "metrics.jsonl",
             step=self.step,
             num_timesteps=self.diffusion.num_timesteps,
             batch_size=self.config.train.batch_size,
+            max_skips=self.config.train.max_skips,
+            world=self.world,
         )
-        if self.start is not None and checkpoint.METRICS in self.start.state["files"]:
-            metrics.restore(self.start.tensors(checkpoint.METRICS), self.device)
+        if self.start is not None:
+            prefix = f"{checkpoint.METRICS}/"
+            pending = self.start.tensors(checkpoint.OPTIMIZER, prefix)
+            metrics.restore(
+                {name.removeprefix(prefix): values for name, values in pending.items()},
+                self.start.state["streak"],
+            )
+        self.world.barrier()
         return metrics, notes
 
-    def save(self, metrics: Metrics) -> Path:
+    def save(self, metrics: Metrics) -> None:
         """A checkpoint of this moment, with the steps that are in no row of ``metrics`` yet."""
-        return checkpoint.save(
-            self.out,
-            step=self.step,
-            config=self.config,
-            classes=self.images.classes,
-            num_images=len(self.images.labels),
-            model=self.model,
-            ema=self.ema,
-            optimizer=self.optimizer,
-            pending=metrics.pending(self.step),
-        )
+        parts, state = training_state(self, metrics)
+        self.saver.save(self.step, parts, state)
 
     def draw_preview(self) -> None:
         """``samples/step_....png``: ten images of each of the first ten classes, in few steps."""
-        (self.out / "samples").mkdir(exist_ok=True)
-        config = replace(self.config.sample, steps=min(PREVIEW_STEPS, self.config.sample.steps))
+        if self.world.main:
+            (self.out / "samples").mkdir(exist_ok=True)
+        config = replace(
+            self.config.sample, steps=min(PREVIEW_STEPS, self.config.sample.steps), sampler="ddim"
+        )
         self._draw(self.out / "samples" / f"step_{self.step:07d}.png", config)
 
     def draw_final(self) -> None:
@@ -101,50 +108,63 @@ class Run:
         self._draw(self.out / "samples.png", self.config.sample)
 
     def plot(self) -> None:
-        plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
+        if self.world.main:
+            plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
 
     def _draw(self, path: Path, config: SampleConfig) -> None:
+        """Each process draws an equal share of the images, on the averaged weights."""
         shown = range(min(PREVIEW_ROWS, len(self.images.classes)))
         labels = [label for label in shown for _ in range(PREVIEW_COLUMNS)]
+        share = -(-len(labels) // self.world.size)
+        first = self.world.rank * share
+        own = (labels + labels[-1:] * share)[first : first + share]
         diffusion = sampling_diffusion(self.config.model, self.config.diffusion, config)
-        drawn = sample(
-            self.ema.model, diffusion, labels, config, diffusion_steps=self.config.diffusion.diffusion_steps
-        )
-        save_picture(path, grid(to_uint8(drawn), labels, self.images.classes))
+        with self.ema.in_model() as model:
+            latents = sample(
+                model, diffusion, own, config, first_index=first,
+                diffusion_steps=self.config.diffusion.diffusion_steps,
+                clip_denoised=self.first_stage.clip,
+            )  # fmt: skip
+        drawn = torch.cat(self.world.together(self.first_stage.decode(latents).cpu()))[: len(labels)]
+        if self.world.main:
+            save_picture(path, grid(to_uint8(drawn), labels, self.images.classes))
 
 
-def prepare(config: RunConfig, out: Path, resume: str | None) -> Run:
+def prepare(config: RunConfig, out: Path, resume: str | None, world: World | None = None) -> Run:
     """Check everything and build the run; nothing is written. ``UserError`` for whatever does not fit."""
-    start = starting_point(out, resume)
+    world = world or World()
+    start = world.from_main(_starting_path(out, resume) if world.main else None)
+    start = None if start is None else open_or_advise(start, world=world)
     if start is not None:
         check_resumable(start.config, config)
     check_settings(config)
-    images = open_images(config.data)
-    check_classes(images.classes, config.model.num_classes)
-    if start is not None and start.classes != images.classes:
-        raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}")
+    rows = rows_of(world, config.train)
     device = resolve_device(config.train.device)
+    images = open_images(config.data)
+    first_stage = open_first_stage(config.data, images, device)
+    check_data(config, images, first_stage, world)
+    notes = [] if start is None else check_same_data(start, images)
     torch.manual_seed(derive_seed(config.train.seed, INIT))
-    model = build_model(config.model)
-    if start is not None:
-        model.load_state_dict(start.tensors(checkpoint.WEIGHTS["model"]))
+    model: Any = build_model(config.model)
     model.to(device).train()
-    ema = Ema(model, config.train.ema_decay)
-    optimizer = build_optimizer(model.parameters(), config.train)
-    ema.attach(optimizer, model)
+    sharded = parallelize(model, config.train, world, device)
+    weights = dict(model.named_parameters())
     if start is not None:
-        ema.model.load_state_dict(start.tensors(checkpoint.WEIGHTS["ema"]))
-        start.restore_optimizer(optimizer, model)
+        start.fill(checkpoint.MODEL, {name: p.detach() for name, p in weights.items()}, world)
+    ema = Ema(model, config.train.ema_decay)
+    optimizer = build_optimizer(weights.values(), config.train)
+    ema.attach(optimizer)
+    loss_scale = LossScale(device) if config.train.dtype == "float16" else None
+    if start is not None:
+        start.fill(checkpoint.EMA, ema.tensors, world)
+        restore_optimizer(start, optimizer, loss_scale, weights, world)
     return Run(
-        config=config,
-        out=out,
-        step=start.step if start else 0,
-        images=images,
-        loader=Loader(images, config.data, batch_size=config.train.batch_size, seed=config.train.seed),
-        device=device,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
+        config=config, out=out, world=world, step=start.step if start else 0,
+        images=images, first_stage=first_stage, rows=rows, device=device,
+        loader=Loader(
+            images, config.data, batch_size=config.train.batch_size, seed=config.train.seed, rows=rows
+        ),
+        model=model, sharded=sharded, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
         diffusion=create_diffusion(
             noise_schedule=config.diffusion.noise_schedule,
             predict_xstart=config.diffusion.predict_xstart,
@@ -152,8 +172,50 @@ def prepare(config: RunConfig, out: Path, resume: str | None) -> Run:
             diffusion_steps=config.diffusion.diffusion_steps,
             min_snr_gamma=config.diffusion.min_snr_gamma,
         ),
-        start=start,
-    )
+        saver=Saver(
+            out, world, keep=config.train.keep, keep_every=config.train.keep_every,
+            asynchronous=config.train.async_save,
+        ),
+        start=start, notes=notes,
+    )  # fmt: skip
+
+
+def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, world: World) -> None:
+    """``UserError`` unless the data fits the model and the processes."""
+    if config.data.conditional:
+        check_classes(images.classes, config.model.num_classes)
+    for name, ours, theirs in (
+        ("input_size", config.model.input_size, first_stage.size),
+        ("in_channels", config.model.in_channels, first_stage.channels),
+    ):
+        if ours != theirs:
+            raise UserError(f"model.{name}: {ours}, but the data has {theirs} (data.source, data.vae)")
+    if len(images.labels) < world.size:
+        raise UserError(
+            f"data.source: {len(images.labels)} images for {world.size} processes; each needs at least one"
+        )
+
+
+def check_same_data(start: Checkpoint, images: ImageSet) -> list[str]:
+    """``UserError`` if the run cannot go on with these images; a warning if it will go on differently."""
+    if start.classes != images.classes:
+        raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}")
+    if start.state["num_images"] != len(images.labels):
+        return [
+            f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "
+            "batches will differ from the unbroken run's"
+        ]
+    digest = getattr(images, "digest", None)
+    if start.state.get("data") not in (None, digest):
+        return [
+            "warning: the encoded data is not what the run began with: it will differ from the unbroken run"
+        ]
+    return []
+
+
+def _starting_path(out: Path, resume: str | None) -> Path | None:
+    start = starting_point(out, resume)
+    return None if start is None else start.path
 
 
 def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
@@ -169,8 +231,8 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
             )
         return None
     if resume == "auto":
-        return open_or_advise(newest) if newest else None
-    start = open_or_advise(Path(resume))
+        return open_or_advise(newest, ()) if newest else None
+    start = open_or_advise(Path(resume), ())
     if holds_run and start.run.resolve() != out.resolve():
         raise UserError(
             f"--resume: {resume!r} belongs to another run than the one in {str(out)!r}; choose another --out"
@@ -178,15 +240,20 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     return start
 
 
-def open_or_advise(path: Path, needed: Sequence[str] | None = None, use: str = "--resume {}") -> Checkpoint:
-    """The checkpoint at ``path``, verified: all files, or the ``needed`` ones.
+def open_or_advise(
+    path: Path,
+    parts: Sequence[str] = checkpoint.PARTS,
+    use: str = "--resume {}",
+    world: World | None = None,
+) -> Checkpoint:
+    """The checkpoint at ``path``, these parts of it verified; each process of ``world`` verifies some files.
 
     If it is damaged, the error names the newest good one and says how to ``use`` it.
     """
     try:
         opened = checkpoint.open_checkpoint(path)
-        for name in opened.state["files"] if needed is None else needed:
-            opened.verify(name)
+        if parts:
+            opened.verify(*parts, world=world)
     except checkpoint.DamagedCheckpointError as error:
         run = path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
         good = checkpoint.newest_good(run)
@@ -195,67 +262,25 @@ def open_or_advise(path: Path, needed: Sequence[str] | None = None, use: str = "
     return opened
 
 
-def check_resumable(saved: RunConfig, wanted: RunConfig) -> None:
-    """``UserError`` if a setting that decides the numbers is not the checkpoint's."""
-    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
-    for key, value in after.items():
-        if before[key] != value and not key.startswith(MAY_CHANGE):
-            raise UserError(f"{key}: cannot change when a run goes on; it has {before[key]!r}, got {value!r}")
-
-
-def check_settings(config: RunConfig) -> None:
-    """``UserError`` for settings that contradict each other or are out of range."""
-    settings = config.train
-    for name, lowest in (
-        ("steps", 1), ("batch_size", 1), ("log_every", 1), ("save_every", 1), ("keep", 1),
-        ("warmup_steps", 0), ("lr_anneal_steps", 0), ("seed", 0), ("max_grad_norm", 0),
-    ):  # fmt: skip
-        if not getattr(settings, name) >= lowest:
-            raise UserError(f"train.{name}: must be at least {lowest}, got {getattr(settings, name)}")
-    if settings.lr_anneal_steps and settings.steps > settings.lr_anneal_steps:
-        raise UserError(
-            f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "
-            "where the learning rate is 0"
-        )
-    if config.data.image_size != config.model.input_size:
-        raise UserError(
-            f"data.image_size: {config.data.image_size} is not model.input_size {config.model.input_size}"
-        )
-    if config.data.channels != config.model.in_channels:
-        raise UserError(
-            f"data.channels: {config.data.channels} is not model.in_channels {config.model.in_channels}"
-        )
-    try:
-        sampling_diffusion(config.model, config.diffusion, config.sample)
-        check_sampling(config.model, config.sample)
-    except UserError as error:
-        raise UserError(f"sample.{error}") from None
-
-
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (CUDA if there is one), or a device by torch's name. ``UserError`` if there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` (CUDA if there is one), or a device by torch's name; of several processes on a machine each
+    takes the GPU of its number. ``UserError`` if there is none."""
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"--device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device: {name!r} asked for, this machine has {torch.cuda.device_count()} CUDA devices"
-        )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        several = launched()[1] > 1
+        index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
+        if index >= torch.cuda.device_count():
+            asked = f"process {index} of this machine needs its own" if several else f"{name!r} asked for"
+            raise UserError(f"--device: {asked}, this machine has {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", index)
     return device
 
 
 def derive_seed(*parts: int) -> int:
     """One 63-bit seed from several numbers; different numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -17,6 +17,7 @@ RANK = {
     "files": 0,
     "kernels": 0,
     "config": 1,
+    "presets": 2,
     "masking": 2,
     "optim": 2,
     "diffusion": 2,

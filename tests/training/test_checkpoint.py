@@ -9,10 +9,10 @@ import pytest
 
 from mdt_fast.errors import UserError
 from mdt_fast.training import checkpoint, loop, train
-from mdt_fast.training.checkpoint import DamagedCheckpointError, latest, newest_good, open_checkpoint
-from tiny import files_of, tiny
+from mdt_fast.training.checkpoint import PARTS, DamagedCheckpointError, latest, newest_good, open_checkpoint
+from tiny import file_of, files_of, tensors_of, tiny
 
-FILES = ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]
+FILES = [*map(file_of, PARTS), "state.json"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_works(run: Path, name: str, damage) -> None:
     newest, before = run / "checkpoints" / "step_0000008", run / "checkpoints" / "step_0000004"
-    whole = files_of(newest)
+    whole = tensors_of(newest)
     damage(newest / name)
     damaged = files_of(newest)
     with pytest.raises(DamagedCheckpointError) as caught:
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_works(run: Path, 
     assert newest_good(run) == before
 
     train(tiny(), run, resume=str(before))
-    assert files_of(newest) == whole
+    assert tensors_of(newest) == whole
     assert files_of(newest.with_name("superseded_step_0000008")) == damaged
 
 
@@ -76,7 +76,7 @@ def test_states_that_are_none(run: Path) -> None:
     file = folder / "state.json"
     state = json.loads(file.read_text())
     del state["sha256"], state["files"]
-    file.write_text(json.dumps({**state, "sha256": checkpoint._sign(state)}))
+    file.write_text(json.dumps({**state, "sha256": checkpoint.sign(state)}))
     with pytest.raises(DamagedCheckpointError, match=r"state.json: edited, entries are missing"):
         open_checkpoint(run)
     file.write_text("[" * 100_000)
@@ -88,17 +88,28 @@ def test_states_that_are_none(run: Path) -> None:
         open_checkpoint(run)
 
 
-def test_a_file_that_a_trainer_deletes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_a_trainer_deletes_while_it_is_read(run: Path) -> None:
     opened = open_checkpoint(run)
-    verify = checkpoint.Checkpoint.verify
+    opened.verify("ema")
+    shutil.rmtree(opened.path)
+    with pytest.raises(DamagedCheckpointError, match=r"ema.shard-.*: missing from its checkpoint"):
+        opened.tensors("ema")
 
-    def verify_then_delete(self: checkpoint.Checkpoint, name: str) -> None:
-        verify(self, name)
-        (self.path / name).unlink()
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "verify", verify_then_delete)
-    with pytest.raises(DamagedCheckpointError, match=r"ema.safetensors: cannot be read"):
-        opened.tensors("ema.safetensors")
+def test_a_file_that_does_not_belong_to_a_checkpoint(run: Path) -> None:
+    """Whatever lies in the folder would be read: only what was written may lie there."""
+    opened = open_checkpoint(run)
+    shutil.copy(opened.path / file_of("model"), opened.path / "ema" / "more.safetensors")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"ema.more.safetensors: not in the checkpoint's state.json"
+    ):
+        opened.tensors("ema")
+
+
+def test_every_mth_is_kept(tmp_path: Path) -> None:
+    train(tiny(keep=1, keep_every=4, steps=10, save_every=2), tmp_path)
+    kept = [path.name for path in checkpoint.steps(tmp_path)]
+    assert kept == ["step_0000004", "step_0000008", "step_0000010"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from mdt_fast import reference
 from mdt_fast.config import TrainConfig
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.models import MDT, MDTv2
-from mdt_fast.training.loop import total_loss, two_pass_losses
+from mdt_fast.training.objective import total_loss, two_pass_losses
 from mdt_fast.training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
 from tolerances import FLOAT32, PARAMETERS_AFTER_OPTIMISER, relative_error
 
@@ -64,7 +64,7 @@ def test_golden_trajectory(name: str, implementation: str, replay: tuple[list[Te
     optimizer = build_optimizer(model.parameters(), config)
     averages = {rate: Ema(model, rate) for rate in info["ema_rates"]}
     for average in averages.values():
-        average.attach(optimizer, model)
+        average.attach(optimizer)
     diffusion = create_diffusion(info["respacing"], min_snr_gamma=5.0 if version == "v2" else None)
     uniforms, normals = replay
 
@@ -89,9 +89,8 @@ def test_golden_trajectory(name: str, implementation: str, replay: tuple[list[Te
         assert optimizer.grad_norm.item() == pytest.approx(saved["grad_norm"][step].item(), rel=FLOAT32)
         assert param_norm.item() == pytest.approx(saved["param_norm"][step].item(), rel=FLOAT32)
 
-    trained = {"final": model, **{f"ema_{rate}": average.model for rate, average in averages.items()}}
-    for prefix, module in trained.items():
-        parameters = dict(module.named_parameters())
+    trained = {f"ema_{rate}": average.tensors for rate, average in averages.items()}
+    for prefix, parameters in {"final": dict(model.named_parameters()), **trained}.items():
         assert list(parameters) == info["param_names"]
         sums = saved[f"{prefix}.checksum"][:, 0]
         for (key, parameter), expected_sum in zip(parameters.items(), sums):
@@ -115,11 +114,12 @@ def without_key_bias(key: str, value: Tensor) -> Tensor:
 
 def test_ema_of_golden_samplers() -> None:
     saved = load("samplers")
-    target, source = torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(5, 1, bias=False)
-    target.weight.data, source.weight.data = saved["ema/target"], saved["ema/source"]
-    average = Ema(target, 0.9999)
+    source = torch.nn.Linear(5, 1, bias=False)
+    source.weight.data = saved["ema/source"]
+    average = Ema(source, 0.9999)
+    average.tensors["weight"].copy_(saved["ema/target"])
     optimizer = build_optimizer(source.parameters(), TrainConfig(lr=0.0))
-    average.attach(optimizer, source)
+    average.attach(optimizer)
     source.weight.grad = torch.zeros_like(source.weight)
     optimizer.step()
-    assert relative_error(average.model.weight, saved["ema/after_0.9999"]) < FLOAT32
+    assert relative_error(average.tensors["weight"], saved["ema/after_0.9999"]) < FLOAT32

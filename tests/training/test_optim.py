@@ -7,7 +7,7 @@ from torch import nn
 from mdt_fast.config import TrainConfig
 from mdt_fast.errors import UserError
 from mdt_fast.optim import FusedAdamW, FusedAdan
-from mdt_fast.training.optim import Ema, build_optimizer, learning_rate
+from mdt_fast.training.optim import Ema, LossScale, build_optimizer, learning_rate
 
 
 @pytest.mark.parametrize(("name", "cls"), [("adan", FusedAdan), ("adamw", FusedAdamW)])
@@ -26,11 +26,45 @@ def test_the_average_moves_with_the_trained_parameters() -> None:
     ema = Ema(model, 0.5)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = build_optimizer(model.parameters(), TrainConfig(lr=0.1))
-    ema.attach(optimizer, model)
+    ema.attach(optimizer)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    for average, p, start in zip(ema.model.parameters(), model.parameters(), before):
+    for average, p, start in zip(ema.tensors.values(), model.parameters(), before):
         torch.testing.assert_close(average, 0.5 * start + 0.5 * p.detach())
+
+
+def test_the_average_in_the_model_and_back() -> None:
+    model = nn.Linear(3, 2)
+    ema = Ema(model, 0.9)
+    own = [p.detach().clone() for p in model.parameters()]
+    for average in ema.tensors.values():
+        average.add_(1.0)
+    moved = [average.clone() for average in ema.tensors.values()]
+    with ema.in_model() as averaged:
+        assert averaged is model
+        assert not model.training
+        assert all(map(torch.equal, model.parameters(), moved))
+    assert model.training
+    assert all(map(torch.equal, model.parameters(), own))
+    assert all(map(torch.equal, ema.tensors.values(), moved))
+
+
+def test_loss_scale() -> None:
+    """Halved after each bad step, doubled after so many good ones, bounded."""
+    scale, optimizer = (
+        LossScale(torch.device("cpu"), patience=2),
+        torch.optim.SGD([nn.Parameter(torch.ones(2))]),
+    )
+    assert scale.scale == 2.0**16
+    bad, good = torch.tensor(float("inf")), torch.tensor(1.0)
+    seen = []
+    for norm in (bad, good, bad, good, good, good, good, good):
+        scale.update(norm)
+        seen.append(scale.scale.item() / 2**16)
+    assert seen == [0.5, 0.5, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0]
+    optimizer.param_groups[0]["params"][0].grad = torch.full((2,), 2.0**17)
+    scale.unscale(optimizer)
+    assert optimizer.param_groups[0]["params"][0].grad.tolist() == [2.0, 2.0]
 
 
 def test_schedule() -> None:

@@ -1,0 +1,7 @@
+"""What the commands do, once their arguments are parsed."""
+
+from .convert import convert
+from .sample import sample
+from .train import train
+
+__all__ = ["convert", "sample", "train"]

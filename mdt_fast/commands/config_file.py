@@ -1,0 +1,66 @@
+"""A run's settings in a YAML file: any of the sections ``--dry-run`` prints, on top of a preset."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RunConfig, from_dict, to_dict
+from ..errors import UserError, nearest
+
+FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+
+
+class Loader(yaml.SafeLoader):
+    """Plain data only; ``1e-4`` is a number, which YAML 1.1 takes for a word."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The preset it names with ``preset:``, if any, and the settings by section. ``UserError`` names the file
+    and what is wrong in it: no YAML, an unknown key (with the nearest one), a value of the wrong type."""
+    try:
+        values = yaml.load(path.read_text(), Loader)
+    except OSError as error:
+        raise UserError(f"--config: cannot read {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"--config: {path}: not YAML: {' '.join(str(error).split())[:160]}") from None
+    if values is None:
+        return None, {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config: {path}: expected sections of settings, got {type(values).__name__}")
+    preset = values.pop("preset", None)
+    if preset is not None and not isinstance(preset, str):
+        raise UserError(f"--config: {path}: preset: a name is needed, got {preset!r}")
+    known = to_dict(RunConfig())
+    for section, settings in values.items():
+        if section not in known:
+            hint = nearest(section, [*known, "preset"])
+            raise UserError(
+                f"--config: {path}: unknown section {section!r}{hint}; allowed: preset, {', '.join(known)}"
+            )
+        if not isinstance(settings, dict):
+            raise UserError(f"--config: {path}: {section}: expected settings, got {settings!r}")
+        for key in settings:
+            if key not in known[section]:
+                hint, allowed = nearest(key, known[section]), ", ".join(known[section])
+                raise UserError(f"--config: {path}: {section}: unknown key {key!r}{hint}; allowed: {allowed}")
+    return preset, values
+
+
+def read_saved_config(path: Path) -> RunConfig:
+    """A run's ``config.json``."""
+    try:
+        values = json.loads(path.read_text(errors="replace"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: truncated or edited, it is not JSON") from None
+    return from_dict(RunConfig, values, str(path))
+
+
+def as_yaml(config: RunConfig) -> str:
+    """All settings, as ``--config`` reads them."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

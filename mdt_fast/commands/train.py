@@ -1,0 +1,152 @@
+"""``mdt-fast train``."""
+
+import argparse
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..config import DataConfig, RunConfig, from_dict, to_dict
+from ..data import open_first_stage, open_images
+from ..data.latents import LatentSet
+from ..errors import UserError, nearest
+from ..models import zoo
+from ..presets import PRESETS, decode_layer
+from ..training import train as run_training
+from ..training.distributed import launched
+from ..training.progress import describe_loss
+from ..training.run import prepare, starting_point
+from .config_file import as_yaml, read_config_file, read_saved_config
+from .shared import refuse_empty, set_threads
+
+OPTIONS = {
+    "data": ("data", "source"), "image_size": ("data", "image_size"), "vae": ("data", "vae"),
+    "steps": ("train", "steps"), "batch_size": ("train", "batch_size"), "lr": ("train", "lr"),
+    "accumulate": ("train", "accumulate"), "dtype": ("train", "dtype"), "save_every": ("train", "save_every"),
+    "seed": ("train", "seed"), "device": ("train", "device"),
+}  # fmt: skip
+"""Options of the command that are settings, and which."""
+PREEMPTION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def train(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    console = Console(highlight=False, soft_wrap=True, quiet=launched()[0] > 0)
+    refuse_empty(args, "out")
+    out = Path(args.out)
+    config = train_config(args)
+    if args.dry_run:
+        run = prepare(config, out, args.resume)
+        parameters = sum(p.numel() for p in run.model.parameters())
+        print(as_yaml(config), end="")
+        print(
+            f"# {config.model.family}: {parameters:,} parameters; {len(run.images.labels):,} images in "
+            f"{len(run.images.classes)} classes; steps {run.step} to {config.train.steps} on {run.device}; "
+            "nothing was written"
+        )
+        return 0
+    result = run_training(config, out, resume=args.resume, console=console)
+    if result.signal is not None:
+        console.print(
+            f"stopped after {result.steps} steps, checkpoint saved; go on with --resume auto", markup=False
+        )
+        # Whoever manages a cluster ends a job so, and a saved run is no failure.
+        return 0 if result.signal in PREEMPTION else 128 + result.signal
+    loss = f", {describe_loss(result.row)}" if result.row else ""
+    made = [name for name in ("samples.png", "loss.png") if (out / name).exists()]
+    console.print(
+        f"{result.steps} steps done{loss}, {result.seconds:.0f} s; "
+        f"in {out}: {', '.join([*made, 'metrics.jsonl', 'checkpoints/'])}",
+        markup=False,
+    )
+    return 0
+
+
+def train_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration to train with: a start, ``--config`` on top, then the options, then ``--set``.
+
+    It starts from the checkpoint's when resuming, from the run's ``config.json`` where ``--resume auto``
+    finds a run that was killed before its first checkpoint, else from the preset's.
+    """
+    preset, given = (None, {}) if args.config is None else read_config_file(Path(args.config))
+    name = args.preset or preset
+    if name is not None and name not in PRESETS:
+        raise UserError(
+            f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
+        )
+    start = starting_point(Path(args.out), args.resume)
+    begun = Path(args.out) / "config.json"
+    if start is not None:
+        values = to_dict(start.config)
+    elif args.resume == "auto" and name is None and args.data is None and begun.is_file():
+        values = to_dict(read_saved_config(begun))
+    else:
+        values = to_dict(_preset(args, name))
+    by_hand = [(section, key, value) for section, keys in given.items() for key, value in keys.items()]
+    by_hand += [
+        (*where, getattr(args, name)) for name, where in OPTIONS.items() if getattr(args, name) is not None
+    ]
+    if args.unconditional:
+        by_hand.append(("data", "conditional", False))
+    by_hand += [_setting(text, values) for text in args.set]
+    _put(values, by_hand)
+    if start is None or args.model is not None:
+        _fit_model_to_data(values, args)
+        _put(values, by_hand)  # what was set by hand wins over what follows from the data
+    return from_dict(RunConfig, values)
+
+
+def _put(values: dict[str, Any], settings: list[tuple[str, str, Any]]) -> None:
+    for section, key, value in settings:
+        values[section][key] = value
+
+
+def _preset(args: argparse.Namespace, name: str | None) -> RunConfig:
+    name = name or ("images" if args.data is not None else None)
+    if name is None:
+        raise UserError("train: nothing to train on; pass --preset digits or --data DIR")
+    return PRESETS[name]
+
+
+def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
+    """``section.key=value``; the value is read as JSON, or else as a word. Types are checked later."""
+    path, equals, word = text.partition("=")
+    section, dot, key = path.partition(".")
+    if not (equals and dot):
+        raise UserError(f"--set: expected SECTION.KEY=VALUE, got {text!r}")
+    if section not in values:
+        raise UserError(
+            f"--set: no section {section!r}{nearest(section, values)}; there are {', '.join(values)}"
+        )
+    if key not in values[section]:
+        keys = values[section]
+        raise UserError(
+            f"--set: no key {key!r} in {section}{nearest(key, keys)}; there are {', '.join(keys)}"
+        )
+    try:
+        return section, key, json.loads({"none": "null", "None": "null"}.get(word, word))
+    except (ValueError, RecursionError):
+        return section, key, word
+
+
+def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace) -> None:
+    """Size, channels and classes follow from the data; ``--model`` names a published shape."""
+    if args.model is not None:
+        family, shape = zoo.shape_of(args.model)
+        values["model"].update(family=family, **shape)
+        values["model"]["decode_layer"] = decode_layer(family, args.model.split("_")[1])
+        if family != "mdtv2":
+            values["diffusion"]["min_snr_gamma"] = None
+    images = open_images(from_dict(DataConfig, values["data"], "data"))
+    if isinstance(images, LatentSet):
+        values["data"].update(
+            image_size=images.image_size, vae=args.vae or images.autoencoder, flip=images.mirrored
+        )
+    stage = open_first_stage(from_dict(DataConfig, values["data"], "data"), images)
+    values["model"].update(input_size=stage.size, in_channels=stage.channels)
+    values["model"]["num_classes"] = len(images.classes)
+    if not values["data"]["conditional"]:
+        values["model"].update(num_classes=1, class_dropout_prob=0.0)
+        values["sample"].update(cfg_scale=1.0)

@@ -1,0 +1,111 @@
+"""Between what the loader gives and what the model is trained on: pixels as they are, or latents.
+
+B images; pixels [B, 3 or 1, H, W] in [-1, 1]; C, S channels and side of what the model sees.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DataConfig
+from ..errors import UserError
+from .images import ImageSet
+
+
+class FirstStage:
+    """Pixels as they are. ``channels`` and ``size``: C and S; ``random``: it takes noise; ``clip``: what is
+    sampled lies in [-1, 1]."""
+
+    random, clip = False, True
+
+    def __init__(self, channels: int, size: int):
+        self.channels, self.size = channels, size
+
+    def __call__(self, batch: Tensor, noise: Tensor | None) -> Tensor:
+        """What the loader gave, on the device -> x [B, C, S, S]; ``noise`` of that shape, if ``random``."""
+        return batch
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x [B, C, S, S] -> pixels, float32."""
+        return x
+
+    def described(self) -> dict[str, Any] | None:
+        """What :func:`described_stage` makes it from; None: pixels."""
+        return None
+
+
+class Latents(FirstStage):
+    """Latents of moments that were encoded before, or, where ``encodes``, of pixels as they come.
+
+    ``vae``: the autoencoder, loaded when it is first needed. Latents are (z - ``shift``) * ``scale``.
+    """
+
+    random, clip = True, False
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        scale: float,
+        shift: float,
+        vae: str | None,
+        device: Any = "cpu",
+        autoencoder: Any = None,
+    ):
+        super().__init__(channels, size)
+        self.scale, self.shift, self.vae, self.device = scale, shift, vae, device
+        self.autoencoder, self.encodes = autoencoder, autoencoder is not None
+
+    def __call__(self, batch: Tensor, noise: Tensor | None) -> Tensor:
+        from .autoencoder import sample_posterior
+
+        moments = self.autoencoder.moments(batch) if self.encodes else batch
+        assert noise is not None
+        return sample_posterior(moments, noise, self.scale, self.shift)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """``UserError`` where the autoencoder cannot be had."""
+        if self.autoencoder is None:
+            if self.vae is None:
+                raise UserError("data.vae: images of latents need the autoencoder; none is named")
+            self.autoencoder = load_autoencoder(self.vae, self.device)
+        return self.autoencoder.decode(x.to(self.device))
+
+    def described(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("channels", "size", "scale", "shift", "vae")}
+
+
+def load_autoencoder(vae: str, device: Any) -> Any:
+    """The autoencoder in float32; ``UserError`` if it cannot be loaded."""
+    from .autoencoder import Autoencoder
+
+    return Autoencoder.load(vae, device, torch.float32)
+
+
+def described_stage(described: dict[str, Any] | None, config: DataConfig, device: Any = "cpu") -> FirstStage:
+    """The first stage of a run that described its own so; ``config.vae`` names another autoencoder."""
+    if described is None:
+        return FirstStage(config.channels, config.image_size)
+    return Latents(**{**described, "vae": config.vae or described["vae"]}, device=device)
+
+
+def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") -> FirstStage:
+    """What stands between ``images`` and the model. ``UserError`` for an autoencoder that does not fit."""
+    from .latents import LatentSet
+
+    if isinstance(images, LatentSet):
+        vae = config.vae or images.autoencoder
+        return Latents(images.channels, images.size, images.scale, images.shift, vae, device)
+    if config.vae is None:
+        return FirstStage(config.channels, config.image_size)
+    if config.channels != 3:
+        raise UserError(f"data.channels: {config.channels}, an autoencoder takes 3 (red, green, blue)")
+    found = load_autoencoder(config.vae, device)
+    if config.image_size % found.factor:
+        raise UserError(
+            f"data.image_size: {config.image_size} does not divide by {found.factor}, the pixels per latent "
+            "of data.vae"
+        )
+    size = config.image_size // found.factor
+    return Latents(found.latent_channels, size, found.scale, found.shift, config.vae, device, found)

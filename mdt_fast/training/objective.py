@@ -1,0 +1,99 @@
+"""The two-pass objective of MDT, and what is random in it: drawn for the whole batch, whoever has which row.
+
+B samples of the whole batch, [C, S, S] each, L tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import GaussianDiffusion
+from ..masking import MaskPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Timesteps ``t`` [B] int64, the noise of the pass over all tokens [B, C, S, S], which labels it drops
+    [B] bool (None: no label is ever dropped); of the masked pass its own noise and drops, and the mask.
+    Without a masked pass these are None."""
+
+    t: Tensor
+    noise: Tensor
+    dropped: Tensor | None = None
+    noise_masked: Tensor | None = None
+    dropped_masked: Tensor | None = None
+    plan: MaskPlan | None = None
+
+    def rows(self, rows: slice) -> "Draws":
+        """Those of some samples."""
+        plan = None if self.plan is None else self.plan.rows(rows)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Draws(**{name: value[rows] for name, value in tensors.items()}, plan=plan)
+
+
+def draw(model: Any, diffusion: GaussianDiffusion, batch: int, device: torch.device) -> Draws:
+    """From torch's default generators, in the order of two passes one after the other.
+
+    The whole batch is drawn on every process, which takes less time than it would to send it.
+    """
+    shape = (batch, model.in_channels, model.input_size, model.input_size)
+
+    def one_pass() -> tuple[Tensor, Tensor | None]:
+        noise = torch.randn(shape, device=device)
+        return noise, _drops(model, batch, device)
+
+    t = torch.randint(diffusion.num_timesteps, (batch,), device=device)
+    first = one_pass()
+    if getattr(model, "mask_ratio", None) is None:
+        return Draws(t, *first)
+    second = one_pass()
+    return Draws(t, *first, *second, model.draw_plan(batch, device))
+
+
+def _drops(model: Any, batch: int, device: torch.device) -> Tensor | None:
+    probability = model.y_embedder.dropout_prob
+    if not probability:
+        return None
+    # On the CPU's generator whatever the device, as in the models themselves.
+    return (torch.rand(batch) < probability).to(device, non_blocking=True)
+
+
+def drop(y: Tensor, dropped: Tensor | None, null: int) -> Tensor:
+    """Labels y [B] with the ``dropped`` ones replaced by the ``null`` class."""
+    return y if dropped is None else torch.where(dropped, null, y)
+
+
+def losses_of(
+    model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws
+) -> dict[str, Tensor]:
+    """Loss terms [B] of images x [B, C, S, S] with labels y [B]: ``loss``, ``mse``, ``vb`` over all tokens,
+    and with a masked pass ``m_loss``, ``m_mse``, ``m_vb``; both passes run as one batch."""
+    labels = drop(y, draws.dropped, model.num_classes)
+    if draws.plan is None:
+        kwargs = {"y": labels, "drop_labels": False}
+        return diffusion.training_losses(model, x, draws.t, kwargs, draws.noise)
+    return diffusion.two_pass_losses(
+        model, x, draws.t, labels, drop(y, draws.dropped_masked, model.num_classes),
+        noise=draws.noise, noise_masked=draws.noise_masked, mask_plan=draws.plan,
+    )  # fmt: skip
+
+
+def two_pass_losses(
+    model: nn.Module, diffusion: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """The same, drawn as it goes, of any model: the reference's and the official one run two passes."""
+    if getattr(model, "mask_ratio", None) is None:
+        return diffusion.training_losses(model, x, t, {"y": y})
+    if hasattr(model, "training_step_outputs"):
+        return diffusion.two_pass_losses(model, x, t, y)
+    terms = diffusion.training_losses(model, x, t, {"y": y})
+    masked = diffusion.training_losses(model, x, t, {"y": y, "enable_mask": True})
+    return terms | {f"m_{name}": values for name, values in masked.items()}
+
+
+def total_loss(terms: dict[str, Tensor]) -> Tensor:
+    """The sum, not the average, of the passes' mean losses."""
+    loss = terms["loss"].mean()
+    return loss + terms["m_loss"].mean() if "m_loss" in terms else loss

@@ -1,0 +1,98 @@
+"""A model made ready for training: checkpointing, then compilation, then FSDP2, block by block."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from ..config import TrainConfig
+from ..errors import UserError
+from ..models.base import Transformer
+from ..models.compiling import compile_for_training
+from .distributed import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+METHODS = ("training_step_outputs", "forward_with_cfg")
+"""What is called beside ``forward``, and needs the parameters gathered as well."""
+
+
+def parallelize(model: Transformer, config: TrainConfig, world: World, device: torch.device) -> bool:
+    """Prepare ``model``, on its device already, for one of ``world``'s processes; whether it is sharded now.
+
+    Of several processes each keeps a part of every parameter, in float32, and gathers a block's when it is
+    due, in ``config.dtype``; gradients are averaged in float32. ``hybrid`` shards among the processes of a
+    machine and keeps a replica on each. Raises ``UserError`` for settings that do not go together.
+    """
+    model.set_checkpointing(config.checkpointing)
+    if config.compile == "model" and world.size > 1:
+        raise UserError("train.compile: 'model' is for one process; several need 'block' (or 'none')")
+    if config.compile != "none":
+        compile_for_training(model, config.compile)
+    if world.size == 1:
+        return False
+    # It warns of blocks that return views, which are not to be written to: nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    # torchtitan's order: a block is compiled inside, and gathered and sharded around that.
+    mesh = mesh_of(config, world, device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
+    inner = MixedPrecisionPolicy(param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32)
+    for block in model.every_block():
+        fully_shard(block, mesh=mesh, mp_policy=inner)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for name in METHODS:
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return True
+
+
+def mesh_of(config: TrainConfig, world: World, device: torch.device) -> DeviceMesh:
+    """One dimension to shard in, and with ``hybrid`` one of replicas, the machines, before it."""
+    if config.parallel == "fsdp":
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    shards = world.local_size
+    if world.size % shards:
+        raise UserError(
+            f"train.parallel: 'hybrid' needs as many processes on every machine; {world.size} do not "
+            f"divide by the {shards} of this one"
+        )
+    shape = (world.size // shards, shards)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
+
+
+def autocasting(config: TrainConfig, sharded: bool, device: torch.device) -> Any:
+    """The context of a forward pass: FSDP gathers parameters in their dtype, without it autocast casts."""
+    enabled = not sharded and config.dtype != "float32"
+    return torch.autocast(device.type, DTYPES[config.dtype], enabled=enabled)
+
+
+def reduce_gradients(model: Any, sharded: bool, now: bool) -> None:
+    """Whether the next backward pass ends with the gradients' reduction: only the last of several does."""
+    if sharded:
+        model.set_requires_gradient_sync(now)
+
+
+def split(rows: slice, parts: int) -> list[slice]:
+    """A process's rows in ``parts`` equal pieces, one after the other, counted from its first."""
+    size = (rows.stop - rows.start) // parts
+    return [slice(i * size, (i + 1) * size) for i in range(parts)]
+
+
+def rows_of(world: World, config: TrainConfig) -> slice:
+    """The rows of every batch that this process computes. ``UserError`` if they do not come out even."""
+    parts = world.size * config.accumulate
+    if config.batch_size % parts:
+        each = " times ".join(
+            [f"{world.size} processes"] * (world.size > 1)
+            + [f"{config.accumulate} accumulated parts"] * (config.accumulate > 1)
+        )
+        nearest = max(parts, round(config.batch_size / parts) * parts)
+        raise UserError(
+            f"train.batch_size: {config.batch_size} does not divide by {each}; "
+            f"the nearest that does is {nearest}"
+        )
+    size = config.batch_size // world.size
+    return slice(world.rank * size, (world.rank + 1) * size)

@@ -1,0 +1,157 @@
+"""Writing checkpoints: copied at once, written while the training goes on, named when complete.
+
+All processes save together. What is slow (serialising, the disk, SHA-256) happens in a thread, whose messages
+go through a process group of its own.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from ..errors import UserError
+from ..files import aside, flush
+from .checkpoint import (
+    FORMAT,
+    PARTIAL,
+    STATE,
+    clear,
+    delete,
+    latest,
+    quiet,
+    reason,
+    sha256_of,
+    sign,
+    steps,
+    versions,
+)
+from .distributed import World
+
+Parts = Mapping[str, dict[str, Tensor]]
+
+
+class Saver:
+    """Writes the checkpoints of the run in ``run``; the last ``keep`` and each ``keep_every``-th step's stay.
+
+    ``asynchronous`` False: each is complete when :meth:`save` returns.
+    """
+
+    def __init__(self, run: Path, world: World, *, keep: int, keep_every: int = 0, asynchronous: bool = True):
+        self.run, self.world, self.asynchronous = run, world, asynchronous
+        self.keep, self.keep_every = keep, keep_every
+        pinned = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
+        """Copy ``parts`` and have them written as the checkpoint of ``step``, with ``state`` in its JSON.
+
+        Waits for the one before to be complete. Raises ``UserError`` if that failed, or (not asynchronous)
+        if this one does; complete checkpoints are kept.
+        """
+        self.wait()
+        copies = {part: self._stager.stage(tensors) for part, tensors in parts.items()}
+        self._writing = self._thread.submit(self._write, step, copies, state)
+        if not self.asynchronous:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint in work has failed; :meth:`wait` says why."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint in work is complete. ``UserError`` if it failed."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=False)
+            self._stager.close()
+
+    def _write(self, step: int, parts: Any, state: dict[str, Any]) -> None:
+        folder = self.run / "checkpoints"
+        final, partial = folder / f"step_{step:07d}", folder / f"{PARTIAL}step_{step:07d}"
+        try:
+            self._main(lambda: self._begin(folder, partial))
+            files: dict[str, Any] = {}
+            for part, tensors in parts.items():
+                files |= self._write_part(partial / part, tensors)
+            self._main(lambda: self._finish(partial, final, step, files, state))
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            if self.world.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            last = latest(self.run)
+            raise UserError(
+                f"cannot save the checkpoint {str(final)!r}: {reason(error)}; "
+                + (f"the last one is {str(last)!r}" if last else "there is no earlier one")
+            ) from error
+
+    def _begin(self, folder: Path, partial: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        partial.mkdir()
+
+    def _write_part(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Name, size and SHA-256 of the files that all processes wrote."""
+        quiet()
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(
+            tensors, storage_writer=writer, process_group=self.world.checkpoints, no_dist=self.world.size == 1
+        )
+        own, failure = {}, None
+        try:
+            for path in folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors"):
+                own[f"{folder.name}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            flush(folder)
+        except OSError as error:
+            failure = error
+        everyones = self.world.everyones((own, failure), self.world.checkpoints)
+        _raise_first(failure for _, failure in everyones)
+        return {name: entry for files, _ in everyones for name, entry in files.items()}
+
+    def _finish(
+        self, partial: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        whole = {"format": FORMAT, "step": step, **state, "versions": versions(), "files": files}
+        with aside(partial / STATE) as file:
+            file.write_text(json.dumps({**whole, "sha256": sign(whole)}, indent=1))
+        flush(partial)
+        partial.rename(final)
+        flush(final.parent)
+        recent = steps(self.run)
+        for old in recent[: -self.keep]:
+            number = int(old.name.removeprefix("step_"))
+            if not self.keep_every or number % self.keep_every:
+                delete(old)
+
+    def _main(self, work: Any) -> None:
+        """``work`` on process 0 alone; what it raises is raised on all."""
+        failure = None
+        if self.world.main:
+            try:
+                work()
+            except OSError as error:
+                failure = error
+        _raise_first(self.world.everyones(failure, self.world.checkpoints))
+
+
+def _raise_first(failures: Any) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure

@@ -1,0 +1,57 @@
+"""Settings: what contradicts itself, and what may change when a run goes on."""
+
+from typing import Any
+
+from ..config import RunConfig, to_dict
+from ..errors import UserError
+from ..sampling import check_sampling, sampling_diffusion
+
+MAY_CHANGE = (
+    "train.steps", "train.log_every", "train.save_every", "train.keep", "train.device", "train.accumulate",
+    "train.parallel", "train.compile", "train.checkpointing", "train.max_skips", "train.async_save",
+    "train.tensorboard", "train.wandb", "data.source", "data.workers", "data.on_unreadable", "sample.",
+)  # fmt: skip
+"""What may differ from the checkpoint when a run goes on; everything else decides the numbers (these at most
+their rounding)."""
+
+
+def check_resumable(saved: RunConfig, wanted: RunConfig) -> None:
+    """``UserError`` if a setting that decides the numbers is not the checkpoint's."""
+    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    for key, value in after.items():
+        if before[key] != value and not key.startswith(MAY_CHANGE):
+            raise UserError(f"{key}: cannot change when a run goes on; it has {before[key]!r}, got {value!r}")
+
+
+def check_settings(config: RunConfig) -> None:
+    """``UserError`` for settings that contradict each other or are out of range."""
+    settings = config.train
+    for name, lowest in (
+        ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("save_every", 1), ("keep", 1),
+        ("keep_every", 0), ("warmup_steps", 0), ("lr_anneal_steps", 0), ("seed", 0), ("max_grad_norm", 0),
+        ("max_skips", 0),
+    ):  # fmt: skip
+        if not getattr(settings, name) >= lowest:
+            raise UserError(f"train.{name}: must be at least {lowest}, got {getattr(settings, name)}")
+    if settings.lr_anneal_steps and settings.steps > settings.lr_anneal_steps:
+        raise UserError(
+            f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "
+            "where the learning rate is 0"
+        )
+    if not config.data.conditional and config.model.num_classes != 1:
+        raise UserError(
+            f"model.num_classes: {config.model.num_classes}, but without labels (data.conditional=false) "
+            "there is 1; --unconditional sets it"
+        )
+    try:
+        sampling_diffusion(config.model, config.diffusion, config.sample)
+        check_sampling(config.model, config.sample)
+    except UserError as error:
+        raise UserError(f"sample.{error}") from None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,110 @@
+"""What of a run is in a checkpoint, as tensors by name, and back."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import to_dict
+from ..errors import UserError
+from ..models.zoo import build_model
+from ..optim import FusedAdamW, FusedAdan
+from ..optim.shards import local
+from ..reference.layers import relative_position_index
+from .checkpoint import EMA, METRICS, MODEL, OPTIMIZER, Checkpoint
+from .distributed import World
+from .metrics import Metrics
+from .optim import LossScale
+
+if TYPE_CHECKING:
+    from .run import Run
+
+SKIPPED, SCALE = "counters/skipped_steps", "counters/loss_scale"
+
+
+def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The parts of a checkpoint, and what its ``state.json`` says. All processes call it.
+
+    ``UserError`` if a weight is not finite: nothing is to be saved then.
+    """
+    weights = {name: p.detach() for name, p in run.model.named_parameters()}
+    parts = {MODEL: weights, EMA: dict(run.ema.tensors)}
+    for part, tensors in parts.items():
+        if not all(run.world.everyones(_finite(tensors))):
+            raise UserError(f"the {part}'s weights are not finite after step {run.step}; nothing was saved")
+    packed = run.optimizer.state_dict()
+    names = _trained(run.model)
+    entries = {
+        f"{names[index]}/{entry}": tensor
+        for index, state in packed["state"].items()
+        for entry, tensor in state.items()
+    }
+    entries[SKIPPED] = run.optimizer.skipped_steps
+    if run.loss_scale is not None:
+        entries[SCALE] = torch.stack([run.loss_scale.scale, run.loss_scale.good])
+    streak = metrics.streak
+    for name, values in metrics.pending(run.step).items():
+        entries[f"{METRICS}/{name}"] = values
+    state = {
+        "config": to_dict(run.config),
+        "classes": list(run.images.classes),
+        "num_images": len(run.images.labels),
+        "data": getattr(run.images, "digest", None),
+        "latents": run.first_stage.described(),
+        "processes": run.world.size,
+        "streak": streak,
+        "optimizer_groups": packed["param_groups"],
+    }
+    return {**parts, OPTIMIZER: entries}, state
+
+
+def restore_optimizer(
+    start: Checkpoint,
+    optimizer: FusedAdan | FusedAdamW,
+    loss_scale: LossScale | None,
+    weights: Mapping[str, Tensor],
+    world: World,
+) -> None:
+    """Put the saved state into ``optimizer``, which is over the trained ones of ``weights``."""
+    names = [name for name, p in weights.items() if p.requires_grad]
+    tensors: dict[str, Tensor] = {}
+    for key, (shape, dtype) in start.shapes(OPTIMIZER).items():
+        owner, _, entry = key.rpartition("/")
+        if owner in (METRICS, "counters"):
+            continue
+        if owner not in names:
+            raise UserError(f"{start.path / OPTIMIZER}: state of {owner!r}, which the model does not train")
+        parameter = weights[owner]
+        alone = shape != parameter.shape  # a count of steps
+        tensors[key] = torch.zeros(shape, dtype=dtype) if alone else torch.zeros_like(parameter, dtype=dtype)
+    start.fill(OPTIMIZER, tensors, world)
+    index = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, entry = key.rpartition("/")
+        state.setdefault(index[owner], {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": start.state["optimizer_groups"]})
+    counters = start.tensors(OPTIMIZER, "counters/")
+    optimizer.skipped_steps.copy_(counters[SKIPPED])
+    if loss_scale is not None and SCALE in counters:
+        scale, good = counters[SCALE].to(loss_scale.scale.device).unbind()
+        loss_scale.scale, loss_scale.good = scale.clone(), good.clone()
+
+
+def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
+    """The ``state_dict`` of a checkpoint's ``model`` or ``ema``, with the constants that belong to it."""
+    tensors, config = opened.tensors(part), opened.config.model
+    index = relative_position_index(config.grid_size, config.grid_size)
+    with torch.device("meta"):
+        keys = build_model(config).state_dict().keys()
+    return {key: tensors[key] if key in tensors else index.clone() for key in keys}
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    largest = torch._foreach_norm([part for t in tensors.values() if (part := local(t)).numel()], torch.inf)
+    return not largest or bool(torch.stack([value.float() for value in largest]).isfinite().all())
+
+
+def _trained(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
