@@ -18,7 +18,7 @@ from ..masking import MaskPlan
 from ..reference.init import initialise
 from .attention import Attention, share_index
 from .blocks import Block, FinalLayer, unpatchify
-from .checkpointing import CHECKPOINTING, checkpointed
+from .checkpointing import CHECKPOINTING
 from .conditioning import Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .rows import WHOLE, Rows
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         initialise(self, config.grid_size)
         for index, block in enumerate(self.every_block()):
             block.index = index
-        self.switches, self.checkpointing = Switches(), "none"
+        self.switches = Switches()
         share_index(self)
         self.register_state_dict_post_hook(_separate_index)
         self.set_attention_backend(attention_backend)
@@ -138,7 +138,8 @@ class Transformer(nn.Module):
         """
         if mode not in CHECKPOINTING:
             raise UserError(f"checkpointing: got {mode!r}, allowed are {', '.join(CHECKPOINTING)}")
-        self.checkpointing = mode
+        for block in self.every_block():
+            block.checkpointing = mode
 
     def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
         """Of times and labels [B]; ``drop``: some labels are dropped, as in training."""
@@ -157,11 +158,8 @@ class Transformer(nn.Module):
         return (module for module in self.modules() if isinstance(module, Block))
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
-        """One block, under :meth:`set_checkpointing`."""
-        kwargs["modulation"] = c.modulations.get(block.index)
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return block(x, c.c, rows, **kwargs)
-        return checkpointed(block, self.checkpointing, (x, c.c, rows), kwargs)
+        """One block."""
+        return block(x, c.c, rows, modulation=c.modulations.get(block.index), **kwargs)
 
     def image(self, x: Tensor, c: Conditioning) -> Tensor:
         """Tokens [B, L, D] -> [B, O, S, S]."""

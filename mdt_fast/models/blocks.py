@@ -14,6 +14,7 @@ from ..kernels import gather_tokens, gelu_linear, merge_tokens, patch_skip_linea
 from ..masking import MaskPlan
 from ..reference.layers import unpatchify
 from .attention import Attention
+from .checkpointing import checkpointed
 from .ops import gated, gated_norm_linear, is_plain, norm_linear
 from .rows import WHOLE, Rows
 
@@ -55,7 +56,7 @@ class Block(nn.Module):
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None, skip: bool = False
     ) -> None:
         super().__init__()
-        self.switches, self.index = Switches(), 0
+        self.switches, self.checkpointing, self.index = Switches(), "none", 0
         self.attn = Attention(hidden_size, num_heads, grid_size)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -75,6 +76,20 @@ class Block(nn.Module):
         ``skip``: like x, or the embedded input. ``masked``: only the masked tokens of whole grids x [B, L, D]
         are computed, the others stay. ``modulation`` [B, 6D]: this block's, if it is known already.
         """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(x, c, rows, skip, masked, modulation)
+        return checkpointed(self.compute, self.checkpointing, x, c, rows, skip, masked, modulation)
+
+    def compute(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rows: Rows,
+        skip: Tensor | Embedded | None,
+        masked: MaskPlan | None,
+        modulation: Tensor | None,
+    ) -> Tensor:
+        """:meth:`forward`, without gradient checkpointing."""
         if self.skip_linear is not None and skip is not None:
             x = self.mix(x, skip, self.skip_linear)
         if modulation is None:

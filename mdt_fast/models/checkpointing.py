@@ -12,13 +12,13 @@ CHECKPOINTING = ("none", "selective", "full")
 ATTENTION = ("rel_attention", "rel_attention_qkvpacked", "scaled_dot_product", "_flash_attn")
 
 
-def checkpointed(block: Callable[..., Tensor], mode: str, args: tuple[Any, ...], kwargs: Any) -> Tensor:
-    """``block(*args, **kwargs)``. In ``selective`` mode the outputs of attention are kept: it costs the most
-    time for the bytes it leaves behind."""
+def checkpointed(compute: Callable[..., Tensor], mode: str, *args: Any) -> Tensor:
+    """``compute(*args)`` of a block. In ``selective`` mode the outputs of attention are kept: it costs the
+    most time for the bytes it leaves behind. A block does this inside, so that it is compiled around it."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a block draws nothing
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *args, **kwargs, **options)
+    return checkpoint(compute, *args, **options)
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
