@@ -1,4 +1,4 @@
-"""``mdt-fast``: train, sample, convert, doctor.
+"""``mdt-fast``: encode, train, sample, convert, doctor.
 
 A user's mistake ends in one line on stderr and exit code 2; ``MDT_FAST_TRACEBACK=1`` shows the traceback.
 Torch is imported only by the commands that compute, so that ``--help`` is quick.
@@ -29,6 +29,18 @@ Draw images from a run's EMA weights. Labels go round all classes unless --label
 
   mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
   mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png"""
+ENCODE_HELP = """\
+Make latents of images once, before a model is trained on them: the autoencoder's mean and log variance of
+every image and of its mirror, with the labels, in checksummed .safetensors shards. Training draws from them.
+
+  mdt-fast encode imagenet/train --vae stabilityai/sd-vae-ft-ema --image-size 256 --out latents
+  torchrun --nproc-per-node 8 -m mdt_fast encode imagenet/train --vae vae --image-size 256 --out latents
+  mdt-fast encode --out latents --verify                    read every byte again
+  mdt-fast encode imagenet/train --out latents --verify     and see whether the images are still the same
+
+SOURCE is a folder of class folders (SOURCE/cat/1.jpg), of files named ClassID_ImgID.jpg, or of webdataset
+shards (.tar), or the word digits. What was stopped or killed goes on with the same command, with any number
+of processes; Ctrl-C and SIGTERM exit with 128 + the signal's number."""
 CONVERT_HELP = """\
 Write a run's weights as one file, or change the format of a weights file (official .pt files are read without
 executing anything in them).
@@ -70,6 +82,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "--version", action="version", version=f"mdt-fast {importlib.metadata.version('mdt-fast')}"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    encode = commands.add_parser("encode", help="images to latents, once", description=ENCODE_HELP)
+    add_encode_arguments(encode)
 
     train = commands.add_parser(
         "train", help="train a model on digits or a folder of images", description=TRAIN_HELP
@@ -139,7 +154,52 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    return parser, {"train": train, "sample": sample, "convert": convert, "doctor": doctor}
+    return parser, {"encode": encode, "train": train, "sample": sample, "convert": convert, "doctor": doctor}
+
+
+def add_encode_arguments(encode: Parser) -> None:
+    encode.add_argument("source", nargs="?", metavar="SOURCE", help="a folder of images or of .tar shards")
+    encode.add_argument("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL")
+    encode.add_argument("--out", required=True, metavar="DIR", help="the folder of the latents")
+    encode.add_argument(
+        "--image-size", type=int, metavar="N", help="side in pixels that images are cropped to"
+    )
+    encode.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="images encoded at once (default: 32)"
+    )
+    encode.add_argument(
+        "--shard-size", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)"
+    )
+    encode.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of what is kept (default: float32)",
+    )
+    encode.add_argument(
+        "--vae-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the autoencoder's arithmetic (default: float32; bfloat16 is faster and less exact)",
+    )
+    encode.add_argument("--crop", choices=("center",), default="center")
+    encode.add_argument(
+        "--no-mirror", action="store_true", help="leave the mirrors out: half the time and space"
+    )
+    encode.add_argument(
+        "--on-unreadable",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an image that cannot be read: stop (default), or leave it out and list it in index.json",
+    )
+    encode.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
+    )
+    encode.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="threads that decode (default: 4)"
+    )
+    encode.add_argument("--threads", type=int, metavar="N", help=THREADS_HELP)
+    encode.add_argument("--verify", action="store_true", help="encode nothing, check what is in DIR")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -160,6 +220,10 @@ def run(argv: Sequence[str]) -> int:
         from .doctor import main as doctor
 
         return doctor(json=args.json)
+    if args.command == "encode":
+        from .commands_encode import encode
+
+        return encode(args)
     from . import commands
 
     return {"train": commands.train, "sample": commands.sample, "convert": commands.convert}[args.command](

@@ -29,6 +29,7 @@ RANK = {
     "doctor": 6,
     "official": 6,
     "commands": 7,
+    "commands_encode": 7,
     "cli": 8,
     "__main__": 9,
 }
