@@ -65,7 +65,8 @@ def encode(
     """Encode this rank's share of ``config.source`` with ``config.vae`` into the folder ``out``.
 
     Of ``config`` it uses source, image_size, crop, vae, on_unreadable (skip: leave such images out) and
-    workers. ``dtype`` is that of the moments on the disk, ``vae_dtype`` that of the autoencoder's arithmetic.
+    workers. ``dtype`` is that of the moments on the disk, ``vae_dtype`` that of the autoencoder's arithmetic
+    (in float32, CUDA's convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is off).
     ``stopped`` is asked before each batch: once true, the shard in work is dropped. Memory holds one shard at
     most. Raises ``UserError`` for whatever does not fit, an image that cannot be read, a source or settings
     other than ``out`` was begun with, and a full disk; complete shards stay.
@@ -106,33 +107,30 @@ def encode(
     )
     folder = Folder(out, encoding, vae.name, images.classes)
     folder.prepare(ranks)
-    todo = [
-        shard for shard in range(encoding.shards)[ranks.rank :: ranks.world] if folder.record(shard) is None
-    ]
-    total = sum(len(encoding.span(shard)) for shard in todo)
-    began, done = time.perf_counter(), 0
-    work = [_batches(encoding.span(shard), batch_size) for shard in todo]
-    read = _read_ahead(images, [batch for batches in work for batch in batches], config.workers)
+    mine = range(encoding.shards)[ranks.rank :: ranks.world]
+    todo = {shard: encoding.span(shard) for shard in mine if folder.record(shard) is None}
+    batches = {shard: _batches(span, batch_size) for shard, span in todo.items()}
+    read = _read_ahead(images, [batch for some in batches.values() for batch in some], config.workers)
+    total, done, began = sum(map(len, todo.values())), 0, time.perf_counter()
     with closing(read), EncodingProgress(total, ranks.world, console) as bar:
-        for shard, batches in zip(todo, work):
-            rows = Rows(encoding, len(encoding.span(shard)))
-            for batch in batches:
+        for shard, span in todo.items():
+            rows = Rows(encoding, len(span))
+            for batch in batches[shard]:
                 if stopped():
                     break
                 rows.add(vae, images, batch, next(read), skip=config.on_unreadable == "skip")
                 bar.update(done := done + len(batch))
-            else:
-                folder.write(shard, rows.tensors(), rows.dropped)
-                continue
-            break
-        index, wrote, dropped = folder.finish()
-    records = [folder.record(shard) for shard in range(encoding.shards)]
+            if rows.seen < len(span):
+                break
+            folder.write(shard, rows.tensors(), rows.dropped)
+    index, wrote = folder.finish()
+    records = [record for shard in range(encoding.shards) if (record := folder.record(shard)) is not None]
     return Encoded(
         images=done,
         seconds=time.perf_counter() - began,
-        shards=sum(record is not None for record in records),
+        shards=len(records),
         of_shards=encoding.shards,
-        dropped=dropped,
+        dropped=sum(len(record["dropped"]) for record in records),
         stopped=stopped(),
         index=index,
         wrote_index=wrote,
@@ -202,6 +200,11 @@ class Rows:
                 bad = images.member(kept[int(np.argmin(finite))])[0]
                 raise UserError(f"--vae: the moments of {bad!r} are not finite in {values.dtype}")
         self.labels += images.labels[kept].tolist()
+
+    @property
+    def seen(self) -> int:
+        """Images encoded or dropped."""
+        return len(self.labels) + len(self.dropped)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         count = len(self.labels)

@@ -1,6 +1,7 @@
 """The folder that ``mdt-fast encode`` writes: shards, a JSON beside each, at last the index."""
 
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .latents import (
     sign,
 )
 
+OURS = re.compile(r"shard-\d{5,}\.(safetensors|json)")
 AGAIN = "go on with the same command"
 # What a setting is called on the command line, to say which one differs.
 OPTIONS = {
@@ -73,7 +75,7 @@ class Folder:
         except OSError as error:
             raise UserError(f"--out: cannot write in {str(self.root)!r}: {error.strerror}") from None
         ours = {INDEX} if is_encoded(self.root) else set()
-        if foreign := sorted(name for name in names - ours if not name.startswith("shard-")):
+        if foreign := sorted(name for name in names - ours if not OURS.fullmatch(name)):
             raise UserError(
                 f"--out: {str(self.root)!r} holds other files, such as {foreign[0]!r}; "
                 "an empty folder is needed"
@@ -92,7 +94,7 @@ class Folder:
         """``UserError`` if ``path`` was made with other settings or of another source."""
         try:
             found = from_dict(Encoding, read_signed(path).get("encoding"), str(path))
-        except DamagedError:  # what it vouches for is made again
+        except (DamagedError, TypeError):  # what it vouches for is made again
             return
         for name, value in asdict(self.encoding).items():
             was = getattr(found, name)
@@ -115,7 +117,7 @@ class Folder:
             try:
                 record = read_signed(self._beside(shard))
                 from_dict(Shard, record["shard"]).check_size(self.root)
-            except (UserError, OSError, KeyError):
+            except (UserError, OSError, KeyError, TypeError):
                 return None
             self._records[shard] = record
         return self._records[shard]
@@ -138,13 +140,13 @@ class Folder:
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cannot write {str(path)!r}: {error}; complete shards stay, {AGAIN}") from error
 
-    def finish(self) -> tuple[Path | None, bool, int]:
-        """The index, if all shards are complete; whether it was written here; the images dropped so far."""
+    def finish(self) -> tuple[Path | None, bool]:
+        """The index, if all shards are complete, and whether it was written here."""
         records = [self.record(shard) for shard in range(self.encoding.shards)]
         complete = [record for record in records if record is not None]
         dropped = [entry for record in complete for entry in record["dropped"]]
         if len(complete) < len(records):
-            return None, False, len(dropped)
+            return None, False
         if len(dropped) == self.encoding.source_samples:
             raise UserError(f"SOURCE: none of its {len(dropped)} images can be read")
         text = sign(
@@ -158,13 +160,13 @@ class Folder:
         )
         path = self.root / INDEX
         for _ in range(3):
-            if path.exists() and path.read_text() == text:
-                return path, False, len(dropped)
+            if path.exists() and path.read_bytes() == text.encode():
+                return path, False
             try:
                 with aside(path) as file:
                     file.write_text(text)
                 flush(self.root)
-                return path, True, len(dropped)
+                return path, True
             except FileNotFoundError:  # rank 0 was only starting, and took ours for a leftover
                 continue
             except OSError as error:

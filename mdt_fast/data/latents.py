@@ -119,9 +119,10 @@ class LatentSet:
             self.autoencoder = str(index["autoencoder"])
             self.dropped = tuple(str(entry["name"]) for entry in index["dropped"])
             self.digest = str(index["sha256"])
-            if [shard.file for shard in self.shards] != [shard_name(i) for i in range(self.encoding.shards)]:
+            names = [shard_name(number) for number in range(len(self.shards))]
+            if [shard.file for shard in self.shards] != names or len(names) != self.encoding.shards:
                 raise KeyError
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ArithmeticError):
             raise UserError(f"{path}: edited, entries are missing or of another type") from None
         self.channels, self.size = self.encoding.channels, self.encoding.side
         self.image_size, self.mirrored = self.encoding.image_size, self.encoding.mirrored

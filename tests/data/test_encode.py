@@ -262,6 +262,8 @@ def test_what_does_not_fit_is_named(config: DataConfig, tmp_path: Path) -> None:
     (full / "thesis.txt").touch()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "index.json").write_text("{}")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "shard-00000.tar").touch()
     wide = str(save_tiny_vae(tmp_path / "wide", in_channels=4))
     run(config, tmp_path / "encoded")
     for change, options, target, message in (
@@ -279,6 +281,7 @@ def test_what_does_not_fit_is_named(config: DataConfig, tmp_path: Path) -> None:
         ({}, {}, Path(config.source), "--out: '.*photos' is the source itself"),
         ({}, {}, full, "--out: '.*full' holds other files, such as 'thesis.txt'"),
         ({}, {}, full / "thesis.txt", "--out: cannot write in '.*thesis.txt': File exists"),
+        ({}, {}, tmp_path / "tars", "--out: '.*tars' holds other files, such as 'shard-00000.tar'"),
         ({}, {}, tmp_path / "foreign", "--out: '.*foreign' holds other files, such as 'index.json'"),
     ):
         with pytest.raises(UserError, match=message) as caught:

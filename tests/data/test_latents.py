@@ -201,6 +201,8 @@ SHARD = "shard-00001.safetensors"
             edit_index(lambda index: index["classes"].pop()),
             r"safetensors: edited, a label is none of the index",
         ),
+        (edit_index(lambda index: index["encoding"].pop("side")), r"index\.json: edited, entries"),
+        (edit_index(lambda index: index["encoding"].update(shard_size=0)), r"index\.json: edited, entries"),
         (edit_index(lambda index: index.update(encoding=[])), r"index\.json: expected a table of settings"),
     ],
 )
