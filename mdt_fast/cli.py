@@ -1,4 +1,4 @@
-"""``mdt-fast``: train, sample, convert, doctor.
+"""``mdt-fast``: encode, train, sample, convert, doctor.
 
 A user's mistake ends in one line on stderr and exit code 2; ``MDT_FAST_TRACEBACK=1`` shows the traceback.
 Torch is imported only by the commands that compute, so that ``--help`` is quick.
@@ -32,6 +32,18 @@ Draw images from a run's EMA weights. Labels go round all classes unless --label
 
   mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
   mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png"""
+ENCODE_HELP = """\
+Make latents of images once, before a model is trained on them: the autoencoder's mean and log variance of
+every image and of its mirror, with the labels, in checksummed .safetensors shards. Training draws from them.
+
+  mdt-fast encode imagenet/train --vae stabilityai/sd-vae-ft-ema --image-size 256 --out latents
+  torchrun --nproc-per-node 8 -m mdt_fast encode imagenet/train --vae vae --image-size 256 --out latents
+  mdt-fast encode --out latents --verify                    read every byte again
+  mdt-fast encode imagenet/train --out latents --verify     and see whether the images are still the same
+
+SOURCE is a folder of class folders (SOURCE/cat/1.jpg), of files named ClassID_ImgID.jpg, or of webdataset
+shards (.tar), or the word digits. What was stopped or killed goes on with the same command, with any number
+of processes; Ctrl-C and SIGTERM exit with 128 + the signal's number."""
 CONVERT_HELP = """\
 Write a run's weights as one file, or change the format of a weights file (official .pt files are read without
 executing anything in them).
@@ -74,6 +86,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    encode = _add_encode(commands)
     train = _add_train(commands)
 
     sample = commands.add_parser("sample", help="draw images from a trained run", description=SAMPLE_HELP)
@@ -112,7 +125,43 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    return parser, {"train": train, "sample": sample, "convert": convert, "doctor": doctor}
+    return parser, {"encode": encode, "train": train, "sample": sample, "convert": convert, "doctor": doctor}
+
+
+def _add_encode(commands: Any) -> Parser:
+    encode: Parser = commands.add_parser("encode", help="images to latents, once", description=ENCODE_HELP)
+    add = encode.add_argument
+    add("source", nargs="?", metavar="SOURCE", help="a folder of images or of .tar shards")
+    add("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL")
+    add("--out", required=True, metavar="DIR", help="the folder of the latents")
+    add("--image-size", type=int, metavar="N", help="side in pixels that images are cropped to")
+    add("--batch-size", type=int, default=32, metavar="N", help="images encoded at once (default: 32)")
+    add("--shard-size", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)")
+    add(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of what is kept (default: float32)",
+    )
+    add(
+        "--vae-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the autoencoder's arithmetic (default: float32; bfloat16 is faster and less exact)",
+    )
+    add("--crop", choices=("center",), default="center")
+    add("--no-mirror", action="store_true", help="leave the mirrors out: half the time and space")
+    add(
+        "--on-unreadable",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an image that cannot be read: stop (default), or leave it out and list it in index.json",
+    )
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    add("--workers", type=int, default=4, metavar="N", help="threads that decode (default: 4)")
+    add("--threads", type=int, metavar="N", help=THREADS_HELP)
+    add("--verify", action="store_true", help="encode nothing, check what is in DIR")
+    return encode
 
 
 def _add_train(commands: Any) -> Parser:
@@ -175,9 +224,7 @@ def run(argv: Sequence[str]) -> int:
         return doctor(json=args.json)
     from . import commands
 
-    return {"train": commands.train, "sample": commands.sample, "convert": commands.convert}[args.command](
-        args
-    )
+    return getattr(commands, args.command)(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

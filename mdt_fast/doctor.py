@@ -48,7 +48,12 @@ OPTIONAL = (
     OptionalPackage(
         "timm", "timm", "the bench's provider `official` (without it: a stand-in)", "pip install timm"
     ),
-    OptionalPackage("diffusers", "diffusers", NOT_USED, "pip install diffusers"),
+    OptionalPackage(
+        "diffusers",
+        "diffusers",
+        "the autoencoder of `encode`, between images and latents",
+        "pip install diffusers",
+    ),
     OptionalPackage("torchmetrics", "torchmetrics", NOT_USED, "pip install torchmetrics"),
     OptionalPackage("torchao", "torchao", NOT_USED, "pip install torchao"),
     OptionalPackage(

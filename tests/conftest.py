@@ -6,6 +6,8 @@ from collections import defaultdict
 import pytest
 import torch
 
+from autoencoders import tiny_vae  # noqa: F401 (a fixture for all of them)
+
 WRAP = {"break_on_hyphens": False, "break_long_words": False}
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other

@@ -1,7 +1,8 @@
 """What the commands do, once their arguments are parsed."""
 
 from .convert import convert
+from .encode import encode
 from .sample import sample
 from .train import train
 
-__all__ = ["convert", "sample", "train"]
+__all__ = ["convert", "encode", "sample", "train"]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..config import DataConfig, RunConfig, from_dict, to_dict
 from ..data import open_first_stage, open_images
-from ..data.latents import LatentSet
+from ..data.latents import LatentSet, is_encoded
 from ..errors import UserError, nearest
 from ..models import zoo
 from ..presets import PRESETS, decode_layer
@@ -28,6 +28,8 @@ OPTIONS = {
     "seed": ("train", "seed"), "device": ("train", "device"),
 }  # fmt: skip
 """Options of the command that are settings, and which."""
+Settings = list[tuple[str, str, Any]]
+"""Section, key, value."""
 PREEMPTION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -93,12 +95,12 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     by_hand += [_setting(text, values) for text in args.set]
     _put(values, by_hand)
     if start is None or args.model is not None:
-        _fit_model_to_data(values, args)
+        _fit_model_to_data(values, args, by_hand)
         _put(values, by_hand)  # what was set by hand wins over what follows from the data
     return from_dict(RunConfig, values)
 
 
-def _put(values: dict[str, Any], settings: list[tuple[str, str, Any]]) -> None:
+def _put(values: dict[str, Any], settings: Settings) -> None:
     for section, key, value in settings:
         values[section][key] = value
 
@@ -131,7 +133,7 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
         return section, key, word
 
 
-def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace) -> None:
+def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand: Settings) -> None:
     """Size, channels and classes follow from the data; ``--model`` names a published shape."""
     if args.model is not None:
         family, shape = zoo.shape_of(args.model)
@@ -139,11 +141,12 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace) -> None
         values["model"]["decode_layer"] = decode_layer(family, args.model.split("_")[1])
         if family != "mdtv2":
             values["diffusion"]["min_snr_gamma"] = None
+    source = values["data"]["source"]
+    if isinstance(source, str) and is_encoded(source):
+        encoded = LatentSet(Path(source))
+        values["data"].update(image_size=encoded.image_size, vae=encoded.autoencoder, flip=encoded.mirrored)
+        _put(values, by_hand)
     images = open_images(from_dict(DataConfig, values["data"], "data"))
-    if isinstance(images, LatentSet):
-        values["data"].update(
-            image_size=images.image_size, vae=args.vae or images.autoencoder, flip=images.mirrored
-        )
     stage = open_first_stage(from_dict(DataConfig, values["data"], "data"), images)
     values["model"].update(input_size=stage.size, in_channels=stage.channels)
     values["model"]["num_classes"] = len(images.classes)

@@ -1,15 +1,22 @@
-"""Images in: labelled sets and the resumable loader."""
+"""Images in: labelled sets, the autoencoder that makes latents of them, and the resumable loader."""
 
+from .autoencoder import Autoencoder, sample_posterior
 from .first_stage import FirstStage, described_stage, open_first_stage
 from .images import ImageSet, check_classes, open_images
+from .latents import LatentSet
 from .loader import Loader
+from .shards import WebDataset
 
 __all__ = [
+    "Autoencoder",
     "FirstStage",
     "ImageSet",
+    "LatentSet",
     "Loader",
+    "WebDataset",
     "check_classes",
     "described_stage",
     "open_first_stage",
     "open_images",
+    "sample_posterior",
 ]

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
+from .autoencoder import Autoencoder, sample_posterior
 from .images import ImageSet
+from .latents import LatentSet
 
 
 class FirstStage:
@@ -58,8 +60,6 @@ class Latents(FirstStage):
         self.autoencoder, self.encodes = autoencoder, autoencoder is not None
 
     def __call__(self, batch: Tensor, noise: Tensor | None) -> Tensor:
-        from .autoencoder import sample_posterior
-
         moments = self.autoencoder.moments(batch) if self.encodes else batch
         assert noise is not None
         return sample_posterior(moments, noise, self.scale, self.shift)
@@ -78,8 +78,6 @@ class Latents(FirstStage):
 
 def load_autoencoder(vae: str, device: Any) -> Any:
     """The autoencoder in float32; ``UserError`` if it cannot be loaded."""
-    from .autoencoder import Autoencoder
-
     return Autoencoder.load(vae, device, torch.float32)
 
 
@@ -92,16 +90,14 @@ def described_stage(described: dict[str, Any] | None, config: DataConfig, device
 
 def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") -> FirstStage:
     """What stands between ``images`` and the model. ``UserError`` for an autoencoder that does not fit."""
-    from .latents import LatentSet
-
     if isinstance(images, LatentSet):
         vae = config.vae or images.autoencoder
         return Latents(images.channels, images.size, images.scale, images.shift, vae, device)
     if config.vae is None:
         return FirstStage(config.channels, config.image_size)
-    if config.channels != 3:
-        raise UserError(f"data.channels: {config.channels}, an autoencoder takes 3 (red, green, blue)")
     found = load_autoencoder(config.vae, device)
+    if config.channels != found.image_channels:
+        raise UserError(f"data.channels: {config.channels}, but data.vae takes {found.image_channels}")
     if config.image_size % found.factor:
         raise UserError(
             f"data.image_size: {config.image_size} does not divide by {found.factor}, the pixels per latent "

@@ -1,5 +1,7 @@
 """Labelled images: a folder of files, or scikit-learn's handwritten digits (no download).
 
+``open_images`` also opens what others read: webdatasets (``shards.py``), encoded sets (``latents.py``).
+
 A set answers two questions: which class is sample i, and what are its pixels. Everything random
 (order, flips, random crops) is decided by ``loader.py``, so that a resumed run sees the same batches.
 """
@@ -36,14 +38,39 @@ class ImageSet(Protocol):
         ...
 
 
+class SourceSet(ImageSet, Protocol):
+    """A set of images as they come: its samples have names and sizes, by which a change is noticed."""
+
+    def member(self, index: int) -> tuple[str, int]:
+        """Name and size in bytes of sample ``index``; -1 if there is nothing to read."""
+        ...
+
+
 def open_images(config: DataConfig) -> ImageSet:
-    """The set that ``config.source`` names: ``digits`` or a folder. Raises ``UserError`` if it cannot."""
+    """The set that ``config.source`` names: ``digits``, a folder that ``mdt-fast encode`` wrote, a folder of
+    ``.tar`` shards, or one of images. Raises ``UserError`` if it cannot.
+    """
+    from .latents import LatentSet, is_encoded
+
+    if config.source != "digits" and config.source and is_encoded(Path(config.source)):
+        latents = LatentSet(Path(config.source))
+        latents.check(config)
+        return latents
+    return open_source(config)
+
+
+def open_source(config: DataConfig) -> SourceSet:
+    """The same, for images as they come."""
+    from .shards import WebDataset, holds_shards
+
     if config.image_size < 1:
         raise UserError(f"data.image_size: must be at least 1, got {config.image_size}")
     if config.source == "digits":
         return Digits(config)
     if not config.source:
         raise UserError("data.source: no images given; pass --data DIR, or --preset digits")
+    if holds_shards(Path(config.source)):
+        return WebDataset(config)
     return ImageFolder(config)
 
 
@@ -73,6 +100,9 @@ class Digits:
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
         return mirrored(self.images[index]) if mirror else self.images[index]
 
+    def member(self, index: int) -> tuple[str, int]:
+        return str(index), self.images[index].size
+
 
 class ImageFolder:
     """All images under a folder, sorted by path; the layout decides the classes.
@@ -85,9 +115,9 @@ class ImageFolder:
     in_memory = False
 
     def __init__(self, config: DataConfig):
-        root = Path(config.source)
-        self.paths = list_images(root)
-        names = [class_name(path.relative_to(root)) for path in self.paths]
+        self.root = Path(config.source)
+        self.paths = list_images(self.root)
+        names = [class_name(path.relative_to(self.root)) for path in self.paths]
         self.classes = tuple(sorted(set(names)))
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in names], dtype=np.int64)
@@ -97,6 +127,14 @@ class ImageFolder:
         path = self.paths[index]
         pixels = to_pixels(read_image(path, self.channels), str(path), self.size, self.crop, rng)
         return mirrored(pixels) if mirror else pixels
+
+    def member(self, index: int) -> tuple[str, int]:
+        path = self.paths[index]
+        try:
+            size = path.stat().st_size
+        except OSError:  # a broken link, which stops nothing before it is read
+            size = -1
+        return path.relative_to(self.root).as_posix(), size
 
 
 def list_images(root: Path) -> list[Path]:

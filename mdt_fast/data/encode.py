@@ -1,0 +1,239 @@
+"""Images to latents, once: the engine of ``mdt-fast encode``.
+
+The source's samples are cut into shards by position, and shard i is made by rank i % world. A shard and the
+JSON beside it are written aside and renamed, so a killed run leaves whole shards, and the next one makes
+those that are missing. Ranks need not talk: whoever finds all shards complete writes the index, whose content
+is the same whoever it is.
+"""
+
+import hashlib
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ..config import DataConfig
+from ..errors import UserError
+from .autoencoder import Autoencoder
+from .encode_folder import Folder, Ranks
+from .encode_progress import EncodingProgress
+from .images import SourceSet, open_source
+from .latents import DTYPES, Encoding, is_encoded
+
+AHEAD = 2  # batches decoded ahead of the one in use
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """How it ended. ``images`` were encoded by this process in ``seconds``; ``shards`` are complete in all.
+
+    ``index``: of the finished folder, or None while shards are missing; ``wrote_index``: by this process.
+    """
+
+    images: int
+    seconds: float
+    shards: int
+    of_shards: int
+    dropped: int
+    stopped: bool
+    index: Path | None
+    wrote_index: bool
+
+
+def encode(
+    config: DataConfig,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    shard_size: int = 4096,
+    dtype: Literal["float32", "float16"] = "float32",
+    vae_dtype: Literal["float32", "bfloat16"] = "float32",
+    mirror: bool = True,
+    console: Console | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Encoded:
+    """Encode this rank's share of ``config.source`` with ``config.vae`` into the folder ``out``.
+
+    Of ``config`` it uses source, image_size, crop, vae, on_unreadable (skip: leave such images out) and
+    workers. ``dtype`` is that of the moments on the disk, ``vae_dtype`` that of the autoencoder's arithmetic
+    (in float32, CUDA's convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is off).
+    ``stopped`` is asked before each batch: once true, the shard in work is dropped. Memory holds one shard at
+    most. Raises ``UserError`` for whatever does not fit, an image that cannot be read, a source or settings
+    other than ``out`` was begun with, and a full disk; complete shards stay.
+    """
+    for name, number in (("--batch-size", batch_size), ("--shard-size", shard_size)):
+        if number < 1:
+            raise UserError(f"{name}: must be at least 1, got {number}")
+    if config.workers < 1:
+        raise UserError(f"--workers: must be at least 1, got {config.workers}")
+    if config.vae is None:
+        raise UserError("--vae: an AutoencoderKL is needed, a folder or a hub name")
+    ranks = Ranks.from_environment()
+    check_source(config, out)
+    vae = Autoencoder.load(config.vae, device, getattr(torch, vae_dtype))
+    if config.image_size < 1 or config.image_size % vae.factor:
+        raise UserError(
+            f"--image-size: must be a multiple of {vae.factor}, the pixels of one latent of {vae.name!r}; "
+            f"got {config.image_size}"
+        )
+    if vae.image_channels not in (1, 3):
+        raise UserError(f"--vae: {vae.name!r} takes images of {vae.image_channels} channels, not 1 or 3")
+    grey = config.source == "digits"
+    images = open_source(replace(config, channels=1 if grey or vae.image_channels == 1 else 3))
+    encoding = Encoding(
+        image_size=config.image_size,
+        crop="center",
+        mirrored=mirror,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        vae_sha256=vae.fingerprint,
+        scale=vae.scale,
+        shift=vae.shift,
+        channels=vae.latent_channels,
+        side=config.image_size // vae.factor,
+        shard_size=shard_size,
+        source_samples=len(images.labels),
+        source_sha256=source_digest(images),
+    )
+    folder = Folder(out, encoding, vae.name, images.classes)
+    folder.prepare(ranks)
+    mine = range(encoding.shards)[ranks.rank :: ranks.world]
+    todo = {shard: encoding.span(shard) for shard in mine if folder.record(shard) is None}
+    batches = {shard: _batches(span, batch_size) for shard, span in todo.items()}
+    read = _read_ahead(images, [batch for some in batches.values() for batch in some], config.workers)
+    total, done, began = sum(map(len, todo.values())), 0, time.perf_counter()
+    with closing(read), EncodingProgress(total, ranks.world, console) as bar:
+        for shard, span in todo.items():
+            rows = Rows(encoding, len(span))
+            for batch in batches[shard]:
+                if stopped():
+                    break
+                rows.add(vae, images, batch, next(read), skip=config.on_unreadable == "skip")
+                bar.update(done := done + len(batch))
+            if rows.seen < len(span):
+                break
+            folder.write(shard, rows.tensors(), rows.dropped)
+    index, wrote = folder.finish()
+    records = [record for shard in range(encoding.shards) if (record := folder.record(shard)) is not None]
+    return Encoded(
+        images=done,
+        seconds=time.perf_counter() - began,
+        shards=len(records),
+        of_shards=encoding.shards,
+        dropped=sum(len(record["dropped"]) for record in records),
+        stopped=stopped(),
+        index=index,
+        wrote_index=wrote,
+    )
+
+
+def check_source(config: DataConfig, out: Path) -> None:
+    """``UserError`` for a source that cannot be encoded, before anything slow is begun."""
+    source = Path(config.source)
+    if config.crop != "center":
+        raise UserError(f"--crop: what is encoded once is cropped in the center, got {config.crop!r}")
+    if config.source != "digits" and config.source:
+        if source.resolve() == out.resolve():
+            raise UserError(f"--out: {str(out)!r} is the source itself; another folder is needed")
+        if is_encoded(source):
+            raise UserError(f"SOURCE: {config.source!r} is encoded already; images are needed")
+
+
+def source_digest(images: SourceSet) -> str:
+    """SHA-256 over the classes, and the name, size and label of every sample in order."""
+    digest = hashlib.sha256(repr(images.classes).encode(errors="surrogateescape"))
+    for index, label in enumerate(images.labels.tolist()):
+        name, size = images.member(index)
+        digest.update(f"{name}\0{size}\0{label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class Rows:
+    """The moments of one shard as they come: the only thing here that is large."""
+
+    def __init__(self, encoding: Encoding, capacity: int):
+        shape = (capacity, 2 * encoding.channels, encoding.side, encoding.side)
+        names = ["moments", "mirrored"] if encoding.mirrored else ["moments"]
+        self.moments = {name: np.empty(shape, DTYPES[encoding.dtype][1]) for name in names}
+        self.labels: list[int] = []
+        self.dropped: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        vae: Autoencoder,
+        images: SourceSet,
+        batch: range,
+        loaded: list[np.ndarray | UserError],
+        *,
+        skip: bool,
+    ) -> None:
+        """Encode one batch of ``images``; ``loaded`` are their pixels, or why there are none."""
+        kept, pixels = [], []
+        for position, image in zip(batch, loaded):
+            if isinstance(image, np.ndarray):
+                kept.append(position)
+                pixels.append(image)
+            elif skip:
+                self.dropped.append({"position": position, "name": images.member(position)[0]})
+            else:
+                raise UserError(f"{image}; --on-unreadable skip leaves such images out") from image
+        if not kept:
+            return
+        x = torch.from_numpy(np.stack(pixels)).expand(-1, vae.image_channels, -1, -1)  # grey to RGB
+        first, last = len(self.labels), len(self.labels) + len(kept)
+        for name, values in self.moments.items():
+            moments = vae.moments(x.flip(-1) if name == "mirrored" else x).cpu().numpy()
+            with np.errstate(over="ignore"):  # to infinity, which is refused below
+                values[first:last] = moments
+            finite = np.isfinite(values[first:last]).all(axis=(1, 2, 3))
+            if not finite.all():
+                bad = images.member(kept[int(np.argmin(finite))])[0]
+                raise UserError(f"--vae: the moments of {bad!r} are not finite in {values.dtype}")
+        self.labels += images.labels[kept].tolist()
+
+    @property
+    def seen(self) -> int:
+        """Images encoded or dropped."""
+        return len(self.labels) + len(self.dropped)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        count = len(self.labels)
+        moments = {name: torch.from_numpy(values[:count]) for name, values in self.moments.items()}
+        return {**moments, "labels": torch.tensor(self.labels, dtype=torch.int64)}
+
+
+def _batches(span: range, batch_size: int) -> list[range]:
+    return [span[start : start + batch_size] for start in range(0, len(span), batch_size)]
+
+
+def _read_ahead(
+    images: SourceSet, batches: list[range], workers: int
+) -> Generator[list[np.ndarray | UserError], None, None]:
+    """The pixels of each batch in turn, decoded by threads while the autoencoder works."""
+
+    def load(index: int) -> np.ndarray | UserError:
+        try:
+            return images.load(index, random.Random(0))
+        except UserError as error:
+            return error
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting: deque[list[Future]] = deque()
+    try:
+        for number in range(len(batches) + AHEAD):
+            if number < len(batches):
+                waiting.append([pool.submit(load, index) for index in batches[number]])
+            if number >= AHEAD and waiting:
+                yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,66 @@
+"""The progress of an encoding: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+LINES = 20  # plain lines per run, about
+
+
+class EncodingProgress:
+    """``with EncodingProgress(...) as bar: bar.update(done)``: this process's images, rate, time left.
+
+    Silent without a console. When nobody reads any more (a closed pipe), it goes quiet: the work goes on.
+    """
+
+    def __init__(self, total: int, world: int, console: Console | None):
+        self.console = console or Console(quiet=True)
+        self.total = total
+        self.title = "encoding" if world == 1 else f"encoding, rank 0 of {world}"
+        self._began = time.perf_counter()
+        self._next_line = 0
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = (
+                TextColumn(self.title), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+            )  # fmt: skip
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("encoding", total=total, numbers="")
+
+    def __enter__(self) -> "EncodingProgress":
+        self._began = time.perf_counter()
+        if self._bar and self.total:
+            self._or_quiet(self._bar.start)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar and self.total:
+            self._or_quiet(self._bar.stop)
+
+    def update(self, done: int) -> None:
+        """``done`` images are encoded."""
+        seconds = time.perf_counter() - self._began
+        numbers = f"{done / seconds:.1f} images/s  {clock(seconds / done * (self.total - done))} left"
+        if self._bar:
+            bar, task = self._bar, self._task
+            self._or_quiet(lambda: bar.update(task, completed=done, numbers=numbers))
+        elif done >= self._next_line or done == self.total:
+            self._next_line = done + max(1, self.total // LINES)
+            line = f"{self.title}: {done}/{self.total}  {numbers}"
+            self._or_quiet(lambda: self.console.print(line, markup=False))
+
+    def _or_quiet(self, show: Callable[[], None]) -> None:
+        try:
+            show()
+        except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
+            self.console.quiet = True
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``, or ``2:03`` under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

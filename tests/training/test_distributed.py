@@ -1,0 +1,183 @@
+"""Runs of several processes (gloo, CPU): the same numbers as one, faults that end all, and ways on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdt_fast.training.checkpoint import latest, open_checkpoint
+from tiny import ARGUMENTS, tensors_of
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = [
+    "train", "--preset=digits", *ARGUMENTS, "--threads=1", "--device=cpu", "--batch-size=8", "--save-every=4",
+    "--set=train.log_every=1", "--set=train.warmup_steps=0", "--set=sample.steps=2",
+]  # fmt: skip
+
+
+def command(processes: int, run: Path, *options: str, restarts: int = 0) -> list[str]:
+    """One process, or several by torchrun."""
+    several = [
+        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}", "--monitor-interval=0.1",
+    ]  # fmt: skip
+    return [
+        sys.executable, *(several if processes > 1 else []), "-m", "mdt_fast", *OPTIONS, f"--out={run}", *options
+    ]  # fmt: skip
+
+
+def finished(processes: int, run: Path, *options: str) -> str:
+    """What a run that must succeed printed."""
+    done = subprocess.run(
+        command(processes, run, *options), capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_losses(run: Path, other: Path, tolerance: float = 1e-6) -> None:
+    for row, expected in zip(rows(run), rows(other), strict=True):
+        for key, value in expected.items():
+            if key.startswith(("loss", "mse", "vb", "m_")):
+                assert row[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (row["step"], key)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--set=train.optimizer=adan"],
+        ["--accumulate=2", "--set=model.family=mdt", "--set=model.decode_layer=1"],
+        ["--set=model.family=dit", "--set=train.parallel=hybrid"],
+    ],
+    ids=["mdtv2-adan", "mdt-accumulated", "dit-hybrid"],
+)
+def test_two_processes_are_one(options: list[str], tmp_path: Path) -> None:
+    """The same losses, of each quarter of the noise levels too; then each goes on as the other number."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    printed = finished(2, two, "--steps=8", *options)
+    assert printed.count("8 steps done") == 1
+    finished(1, one, "--steps=8", *(option for option in options if "accumulate" not in option))
+    same_losses(two, one)
+    assert (two / "samples.png").stat().st_size > 100
+    finished(1, two, "--resume=auto", "--steps=12", "--accumulate=1")
+    finished(2, one, "--resume=auto", "--steps=12")
+    same_losses(two, one)
+
+
+def test_resumed_on_two_processes_it_is_the_unbroken_run_bit_for_bit(tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    finished(2, whole, "--steps=8")
+    finished(2, halves, "--steps=4")
+    finished(2, halves, "--resume=auto", "--steps=8")
+    step = Path("checkpoints", "step_0000008")
+    assert tensors_of(halves / step) == tensors_of(whole / step)
+    assert open_checkpoint(whole).state["processes"] == 2
+
+
+def started(processes: int, run: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """A long run that has saved its first checkpoint."""
+    process = subprocess.Popen(
+        command(processes, run, "--steps=100000", "--set=train.keep=2", *options, restarts=restarts),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while latest(run) is None:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun started, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        for variable in variables:
+            if variable.startswith(b"RANK="):
+                ranks[int(variable[5:])] = int(child)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def test_sigterm_saves_and_ends_all_without_an_error(tmp_path: Path) -> None:
+    """A cluster's pre-emption: torchrun hands it to every process, at slightly different moments."""
+    process = started(2, tmp_path)
+    for worker in workers(process):
+        os.kill(worker, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    (stopped,) = re.findall(r"stopped after (\d+) steps, checkpoint saved", stdout)
+    assert open_checkpoint(tmp_path).step == int(stopped)
+    open_checkpoint(tmp_path).verify()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_process_ends_all_with_one_message(rank: int, tmp_path: Path) -> None:
+    process = started(2, tmp_path)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    errors = [line for line in stderr.splitlines() if line.startswith("mdt-fast: error:")]
+    assert len(errors) <= 1, stderr  # none where torchrun ended the other before it noticed
+    if errors:
+        assert "another process of the run was lost" in errors[0]
+        assert "the last checkpoint is" in errors[0]
+    open_checkpoint(tmp_path).verify()
+    reached = open_checkpoint(tmp_path).step + 4
+    finished(2, tmp_path, "--resume=auto", f"--steps={reached}")
+    assert open_checkpoint(tmp_path).step == reached
+
+
+def test_torchrun_starts_a_lost_process_again(tmp_path: Path) -> None:
+    process = started(2, tmp_path, "--resume=auto", restarts=1)
+    lost = workers(process)
+    os.kill(lost[1], signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    before = open_checkpoint(tmp_path).step
+    while open_checkpoint(tmp_path).step <= before + 8 or set(workers(process)) & set(lost):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=120)
+    assert "going on from" in stdout
+    steps = [row["step"] for row in rows(tmp_path)]
+    assert steps == sorted(set(steps))
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    for options, message in (
+        (
+            ["--batch-size=7"],
+            "train.batch_size: 7 does not divide by 2 processes; the nearest that does is 8",
+        ),
+        (["--set=train.compile=model"], "train.compile: 'model' is for one process"),
+    ):
+        done = subprocess.run(
+            command(2, tmp_path / "run", *options),
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=120,
+        )
+        errors = [line for line in done.stderr.splitlines() if line.startswith("mdt-fast: error:")]
+        assert len(errors) == 1, done.stderr
+        assert message in errors[0]
+        assert not (tmp_path / "run").exists()
