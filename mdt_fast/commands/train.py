@@ -142,7 +142,7 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
         if family != "mdtv2":
             values["diffusion"]["min_snr_gamma"] = None
     source = values["data"]["source"]
-    if isinstance(source, str) and is_encoded(source):
+    if isinstance(source, str) and is_encoded(Path(source)):
         encoded = LatentSet(Path(source))
         values["data"].update(image_size=encoded.image_size, vae=encoded.autoencoder, flip=encoded.mirrored)
         _put(values, by_hand)

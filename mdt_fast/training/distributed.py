@@ -5,6 +5,7 @@ Two process groups: the default one moves parameters and gradients (NCCL on CUDA
 device nor another process is waited for in a step but for the control message of the step before.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-REPORT_TIMEOUT = timedelta(seconds=5)
+STORE_TIMEOUT, REPORT_TIMEOUT = timedelta(minutes=5), timedelta(seconds=5)
 
 
 @dataclass
@@ -105,7 +106,7 @@ def launched() -> tuple[int, int]:
 def joined(device: torch.device) -> Iterator[World]:
     """This process's place among those of the run, connected to the others until the block is left.
 
-    ``UserError`` if a process is lost meanwhile: the others notice when they next wait for it.
+    ``UserError`` if they cannot be connected.
     """
     rank, size = launched()
     if size == 1:
@@ -116,26 +117,35 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store when it starts lost processes again; their old addresses stay in it.
+            store = dist.PrefixStore(f"mdt_fast/attempt_{_attempt()}", _torchruns_store(STORE_TIMEOUT))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        else:
+            dist.init_process_group(backend)
         control, checkpoints = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} of {size} cannot join the others: {_first_line(error)}") from None
     world = World(rank, size, local_rank, local_size, control, checkpoints)
-    try:
-        yield world
-    except (RuntimeError, UserError) as error:
-        if isinstance(error, UserError) or not _lost(error):
-            raise
-        raise UserError(f"another process of the run was lost ({_first_line(error)})") from error
+    yield world
     world.settle()
     world.barrier()
+    gc.collect()  # what holds groups in cycles has threads, which must end before the process does
     dist.destroy_process_group()
 
 
-def _lost(error: RuntimeError) -> bool:
-    """Whether it says that another process is gone."""
-    words = ("gloo", "NCCL", "Connection", "connection", "Broken pipe", "Socket", "socket", "peer")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+@contextmanager
+def losses_named(world: World) -> Iterator[None]:
+    """What another process's end raises here, when it is next waited for, becomes a ``UserError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "NCCL", "onnection", "Broken pipe", "ocket", "peer")
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+        if world.size == 1 or not lost:
+            raise
+        raise UserError(f"another process of the run was lost ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -148,11 +158,17 @@ def first_to_report() -> bool:
     if launched()[1] == 1:
         return True
     with suppress(Exception):  # a store that is gone as well: better twice than not at all
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=REPORT_TIMEOUT, wait_for_workers=False)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"mdt_fast/reported/{attempt}", 1) == 1
+        return _torchruns_store(REPORT_TIMEOUT).add(f"mdt_fast/reported_{_attempt()}", 1) == 1
     return True
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _torchruns_store(timeout: timedelta) -> dist.Store:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def leave(code: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import RunConfig
 from ..errors import UserError
 from .checkpoint import latest, locked
-from .distributed import World, joined
+from .distributed import World, joined, launched, losses_named
 from .metrics import Metrics
 from .objective import draw, losses_of, total_loss
 from .optim import learning_rate, set_learning_rate
@@ -101,7 +101,7 @@ def train(
         world.barrier()  # all have looked at the folder before it is written to
         bar = TrainingProgress(run.step, config.train.steps, console if world.main else QUIET)
         try:
-            with bar, Interrupts() as interrupts:
+            with losses_named(world), bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
         except (UserError, OSError) as error:
             last = latest(out)
@@ -172,7 +172,8 @@ class Pictures:
 class Interrupts:
     """Within ``with``, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP is only noted in ``caught``.
 
-    After it SIGINT and SIGTERM act as usual. Signals that are ignored (SIGHUP under nohup) stay so.
+    After it SIGINT and SIGTERM act as usual, but in one of several processes: there the same signal comes
+    from the scheduler and again from torchrun. Signals that are ignored (SIGHUP under nohup) stay so.
     """
 
     NUMBERS = tuple(
@@ -199,6 +200,8 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught = self.caught or number
+        if launched()[1] > 1:
+            return
         for usual in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes sends several
             if usual in self._before:
                 signal.signal(usual, self._before[usual])
