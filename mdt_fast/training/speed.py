@@ -1,4 +1,4 @@
-"""How fast a run is: images, FLOPs and their share of the GPU's peak, memory. Nothing here waits for a device."""
+"""How fast a run is: images, FLOPs, share of the GPU's peak, memory. Nothing here waits for a device."""
 
 import math
 import re
@@ -112,8 +112,8 @@ class Peak:
     float32: float
 
 
-# A row is used where its name's words all stand in torch.cuda.get_device_name; the first such row counts. Data
-# sheets that give numbers with 2:4 sparsity are halved. float32 is the rate outside tensor cores.
+# The first row counts whose words all stand in torch.cuda.get_device_name. Numbers that a data sheet gives
+# with 2:4 sparsity are halved. float32 is the rate outside tensor cores.
 PEAKS = (
     # NVIDIA GB200 NVL72 data sheet: 5 PFLOPS FP16/BF16 and 2.5 TF32 per GPU with sparsity.
     Peak("GB200", 2500.0, 2500.0, 1250.0, 80.0),
@@ -164,7 +164,7 @@ PEAKS = (
     Peak("T4", None, 65.0, None, 8.1),
 )
 OTHER_CHIPS = {"laptop", "max", "mig", "d", "ti"}
-"""Words of names that mean less, or more, than the GPU that is named: a laptop's, Max-Q, a MIG slice, 4090 D."""
+"""Words that make another chip, or a part, of the one named: a laptop's, Max-Q, a MIG slice, RTX 4090 D."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
