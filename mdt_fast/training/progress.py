@@ -176,7 +176,8 @@ def describe_speed(row: dict[str, Any]) -> str:
     if (tflop := row.get("tflop_per_s")) is not None:
         share = row.get("share_of_peak")
         of_peak = "" if share is None else f" ({share:.0%} of peak)"
-        parts.append(f"{_number(tflop)} TFLOP/s{of_peak}")
+        rate = f"{_number(tflop)} TFLOP/s" if tflop >= 0.1 else f"{_number(tflop * 1000)} GFLOP/s"
+        parts.append(rate + of_peak)
     if (memory := row.get("memory_gib")) is not None:
         parts.append(f"{memory:.1f} GiB")
     return "  ".join(parts)

@@ -224,7 +224,7 @@ def test_descriptions() -> None:
     assert describe_loss({}) == "loss -"
     assert describe_speed(BARE) == "81 img/s"
     assert describe_speed(ROW) == "5123 img/s  412 TFLOP/s (42% of peak)  71.2 GiB"
-    assert describe_speed({"img_per_s": 0.0, "tflop_per_s": 0.01234}) == "0 img/s  0.0123 TFLOP/s"
+    assert describe_speed({"img_per_s": 0.0, "tflop_per_s": 0.01234}) == "0 img/s  12.3 GFLOP/s"
     assert describe_speed({"img_per_s": 1.2345}) == "1.23 img/s"
     assert describe_speed({}) == ""
 
