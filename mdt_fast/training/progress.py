@@ -162,7 +162,7 @@ def _fitting(parts: Sequence[str], width: int) -> str:
 def describe_loss(row: dict[str, Any]) -> str:
     """The mean loss over all tokens and, of a model with masks, that of the masked pass."""
     if "loss" not in row:
-        return "loss -"
+        return "no finite loss"
     masked = f" (masked {row['m_loss']:.4f})" if "m_loss" in row else ""
     return f"loss {row['loss']:.4f}{masked}"
 

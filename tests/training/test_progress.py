@@ -221,7 +221,7 @@ def test_a_rate_where_a_run_goes_back_or_stands() -> None:
 def test_descriptions() -> None:
     assert describe_loss(BARE) == "loss 0.5000"
     assert describe_loss(ROW) == "loss 0.1234 (masked 0.2345)"
-    assert describe_loss({}) == "loss -"
+    assert describe_loss({}) == "no finite loss"
     assert describe_speed(BARE) == "81 img/s"
     assert describe_speed(ROW) == "5123 img/s  412 TFLOP/s (42% of peak)  71.2 GiB"
     assert describe_speed({"img_per_s": 0.0, "tflop_per_s": 0.01234}) == "0 img/s  12.3 GFLOP/s"
