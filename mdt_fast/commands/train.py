@@ -16,7 +16,6 @@ from ..models import zoo
 from ..presets import PRESETS, decode_layer
 from ..training import train as run_training
 from ..training.distributed import launched
-from ..training.progress import describe_loss
 from ..training.run import prepare, starting_point
 from .config_file import as_yaml, read_config_file, read_saved_config
 from .shared import refuse_empty, set_threads
@@ -56,13 +55,9 @@ def train(args: argparse.Namespace) -> int:
         )
         # Whoever manages a cluster ends a job so, and a saved run is no failure.
         return 0 if result.signal in PREEMPTION else 128 + result.signal
-    loss = f", {describe_loss(result.row)}" if result.row else ""
-    made = [name for name in ("samples.png", "loss.png") if (out / name).exists()]
-    console.print(
-        f"{result.steps} steps done{loss}, {result.seconds:.0f} s; "
-        f"in {out}: {', '.join([*made, 'metrics.jsonl', 'checkpoints/'])}",
-        markup=False,
-    )
+    console.print(f"{result.steps} steps done")
+    for line in result.summary:
+        console.print(line, markup=False)
     return 0
 
 

@@ -277,7 +277,7 @@ def _is_complete(state: dict[str, Any]) -> bool:
     """Whether everything that is read from ``state.json`` is there."""
     for key, kind in (
         ("step", int), ("config", dict), ("classes", list), ("num_images", int), ("optimizer_groups", list),
-        ("files", dict), ("streak", int),
+        ("files", dict), ("streak", int), ("skipped", int),
     ):  # fmt: skip
         if not isinstance(state.get(key), kind):
             return False

@@ -27,8 +27,9 @@ from .metrics import Metrics
 from .objective import draw, losses_of, total_loss
 from .optim import learning_rate, set_learning_rate
 from .parallelize import autocasting, reduce_gradients, split
-from .progress import TrainingProgress
+from .progress import TrainingProgress, summary
 from .run import Run, derive_seed, prepare, resolve_device
+from .sinks import Sinks
 
 STEP, POSTERIOR = 11, 12  # the seed streams of training steps and of the autoencoder's noise
 PICTURE_SPACING = 20  # training takes this many times longer than drawing
@@ -37,12 +38,16 @@ SAVE_FAILED = 1000  # what the processes agree on, beside the number of a signal
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: updates done in all, the newest metrics, and the signal that stopped it, if any."""
+    """How a run ended: updates done in all, the newest metrics, the signal that stopped it, if any.
+
+    ``summary``: the lines to print, of what was done since the run began or went on.
+    """
 
     steps: int
     row: dict[str, Any]
     seconds: float
     signal: int | None = None
+    summary: tuple[str, ...] = ()
 
 
 def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
@@ -99,7 +104,7 @@ def train(
             stack.enter_context(locked(out))
         run = prepare(config, out, resume, world)
         world.barrier()  # all have looked at the folder before it is written to
-        bar = TrainingProgress(run.step, config.train.steps, console if world.main else QUIET)
+        bar = TrainingProgress(run.step, config.train.steps, console, quiet=not world.main)
         try:
             with losses_named(world), bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
@@ -111,11 +116,12 @@ def train(
 
 
 def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
-    settings, began = run.config.train, time.perf_counter()
+    settings, first, began = run.config.train, run.step, time.perf_counter()
     metrics, notes = run.open()
     for note in notes:
         bar.say(note)
-    pictures = Pictures(bar, run.world)
+    sinks = Sinks(run.open_sinks(), bar.say)
+    pictures = Pictures(bar, run.world, sinks)
     row: dict[str, Any] = {}
     asked = 0
     for batch, y in run.loader.batches(run.step, settings.steps):
@@ -128,7 +134,8 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
         saving = last or planned
         logging = planned or run.step % settings.log_every == 0
         if logging:
-            row, _ = metrics.row(run.step, learning_rate(settings, run.step - 1))
+            row = metrics.row(run.step, learning_rate(settings, run.step - 1))
+            sinks.write(row)
         bar.update(run.step, row if logging else None)
         if saving:
             run.save(metrics)
@@ -139,30 +146,41 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
             break
     run.saver.close()
     pictures.draw(run.plot, *(() if asked else (run.draw_final,)))
-    return Result(run.step, row, time.perf_counter() - began, asked or None)
+    sinks.close()
+    seconds = time.perf_counter() - began
+    made = ("samples.png", "loss.png", "metrics.jsonl", "checkpoints")
+    lines = summary(
+        row, run.step, seconds, first=first, batch_size=settings.batch_size, world_size=run.world.size,
+        num_images=len(run.images.labels), peak_memory_gib=bar.peak_memory_gib,
+        files=[run.out / name for name in made if (run.out / name).exists()],
+    )  # fmt: skip
+    return Result(run.step, row, seconds, asked or None, tuple(lines))
 
 
-QUIET = Console(quiet=True)
+Picture = tuple[str, Path, int] | None
+"""Name of its series, file, step."""
 
 
 class Pictures:
     """Draws the run's pictures: an extra, so what keeps one from being made is only said."""
 
-    def __init__(self, bar: TrainingProgress, world: World):
-        self.bar, self.world = bar, world
+    def __init__(self, bar: TrainingProgress, world: World, sinks: Sinks):
+        self.bar, self.world, self.sinks = bar, world, sinks
         self._finished, self._took = time.perf_counter(), 0.0
 
-    def draw_if_cheap(self, *makers: Callable[[], None]) -> None:
+    def draw_if_cheap(self, *makers: Callable[[], Picture]) -> None:
         """Draw unless that would take more than a twentieth of the time, judging by the last drawing."""
         cheap = time.perf_counter() - self._finished >= PICTURE_SPACING * self._took
         if self.world.from_main(cheap):  # all take part
             self.draw(*makers)
 
-    def draw(self, *makers: Callable[[], None]) -> None:
+    def draw(self, *makers: Callable[[], Picture]) -> None:
         began = time.perf_counter()
         for make in makers:
             try:
-                make()
+                picture = make()
+                if picture is not None:
+                    self.sinks.picture(*picture)
             except (UserError, OSError) as error:
                 self.bar.say(f"warning: no picture: {error}")
         self._finished = time.perf_counter()

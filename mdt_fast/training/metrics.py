@@ -8,6 +8,7 @@ Of several processes each collects its own rows of the batch; they are put toget
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ QUARTILES = 4
 TIMESTEPS, GRAD_NORM = "t", "grad_norm"
 
 
+def img_per_s(images: int, seconds: float) -> dict[str, float]:
+    return {"img_per_s": images / seconds}
+
+
 class NonFiniteLossError(UserError):
     """Losses or gradients were NaN or infinite in too many steps in a row."""
 
@@ -31,7 +36,8 @@ class Metrics:
     """Collects steps and appends rows. Opening at ``step`` drops rows of later steps (of a killed run).
 
     ``max_skips``: after so many bad steps in a row (a loss or the gradient is not finite; the optimiser
-    leaves them out) the next reading raises ``NonFiniteLossError``.
+    leaves them out) the next reading raises ``NonFiniteLossError``. ``speed``: what a row says of so many
+    images in so many seconds.
     """
 
     def __init__(
@@ -43,14 +49,15 @@ class Metrics:
         batch_size: int,
         max_skips: int = 10,
         world: World | None = None,
+        speed: Callable[[int, float], dict[str, float]] = img_per_s,
     ):
         self.path, self.num_timesteps, self.batch_size = path, num_timesteps, batch_size
-        self.max_skips, self.world = max_skips, world or World()
+        self.max_skips, self.world, self.speed = max_skips, world or World(), speed
         self._terms: list[dict[str, Tensor]] = []
         self._timesteps: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
         self._before: dict[str, Tensor] = {}
-        self.streak = 0  # bad steps in a row before the pending ones
+        self.streak = self.skipped = 0  # bad steps before the pending ones: in a row, and in all
         self._began = time.perf_counter()
         if self.world.main and path.exists():
             _keep_rows(path, step)
@@ -65,18 +72,17 @@ class Metrics:
         """Leave what happened since the last row out of the measured time."""
         self._began = time.perf_counter()
 
-    def row(self, step: int, lr: float) -> tuple[dict[str, Any], float]:
-        """Average the steps since the last row, append the row of ``step`` to the file; returns it, and the
-        seconds that these steps took (of those since the last resume).
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """Average the steps since the last row, append the row of ``step`` to the file and return it.
 
         Each loss term also comes by quarter of the timesteps, ``_q0`` (least noise) to ``_q3``, where there
-        were samples; ``skipped`` counts the bad steps, which are in no average. Raises
+        were samples; ``skipped`` counts the bad steps of the run, which are in no average. Raises
         ``NonFiniteLossError``, naming the first of the bad steps, before anything is written.
         """
         fresh = len(self._terms)
         terms = dict(self.pending(step))
         if not terms:
-            return {}, 0.0
+            return {}
         good = _finite(terms)
         self.streak = self._streaks(terms)[-1]
         timesteps, grad_norms = terms.pop(TIMESTEPS)[good], terms.pop(GRAD_NORM)[good]
@@ -89,16 +95,17 @@ class Metrics:
                     if (quartile == q).any():
                         row[f"{name}_q{q}"] = float(term[good][quartile == q].mean())
             row["grad_norm"] = float(grad_norms.mean())
-        if not good.all():
-            row["skipped"] = int((~good).sum())
+        self.skipped += int((~good).sum())
+        if self.skipped:
+            row["skipped"] = self.skipped
         seconds = time.perf_counter() - self._began
-        row.update(lr=lr, img_per_s=fresh * self.batch_size / seconds, time=round(time.time(), 3))
+        row.update(lr=lr, **self.speed(fresh * self.batch_size, seconds), time=round(time.time(), 3))
         self._terms, self._timesteps, self._grad_norms, self._before = [], [], [], {}
         if self.world.main:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         self.restart_clock()
-        return row, seconds
+        return row
 
     def pending(self, step: int) -> dict[str, Tensor]:
         """The steps since the last row up to ``step``, on the CPU: [n, B] by loss term, ``t`` [n, B],
@@ -121,9 +128,9 @@ class Metrics:
             self._check(pending, step)
         return pending
 
-    def restore(self, pending: dict[str, Tensor], streak: int) -> None:
-        """Go on from what ``pending`` and ``streak`` were in the run that was stopped."""
-        self._before, self.streak = pending, streak
+    def restore(self, pending: dict[str, Tensor], streak: int, skipped: int) -> None:
+        """Go on from what ``pending``, ``streak`` and ``skipped`` were in the run that was stopped."""
+        self._before, self.streak, self.skipped = pending, streak, skipped
 
     def _streaks(self, pending: dict[str, Tensor]) -> list[int]:
         """How many bad steps in a row end with each of these."""

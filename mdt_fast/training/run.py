@@ -22,11 +22,13 @@ from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .distributed import World, launched
-from .metrics import Metrics, plot_losses
+from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, build_optimizer
 from .parallelize import parallelize, rows_of
 from .saving import Saver
 from .settings import check_resumable, check_settings
+from .sinks import Sink, open_sinks
+from .speed import Speed
 from .states import restore_optimizer, training_state
 
 INIT = 10  # the seed stream of the initial weights; the loader and the loop have theirs
@@ -78,6 +80,7 @@ class Run:
             batch_size=self.config.train.batch_size,
             max_skips=self.config.train.max_skips,
             world=self.world,
+            speed=self._speed().of if self.world.main else img_per_s,
         )
         if self.start is not None:
             prefix = f"{checkpoint.METRICS}/"
@@ -85,27 +88,43 @@ class Run:
             metrics.restore(
                 {name.removeprefix(prefix): values for name, values in pending.items()},
                 self.start.state["streak"],
+                self.start.state["skipped"],
             )
         self.world.barrier()
         return metrics, notes
+
+    def open_sinks(self) -> list[Sink]:
+        """TensorBoard and wandb, of the process that prints."""
+        settings = self.config.train
+        if not self.world.main:
+            return []
+        return open_sinks(
+            self.out, self.config, self.step, tensorboard=settings.tensorboard, wandb=settings.wandb
+        )
+
+    def _speed(self) -> Speed:
+        return Speed(self.config.model, self.device, self.config.train.dtype, self.world.size)
 
     def save(self, metrics: Metrics) -> None:
         """A checkpoint of this moment, with the steps that are in no row of ``metrics`` yet."""
         parts, state = training_state(self, metrics)
         self.saver.save(self.step, parts, state)
 
-    def draw_preview(self) -> None:
+    def draw_preview(self) -> tuple[str, Path, int]:
         """``samples/step_....png``: ten images of each of the first ten classes, in few steps."""
         if self.world.main:
             (self.out / "samples").mkdir(exist_ok=True)
         config = replace(
             self.config.sample, steps=min(PREVIEW_STEPS, self.config.sample.steps), sampler="ddim"
         )
-        self._draw(self.out / "samples" / f"step_{self.step:07d}.png", config)
+        path = self.out / "samples" / f"step_{self.step:07d}.png"
+        self._draw(path, config)
+        return "samples", path, self.step
 
-    def draw_final(self) -> None:
+    def draw_final(self) -> tuple[str, Path, int]:
         """``samples.png``: the same with all of ``config.sample``'s steps."""
         self._draw(self.out / "samples.png", self.config.sample)
+        return "samples", self.out / "samples.png", self.step
 
     def plot(self) -> None:
         if self.world.main:

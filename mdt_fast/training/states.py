@@ -43,7 +43,6 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
     entries[SKIPPED] = run.optimizer.skipped_steps
     if run.loss_scale is not None:
         entries[SCALE] = torch.stack([run.loss_scale.scale, run.loss_scale.good])
-    streak = metrics.streak
     for name, values in metrics.pending(run.step).items():
         entries[f"{METRICS}/{name}"] = values
     state = {
@@ -53,7 +52,8 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
         "data": getattr(run.images, "digest", None),
         "latents": run.first_stage.described(),
         "processes": run.world.size,
-        "streak": streak,
+        "streak": metrics.streak,
+        "skipped": metrics.skipped,
         "optimizer_groups": packed["param_groups"],
     }
     return {**parts, OPTIMIZER: entries}, state
