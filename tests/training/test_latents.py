@@ -1,0 +1,149 @@
+"""Training in latent space, end to end: encode, train, sample; raw images encoded as they come; no labels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mdt_fast.cli import main
+from mdt_fast.config import DataConfig
+from mdt_fast.data import Autoencoder, LatentSet, Loader, open_first_stage, open_images, sample_posterior
+from mdt_fast.errors import UserError
+from mdt_fast.training.checkpoint import open_checkpoint
+from tiny import MODEL
+
+SHAPE = [f"--set=model.{key}={value}" for key, value in {**MODEL, "patch_size": 2}.items()]
+FAST = [*SHAPE, "--steps=4", "--batch-size=4", "--save-every=2", "--set=sample.steps=2", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (folder / kind).mkdir()
+        for i in range(5):
+            pixels = noise.integers(0, 256, (20, 17, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(photos: Path, tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents") / "set"
+    options = [f"--vae={tiny_vae}", f"--out={folder}", "--image-size=16", "--shard-size=4", "--device=cpu"]
+    assert main(["encode", str(photos), *options]) == 0
+    return folder
+
+
+def test_encode_train_sample(latents: Path, tmp_path: Path) -> None:
+    run, npz = tmp_path / "run", tmp_path / "samples.npz"
+    assert main(["train", f"--data={latents}", f"--out={run}", *FAST]) == 0
+    config = open_checkpoint(run).config
+    assert (config.model.input_size, config.model.in_channels, config.model.num_classes) == (8, 4, 2)
+    assert (config.data.image_size, config.data.flip) == (16, True)
+    assert (run / "samples.png").stat().st_size > 100
+    assert main(["sample", str(run), "--num-samples=3", "--steps=2", f"--npz={npz}", "--device=cpu"]) == 0
+    with np.load(npz) as saved:
+        assert (saved["arr_0"].shape, saved["arr_0"].dtype) == ((3, 16, 16, 3), np.uint8)
+    assert main(["train", f"--out={run}", "--resume=auto", "--steps=6"]) == 0
+
+
+def test_both_ways_to_latents_are_one(photos: Path, latents: Path, tiny_vae: Path) -> None:
+    """Encoded before or as they come: the same images, mirrors, labels and posterior samples."""
+    encoded = DataConfig(source=str(latents), image_size=16, channels=3, flip=True)
+    raw = DataConfig(source=str(photos), image_size=16, channels=3, flip=True, vae=str(tiny_vae))
+    x = []
+    for config in (encoded, raw):
+        images = open_images(config)
+        stage = open_first_stage(config, images)
+        assert (stage.channels, stage.size) == (4, 8)
+        noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        batch, labels = next(Loader(images, config, batch_size=6, seed=1).batches(0, 1))
+        x.append((stage(batch, noise), labels))
+    torch.testing.assert_close(x[0][0], x[1][0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(x[0][1], x[1][1])
+
+
+def test_the_first_stage_is_the_autoencoders(photos: Path, tiny_vae: Path) -> None:
+    config = DataConfig(source=str(photos), image_size=16, channels=3, vae=str(tiny_vae))
+    stage, autoencoder = open_first_stage(config, open_images(config)), Autoencoder.load(tiny_vae)
+    pixels, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    x = stage(pixels, noise)
+    expected = sample_posterior(autoencoder.moments(pixels), noise, autoencoder.scale, autoencoder.shift)
+    assert torch.equal(x, expected)
+    assert torch.equal(stage.decode(x), autoencoder.decode(x))
+
+
+def test_raw_images_are_encoded_as_they_come(photos: Path, tiny_vae: Path, tmp_path: Path) -> None:
+    arguments = [
+        "train",
+        f"--data={photos}",
+        f"--vae={tiny_vae}",
+        "--image-size=16",
+        f"--out={tmp_path}",
+        *FAST,
+    ]
+    assert main(arguments) == 0
+    assert open_checkpoint(tmp_path).config.model.in_channels == 4
+
+
+def test_without_labels(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", f"--data={photos}", "--unconditional", "--image-size=8", f"--out={tmp_path}", *FAST]
+    assert main(arguments) == 0
+    opened = open_checkpoint(tmp_path)
+    assert (opened.config.model.num_classes, opened.config.model.class_dropout_prob) == (1, 0.0)
+    assert opened.tensors("ema")["y_embedder.embedding_table.weight"].shape[0] == 1
+    npz = tmp_path / "x.npz"
+    assert main(["sample", str(tmp_path), "--num-samples=3", "--steps=2", f"--npz={npz}"]) == 0
+    with np.load(npz) as saved:
+        assert saved["arr_1"].tolist() == [0, 0, 0]
+    assert main(["sample", str(tmp_path), "--cfg-scale=2", f"--npz={npz}"]) == 2
+    assert "trained without label dropout cannot be guided" in capsys.readouterr().err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_refusals(
+    photos: Path, latents: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"--out={tmp_path / 'run'}"
+    message = refusal(capsys, f"--data={photos}", f"--vae={tiny_vae}", "--image-size=15", out, *FAST)
+    assert "data.image_size: 15 does not divide by 2, the pixels per latent" in message
+    message = refusal(capsys, f"--data={latents}", out, *FAST, "--set=model.in_channels=3")
+    assert "model.in_channels: 3, but the data has 4" in message
+    message = refusal(capsys, f"--data={latents}", out, *FAST, "--image-size=32")
+    assert "data.image_size" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_encoded_data_that_changed_is_noticed_when_a_run_goes_on(
+    photos: Path, latents: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert main(["train", f"--data={latents}", f"--out={run}", *FAST]) == 0
+    options = [f"--vae={tiny_vae}", f"--out={other}", "--image-size=16", "--device=cpu", "--dtype=float16"]
+    assert main(["encode", str(photos), *options]) == 0
+    capsys.readouterr()
+    assert main(["train", f"--data={other}", f"--out={run}", "--resume=auto", "--steps=6"]) == 0
+    assert "warning: the encoded data is not what the run began with" in capsys.readouterr().out
+
+
+def test_images_without_the_autoencoder(latents: Path, tmp_path: Path) -> None:
+    """A named autoencoder that is gone: the run goes on, its pictures are left out."""
+    config = DataConfig(source=str(latents), image_size=16, channels=3, vae=str(tmp_path / "gone"))
+    images = open_images(config)
+    assert isinstance(images, LatentSet)
+    stage = open_first_stage(config, images)
+    with pytest.raises(UserError, match="gone"):
+        stage.decode(torch.zeros(1, 4, 8, 8))
+    run = tmp_path / "run"
+    arguments = ["train", f"--data={latents}", f"--vae={tmp_path / 'gone'}", f"--out={run}", *FAST]
+    assert main(arguments) == 0
+    assert not (run / "samples.png").exists()
