@@ -1,6 +1,7 @@
 """A model made ready for training: checkpointing, then compilation, then FSDP2, block by block."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
     return True
+
+
+def sharded_dim(shape: Sequence[int], shards: int) -> int:
+    """The dimension that a parameter is cut in: its rows."""
+    return 0
 
 
 def mesh_of(config: TrainConfig, world: World, device: torch.device) -> DeviceMesh:
