@@ -1,5 +1,6 @@
 """The arithmetic of many GPUs: its bytes against real processes', its times against sums done by hand."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -9,8 +10,9 @@ from mdt_fast.config import ModelConfig
 from mdt_fast.errors import UserError
 from mdt_fast.models import flops
 from mdt_fast.presets import published
+from mdt_fast.training.parallelize import sharded_dim
 from mdt_fast.training.scaling import Link, Links, compute_seconds, predict, smallest_batch, step_seconds
-from mdt_fast.training.traffic import Collective, Layout, Ring, Step, Visit, training_step
+from mdt_fast.training.traffic import Collective, Layout, Ring, Step, Visit, padded, training_step
 
 DTYPES = ("float32", "bfloat16")
 CASES = {
@@ -31,6 +33,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counted]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
 def test_bytes_are_those_of_real_processes(case: Case, counted: dict[str, Counted]) -> None:
     """Collective by collective. What a ring sends of a buffer follows from each process's part of it."""
@@ -55,6 +58,18 @@ def test_every_parameter_is_counted_once(family: str) -> None:
     trained = sum(p.numel() for p in flops.meta_model(config, "fast").parameters() if p.requires_grad)
     (within, between) = training_step(config, Layout(16), "ddp").sent
     assert within + between == pytest.approx(2 * 15 / 16 * 4 * trained)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "dim"),
+    [((1152, 4608), 512, 0), ((1, 256, 1152), 8, 1), ((1, 256, 1152), 384, 2), ((1, 1, 1152), 64, 2), ((1, 256, 1152), 512, 0)],
+)  # fmt: skip
+def test_tables_of_one_row_are_cut_where_they_come_out_even(
+    shape: tuple[int, ...], shards: int, dim: int
+) -> None:
+    """Cut along their one row they would be padded to so many times their size."""
+    assert sharded_dim(shape, shards) == dim
+    assert padded(shape, shards) == -(-shape[dim] // shards) * shards * math.prod(shape) // shape[dim]
 
 
 def test_each_link_has_its_share() -> None:
