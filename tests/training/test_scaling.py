@@ -62,8 +62,14 @@ def test_every_parameter_is_counted_once(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "shards", "dim"),
-    [((1152, 4608), 512, 0), ((1, 256, 1152), 8, 1), ((1, 256, 1152), 384, 2), ((1, 1, 1152), 64, 2), ((1, 256, 1152), 512, 0)],
-)  # fmt: skip
+    [
+        ((1152, 4608), 512, 0),
+        ((1, 256, 1152), 8, 1),
+        ((1, 256, 1152), 384, 2),
+        ((1, 1, 1152), 64, 2),
+        ((1, 256, 1152), 512, 0),
+    ],
+)
 def test_tables_of_one_row_are_cut_where_they_come_out_even(
     shape: tuple[int, ...], shards: int, dim: int
 ) -> None:
