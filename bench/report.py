@@ -16,6 +16,7 @@ import command
 import plots
 from formats import interval, memory, number, ratio, sizes
 from mdt_fast.errors import UserError
+from mdt_fast.files import aside
 from rows import Row, read
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -67,19 +68,24 @@ def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
     return "\n\n".join(tables)
 
 
-def put(readme: Path, text: str) -> None:
+def put(
+    readme: Path, text: str, begin_marker: str = BEGIN, end_marker: str = END, option: str = "--readme"
+) -> None:
     """Replace what stands between the markers. ``UserError`` if the file or a marker is missing."""
     try:
         before = readme.read_text()
     except OSError as error:
-        raise UserError(f"--readme: cannot read {str(readme)!r}: {error.strerror}") from None
-    begin, end = before.find(BEGIN), before.find(END)
+        raise UserError(f"{option}: cannot read {str(readme)!r}: {error.strerror}") from None
+    begin, end = before.find(begin_marker), before.find(end_marker)
     if begin < 0 or end < begin:
-        raise UserError(f"--readme: {str(readme)!r} lacks the markers {BEGIN} and {END}, in this order")
+        raise UserError(
+            f"{option}: {str(readme)!r} lacks the markers {begin_marker} and {end_marker}, in this order"
+        )
     try:
-        readme.write_text(f"{before[: begin + len(BEGIN)]}\n{text}\n{before[end:]}")
+        with aside(readme) as file:
+            file.write_text(f"{before[: begin + len(begin_marker)]}\n{text}\n{before[end:]}")
     except OSError as error:
-        raise UserError(f"--readme: cannot write {str(readme)!r}: {error.strerror}") from None
+        raise UserError(f"{option}: cannot write {str(readme)!r}: {error.strerror}") from None
 
 
 def _latest(rows: Sequence[Row], bench: str) -> list[Row]:

@@ -1,14 +1,12 @@
 """The fused optimisers over several ranks (gloo, CPU): global norm, sharded parameters, checkpoints."""
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from mdt_fast.errors import UserError
 from mdt_fast.optim import FusedAdamW, FusedAdan
+from ranks import spawn
 
 BOTH = pytest.mark.parametrize("cls", [FusedAdan, FusedAdamW])
 CLIP = 0.05  # far below the norms here
@@ -55,19 +54,6 @@ def trained(cls: Any, count: int = 3, **options: Any) -> tuple[nn.Module, Any, l
 def near(actual: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def on_rank(rank: int, world: int, rendezvous: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    job(rank, *args)
-    dist.barrier()
-    gc.collect()  # meshes and FSDP's states hold groups in cycles, whose threads must end before the process
-    dist.destroy_process_group()
-
-
-def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
-    mp.spawn(on_rank, (world, str(tmp_path / "rendezvous"), job, args), nprocs=world)
 
 
 @pytest.fixture

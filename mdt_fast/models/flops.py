@@ -93,7 +93,7 @@ def train_step(
 def sample_step(config: ModelConfig, implementation: zoo.Implementation = "reference") -> Count:
     """One guided denoising step of one image: the conditional and the unconditional forward pass."""
     model: Any = meta_model(config, implementation).eval()
-    x, t, y = _inputs(config, batch=2)
+    x, t, y = inputs(config, batch=2)
     return count(lambda: model.forward_with_cfg(x, t, y, cfg_scale=4.0))
 
 
@@ -106,12 +106,12 @@ def _forward(
 ) -> torch.Tensor:
     model: Any = meta_model(config, implementation, switches).train()
     if len_keep is None:
-        return model(*_inputs(config, batch))
+        return model(*inputs(config, batch))
     noise = torch.rand(batch, config.grid_size**2, device="meta")
-    return model(*_inputs(config, batch), enable_mask=True, mask_plan=MaskPlan.from_noise(noise, len_keep))
+    return model(*inputs(config, batch), enable_mask=True, mask_plan=MaskPlan.from_noise(noise, len_keep))
 
 
-def _inputs(config: ModelConfig, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(config: ModelConfig, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     side = config.input_size
     x = torch.zeros(batch, config.in_channels, side, side, device="meta")
     t, y = (torch.zeros(batch, dtype=torch.int64, device="meta") for _ in range(2))

@@ -1,11 +1,13 @@
 """A model made ready for training: checkpointing, then compilation, then FSDP2, block by block."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 
 from ..config import TrainConfig
 from ..errors import UserError
@@ -40,13 +42,26 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
         param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32, output_dtype=torch.float32
     )
     inner = MixedPrecisionPolicy(param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32)
+    shards = mesh["shard"].size()
     for block in model.every_block():
         fully_shard(block, mesh=mesh, mp_policy=inner)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(
+        model, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(sharded_dim(p.shape, shards))
+    )
     for name in METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
     return True
+
+
+def sharded_dim(shape: Sequence[int], shards: int) -> int:
+    """The dimension that a parameter of this shape is cut in, among ``shards`` processes.
+
+    It is the first, which FSDP2 pads to even parts. A table in one row, as [1, L, D], would be padded to
+    ``shards`` times its size, and sent so: the next dimension that comes out even is cut instead.
+    """
+    even = [dim for dim, size in enumerate(shape) if size > 1 and size % shards == 0]
+    return even[0] if shape[0] == 1 and even else 0
 
 
 def mesh_of(config: TrainConfig, world: World, device: torch.device) -> DeviceMesh:

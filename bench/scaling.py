@@ -1,0 +1,304 @@
+"""How a training step scales to many GPUs, by arithmetic: bytes, predicted time, the smallest batch.
+
+    python bench/scaling.py                                 the four MDTv2 on 8 to 512 H100s
+    python bench/scaling.py --gpu a100 --network 200 --network-per node --batch 16
+    python bench/scaling.py --model MDTv2_XL_2 --step-ms 110 --gpus 16,64
+    python bench/scaling.py --markdown docs/scaling.md      writes that document's tables
+
+Bytes are exact (``tests/training/test_scaling.py``). Times are a model's: nothing here is measured, but for
+the time of a step on one GPU, where ``--rows`` has it. See docs/scaling.md.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import command
+import report
+import tables
+from formats import number
+from mdt_fast.config import ModelConfig
+from mdt_fast.errors import UserError
+from mdt_fast.models.zoo import SHAPES
+from mdt_fast.presets import PRESETS
+from mdt_fast.training.parallelize import DTYPES
+from mdt_fast.training.scaling import (
+    Link,
+    Links,
+    Prediction,
+    compute_seconds,
+    positive,
+    predict,
+    smallest_batch,
+)
+from mdt_fast.training.traffic import MODES, Layout, Mode
+from rows import read
+
+BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
+MODELS = "MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2"
+MFU = 0.4
+# Of NCCL's own model of a ring, protocol LL128: seconds of a hop within a machine and between two, of a call.
+NODE_LATENCY, NETWORK_LATENCY, CALL = 1.9e-6, 4.0e-6, 10e-6
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Figures of data sheets: dense bfloat16 FLOP/s, bytes/s over NVLink in each direction; and a word that
+    the driver's name of it has."""
+
+    peak: float
+    nvlink: float
+    word: str
+
+
+GPUS = {
+    "a100": Gpu(312e12, 300e9, "A100"),
+    "h100": Gpu(989e12, 450e9, "H100"),
+    "h200": Gpu(989e12, 450e9, "H200"),
+    "b200": Gpu(2250e12, 900e9, "B200"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """``seconds`` of an image's training step on one GPU, and where that comes from."""
+
+    name: str
+    config: ModelConfig
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Point:
+    model: Model
+    label: str
+    layout: Layout
+    prediction: Prediction
+    smallest: int | None
+
+    @property
+    def gigabytes(self) -> str:
+        within, between = self.prediction.step.sent
+        return f"{number(within / 1e9)} + {number(between / 1e9) if between else '0'}"
+
+    @property
+    def efficiency(self) -> str:
+        return f"{self.prediction.efficiency:.0%} ({self.smallest or '-'})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or write those of ``--markdown``. Returns 0, or 2 after a mistake of the user."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return command.guarded("scaling", lambda kept: _main(argv))
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    request = Request(args)
+    assumptions = request.assumptions()
+    if args.markdown is None:
+        show(request, assumptions)
+        return 0
+    line = shlex.join(["python", "bench/scaling.py", *argv])
+    report.put(args.markdown, markdown(request, assumptions, line), BEGIN, END, "--markdown")
+    print(f"wrote the tables into {args.markdown}")
+    return 0
+
+
+def parser() -> command.Parser:
+    made = command.Parser("scaling", "Bytes, predicted time and smallest batch of a step on many GPUs.")
+    add = made.add_argument
+    add("--model", default=MODELS, help="published models, by comma (default: MDTv2 S/2 to XL/2)")
+    add("--gpus", default="8,16,32,64,128,256,512", help="numbers of GPUs, by comma")
+    add("--gpus-per-node", type=int, default=8, metavar="N")
+    add("--mode", default="fsdp,hybrid", help=f"of {', '.join(MODES)}, by comma")
+    add("--dtype", default="bfloat16", help="what weights are gathered in")
+    add("--batch", type=int, default=32, help="images on each GPU (default: 32)")
+    add("--separate", action="store_true", help="the two passes of a step one after the other, not packed")
+    add("--gpu", default="h100", help=f"peak and NVLink, from data sheets, of {', '.join(GPUS)}")
+    add("--network", type=float, default=400, metavar="GBIT", help="Gbit/s (default: 400)")
+    add("--network-per", default="gpu", help="gpu (default) or node: whose network that is")
+    add("--link-share", type=float, default=0.8, help="part of these rates that collectives reach (0.8)")
+    add("--mfu", type=float, help=f"share of peak that computing reaches (default: measured, else {MFU})")
+    add("--step-ms", type=float, help="a step's time on one GPU, at --batch, instead; of a single model")
+    add("--rows", type=Path, nargs="*", help="where measured steps are (default: bench/results/*.jsonl)")
+    add("--target", type=float, default=0.9, help="efficiency from which a batch scales (default: 0.9)")
+    add("--markdown", type=Path, metavar="FILE", help=f"write tables between {BEGIN} and {END}")
+    return made
+
+
+def one_of(option: str, text: str, allowed: Sequence[str]) -> str:
+    """The single name in ``text``."""
+    found = command.names(option, text, allowed)
+    if len(found) > 1:
+        raise UserError(f"{option}: got {text!r}, allowed is one of {', '.join(allowed)}")
+    return found[0]
+
+
+class Request:
+    """What was asked for, checked."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        gpu = one_of("--gpu", args.gpu, tuple(GPUS))
+        per = one_of("--network-per", args.network_per, ("gpu", "node"))
+        one_of("--dtype", args.dtype, tuple(DTYPES))
+        self.modes: list[Mode] = [*command.names("--mode", args.mode, MODES)]  # type: ignore[list-item]
+        command.at_least_one("--batch", args.batch)
+        command.at_least_one("--gpus-per-node", args.gpus_per_node)
+        positive("--network", args.network, "Gbit/s")
+        for option, value in (("--link-share", args.link_share), ("--mfu", args.mfu)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{option}: got {value}, allowed is a number above 0, up to 1")
+        self.gpu, self.per = GPUS[gpu], per
+        self.layouts = [
+            Layout(command.whole("--gpus", text), args.gpus_per_node)
+            for text in command.listed("--gpus", args.gpus)
+        ]
+        self.network = args.network * 1e9 / 8 / (args.gpus_per_node if per == "node" else 1)
+        self.links = Links(
+            Link(self.gpu.nvlink * args.link_share, NODE_LATENCY),
+            Link(self.network * args.link_share, NETWORK_LATENCY),
+            CALL,
+        )
+        self.models = self._models(command.names("--model", args.model, tuple(SHAPES)))
+
+    def _models(self, names: list[str]) -> list[Model]:
+        args = self.args
+        if args.step_ms is not None:
+            positive("--step-ms", args.step_ms, "milliseconds")
+            if len(names) > 1 or args.mfu is not None:
+                raise UserError("--step-ms: needs a single --model, and no --mfu")
+        found = []
+        for name in names:
+            family, size, patch = name.lower().split("_")
+            config = PRESETS[f"{family}-{size}{patch}"].model
+            measured = None if args.mfu is not None else self._measured(name)
+            if args.step_ms is not None:
+                seconds, source = args.step_ms / 1e3 / args.batch, f"{args.step_ms:g} ms given"
+            elif measured is not None:
+                seconds, source = measured
+            else:
+                mfu = args.mfu or MFU
+                seconds, source = compute_seconds(config, 1, self.gpu.peak, mfu), f"{mfu:.0%} of peak assumed"
+            found.append(Model(name, config, seconds, source))
+        return found
+
+    def _measured(self, name: str) -> tuple[float, str] | None:
+        """Seconds of an image, from the batch next to the one asked for; of the fastest of our providers."""
+        paths = self.args.rows if self.args.rows is not None else sorted(report.RESULTS.glob("*.jsonl"))
+        rows = [
+            row
+            for row in read(paths)
+            if (row["bench"], row.get("model"), row["mode"]) == ("throughput", name, "train")
+            and (row["metric"], row["dtype"]) == ("ms", self.args.dtype)
+            and row["provider"].startswith("fast")
+            and self.gpu.word in row["device"]
+            and row["p50"]
+        ]
+        if not rows:
+            return None
+        best = min(rows, key=lambda row: (abs(row["batch"] - self.args.batch), row["p50"]))
+        seconds = best["p50"] / 1e3 / best["batch"]
+        return seconds, f"{best['p50']:.4g} ms measured at batch {best['batch']} ({best['device']})"
+
+    def point(self, model: Model, mode: Mode, layout: Layout, separate: bool | None = None) -> Point:
+        args = self.args
+        packed = not (args.separate if separate is None else separate)
+        one = predict(
+            model.config, layout, self.links, args.batch * model.seconds,
+            mode=mode, dtype=args.dtype, packed=packed,
+        )  # fmt: skip
+        smallest = smallest_batch(
+            model.config, layout, self.links, model.seconds,
+            target=args.target, mode=mode, dtype=args.dtype, packed=packed,
+        )  # fmt: skip
+        return Point(model, mode if packed else f"{mode}, two passes", layout, one, smallest)
+
+    def assumptions(self) -> str:
+        """In a sentence or two."""
+        args, gpu = self.args, self.gpu
+        sources = {source: [m.name for m in self.models if m.source == source] for source in
+                   dict.fromkeys(model.source for model in self.models)}  # fmt: skip
+        compute = "; ".join(
+            source if len(sources) == 1 else f"{', '.join(names)}: {source}"
+            for source, names in sources.items()
+        )
+        return (
+            f"{gpu.word}: {gpu.peak / 1e12:g} TFLOP/s, NVLink {gpu.nvlink / 1e9:g} GB/s each way, network "
+            f"{args.network:g} Gbit/s per {'machine' if self.per == 'node' else 'GPU'}, machines of "
+            f"{args.gpus_per_node}; collectives reach {args.link_share:.0%} of it, and take "
+            f"{CALL * 1e6:g} us and {NODE_LATENCY * 1e6:g} us (network: {NETWORK_LATENCY * 1e6:g} us) a hop. "
+            f"Compute: {compute}. {args.batch} images on each GPU, {args.dtype}."
+        )
+
+
+def show(request: Request, assumptions: str) -> None:
+    """One line per model, mode and number of GPUs."""
+    console = Console(width=max(tables.WIDTH, Console().width))
+    tables.say(console, assumptions, "dim")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    titles = ("GPUs", "ms/step", "waiting", "efficiency", "collectives", "GB sent: NVLink + network",
+              f"batch for {request.args.target:.0%}")  # fmt: skip
+    for title in ("model", "mode"):
+        table.add_column(title)
+    for title in titles:
+        table.add_column(title, justify="right")
+    for model in request.models:
+        for mode in request.modes:
+            for layout in request.layouts:
+                point = request.point(model, mode, layout)
+                one = point.prediction
+                table.add_row(
+                    model.name, point.label, str(layout.gpus), number(1e3 * one.step_s),
+                    number(1e3 * one.exposed_s), f"{one.efficiency:.0%}", str(len(one.step.collectives)),
+                    point.gigabytes, str(point.smallest or "none up to 4096"),
+                )  # fmt: skip
+    console.print(table)
+
+
+def markdown(request: Request, assumptions: str, line: str) -> str:
+    """The tables of docs/scaling.md."""
+    points = {
+        (model.name, mode): [request.point(model, mode, layout) for layout in request.layouts]
+        for model in request.models
+        for mode in request.modes
+    }
+    head = ["model", "mode", *(str(layout.gpus) for layout in request.layouts)]
+    middle = request.layouts[len(request.layouts) // 2]
+    ways: list[tuple[Mode, bool]] = [("fsdp", False), ("hybrid", False), ("fsdp", True), ("ddp", False)]
+    compared = []
+    for model in dict.fromkeys((request.models[0], request.models[-1])):
+        for mode, separate in ways:
+            point = request.point(model, mode, middle, separate)
+            number_of, waiting = len(point.prediction.step.collectives), 1e3 * point.prediction.exposed_s
+            cells = [point.gigabytes, number(waiting), point.efficiency]
+            compared.append([model.name, point.label, str(number_of), *cells])
+    return "\n\n".join(
+        [
+            f"{assumptions} `{line}`",
+            "**Sent by each GPU in a step, GB: within its machine + over the network**, by number of GPUs:",
+            _table(head, [[*key, *(p.gigabytes for p in row)] for key, row in points.items()]),
+            f"**Predicted efficiency (and the images on each GPU from which on it is "
+            f"{request.args.target:.0%})**, by number of GPUs:",
+            _table(head, [[*key, *(p.efficiency for p in row)] for key, row in points.items()]),
+            f"**Other ways, {middle.gpus} GPUs**:",
+            _table(["model", "way", "collectives", "GB", "waiting, ms", "efficiency"], compared),
+        ]
+    )
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", "---", *(["---:"] * (len(head) - 2))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Several processes of one test, which talk by gloo."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
+    """``job(rank, *args)`` in each of ``world`` processes; raises what one of them raises."""
+    mp.spawn(on_rank, (world, str(tmp_path / "rendezvous"), job, args), nprocs=world)
+
+
+def on_rank(rank: int, world: int, rendezvous: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    job(rank, *args)
+    dist.barrier()
+    gc.collect()  # meshes and FSDP's states hold groups in cycles, whose threads must end before the process
+    dist.destroy_process_group()
