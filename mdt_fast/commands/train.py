@@ -146,5 +146,5 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
     values["model"].update(input_size=stage.size, in_channels=stage.channels)
     values["model"]["num_classes"] = len(images.classes)
     if not values["data"]["conditional"]:
-        values["model"].update(num_classes=1, class_dropout_prob=0.0)
+        values["model"].update(class_dropout_prob=0.0)
         values["sample"].update(cfg_scale=1.0)

@@ -48,8 +48,16 @@ class SourceSet(ImageSet, Protocol):
 
 def open_images(config: DataConfig) -> ImageSet:
     """The set that ``config.source`` names: ``digits``, a folder that ``mdt-fast encode`` wrote, a folder of
-    ``.tar`` shards, or one of images. Raises ``UserError`` if it cannot.
+    ``.tar`` shards, or one of images; with ``config.conditional`` False all of one class. Raises
+    ``UserError`` if it cannot.
     """
+    images = _open(config)
+    if not config.conditional:
+        images.labels, images.classes = np.zeros_like(images.labels), ("images",)
+    return images
+
+
+def _open(config: DataConfig) -> ImageSet:
     from .latents import LatentSet, is_encoded
 
     if config.source != "digits" and config.source and is_encoded(Path(config.source)):

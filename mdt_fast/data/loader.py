@@ -95,7 +95,7 @@ class Loader:
         for attempt in range(attempts):
             current = (index + attempt) % total
             try:
-                label = int(self.images.labels[current]) if self.config.conditional else 0
+                label = int(self.images.labels[current])
                 return self.images.load(current, random.Random(crop_seed), mirror), label
             except UserError:
                 if attempt + 1 == attempts:

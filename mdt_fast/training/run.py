@@ -201,8 +201,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
 
 def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, world: World) -> None:
     """``UserError`` unless the data fits the model and the processes."""
-    if config.data.conditional:
-        check_classes(images.classes, config.model.num_classes)
+    check_classes(images.classes, config.model.num_classes)
     for name, ours, theirs in (
         ("input_size", config.model.input_size, first_stage.size),
         ("in_channels", config.model.in_channels, first_stage.channels),
