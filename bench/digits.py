@@ -1,8 +1,8 @@
 """The digits by both ways: trained on pixels, and on latents of a small autoencoder made for them.
 
 ``python bench/digits.py --out runs/both`` trains the autoencoder, encodes the digits with it, trains the
-``digits`` preset both ways with the command line's own commands, samples from both, and asks a classifier that
-was trained on the real digits what it recognises. Minutes on two CPU cores.
+``digits`` preset both ways with the command line's own commands, samples from both, and asks a classifier
+that was trained on the real digits what it recognises. Minutes on two CPU cores.
 """
 
 import argparse

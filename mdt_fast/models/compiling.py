@@ -12,6 +12,7 @@ from .base import Transformer
 from .rows import Rows
 
 SCOPES = ("model", "block")
+RECOMPILE_LIMIT = 64
 
 
 def compile_for_training(model: Transformer, scope: str = "block", **options: Any) -> None:
@@ -26,6 +27,9 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
     if scope not in SCOPES:
         raise UserError(f"scope: got {scope!r}, allowed are {', '.join(SCOPES)}")
     options = {"fullgraph": True} | options
+    # All blocks share one cache: encoder, decoder and side block, with gradients and without, each counts.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     vars(model)["mark_lengths"] = mark
     if scope == "block":
         for block in model.every_block():

@@ -200,7 +200,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     except ImportError as error:
         raise UserError(f"the loss curve needs matplotlib ({error}); pip install 'mdt-fast[train]'") from None
     rows = read_rows(metrics)
-    if not rows:
+    if not any(isinstance(row.get("loss"), float) for row in rows):
         return
     labels = {"loss": "all tokens", "m_loss": "masked"}
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

@@ -138,7 +138,8 @@ class Run:
         first = self.world.rank * share
         own = (labels + labels[-1:] * share)[first : first + share]
         diffusion = sampling_diffusion(self.config.model, self.config.diffusion, config)
-        with self.ema.in_model() as model:
+        # A picture now and then is not worth compiling blocks for other shapes and for no gradients.
+        with self.ema.in_model() as model, torch.compiler.set_stance("force_eager"):
             latents = sample(
                 model, diffusion, own, config, first_index=first,
                 diffusion_steps=self.config.diffusion.diffusion_steps,

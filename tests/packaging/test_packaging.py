@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["mdt_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
-EXTRAS = {"train", "latents", "sample", "eval", "cuda", "fp8", "nvcc", "test", "dev"}
+EXTRAS = {"watch", "train", "latents", "sample", "eval", "cuda", "fp8", "nvcc", "test", "dev"}
 OPTIONAL = ["triton", "sklearn", "matplotlib", "scipy", "diffusers", "torchvision", "torchao", "xformers"]
 
 # Runs in a fresh interpreter: every optional package is made to look missing, then every module is imported
