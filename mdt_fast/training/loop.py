@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -109,6 +109,8 @@ def train(
             with losses_named(world), bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
         except (UserError, OSError) as error:
+            with suppress(UserError):  # a checkpoint in work is worth waiting for
+                run.saver.wait()
             last = latest(out)
             if last is None or str(last) in str(error):
                 raise
