@@ -190,7 +190,8 @@ class TrainConfig:
     """The training recipe. ``steps`` counts optimiser updates; learning rates are per update.
 
     ``batch_size``: images in an update, of all processes and ``accumulate`` parts together. ``dtype``: what
-    is computed in; weights, statistics and optimiser states are float32. ``keep``: the last so many
+    is computed in; weights, statistics and optimiser states are float32. ``float8``: the blocks' products by
+    torchao, on GPUs that have them. ``keep``: the last so many
     checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
     or a gradient that is not finite are left out; after more than so many in a row the run stops.
 
@@ -219,6 +220,7 @@ class TrainConfig:
     keep_every: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    float8: bool = False
     parallel: Literal["fsdp", "hybrid"] = "fsdp"
     compile: Literal["none", "block", "model"] = "none"
     checkpointing: Literal["none", "selective", "full"] = "none"

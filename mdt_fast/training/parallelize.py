@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..models.base import Transformer
 from ..models.compiling import compile_for_training
+from ..models.float8 import use_float8
 from .distributed import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +28,8 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
     due, in ``config.dtype``; gradients are averaged in float32. ``hybrid`` shards among the processes of a
     machine and keeps a replica on each. Raises ``UserError`` for settings that do not go together.
     """
+    if config.float8:
+        use_float8(model)
     model.set_checkpointing(config.checkpointing)
     if config.compile == "model" and world.size > 1:
         raise UserError("train.compile: 'model' is for one process; several need 'block' (or 'none')")

@@ -38,6 +38,8 @@ def check_settings(config: RunConfig) -> None:
             f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "
             "where the learning rate is 0"
         )
+    if settings.float8 and settings.dtype != "bfloat16":
+        raise UserError(f"train.float8: goes with train.dtype bfloat16, got {settings.dtype}")
     if not config.data.conditional and config.model.num_classes != 1:
         raise UserError(
             f"model.num_classes: {config.model.num_classes}, but without labels (data.conditional=false) "
