@@ -45,11 +45,18 @@ SOURCE is a folder of class folders (SOURCE/cat/1.jpg), of files named ClassID_I
 shards (.tar), or the word digits. What was stopped or killed goes on with the same command, with any number
 of processes; Ctrl-C and SIGTERM exit with 128 + the signal's number."""
 CONVERT_HELP = """\
-Write a run's weights as one file, or change the format of a weights file (official .pt files are read without
-executing anything in them).
+Write a run's weights as one file, change the format of a weights file, or move a run to and from the official
+training code (.pt files are read without executing anything in them).
 
   mdt-fast convert runs/digits digits.safetensors
-  mdt-fast convert mdt_xl2_v2_ckpt.pt mdt_xl2_v2.safetensors"""
+  mdt-fast convert mdt_xl2_v2_ckpt.pt mdt_xl2_v2.safetensors
+
+  mdt-fast convert runs/xl2 official --official         modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt
+  mdt-fast convert official runs/xl2 --data latents     a run that goes on from the newest of such files
+  mdt-fast convert mdt_xl2_v2_ckpt.pt runs/fine --data latents          one that starts from such weights
+
+The last two find the preset by the weights' shape (or take --preset), and the rest in the files; --config and
+--set change any of it, as in train."""
 
 
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
@@ -114,14 +121,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sample.add_argument("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
     sample.add_argument("--png", metavar="DIR", help="one PNG per image")
 
-    convert = commands.add_parser("convert", help="weights to .safetensors or .pt", description=CONVERT_HELP)
-    convert.add_argument(
-        "source", metavar="RUN|FILE", help="a run, a checkpoint, or a .pt or .safetensors file"
-    )
-    convert.add_argument("target", metavar="FILE", help="a name that ends in .safetensors or .pt")
-    convert.add_argument(
-        "--weights", choices=("ema", "model"), default="ema", help="which of a run's (default: ema)"
-    )
+    convert = _add_convert(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
@@ -164,25 +164,62 @@ def _add_encode(commands: Any) -> Parser:
     return encode
 
 
-def _add_train(commands: Any) -> Parser:
-    train: Parser = commands.add_parser(
-        "train", help="train a model on images or encoded latents", description=TRAIN_HELP
+def _add_convert(commands: Any) -> Parser:
+    convert: Parser = commands.add_parser(
+        "convert", help="weights to .safetensors or .pt; official files", description=CONVERT_HELP
     )
-    add = train.add_argument
-    add("--out", required=True, metavar="RUN", help="the run's folder")
-    add("--preset", metavar="NAME", help="digits, images (the default with --data), mdtv2-xl2, dit-s4, ...")
-    add("--config", metavar="FILE", help="settings in YAML, as --dry-run prints them; on top of the preset")
+    add = convert.add_argument
     add(
-        "--data",
-        metavar="DIR",
-        help="images, webdataset shards or encoded latents; sets the number of classes",
+        "source",
+        metavar="RUN|FILE|DIR",
+        help="a run, a checkpoint, a .pt or .safetensors file, or a folder of official files",
     )
+    add(
+        "target",
+        metavar="FILE|DIR|RUN",
+        help="a name that ends in .safetensors or .pt, or a folder for official files or for a run",
+    )
+    add("--weights", choices=("ema", "model"), default="ema", help="which of a run's (default: ema)")
+    add("--official", action="store_true", help="to modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt")
+    _add_recipe(
+        add,
+        preset="of a run (default: the published model of the weights' shape)",
+        data="of a run: images, webdataset shards or encoded latents",
+    )
+    return convert
+
+
+def _add_recipe(add: Any, preset: str, data: str) -> None:
+    """The options that make a run's configuration; what is said of two of them."""
+    add("--preset", metavar="NAME", help=preset)
+    add("--config", metavar="FILE", help="settings in YAML, as --dry-run prints them; on top of the preset")
+    add("--data", metavar="DIR", help=data)
     add("--image-size", type=int, metavar="N", help="side in pixels that images are cropped to")
     add(
         "--vae", metavar="PATH|NAME", help="autoencoder: train on latents of the images, encoded as they come"
     )
     add("--unconditional", action="store_true", help="ignore the labels")
     add("--model", metavar="FACTORY", help="a published shape, such as MDTv2_S_2 or DiT_B_4")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="any other setting, such as model.depth=8 (repeatable)",
+    )
+
+
+def _add_train(commands: Any) -> Parser:
+    train: Parser = commands.add_parser(
+        "train", help="train a model on images or encoded latents", description=TRAIN_HELP
+    )
+    add = train.add_argument
+    add("--out", required=True, metavar="RUN", help="the run's folder")
+    _add_recipe(
+        add,
+        preset="digits, images (the default with --data), mdtv2-xl2, dit-s4, ...",
+        data="images, webdataset shards or encoded latents; sets the number of classes",
+    )
     add("--steps", type=int, metavar="N", help="updates in all, those before a resume included")
     add("--batch-size", type=int, metavar="N", help="images in an update, of all processes together")
     add("--accumulate", type=int, metavar="N", help="parts that a process computes its images in (memory)")
@@ -193,13 +230,6 @@ def _add_train(commands: Any) -> Parser:
     add("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
     add("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="any other setting, such as model.depth=8 (repeatable)",
-    )
     add("--dry-run", action="store_true", help="check everything, print all settings as YAML, write nothing")
     return train
 

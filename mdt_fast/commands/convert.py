@@ -6,14 +6,34 @@ from typing import Any
 
 from ..config import to_dict
 from ..errors import UserError
-from ..models.convert import read_weights, write_weights
+from ..models.convert import SUFFIXES, read_weights, write_weights
 from ..sampling import check_writable
+from ..training import checkpoint
+from ..training.from_official import make_run, read_optimizer, refuse_used
+from ..training.official_files import find_files, write_official
 from ..training.run import open_or_advise
 from ..training.states import whole_state
+from .official_config import RECIPE, official_config
 
 
 def convert(args: argparse.Namespace) -> int:
+    """To official files with ``--official``; to a run from what no run left, into a name that is no file's;
+    else to one file of weights."""
     source, target = Path(args.source), Path(args.target)
+    recipe = [name for name in RECIPE if getattr(args, name)]
+    elsewhere = source.exists() and not checkpoint.is_ours(source)
+    becomes_run = elsewhere and target.suffix not in SUFFIXES and (recipe or not target.suffix)
+    if becomes_run and not args.official:
+        return _run(args, source, target)
+    if recipe:
+        raise UserError(
+            f"--{recipe[0].replace('_', '-')}: is for a run that is made of official files or of weights; "
+            f"from {str(source)!r} to {str(target)!r} there is none to be made"
+        )
+    return _official_files(source, target) if args.official else _weights_file(args, source, target)
+
+
+def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     metadata: dict[str, Any] = {}
     if source.is_file() and target.exists() and source.samefile(target):
         raise UserError(f"convert: {str(source)!r} and {str(target)!r} are the same file")
@@ -26,4 +46,33 @@ def convert(args: argparse.Namespace) -> int:
         metadata = {"model": to_dict(opened.config.model), "step": opened.step, "weights": args.weights}
     write_weights(target, state, **metadata)
     print(f"{len(state)} tensors in {target}")
+    return 0
+
+
+def _official_files(source: Path, target: Path) -> int:
+    check_writable(target, folder=True)
+    opened = open_or_advise(source, checkpoint.PARTS, "mdt-fast convert {}")
+    files = write_official(opened, target)
+    for note in files.notes:
+        print(note)
+    names = [files.model, *files.averages.values(), files.optimizer]
+    print(
+        f"{opened.path} ({opened.step} updates) in {target}: {', '.join(path.name for path in names if path)}"
+    )
+    print(f"the official script goes on with --resume_checkpoint {files.model}")
+    return 0
+
+
+def _run(args: argparse.Namespace, source: Path, target: Path) -> int:
+    check_writable(target, folder=True)
+    refuse_used(target)
+    files = find_files(source)
+    weights = read_weights(files.model, mmap=True)
+    packed = None if files.optimizer is None else read_optimizer(files.optimizer)
+    config, notes = official_config(args, files, weights, packed)
+    notes = [*files.notes, *notes, *make_run(target, config, files, weights, packed)]
+    for note in notes:
+        print(note)
+    print(f"{files.model} is step {files.step} of {target}; go on with")
+    print(f"  mdt-fast train --out {target} --resume auto")
     return 0

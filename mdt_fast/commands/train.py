@@ -67,12 +67,7 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     It starts from the checkpoint's when resuming, from the run's ``config.json`` where ``--resume auto``
     finds a run that was killed before its first checkpoint, else from the preset's.
     """
-    preset, given = (None, {}) if args.config is None else read_config_file(Path(args.config))
-    name = args.preset or preset
-    if name is not None and name not in PRESETS:
-        raise UserError(
-            f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
-        )
+    name, given = named_preset(args)
     start = starting_point(Path(args.out), args.resume)
     begun = Path(args.out) / "config.json"
     if start is not None:
@@ -81,21 +76,36 @@ def train_config(args: argparse.Namespace) -> RunConfig:
         values = to_dict(read_saved_config(begun))
     else:
         values = to_dict(_preset(args, name))
-    by_hand = [(section, key, value) for section, keys in given.items() for key, value in keys.items()]
-    by_hand += [
-        (*where, getattr(args, name)) for name, where in OPTIONS.items() if getattr(args, name) is not None
-    ]
-    if args.unconditional:
-        by_hand.append(("data", "conditional", False))
-    by_hand += [_setting(text, values) for text in args.set]
-    _put(values, by_hand)
+    by_hand = set_by_hand(args, given, values)
+    put(values, by_hand)
     if start is None or args.model is not None:
         _fit_model_to_data(values, args, by_hand)
-        _put(values, by_hand)  # what was set by hand wins over what follows from the data
+        put(values, by_hand)  # what was set by hand wins over what follows from the data
     return from_dict(RunConfig, values)
 
 
-def _put(values: dict[str, Any], settings: Settings) -> None:
+def named_preset(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The preset that ``--preset`` or ``--config`` names, if any, and the settings of ``--config``."""
+    preset, given = (None, {}) if args.config is None else read_config_file(Path(args.config))
+    name = args.preset or preset
+    if name is not None and name not in PRESETS:
+        raise UserError(
+            f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
+        )
+    return name, given
+
+
+def set_by_hand(args: argparse.Namespace, given: dict[str, Any], values: dict[str, Any]) -> Settings:
+    """What ``given`` (of ``--config``), the options and ``--set`` change of ``values``, in that order."""
+    by_hand = [(section, key, value) for section, keys in given.items() for key, value in keys.items()]
+    options = {name: getattr(args, name, None) for name in OPTIONS}  # convert has only some of them
+    by_hand += [(*OPTIONS[name], value) for name, value in options.items() if value is not None]
+    if args.unconditional:
+        by_hand.append(("data", "conditional", False))
+    return by_hand + [_setting(text, values) for text in args.set]
+
+
+def put(values: dict[str, Any], settings: Settings) -> None:
     for section, key, value in settings:
         values[section][key] = value
 
@@ -136,11 +146,8 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
         values["model"]["decode_layer"] = decode_layer(family, args.model.split("_")[1])
         if family != "mdtv2":
             values["diffusion"]["min_snr_gamma"] = None
-    source = values["data"]["source"]
-    if isinstance(source, str) and is_encoded(Path(source)):
-        encoded = LatentSet(Path(source))
-        values["data"].update(image_size=encoded.image_size, vae=encoded.autoencoder, flip=encoded.mirrored)
-        _put(values, by_hand)
+    fit_to_encoded(values)
+    put(values, by_hand)
     images = open_images(from_dict(DataConfig, values["data"], "data"))
     stage = open_first_stage(from_dict(DataConfig, values["data"], "data"), images)
     values["model"].update(input_size=stage.size, in_channels=stage.channels)
@@ -148,3 +155,11 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
     if not values["data"]["conditional"]:
         values["model"].update(class_dropout_prob=0.0)
         values["sample"].update(cfg_scale=1.0)
+
+
+def fit_to_encoded(values: dict[str, Any]) -> None:
+    """The settings of data that follow from encoded latents, if ``data.source`` is a folder of them."""
+    source = values["data"]["source"]
+    if isinstance(source, str) and is_encoded(Path(source)):
+        encoded = LatentSet(Path(source))
+        values["data"].update(image_size=encoded.image_size, vae=encoded.autoencoder, flip=encoded.mirrored)

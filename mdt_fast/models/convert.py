@@ -6,7 +6,9 @@ No pickled code is ever executed: ``.pt`` files are read with ``weights_only=Tru
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,27 @@ from .zoo import CLASSES
 SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Tensor]:
     """The state_dict in a ``.pt`` (or ``.pth``) or ``.safetensors`` file, on the CPU.
 
+    ``mmap``: a ``.pt`` file's tensors are read when they are used, and take no memory of their own.
     Raises ``UserError`` naming the file where it is missing, truncated, of another kind, holds anything
     but tensors under names, or would need code from the file to be executed.
     """
     path = Path(path)
+    state = read_saved(path, mmap=mmap)
+    if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
+        raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name)")
+    return dict(state)
+
+
+def read_saved(path: Path, *, mmap: bool = False) -> Any:
+    """What a ``.pt`` (or ``.pth``) or ``.safetensors`` file holds, whatever that is; errors as above."""
     _check_suffix(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_pt(path)
+        return load_file(path) if path.suffix == ".safetensors" else _read_pt(path, mmap)
     except UserError:
         raise
     except Exception as error:  # what a damaged file makes the readers raise is not documented
@@ -44,9 +55,6 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a readable {path.suffix} file (truncated or damaged?): {reason}"
         ) from error
-    if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
-        raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name)")
-    return dict(state)
 
 
 def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **metadata: Any) -> None:
@@ -61,18 +69,22 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
     if not path.parent.is_dir():
         raise UserError(f"{path}: folder {path.parent} does not exist")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    with aside(path) as file, full_disk_named(path):
+        if path.suffix == ".safetensors":
+            # safetensors refuses tensors that share memory (views of one tensor do).
+            separate = {key: value.clone() for key, value in tensors.items()}
+            save_file(separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        else:
+            with open(file, "wb") as opened:
+                torch.save(tensors, opened)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """What safetensors and torch raise where a disk is full becomes a ``UserError`` that names ``path``."""
     try:
-        with aside(path) as file:
-            if path.suffix == ".safetensors":
-                # safetensors refuses tensors that share memory (views of one tensor do).
-                separate = {key: value.clone() for key, value in tensors.items()}
-                save_file(
-                    separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()}
-                )
-            else:
-                with open(file, "wb") as opened:
-                    torch.save(tensors, opened)
-    except (SafetensorError, RuntimeError) as error:  # how both report a full disk
+        yield
+    except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0][:160]}") from error
 
 
@@ -81,7 +93,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
 
     The model is left as it was if anything differs.
     """
-    own = model.state_dict()
+    check_weights(model.state_dict(), state, source)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """``UserError``, in one line, unless ``state`` has the keys and shapes of ``own``."""
     differences = [
         *_listed("missing", own.keys() - state.keys()),
         *_listed("unexpected", state.keys() - own.keys()),
@@ -96,7 +113,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
     ]
     if differences:
         raise UserError(f"{source}: weights of another model: {'; '.join(differences)}")
-    model.load_state_dict(dict(state), strict=True)
 
 
 def config_of(module: Any) -> ModelConfig:
@@ -105,31 +121,58 @@ def config_of(module: Any) -> ModelConfig:
         return config
     state = module.state_dict()
     try:
-        weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
-        hidden_size, in_channels, patch_size, _ = weight.shape
-        prefix, family = _family(state)
-        outputs = state["final_layer.linear.weight"].shape[0] // patch_size**2
+        shape = shape_of(state)
+        family = shape["family"]
         has_mask = family != "dit" and module.mask_ratio is not None
         dropout = float(module.y_embedder.dropout_prob)
         return ModelConfig.of(
-            family,
-            input_size=int(state["pos_embed"].shape[1] ** 0.5) * patch_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=_depth(state, family),
-            num_heads=_num_heads(module, state, prefix),
-            mlp_ratio=state[f"{prefix}.mlp.fc1.weight"].shape[0] / hidden_size,
-            class_dropout_prob=dropout,
-            num_classes=table.shape[0] - (dropout > 0),
-            learn_sigma=outputs == 2 * in_channels,
-            mask_ratio=module.mask_ratio if has_mask else None,
-            decode_layer=None if family == "dit" else module.decode_layer,
+            **{
+                "num_heads": getattr(module, "num_heads", None),
+                **shape,
+                "class_dropout_prob": dropout,
+                "num_classes": label_rows(state) - (dropout > 0),
+                "mask_ratio": module.mask_ratio if has_mask else None,
+                "decode_layer": None if family == "dit" else module.decode_layer,
+            },
         )
     except (KeyError, AttributeError, ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"module: {type(module).__name__} is no MDT, MDTv2 or DiT (lacks {error})") from error
+
+
+def shape_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What weights alone say of their ``ModelConfig``.
+
+    Not there: ``mask_ratio``, ``class_dropout_prob`` and with it ``num_classes`` (:func:`label_rows`), MDT
+    v1's ``decode_layer`` and DiT's ``num_heads``. Of an MDTv2 whose ``depth - decode_layer`` was odd the
+    depth is that without the block it lost. Raises ``KeyError``, ``ValueError`` or ``IndexError`` for
+    weights of anything else.
+    """
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    prefix, family = _family(state)
+    outputs = state["final_layer.linear.weight"].shape[0] // patch_size**2
+    shape = {
+        "family": family,
+        "input_size": int(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": _depth(state, family),
+        "mlp_ratio": state[f"{prefix}.mlp.fc1.weight"].shape[0] / hidden_size,
+        "learn_sigma": outputs == 2 * in_channels,
+    }
+    table = state.get(f"{prefix}.attn.rel_pos_bias.relative_position_bias_table")
+    if table is not None:
+        shape["num_heads"] = table.shape[1]
+    if family == "mdtv2":
+        shape["decode_layer"] = _blocks(state, "de_blocks")
+    return shape
+
+
+def label_rows(state: Mapping[str, Tensor]) -> int:
+    """The classes in the label table, and the null class if labels are dropped."""
+    return state["y_embedder.embedding_table.weight"].shape[0]
 
 
 def from_reference(module: nn.Module) -> Transformer:
@@ -157,9 +200,10 @@ def from_reference(module: nn.Module) -> Transformer:
     return fast.train(module.training)
 
 
-def _read_pt(path: Path) -> Any:
+def _read_pt(path: Path, mmap: bool) -> Any:
+    mmap = mmap and zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: needs code from the file to be executed, or is damaged; only plain tensors are read"
@@ -198,9 +242,8 @@ def _family(state: Mapping[str, Tensor]) -> tuple[str, Family]:
 
 def _depth(state: Mapping[str, Tensor], family: Family) -> int:
     lists = ("en_inblocks", "en_outblocks", "de_blocks") if family == "mdtv2" else ("blocks",)
-    return sum(key.startswith(lists) and key.endswith("attn.qkv.weight") for key in state)
+    return sum(_blocks(state, name) for name in lists)
 
 
-def _num_heads(module: Any, state: Mapping[str, Tensor], prefix: str) -> int:
-    table = state.get(f"{prefix}.attn.rel_pos_bias.relative_position_bias_table")
-    return module.num_heads if table is None else table.shape[1]
+def _blocks(state: Mapping[str, Tensor], name: str) -> int:
+    return sum(key.startswith(f"{name}.") and key.endswith("attn.qkv.weight") for key in state)

@@ -150,7 +150,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if newest is None:
             raise UserError(f"{str(path)!r} holds no complete checkpoint yet")
         path = newest
-    elif not NAME.search(path.name) and not (path / STATE).exists():
+    elif not is_ours(path):
         raise UserError(
             f"{str(path)!r} is neither a run (no checkpoints/ in it) nor a checkpoint (no {STATE})"
         )
@@ -171,6 +171,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not _is_complete(state):
         raise DamagedCheckpointError(f"{file}: edited, entries are missing or of another type")
     return Checkpoint(path, state)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this is the folder of a run, or of a checkpoint, whole or not."""
+    return (path / "checkpoints").is_dir() or bool(NAME.search(path.name)) or (path / STATE).exists()
 
 
 def steps(run: Path) -> list[Path]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import to_dict
+from ..config import RunConfig, to_dict
+from ..data import FirstStage, ImageSet
 from ..errors import UserError
 from ..models.zoo import build_model
 from ..optim import FusedAdamW, FusedAdan
@@ -31,10 +32,10 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
     weights = {name: p.detach() for name, p in run.model.named_parameters()}
     parts = {MODEL: weights, EMA: dict(run.ema.tensors)}
     for part, tensors in parts.items():
-        if not all(run.world.everyones(_finite(tensors))):
+        if not all(run.world.everyones(all_finite(tensors))):
             raise UserError(f"the {part}'s weights are not finite after step {run.step}; nothing was saved")
     packed = run.optimizer.state_dict()
-    names = _trained(run.model)
+    names = trained_names(run.model)
     entries = {
         f"{names[index]}/{entry}": tensor
         for index, state in packed["state"].items()
@@ -46,17 +47,24 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
     for name, values in metrics.pending(run.step).items():
         entries[f"{METRICS}/{name}"] = values
     state = {
-        "config": to_dict(run.config),
-        "classes": list(run.images.classes),
-        "num_images": len(run.images.labels),
-        "data": getattr(run.images, "digest", None),
-        "latents": run.first_stage.described(),
+        **described(run.config, run.images, run.first_stage),
         "processes": run.world.size,
         "streak": metrics.streak,
         "skipped": metrics.skipped,
         "optimizer_groups": packed["param_groups"],
     }
     return {**parts, OPTIMIZER: entries}, state
+
+
+def described(config: RunConfig, images: ImageSet, first_stage: FirstStage) -> dict[str, Any]:
+    """What a checkpoint's ``state.json`` says of the settings and the data."""
+    return {
+        "config": to_dict(config),
+        "classes": list(images.classes),
+        "num_images": len(images.labels),
+        "data": getattr(images, "digest", None),
+        "latents": first_stage.described(),
+    }
 
 
 def restore_optimizer(
@@ -101,10 +109,12 @@ def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
     return {key: tensors[key] if key in tensors else index.clone() for key in keys}
 
 
-def _finite(tensors: Mapping[str, Tensor]) -> bool:
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this process's part of every one is."""
     largest = torch._foreach_norm([part for t in tensors.values() if (part := local(t)).numel()], torch.inf)
     return not largest or bool(torch.stack([value.float() for value in largest]).isfinite().all())
 
 
-def _trained(model: Any) -> list[str]:
+def trained_names(model: Any) -> list[str]:
+    """The parameters that an optimiser has, in its order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

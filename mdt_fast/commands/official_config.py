@@ -1,0 +1,123 @@
+"""The configuration of a run that goes on from the official loop's files."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..config import RunConfig, from_dict, to_dict
+from ..errors import UserError
+from ..models.convert import label_rows, shape_of
+from ..models.zoo import shape_of as published_shape
+from ..presets import PRESETS
+from ..training.from_official import PackedOptimizer
+from ..training.official_files import OfficialFiles
+from ..training.optim import learning_rate
+from .train import fit_to_encoded, named_preset, put, set_by_hand
+
+RECIPE = ("preset", "config", "data", "image_size", "vae", "unconditional", "model", "set")
+"""The options that make a configuration."""
+
+
+def official_config(
+    args: argparse.Namespace,
+    files: OfficialFiles,
+    weights: Mapping[str, Tensor],
+    packed: PackedOptimizer | None,
+) -> tuple[RunConfig, list[str]]:
+    """A preset, changed by what the files say, then by what was set by hand; and what there is to say.
+
+    The weights have the model's shape, a published one's its preset, too; the optimiser's state has its kind,
+    learning rate, weight decay and the norm to clip to; the average's name has its rate. ``UserError`` for a
+    shape set by hand that is not the weights', and where no preset can be had.
+    """
+    shape, rows = _said_by_weights(files, weights)
+    name, given = named_preset(args)
+    preset = name or _published(shape)
+    values = to_dict(PRESETS[preset])
+    notes = [] if name else [f"preset {preset}, by the shape of the weights"]
+    hand = {(section, key): value for section, key, value in set_by_hand(args, given, values)}
+    if args.model is not None:
+        family, sizes = published_shape(args.model)
+        hand = {("model", key): value for key, value in {"family": family, **sizes}.items()} | hand
+    by_hand = [(section, key, value) for (section, key), value in hand.items()]
+    put(values, by_hand)
+    fit_to_encoded(values)
+    if not values["data"]["conditional"]:
+        values["model"].update(class_dropout_prob=0.0)
+        values["sample"].update(cfg_scale=1.0)
+    put(values, by_hand)
+    dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
+    shape["num_classes"] = rows - dropped
+    for key, value in shape.items():
+        if hand.get(("model", key), value) != value:
+            raise UserError(
+                f"model.{key}: {hand['model', key]!r}, but the weights in {files.model} have {value!r}"
+            )
+    if values["model"]["family"] != shape["family"]:
+        raise UserError(
+            f"--preset: {preset!r} is a recipe for {values['model']['family']}, the weights in {files.model} "
+            f"are of {shape['family']}"
+        )
+    notes += _changed(values, "model", shape, f"as in {files.model.name}")
+    rate = _rate(files, values["train"]["ema_decay"], ("train", "ema_decay") in hand)
+    said = {} if rate is None else {"ema_decay": rate}
+    if packed is not None:
+        said |= _recipe(packed, from_dict(RunConfig, values), files.step)
+    said = {key: value for key, value in said.items() if ("train", key) not in hand}
+    notes += _changed(values, "train", said, "as in the files")
+    return from_dict(RunConfig, values), notes
+
+
+def _said_by_weights(files: OfficialFiles, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """What the weights say of the model's shape, and the rows of their label table."""
+    try:
+        return shape_of(weights), label_rows(weights)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{files.model}: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
+
+
+def _published(shape: dict[str, Any]) -> str:
+    """The preset of a published model of this shape."""
+    wanted = {key: shape[key] for key in ("family", "patch_size", "hidden_size", "depth")}
+    for name, preset in PRESETS.items():
+        model = to_dict(preset.model)
+        if "-" in name and all(model[key] == value for key, value in wanted.items()):
+            return name
+    sizes = ", ".join(f"{key} {value}" for key, value in wanted.items())
+    raise UserError(f"--preset: needed, as no published model has the shape of the weights ({sizes})")
+
+
+def _rate(files: OfficialFiles, wanted: float, by_hand: bool) -> float | None:
+    """The rate of the average to go on with; None: there is none."""
+    rates = sorted(files.averages)
+    if not rates or wanted in rates:
+        return wanted if rates else None
+    if len(rates) > 1 or by_hand:
+        raise UserError(
+            f"train.ema_decay: no average of rate {wanted} beside {files.model}, there are those of "
+            f"{', '.join(map(str, rates))}; pass --set train.ema_decay={rates[-1]}"
+        )
+    return rates[0]
+
+
+def _recipe(packed: PackedOptimizer, config: RunConfig, step: int) -> dict[str, Any]:
+    """The training settings that the optimiser's state knows."""
+    known: dict[str, Any] = {"optimizer": packed.kind, "weight_decay": packed.group["weight_decay"]}
+    if "max_grad_norm" in packed.group:
+        known["max_grad_norm"] = float(packed.group["max_grad_norm"])
+    elif packed.kind != config.train.optimizer:
+        known["max_grad_norm"] = 0.0  # the official loop does not clip for AdamW
+    if learning_rate(replace(config.train, lr=1.0), step) == 1.0:  # no schedule has changed it
+        known["lr"] = packed.group["lr"]
+    return known
+
+
+def _changed(values: dict[str, Any], section: str, said: dict[str, Any], where: str) -> list[str]:
+    """Put what the files say into a section; a line for what that changes."""
+    new = {key: value for key, value in said.items() if values[section][key] != value}
+    before = ", ".join(f"{section}.{key} {value} (not {values[section][key]})" for key, value in new.items())
+    values[section].update(said)
+    return [f"{where}: {before}"] if new else []

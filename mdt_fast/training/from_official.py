@@ -1,0 +1,189 @@
+"""A run that goes on from the files of the official training loop, or starts from published weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig, RunConfig, to_dict
+from ..data import open_first_stage, open_images
+from ..errors import UserError
+from ..files import aside
+from ..models.convert import check_weights, read_saved, read_weights
+from ..models.zoo import build_model
+from ..optim.loading import check_state
+from . import checkpoint
+from .checkpoint import EMA, MODEL, OPTIMIZER
+from .distributed import World
+from .official_files import OfficialFiles, parameters_of
+from .optim import build_optimizer
+from .run import check_data
+from .saving import Saver
+from .settings import check_settings
+from .states import SKIPPED, all_finite, described
+
+OPTIONS = ("betas", "eps", "no_prox", "step", "caution", "amsgrad", "maximize", "decoupled_weight_decay")
+"""What is taken of a group of the optimiser; learning rate and weight decay are the configuration's."""
+
+
+@dataclass(frozen=True)
+class PackedOptimizer:
+    """An official optimiser's ``state_dict``, as read: ``state`` by the number in ``group["params"]``."""
+
+    path: Path
+    state: dict[int, dict[str, Any]]
+    group: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """``adan`` has three betas, ``adamw`` two."""
+        return "adan" if len(self.group["betas"]) == 3 else "adamw"
+
+    @property
+    def updates(self) -> int:
+        """How many it has counted."""
+        steps = [self.group.get("step", 0), *(entries.get("step", 0) for entries in self.state.values())]
+        return max(int(step) for step in steps)
+
+
+def read_optimizer(path: Path) -> PackedOptimizer:
+    """``UserError`` for a file that is damaged, or holds no state of an optimiser with one group."""
+    packed = read_saved(path, mmap=True)
+    try:
+        state, (group,) = dict(packed["state"]), packed["param_groups"]
+        group = {**group, "betas": [float(beta) for beta in group["betas"]]}
+        group |= {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        found = PackedOptimizer(path, state, group)
+        fits = len(group["betas"]) in (2, 3) and len(set(group["params"])) == len(group["params"])
+        for entries in state.values():
+            fits &= all(isinstance(value, Tensor) for key, value in entries.items() if key != "step")
+        if fits and found.updates >= 0:
+            return found
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError):
+        pass  # whatever else the file holds
+    raise UserError(f"{path}: holds no state of AdamW or Adan with one group of parameters")
+
+
+def make_run(
+    run: Path,
+    config: RunConfig,
+    files: OfficialFiles,
+    weights: Mapping[str, Tensor],
+    packed: PackedOptimizer | None,
+) -> list[str]:
+    """Make the folder ``run``, whose checkpoint of step ``files.step`` is what the files hold.
+
+    ``weights``: those of ``files.model``; the average is the file of rate ``config.train.ema_decay``, or a
+    copy of the weights. Without ``packed`` the moments start at zero. Returns what there is to say.
+    ``UserError``, before anything is written, if the files, the settings and the data do not fit together.
+    """
+    check_settings(config)
+    average = files.averages.get(config.train.ema_decay)
+    parts = {MODEL: _parameters(config.model, weights, files.model)}
+    parts[EMA] = parts[MODEL]
+    if average is not None:
+        parts[EMA] = _parameters(config.model, read_weights(average, mmap=True), average)
+    parts[OPTIMIZER], groups = _optimizer(config, packed)
+    images = open_images(config.data)
+    first_stage = open_first_stage(config.data, images)
+    check_data(config, images, first_stage, World())
+    state = {
+        **described(config, images, first_stage),
+        "processes": 1, "streak": 0, "skipped": 0, "optimizer_groups": groups,
+    }  # fmt: skip
+    with checkpoint.locked(run):
+        refuse_used(run)
+        saver = Saver(run, World(), keep=1, asynchronous=False)
+        try:
+            saver.save(files.step, parts, state)
+        except UserError:
+            (run / "checkpoints").rmdir()  # it is empty, and the folder was no run before
+            raise
+        finally:
+            saver.close()
+        with aside(run / "config.json") as file:
+            file.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    return list(_remarks(config, files, packed))
+
+
+def refuse_used(run: Path) -> None:
+    """``UserError`` if there is a run in the folder."""
+    if checkpoint.latest(run) or any((run / name).exists() for name in ("metrics.jsonl", "config.json")):
+        raise UserError(f"{str(run)!r} already holds a run; choose another folder")
+
+
+def _remarks(config: RunConfig, files: OfficialFiles, packed: PackedOptimizer | None) -> Any:
+    if files.label is not None:
+        if config.train.ema_decay not in files.averages:
+            yield (
+                f"warning: no ema_{config.train.ema_decay}_{files.label:06d}.pt beside {files.model.name}: "
+                "the average starts as a copy of the weights"
+            )
+        if packed is None:
+            yield (
+                f"warning: no opt{files.label:06d}.pt beside {files.model.name}: the optimiser's moments "
+                "start at zero"
+            )
+    if packed is not None and packed.updates != files.step:
+        yield (
+            f"{packed.path.name} has counted {packed.updates} updates, the label says {files.step}: the "
+            "official loop counts one less each time it is resumed"
+        )
+    if files.step >= config.train.steps:
+        yield f"train.steps is {config.train.steps}: pass --steps N with a larger one to train on"
+
+
+def _parameters(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The parameters in float32, without the buffers. ``UserError`` unless they are such a model's."""
+    with torch.device("meta"):
+        model = build_model(config)
+    check_weights(model.state_dict(), state, str(path))
+    found = {name: state[name].float().contiguous() for name, _ in model.named_parameters()}
+    if not all_finite(found):
+        raise UserError(f"{path}: has weights that are not finite")
+    return found
+
+
+def _optimizer(
+    config: RunConfig, packed: PackedOptimizer | None
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The optimiser's part of a checkpoint, by name, and its groups."""
+    parameters = parameters_of(config.model)
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    optimizer = build_optimizer([p for _, p in trained], config.train)
+    tensors: dict[str, Tensor] = {SKIPPED: torch.zeros((), dtype=torch.int64)}
+    (group,) = optimizer.state_dict()["param_groups"]
+    if packed is None:
+        return tensors, [group]
+    path, ids = packed.path, packed.group["params"]
+    if packed.kind != config.train.optimizer:
+        raise UserError(f"train.optimizer: {config.train.optimizer!r}, but {path} is of {packed.kind}")
+    if len(ids) not in (len(parameters), len(trained)):
+        raise UserError(f"{path}: state of {len(ids)} parameters, the model has {len(parameters)}")
+    owners = parameters if len(ids) == len(parameters) else trained
+    own = {number: owner for number, owner in zip(ids, owners) if owner[1].requires_grad}
+    state = {number: entries for number, entries in packed.state.items() if number in own and entries}
+    known = {key: packed.group[key] for key in OPTIONS if key in packed.group and key in group}
+    if "step" in known:
+        known["step"] = int(known["step"])
+    try:
+        check_state(
+            {"state": state, "param_groups": [{"params": list(own)}]},
+            [p for _, p in own.values()],
+            optimizer.moments,
+        )
+        optimizer.load_state_dict({"state": {}, "param_groups": [{**group, **known}]})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for number, entries in state.items():
+        name = own[number][0]
+        for moment in optimizer.moments:
+            value = entries[moment] if moment in entries else -entries["prev_grad"]
+            tensors[f"{name}/{moment}"] = value.float().contiguous()
+        if packed.kind == "adamw":
+            tensors[f"{name}/step"] = torch.tensor(float(entries.get("step", 0)))
+    return tensors, optimizer.state_dict()["param_groups"]
