@@ -181,7 +181,8 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
         config=config, out=out, world=world, step=start.step if start else 0,
         images=images, first_stage=first_stage, rows=rows, device=device,
         loader=Loader(
-            images, config.data, batch_size=config.train.batch_size, seed=config.train.seed, rows=rows
+            images, config.data, batch_size=config.train.batch_size, seed=config.train.seed, rows=rows,
+            pinned=device.type == "cuda",
         ),
         model=model, sharded=sharded, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
         diffusion=create_diffusion(
