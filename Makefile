@@ -9,7 +9,7 @@ EXTRAS ?= test
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test digits lint format types clean
+.PHONY: help bench soak test digits lint format types clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -17,6 +17,9 @@ help: ## list the targets
 
 bench: $(READY) ## measure training and sampling throughput on this machine (about three minutes)
 	$(BIN)/python bench/throughput.py
+
+soak: $(READY) ## kill a training 20 times, resume it, compare it with an unbroken one bit for bit (about three minutes)
+	$(BIN)/python tests/soak.py
 
 test: lint types ## lint, types and all tests, with the slowest and the skipped listed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels

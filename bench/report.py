@@ -5,7 +5,8 @@
     python bench/report.py --readme README.md
 
 Without files all of ``bench/results/*.jsonl`` are read. Where a case was measured several times, the latest
-counts. Models come first (throughput), then single ops (kernels), then attention.
+counts. Models come first (throughput), then single ops (kernels), attention, and what surrounds a training
+step (training).
 """
 
 import sys
@@ -197,6 +198,18 @@ def _attention(run: tuple[str, ...], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _training(run: tuple[str, ...], rows: Sequence[Row]) -> str:
+    """A line for each measurement."""
+    lines = ["| what | shape | provider | metric | p50 (p20-p80) | rounds |", "|---|---|---|---|---:|---:|"]
+    for row in rows:
+        unit, scale = ("%", 100) if row["unit"] == "share" else (row["unit"], 1)
+        p20, p50, p80 = (scale * row[key] for key in ("p20", "p50", "p80"))
+        value = f"{number(p50)} {unit} ({interval(p20, p80)})"
+        cells = [row["op"], sizes(row["shape"]), row["provider"], row["metric"], value, str(row["rounds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _origin(run)])
+
+
 def _length(row: Row) -> tuple[int, bool, str]:
     """Sorts by tokens, and says them."""
     shape = row["shape"]
@@ -215,7 +228,7 @@ def _origin(run: tuple[str, ...]) -> str:
     return f"{where}; torch {torch_version}, triton {triton}; commit {commit}; `{line}`."
 
 
-TABLES = {"throughput": _throughput, "kernels": _kernels, "attention": _attention}
+TABLES = {"throughput": _throughput, "kernels": _kernels, "attention": _attention, "training": _training}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writing files so that, whatever happens, a name holds a whole file: the old one or the new one."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,16 @@ def aside(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed in :func:`aside` left in ``folder``."""
+    for path in folder.glob(".*.partial"):
+        if LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

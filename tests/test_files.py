@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mdt_fast.files import aside
+from mdt_fast.files import aside, remove_leftovers
 
 
 def test_the_file_appears_when_the_block_is_done(tmp_path: Path) -> None:
@@ -43,3 +43,17 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
     with aside(tmp_path / "ours") as file:
         file.touch(mode=0o600)
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    with aside(tmp_path / "a.txt") as file:
+        left = tmp_path / file.name
+        file.write_text("new")
+    left.write_text("half of the n")
+    others = {"a.txt", ".notes.partial", ".a.0123abcd", "b.0123abcd.partial", ".folder.0123abcd.partial"}
+    for name in others - {"a.txt", ".folder.0123abcd.partial"}:
+        (tmp_path / name).write_text("")
+    (tmp_path / ".folder.0123abcd.partial").mkdir()
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "none")
+    assert {path.name for path in tmp_path.iterdir()} == others

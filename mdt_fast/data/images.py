@@ -29,6 +29,7 @@ class ImageSet(Protocol):
     labels: np.ndarray  # [N] int64
     classes: tuple[str, ...]  # class names by index
     in_memory: bool  # True: nothing to decode, so nothing to prefetch
+    shape: tuple[int, int, int]  # of what ``load`` gives
 
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
         """Sample ``index``, float32: pixels [C, S, S] in [-1, 1], or of an encoded set moments [2C, S, S].
@@ -104,6 +105,7 @@ class Digits:
         self.images = (digits.images[:, None] / 8 - 1).astype(np.float32)
         self.labels = digits.target.astype(np.int64)
         self.classes = tuple(str(digit) for digit in range(10))
+        self.shape: tuple[int, int, int] = (1, 8, 8)
 
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
         return mirrored(self.images[index]) if mirror else self.images[index]
@@ -130,6 +132,7 @@ class ImageFolder:
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in names], dtype=np.int64)
         self.size, self.channels, self.crop = config.image_size, config.channels, config.crop
+        self.shape: tuple[int, int, int] = (self.channels, self.size, self.size)
 
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
         path = self.paths[index]

@@ -125,6 +125,7 @@ class LatentSet:
         except (KeyError, TypeError, ArithmeticError):
             raise UserError(f"{path}: edited, entries are missing or of another type") from None
         self.channels, self.size = self.encoding.channels, self.encoding.side
+        self.shape: tuple[int, int, int] = (2 * self.channels, self.size, self.size)
         self.image_size, self.mirrored = self.encoding.image_size, self.encoding.mirrored
         self.scale, self.shift = self.encoding.scale, self.encoding.shift
         self.fingerprint = self.encoding.vae_sha256

@@ -19,13 +19,18 @@ from ..errors import UserError
 from .images import ImageSet
 
 AHEAD = 2  # batches decoded ahead of the one in use
+CHUNK = 32  # rows at most that a thread reads in one go: reading one of latents costs less than passing it on
 # What a random stream is for: part of its seed, so that no two streams are the same.
 ORDER, FLIP, CROP = 1, 2, 3
+
+Batch = tuple[Tensor, Tensor]
+"""x [b, ...] float32 and y [b] int64."""
 
 
 class Loader:
     """``loader.batches(first, last)`` yields x [b, ...] float32 as the set's ``load`` gives it, and y [b]
     int64 (CPU): of each batch of ``batch_size`` samples the ``rows`` of this process (default: all).
+    ``pinned``: in page-locked memory, from which a GPU copies while the host goes on.
 
     Raises ``UserError`` for impossible numbers.
     """
@@ -38,6 +43,7 @@ class Loader:
         batch_size: int,
         seed: int,
         rows: slice | None = None,
+        pinned: bool = False,
     ):
         if batch_size < 1:
             raise UserError(f"train.batch_size: must be at least 1, got {batch_size}")
@@ -45,6 +51,7 @@ class Loader:
             raise UserError(f"data.workers: must be at least 1, got {config.workers}")
         self.images, self.config, self.batch_size, self.seed = images, config, batch_size, seed
         self.rows = slice(0, batch_size) if rows is None else rows
+        self.pinned = pinned
         self._order: tuple[int, np.ndarray] | None = None
 
     def indices(self, step: int) -> list[int]:
@@ -52,22 +59,47 @@ class Loader:
         first = step * self.batch_size
         return [self._sample(first + row) for row in range(self.batch_size)[self.rows]]
 
-    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps ``first`` to ``last - 1``; a bad file raises ``UserError`` when it is due."""
         if self.images.in_memory:
             for step in range(first, last):
-                yield _collate([self._load(*sample) for sample in self._samples(step)])
+                batch, samples = self._empty(), self._samples(step)
+                self._fill(*batch, 0, samples)
+                yield batch
             return
         pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="decode")
-        waiting: deque[list[Future]] = deque()
+        waiting: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
             for step in range(first, last + AHEAD):
                 if step < last:
-                    waiting.append([pool.submit(self._load, *sample) for sample in self._samples(step)])
+                    waiting.append(self._begin(pool, step))
                 if step >= first + AHEAD and waiting:
-                    yield _collate([future.result() for future in waiting.popleft()])
+                    batch, chunks = waiting.popleft()
+                    for chunk in chunks:
+                        chunk.result()
+                    yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, pool: ThreadPoolExecutor, step: int) -> tuple[Batch, list[Future[None]]]:
+        """Batch ``step``, and what threads have to do until it is filled."""
+        batch, samples = self._empty(), self._samples(step)
+        chunk = min(CHUNK, -(-len(samples) // self.config.workers))
+        starts = range(0, len(samples), chunk)
+        return batch, [
+            pool.submit(self._fill, *batch, start, samples[start : start + chunk]) for start in starts
+        ]
+
+    def _empty(self) -> Batch:
+        rows = len(range(self.batch_size)[self.rows])
+        x = torch.empty(rows, *self.images.shape, pin_memory=self.pinned)
+        return x, torch.empty(rows, dtype=torch.int64, pin_memory=self.pinned)
+
+    def _fill(self, x: Tensor, y: Tensor, first: int, samples: list[tuple[int, int, bool]]) -> None:
+        """Load samples into the rows of a batch from ``first`` on."""
+        values, labels = x.numpy(), y.numpy()
+        for row, sample in enumerate(samples, first):
+            values[row], labels[row] = self._load(*sample)
 
     def _sample(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.images.labels))
@@ -101,8 +133,3 @@ class Loader:
                 if attempt + 1 == attempts:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _collate(rows: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(np.stack([values for values, _ in rows]))
-    return x, torch.tensor([label for _, label in rows])

@@ -56,6 +56,7 @@ class WebDataset:
         self.labels = np.array(labels, dtype=np.int64)
         self.classes = class_names(root, int(self.labels.max()) + 1)
         self.size, self.channels, self.crop = config.image_size, config.channels, config.crop
+        self.shape: tuple[int, int, int] = (self.channels, self.size, self.size)
 
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
         shard = self.shards[self._shard[index]]

@@ -14,7 +14,7 @@ from ..config import RunConfig, SampleConfig, to_dict
 from ..data import FirstStage, ImageSet, Loader, check_classes, open_first_stage, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError
-from ..files import aside
+from ..files import aside, remove_leftovers
 from ..models.base import Transformer
 from ..models.zoo import build_model
 from ..optim import FusedAdamW, FusedAdan
@@ -71,6 +71,8 @@ class Run:
             for moved in checkpoint.set_aside_later(self.out, self.step):
                 notes.append(f"later checkpoint kept as {moved}")
             checkpoint.make_folder(self.out)
+            for folder in (self.out, self.out / "samples"):
+                remove_leftovers(folder)
             with aside(self.out / "config.json") as file:
                 file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
         metrics = Metrics(
@@ -182,7 +184,8 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
         config=config, out=out, world=world, step=start.step if start else 0,
         images=images, first_stage=first_stage, rows=rows, device=device,
         loader=Loader(
-            images, config.data, batch_size=config.train.batch_size, seed=config.train.seed, rows=rows
+            images, config.data, batch_size=config.train.batch_size, seed=config.train.seed, rows=rows,
+            pinned=device.type == "cuda",
         ),
         model=model, sharded=sharded, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
         diffusion=create_diffusion(

@@ -70,6 +70,11 @@ class Saver:
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is in work."""
+        return self._writing is not None and not self._writing.done()
+
     def wait(self) -> None:
         """Until the checkpoint in work is complete. ``UserError`` if it failed."""
         if self._writing is not None:

@@ -45,6 +45,32 @@ def test_starting_later_gives_the_same_batches(folder: DataConfig, source: str, 
     assert not equal(whole, list(loader(config, seed=1).batches(0, 7)))
 
 
+@pytest.mark.parametrize("source", ["folder", "digits"])
+@pytest.mark.parametrize(("chunk", "workers"), [(1, 1), (3, 2), (32, 1), (32, 3)])
+def test_who_reads_how_many_rows_at_once_changes_nothing(
+    folder: DataConfig, source: str, chunk: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row is what the set's ``load`` gives for its sample, crop and mirror, in order."""
+    monkeypatch.setattr("mdt_fast.data.loader.CHUNK", chunk)
+    config = replace(folder, crop="random") if source == "folder" else DataConfig(flip=True)
+    config = replace(config, workers=workers)
+    images = open_images(config)
+    own = Loader(images, config, batch_size=11, seed=2, rows=slice(3, 10))
+    for step, (x, y) in enumerate(own.batches(4, 8), 4):
+        assert (x.dtype, y.dtype, len(x)) == (torch.float32, torch.int64, 7)
+        for row, (index, crop, mirror) in enumerate(own._samples(step)):
+            assert torch.equal(x[row], torch.from_numpy(images.load(index, random.Random(crop), mirror)))
+            assert y[row] == images.labels[index]
+
+
+@pytest.mark.gpu
+def test_batches_in_page_locked_memory(folder: DataConfig) -> None:
+    pinned = Loader(open_images(folder), folder, batch_size=4, seed=0, pinned=True)
+    found = list(pinned.batches(0, 7))
+    assert all(x.is_pinned() and y.is_pinned() for x, y in found)
+    assert equal(found, list(loader(folder).batches(0, 7)))
+
+
 def test_every_sample_once_per_epoch_across_straddling_batches(folder: DataConfig) -> None:
     batches = loader(folder)
     stream = [index for step in range(15) for index in batches.indices(step)]

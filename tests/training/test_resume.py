@@ -191,6 +191,15 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
     monkeypatch.setattr(loop, "losses_of", broken)
 
 
+def test_half_pictures_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    train(tiny(steps=4), tmp_path)
+    (tmp_path / "samples").mkdir()
+    for name in (".loss.png.0123abcd.partial", "samples/.step_0000004.png.89abcdef.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    train(tiny(steps=6), tmp_path, resume="auto")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_too_many_losses_that_are_not_finite_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

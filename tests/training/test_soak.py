@@ -1,0 +1,37 @@
+"""A training killed again and again is the unbroken one; ``make soak`` does it 20 times."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import soak
+
+SCRIPT = Path(soak.__file__)
+
+
+@pytest.mark.slow
+def test_five_kills_leave_no_trace() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--kills=5", "--warm"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *kills, verdict = done.stdout.splitlines()
+    assert [line.split(",")[0] for line in kills] == [f"kill  {number} of 5" for number in range(1, 6)]
+    assert verdict.startswith("the same bit for bit: 30 steps, 5 kills")
+
+
+def test_a_difference_is_found(tmp_path: Path) -> None:
+    """In a tensor, a row, and in what is left behind."""
+    from mdt_fast.training import train
+    from tiny import file_of, tiny
+
+    for name, seed in (("whole", 0), ("same", 0), ("other", 1)):
+        train(tiny(steps=2, seed=seed, tensorboard=False), tmp_path / name)
+    assert soak.compare(tmp_path / "same", tmp_path / "whole") == []
+    wrong = soak.compare(tmp_path / "other", tmp_path / "whole")
+    assert f"{file_of('ema')}: final_layer.linear.weight differs" in wrong
+    assert "row of step 2 differs" in wrong
+    (tmp_path / "same" / ".loss.png.0123abcd.partial").write_bytes(b"half")
+    assert soak.compare(tmp_path / "same", tmp_path / "whole") == ["same: left behind: loss.png"]
