@@ -36,7 +36,7 @@ ENCODE_HELP = """\
 Make latents of images once, before a model is trained on them: the autoencoder's mean and log variance of
 every image and of its mirror, with the labels, in checksummed .safetensors shards. Training draws from them.
 
-  mdt-fast encode imagenet/train --vae stabilityai/sd-vae-ft-ema --image-size 256 --out latents
+  mdt-fast encode imagenet/train --vae stabilityai/sd-vae-ft-mse --image-size 256 --out latents
   torchrun --nproc-per-node 8 -m mdt_fast encode imagenet/train --vae vae --image-size 256 --out latents
   mdt-fast encode --out latents --verify                    read every byte again
   mdt-fast encode imagenet/train --out latents --verify     and see whether the images are still the same
@@ -131,7 +131,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 def _add_encode(commands: Any) -> Parser:
     encode: Parser = commands.add_parser("encode", help="images to latents, once", description=ENCODE_HELP)
     add = encode.add_argument
-    add("source", nargs="?", metavar="SOURCE", help="a folder of images or of .tar shards")
+    add("source", nargs="?", metavar="SOURCE", help="a folder of images or of .tar shards, or: digits")
     add("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL")
     add("--out", required=True, metavar="DIR", help="the folder of the latents")
     add("--image-size", type=int, metavar="N", help="side in pixels that images are cropped to")
@@ -149,7 +149,7 @@ def _add_encode(commands: Any) -> Parser:
         default="float32",
         help="of the autoencoder's arithmetic (default: float32; bfloat16 is faster and less exact)",
     )
-    add("--crop", choices=("center",), default="center")
+    add("--crop", choices=("center",), default="center", help="the centre square, as the published models'")
     add("--no-mirror", action="store_true", help="leave the mirrors out: half the time and space")
     add(
         "--on-unreadable",

@@ -54,8 +54,14 @@ OPTIONAL = (
         "the autoencoder of `encode`, between images and latents",
         "pip install diffusers",
     ),
+    OptionalPackage(
+        "tensorboard", "tensorboard", "curves and pictures while `train` goes on", "pip install tensorboard"
+    ),
+    OptionalPackage("wandb", "wandb", "the same, there (`train.wandb`)", "pip install wandb"),
     OptionalPackage("torchmetrics", "torchmetrics", NOT_USED, "pip install torchmetrics"),
-    OptionalPackage("torchao", "torchao", NOT_USED, "pip install torchao"),
+    OptionalPackage(
+        "torchao", "torchao", "float8 products in training (`train.float8`)", "pip install torchao"
+    ),
     OptionalPackage(
         "flash-attn",
         "flash_attn",

@@ -25,7 +25,18 @@ def test_it_names_versions_devices_ops_and_packages(found: dict) -> None:
     assert backends == ["triton", "samples", "sdpa", "flex", "xformers", "flash_attn"]
     assert all(row["found"] and row["serves"] for row in found["attention"])
     names = {row["name"] for row in found["optional"]}
-    known = {"flash-attn", "flash-attn-4", "xformers", "apex", "torchao", "diffusers", "timm", "torchmetrics"}
+    known = {
+        "tensorboard",
+        "wandb",
+        "flash-attn",
+        "flash-attn-4",
+        "xformers",
+        "apex",
+        "torchao",
+        "diffusers",
+        "timm",
+        "torchmetrics",
+    }
     assert known <= names
     assert all(row["use"] and row["get"] for row in found["optional"])
 

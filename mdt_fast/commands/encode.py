@@ -62,7 +62,9 @@ def describe(result: engine.Encoded, out: str) -> str:
     if result.stopped and result.index is None:
         return f"stopped; {shards}; go on with the same command"
     speed = f", {result.images / result.seconds:.1f} images/s" if result.images else ""
-    share = f"{result.images} images encoded in {result.seconds:.0f} s{speed}"
+    share = f"{result.images} images encoded in {result.seconds:.1f} s{speed}"
+    if result.index is not None and not result.images:
+        return f"nothing to do: {out} is complete, {result.of_shards} shards"
     if result.index is None:
         return f"{share}; {shards}; the rest is other processes'; if none is left, use the same command"
     dropped = f"; {result.dropped} could not be read and are left out" if result.dropped else ""

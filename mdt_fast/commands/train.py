@@ -51,7 +51,8 @@ def train(args: argparse.Namespace) -> int:
     result = run_training(config, out, resume=args.resume, console=console)
     if result.signal is not None:
         console.print(
-            f"stopped after {result.steps} steps, checkpoint saved; go on with --resume auto", markup=False
+            f"stopped after {result.steps} steps, checkpoint saved in {out}; go on with --resume auto",
+            markup=False,
         )
         # Whoever manages a cluster ends a job so, and a saved run is no failure.
         return 0 if result.signal in PREEMPTION else 128 + result.signal
@@ -75,7 +76,7 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     elif args.resume == "auto" and name is None and args.data is None and begun.is_file():
         values = to_dict(read_saved_config(begun))
     else:
-        values = to_dict(_preset(args, name))
+        values = to_dict(_preset(args, name, given))
     by_hand = set_by_hand(args, given, values)
     put(values, by_hand)
     if start is None or args.model is not None:
@@ -110,8 +111,11 @@ def put(values: dict[str, Any], settings: Settings) -> None:
         values[section][key] = value
 
 
-def _preset(args: argparse.Namespace, name: str | None) -> RunConfig:
-    name = name or ("images" if args.data is not None else None)
+def _preset(args: argparse.Namespace, name: str | None, given: dict[str, Any]) -> RunConfig:
+    """The preset that is named, or that goes with the images that are (by ``--data`` or in ``--config``)."""
+    source = args.data if args.data is not None else given.get("data", {}).get("source")
+    if name is None and source is not None:
+        name = "digits" if source == "digits" else "images"
     if name is None:
         raise UserError("train: nothing to train on; pass --preset digits or --data DIR")
     return PRESETS[name]

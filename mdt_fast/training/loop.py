@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import RunConfig
 from ..errors import UserError
 from .checkpoint import latest, locked
-from .distributed import World, joined, launched, losses_named
+from .distributed import joined, launched, losses_named
 from .metrics import Metrics
 from .objective import draw, losses_of, total_loss
 from .optim import learning_rate, set_learning_rate
@@ -123,7 +123,7 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
     for note in notes:
         bar.say(note)
     sinks = Sinks(run.open_sinks(), bar.say)
-    pictures = Pictures(bar, run.world, sinks)
+    pictures = Pictures(bar, run, sinks, interrupts)
     row: dict[str, Any] = {}
     asked = 0
     for batch, y in run.loader.batches(run.step, settings.steps):
@@ -147,7 +147,10 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
         if last:
             break
     run.saver.close()
-    pictures.draw(run.plot, *(() if asked else (run.draw_final,)))
+    pictures.draw(run.plot)
+    if not asked:
+        bar.say(f"drawing samples.png: {len(run.preview_labels())} images, {run.config.sample.steps} steps")
+        pictures.draw(run.draw_final)
     sinks.close()
     seconds = time.perf_counter() - began
     made = ("samples.png", "loss.png", "metrics.jsonl", "checkpoints")
@@ -164,29 +167,42 @@ Picture = tuple[str, Path, int] | None
 
 
 class Pictures:
-    """Draws the run's pictures: an extra, so what keeps one from being made is only said."""
+    """Draws the run's pictures: an extra, so what keeps one from being made is only said.
 
-    def __init__(self, bar: TrainingProgress, world: World, sinks: Sinks):
-        self.bar, self.world, self.sinks = bar, world, sinks
+    A signal ends drawing within a step of the sampler; the run's own work is done or saved before.
+    """
+
+    def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: "Interrupts"):
+        self.bar, self.run, self.sinks, self.interrupts = bar, run, sinks, interrupts
         self._finished, self._took = time.perf_counter(), 0.0
 
     def draw_if_cheap(self, *makers: Callable[[], Picture]) -> None:
         """Draw unless that would take more than a twentieth of the time, judging by the last drawing."""
         cheap = time.perf_counter() - self._finished >= PICTURE_SPACING * self._took
-        if self.world.from_main(cheap):  # all take part
+        if self.run.world.from_main(cheap):  # all take part
             self.draw(*makers)
 
     def draw(self, *makers: Callable[[], Picture]) -> None:
         began = time.perf_counter()
-        for make in makers:
-            try:
-                picture = make()
-                if picture is not None:
-                    self.sinks.picture(*picture)
-            except (UserError, OSError) as error:
-                self.bar.say(f"warning: no picture: {error}")
+        watch = self.run.model.register_forward_pre_hook(self._go_on)
+        try:
+            for make in makers:
+                try:
+                    picture = make()
+                    if picture is not None:
+                        self.sinks.picture(*picture)
+                except (UserError, OSError) as error:
+                    self.bar.say(f"warning: no picture: {error}")
+        finally:
+            watch.remove()
+            self.run.world.settle()
         self._finished = time.perf_counter()
         self._took = self._finished - began
+
+    def _go_on(self, *_: Any) -> None:
+        """Before each step of the sampler; all processes stop in the same one."""
+        if self.run.world.agree(self.interrupts.caught or 0):
+            raise UserError("interrupted")
 
 
 class Interrupts:

@@ -216,7 +216,8 @@ def summary(
                 if key in row:
                     speed[key] = row[key] * mean / row["img_per_s"]
         text = describe_speed(speed)
-        table.append(("mean speed", text + (" per GPU" if world_size > 1 and "tflop_per_s" in speed else "")))
+        each = " in each process" if world_size > 1 and "tflop_per_s" in speed else ""
+        table.append(("mean speed", f"{text}{each}, start, saving and pictures included"))
     if peak_memory_gib is None:
         peak_memory_gib = row.get("memory_gib")
     if peak_memory_gib is not None:

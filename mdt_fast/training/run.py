@@ -64,6 +64,11 @@ class Run:
             f"{section}: " + " ".join(f"{key}={value}" for key, value in settings.items())
             for section, settings in to_dict(self.config).items()
         ]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        notes.append(
+            f"{self.config.model.family}: {parameters:,} parameters; {len(self.images.labels):,} images in "
+            f"{len(self.images.classes)} classes; {self.world.size} x {self.device.type}"
+        )
         notes += self.notes
         if self.start is not None:
             notes.append(f"going on from {self.start.path} ({self.step} steps done)")
@@ -132,10 +137,13 @@ class Run:
         if self.world.main:
             plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
 
+    def preview_labels(self) -> list[int]:
+        shown = range(min(PREVIEW_ROWS, len(self.images.classes)))
+        return [label for label in shown for _ in range(PREVIEW_COLUMNS)]
+
     def _draw(self, path: Path, config: SampleConfig) -> None:
         """Each process draws an equal share of the images, on the averaged weights."""
-        shown = range(min(PREVIEW_ROWS, len(self.images.classes)))
-        labels = [label for label in shown for _ in range(PREVIEW_COLUMNS)]
+        labels = self.preview_labels()
         share = -(-len(labels) // self.world.size)
         first = self.world.rank * share
         own = (labels + labels[-1:] * share)[first : first + share]
