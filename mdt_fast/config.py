@@ -5,7 +5,6 @@ refuses keys it does not know.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -61,8 +60,8 @@ class ModelConfig:
                 f"hidden_size: {self.hidden_size} must divide by num_heads {self.num_heads} "
                 "and by 4 (position embedding)"
             )
-        if not _is_number(self.mlp_ratio) or not 1 / self.hidden_size <= self.mlp_ratio < math.inf:
-            raise UserError(f"mlp_ratio: got {self.mlp_ratio}, allowed is a positive number")
+        if not _is_number(self.mlp_ratio) or not 1 / self.hidden_size <= self.mlp_ratio <= 1024:
+            raise UserError(f"mlp_ratio: got {self.mlp_ratio}, allowed is a positive number up to 1024")
         if not _is_number(self.class_dropout_prob) or not 0 <= self.class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: got {self.class_dropout_prob}, allowed are 0..1")
         if self.family == "dit":
@@ -293,6 +292,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise UserError(f"{where}: {str(value)[:20]}... is too large") from None
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}: {value!r} has a null character")
     for option in allowed:
         if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value

@@ -15,6 +15,7 @@ from ..errors import UserError, nearest
 from ..models import zoo
 from ..presets import PRESETS, decode_layer
 from ..training import train as run_training
+from ..training.checkpoint import Checkpoint
 from ..training.distributed import launched
 from ..training.run import prepare, starting_point
 from .config_file import as_yaml, read_config_file, read_saved_config
@@ -72,6 +73,7 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     start = starting_point(Path(args.out), args.resume)
     begun = Path(args.out) / "config.json"
     if start is not None:
+        _check_preset(name, start)
         values = to_dict(start.config)
     elif args.resume == "auto" and name is None and args.data is None and begun.is_file():
         values = to_dict(read_saved_config(begun))
@@ -109,6 +111,20 @@ def set_by_hand(args: argparse.Namespace, given: dict[str, Any], values: dict[st
 def put(values: dict[str, Any], settings: Settings) -> None:
     for section, key, value in settings:
         values[section][key] = value
+
+
+def _check_preset(name: str | None, start: Checkpoint) -> None:
+    """A run goes on with its own settings; ``UserError`` if a published preset is named that it is not."""
+    if name is None or name in ("digits", "images"):  # whose shapes are there to be changed
+        return
+    wanted, saved = PRESETS[name].model, start.config.model
+    for key in ("family", "depth", "hidden_size", "num_heads", "patch_size"):
+        ours, theirs = getattr(wanted, key), getattr(saved, key)
+        if ours != theirs:
+            raise UserError(
+                f"--preset: {name!r} has model.{key}={ours}, the run in {str(start.run)!r} has {theirs}; "
+                "a run goes on with its own settings"
+            )
 
 
 def _preset(args: argparse.Namespace, name: str | None, given: dict[str, Any]) -> RunConfig:
@@ -163,7 +179,7 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
 
 def fit_to_encoded(values: dict[str, Any]) -> None:
     """The settings of data that follow from encoded latents, if ``data.source`` is a folder of them."""
-    source = values["data"]["source"]
-    if isinstance(source, str) and is_encoded(Path(source)):
+    source = from_dict(DataConfig, values["data"], "data").source
+    if is_encoded(Path(source)):
         encoded = LatentSet(Path(source))
         values["data"].update(image_size=encoded.image_size, vae=encoded.autoencoder, flip=encoded.mirrored)

@@ -40,7 +40,8 @@ class FirstStage:
 class Latents(FirstStage):
     """Latents of moments that were encoded before, or, where ``encodes``, of pixels as they come.
 
-    ``vae``: the autoencoder, loaded when it is first needed. Latents are (z - ``shift``) * ``scale``.
+    ``vae``: the autoencoder, loaded when it is first needed; ``fingerprint``: its, if it has to be this one.
+    Latents are (z - ``shift``) * ``scale``.
     """
 
     random, clip = True, False
@@ -52,10 +53,12 @@ class Latents(FirstStage):
         scale: float,
         shift: float,
         vae: str | None,
+        fingerprint: str | None = None,
         device: Any = "cpu",
         autoencoder: Any = None,
     ):
         super().__init__(channels, size)
+        self.fingerprint = fingerprint
         self.scale, self.shift, self.vae, self.device = scale, shift, vae, device
         self.autoencoder, self.encodes = autoencoder, autoencoder is not None
 
@@ -69,11 +72,18 @@ class Latents(FirstStage):
         if self.autoencoder is None:
             if self.vae is None:
                 raise UserError("data.vae: images of latents need the autoencoder; none is named")
-            self.autoencoder = load_autoencoder(self.vae, self.device)
+            loaded = load_autoencoder(self.vae, self.device)
+            if self.fingerprint not in (None, loaded.fingerprint):
+                raise UserError(
+                    f"data.vae: {self.vae!r} is not the autoencoder that the latents were made with"
+                )
+            self.autoencoder = loaded
         return self.autoencoder.decode(x.to(self.device))
 
     def described(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("channels", "size", "scale", "shift", "vae")}
+        return {
+            name: getattr(self, name) for name in ("channels", "size", "scale", "shift", "vae", "fingerprint")
+        }
 
 
 def load_autoencoder(vae: str, device: Any) -> Any:
@@ -85,14 +95,18 @@ def described_stage(described: dict[str, Any] | None, config: DataConfig, device
     """The first stage of a run that described its own so; ``config.vae`` names another autoencoder."""
     if described is None:
         return FirstStage(config.channels, config.image_size)
-    return Latents(**{**described, "vae": config.vae or described["vae"]}, device=device)
+    vae = config.vae or described["vae"]
+    fingerprint = described["fingerprint"] if vae == described["vae"] else None
+    return Latents(**{**described, "vae": vae, "fingerprint": fingerprint}, device=device)
 
 
 def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") -> FirstStage:
     """What stands between ``images`` and the model. ``UserError`` for an autoencoder that does not fit."""
     if isinstance(images, LatentSet):
         vae = config.vae or images.autoencoder
-        return Latents(images.channels, images.size, images.scale, images.shift, vae, device)
+        # Another one by name (a finer decoder of the same latents, say) is the user's own choice.
+        fingerprint = images.fingerprint if vae == images.autoencoder else None
+        return Latents(images.channels, images.size, images.scale, images.shift, vae, fingerprint, device)
     if config.vae is None:
         return FirstStage(config.channels, config.image_size)
     found = load_autoencoder(config.vae, device)
@@ -104,4 +118,6 @@ def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") 
             "of data.vae"
         )
     size = config.image_size // found.factor
-    return Latents(found.latent_channels, size, found.scale, found.shift, config.vae, device, found)
+    return Latents(
+        found.latent_channels, size, found.scale, found.shift, config.vae, found.fingerprint, device, found
+    )  # fmt: skip

@@ -36,6 +36,11 @@ PARTS = MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
 METRICS = "metrics"  # in the optimizer's part, only if the run was stopped between two rows of its metrics
 NAME = re.compile(r"step_(\d{7,})")
 PARTIAL = ".partial_"
+UNREADABLE = (
+    OSError, safetensors.SafetensorError, dcp.api.CheckpointException, KeyError, ValueError, TypeError,
+    AttributeError,
+)  # fmt: skip
+"""What reading files raises that somebody has made by hand."""
 
 
 class DamagedCheckpointError(UserError):
@@ -65,7 +70,7 @@ class Checkpoint:
     @property
     def run(self) -> Path:
         """The run's folder."""
-        return self.path.parent.parent
+        return self.path.absolute().parent.parent
 
     def shapes(self, part: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of ``model``, ``ema`` or ``optimizer``."""
@@ -89,9 +94,10 @@ class Checkpoint:
         for name, tensor in tensors.items():
             if name not in shapes:
                 raise UserError(f"{self.path / part}: has no {name!r}, which this model needs")
-            if shapes[name][0] != tensor.shape:
-                saved = list(shapes[name][0])
-                raise UserError(f"{self.path / part}: {name!r} is {saved}, this model's {list(tensor.shape)}")
+            shape, dtype = shapes[name]
+            if (shape, dtype) != (tensor.shape, tensor.dtype):
+                needed = f"{tensor.dtype} {list(tensor.shape)}"
+                raise UserError(f"{self.path / part}: {name!r} is {dtype} {list(shape)}, {needed} is needed")
         quiet()
         with self._readable(part) as reader:
             dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
@@ -137,7 +143,7 @@ class Checkpoint:
             raise DamagedCheckpointError(f"{self.path / part / name}: {what}")
         try:
             yield HuggingFaceStorageReader(str(self.path / part))
-        except (OSError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
+        except UNREADABLE as error:
             raise DamagedCheckpointError(f"{self.path / part}: cannot be read: {reason(error)}") from None
 
 
@@ -170,6 +176,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{file}: format {state.get('format')}; this version reads format {FORMAT}")
     if not _is_complete(state):
         raise DamagedCheckpointError(f"{file}: edited, entries are missing or of another type")
+    if NAME.fullmatch(path.name) and number_of(path) != state["step"]:
+        raise DamagedCheckpointError(f"{path}: renamed, it is the checkpoint of step {state['step']}")
     return Checkpoint(path, state)
 
 
@@ -181,7 +189,12 @@ def is_ours(path: Path) -> bool:
 def steps(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step_*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=number_of)
+
+
+def number_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest(run: Path) -> Path | None:
@@ -218,7 +231,7 @@ def set_aside_later(run: Path, step: int) -> list[Path]:
     """Rename the checkpoints after ``step`` to ``superseded_...``: the run goes on without them."""
     moved = []
     for path in steps(run):
-        if int(path.name.removeprefix("step_")) > step:
+        if number_of(path) > step:
             target = path.with_name(f"superseded_{path.name}")
             copies = 1
             while target.exists():
@@ -284,7 +297,8 @@ def _is_complete(state: dict[str, Any]) -> bool:
         ("step", int), ("config", dict), ("classes", list), ("num_images", int), ("optimizer_groups", list),
         ("files", dict), ("streak", int), ("skipped", int),
     ):  # fmt: skip
-        if not isinstance(state.get(key), kind):
+        value: Any = state.get(key)
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             return False
     files = state["files"]
     return {name.split("/")[0] for name in files} == set(PARTS) and all(

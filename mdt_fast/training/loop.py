@@ -102,6 +102,7 @@ def train(
     with joined(resolve_device(config.train.device)) as world, ExitStack() as stack:
         if world.main:
             stack.enter_context(locked(out))
+        stack.enter_context(losses_named(world))
         run = prepare(config, out, resume, world)
         world.barrier()  # all have looked at the folder before it is written to
         bar = TrainingProgress(run.step, config.train.steps, console, quiet=not world.main)

@@ -102,8 +102,11 @@ class Metrics:
         row.update(lr=lr, **self.speed(fresh * self.batch_size, seconds), time=round(time.time(), 3))
         self._terms, self._timesteps, self._grad_norms, self._before = [], [], [], {}
         if self.world.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         self.restart_clock()
         return row
 

@@ -70,8 +70,11 @@ class Run:
             f"{len(self.images.classes)} classes; {self.world.size} x {self.device.type}"
         )
         notes += self.notes
+        pending: dict[str, Any] = {}
         if self.start is not None:
             notes.append(f"going on from {self.start.path} ({self.step} steps done)")
+            pending = self.start.tensors(checkpoint.OPTIMIZER, f"{checkpoint.METRICS}/")
+        self.world.barrier()  # all have read what they go on from
         if self.world.main:
             for moved in checkpoint.set_aside_later(self.out, self.step):
                 notes.append(f"later checkpoint kept as {moved}")
@@ -90,10 +93,8 @@ class Run:
             speed=self._speed().of if self.world.main else img_per_s,
         )
         if self.start is not None:
-            prefix = f"{checkpoint.METRICS}/"
-            pending = self.start.tensors(checkpoint.OPTIMIZER, prefix)
             metrics.restore(
-                {name.removeprefix(prefix): values for name, values in pending.items()},
+                {name.removeprefix(f"{checkpoint.METRICS}/"): values for name, values in pending.items()},
                 self.start.state["streak"],
                 self.start.state["skipped"],
             )
@@ -119,8 +120,6 @@ class Run:
 
     def draw_preview(self) -> tuple[str, Path, int]:
         """``samples/step_....png``: ten images of each of the first ten classes, in few steps."""
-        if self.world.main:
-            (self.out / "samples").mkdir(exist_ok=True)
         config = replace(
             self.config.sample, steps=min(PREVIEW_STEPS, self.config.sample.steps), sampler="ddim"
         )
@@ -135,18 +134,22 @@ class Run:
 
     def plot(self) -> None:
         if self.world.main:
-            plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
+            try:
+                plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
+            except Exception as error:  # of numbers edited into the rows
+                raise UserError(f"loss.png: {' '.join(str(error).split())}") from error
 
     def preview_labels(self) -> list[int]:
         shown = range(min(PREVIEW_ROWS, len(self.images.classes)))
         return [label for label in shown for _ in range(PREVIEW_COLUMNS)]
 
     def _draw(self, path: Path, config: SampleConfig) -> None:
-        """Each process draws an equal share of the images, on the averaged weights."""
+        """Each process draws an equal share of the images, on the averaged weights.
+
+        What may fail on one of them alone (the autoencoder, the disk) is left to the one that prints.
+        """
         labels = self.preview_labels()
-        share = -(-len(labels) // self.world.size)
-        first = self.world.rank * share
-        own = (labels + labels[-1:] * share)[first : first + share]
+        first, own = equal_share(labels, self.world.rank, self.world.size)
         diffusion = sampling_diffusion(self.config.model, self.config.diffusion, config)
         # A picture now and then is not worth compiling blocks for other shapes and for no gradients.
         with self.ema.in_model() as model, torch.compiler.set_stance("force_eager"):
@@ -155,9 +158,18 @@ class Run:
                 diffusion_steps=self.config.diffusion.diffusion_steps,
                 clip_denoised=self.first_stage.clip,
             )  # fmt: skip
-        drawn = torch.cat(self.world.together(self.first_stage.decode(latents).cpu()))[: len(labels)]
+        drawn = torch.cat(self.world.together(latents.cpu()))[: len(labels)]
         if self.world.main:
-            save_picture(path, grid(to_uint8(drawn), labels, self.images.classes))
+            path.parent.mkdir(exist_ok=True)
+            save_picture(path, grid(to_uint8(self.first_stage.decode(drawn)), labels, self.images.classes))
+
+
+def equal_share(labels: list[int], rank: int, size: int) -> tuple[int, list[int]]:
+    """Of ``labels`` the first place and the labels of one process; the last one is repeated, so that all have
+    as many."""
+    share = -(-len(labels) // size)
+    padded = labels + labels[-1:] * (share * size - len(labels))
+    return rank * share, padded[rank * share : (rank + 1) * share]
 
 
 def prepare(config: RunConfig, out: Path, resume: str | None, world: World | None = None) -> Run:
@@ -173,7 +185,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     images = open_images(config.data)
     first_stage = open_first_stage(config.data, images, device)
     check_data(config, images, first_stage, world)
-    notes = [] if start is None else check_same_data(start, images)
+    notes = [] if start is None else check_same_data(start, images, first_stage)
     torch.manual_seed(derive_seed(config.train.seed, INIT))
     model: Any = build_model(config.model)
     model.to(device).train()
@@ -226,7 +238,7 @@ def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, wor
         )
 
 
-def check_same_data(start: Checkpoint, images: ImageSet) -> list[str]:
+def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
     """``UserError`` if the run cannot go on with these images; a warning if it will go on differently."""
     if start.classes != images.classes:
         raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}")
@@ -235,11 +247,13 @@ def check_same_data(start: Checkpoint, images: ImageSet) -> list[str]:
             f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "
             "batches will differ from the unbroken run's"
         ]
-    digest = getattr(images, "digest", None)
-    if start.state.get("data") not in (None, digest):
-        return [
-            "warning: the encoded data is not what the run began with: it will differ from the unbroken run"
-        ]
+    before, now = start.state.get("latents"), first_stage.described()
+    if before is not None and now is not None and before["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"data.vae: the weights of {now['vae']!r} are not those that the run's latents were made with"
+        )
+    if start.state.get("data") not in (None, getattr(images, "digest", None)):
+        return ["warning: the encoded data is not what the run began with: batches will differ"]
     return []
 
 

@@ -6,6 +6,7 @@ go through a process group of its own.
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from .checkpoint import (
     clear,
     delete,
     latest,
+    number_of,
     quiet,
     reason,
     sha256_of,
@@ -98,6 +100,8 @@ class Saver:
             for part, tensors in parts.items():
                 files |= self._write_part(partial / part, tensors)
             self._main(lambda: self._finish(partial, final, step, files, state))
+            if self.world.main:
+                self._prune(step)
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             if self.world.main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -139,11 +143,19 @@ class Saver:
         flush(partial)
         partial.rename(final)
         flush(final.parent)
-        recent = steps(self.run)
-        for old in recent[: -self.keep]:
-            number = int(old.name.removeprefix("step_"))
-            if not self.keep_every or number % self.keep_every:
+
+    def _prune(self, step: int) -> None:
+        """Delete the older ones beyond ``keep``; what cannot be deleted stays, and says so."""
+        older = [path for path in steps(self.run) if number_of(path) < step]
+        for old in older[: max(0, len(older) - self.keep + 1)]:
+            if self.keep_every and number_of(old) % self.keep_every == 0:
+                continue
+            if old.is_symlink() or not (old / STATE).is_file():
+                continue  # not a checkpoint of ours to delete
+            try:
                 delete(old)
+            except OSError as error:
+                warnings.warn(f"the old checkpoint {str(old)!r} stays: {error}", stacklevel=2)
 
     def _main(self, work: Any) -> None:
         """``work`` on process 0 alone; what it raises is raised on all."""

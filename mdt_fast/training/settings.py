@@ -15,6 +15,9 @@ MAY_CHANGE = (
 their rounding)."""
 
 
+MOST_DIFFUSION_STEPS = 100_000
+
+
 def check_resumable(saved: RunConfig, wanted: RunConfig) -> None:
     """``UserError`` if a setting that decides the numbers is not the checkpoint's."""
     before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
@@ -37,6 +40,11 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(
             f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "
             "where the learning rate is 0"
+        )
+    if not 1 <= config.diffusion.diffusion_steps <= MOST_DIFFUSION_STEPS:
+        raise UserError(
+            f"diffusion.diffusion_steps: allowed are 1 to {MOST_DIFFUSION_STEPS}, "
+            f"got {config.diffusion.diffusion_steps}"
         )
     if settings.float8 and settings.dtype != "bfloat16":
         raise UserError(f"train.float8: goes with train.dtype bfloat16, got {settings.dtype}")

@@ -92,12 +92,20 @@ def restore_optimizer(
     for key, tensor in tensors.items():
         owner, _, entry = key.rpartition("/")
         state.setdefault(index[owner], {})[entry] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": start.state["optimizer_groups"]})
     counters = start.tensors(OPTIMIZER, "counters/")
-    optimizer.skipped_steps.copy_(counters[SKIPPED])
-    if loss_scale is not None and SCALE in counters:
-        scale, good = counters[SCALE].to(loss_scale.scale.device).unbind()
-        loss_scale.scale, loss_scale.good = scale.clone(), good.clone()
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": start.state["optimizer_groups"]})
+        for group in optimizer.param_groups:
+            optimizer._check_group(group)
+        optimizer.skipped_steps.copy_(counters[SKIPPED])
+        if loss_scale is not None:
+            scale, good = counters[SCALE].to(loss_scale.scale.device).unbind()
+            loss_scale.scale, loss_scale.good = scale.clone(), good.clone()
+    except (UserError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{start.path}: no state of this optimiser ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:

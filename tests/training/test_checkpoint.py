@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mdt_fast.errors import UserError
-from mdt_fast.training import checkpoint, loop, train
+from mdt_fast.training import checkpoint, loop, saving, train
 from mdt_fast.training.checkpoint import PARTS, DamagedCheckpointError, latest, newest_good, open_checkpoint
 from tiny import file_of, files_of, tensors_of, tiny
 
@@ -197,3 +199,99 @@ def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         open_checkpoint(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_refused_and_stays_where_it_is(run: Path) -> None:
+    folder = run / "checkpoints" / "step_0000008"
+    folder.rename(folder.with_name("step_0000009"))
+    with pytest.raises(
+        DamagedCheckpointError, match=r"step_0000009: renamed, it is the checkpoint of step 8"
+    ):
+        train(tiny(steps=12), run, resume="auto")
+    assert folder.with_name("step_0000009").is_dir()
+
+
+def test_pruning_touches_older_checkpoints_of_its_own_alone(
+    run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what came later by other hands, no links, no files; and what resists keeps no run from going on."""
+    folder, elsewhere = run / "checkpoints", tmp_path / "elsewhere"
+    (folder / "step_0000004").rename(elsewhere)
+    (folder / "step_0000004").symlink_to(elsewhere)
+    (folder / "step_0000002").touch()
+    step = loop.train_step
+
+    def meddled(training, *args) -> None:
+        step(training, *args)
+        if training.step == 10:
+            (folder / "step_9999999").mkdir()
+
+    monkeypatch.setattr(loop, "train_step", meddled)
+    train(tiny(steps=12, keep=1), run, resume="auto")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_0000002", "step_0000004", "step_0000012", "step_9999999"]
+    assert open_checkpoint(elsewhere).step == 4
+    monkeypatch.setattr(saving, "delete", no_deleting)
+    shutil.rmtree(folder / "step_9999999")
+    train(tiny(steps=16, keep=1), run, resume="auto")
+    assert latest(run) == folder / "step_0000016"
+    assert any("step_0000012' stays: " in str(warning.message) for warning in recwarn)
+
+
+def no_deleting(path: Path) -> None:
+    raise PermissionError("not permitted")
+
+
+def signed(folder: Path, **changes: object) -> None:
+    """Change the state of a checkpoint and put all checksums right again, as somebody might by hand."""
+    file = folder / "state.json"
+    state = {**json.loads(file.read_text()), **changes}
+    del state["sha256"]
+    for name in state["files"]:
+        path = folder / name
+        state["files"][name] = {"bytes": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
+    file.write_text(json.dumps({**state, "sha256": checkpoint.sign(state)}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer_groups": [{}]},
+        {"optimizer_groups": []},
+        {"optimizer_groups": [1]},
+        {"step": True},
+        {"streak": -5},
+    ],
+    ids=str,
+)
+def test_states_made_by_hand_are_refused_in_a_line(run: Path, changes: dict[str, object]) -> None:
+    signed(run / "checkpoints" / "step_0000008", **changes)
+    with pytest.raises(UserError, match="step_0000008") as caught:
+        train(tiny(steps=12), run, resume="auto")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("model", "pos_embed", torch.zeros(1, 4, 16, dtype=torch.bfloat16), "'pos_embed' is torch.bfloat16"),
+        ("model", "pos_embed", torch.zeros(1, 4, 8), "'pos_embed' is torch.float32 \\[1, 4, 8\\]"),
+        ("optimizer", "counters/skipped_steps", None, "no state of this optimiser"),
+        ("optimizer", "pos_embed/exp_avg", None, "no state of this optimiser"),
+        ("model", "mask_token", None, "has no 'mask_token', which this model needs"),
+    ],
+)
+def test_tensors_made_by_hand_are_refused_in_a_line(
+    run: Path, part: str, name: str, value: torch.Tensor | None, message: str
+) -> None:
+    folder = run / "checkpoints" / "step_0000008"
+    tensors = open_checkpoint(run).tensors(part)
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value
+    save_file(tensors, folder / file_of(part))
+    signed(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        train(tiny(steps=12), run, resume="auto")
+    assert "\n" not in str(caught.value)

@@ -15,6 +15,7 @@ import torch
 
 from mdt_fast.cli import main
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
+from mdt_fast.training.run import equal_share
 from tiny import ARGUMENTS
 
 pytestmark = pytest.mark.slow
@@ -172,6 +173,24 @@ def test_torchrun_starts_a_lost_process_again(tmp_path: Path) -> None:
     assert "going on from" in stdout
     steps = [row["step"] for row in rows(tmp_path)]
     assert steps == sorted(set(steps))
+
+
+def test_every_process_has_an_equal_share_of_the_pictures() -> None:
+    """Else some would gather weights for nobody, for ever."""
+    for count in (10, 20, 50, 100):
+        labels = list(range(count))
+        for size in range(1, 129):
+            shares = [equal_share(labels, rank, size) for rank in range(size)]
+            assert len({len(own) for _, own in shares}) == 1
+            assert [label for _, own in shares for label in own][:count] == labels
+            assert [first for first, _ in shares] == [rank * len(shares[0][1]) for rank in range(size)]
+
+
+def test_pictures_that_cannot_be_made_do_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "samples").write_text("in the way")
+    printed = finished(2, tmp_path, "--steps=8")
+    assert "warning: no picture" in printed
+    assert "8 steps done" in printed
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:

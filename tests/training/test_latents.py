@@ -1,5 +1,6 @@
 """Training in latent space, end to end: encode, train, sample; raw images encoded as they come; no labels."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autoencoders import save_tiny_vae
 from mdt_fast.cli import main
 from mdt_fast.config import DataConfig
 from mdt_fast.data import Autoencoder, LatentSet, Loader, open_first_stage, open_images, sample_posterior
@@ -147,3 +149,17 @@ def test_images_without_the_autoencoder(latents: Path, tmp_path: Path) -> None:
     arguments = ["train", f"--data={latents}", f"--vae={tmp_path / 'gone'}", f"--out={run}", *FAST]
     assert main(arguments) == 0
     assert not (run / "samples.png").exists()
+
+
+def test_another_autoencoder_under_the_same_name_is_noticed(
+    photos: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae, run = tmp_path / "vae", tmp_path / "run"
+    shutil.copytree(tiny_vae, vae)
+    assert main(["train", f"--data={photos}", f"--vae={vae}", "--image-size=16", f"--out={run}", *FAST]) == 0
+    shutil.rmtree(vae)
+    save_tiny_vae(vae, seed=1)
+    message = refusal(capsys, f"--out={run}", "--resume=auto", "--steps=6")
+    assert "data.vae: the weights of" in message
+    assert main(["sample", str(run), f"--npz={tmp_path / 'x.npz'}", "--steps=2", "--num-samples=1"]) == 2
+    assert "is not the autoencoder that the latents were made with" in capsys.readouterr().err

@@ -246,7 +246,8 @@ def test_summary_of_a_run() -> None:
         "steps          1,000",
         "images seen    256,000 (0.3 epochs)",
         "time           1:40",
-        "mean speed     2560 img/s  206 TFLOP/s (21% of peak) per GPU",
+        "mean speed     2560 img/s  206 TFLOP/s (21% of peak) in each process, "
+        "start, saving and pictures included",
         "peak memory    72.0 GiB",
         "final loss     0.1234 (masked 0.2345)",
         "skipped steps  2",
@@ -260,7 +261,7 @@ def test_summary_of_a_resumed_run_on_a_cpu() -> None:
         "steps        30 (10 since it went on)",
         "images seen  240 (2 epochs)",
         "time         0:10",
-        "mean speed   8 img/s",
+        "mean speed   8 img/s, start, saving and pictures included",
         "final loss   0.5000",
     ]
 

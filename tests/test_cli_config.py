@@ -1,0 +1,83 @@
+"""``mdt-fast train --config``: what --dry-run prints is read back; nonsense gets one line."""
+
+from pathlib import Path
+
+import pytest
+
+from mdt_fast.cli import main
+from mdt_fast.commands.config_file import read_config_file
+from mdt_fast.errors import UserError
+from mdt_fast.training.checkpoint import open_checkpoint
+from tiny import ARGUMENTS
+
+
+def test_what_dry_run_prints_is_a_whole_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--preset=digits",
+        *ARGUMENTS,
+        "--steps=2",
+        "--set=sample.steps=2",
+        "--device=cpu",
+        "--lr=1e-4",
+    ]
+    assert main(["train", f"--out={tmp_path / 'x'}", "--dry-run", *options]) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert main(["train", f"--out={tmp_path / 'run'}", f"--config={file}"]) == 0
+    config = open_checkpoint(tmp_path / "run").config
+    assert (config.train.lr, config.model.hidden_size, config.train.device) == (1e-4, 16, "cpu")
+
+
+def test_a_file_an_option_and_set_in_that_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: digits\ntrain:\n  lr: 1e-4\n  steps: 7\n  seed: 3\n  warmup_steps: 5\n")
+    arguments = [f"--config={file}", "--steps=8", "--seed=4", "--set=train.seed=5"]
+    assert main(["train", f"--out={tmp_path / 'x'}", "--dry-run", *arguments]) == 0
+    printed = capsys.readouterr().out
+    for line in ("lr: 0.0001", "steps: 8", "seed: 5", "warmup_steps: 5"):
+        assert f"  {line}\n" in printed
+
+
+NONSENSE = {
+    "{": "not YAML",
+    "a: [1": "not YAML",
+    "- 1": "expected sections of settings, got list",
+    "trian:\n  lr: 1": "unknown section 'trian' (did you mean 'train'?)",
+    "train: 3": "train: expected settings, got 3",
+    "train:\n  learning_rate: 1": "unknown key 'learning_rate'",
+    "train:\n  stepz: 1": "unknown key 'stepz' (did you mean 'steps'?)",
+    "preset: 3": "preset: a name is needed, got 3",
+    "preset: digitz": "'digitz' is not known (did you mean 'digits'?)",
+    "train: {seed: !!int x}": "not YAML",
+    "train: {seed: !!python/object/apply:os.getcwd []}": "not YAML",
+    "preset: digits\ntrain: {steps: 2024-13-45}": "config.train.steps: expected int, got '2024-13-45'",
+    "preset: digits\ntrain: {seed: 1:30}": "config.train.seed: expected int, got '1:30'",
+    "preset: digits\ntrain: {steps: 0b}": "config.train.steps: expected int, got '0b'",
+    "preset: digits\ntrain: {steps: many}": "config.train.steps: expected int, got 'many'",
+    'preset: digits\ndata: {source: "a\\0b"}': "has a null character",
+    "preset: digits\nmodel: {mlp_ratio: 1e300}": "mlp_ratio: got 1e+300",
+    "preset: digits\ndiffusion: {diffusion_steps: 100000000000}": "diffusion.diffusion_steps: allowed are 1 to",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), NONSENSE.items(), ids=list(NONSENSE.values()))
+def test_nonsense(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["train", f"--out={tmp_path / 'x'}", f"--config={file}", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--config: cannot read .*: No such file"):
+        read_config_file(tmp_path / "none.yaml")
+
+
+def test_another_preset_than_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset=digits", *ARGUMENTS, "--steps=1", "--set=sample.steps=1", "--device=cpu"]
+    assert main(["train", f"--out={tmp_path}", *options]) == 0
+    assert main(["train", f"--out={tmp_path}", "--preset=dit-s4", "--resume=auto"]) == 2
+    assert "--preset: 'dit-s4' has model.family=dit, the run in" in capsys.readouterr().err
