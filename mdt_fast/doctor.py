@@ -54,7 +54,18 @@ OPTIONAL = (
         "the autoencoder of `encode`, between images and latents",
         "pip install diffusers",
     ),
-    OptionalPackage("torchmetrics", "torchmetrics", NOT_USED, "pip install torchmetrics"),
+    OptionalPackage(
+        "torchmetrics",
+        "torchmetrics",
+        "the tests, which hold `evaluate` against it",
+        "pip install torchmetrics",
+    ),
+    OptionalPackage(
+        "torch-fidelity",
+        "torch_fidelity",
+        "`evaluate --features inception-v3-compat`",
+        "pip install torch-fidelity torchvision",
+    ),
     OptionalPackage("torchao", "torchao", NOT_USED, "pip install torchao"),
     OptionalPackage(
         "flash-attn",
