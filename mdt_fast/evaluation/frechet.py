@@ -18,7 +18,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     Error: eigenvalues of S are exact to ``e = D 2^-52 max(eigenvalue)``. By Powers and Størmer's inequality
     the distance is then within ``2 (sqrt(D e_a tr S_b) + sqrt(D e_b tr S_a))``, reached only if both are
-    singular, in different directions; what is seen is 1e-9 of ``tr(S_a) + tr(S_b)`` and less.
+    singular, in different directions; the tests see less than 1e-6 of ``tr(S_a) + tr(S_b)``.
 
     Raises ``UserError`` for dimensions that differ and for what is no covariance.
     """
