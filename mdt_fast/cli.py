@@ -1,4 +1,4 @@
-"""``mdt-fast``: encode, train, sample, convert, doctor.
+"""``mdt-fast``: encode, train, sample, evaluate, convert, doctor.
 
 A user's mistake ends in one line on stderr and exit code 2; ``MDT_FAST_TRACEBACK=1`` shows the traceback.
 Torch is imported only by the commands that compute, so that ``--help`` is quick.
@@ -58,6 +58,16 @@ training code (.pt files are read without executing anything in them).
 The last two find the preset by the weights' shape (or take --preset), and the rest in the files; --config and
 --set change any of it, as in train."""
 
+EVALUATE_HELP = """\
+Judge images by FID, sFID, Inception Score, precision and recall against a reference.
+
+  mdt-fast evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+  mdt-fast evaluate photos --image-size 256 --save-features photos.safetensors
+  mdt-fast evaluate samples.npz --reference photos.safetensors --metrics fid,recall --json fid.json
+  mdt-fast evaluate samples.npz --reference photos --features my_network:features
+
+SAMPLES and REF are a .npz (arr_0 uint8 [N, H, W, C], as mdt-fast sample --npz writes it; or mu, sigma, mu_s,
+sigma_s), a folder of images, or a file that --save-features wrote. Nothing is downloaded."""
 
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
@@ -121,11 +131,19 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sample.add_argument("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
     sample.add_argument("--png", metavar="DIR", help="one PNG per image")
 
+    evaluate = _add_evaluate(commands)
     convert = _add_convert(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    return parser, {"encode": encode, "train": train, "sample": sample, "convert": convert, "doctor": doctor}
+    return parser, {
+        "encode": encode,
+        "train": train,
+        "sample": sample,
+        "evaluate": evaluate,
+        "convert": convert,
+        "doctor": doctor,
+    }
 
 
 def _add_encode(commands: Any) -> Parser:
@@ -162,6 +180,38 @@ def _add_encode(commands: Any) -> Parser:
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
     add("--verify", action="store_true", help="encode nothing, check what is in DIR")
     return encode
+
+
+def _add_evaluate(commands: Any) -> Parser:
+    evaluate: Parser = commands.add_parser(
+        "evaluate", help="FID, sFID, Inception Score, precision, recall", description=EVALUATE_HELP
+    )
+    add = evaluate.add_argument
+    add("samples", metavar="SAMPLES", help="a .npz, a folder of images, or a file of features")
+    add("--reference", metavar="REF", help="what they are compared with: the same, or statistics")
+    add(
+        "--features",
+        default="inception-v3-compat",
+        metavar="NAME|FILE|MODULE:NAME",
+        help="the network: inception-v3-compat (default, of torch-fidelity), a TorchScript or torch.export "
+        "file, or a function or module that Python can import",
+    )
+    add("--weights", metavar="FILE", help="of inception-v3-compat (default: torch hub's folder)")
+    add("--trust-features", action="store_true", help="let a program given by --features FILE run")
+    add(
+        "--metrics", metavar="A,B,...", help="fid, sfid, is, precision, recall (default: all that can be had)"
+    )
+    add("--image-size", type=int, metavar="N", help="scale and crop the images of a folder, as for training")
+    add("--batch-size", type=int, default=64, metavar="N", help="images seen at once (default: 64)")
+    add(
+        "--save-features",
+        metavar="FILE",
+        help="keep the features of SAMPLES (.safetensors), say, of a reference",
+    )
+    add("--json", metavar="FILE", help="values, what they are of, and notes")
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help=THREADS_HELP)
+    return evaluate
 
 
 def _add_convert(commands: Any) -> Parser:

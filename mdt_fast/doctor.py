@@ -58,7 +58,18 @@ OPTIONAL = (
         "tensorboard", "tensorboard", "curves and pictures while `train` goes on", "pip install tensorboard"
     ),
     OptionalPackage("wandb", "wandb", "the same, there (`train.wandb`)", "pip install wandb"),
-    OptionalPackage("torchmetrics", "torchmetrics", NOT_USED, "pip install torchmetrics"),
+    OptionalPackage(
+        "torchmetrics",
+        "torchmetrics",
+        "the tests, which hold `evaluate` against it",
+        "pip install torchmetrics",
+    ),
+    OptionalPackage(
+        "torch-fidelity",
+        "torch_fidelity",
+        "`evaluate --features inception-v3-compat`",
+        "pip install torch-fidelity torchvision",
+    ),
     OptionalPackage(
         "torchao", "torchao", "float8 products in training (`train.float8`)", "pip install torchao"
     ),

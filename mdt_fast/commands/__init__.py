@@ -2,7 +2,8 @@
 
 from .convert import convert
 from .encode import encode
+from .evaluate import evaluate
 from .sample import sample
 from .train import train
 
-__all__ = ["convert", "encode", "sample", "train"]
+__all__ = ["convert", "encode", "evaluate", "sample", "train"]

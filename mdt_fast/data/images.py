@@ -148,22 +148,22 @@ class ImageFolder:
         return path.relative_to(self.root).as_posix(), size
 
 
-def list_images(root: Path) -> list[Path]:
+def list_images(root: Path, what: str = "data.source") -> list[Path]:
     """Every jpg, jpeg, png and gif below ``root`` (any case), sorted; hidden ones are left out.
 
-    Links are followed. ``UserError`` names a folder that cannot be read and a link that leads nowhere: what
-    lies there may be a whole class.
+    Links are followed. ``UserError``, which begins with ``what``, names a folder that cannot be read and a
+    link that leads nowhere: what lies there may be a whole class.
     """
     try:
         if not root.exists():
-            raise UserError(f"data.source: no folder {str(root)!r}")
+            raise UserError(f"{what}: no folder {str(root)!r}")
         if not root.is_dir():
-            raise UserError(f"data.source: {str(root)!r} is a file; a folder of images is needed")
+            raise UserError(f"{what}: {str(root)!r} is a file; a folder of images is needed")
         paths = sorted(_walk(root, frozenset()))
     except OSError as error:
-        raise UserError(f"data.source: cannot read {str(error.filename)!r}: {error.strerror}") from None
+        raise UserError(f"{what}: cannot read {str(error.filename)!r}: {error.strerror}") from None
     if not paths:
-        raise UserError(f"data.source: no images ({', '.join(s[1:] for s in SUFFIXES)}) in {str(root)!r}")
+        raise UserError(f"{what}: no images ({', '.join(s[1:] for s in SUFFIXES)}) in {str(root)!r}")
     return paths
 
 

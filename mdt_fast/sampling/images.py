@@ -1,4 +1,4 @@
-"""Images out: bytes, a grid by class, the ``.npz`` that evaluators read, single files."""
+"""Images out: bytes, a grid by class, single files."""
 
 import os
 from collections.abc import Sequence
@@ -52,13 +52,6 @@ def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG aside and rename it into place."""
     with aside(path) as file:
         picture.save(file, format="PNG")
-
-
-def save_npz(path: Path, images_NHWC: np.ndarray, labels: Sequence[int]) -> None:
-    """``arr_0`` uint8 [N, S, S, C] and ``arr_1`` int64 [N], as in the ADM evaluator's sample files."""
-    arrays = (images_NHWC, np.asarray(labels, dtype=np.int64))
-    with aside(path) as file, open(file, "wb") as opened:  # numpy appends .npz to names
-        np.savez(opened, *arrays)
 
 
 def save_pngs(folder: Path, images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:

@@ -13,8 +13,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["mdt_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
-EXTRAS = {"watch", "train", "latents", "sample", "eval", "cuda", "fp8", "nvcc", "test", "dev"}
-OPTIONAL = ["triton", "sklearn", "matplotlib", "scipy", "diffusers", "torchvision", "torchao", "xformers"]
+EXTRAS = {"watch", "train", "latents", "sample", "eval", "fid", "cuda", "fp8", "nvcc", "test", "dev"}
+OPTIONAL = [
+    "triton",
+    "sklearn",
+    "matplotlib",
+    "scipy",
+    "diffusers",
+    "torchvision",
+    "torchmetrics",
+    "torch_fidelity",
+    "torchao",
+    "xformers",
+]
 
 # Runs in a fresh interpreter: every optional package is made to look missing, then every module is imported
 # (but the rooms' Triton kernels, which their op.py imports where Triton serves it, and csrc's libraries,

@@ -1,4 +1,4 @@
-"""Images out: exact bytes, the evaluator's npz, the grid."""
+"""Images out: exact bytes, the grid."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mdt_fast.errors import UserError
-from mdt_fast.sampling import check_writable, grid, save_npz, save_picture, save_pngs, to_uint8
+from mdt_fast.sampling import check_writable, grid, save_picture, save_pngs, to_uint8
 
 
 def test_bytes_are_truncated_not_rounded() -> None:
@@ -16,27 +16,6 @@ def test_bytes_are_truncated_not_rounded() -> None:
     pixels = to_uint8(values.expand(1, 3, 2, 4))
     assert (pixels.shape, pixels.dtype) == ((1, 2, 4, 3), np.uint8)
     assert pixels[0, :, :, 0].ravel().tolist() == [0, 0, 0, 127, 191, 254, 255, 255]
-
-
-def test_npz_has_the_evaluators_layout(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    save_npz(tmp_path / "samples.npz", images, [3, 1, 4, 1, 5])
-    with np.load(tmp_path / "samples.npz", allow_pickle=False) as saved:
-        assert saved.files == ["arr_0", "arr_1"]
-        np.testing.assert_array_equal(saved["arr_0"], images)
-        assert saved["arr_1"].dtype == np.int64
-        assert saved["arr_1"].tolist() == [3, 1, 4, 1, 5]
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "samples.npz"
-    save_npz(path, np.zeros((1, 8, 8, 1), np.uint8), [0])
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="'x'"):
-        save_npz(path, np.ones((1, 8, 8, 1), np.uint8), ["x"])  # type: ignore[list-item]
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3), (64, 3)])

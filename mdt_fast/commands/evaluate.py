@@ -1,0 +1,222 @@
+"""``mdt-fast evaluate``."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..errors import UserError
+from ..evaluation import (
+    METRICS,
+    Extractor,
+    Features,
+    Opened,
+    check_same_network,
+    check_same_size,
+    complete,
+    is_published,
+    missing,
+    open_extractor,
+    open_source,
+    parse_metrics,
+    save_features,
+    warnings,
+)
+from ..evaluation import evaluate as measure
+from ..files import aside
+from ..sampling import check_writable
+from ..training.run import resolve_device
+from .shared import refuse_empty, set_threads
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure, print a table, write what was asked for; returns the exit code."""
+    set_threads(args.threads)
+    asked = check_arguments(args)
+    device = resolve_device(args.device)
+    console = Console(highlight=False, soft_wrap=True)
+    samples, reference, given = both_sides(args, asked or METRICS, device, console)
+    if args.save_features is not None:
+        if samples.pooled is None:
+            raise UserError(f"--save-features: {args.samples!r} has statistics only; images are needed")
+        save_features(Path(args.save_features), samples)
+    metrics, notes = (asked, []) if asked is not None else possible(samples, reference)
+    values = measure(samples, reference, metrics, device=device)
+    notes += warnings(samples, reference, metrics)
+    if reference is not None and rests_on(given, reference, metrics) and not is_published(samples.extractor):
+        notes.append(
+            f"the statistics in {args.reference} are comparable only if they are of the samples' network "
+            f"({samples.extractor or 'unknown'})"
+        )
+    if args.json is not None:
+        write_json(Path(args.json), record(samples, reference, values, notes))
+    show(console, args, samples, values, notes)
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> list[str] | None:
+    """The metrics that were asked for, or None: all that can be had. ``UserError`` before any work."""
+    refuse_empty(args, "reference", "json", "save_features", "features", "weights")
+    for name in ("batch_size", "image_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    asked = parse_metrics(args.metrics) if args.metrics is not None else None
+    if args.reference is None and asked != ["is"] and (asked is not None or args.save_features is None):
+        raise UserError(
+            "evaluate: --reference is needed for all metrics but is; without it, pass --metrics is or "
+            "--save-features FILE"
+        )
+    check_targets(args)
+    return asked
+
+
+def both_sides(
+    args: argparse.Namespace, metrics: Sequence[str], device: torch.device, console: Console
+) -> tuple[Features, Features | None, Features | None]:
+    """The samples' features, the reference's, and what of these its file had ready."""
+    sources = _open(args)
+
+    @cache
+    def extractor() -> Extractor:
+        return open_extractor(args.features, device=device, weights=args.weights, trust=args.trust_features)
+
+    if any(source.images is not None for source in sources):
+        extractor()  # what is wrong with it is said before any work
+    found: list[Features] = []
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        for source, what in zip(sources, ("SAMPLES", "--reference")):
+            update = partial(
+                progress.update,
+                progress.add_task(what, total=source.images.count if source.images is not None else 1),
+            )
+            first = found[0].moments if found else None
+            features = complete(
+                source,
+                extractor,
+                dim=first.dim if first is not None else None,
+                metrics=metrics,
+                what=what,
+                device=device,
+                batch_size=args.batch_size,
+                on_batch=lambda done, update=update: update(completed=done),  # type: ignore[misc]
+            )
+            found.append(features)
+    if len(found) == 1:
+        return found[0], None, None
+    check_same_network(*found)
+    return found[0], found[1], sources[1].features
+
+
+def possible(samples: Features, reference: Features | None) -> tuple[list[str], list[str]]:
+    """The metrics that can be had, and why not the others; with a reference ``UserError`` if none can."""
+    reasons = {metric: missing(metric, samples, reference) for metric in METRICS}
+    metrics = [metric for metric, reason in reasons.items() if reason is None]
+    if reference is None:
+        return metrics, []
+    if not metrics:
+        raise UserError(f"--metrics: none can be computed: fid: {reasons['fid']}")
+    return metrics, [f"{metric} is left out: {reason}" for metric, reason in reasons.items() if reason]
+
+
+def _open(args: argparse.Namespace) -> list[Opened]:
+    """Both sides; ``--image-size`` is for those that are folders, of which there must be one."""
+    paths = [Path(args.samples)] + ([Path(args.reference)] if args.reference is not None else [])
+    if args.image_size is not None and not any(path.is_dir() for path in paths):
+        raise UserError("--image-size: crops images in folders, and neither SAMPLES nor --reference is one")
+    opened = [
+        open_source(path, what, args.image_size if path.is_dir() else None)
+        for path, what in zip(paths, ("SAMPLES", "--reference"))
+    ]
+    images = [source.images for source in opened if source.images is not None]
+    if len(images) == 2:
+        check_same_size(*images)
+    return opened
+
+
+def rests_on(given: Features | None, used: Features, metrics: Sequence[str]) -> bool:
+    """Whether values rest on statistics that do not say of which network they are."""
+    if given is None or given.extractor:
+        return False
+    return ("fid" in metrics and used.moments is given.moments) or (
+        "sfid" in metrics and used.spatial is given.spatial
+    )
+
+
+def check_targets(args: argparse.Namespace) -> None:
+    """The files to write have different names, none of them an input's, and can be written."""
+    targets = [Path(name) for name in (args.json, args.save_features) if name is not None]
+    inputs = [Path(name).resolve() for name in (args.samples, args.reference) if name is not None]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise UserError("evaluate: --json and --save-features need different names")
+    for path in targets:
+        if path.resolve() in inputs:
+            raise UserError(f"evaluate: {str(path)!r} is to be read and to be written; choose another name")
+        check_writable(path)
+    if args.save_features is not None and not args.save_features.endswith(".safetensors"):
+        raise UserError(
+            f"--save-features: a name that ends in .safetensors is needed, got {args.save_features!r}"
+        )
+
+
+def record(
+    samples: Features,
+    reference: Features | None,
+    values: dict[str, float],
+    notes: list[str],
+) -> dict[str, Any]:
+    """What ``--json`` writes."""
+
+    def side(features: Features | None) -> dict[str, Any] | None:
+        if features is None:
+            return None
+        return {"path": features.name, "count": features.count, "shape": features.shape}
+
+    return {
+        "metrics": values,
+        "samples": side(samples),
+        "reference": side(reference),
+        "features": samples.extractor,
+        "dim": samples.moments.dim if samples.moments is not None else None,
+        "notes": notes,
+        "versions": {"mdt_fast": importlib.metadata.version("mdt-fast"), "torch": torch.__version__},
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    with aside(path) as file:
+        file.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def show(
+    console: Console, args: argparse.Namespace, samples: Features, values: dict[str, float], notes: list[str]
+) -> None:
+    """The table, what it is of, and the notes."""
+    table = Table("metric", "value", box=None, pad_edge=False, show_header=bool(values))
+    table.columns[1].justify = "right"
+    for name, value in values.items():
+        if name == "is_std":
+            continue
+        assert math.isfinite(value)
+        deviation = f" ± {values['is_std']:.4f}" if name == "is" else ""
+        table.add_row(name, f"{value:.4f}{deviation}")
+    if values:
+        console.print(table)
+    against = f" against {args.reference}" if args.reference is not None else ""
+    count = f"{samples.count} images" if samples.count is not None else "statistics"
+    console.print(
+        f"{count} in {args.samples}{against}; features: {samples.extractor or 'unknown'}", markup=False
+    )
+    if args.save_features is not None:
+        console.print(f"features of {args.samples} in {args.save_features}", markup=False)
+    for note in notes:
+        console.print(f"note: {note}", markup=False)

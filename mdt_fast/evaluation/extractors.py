@@ -1,0 +1,199 @@
+"""Networks that make features of images: by name, by path of a program, or a function of the user's own.
+
+A network takes uint8 [B, C, H, W], 0 to 255, and returns one of
+
+- ``pooled`` [B, D],
+- ``(pooled, spatial)``, spatial [B, K, h, w],
+- a dictionary of ``pooled`` and any of ``spatial``, ``logits`` [B, K], ``probabilities`` [B, K].
+"""
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, nearest
+from .inception import INCEPTION, load_inception
+
+NAMES = (INCEPTION,)
+PROGRAMS = (".pt", ".pth", ".ts", ".pt2")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network said of B images: ``pooled`` [B, D] and, if it has them, ``spatial`` [B, K, h, w] and
+    ``probabilities`` [B, K] (non-negative, rows sum to 1)."""
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """``name`` identifies the network and its weights: features are comparable only if it is the same."""
+
+    name: str
+    network: Callable[[Tensor], Any]
+    given: str  # as the user wrote it
+
+    def __call__(self, images_BCHW: Tensor) -> Outputs:
+        """Raises ``UserError`` where the network fails or returns something else than it should."""
+        try:
+            with torch.no_grad():
+                return self._read(self.network(images_BCHW), len(images_BCHW))
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # somebody else's program
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(
+                f"--features: {self.given!r} failed on uint8 {list(images_BCHW.shape)}: {reason}"
+            ) from error
+
+    def _read(self, returned: Any, count: int) -> Outputs:
+        if isinstance(returned, Tensor):
+            named: dict[str, Any] = {"pooled": returned}
+        elif isinstance(returned, tuple | list) and len(returned) == 2:
+            named = dict(zip(("pooled", "spatial"), returned))
+        elif isinstance(returned, Mapping) and "pooled" in returned:
+            named = dict(returned)
+        else:
+            raise UserError(
+                f"--features: {self.given!r} returned {type(returned).__name__}; pooled [B, D], (pooled, "
+                "spatial), or a dictionary with 'pooled' and any of 'spatial', 'logits', 'probabilities' is "
+                "needed"
+            )
+        for name, ndim in (("pooled", 2), ("spatial", 4), ("logits", 2), ("probabilities", 2)):
+            value = named.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.ndim != ndim or len(value) != count:
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(
+                    f"--features: {self.given!r} returned {name} {shape}; {ndim} dimensions, the first of "
+                    f"them {count}, are needed"
+                )
+        probabilities = named.get("probabilities")
+        if named.get("logits") is not None:
+            probabilities = named["logits"].double().softmax(1).float()
+        return Outputs(named["pooled"], named.get("spatial"), probabilities)
+
+
+def open_extractor(
+    given: str, *, device: torch.device | str = "cpu", weights: str | None = None, trust: bool = False
+) -> Extractor:
+    """The network that ``given`` names, on ``device`` and in eval mode.
+
+    ``inception-v3-compat``: torch-fidelity's Inception, ``weights`` its local file. A path: a TorchScript
+    or ``torch.export`` program; loading one runs what is in it, so ``trust`` must say that it may.
+    ``module:name``: a function, a module or a class of modules that Python can import, also from the current
+    folder. Nothing is ever downloaded. Raises ``UserError``.
+    """
+    if weights is not None and given not in NAMES:
+        raise UserError(f"--weights: is for {INCEPTION} only; {given!r} brings its own")
+    if given == INCEPTION:
+        identity, network = load_inception(weights)
+        return Extractor(identity, network.to(device), given)
+    if Path(given).suffix in PROGRAMS or Path(given).is_file():
+        return _open_program(given, device, trust)
+    if ":" in given:
+        return _open_function(given, device)
+    raise UserError(
+        f"--features: {given!r} is not known{nearest(given, NAMES)}; use {', '.join(NAMES)}, a TorchScript "
+        "or torch.export file, or module:function"
+    )
+
+
+def _open_program(given: str, device: torch.device | str, trust: bool) -> Extractor:
+    path = Path(given)
+    if not path.is_file():
+        raise UserError(f"--features: no file {given!r}")
+    if not trust:
+        raise UserError(
+            f"--features: {given!r} is a program, and reading it can run anything; if you know where it "
+            "comes from, add --trust-features"
+        )
+    with open(path, "rb") as file:
+        identity = f"program sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, its files remain
+            if path.suffix == ".pt2":
+                network: Any = torch.export.load(path).module().to(device)
+            else:
+                network = torch.jit.load(path, map_location=device).eval()
+    except Exception as error:
+        raise UserError(
+            f"--features: {given!r} is neither a TorchScript nor a torch.export program: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from None
+    if "return_features" in _argument_names(network):
+        network = TorchScriptInception(network)
+    return Extractor(identity, network, given)
+
+
+class TorchScriptInception:
+    """NVIDIA's ``inception-2015-12-05.pt`` and what follows its conventions: features by
+    ``return_features=True``, probabilities without the last bias by ``no_output_bias=True``. Colours only."""
+
+    def __init__(self, program: Any):
+        self.program = program
+
+    def __call__(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        images = images_BCHW.expand(-1, 3, -1, -1)
+        found = {"pooled": self.program(images, return_features=True)}
+        if "no_output_bias" in _argument_names(self.program):
+            found["probabilities"] = self.program(images, no_output_bias=True)
+        return found
+
+
+def _argument_names(program: Any) -> list[str]:
+    schema = getattr(getattr(program, "forward", None), "schema", None)
+    return [argument.name for argument in schema.arguments] if schema is not None else []
+
+
+def _open_function(given: str, device: torch.device | str) -> Extractor:
+    module_name, _, name = given.partition(":")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--features: cannot import {module_name!r}: {reason}") from error
+    if not hasattr(module, name):
+        raise UserError(f"--features: {module_name!r} has no {name!r}{nearest(name, dir(module))}")
+    found = getattr(module, name)
+    try:
+        if inspect.isclass(found):
+            found = found()
+        if isinstance(found, nn.Module):
+            found = found.to(device).eval()
+    except Exception as error:
+        raise UserError(f"--features: cannot make {given!r}: {' '.join(str(error).split())}") from error
+    if not callable(found):
+        raise UserError(
+            f"--features: {given!r} is {type(found).__name__}; a function or a torch.nn.Module is needed"
+        )
+    file = getattr(module, "__file__", None)
+    source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else "unknown"
+    return Extractor(f"{given} sha256:{source}{_weights_digest(found)}", found, given)
+
+
+def _weights_digest(network: Any) -> str:
+    """Two modules from one source file may have different weights."""
+    if not isinstance(network, nn.Module):
+        return ""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return f" weights sha256:{digest.hexdigest()[:16]}"

@@ -1,0 +1,82 @@
+"""torch-fidelity's Inception: the network of FID with its weights of 2015, and ADM's spatial features."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+INCEPTION = "inception-v3-compat"
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
+PUBLISHED = FILE.removesuffix(".pth").rpartition("-")[2]  # its sha256 begins so
+
+
+class Inception(nn.Module):
+    """uint8 [B, C, H, W], C 3 or 1 (repeated): ``pooled`` [B, 2048], ``spatial`` [B, 192, 17, 17], ``logits``
+    [B, 1008] without the last bias, all as in ADM's evaluator.
+
+    Its ``mixed_6/conv`` is the 1x1 branch of the block that torch-fidelity calls Mixed_6d, after the ReLU.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.spatial: Tensor | None = None
+        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self.spatial = output
+
+    def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        pooled, logits = self.network(images_BCHW.expand(-1, 3, -1, -1))
+        assert self.spatial is not None
+        found = {"pooled": pooled, "spatial": self.spatial, "logits": logits}
+        self.spatial = None
+        return found
+
+
+def is_published(identity: str) -> bool:
+    """Whether features are of the network that FID is defined by, with its own weights."""
+    return identity.startswith(f"{INCEPTION} sha256:{PUBLISHED}")
+
+
+def load_inception(weights: str | None) -> tuple[str, Inception]:
+    """Its identity and itself, with the weights of a local file; by default from where torch-fidelity would
+    have put them. Never downloads: ``UserError`` says what to get."""
+    path = Path(weights) if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if not path.is_file():
+        missing = (
+            f"--weights: no file {weights!r}"
+            if weights is not None
+            else f"--features: {INCEPTION} needs its weights"
+        )
+        raise UserError(f"{missing}; get {URL} and give it by --weights FILE or put it at {str(path)!r}")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise UserError(
+            f"--features: {INCEPTION} comes with torch-fidelity, which cannot be imported ({error}); install "
+            "it and torchvision with pip install 'mdt-fast[fid]', or give another network by path"
+        ) from None
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        # torch-fidelity would unpickle the file whatever is in it: it gets a copy of the tensors instead.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / FILE
+            torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, copy)
+            network = FeatureExtractorInceptionV3(
+                INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy)
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"--weights: {str(path)!r} does not hold the weights of {INCEPTION}: {reason}"
+        ) from error
+    published = "" if digest.startswith(PUBLISHED) else " (not the published weights)"
+    return f"{INCEPTION} sha256:{digest[:16]}{published}", Inception(network.eval())

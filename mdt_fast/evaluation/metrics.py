@@ -1,0 +1,117 @@
+"""The metrics by name: what each needs, and its value."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import UserError, nearest
+from .features import Features
+from .frechet import frechet_distance
+from .inception_score import SPLIT, inception_score
+from .moments import Moments
+from .neighbours import precision_recall
+
+METRICS = ("fid", "sfid", "is", "precision", "recall")
+
+
+def parse_metrics(text: str) -> list[str]:
+    """``fid,is`` as a list in the order of METRICS; ``UserError`` for a name that is not one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in METRICS:
+            raise UserError(
+                f"--metrics: {name!r} is not known{nearest(name, METRICS)}; known: {', '.join(METRICS)}"
+            )
+    if not names:
+        raise UserError(f"--metrics: at least one is needed of {', '.join(METRICS)}")
+    return [name for name in METRICS if name in names]
+
+
+def missing(metric: str, samples: Features, reference: Features | None) -> str | None:
+    """Why ``metric`` cannot be computed, or None."""
+    if metric == "is":
+        if samples.probabilities is None:
+            return f"the features of {samples.name!r} come without class probabilities"
+        return None
+    if reference is None:
+        return "it needs --reference"
+    sides = (samples, reference)
+    if metric in ("precision", "recall"):
+        lacking = [side.name for side in sides if side.pooled is None]
+        return f"{lacking[0]!r} has statistics only; images or features are needed" if lacking else None
+    parts = [side.moments if metric == "fid" else side.spatial for side in sides]
+    for side, part in zip(sides, parts):
+        if part is None and metric == "fid":
+            return f"{side.name!r} has neither images nor the statistics mu and sigma"
+        if part is None:
+            return f"{side.name!r} has no spatial features or statistics"
+    a, b = (part.dim for part in parts if part is not None)
+    if a != b:
+        return f"{samples.name!r} has {a} features, {reference.name!r} {b}; both must be of the same network"
+    return None
+
+
+def check_same_network(samples: Features, reference: Features) -> None:
+    """``UserError`` if both sides say what their features are of, and it is not the same."""
+    if samples.extractor and reference.extractor and samples.extractor != reference.extractor:
+        raise UserError(
+            f"--reference: its features are of {reference.extractor!r}, those of the samples of "
+            f"{samples.extractor!r}; they must be of the same network"
+        )
+
+
+def evaluate(
+    samples: Features,
+    reference: Features | None,
+    metrics: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Values by name; ``is`` brings ``is_std`` with it. ``UserError`` for a metric that lacks what it needs.
+
+    ``device`` is where the distances of precision and recall are computed.
+    """
+    for metric in metrics:
+        if (reason := missing(metric, samples, reference)) is not None:
+            raise UserError(f"--metrics: {metric} cannot be computed: {reason}")
+    if reference is not None:
+        check_same_network(samples, reference)
+    values: dict[str, float] = {}
+    for metric in metrics:
+        if metric == "is":
+            assert samples.probabilities is not None
+            values["is"], values["is_std"] = inception_score(samples.probabilities)
+        elif metric in ("fid", "sfid"):
+            a, b = pair(metric, samples, reference)
+            values[metric] = frechet_distance(a, b)
+        elif "precision" not in values and "recall" not in values:
+            assert reference is not None
+            assert samples.pooled is not None
+            assert reference.pooled is not None
+            precision, recall = precision_recall(samples.pooled, reference.pooled, device=device)
+            both = {"precision": precision, "recall": recall}
+            values |= {name: both[name] for name in metrics if name in both}
+    return values
+
+
+def pair(metric: str, samples: Features, reference: Features | None) -> tuple[Moments, Moments]:
+    assert reference is not None
+    a, b = (side.moments if metric == "fid" else side.spatial for side in (samples, reference))
+    assert a is not None
+    assert b is not None
+    return a, b
+
+
+def warnings(samples: Features, reference: Features | None, metrics: Sequence[str]) -> list[str]:
+    """What a reader of the values must know: one line each."""
+    lines = []
+    for metric in [name for name in ("fid", "sfid") if name in metrics]:
+        for side, part in zip((samples, reference), pair(metric, samples, reference)):
+            if side is not None and part.count is not None and part.count <= part.dim:
+                lines.append(
+                    f"{metric}: {part.count} images in {side.name} for {part.dim} features: their covariance "
+                    f"is singular and the value too high; at least {part.dim + 1} are needed, 50000 are usual"
+                )
+    if "is" in metrics and samples.probabilities is not None and len(samples.probabilities) < SPLIT:
+        lines.append(f"is: one part of {len(samples.probabilities)} images; {SPLIT} in each of 10 are usual")
+    return lines

@@ -1,0 +1,83 @@
+"""``.npz`` files read member by member: headers first, images in parts, nothing unpickled."""
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Header:
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+
+
+class Npz:
+    """The arrays of a ``.npz``, by name. Raises ``UserError``, which begins with ``what``, for a bad file."""
+
+    def __init__(self, path: Path, what: str):
+        self.path, self.what = path, what
+        self.headers: dict[str, Header] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if not info.filename.endswith(".npy"):
+                        continue
+                    with archive.open(info) as member:
+                        header = _read_header(member)
+                        size = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
+                        if info.file_size - member.tell() != size:
+                            raise ValueError(f"{info.filename} is not as long as its header says")
+                    self.headers[info.filename.removesuffix(".npy")] = header
+        except (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{what}: cannot read {str(path)!r} as .npz: {error}") from None
+
+    def array(self, name: str, ndim: int) -> np.ndarray:
+        """A whole numeric array of ``ndim`` dimensions, as float64."""
+        header = self.headers[name]
+        if header.dtype.kind not in "fiu" or len(header.shape) != ndim:
+            raise UserError(
+                f"{self.what}: {name} in {str(self.path)!r} is {header.dtype} {list(header.shape)}; numbers "
+                f"of {ndim} dimension{'s' * (ndim > 1)} are needed"
+            )
+        with np.load(self.path, allow_pickle=False) as arrays:
+            values = arrays[name].astype(np.float64)
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.what}: {name} in {str(self.path)!r} has values that are not finite")
+        return values
+
+    def parts(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The array in order, ``rows`` of its first axis at a time; only one part is in memory."""
+        header = self.headers[name]
+        stride = int(np.prod(header.shape[1:])) * header.dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
+                _read_header(member)
+                for start in range(0, header.shape[0], rows):
+                    count = min(rows, header.shape[0] - start)
+                    part = np.frombuffer(member.read(count * stride), header.dtype)
+                    yield part.reshape(count, *header.shape[1:])
+        except (ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+            raise UserError(f"{self.what}: {name} in {str(self.path)!r} is damaged: {error}") from None
+
+
+def _read_header(member: IO[bytes]) -> Header:
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return Header(*_reordered(np.lib.format.read_array_header_1_0(member)))
+    if version == (2, 0):
+        return Header(*_reordered(np.lib.format.read_array_header_2_0(member)))
+    raise ValueError(f"array format {version} is not known")
+
+
+def _reordered(header: tuple[tuple[int, ...], bool, np.dtype]) -> tuple[tuple[int, ...], np.dtype, bool]:
+    shape, fortran, dtype = header
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read")
+    return shape, dtype, fortran

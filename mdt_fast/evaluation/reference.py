@@ -1,0 +1,114 @@
+"""From a path to ``Features``: a file of them, statistics and images of ADM, or images to be seen first."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, nearest
+from .extractors import Extractor
+from .features import Features, extract, load_features
+from .metrics import METRICS
+from .moments import Moments
+from .npz import Npz
+from .sources import FolderImages, Images, NpzImages
+
+STATISTICS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What lies at a path: ``features`` (of their file, or a ``.npz``'s statistics), ``images``, or both."""
+
+    features: Features | None
+    images: Images | None
+
+
+def open_source(path: Path, what: str, image_size: int | None = None) -> Opened:
+    """``what``: how the user gave it (SAMPLES, --reference). Raises ``UserError``."""
+    if path.is_dir():
+        return Opened(None, FolderImages(path, what, image_size))
+    if not path.is_file():
+        raise UserError(f"{what}: no file or folder {str(path)!r}")
+    if image_size is not None:
+        raise UserError(f"--image-size: crops images in folders; {str(path)!r} is a file")
+    if path.suffix == ".safetensors":
+        return Opened(load_features(path, what), None)
+    if path.suffix != ".npz":
+        raise UserError(
+            f"{what}: {str(path)!r} is no .npz, no .safetensors of features and no folder of images"
+        )
+    npz = Npz(path, what)
+    features = _statistics(npz)
+    if features is not None and "arr_0" not in npz.headers:
+        return Opened(features, None)
+    if features is None and "arr_0" not in npz.headers:
+        wanted = ("arr_0", "mu", "sigma")
+        close = next(filter(None, (nearest(name, npz.headers) for name in wanted)), "")
+        raise UserError(
+            f"{what}: {str(path)!r} holds {', '.join(sorted(npz.headers)) or 'nothing'}{close}; arr_0 "
+            "(images, uint8 [N, H, W, C]) or mu [D] and sigma [D, D] are needed"
+        )
+    return Opened(features, NpzImages(npz))
+
+
+def complete(
+    opened: Opened,
+    extractor: Callable[[], Extractor],
+    *,
+    dim: int | None = None,
+    metrics: Sequence[str] = METRICS,
+    what: str,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> Features:
+    """All that ``metrics`` need. Images are seen through ``extractor()`` if there are any.
+
+    Of a reference with both, statistics go before images if they are of as many features as the samples have
+    (``dim``): ADM's are of more images than it brings. Where they suffice, its images are not looked at.
+    """
+    given = opened.features
+    if opened.images is None:
+        assert given is not None
+        return given
+    statistics = (
+        given if given is not None and given.moments is not None and given.moments.dim == dim else None
+    )
+    if statistics is not None and all(
+        (metric == "fid") or (metric == "sfid" and statistics.spatial is not None) for metric in metrics
+    ):
+        return statistics
+    seen = extract(
+        opened.images, extractor(), device=device, batch_size=batch_size, what=what, on_batch=on_batch
+    )
+    if statistics is None:
+        return seen
+    return replace(seen, moments=statistics.moments, spatial=statistics.spatial or seen.spatial)
+
+
+def _statistics(npz: Npz) -> Features | None:
+    found: dict[str, Moments] = {}
+    for kind, (mean_name, covariance_name) in STATISTICS.items():
+        present = [name for name in (mean_name, covariance_name) if name in npz.headers]
+        if not present:
+            continue
+        if len(present) == 1:
+            raise UserError(
+                f"{npz.what}: {str(npz.path)!r} has {present[0]}; both {mean_name} and "
+                f"{covariance_name} are needed"
+            )
+        mean, covariance = (
+            torch.from_numpy(npz.array(mean_name, 1)),
+            torch.from_numpy(npz.array(covariance_name, 2)),
+        )
+        if covariance.shape != (len(mean), len(mean)):
+            raise UserError(
+                f"{npz.what}: in {str(npz.path)!r} {mean_name} is {list(mean.shape)} and {covariance_name} "
+                f"{list(covariance.shape)}; [D] and [D, D] are needed"
+            )
+        found[kind] = Moments(mean, covariance)
+    if not found:
+        return None
+    return Features(str(npz.path), "", None, moments=found.get("moments"), spatial=found.get("spatial"))

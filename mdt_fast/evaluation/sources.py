@@ -1,0 +1,120 @@
+"""What can be evaluated: sets of images, from a ``.npz`` or a folder, in batches of bytes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..data.images import center_crop, list_images, read_image
+from ..errors import UserError
+from .npz import Npz
+
+GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
+
+
+class Images(Protocol):
+    """``count`` images of one ``shape`` (H, W, C)."""
+
+    name: str
+    count: int
+    shape: tuple[int, int, int]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All of them in order: uint8 [b, H, W, C], b = ``size`` but for the last."""
+        ...
+
+    def label(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        ...
+
+
+class NpzImages:
+    """``arr_0`` uint8 [N, H, W, C], C 1 or 3: the sample and reference files of ADM."""
+
+    def __init__(self, npz: Npz):
+        self.npz, self.name = npz, str(npz.path)
+        header = npz.headers["arr_0"]
+        if (
+            header.dtype != np.uint8
+            or len(header.shape) != 4
+            or header.shape[3] not in (1, 3)
+            or header.fortran
+        ):
+            order = " in Fortran order" if header.fortran else ""
+            raise UserError(
+                f"{npz.what}: arr_0 in {self.name!r} is {header.dtype} {list(header.shape)}{order}; images "
+                "are uint8 [N, H, W, C] with C 1 or 3"
+            )
+        self.count = header.shape[0]
+        self.shape: tuple[int, int, int] = header.shape[1:]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        return self.npz.parts("arr_0", size)
+
+    def label(self, index: int) -> str:
+        return f"arr_0[{index}]"
+
+
+class FolderImages:
+    """Every jpg, jpeg, png and gif below a folder, sorted by path.
+
+    ``image_size``: the short side is scaled to it and the centre square cut out, as for training; without,
+    all images must be of the first one's size. They are grey if the first one is.
+    """
+
+    def __init__(self, folder: Path, what: str, image_size: int | None = None):
+        self.paths, self.name, self.what, self.image_size = (
+            list_images(folder, what),
+            str(folder),
+            what,
+            image_size,
+        )
+        self.count = len(self.paths)
+        try:
+            with Image.open(self.paths[0]) as first:
+                self.channels = 1 if first.mode in GREY else 3
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            raise UserError(f"{what}: cannot read image {str(self.paths[0])!r}: {error}") from None
+        self.shape: tuple[int, int, int] = self._load(0).shape
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.count, size):
+            yield np.stack([self._checked(i) for i in range(start, min(start + size, self.count))])
+
+    def label(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def _checked(self, index: int) -> np.ndarray:
+        pixels = self._load(index)
+        if pixels.shape != self.shape:
+            raise UserError(
+                f"{self.what}: {str(self.paths[index])!r} is {_size(pixels.shape)}, {self.paths[0].name!r} "
+                f"is {_size(self.shape)}; one size is needed (--image-size N crops them)"
+            )
+        return pixels
+
+    def _load(self, index: int) -> np.ndarray:
+        path = self.paths[index]
+        image = read_image(path, self.channels)
+        if self.channels == 1:
+            with Image.open(path) as opened:
+                if opened.mode not in GREY:
+                    raise UserError(f"{self.what}: {str(path)!r} has colours, {self.paths[0].name!r} is grey")
+        pixels = np.asarray(image) if self.image_size is None else center_crop(image, self.image_size)
+        return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def check_same_size(samples: Images, reference: Images) -> None:
+    """``UserError`` unless both are of one height, width and number of channels."""
+    if samples.shape != reference.shape:
+        raise UserError(
+            f"--reference: the images in {reference.name!r} are {_size(reference.shape)}, those in "
+            f"{samples.name!r} are {_size(samples.shape)}; they must be of one size"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    colours = "" if len(shape) < 3 else {1: " grey", 3: " RGB"}[shape[2]]
+    return f"{shape[1]}x{shape[0]}{colours}"

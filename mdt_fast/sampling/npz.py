@@ -1,0 +1,51 @@
+"""The sample file of ADM's evaluator, written from batches as they come.
+
+50,000 images of 256x256 are 9.8 GB: they are never in memory together, nor copied.
+"""
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import aside
+
+
+def adm_name(count: int, height: int, width: int, channels: int = 3) -> str:
+    """The usual name: ``samples_50000x256x256x3.npz``."""
+    return f"samples_{count}x{height}x{width}x{channels}.npz"
+
+
+def save_npz(path: Path, images_NHWC: np.ndarray | Iterable[np.ndarray], labels: Sequence[int]) -> None:
+    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], uncompressed, as ADM's evaluator reads them.
+
+    ``images_NHWC``: one array, or batches of it in order (a generator is drawn from as they are written), as
+    many images as ``labels``. The file appears when it is complete. Raises ``UserError`` for batches of
+    another dtype, size or number.
+    """
+    classes = np.asarray(labels, dtype=np.int64)
+    batches = [images_NHWC] if isinstance(images_NHWC, np.ndarray) else images_NHWC
+    with aside(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            written, shape = 0, None
+            for batch in batches:
+                if batch.dtype != np.uint8 or batch.ndim != 4:
+                    raise UserError(
+                        f"images: uint8 [N, H, W, C] is needed, got {batch.dtype} {list(batch.shape)}"
+                    )
+                if shape is None:
+                    shape = batch.shape[1:]
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(classes), *shape)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                if batch.shape[1:] != shape:
+                    raise UserError(
+                        f"images: {list(batch.shape[1:])} comes after {list(shape)}; one size is needed"
+                    )
+                member.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+            if shape is None or written != len(classes):
+                raise UserError(f"images: {len(classes)} labels need as many images, got {written}")
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, classes, allow_pickle=False)
