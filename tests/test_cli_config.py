@@ -58,7 +58,7 @@ NONSENSE = {
     "preset: digits\ntrain: {steps: many}": "config.train.steps: expected int, got 'many'",
     'preset: digits\ndata: {source: "a\\0b"}': "has a null character",
     "preset: digits\nmodel: {mlp_ratio: 1e300}": "mlp_ratio: got 1e+300",
-    "preset: digits\ndiffusion: {diffusion_steps: 100000000000}": "diffusion.diffusion_steps: allowed are 1 to",
+    "preset: digits\ndiffusion: {diffusion_steps: 100000000000}": "diffusion_steps: allowed are 1 to",
 }
 
 
@@ -72,7 +72,7 @@ def test_nonsense(text: str, message: str, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--config: cannot read .*: No such file"):
+    with pytest.raises(UserError, match=r"--config: cannot read .*: No such file"):
         read_config_file(tmp_path / "none.yaml")
 
 
