@@ -37,6 +37,7 @@ PRELOADED = [
     "matplotlib.backends.backend_agg", "torch._dynamo",
 ]  # fmt: skip
 """What a training imports, sooner or later."""
+LOST = ("another process of the run was lost",)  # what the other process may say
 PATIENCE = 180  # seconds
 
 
@@ -219,8 +220,9 @@ def check(run: Path, before: int, log: Path) -> None:
     found = re.search(r"step_0*(\d+) \(\d+ steps done\)", text)
     if found and int(found[1]) != before:
         raise SoakError(f"it went on from step {found[1]}, the newest was {before}")
-    if "error:" in text and "another process of the run was lost" not in text:
-        raise SoakError(text[-2000:])
+    for line in text.splitlines():
+        if line.startswith("mdt-fast: error:") and not any(words in line for words in LOST):
+            raise SoakError(line)
 
 
 def step_of(checkpoint: Path | None) -> int:
