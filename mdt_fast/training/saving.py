@@ -36,7 +36,7 @@ from .checkpoint import (
     steps,
     versions,
 )
-from .distributed import World
+from .distributed import World, is_loss
 
 Parts = Mapping[str, dict[str, Tensor]]
 
@@ -104,6 +104,8 @@ class Saver:
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             if self.world.main:
                 shutil.rmtree(partial, ignore_errors=True)
+            if is_loss(error, self.world):
+                raise  # not the disk's fault, and named where it is waited for
             last = latest(self.run)
             raise UserError(
                 f"cannot save the checkpoint {str(final)!r}: {reason(error)}; "

@@ -4,7 +4,9 @@ import json
 import resource
 import shutil
 import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors import deserialize
 from mdt_fast.errors import UserError
 from mdt_fast.training import checkpoint, loop, train
 from mdt_fast.training.checkpoint import PARTS, DamagedCheckpointError, latest, newest_good, open_checkpoint
-from mdt_fast.training.distributed import World
+from mdt_fast.training.distributed import World, losses_named
 from mdt_fast.training.saving import Saver
 from tiny import file_of, files_of, tensors_of, tiny
 
@@ -185,6 +187,27 @@ def test_a_checkpoint_is_not_put_together_in_memory(tmp_path: Path) -> None:
     assert {name: bytes(entry["data"]) for name, entry in saved} == {
         name: weight.numpy().tobytes() for name, weight in weights.items()
     }
+
+
+@dataclass
+class Deserted(World):
+    """Two processes, of which the other is gone."""
+
+    size: int = 2
+
+    def everyones(self, value: Any, group: Any = None) -> list[Any]:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5831")
+
+
+def test_a_process_lost_while_saving_is_no_failure_of_the_disk(tmp_path: Path) -> None:
+    world = Deserted()
+    saver = Saver(tmp_path, world, keep=1)
+    saver.save(1, {"model": {"weight": torch.ones(2)}}, {})
+    lost = r"^another process of the run was lost \(.*closed by peer"
+    with pytest.raises(UserError, match=lost), losses_named(world):
+        saver.wait()
+    assert latest(tmp_path) is None
+    saver.close()
 
 
 def test_a_full_disk_loses_nothing(run: Path) -> None:
