@@ -141,11 +141,16 @@ def losses_named(world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = ("gloo", "NCCL", "onnection", "Broken pipe", "ocket", "peer")
-        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-        if world.size == 1 or not lost:
+        if not is_loss(error, world):
             raise
         raise UserError(f"another process of the run was lost ({_first_line(error)})") from error
+
+
+def is_loss(error: BaseException, world: World) -> bool:
+    """Whether ``error`` comes from another process's end."""
+    words = ("gloo", "NCCL", "onnection", "Broken pipe", "ocket", "peer")
+    told = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return world.size > 1 and isinstance(error, RuntimeError) and told
 
 
 def _first_line(error: Exception) -> str:

@@ -3,15 +3,21 @@
 import json
 import resource
 import shutil
+import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import deserialize
 from safetensors.torch import save_file
 
 from mdt_fast.errors import UserError
 from mdt_fast.training import checkpoint, loop, saving, train
 from mdt_fast.training.checkpoint import PARTS, DamagedCheckpointError, latest, newest_good, open_checkpoint
+from mdt_fast.training.distributed import World, losses_named
+from mdt_fast.training.saving import Saver
 from tiny import file_of, files_of, tensors_of, tiny
 
 FILES = [*map(file_of, PARTS), "state.json"]
@@ -132,7 +138,7 @@ def test_partial_files_and_links_are_removed_without_following_them(run: Path, t
     assert (precious / "file").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_not_saved(
     run: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
@@ -164,6 +170,45 @@ def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(run: Path) -> None:
 def test_old_checkpoints_are_pruned(tmp_path: Path, keep: int) -> None:
     train(tiny(keep=keep, steps=10, save_every=2), tmp_path)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_0000008", "step_0000010"][-keep:]
+
+
+def test_a_checkpoint_is_not_put_together_in_memory(tmp_path: Path) -> None:
+    """For so long no other thread would run, and the training would wait."""
+    weights = {f"blocks.{i}.weight": torch.randn(512, 512) for i in range(16)}  # 16 MiB
+    parts = {"model": weights, "ema": dict(weights), "optimizer": {"counters/skipped_steps": torch.tensor(0)}}
+    saver = Saver(tmp_path, World(), keep=1, asynchronous=False)
+    tracemalloc.start()
+    try:
+        saver.save(1, parts, {})
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+        saver.close()
+    saved = deserialize((tmp_path / "checkpoints" / "step_0000001" / file_of("ema")).read_bytes())
+    assert {name: bytes(entry["data"]) for name, entry in saved} == {
+        name: weight.numpy().tobytes() for name, weight in weights.items()
+    }
+
+
+@dataclass
+class Deserted(World):
+    """Two processes, of which the other is gone."""
+
+    size: int = 2
+
+    def everyones(self, value: Any, group: Any = None) -> list[Any]:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5831")
+
+
+def test_a_process_lost_while_saving_is_no_failure_of_the_disk(tmp_path: Path) -> None:
+    world = Deserted()
+    saver = Saver(tmp_path, world, keep=1)
+    saver.save(1, {"model": {"weight": torch.ones(2)}}, {})
+    lost = r"^another process of the run was lost \(.*closed by peer"
+    with pytest.raises(UserError, match=lost), losses_named(world):
+        saver.wait()
+    assert latest(tmp_path) is None
+    saver.close()
 
 
 def test_a_full_disk_loses_nothing(run: Path) -> None:
