@@ -110,7 +110,7 @@ def train(
             with losses_named(world), bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
         except (UserError, OSError) as error:
-            with suppress(UserError):  # a checkpoint in work is worth waiting for
+            with suppress(Exception):  # a checkpoint in work is worth waiting for; the first error counts
                 run.saver.wait()
             last = latest(out)
             if last is None or str(last) in str(error):
@@ -170,7 +170,8 @@ Picture = tuple[str, Path, int] | None
 class Pictures:
     """Draws the run's pictures: an extra, so what keeps one from being made is only said.
 
-    A signal ends drawing within a step of the sampler; the run's own work is done or saved before.
+    A signal ends drawing within a step of the sampler where there is one process (several are in the middle of
+    gathering weights then, and draw to the end); the run's own work is done or saved before.
     """
 
     def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: "Interrupts"):
@@ -185,7 +186,7 @@ class Pictures:
 
     def draw(self, *makers: Callable[[], Picture]) -> None:
         began = time.perf_counter()
-        watch = self.run.model.register_forward_pre_hook(self._go_on)
+        watch = None if self.run.sharded else self.run.model.register_forward_pre_hook(self._go_on)
         try:
             for make in makers:
                 try:
@@ -195,14 +196,14 @@ class Pictures:
                 except (UserError, OSError) as error:
                     self.bar.say(f"warning: no picture: {error}")
         finally:
-            watch.remove()
-            self.run.world.settle()
+            if watch is not None:
+                watch.remove()
         self._finished = time.perf_counter()
         self._took = self._finished - began
 
     def _go_on(self, *_: Any) -> None:
-        """Before each step of the sampler; all processes stop in the same one."""
-        if self.run.world.agree(self.interrupts.caught or 0):
+        """Before each step of the sampler."""
+        if self.interrupts.caught:
             raise UserError("interrupted")
 
 
