@@ -170,8 +170,8 @@ Picture = tuple[str, Path, int] | None
 class Pictures:
     """Draws the run's pictures: an extra, so what keeps one from being made is only said.
 
-    A signal ends drawing within a step of the sampler where there is one process (several are in the middle of
-    gathering weights then, and draw to the end); the run's own work is done or saved before.
+    A signal ends drawing within a step of the sampler where there is one process (several are in the middle
+    of gathering weights then, and draw to the end); the run's own work is done or saved before.
     """
 
     def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: "Interrupts"):
