@@ -20,7 +20,7 @@ from mdt_fast.cli import main as mdt_fast
 from mdt_fast.errors import UserError
 
 CHANNELS, FACTOR = 4, 2
-KL_WEIGHT = 1e-4
+KL_WEIGHT = 1e-6  # keeps latents bounded; with more, half of each is noise and little is left to learn
 LATENT_OPTIONS = ["--set=model.patch_size=1"]  # as many tokens as there are of pixels
 
 
@@ -54,9 +54,10 @@ def train_autoencoder(folder: Path, steps: int) -> float:
         schedule.step()
     with torch.no_grad():
         model.eval()
-        z = model.encode(pixels).latent_dist.mode()
-        error = (model.decode(z).sample - pixels).square().mean().sqrt().item()
-    model.register_to_config(scaling_factor=1 / z.std().item())
+        posterior = model.encode(pixels).latent_dist
+        error = (model.decode(posterior.mode()).sample - pixels).square().mean().sqrt().item()
+        spread = posterior.sample().std().item()
+    model.register_to_config(scaling_factor=1 / spread)
     model.save_pretrained(folder)
     return error
 
@@ -86,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"autoencoder: RMS error {error:.3f} of a range of 2, {time.perf_counter() - began:.0f} s")
     source = ["--image-size=8", f"--threads={args.threads}", "--device=cpu"]
     command("encode", "digits", f"--vae={out / 'vae'}", f"--out={out / 'latents'}", "--no-mirror", *source)
-    for way, options in (
-        ("pixels", []),
-        ("latents", [f"--data={out / 'latents'}", *LATENT_OPTIONS]),
-    ):
+    ways = {"pixels": [], "latents": [f"--data={out / 'latents'}", *LATENT_OPTIONS]}
+    for way, options in ways.items():
+        if way not in args.ways.split(","):
+            continue
         began, folder, npz = time.perf_counter(), out / way, out / f"{way}.npz"
         steps = [f"--steps={args.steps}", f"--threads={args.threads}", "--device=cpu"]
         command("train", "--preset=digits", f"--out={folder}", *steps, *options)
@@ -113,6 +114,7 @@ def main() -> int:
     )
     parser.add_argument("--samples", type=int, default=200, metavar="N", help="images drawn (default: 200)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    parser.add_argument("--ways", default="pixels,latents", metavar="A,B", help="one of them alone")
     args = parser.parse_args()
     try:
         run(args)
