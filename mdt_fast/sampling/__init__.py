@@ -1,9 +1,21 @@
 """Samples out: the guided sampler and the files it fills."""
 
-from .generate import check_sampling, sample, sampling_diffusion
-from .images import check_writable, grid, save_npz, save_picture, save_pngs, to_uint8
+from .folder import SampleFolder
+from .generate import Sampler, check_sampling, sample, sampling_diffusion
+from .images import (
+    check_writable,
+    grid,
+    save_npz,
+    save_picture,
+    save_pngs,
+    shown,
+    stream_npz,
+    to_uint8,
+)
 
 __all__ = [
+    "SampleFolder",
+    "Sampler",
     "check_sampling",
     "check_writable",
     "grid",
@@ -12,5 +24,7 @@ __all__ = [
     "save_npz",
     "save_picture",
     "save_pngs",
+    "shown",
+    "stream_npz",
     "to_uint8",
 ]

@@ -1,7 +1,8 @@
 """Images out: bytes, a grid by class, the ``.npz`` that evaluators read, single files."""
 
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,17 @@ def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str])
     return sheet
 
 
+def shown(labels: Sequence[int]) -> list[int]:
+    """Which images :func:`grid` shows, in order: enough to make the same grid of."""
+    counts = dict.fromkeys(sorted(set(labels))[:MAX_ROWS], 0)
+    chosen = []
+    for i, label in enumerate(labels):
+        if counts.get(label, MAX_COLUMNS) < MAX_COLUMNS:
+            counts[label] += 1
+            chosen.append(i)
+    return chosen
+
+
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG aside and rename it into place."""
     with aside(path) as file:
@@ -56,15 +68,41 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 def save_npz(path: Path, images_NHWC: np.ndarray, labels: Sequence[int]) -> None:
     """``arr_0`` uint8 [N, S, S, C] and ``arr_1`` int64 [N], as in the ADM evaluator's sample files."""
-    arrays = (images_NHWC, np.asarray(labels, dtype=np.int64))
-    with aside(path) as file, open(file, "wb") as opened:  # numpy appends .npz to names
-        np.savez(opened, *arrays)
+    stream_npz(path, [images_NHWC], images_NHWC.shape[1:], labels)
 
 
-def save_pngs(folder: Path, images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
+def stream_npz(path: Path, parts: Iterable[np.ndarray], shape: Sequence[int], labels: Sequence[int]) -> None:
+    """:func:`save_npz` of images that come in ``parts`` [n, *``shape``]: one part is in memory at a time.
+
+    The same parts give the same bytes. Raises ``ValueError`` unless the parts are as many images as labels.
+    """
+    count, numbers = 0, np.asarray(labels, dtype=np.int64)
+    with aside(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            whole = (len(numbers), *shape)
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, whole))}
+            np.lib.format.write_array_header_1_0(member, header)
+            for part in parts:
+                if part.dtype != np.uint8 or part.shape[1:] != tuple(shape):
+                    raise ValueError(f"images: {part.dtype} {list(part.shape)}, expected uint8 [n, *{shape}]")
+                member.write(np.ascontiguousarray(part).data)
+                count += len(part)
+        if count != len(numbers):
+            raise ValueError(f"images: {count}, labels: {len(numbers)}")
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+            np.lib.format.write_array(member, numbers, allow_pickle=False)
+
+
+def save_pngs(
+    folder: Path,
+    images_NHWC: np.ndarray,
+    labels: Sequence[int],
+    classes: Sequence[str],
+    first_index: int = 0,
+) -> None:
     """One file per image, ``CLASS_000012.png``: a folder that ``mdt-fast train --data`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (pixels, label) in enumerate(zip(images_NHWC, labels)):
+    for i, (pixels, label) in enumerate(zip(images_NHWC, labels), first_index):
         name = (classes[label] if label < len(classes) else str(label)).replace("_", "-").replace("/", "-")
         save_picture(folder / f"{name}_{i:06d}.png", _picture(pixels))
 
