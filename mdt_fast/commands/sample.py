@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +57,7 @@ def sample(args: argparse.Namespace) -> int:
     if out is not None:
         folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)
         folder.prepare()
-    todo = None if folder is None else folder.missing(ranks.rank, ranks.world)
+    todo = [] if folder is None else folder.missing(ranks.rank, ranks.world)
     device = resolve_device(args.device)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
     stage = described_stage(opened.state.get("latents"), data, device)
@@ -70,21 +69,22 @@ def sample(args: argparse.Namespace) -> int:
         sampler = Sampler(model.to(device), diffusion, config, clip_denoised=stage.clip)
         return draw(sampler, stage, labels, spans, config.batch_size, ranks, console)
 
-    began = time.perf_counter()
     if folder is None:
         (images,) = drawn([range(len(labels))])
-        made, done = _write(targets, images, labels, opened.classes), len(labels)
+        made = _write(targets, images, labels, opened.classes)
     else:
-        spans = [folder.span(shard) for shard in todo or ()]
-        for shard, images in zip(todo or (), drawn(spans) if spans else ()):
+        spans = [folder.span(shard) for shard in todo]
+        for shard, images in zip(todo, drawn(spans) if todo else ()):
             folder.write(shard, images)
-        done = sum(map(len, spans))
         made = _finish(folder, targets, opened.classes) if folder.complete else []
-    speed = f", {done / (time.perf_counter() - began):.3g} images/s" if done else ""
     if made:
-        console.print(f"{len(labels)} images from {opened.path} in {', '.join(made)}{speed}", markup=False)
+        console.print(f"{len(labels)} images from {opened.path} in {', '.join(made)}", markup=False)
     elif ranks.rank == 0:
-        console.print(f"{done} images in {out}{speed}; the rest is other processes'", markup=False)
+        count = sum(map(len, spans))
+        console.print(
+            f"{count} images drawn; the rest is other processes'; if none is left, use the same command",
+            markup=False,
+        )
     return 0
 
 
