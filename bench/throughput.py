@@ -83,8 +83,9 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                     )
                 else:
                     found = account_sampling.run(
-                        case, made[case.model], images, rows, status.update, deadline
-                    )
+                        case, made[case.model], images, rows, status.update,
+                        repeats=request.repeats or account_sampling.ROUNDS, deadline=deadline,
+                    )  # fmt: skip
                     account_sampling.show(console, case, *found)
                 continue
             result = session.run(

@@ -227,8 +227,8 @@ class TrainConfig:
     wandb: str | None = None
 
 
-Sampler = Literal["ddim", "ddpm", "dpm++", "unipc"]
-SAMPLERS: tuple[Sampler, ...] = typing.get_args(Sampler)
+SamplerName = Literal["ddim", "ddpm", "dpm++", "unipc"]
+SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class SampleConfig:
 
     num_samples: int = 100
     steps: int = 50
-    sampler: Sampler = "ddim"
+    sampler: SamplerName = "ddim"
     eta: float = 0.0
     cfg_scale: float = 2.0
     scale_pow: float | None = 4.0

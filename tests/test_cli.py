@@ -232,7 +232,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--skip-below=-1"], "skip_below: must be at least 0, got -1.0"),
         (["sample", "RUN", "--sampler=unicp"], "'unicp' is not known (did you mean 'unipc'?)"),
         (["sample", "RUN", "--sampler=unipc", "--steps=1"], "steps: allowed are 2 to 999 with unipc, got 1"),
-        (["sample", "RUN", "--sampler=dpm++", "--eta=0.5"], "eta: dpm++ adds no noise; use 0"),
+        (["sample", "RUN", "--sampler=dpm++", "--eta=0.5"], "eta: only ddim has one; use 0 with dpm++"),
         (["sample", "RUN", "--out=o", "--npz=x.npz"], "--npz: --out writes a samples_....npz in its folder"),
         (["sample", "RUN", "--out=o", "--shard-size=0"], "--shard-size: must be at least 1, got 0"),
         (["sample", "RUN", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),

@@ -59,8 +59,8 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
             raise UserError(
                 f"{name}: must be {'finite' if highest is None else f'at most {highest}'}, got {value}"
             )
-    if config.sampler in SOLVERS and config.eta:
-        raise UserError(f"eta: {config.sampler} adds no noise; use 0, or the sampler ddim")
+    if config.sampler != "ddim" and config.eta:
+        raise UserError(f"eta: only ddim has one; use 0 with {config.sampler}, got {config.eta:g}")
     if config.cfg_interval is not None:
         low, high = config.cfg_interval
         if not 0 <= low <= high < math.inf:

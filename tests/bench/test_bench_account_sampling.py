@@ -13,15 +13,13 @@ from rows import read
 from steps import Case
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_every_item_has_a_line_and_the_same_picture(
-    sampler: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
-    monkeypatch.setattr(account_sampling, "ROUNDS", 1)
     file = tmp_path / "rows.jsonl"
     flags = ["--account", "--mode", "sample", "--model", "digits", "--batch", "2", "--device", "cpu"]
-    assert throughput.main([*flags, "--sampler", sampler, "--json", str(file)]) == 0
+    assert throughput.main([*flags, "--repeats", "1", "--json", str(file)]) == 0
     table = capsys.readouterr().out
     found: dict[str, dict[str, float]] = {}
     for row in read([file]):

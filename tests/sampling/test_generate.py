@@ -94,7 +94,7 @@ def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
         (LABELS, {"sampler": "dpm+"}, r"sampler: 'dpm\+' is not known \(did you mean 'dpm\+\+'\?\)"),
         (LABELS, {"sampler": "dpm++", "steps": 1}, r"steps: allowed are 2 to 999 with dpm\+\+, got 1"),
         (LABELS, {"sampler": "unipc", "steps": 1000}, r"steps: allowed are 2 to 999 with unipc, got 1000"),
-        (LABELS, {"sampler": "unipc", "eta": 0.5}, r"eta: unipc adds no noise"),
+        (LABELS, {"sampler": "unipc", "eta": 0.5}, r"eta: only ddim has one; use 0 with unipc, got 0.5"),
     ],
 )
 def test_impossible_settings_are_named(
