@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
-#   bash bench/gpu_report.sh [build|tests|kernels|attention|small|large|compiled|account|training ...]    (without arguments: all stages)
+#   bash bench/gpu_report.sh [build|tests|kernels|attention|small|large|compiled|account|training|sampling ...]    (without arguments: all stages)
 # Each stage ends within eight minutes. Needs torch, nvcc and what the `test` extra brings; no network.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,7 @@ ops() { # SCRIPT NAME OPTIONS...: single ops
     stage "$name" python "bench/$script.py" --device cuda --json "$OUT/$script.jsonl" --plot "$OUT/$name.png" "$@"
 }
 
-for what in ${@:-build tests kernels attention small large compiled account training}; do
+for what in ${@:-build tests kernels attention small large compiled account training sampling}; do
     case $what in
     build) # csrc/ for the GPU that is here
         MDT_FAST_CUDA=1 stage build python -m pip install --no-deps --no-build-isolation -e .
@@ -57,7 +57,9 @@ for what in ${@:-build tests kernels attention small large compiled account trai
         stage training_xl2 python bench/training.py --device cuda --json "$OUT/training.jsonl" --parts step,save \
             --preset mdtv2-xl2 --batch 32 --repeats 5
         ;;
-    *) echo "gpu_report: unknown stage $what; known: build tests kernels attention small large compiled account training" >&2; exit 2 ;;
+    sampling) stage sampling python bench/throughput.py --device cuda --json "$OUT/sampling.jsonl" --account --mode sample \
+        --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 --dtype bfloat16 --time-limit 500 ;;
+    *) echo "gpu_report: unknown stage $what; known: build tests kernels attention small large compiled account training sampling" >&2; exit 2 ;;
     esac
 done
 exit $failed

@@ -16,7 +16,7 @@ AUTOCAST = ("float32", "bfloat16")
 
 def parser() -> argparse.ArgumentParser:
     p = command.Parser(prog="throughput", description="Throughput of training and sampling.")
-    p.add_argument("--mode", default="train,sample", help="train, sample or both, by comma (default: both)")
+    p.add_argument("--mode", help="train, sample or both, by comma (default: both; train with --account)")
     p.add_argument("--model", help="factory (MDTv2_XL_2, DiT_B_4, ...) or preset (digits); several by comma")
     p.add_argument("--batch", help="images per step; several by comma")
     p.add_argument(
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--account",
         action="store_true",
-        help="instead of speed: FLOPs, bytes, ops and gathers of a training step, switch by switch",
+        help="instead: bytes, ops and more of a training step or of sampling, switch by switch",
     )
     p.add_argument("--sampler", default="ddpm", help="ddpm (ancestral) or ddim")
     command.add_output_options(p)
@@ -51,7 +51,8 @@ class Request:
     """The command line, checked; every mistake is found here, before anything is measured."""
 
     def __init__(self, args: argparse.Namespace):
-        self.modes = command.names("--mode", args.mode, MODES)
+        default = "train" if args.account else "train,sample"
+        self.modes = command.names("--mode", args.mode or default, MODES)
         self.device = command.device(args.device)
         for option, value in (
             ("--threads", args.threads),
@@ -81,8 +82,6 @@ class Request:
             self.batches = [command.whole("--batch", text) for text in command.listed("--batch", args.batch)]
         self.repeats, self.inner, self.time_limit = args.repeats, args.steps, args.time_limit
         self.account = args.account
-        if self.account:
-            self.modes = ["train"]
         self.data = args.data
         if self.data not in ("digits", "synthetic"):
             config = next(iter((self.models or {"": providers.model_config("MDTv2_S_2")}).values()))

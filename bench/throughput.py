@@ -2,6 +2,7 @@
 
     python bench/throughput.py                      picks sizes for about three minutes, and says why
     python bench/throughput.py --account            what a training step costs, switch by switch
+    python bench/throughput.py --account --mode sample    what makes sampling fast, item by item
     python bench/throughput.py --model MDTv2_XL_2 --batch 32 --dtype bfloat16 --mode train --json rows.jsonl
 
 A training step is the two-pass objective (all tokens, and kept tokens only), one backward, the optimiser's
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import account
+import account_sampling
 import command
 import inputs
 import plan
@@ -72,14 +74,20 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
             if case.model not in made:
                 made = {case.model: providers.Modules(case.config, case.device, request.checkout)}
             images = inputs.load(request.data, case.config, case.batch)
+            now = time.monotonic()
+            deadline = now + max(0.0, end - now) / (len(cases) - number)
             if request.account:
                 if case.mode == "train":
                     account.show(
                         console, case, account.run(case, made[case.model], images, rows, status.update)
                     )
+                else:
+                    found = account_sampling.run(
+                        case, made[case.model], images, rows, status.update,
+                        repeats=request.repeats or account_sampling.ROUNDS, deadline=deadline,
+                    )  # fmt: skip
+                    account_sampling.show(console, case, *found)
                 continue
-            now = time.monotonic()
-            deadline = now + max(0.0, end - now) / (len(cases) - number)
             result = session.run(
                 case,
                 picked.providers[case.mode],

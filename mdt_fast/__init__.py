@@ -7,17 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import DiffusionConfig as DiffusionConfig
+    from .config import SampleConfig as SampleConfig
+    from .config import SampleSwitches as SampleSwitches
     from .config import Switches as Switches
     from .diffusion import create_diffusion as create_diffusion
     from .errors import UserError as UserError
     from .masking import MaskPlan as MaskPlan
     from .models import *  # noqa: F403
+    from .sampling import sample as sample
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "create_diffusion": ".diffusion",
+    "DiffusionConfig": ".config",
     "MaskPlan": ".masking",
+    "sample": ".sampling",
+    "SampleConfig": ".config",
+    "SampleSwitches": ".config",
     "Switches": ".config",
     "UserError": ".errors",
 }

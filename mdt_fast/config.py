@@ -228,18 +228,55 @@ class TrainConfig:
     wandb: str | None = None
 
 
+SamplerName = Literal["ddim", "ddpm", "dpm++", "unipc"]
+SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How pictures are drawn. ``scale_pow`` None: constant guidance; else the power-cosine schedule."""
+    """How pictures are drawn.
+
+    ``sampler``: ancestral steps (``ddpm``), DDIM with its ``eta``, or diffusers' DPM-Solver++ (``dpm++``) and
+    UniPC, both of order 2. ``scale_pow`` None: constant guidance; else the power-cosine schedule.
+    ``cfg_interval`` (low, high): guidance from original timestep low to high alone, both included; as
+    fractions of the steps if high is at most 1. ``skip_below``: where the guidance weight is nearer to 1 than
+    this, it is taken as 1 and half of the work is saved (0: exact). ``dtype``: what the model computes in
+    (autocast); noise, steps and pictures are float32.
+    """
 
     num_samples: int = 100
     steps: int = 50
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: SamplerName = "ddim"
     eta: float = 0.0
     cfg_scale: float = 2.0
     scale_pow: float | None = 4.0
+    cfg_interval: tuple[float, float] | None = None
+    skip_below: float = 0.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 100
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSwitches:
+    """What sampling does faster than step by step: all exact, up to rounding.
+
+    ``batched_modulations``: those of a chunk of steps by one product per layer, once for each class.
+    ``shared_embedding``: both halves' patches are embedded once. ``fused_step``: guidance and the step in one
+    kernel (ddpm, ddim). ``skip_unit``: the unconditional half is left out where the weight is 1.
+    ``cuda_graph``: on a GPU, a step is one graph.
+    """
+
+    batched_modulations: bool = True
+    shared_embedding: bool = True
+    fused_step: bool = True
+    skip_unit: bool = True
+    cuda_graph: bool = True
+
+    @classmethod
+    def none(cls) -> "SampleSwitches":
+        """All off."""
+        return cls(**dict.fromkeys((field.name for field in dataclasses.fields(cls)), False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +322,15 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in typing.get_args(hint) and not isinstance(value, bool):
             return value
-        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}")
+        known = [str(option) for option in typing.get_args(hint)]
+        listed = ", ".join(map(repr, typing.get_args(hint)))
+        raise UserError(f"{where}: {value!r} is not one of {listed}{nearest(str(value), known)}")
+    if hint == tuple[float, float] | None:
+        if value is None:
+            return None
+        if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
+            return float(value[0]), float(value[1])
+        raise UserError(f"{where}: expected None or two numbers, got {value!r}")
     allowed = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         try:

@@ -9,22 +9,24 @@ from .kernel import cfg_step_kernel
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """DDPM and DDIM, with guidance and without; the model's output in bfloat16 and in float32."""
+    """DDPM and DDIM, guided (both halves, or one) and not; the model's output in bfloat16 and in float32."""
     del arch  # one choice for all
     config = launch_config(4 * 32 * 32)
-    for kind, guided, dtype in product(("ddpm", "ddim"), (True, False), ("bf16", "fp32")):
+    how = {"": (False, True), " guided": (True, True), " guided, one half": (True, False)}
+    for kind, name, dtype in product(("ddpm", "ddim"), how, ("bf16", "fp32")):
+        guided, both = how[name]
         constants = {
-            "GUIDED": guided, "KIND": ("ddpm", "ddim").index(kind), "START_X": False, "LEARNED": True,
-            "NOISE": True, "CLIP": False, "BLOCK": config.block,
+            "GUIDED": guided, "BOTH": both, "KIND": ("ddpm", "ddim").index(kind), "START_X": False,
+            "LEARNED": True, "NOISE": True, "CLIP": False, "BLOCK": config.block,
         }  # fmt: skip
-        dtypes = {name: _dtype(name, dtype) for name in cfg_step_kernel.arg_names if name not in constants}
+        dtypes = {arg: _dtype(arg, dtype) for arg in cfg_step_kernel.arg_names if arg not in constants}
         yield Case(
             kernel=cfg_step_kernel,
-            label=f"{kind}{' guided' if guided else ''} {dtype}",
+            label=f"{kind}{name} {dtype}",
             dtypes=dtypes,
             constants=constants,
             aligned=frozenset(
-                name for name in dtypes if name.endswith("_ptr") or name in ("N", "width", "guided")
+                arg for arg in dtypes if arg.endswith("_ptr") or arg in ("N", "width", "guided")
             ),
             num_warps=config.num_warps,
         )

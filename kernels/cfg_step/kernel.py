@@ -1,7 +1,8 @@
 """The Triton kernel. n pairs of samples with GUIDED (conditional, unconditional), else n samples.
 
 N numbers of each sample, ``width`` of its output. Program (i, e) takes a block of numbers of pair i: both
-halves' outputs are read once and both halves are stepped. All arithmetic in float32.
+halves' outputs are read once and both halves are stepped, or, without BOTH, the conditional one alone. All
+arithmetic in float32.
 """
 
 import triton
@@ -52,10 +53,10 @@ def _step(
 def cfg_step_kernel(
     output_ptr, x_ptr, noise_ptr, coefficients_ptr, scale_ptr, sample_ptr, xstart_ptr,
     n, N, width, guided, stride_k, stride_scale,
-    GUIDED: tl.constexpr, KIND: tl.constexpr, START_X: tl.constexpr, LEARNED: tl.constexpr,
-    NOISE: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, BOTH: tl.constexpr, KIND: tl.constexpr, START_X: tl.constexpr,
+    LEARNED: tl.constexpr, NOISE: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, width], x and noise [B, N]; the first ``guided`` numbers of each output are guided."""
+    """Output [B, width], x and noise [B, N] or [n, N]; an output's first ``guided`` numbers are guided."""
     i_b = tl.program_id(0).to(tl.int64)
     o_e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < N
@@ -64,12 +65,13 @@ def cfg_step_kernel(
         b_uncond = _load(output_ptr, (n + i_b) * width + o_e, m_e)
         scale = tl.load(scale_ptr + i_b * stride_scale)
         b_guided = b_uncond + scale * (b_cond - b_uncond)
-        b_uncond = tl.where(o_e < guided, b_guided, b_uncond)
         b_cond = tl.where(o_e < guided, b_guided, b_cond)
-        _step(
-            b_uncond, output_ptr, x_ptr, noise_ptr, coefficients_ptr, sample_ptr, xstart_ptr,
-            n + i_b, o_e, m_e, N, width, stride_k, KIND, START_X, LEARNED, NOISE, CLIP,
-        )  # fmt: skip
+        if BOTH:
+            b_uncond = tl.where(o_e < guided, b_guided, b_uncond)
+            _step(
+                b_uncond, output_ptr, x_ptr, noise_ptr, coefficients_ptr, sample_ptr, xstart_ptr,
+                n + i_b, o_e, m_e, N, width, stride_k, KIND, START_X, LEARNED, NOISE, CLIP,
+            )  # fmt: skip
     _step(
         b_cond, output_ptr, x_ptr, noise_ptr, coefficients_ptr, sample_ptr, xstart_ptr,
         i_b, o_e, m_e, N, width, stride_k, KIND, START_X, LEARNED, NOISE, CLIP,

@@ -37,7 +37,8 @@ def cfg_step(
     ``scale``: the guidance weight, a number or floating [n]: B is 2n then, n conditional samples and the
     same n unconditional ones. In both halves the first ``guided_channels`` channels become uncond + scale *
     (cond - uncond) (3 of 4 in the published models), the others stay as they are in each half, and so does
-    the variance. None: no guidance. ``clip_denoised`` clamps the predicted x_0 to [-1, 1].
+    the variance. ``x`` and ``noise`` [n, C, ...]: the conditional samples alone are stepped, by the outputs
+    of both. None: no guidance. ``clip_denoised`` clamps the predicted x_0 to [-1, 1].
 
     For inference: raises ``ValueError`` where a gradient is asked for, and for shapes, dtypes, devices or
     names that do not fit. Source: Ho et al. 2020, algorithm 2; Song et al. 2021; Ho and Salimans 2022
@@ -66,7 +67,9 @@ def _check(
     checks.floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x: shape {list(x.shape)}, expected [B, C, ...]")
-    B, C, *rest = x.shape
+    C, *rest = x.shape[1:]
+    half = scale is not None and output.ndim > 0 and output.shape[0] == 2 * x.shape[0]
+    B = 2 * x.shape[0] if half else x.shape[0]
     channels = output.shape[1] if output.ndim > 1 and output.shape[1] == C else 2 * C
     checks.shape("output", output, B, channels, *rest)
     checks.floating_on("output", output, x)

@@ -1,4 +1,5 @@
-"""Plain PyTorch, any device and dtype. B samples (n conditional, n unconditional), K coefficients."""
+"""Plain PyTorch, any device and dtype. B samples (n conditional, n unconditional, or, with x [n], the
+conditional ones alone), K coefficients."""
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ def cfg_step(
     if scale_n is not None:
         cond, uncond = value.chunk(2)
         guided = uncond + scale_n.to(dtype).view(wide) * (cond - uncond)
-        guided = torch.cat([guided, guided])
+        if len(x) < len(output):
+            value, v = cond, v[: len(x)]
+        else:
+            guided = torch.cat([guided, guided])
         value = torch.cat([guided[:, :guided_channels], value[:, guided_channels:]], dim=1)
 
     x_t = x.to(dtype)

@@ -25,7 +25,7 @@ def cfg_step_fwd(
     clip_denoised: bool,
 ) -> tuple[Tensor, Tensor]:
     """x_{t-1} and the predicted x_0, both like ``x``; expanded coefficients or scales are not copied."""
-    sample, xstart, B = torch.empty_like(x), torch.empty_like(x), x.shape[0]
+    sample, xstart, B = torch.empty_like(x), torch.empty_like(x), output.shape[0]
     if not x.numel():
         return sample, xstart
     numbers, config = x[0].numel(), launch_config(x[0].numel())
@@ -35,8 +35,9 @@ def cfg_step_fwd(
         output, x, x if noise is None else noise, coefficients_BK, x if scale_n is None else scale_n,
         sample, xstart, pairs, numbers, output[0].numel(), guided_channels * math.prod(x.shape[2:]),
         coefficients_BK.stride(0), 0 if scale_n is None else scale_n.stride(0),
-        GUIDED=scale_n is not None, KIND=KINDS.index(kind), START_X=predicts == "start_x",
-        LEARNED=output.shape[1] > x.shape[1], NOISE=noise is not None, CLIP=clip_denoised,
+        GUIDED=scale_n is not None, BOTH=x.shape[0] == B, KIND=KINDS.index(kind),
+        START_X=predicts == "start_x", LEARNED=output.shape[1] > x.shape[1], NOISE=noise is not None,
+        CLIP=clip_denoised,
         BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     return sample, xstart

@@ -1,19 +1,26 @@
 """``mdt-fast sample``."""
 
 import argparse
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from ..config import SampleConfig, from_dict, to_dict
-from ..data import described_stage
-from ..errors import UserError
+from ..data import FirstStage, described_stage
+from ..data.encode_folder import Ranks
+from ..data.encode_progress import EncodingProgress
+from ..errors import UserError, nearest
 from ..models import zoo
 from ..models.convert import load_weights
 from ..sampling import (
+    SampleFolder,
+    Sampler,
     check_sampling,
     check_writable,
     grid,
@@ -21,69 +28,103 @@ from ..sampling import (
     save_npz,
     save_picture,
     save_pngs,
+    shown,
     to_uint8,
 )
-from ..sampling import sample as draw
-from ..training.checkpoint import EMA
+from ..training.checkpoint import EMA, Checkpoint
 from ..training.run import open_or_advise, resolve_device
 from ..training.states import whole_state
 from .shared import refuse_empty, set_threads
 
+OPTIONS = ("num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", "dtype", "seed", "batch_size")
+
 
 def sample(args: argparse.Namespace) -> int:
     set_threads(args.threads)
-    refuse_empty(args, "npz", "grid", "png")
+    refuse_empty(args, "npz", "grid", "png", "out")
+    ranks = Ranks.from_environment()
     opened = open_or_advise(Path(args.run), [EMA], "mdt-fast sample {}")
-    config = sample_config(args, opened.config.sample)
-    grid_file = Path(args.grid) if args.grid else None
-    if not (args.npz or args.grid or args.png):
-        if not (Path(args.run) / "checkpoints").is_dir():
-            raise UserError("sample: nothing to write; pass --npz FILE, --grid FILE or --png DIR")
-        grid_file = Path(args.run) / "grid.png"
-    npz_file, png_folder = (Path(name) if name else None for name in (args.npz, args.png))
-    targets = [path for path in (npz_file, grid_file, png_folder) if path is not None]
-    if len({path.resolve() for path in targets}) < len(targets):
-        raise UserError("sample: --npz, --grid and --png need different names")
-    for path in targets:
-        check_writable(path, folder=path is png_folder)
-    model_config = opened.config.model
+    config = sample_config(args, opened.config.sample, opened.config.data.conditional)
+    targets = _targets(args, ranks)
+    model_config, out = opened.config.model, targets.get("out")
     check_sampling(model_config, config)
-    labels = _labels(args.labels, config.num_samples, model_config.num_classes, len(opened.classes))
+    chosen = chosen_labels(args.labels, opened.classes, model_config.num_classes)
+    labels = [chosen[i % len(chosen)] for i in range(config.num_samples)]
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
-    model = zoo.build_model(model_config)
-    load_weights(model, whole_state(opened, EMA), str(opened.path))
+    if args.shard_size < 1:
+        raise UserError(f"--shard-size: must be at least 1, got {args.shard_size}")
+    folder = None
+    if out is not None:
+        folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)
+        folder.prepare()
+    todo = [] if folder is None else folder.missing(ranks.rank, ranks.world)
     device = resolve_device(args.device)
-    model.to(device)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
     stage = described_stage(opened.state.get("latents"), data, device)
-
     console = Console(highlight=False, soft_wrap=True)
-    steps = opened.config.diffusion.diffusion_steps
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("sampling", total=len(labels))
-        drawn = draw(
-            model, diffusion, labels, config, diffusion_steps=steps, clip_denoised=stage.clip,
-            on_batch=lambda done: progress.update(task, completed=done),
-        )  # fmt: skip
-        images = np.concatenate([to_uint8(stage.decode(part)) for part in drawn.split(config.batch_size)])
-    written = []
-    if npz_file is not None:
-        save_npz(npz_file, images, labels)
-        written.append(args.npz)
-    if grid_file is not None:
-        save_picture(grid_file, grid(images, labels, opened.classes))
-        written.append(str(grid_file))
-    if png_folder is not None:
-        save_pngs(png_folder, images, labels, opened.classes)
-        written.append(args.png)
-    console.print(f"{len(labels)} images from {opened.path} in {', '.join(written)}", markup=False)
+
+    def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
+        model: Any = zoo.build_model(model_config)
+        load_weights(model, whole_state(opened, EMA), str(opened.path))
+        sampler = Sampler(model.to(device), diffusion, config, clip_denoised=stage.clip)
+        return draw(sampler, stage, labels, spans, config.batch_size, ranks, console)
+
+    if folder is None:
+        (images,) = drawn([range(len(labels))])
+        made = _write(targets, images, labels, opened.classes)
+    else:
+        spans = [folder.span(shard) for shard in todo]
+        for shard, images in zip(todo, drawn(spans) if todo else ()):
+            folder.write(shard, images)
+        made = _finish(folder, targets, opened.classes) if folder.complete else []
+    if made:
+        console.print(f"{len(labels)} images from {opened.path} in {', '.join(made)}", markup=False)
+    elif ranks.rank == 0:
+        count = sum(map(len, spans))
+        console.print(
+            f"{count} images drawn; the rest is other processes'; if none is left, use the same command",
+            markup=False,
+        )
     return 0
 
 
-def sample_config(args: argparse.Namespace, base: SampleConfig) -> SampleConfig:
+def draw(
+    sampler: Sampler,
+    stage: FirstStage,
+    labels: Sequence[int],
+    spans: Sequence[range],
+    batch_size: int,
+    ranks: Ranks,
+    console: Console,
+) -> Iterator[np.ndarray]:
+    """The pictures of each span of images, uint8 [n, H, W, C]; no batch reaches into the next span, so that
+    they do not depend on which others are drawn here."""
+    total, before = sum(map(len, spans)), 0
+    with EncodingProgress(total, ranks.world, console if ranks.rank == 0 else None, "sampling") as bar:
+        for span in spans:
+            pictures = []
+            for first in range(span.start, span.stop, batch_size):
+                batch = labels[first : min(first + batch_size, span.stop)]
+
+                def on_step(step: int, of: int, before: int = before, n: int = len(batch)) -> None:
+                    bar.update(before + n * step / of)
+
+                pictures.append(to_uint8(stage.decode(sampler(batch, first, on_step))))
+                before += len(batch)
+            yield np.concatenate(pictures)
+
+
+def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: bool = True) -> SampleConfig:
     """The run's sampling settings with the options put on top."""
     values = to_dict(base)
-    for name in ("num_samples", "steps", "cfg_scale", "sampler", "seed", "batch_size"):
+    if not conditional:
+        if args.cfg_scale not in (None, 1):
+            raise UserError(
+                f"--cfg-scale: the run was trained without labels, there is nothing to guide by; use 1, "
+                f"got {args.cfg_scale:g}"
+            )
+        values["cfg_scale"] = 1.0
+    for name in OPTIONS:
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)
     if args.scale_pow is not None:
@@ -91,20 +132,104 @@ def sample_config(args: argparse.Namespace, base: SampleConfig) -> SampleConfig:
             values["scale_pow"] = None if args.scale_pow == "none" else float(args.scale_pow)
         except ValueError:
             raise UserError(f"--scale-pow: a number or none is needed, got {args.scale_pow!r}") from None
+    if args.cfg_interval is not None:
+        try:
+            low, high = map(float, args.cfg_interval.split(","))
+        except ValueError:
+            raise UserError(
+                f"--cfg-interval: LOW,HIGH such as 0.1,0.7 or 100,700 is needed, got {args.cfg_interval!r}"
+            ) from None
+        values["cfg_interval"] = low, high
     if values["num_samples"] < 1:
         raise UserError(f"--num-samples: must be at least 1, got {values['num_samples']}")
     return from_dict(SampleConfig, values, "sample")
 
 
-def _labels(text: str | None, count: int, num_classes: int, present: int) -> list[int]:
-    """``count`` labels: those of ``text`` ("3,7") or all that the data had, in turn."""
-    chosen = list(range(present))
-    if text is not None:
-        try:
-            chosen = [int(part) for part in text.split(",")]
-        except ValueError:
-            raise UserError(f"--labels: class indices such as 3,7 are needed, got {text!r}") from None
-        for label in chosen:
+def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) -> list[int]:
+    """The classes that ``text`` lists by index or name ("3,7", "cat,dog"), or all that the data had."""
+    if text is None:
+        return list(range(len(classes)))
+    chosen = []
+    for word in text.split(","):
+        name = word.strip()
+        if re.fullmatch(r"-?\d+", name):
+            label = int(name)
             if not 0 <= label < num_classes:
                 raise UserError(f"--labels: allowed are 0 to {num_classes - 1}, got {label}")
-    return [chosen[i % len(chosen)] for i in range(count)]
+        elif name in classes:
+            label = list(classes).index(name)
+        else:
+            raise UserError(
+                f"--labels: {name!r} is no class{nearest(name, classes)}; indices or names such as "
+                f"{classes[0]} are needed"
+            )
+        chosen.append(label)
+    return chosen
+
+
+def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
+    """What is to be written, by option; checked before anything is drawn."""
+    targets = {name: Path(value) for name in ("npz", "grid", "png", "out") if (value := getattr(args, name))}
+    if not targets:
+        if not (Path(args.run) / "checkpoints").is_dir():
+            raise UserError("sample: nothing to write; pass --npz FILE, --grid FILE, --png DIR or --out DIR")
+        targets["grid"] = Path(args.run) / "grid.png"
+    if "out" in targets and "npz" in targets:
+        raise UserError("--npz: --out writes a samples_....npz in its folder already; pass one of them")
+    if "out" not in targets and ranks.world > 1:
+        raise UserError("--out: several processes share a folder of shards; pass --out DIR")
+    if len({path.resolve() for path in targets.values()}) < len(targets):
+        raise UserError(f"sample: {_listed([f'--{name}' for name in targets])} need different names")
+    for name, path in targets.items():
+        check_writable(path, folder=name in ("png", "out"))
+    return targets
+
+
+def _settings(
+    opened: Checkpoint, config: SampleConfig, args: argparse.Namespace, chosen: Sequence[int]
+) -> dict[str, Any]:
+    """What the pictures follow from, but for their rounding (batch size, device)."""
+    files = {name: file["sha256"] for name, file in opened.state["files"].items() if name.startswith(EMA)}
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
+    del values["--batch-size"]
+    return {
+        "checkpoint": f"step {opened.step}, EMA weights {digest[:16]}",
+        **values,
+        "--labels": list(chosen),
+        "--vae": args.vae,
+        "--shard-size": args.shard_size,
+    }
+
+
+def _write(
+    targets: dict[str, Path], images: np.ndarray, labels: Sequence[int], classes: Sequence[str]
+) -> list[str]:
+    if "npz" in targets:
+        save_npz(targets["npz"], images, labels)
+    if "grid" in targets:
+        save_picture(targets["grid"], grid(images, labels, classes))
+    if "png" in targets:
+        save_pngs(targets["png"], images, labels, classes)
+    return list(map(str, targets.values()))
+
+
+def _finish(folder: SampleFolder, targets: dict[str, Path], classes: Sequence[str]) -> list[str]:
+    """What is made of all shards, once they are there."""
+    made = [str(folder.assemble())]
+    if "grid" in targets:
+        indices = shown(folder.labels)
+        picked = [folder.labels[i] for i in indices]
+        save_picture(targets["grid"], grid(folder.pick(indices), picked, classes))
+        made.append(str(targets["grid"]))
+    if "png" in targets:
+        for shard, images in enumerate(folder.images()):
+            span = folder.span(shard)
+            part = folder.labels[span.start : span.stop]
+            save_pngs(targets["png"], images, part, classes, first_index=span.start)
+        made.append(str(targets["png"]))
+    return made
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,4 +1,4 @@
-"""The progress of an encoding: a bar on a terminal, plain lines elsewhere."""
+"""The progress of encoding or sampling: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -12,15 +12,16 @@ LINES = 20  # plain lines per run, about
 class EncodingProgress:
     """``with EncodingProgress(...) as bar: bar.update(done)``: this process's images, rate, time left.
 
-    Silent without a console. When nobody reads any more (a closed pipe), it goes quiet: the work goes on.
+    ``what`` is done. Silent without a console. When nobody reads any more (a closed pipe), it goes quiet: the
+    work goes on.
     """
 
-    def __init__(self, total: int, world: int, console: Console | None):
+    def __init__(self, total: int, world: int, console: Console | None, what: str = "encoding"):
         self.console = console or Console(quiet=True)
         self.total = total
-        self.title = "encoding" if world == 1 else f"encoding, rank 0 of {world}"
+        self.title = what if world == 1 else f"{what}, rank 0 of {world}"
         self._began = time.perf_counter()
-        self._next_line = 0
+        self._next_line = 0.0
         self._bar: Progress | None = None
         if self.console.is_terminal:
             columns = (
@@ -28,7 +29,7 @@ class EncodingProgress:
                 TextColumn("{task.fields[numbers]}"),
             )  # fmt: skip
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("encoding", total=total, numbers="")
+            self._task = self._bar.add_task(what, total=total, numbers="")
 
     def __enter__(self) -> "EncodingProgress":
         self._began = time.perf_counter()
@@ -40,16 +41,16 @@ class EncodingProgress:
         if self._bar and self.total:
             self._or_quiet(self._bar.stop)
 
-    def update(self, done: int) -> None:
-        """``done`` images are encoded."""
+    def update(self, done: float) -> None:
+        """``done`` images are done, the last one perhaps in part."""
         seconds = time.perf_counter() - self._began
         numbers = f"{done / seconds:.1f} images/s  {clock(seconds / done * (self.total - done))} left"
         if self._bar:
             bar, task = self._bar, self._task
-            self._or_quiet(lambda: bar.update(task, completed=done, numbers=numbers))
+            self._or_quiet(lambda: bar.update(task, completed=int(done), numbers=numbers))
         elif done >= self._next_line or done == self.total:
             self._next_line = done + max(1, self.total // LINES)
-            line = f"{self.title}: {done}/{self.total}  {numbers}"
+            line = f"{self.title}: {int(done)}/{self.total}  {numbers}"
             self._or_quiet(lambda: self.console.print(line, markup=False))
 
     def _or_quiet(self, show: Callable[[], None]) -> None:

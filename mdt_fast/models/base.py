@@ -19,7 +19,7 @@ from ..reference.init import initialise
 from .attention import Attention, share_index
 from .blocks import Block, FinalLayer, unpatchify
 from .checkpointing import CHECKPOINTING
-from .conditioning import Conditioning, conditioning
+from .conditioning import FINAL, Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .rows import WHOLE, Rows
 
@@ -163,7 +163,8 @@ class Transformer(nn.Module):
 
     def image(self, x: Tensor, c: Conditioning) -> Tensor:
         """Tokens [B, L, D] -> [B, O, S, S]."""
-        return unpatchify(self.final_layer(x, c.c), self.patch_size, self.out_channels)
+        patches = self.final_layer(x, c.c, c.modulations.get(FINAL))
+        return unpatchify(patches, self.patch_size, self.out_channels)
 
     def forward_with_cfg(
         self,

@@ -28,6 +28,19 @@ class Embedded(NamedTuple):
     pos_embed: Tensor
 
 
+Skip = Tensor | Embedded | None
+"""The embedded input [B, L, D] that MDTv2's decoder mixes in; the other models have none."""
+
+
+def both_skips(full: Skip, masked: Skip) -> Skip:
+    """For the samples of both passes, one after the other."""
+    if isinstance(full, Embedded) and isinstance(masked, Embedded):
+        return full._replace(patches=torch.cat([full.patches, masked.patches]))
+    if isinstance(full, Tensor) and isinstance(masked, Tensor):
+        return torch.cat([full, masked])
+    return None
+
+
 class Mlp(nn.Module):
     """Linear, bias and GELU (tanh form), linear. The block runs the first one, behind its norm."""
 
@@ -128,9 +141,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
+    def forward(self, x: Tensor, c: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """``modulation`` [B, 2D]: this layer's, if it is known already."""
+        if modulation is None:
+            modulation = self.adaLN_modulation[1](c)
+        shift, scale = modulation.chunk(2, dim=1)
         return norm_linear(x, shift, scale, self.linear, offsets=None, fused=self.switches.fused_adaln)
 
 
-__all__ = ["Block", "Embedded", "FinalLayer", "Mlp", "unpatchify"]
+__all__ = ["Block", "Embedded", "FinalLayer", "Mlp", "Skip", "both_skips", "unpatchify"]

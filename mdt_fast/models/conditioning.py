@@ -11,11 +11,14 @@ from ..errors import UserError
 from .blocks import Block
 from .ops import is_plain
 
+FINAL = -1
+"""The last layer's key among the modulations."""
+
 
 @dataclass(frozen=True)
 class Conditioning:
     """``c`` [B, D], activated (SiLU); ``modulations`` [B, 6D] of those blocks, by index, that have been
-    computed already."""
+    computed already, and [B, 2D] of the last layer."""
 
     c: Tensor
     modulations: Mapping[int, Tensor] = field(default_factory=dict)

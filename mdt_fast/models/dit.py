@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ..config import Family
 from .base import Transformer
+from .conditioning import Conditioning
 
 
 class DiT(Transformer):
@@ -22,10 +23,17 @@ class DiT(Transformer):
         """
         self.check_inputs(x, t, y)
         c = self.condition(t, y, drop=self.training and drop_labels)
-        x = self.x_embedder(x, self.pos_embed)
+        return self.from_tokens(*self.embed(x), c)
+
+    def embed(self, x: Tensor, plan: None = None) -> tuple[Tensor, None]:
+        """Images -> tokens [B, L, D]. There are no masks and no long skips here."""
+        return self.x_embedder(x, self.pos_embed), None
+
+    def from_tokens(self, tokens: Tensor, skip: None, c: Conditioning, plan: None = None) -> Tensor:
+        """What :meth:`embed` gave -> [B, O, S, S]."""
         for block in self.blocks:
-            x = self.run(block, x, c)
-        return self.image(x, c)
+            tokens = self.run(block, tokens, c)
+        return self.image(tokens, c)
 
     def forward_with_cfg(
         self,

@@ -15,13 +15,10 @@ from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from . import rows
 from .base import Transformer
-from .blocks import Embedded
+from .blocks import Embedded, Skip, both_skips
 from .conditioning import Conditioning
 from .ops import is_plain
 from .rows import Rows
-
-Skip = Tensor | Embedded | None
-"""The embedded input [B, L, D] that MDTv2's decoder mixes in; v1 has none."""
 
 
 class MaskedTransformer(Transformer):
@@ -51,6 +48,10 @@ class MaskedTransformer(Transformer):
 
     def one_pass(self, x: Tensor, c: Conditioning, plan: MaskPlan | None) -> Tensor:
         tokens, skip = self.embed(x, plan)
+        return self.from_tokens(tokens, skip, c, plan)
+
+    def from_tokens(self, tokens: Tensor, skip: Skip, c: Conditioning, plan: MaskPlan | None) -> Tensor:
+        """What :meth:`embed` gave -> [B, O, S, S]."""
         tokens = self.encode(tokens, c, rows.kept(plan))
         tokens = self.join(tokens, c, plan)
         return self.image(self.decode(tokens, c, skip), c)
@@ -91,7 +92,7 @@ class MaskedTransformer(Transformer):
         full, kept = self.encode(x, c, where).split([B * L, B * K])
         full = self.join(full.view(B, L, x.shape[1]), c.of(slice(0, B)), None)
         masked = self.join(kept.view(B, K, x.shape[1]), c.of(slice(B, 2 * B)), plan)
-        x = self.decode(torch.cat([full, masked]), c, _both(skip_full, skip_masked))
+        x = self.decode(torch.cat([full, masked]), c, both_skips(skip_full, skip_masked))
         full, masked = self.image(x, c).chunk(2)
         return full, masked
 
@@ -211,12 +212,3 @@ class MDT(MaskedTransformer):
         for block in self.blocks[self.depth - self.decode_layer :]:
             x = self.run(block, x, c)
         return x
-
-
-def _both(full: Skip, masked: Skip) -> Skip:
-    """For the samples of both passes, one after the other."""
-    if isinstance(full, Embedded) and isinstance(masked, Embedded):
-        return full._replace(patches=torch.cat([full.patches, masked.patches]))
-    if isinstance(full, Tensor) and isinstance(masked, Tensor):
-        return torch.cat([full, masked])
-    return None

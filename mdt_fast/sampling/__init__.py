@@ -1,10 +1,13 @@
 """Samples out: the guided sampler and the files it fills."""
 
-from .generate import check_sampling, sample, sampling_diffusion
-from .images import check_writable, grid, save_picture, save_pngs, to_uint8
+from .folder import SampleFolder
+from .generate import Sampler, check_sampling, sample, sampling_diffusion
+from .images import check_writable, grid, save_picture, save_pngs, shown, to_uint8
 from .npz import adm_name, save_npz
 
 __all__ = [
+    "SampleFolder",
+    "Sampler",
     "adm_name",
     "check_sampling",
     "check_writable",
@@ -14,5 +17,6 @@ __all__ = [
     "save_npz",
     "save_picture",
     "save_pngs",
+    "shown",
     "to_uint8",
 ]

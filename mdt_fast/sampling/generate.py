@@ -1,41 +1,54 @@
-"""From class labels to images: noise, guided sampler, pixels in [-1, 1]."""
+"""From class labels to images: noise, guided steps, pixels or latents."""
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import DiffusionConfig, ModelConfig, SampleConfig
-from ..diffusion import GaussianDiffusion, create_diffusion
-from ..errors import UserError
+from ..config import SAMPLERS, DiffusionConfig, ModelConfig, SampleConfig, SampleSwitches
+from ..diffusion import GaussianDiffusion, make_betas, space_timesteps
+from ..errors import UserError, nearest
+from .guided import GuidedModel
+from .schedulers import ORDER, SOLVERS, open_scheduler, solver_timesteps
 
+DEFAULT, ALL = SampleConfig(), SampleSwitches()
 OnBatch = Callable[[int], None]
+OnStep = Callable[[int, int], None]
 
 
 def sampling_diffusion(
     model: ModelConfig, diffusion: DiffusionConfig, config: SampleConfig
 ) -> GaussianDiffusion:
-    """The diffusion respaced to ``config.steps`` evenly spread steps of the training process."""
-    if not 1 <= config.steps <= diffusion.diffusion_steps:
-        raise UserError(f"steps: allowed are 1 to {diffusion.diffusion_steps}, got {config.steps}")
-    return create_diffusion(
-        str(config.steps),
-        noise_schedule=diffusion.noise_schedule,
-        predict_xstart=diffusion.predict_xstart,
-        learn_sigma=model.learn_sigma,
-        diffusion_steps=diffusion.diffusion_steps,
+    """The diffusion respaced to ``config.steps`` evenly spread steps of the training process.
+
+    ``UserError`` if ``config.sampler`` cannot take so many.
+    """
+    solver, T = config.sampler in SOLVERS, diffusion.diffusion_steps
+    lowest, highest = (ORDER, T - 1) if solver else (1, T)
+    if not lowest <= config.steps <= highest:
+        of = f" with {config.sampler}" if solver else ""
+        raise UserError(f"steps: allowed are {lowest} to {highest}{of}, got {config.steps}")
+    return GaussianDiffusion(
+        make_betas(diffusion.noise_schedule, T),
+        solver_timesteps(T, config.steps) if solver else space_timesteps(T, config.steps),
+        mean_type="start_x" if diffusion.predict_xstart else "epsilon",
+        var_type="learned_range" if model.learn_sigma else "fixed_large",
         min_snr_gamma=diffusion.min_snr_gamma,
     )
 
 
 def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
     """``UserError`` for settings that ``sample`` cannot follow; ``sampling_diffusion`` checks ``steps``."""
+    if config.sampler not in SAMPLERS:
+        raise UserError(
+            f"sampler: {config.sampler!r} is not known{nearest(config.sampler, SAMPLERS)}; "
+            f"known: {', '.join(SAMPLERS)}"
+        )
     for name, lowest, highest in (
         ("num_samples", 1, None), ("batch_size", 1, None), ("seed", 0, None),
-        ("cfg_scale", 0, None), ("scale_pow", 0, None), ("eta", 0, 1),
+        ("cfg_scale", 0, None), ("scale_pow", 0, None), ("eta", 0, 1), ("skip_below", 0, None),
     ):  # fmt: skip
         value = getattr(config, name)
         if value is None:  # no power: constant guidance
@@ -46,75 +59,133 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
             raise UserError(
                 f"{name}: must be {'finite' if highest is None else f'at most {highest}'}, got {value}"
             )
+    if config.sampler != "ddim" and config.eta:
+        raise UserError(f"eta: only ddim has one; use 0 with {config.sampler}, got {config.eta:g}")
+    if config.cfg_interval is not None:
+        low, high = config.cfg_interval
+        if not 0 <= low <= high < math.inf:
+            raise UserError(f"cfg_interval: LOW,HIGH with 0 <= LOW <= HIGH is needed, got {low:g},{high:g}")
     if config.cfg_scale != 1 and model.class_dropout_prob == 0:
         raise UserError("cfg_scale: a model trained without label dropout cannot be guided; use 1")
 
 
 def sample(
     model: nn.Module,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | DiffusionConfig,
     labels: Sequence[int],
-    config: SampleConfig,
+    config: SampleConfig = DEFAULT,
     *,
     diffusion_steps: int = 1000,
-    clip_denoised: bool = True,
+    clip_denoised: bool | None = None,
     first_index: int = 0,
     on_batch: OnBatch | None = None,
+    on_step: OnStep | None = None,
+    switches: SampleSwitches = ALL,
 ) -> Tensor:
-    """One image per label: [N, C, S, S] float32 on the CPU, nominally in [-1, 1].
+    """One image or latent per label: [N, C, S, S] on the CPU, pixels nominally in [-1, 1].
 
-    Guidance is ``model.forward_with_cfg`` (``cfg_scale`` 1: the plain conditional model). All noise of
-    image i, the start and what the steps add, comes from a generator seeded by (``config.seed``,
-    ``first_index`` + i): a picture does not depend on the batch it is drawn in (up to rounding in the
-    batched products). ``clip_denoised`` clamps the predicted image to [-1, 1], right for pixels and wrong
-    for latents. ``on_batch`` hears how many images are done. The model is put in eval mode. Raises
-    ``UserError`` for labels out of range and impossible settings.
+    ``diffusion``: what the model was trained with, or that already respaced (then ``diffusion_steps`` must be
+    the number of original steps). All noise of image i, the start and what the steps add, comes from a
+    generator seeded by (``config.seed``, ``first_index`` + i): a picture does not depend on the batch it is
+    drawn in (up to rounding in the batched products), nor on which process draws it. ``clip_denoised`` clamps
+    the predicted image to [-1, 1], right for pixels and wrong for latents; None: where the model has 1 or 3
+    channels. ``on_batch`` hears how many images are done, ``on_step`` of each batch how many steps, and of
+    how many. The model is put in eval mode. Float32, of a
+    float64 model float64. Raises ``UserError`` for labels out of range and impossible settings.
     """
-    num_classes = int(model.num_classes)  # type: ignore[arg-type]
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"labels: allowed are 0 to {num_classes - 1}, got {label}")
-    check_sampling(model.config, config)  # type: ignore[arg-type]
-    model.eval()
-    device = next(model.parameters()).device
-    shape = int(model.in_channels), int(model.input_size), int(model.input_size)  # type: ignore[arg-type]
+    if isinstance(diffusion, DiffusionConfig):
+        diffusion_steps = diffusion.diffusion_steps
+        diffusion = sampling_diffusion(model.config, diffusion, config)  # type: ignore[arg-type]
+    if diffusion_steps != diffusion.original_num_steps:
+        raise UserError(
+            f"diffusion_steps: the diffusion has {diffusion.original_num_steps}, got {diffusion_steps}"
+        )
+    sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
+    sampler.check_labels(labels)
     images = []
     for start in range(0, len(labels), config.batch_size):
-        y = torch.tensor(labels[start : start + config.batch_size], device=device)
-        noise = _PerImageNoise(config.seed, first_index + start, len(y))
-        loop = diffusion.p_sample_loop
-        if config.sampler == "ddim":
-            loop = partial(diffusion.ddim_sample_loop, eta=config.eta)
-        guided = _guided(model, y, config, diffusion_steps)
-        x_T = noise(torch.empty(len(y), *shape, device=device))
-        images.append(loop(guided, x_T.shape, x_T, clip_denoised, generator=noise).cpu())
+        batch = labels[start : start + config.batch_size]
+        images.append(sampler(batch, first_index + start, on_step).cpu())
         if on_batch:
-            on_batch(start + len(y))
-    return torch.cat(images) if images else torch.empty(0, *shape)
+            on_batch(start + len(batch))
+    return torch.cat(images) if images else torch.empty(0, *sampler.shape)
 
 
-def _guided(model: nn.Module, y: Tensor, config: SampleConfig, diffusion_steps: int) -> Callable[..., Tensor]:
-    """The model as the sampler calls it, n rows in and out; guidance doubles them inside."""
-    if config.cfg_scale == 1:
-        return lambda x, t: model(x, t, y)
-    null = torch.full_like(y, int(model.num_classes))  # type: ignore[arg-type]
-    labels = torch.cat([y, null])
+class Sampler:
+    """Draws batches of images; what does not depend on the batch is kept from one to the next."""
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        both = model.forward_with_cfg(  # type: ignore[operator]
-            torch.cat([x, x]),
-            torch.cat([t, t]),
-            labels,
-            cfg_scale=config.cfg_scale,
-            diffusion_steps=diffusion_steps,
-            scale_pow=config.scale_pow,
-        )
-        return both[: len(x)]
+    def __init__(
+        self,
+        model: nn.Module,
+        diffusion: GaussianDiffusion,
+        config: SampleConfig,
+        *,
+        clip_denoised: bool | None = None,
+        switches: SampleSwitches = ALL,
+    ):
+        check_sampling(model.config, config)  # type: ignore[arg-type]
+        if config.sampler in SOLVERS:
+            open_scheduler(config.sampler, diffusion)  # now, if diffusers is missing
+        self.diffusion, self.config = diffusion, config
+        self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
+        C, S = int(model.in_channels), int(model.input_size)  # type: ignore[arg-type]
+        self.shape = C, S, S
+        self.clip = C in (1, 3) if clip_denoised is None else clip_denoised
+        self.model = GuidedModel(model.eval(), diffusion, config, self.clip, switches)
+        self.dtype = torch.promote_types(self.model.dtype, torch.float32)
 
-    return guided
+    def check_labels(self, labels: Sequence[int]) -> None:
+        for label in labels:
+            if not 0 <= label < self.num_classes:
+                raise UserError(f"labels: allowed are 0 to {self.num_classes - 1}, got {label}")
+
+    @torch.no_grad()
+    def __call__(self, labels: Sequence[int], first_index: int = 0, on_step: OnStep | None = None) -> Tensor:
+        """One batch: x_0 [n, C, S, S] on the model's device, image i by the seed and ``first_index`` + i.
+
+        ``on_step`` hears after each step how many are done, and of how many.
+        """
+        noise = PerImageNoise(self.config.seed, first_index, len(labels))
+        x = noise(torch.empty(len(labels), *self.shape, device=self.model.device, dtype=self.dtype))
+        self.model.begin(labels)
+        step, T = self._steps(noise), self.diffusion.num_timesteps
+        for index in range(T - 1, -1, -1):
+            x = step(x, index)
+            if on_step:
+                on_step(T - index, T)
+        return x.clone()  # a graph's memory is its own
+
+    def _steps(self, noise: "PerImageNoise") -> Callable[[Tensor, int], Tensor]:
+        """x and a step's index -> the next x."""
+        model, diffusion, config = self.model, self.diffusion, self.config
+        if model.fused:
+            noisy = config.sampler == "ddpm" or config.eta > 0
+            return lambda x, index: model.step(x, index, noise(x) if noisy else None)
+        if config.sampler in SOLVERS:
+            solve = open_scheduler(config.sampler, diffusion)
+            return lambda x, index: solve(self._pred_xstart(x, index), index, x)
+
+        def separate(x: Tensor, index: int) -> Tensor:
+            t = torch.full((len(x),), index, device=x.device)
+            given = model.prediction(x, index)
+            if config.sampler == "ddpm":
+                result = diffusion.p_sample(lambda x, t: given, x, t, self.clip, generator=noise)
+            else:
+                result = diffusion.ddim_sample(
+                    lambda x, t: given, x, t, self.clip, eta=config.eta, generator=noise
+                )
+            return result["sample"]
+
+        return separate
+
+    def _pred_xstart(self, x: Tensor, index: int) -> Tensor:
+        """What the solvers work with; a learned variance, behind the first C channels, is none of theirs."""
+        t = torch.full((len(x),), index, device=x.device)
+        output = self.model.prediction(x, index)
+        return self.diffusion.p_from_output(output, x, t, clip_denoised=self.clip)["pred_xstart"]
 
 
-class _PerImageNoise:
+class PerImageNoise:
     """Standard normal noise, each image from its own generator, on the CPU: the same on every device."""
 
     def __init__(self, seed: int, first_index: int, count: int):
@@ -124,5 +195,8 @@ class _PerImageNoise:
             self.generators.append(torch.Generator().manual_seed(int(state[0])))
 
     def __call__(self, like: Tensor) -> Tensor:
-        rows = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(like)
+        """Noise like ``like``; its numbers are float32's also where that is float64."""
+        rows = torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators])
+        if like.device.type == "cuda":  # the copy is made while the next numbers are drawn
+            return rows.pin_memory().to(like.device, like.dtype, non_blocking=True)
+        return rows.to(like)

@@ -48,16 +48,33 @@ def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str])
     return sheet
 
 
+def shown(labels: Sequence[int]) -> list[int]:
+    """Which images :func:`grid` shows, in order: enough to make the same grid of."""
+    counts = dict.fromkeys(sorted(set(labels))[:MAX_ROWS], 0)
+    chosen = []
+    for i, label in enumerate(labels):
+        if counts.get(label, MAX_COLUMNS) < MAX_COLUMNS:
+            counts[label] += 1
+            chosen.append(i)
+    return chosen
+
+
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG aside and rename it into place."""
     with aside(path) as file:
         picture.save(file, format="PNG")
 
 
-def save_pngs(folder: Path, images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
+def save_pngs(
+    folder: Path,
+    images_NHWC: np.ndarray,
+    labels: Sequence[int],
+    classes: Sequence[str],
+    first_index: int = 0,
+) -> None:
     """One file per image, ``CLASS_000012.png``: a folder that ``mdt-fast train --data`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (pixels, label) in enumerate(zip(images_NHWC, labels)):
+    for i, (pixels, label) in enumerate(zip(images_NHWC, labels), first_index):
         name = (classes[label] if label < len(classes) else str(label)).replace("_", "-").replace("/", "-")
         save_picture(folder / f"{name}_{i:06d}.png", _picture(pixels))
 

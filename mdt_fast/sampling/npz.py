@@ -22,13 +22,13 @@ def save_npz(path: Path, images_NHWC: np.ndarray | Iterable[np.ndarray], labels:
     """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], uncompressed, as ADM's evaluator reads them.
 
     ``images_NHWC``: one array, or batches of it in order (a generator is drawn from as they are written), as
-    many images as ``labels``. The file appears when it is complete. Raises ``UserError`` for batches of
-    another dtype, size or number.
+    many images as ``labels``. The file appears when it is complete; the same images give the same bytes.
+    Raises ``UserError`` for batches of another dtype, size or number.
     """
     classes = np.asarray(labels, dtype=np.int64)
     batches = [images_NHWC] if isinstance(images_NHWC, np.ndarray) else images_NHWC
     with aside(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             written, shape = 0, None
             for batch in batches:
                 if batch.dtype != np.uint8 or batch.ndim != 4:
@@ -47,5 +47,5 @@ def save_npz(path: Path, images_NHWC: np.ndarray | Iterable[np.ndarray], labels:
                 written += len(batch)
             if shape is None or written != len(classes):
                 raise UserError(f"images: {len(classes)} labels need as many images, got {written}")
-        with archive.open("arr_1.npy", "w") as member:
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
             np.lib.format.write_array(member, classes, allow_pickle=False)

@@ -170,13 +170,13 @@ Picture = tuple[str, Path, int] | None
 class Pictures:
     """Draws the run's pictures: an extra, so what keeps one from being made is only said.
 
-    A signal ends drawing within a step of the sampler where there is one process (several are in the middle
-    of gathering weights then, and draw to the end); the run's own work is done or saved before.
+    A signal ends drawing with the sampler's step; the run's own work is done or saved before.
     """
 
     def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: "Interrupts"):
         self.bar, self.run, self.sinks, self.interrupts = bar, run, sinks, interrupts
         self._finished, self._took = time.perf_counter(), 0.0
+        run.on_sampling_step = self._go_on
 
     def draw_if_cheap(self, *makers: Callable[[], Picture]) -> None:
         """Draw unless that would take more than a twentieth of the time, judging by the last drawing."""
@@ -186,7 +186,6 @@ class Pictures:
 
     def draw(self, *makers: Callable[[], Picture]) -> None:
         began = time.perf_counter()
-        watch = None if self.run.sharded else self.run.model.register_forward_pre_hook(self._go_on)
         try:
             for make in makers:
                 try:
@@ -196,14 +195,13 @@ class Pictures:
                 except (UserError, OSError) as error:
                     self.bar.say(f"warning: no picture: {error}")
         finally:
-            if watch is not None:
-                watch.remove()
+            self.run.world.settle()
         self._finished = time.perf_counter()
         self._took = self._finished - began
 
-    def _go_on(self, *_: Any) -> None:
-        """Before each step of the sampler."""
-        if self.interrupts.caught:
+    def _go_on(self, done: int, of: int) -> None:
+        """After each step of the sampler; all processes stop after the same one."""
+        if self.run.world.agree(self.interrupts.caught or 0):
             raise UserError("interrupted")
 
 

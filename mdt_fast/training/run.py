@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Run:
     saver: Saver
     start: Checkpoint | None
     notes: list[str] = field(default_factory=list)
+    on_sampling_step: Callable[[int, int], None] | None = None
+    """Hears of the steps of a picture; what it raises ends the drawing, on all processes alike."""
 
     def open(self) -> tuple[Metrics, list[str]]:
         """Make the folder ready to be written to; returns its metrics and what there is to say about it."""
@@ -156,7 +158,7 @@ class Run:
             latents = sample(
                 model, diffusion, own, config, first_index=first,
                 diffusion_steps=self.config.diffusion.diffusion_steps,
-                clip_denoised=self.first_stage.clip,
+                clip_denoised=self.first_stage.clip, on_step=self.on_sampling_step,
             )  # fmt: skip
         drawn = torch.cat(self.world.together(latents.cpu()))[: len(labels)]
         if self.world.main:

@@ -102,6 +102,21 @@ def test_samples_of_a_model(cls: Any, cfg_scale: float, scale_pow: float, eta: f
 
 @both_paths
 @pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_conditional_half_alone(kind: str, learned: bool, path: str) -> None:
+    """``x`` [n] with the outputs of both halves: the first half of what ``x`` [2n] gives, to the bit."""
+    x, noise = torch.randn(2, 6, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    output = model(x, torch.full((6,), 500))[:, : 8 if learned else 4]
+    row = (ddpm_coefficients if kind == "ddpm" else ddim_coefficients)([0.9, 0.5, 0.2])[1]
+    scale = torch.tensor([3.0, 1.0, 0.5])
+    whole = cfg_step(output, x, noise, row, scale=scale, kind=kind)
+    half = cfg_step(output, x[:3], noise[:3], row, scale=scale, kind=kind)
+    for got, expected in zip(half, whole, strict=True):
+        assert torch.equal(got, expected[:3])
+
+
+@both_paths
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
 def test_nan_is_not_clipped_away(kind: str, path: str) -> None:
     """A model that diverges must be seen to, as with ``clamp``."""
     args = arguments(2, 4, 4, torch.float32, False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mdt_fast
 from mdt_fast.config import DiffusionConfig, ModelConfig, SampleConfig
 from mdt_fast.errors import UserError
 from mdt_fast.models.zoo import build_model
@@ -36,10 +37,16 @@ def draw(model: nn.Module, labels: list[int] = LABELS, *, first_index: int = 0, 
     return sample(model, diffusion, labels, config, first_index=first_index)
 
 
-SAMPLERS = [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "ddpm"}]
+SAMPLERS = {
+    "ddim": {"sampler": "ddim"},
+    "ddim-eta0.7": {"sampler": "ddim", "eta": 0.7},
+    "ddpm": {"sampler": "ddpm"},
+    "dpm++": {"sampler": "dpm++"},
+    "unipc": {"sampler": "unipc"},
+}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["ddim", "ddim-eta0.7", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 def test_an_image_depends_on_seed_and_index_alone(model: nn.Module, sampler: dict, cfg_scale: float) -> None:
     whole = draw(model, cfg_scale=cfg_scale, **sampler)
@@ -82,6 +89,12 @@ def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
         (LABELS, {"eta": float("nan")}, r"eta: must be at least 0, got nan"),
         (LABELS, {"eta": 7.0}, r"eta: must be at most 1, got 7.0"),
         (LABELS, {"seed": -1}, r"seed: must be at least 0, got -1"),
+        (LABELS, {"skip_below": -0.1}, r"skip_below: must be at least 0, got -0.1"),
+        (LABELS, {"cfg_interval": (0.9, 0.1)}, r"cfg_interval: LOW,HIGH with .*, got 0.9,0.1"),
+        (LABELS, {"sampler": "dpm+"}, r"sampler: 'dpm\+' is not known \(did you mean 'dpm\+\+'\?\)"),
+        (LABELS, {"sampler": "dpm++", "steps": 1}, r"steps: allowed are 2 to 999 with dpm\+\+, got 1"),
+        (LABELS, {"sampler": "unipc", "steps": 1000}, r"steps: allowed are 2 to 999 with unipc, got 1000"),
+        (LABELS, {"sampler": "unipc", "eta": 0.5}, r"eta: only ddim has one; use 0 with unipc, got 0.5"),
     ],
 )
 def test_impossible_settings_are_named(
@@ -98,3 +111,25 @@ def test_a_model_without_null_class_cannot_be_guided() -> None:
     with pytest.raises(UserError, match="trained without label dropout"):
         sample(unguided, diffusion, LABELS, CONFIG)
     assert sample(unguided, diffusion, LABELS, replace(CONFIG, cfg_scale=1.0)).shape == (5, 1, 8, 8)
+
+
+def test_the_public_function_takes_what_the_model_was_trained_with(model: nn.Module) -> None:
+    """``mdt_fast.sample`` with a ``DiffusionConfig`` is the same as with that respaced."""
+    config = replace(CONFIG, sampler="ddpm", steps=3)
+    trained = DiffusionConfig(noise_schedule="squaredcos_cap_v2")
+    got = mdt_fast.sample(model, trained, LABELS, config)
+    diffusion = sampling_diffusion(MODEL, trained, config)
+    assert torch.equal(got, sample(model, diffusion, LABELS, config, clip_denoised=True))
+    with pytest.raises(UserError, match="diffusion_steps: the diffusion has 1000, got 500"):
+        sample(model, diffusion, LABELS, config, diffusion_steps=500)
+
+
+def test_latents_are_not_clipped_and_pixels_are() -> None:
+    """By default the number of channels decides."""
+    for channels in (3, 4):
+        latents = build_model(replace(MODEL, in_channels=channels))
+        with torch.no_grad():
+            for parameter in latents.parameters():
+                parameter.normal_(std=0.3)
+        drawn = mdt_fast.sample(latents, DiffusionConfig(), [1, 2], replace(CONFIG, steps=3))
+        assert bool(drawn.abs().max() <= 1) == (channels == 3)

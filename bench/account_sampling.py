@@ -1,0 +1,210 @@
+"""What makes sampling fast, item by item: ``throughput.py --mode sample --account``.
+
+A line is a whole run of a few steps, spread as 250 would be, with guidance by the power-cosine schedule (one
+in ten steps has a weight of 1), and its time is per step of the batch. All lines draw from the same noise and
+must come to the reference's picture. ``reference`` is the published loop around the plain model,
+``forward_with_cfg`` and the update in separate operations; ``diffusers`` is its DiTTransformer2DModel of
+equal size in the same loop, with weights of its own. Ops: what torch dispatched, views apart. Peak: bytes at
+the highest point beyond what the run found.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import tables
+from account import ops
+from formats import memory, number, one_line, ratio
+from inputs import Inputs
+from mdt_fast.config import DiffusionConfig, SampleConfig, SampleSwitches
+from mdt_fast.sampling import Sampler, sampling_diffusion
+from mdt_fast.sampling.generate import PerImageNoise
+from measure import Spread, peak_bytes, ratios, spread, take_turns
+from providers import Modules, Skip, make
+from rows import RowFile
+from steps import CFG_SCALE, Case
+
+STEPS, ROUNDS = 10, 5
+OFF = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+"""How far a line's picture may be from the reference's, relative: ten steps amplify each one's rounding, and
+the reference itself does not repeat to the bit (its own line says how far)."""
+BOUND = 1e-3
+"""Of ``skip_below``: with the power-cosine schedule a third of 250 steps."""
+
+Draw = Callable[[int], object]
+
+
+@dataclass
+class Line:
+    """A way to draw the batch; ``off`` by so much, relative, from the reference's picture."""
+
+    name: str
+    draw: Draw
+    switches: dict[str, bool]
+    off: float | None = None
+    found: dict[str, float] = field(default_factory=dict)
+    ms: Spread = (0.0, 0.0, 0.0)
+    ratio: Spread = (1.0, 1.0, 1.0)
+
+
+def run(
+    case: Case,
+    modules: Modules,
+    inputs: Inputs,
+    rows: RowFile,
+    say: Callable[[str], None],
+    *,
+    repeats: int,
+    deadline: float,
+) -> tuple[list[Line], list[str]]:
+    """All lines of one case, and why some are missing."""
+    labels = inputs.labels_B.tolist()
+    config = SampleConfig(
+        steps=STEPS, sampler=case.sampler, cfg_scale=CFG_SCALE, dtype=case.dtype_name, batch_size=len(labels),
+        scale_pow=None if case.config.family == "dit" else 4.0,
+    )  # fmt: skip
+    lines, missing = [], []
+    for name in ("reference", "reference-compiled"):
+        try:
+            lines.append(
+                Line(name, published(case, make(name, modules).forward_with_cfg, config, labels), {})
+            )
+        except Skip as skip:
+            missing.append(f"{name}: {skip}")
+    lines += [
+        Line(name, drawing(modules.get("fast"), one, labels, switches), dataclasses.asdict(switches))
+        for name, one, switches in settings(config)
+    ]
+    if case.config.family == "dit":
+        try:
+            _, model = diffusers_dit(case)
+            lines.append(Line("diffusers", published(case, model, config, labels), {}))
+        except ImportError as error:
+            missing.append(f"diffusers: {one_line(error)}")
+    expected: Any = lines[0].draw(0)
+    for line in list(lines):
+        say(f"{case.title}: counting {line.name}")
+        pictures: list[Any] = []
+        line.found["ops"] = ops(lambda index, line=line, to=pictures: to.append(line.draw(index))) / STEPS
+        if line.name != "diffusers":
+            line.off = float((pictures[0] - expected).norm() / expected.norm())
+        allowed = OFF[case.dtype] + (10 * BOUND if "skip_below" in line.name else 0)
+        if line.off is not None and not line.off <= allowed and line.name != "reference":
+            lines.remove(line)
+            missing.append(f"{line.name}: disagrees with the reference's picture by {line.off:.1e}")
+            continue
+        line.found["peak_bytes"] = peak_bytes(line.draw, case.device)
+    say(f"{case.title}: timing {len(lines)} lines in turns")
+    turns = {line.name: line.draw for line in lines}
+    timings = take_turns(turns, case.device, repeats=repeats, deadline=deadline)
+    base = timings["reference"].seconds
+    for line, timing in zip(lines, timings.values(), strict=True):
+        if timing.error is not None:
+            raise timing.error
+        line.ms = spread([1e3 * s / STEPS for s in timing.seconds])
+        line.ratio = ratios(base, timing.seconds)
+        common: dict[str, Any] = {
+            "bench": "account", "model": case.model, "provider": line.name.split()[0], "mode": "sample",
+            "batch": case.batch, "dtype": case.dtype_name, "switches": line.switches, "note": line.name,
+            "rounds": len(timing.seconds),
+        }  # fmt: skip
+        rows.add(line.ms, metric="ms", unit="ms/step", **common)
+        rows.add(line.ratio, metric="speedup", unit="x", **common)
+        for metric, unit in (("ops", "1"), ("peak_bytes", "B")):
+            rows.add((None, line.found[metric], None), metric=metric, unit=unit, **common)
+        if line.off is not None:
+            rows.add((None, line.off, None), metric="off", unit="1", **common)
+    return lines, missing
+
+
+def settings(config: SampleConfig) -> list[tuple[str, SampleConfig, SampleSwitches]]:
+    """The fast sampler as it is, without each of its switches, without any, and with what is not exact."""
+    every = SampleSwitches()
+    names = [f.name for f in dataclasses.fields(SampleSwitches)]
+    if not torch.cuda.is_available():
+        names.remove("cuda_graph")
+    return [
+        ("fast", config, every),
+        *((f"fast without {name}", config, replace(every, **{name: False})) for name in names),
+        ("fast without any", config, SampleSwitches.none()),
+        (f"fast with skip_below {BOUND:g}", replace(config, skip_below=BOUND), every),
+    ]
+
+
+def drawing(module: Any, config: SampleConfig, labels: list[int], switches: SampleSwitches) -> Draw:
+    """What it keeps between batches, such as a captured graph, it has from the first on."""
+    diffusion = sampling_diffusion(module.config, DiffusionConfig(), config)
+    sampler = Sampler(module, diffusion, config, clip_denoised=False, switches=switches)
+    return lambda index: sampler(labels)
+
+
+def published(case: Case, forward_with_cfg: Any, config: SampleConfig, labels: list[int]) -> Draw:
+    """The loop of the published scripts, on 2n rows throughout."""
+    diffusion = sampling_diffusion(case.config, DiffusionConfig(), config)
+    y = torch.tensor([*labels, *[case.config.num_classes] * len(labels)], device=case.device)
+    side = case.config.input_size
+    like = torch.empty(len(y), case.config.in_channels, side, side, device=case.device)
+    loop = diffusion.p_sample_loop if case.sampler == "ddpm" else diffusion.ddim_sample_loop
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        half = case.dtype == torch.bfloat16
+        with torch.autocast(case.device.type, torch.bfloat16, enabled=half):
+            return forward_with_cfg(x, t, y, cfg_scale=CFG_SCALE).float()
+
+    def draw(index: int) -> Tensor:
+        noise = PerImageNoise(config.seed, 0, len(labels))
+        both = lambda x: torch.cat([noise(x[: len(labels)])] * 2)  # noqa: E731
+        return loop(model, like.shape, both(like), False, generator=both)[: len(labels)]
+
+    return draw
+
+
+def diffusers_dit(case: Case) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Its transformer of the same size, and that called as ``DiTPipeline`` does: constant guidance."""
+    from diffusers import DiTTransformer2DModel
+
+    config = case.config
+    model: nn.Module = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        sample_size=config.input_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+    )
+    model.to(case.device).eval()
+
+    def forward_with_cfg(x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        half = x[: len(x) // 2]
+        output = model(torch.cat([half, half]), timestep=t, class_labels=y).sample
+        eps, rest = output[:, :3], output[:, 3:]
+        cond, uncond = eps.chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    return model, forward_with_cfg
+
+
+def show(console: Console, case: Case, lines: list[Line], missing: list[str]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("drawing", "ms/step", "img/s at 250", "speed", "ops/step", "peak", "off"):
+        table.add_column(title, justify="left" if title == "drawing" else "right")
+    for line in lines:
+        table.add_row(
+            line.name, number(line.ms[1]), number(case.batch / (line.ms[1] / 1e3 * 250)), ratio(line.ratio),
+            f"{line.found['ops']:.0f}", memory(line.found["peak_bytes"]),
+            "" if line.off is None else f"{line.off:.0e}",
+        )  # fmt: skip
+    console.print()
+    tables.say(console, f"account · {case.title} · {case.sampler}, {STEPS} steps", "bold")
+    console.print(table)
+    for reason in missing:
+        tables.say(console, reason)

@@ -1,0 +1,95 @@
+"""What a sampler asks of a model: times and labels of all steps are known before the first one.
+
+n images, B rows: n, or 2n with guidance (n with their classes, then n with the null class); U different
+labels, D width, W numbers of all modulations of a row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Transformer
+from .blocks import both_skips
+from .conditioning import FINAL, Conditioning
+
+CHUNK_BYTES = 2**28
+"""Memory for the modulations of a chunk of steps."""
+
+
+def is_open(model: nn.Module) -> TypeGuard[Transformer]:
+    """Whether a pass may be put together from the model's parts.
+
+    Not where something of its own surrounds the whole forward pass: hooks (FSDP's, too) or
+    ``torch.compile``.
+    """
+    surrounded = model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None
+    return isinstance(model, Transformer) and not surrounded
+
+
+def guided_pass(model: Transformer, x: Tensor, c: Conditioning, *, guided: bool, shared: bool) -> Tensor:
+    """The model's output [B, O, S, S] for images x [n, C, S, S], unmasked; ``c`` of all B rows.
+
+    ``guided``: B is 2n. ``shared``: the patches of both halves are the same, and are embedded once.
+    """
+    if guided and not shared:
+        x = torch.cat([x, x])
+    parts: Any = model  # every family has both
+    tokens, skip = parts.embed(x, None)
+    if guided and shared:
+        tokens, skip = torch.cat([tokens, tokens]), both_skips(skip, skip)
+    return parts.from_tokens(tokens, skip, c, None)
+
+
+class StepModulations:
+    """The modulations of all blocks and of the last layer, computed for a chunk of steps at a time.
+
+    One product per layer and chunk, with a row for each step and each label that occurs: the weights, a third
+    of the model's, are read once per chunk, and the null class costs one row a step. ``times``: the original
+    timestep of each step's index; steps are asked for from the last index down.
+    """
+
+    def __init__(
+        self, model: Transformer, times: Sequence[int], labels: Tensor, chunk_bytes: int = CHUNK_BYTES
+    ):
+        blocks = [
+            block
+            for name, block in model.named_modules()
+            if isinstance(getattr(block, "adaLN_modulation", None), nn.Sequential)
+            and not name.startswith("sideblocks")  # those of masked passes
+        ]
+        self.layers: list[Any] = [block.adaLN_modulation[1] for block in blocks]
+        self.keys = [FINAL if block is model.final_layer else int(block.index) for block in blocks]
+        self.widths = [layer.out_features for layer in self.layers]
+        self.model, self.labels = model, labels
+        self.times = torch.tensor(times, device=labels.device)
+        weight = next(model.parameters())
+        row = len(labels) * sum(self.widths) * weight.element_size()
+        self.chunk = max(1, min(len(times), chunk_bytes // row))
+        self.first, self.values = len(times), weight.new_empty(0)
+
+    def __call__(self, index: int, rows: Tensor) -> Tensor:
+        """[B, W] of the step ``index``, row i for ``labels[rows[i]]``."""
+        if not self.first <= index < self.first + len(self.values):
+            self._compute(max(0, index + 1 - self.chunk), index + 1)
+        return self.values[index - self.first].index_select(0, rows)
+
+    def conditioning(self, modulations: Tensor) -> Conditioning:
+        """[B, W] as the blocks take it."""
+        parts = modulations.split(self.widths, dim=1)
+        return Conditioning(modulations[:, :0], dict(zip(self.keys, parts, strict=True)))
+
+    def _compute(self, first: int, end: int) -> None:
+        self.values = self.values[:0]  # before the next chunk needs the memory
+        t, y = self.model.t_embedder(self.times[first:end]), self.model.y_embedder(self.labels, False)
+        c = F.silu(t[:, None] + y).flatten(0, 1)
+        values, start = c.new_empty(0), 0
+        for layer, width in zip(self.layers, self.widths, strict=True):
+            part = layer(c)
+            if not start:
+                values = part.new_empty(len(c), sum(self.widths))
+            values[:, start : start + width] = part
+            start += width
+        self.first, self.values = first, values.unflatten(0, (end - first, len(self.labels)))

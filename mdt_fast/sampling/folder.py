@@ -1,0 +1,151 @@
+"""A folder of many samples: shards that several processes write and a later run goes on with.
+
+``settings.json`` says what the pictures follow from; ``shard-00012.npz`` holds ``arr_0`` uint8 [n, H, W, C]
+and ``arr_1``, the labels; at last ``samples_NxHxWxC.npz`` holds all of them, as evaluators read it.
+"""
+
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import aside, flush
+from .npz import adm_name, save_npz
+
+SETTINGS = "settings.json"
+OURS = re.compile(r"settings\.json|shard-\d{5,}\.npz|samples_\d+x\d+x\d+x\d+\.npz")
+AGAIN = "go on with the same command"
+
+
+class SampleFolder:
+    """``root`` for one picture of each of ``labels``, in shards of ``shard_size``.
+
+    ``settings``: everything that the pictures follow from, by the name the user knows it by, JSON-ready.
+    """
+
+    def __init__(self, root: Path, settings: Mapping[str, Any], labels: Sequence[int], shard_size: int):
+        self.root, self.labels, self.shard_size = root, labels, shard_size
+        self.settings = dict(settings)
+        self.shards = -(-len(labels) // shard_size)
+
+    def prepare(self) -> None:
+        """Make the folder, or check that it was begun with the same settings. ``UserError`` names the first
+        that differs, or a file that is not ours."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                names = sorted(path.name for path in self.root.iterdir() if not path.name.startswith("."))
+        except OSError as error:
+            raise UserError(f"--out: cannot write in {str(self.root)!r}: {error.strerror}") from None
+        for name in names:
+            if not OURS.fullmatch(name) or SETTINGS not in names:
+                raise UserError(
+                    f"--out: {str(self.root)!r} holds other files, such as {name!r}; "
+                    "an empty folder is needed"
+                )
+        path = self.root / SETTINGS
+        if SETTINGS in names:
+            self._check_same(path)
+            return
+        with aside(path) as file:  # by each of several processes, and the same
+            file.write_text(json.dumps(self.settings, indent=1) + "\n")
+
+    def _check_same(self, path: Path) -> None:
+        try:
+            found = json.loads(path.read_text())
+            before = {name: found.get(name) for name in self.settings}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            raise UserError(f"{path}: truncated or edited, it is not what was written") from None
+        for name, now in json.loads(json.dumps(self.settings)).items():
+            if before[name] != now:
+                raise UserError(
+                    f"--out: {str(self.root)!r} was begun with {name} {_short(before[name])}, now it is "
+                    f"{_short(now)}; {AGAIN}, or choose another folder"
+                )
+
+    def span(self, shard: int) -> range:
+        """The images of a shard."""
+        return range(len(self.labels))[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Those of this process's shards that are not there. What a killed process left is removed."""
+        mine = range(self.shards)[rank::world]
+        if rank == 0:
+            for left in self.root.glob(".samples_*.npz.*.partial"):
+                left.unlink(missing_ok=True)
+        for shard in mine:
+            for left in self.root.glob(f".{self._path(shard).name}.*.partial"):
+                left.unlink(missing_ok=True)
+        return [shard for shard in mine if not self._path(shard).exists()]
+
+    @property
+    def complete(self) -> bool:
+        return all(self._path(shard).exists() for shard in range(self.shards))
+
+    def write(self, shard: int, images_NHWC: np.ndarray) -> None:
+        """A shard, all of it or nothing."""
+        span = self.span(shard)
+        try:
+            save_npz(self._path(shard), images_NHWC, self.labels[span.start : span.stop])
+            flush(self.root)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {str(self._path(shard))!r}: {error.strerror}; complete shards stay, {AGAIN}"
+            ) from None
+
+    def read(self, shard: int) -> np.ndarray:
+        """Its images, uint8 [n, H, W, C]. ``UserError`` if it is not what was written."""
+        path, span = self._path(shard), self.span(shard)
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                images, labels = saved["arr_0"], saved["arr_1"]
+            whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(span)
+            if whole and labels.tolist() == list(self.labels[span.start : span.stop]):
+                return images
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass
+        raise UserError(f"{path}: damaged, it is not what was written; remove it and {AGAIN}")
+
+    def images(self) -> Iterator[np.ndarray]:
+        """Shard by shard."""
+        return (self.read(shard) for shard in range(self.shards))
+
+    def pick(self, indices: Sequence[int]) -> np.ndarray:
+        """These images, in the given, rising order."""
+        found = []
+        for shard in range(self.shards):
+            span = self.span(shard)
+            if wanted := [i - span.start for i in indices if i in span]:
+                found.append(self.read(shard)[wanted])
+        return np.concatenate(found)
+
+    def assemble(self) -> Path:
+        """``samples_NxHxWxC.npz`` of a complete folder, written if it is not there; a shard is in memory at a
+        time."""
+        H, W, C = self.read(0).shape[1:]
+        path = self.root / adm_name(len(self.labels), H, W, C)
+        for _ in range(3):
+            if path.exists():
+                break
+            try:
+                save_npz(path, self.images(), self.labels)
+                flush(self.root)
+            except FileNotFoundError:  # process 0 was only starting, and took ours for a leftover
+                continue
+            except OSError as error:
+                raise UserError(f"cannot write {str(path)!r}: {error.strerror}; {AGAIN}") from None
+        return path
+
+    def _path(self, shard: int) -> Path:
+        return self.root / f"shard-{shard:05d}.npz"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

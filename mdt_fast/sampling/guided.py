@@ -1,0 +1,149 @@
+"""One step's pass through the model, for both halves of a guided batch, and the step that follows it.
+
+n images of C channels, O output channels, B rows: n, or 2n with guidance (classes, then null classes); T
+steps, K coefficients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SampleConfig, SampleSwitches
+from ..diffusion import GaussianDiffusion, guide, power_cosine_scale
+from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
+from ..models.sampling import StepModulations, guided_pass, is_open
+from .graph import Graphed
+
+
+def guidance_weights(diffusion: GaussianDiffusion, config: SampleConfig) -> Tensor:
+    """The guidance weight of each step, float32 [T] on the CPU: 1 where ``cfg_interval`` leaves guidance out,
+    and where it is nearer to 1 than ``skip_below``."""
+    times, steps = torch.tensor(diffusion.timestep_map), diffusion.original_num_steps
+    weights = power_cosine_scale(times, config.cfg_scale, steps, config.scale_pow)
+    if config.cfg_interval is not None:
+        low, high = config.cfg_interval
+        if high <= 1:
+            low, high = low * steps, high * steps
+        weights = weights.where((times >= low) & (times <= high), torch.ones(()))
+    return weights.where((weights - 1).abs() >= config.skip_below, torch.ones(()))
+
+
+class GuidedModel:
+    """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        diffusion: GaussianDiffusion,
+        config: SampleConfig,
+        clip_denoised: bool,
+        switches: SampleSwitches,
+    ):
+        self.model, self.diffusion, self.config, self.clip = model, diffusion, config, clip_denoised
+        self.switches = switches
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
+        self.channels = min(3, int(model.in_channels))  # type: ignore[arg-type]
+        self.weights = guidance_weights(diffusion, config)
+        self.weights_T = self.weights.to(self.device)
+        self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
+        self.parts = model if is_open(model) else None
+        self.fused = switches.fused_step and config.sampler in ("ddpm", "ddim")
+        if self.fused:
+            a = diffusion.alphas_cumprod
+            table = (
+                ddpm_coefficients(a, diffusion.var_type)
+                if config.sampler == "ddpm"
+                else ddim_coefficients(a, config.eta)
+            )
+            self.table_TK = table.to(self.device)
+        graphs = switches.cuda_graph and self.parts is not None and self.device.type == "cuda"
+        self.compute: Any = Graphed(self._compute, self.device) if graphs else self._compute
+        # Casts that autocast keeps would be gone when the graph is replayed.
+        self.autocast = {
+            "device_type": self.device.type,
+            "dtype": getattr(torch, config.dtype),
+            "enabled": config.dtype != "float32",
+            "cache_enabled": not graphs,
+        }
+        self.labels = self.rows = torch.empty(0)
+        self.modulations: StepModulations | None = None
+
+    def begin(self, labels: Sequence[int]) -> None:
+        """A new batch, of these n classes."""
+        null = [self.num_classes] * len(labels)
+        self.labels = torch.tensor([*labels, *null], device=self.device)
+        if self.switches.batched_modulations and self.parts is not None:
+            any_guided = any(self.guided(index) for index in range(len(self.weights)))
+            unique = sorted({*labels, *(null if any_guided else ())})
+            place = {label: i for i, label in enumerate(unique)}
+            self.rows = torch.tensor([place.get(label, 0) for label in [*labels, *null]], device=self.device)
+            self.modulations = StepModulations(
+                self.parts, self.diffusion.timestep_map, torch.tensor(unique, device=self.device)
+            )
+
+    def guided(self, index: int) -> bool:
+        """Whether the step needs the unconditional half."""
+        if self.config.cfg_scale == 1:
+            return False
+        exact = not self.switches.skip_unit and self.config.skip_below == 0 and not self.config.cfg_interval
+        return exact or float(self.weights[index]) != 1
+
+    def outputs(self, x: Tensor, index: int) -> Tensor:
+        """The model's outputs for x [n, C, S, S] at a step, [B, O, S, S]."""
+        return self._call(x, index, None, None)
+
+    def step(self, x: Tensor, index: int, noise: Tensor | None) -> Tensor:
+        """The next x, of a ``fused`` sampler."""
+        return self._call(x, index, noise, self.table_TK[index])
+
+    def prediction(self, x: Tensor, index: int) -> Tensor:
+        """The guided output [n, O, S, S] for x [n, C, S, S]."""
+        output, n = self.outputs(x, index), len(x)
+        if not self.guided(index):
+            return output
+        weight = self.weights_T[index].expand(n)
+        return guide(output[:n], output[n:], weight, channels=self.channels)[:n]
+
+    def _call(self, x: Tensor, index: int, noise: Tensor | None, row: Tensor | None) -> Tensor:
+        n, guided = len(x), self.guided(index)
+        B = 2 * n if guided else n
+        weight = self.weights_T[index].expand(n) if guided else None
+        with torch.autocast(**self.autocast):
+            if self.modulations is not None:
+                modulations = self.modulations(index, self.rows[:B])
+                return self.compute(x, None, None, modulations, weight, noise, row)
+            t, y = self.times_T[index].expand(B), self.labels[:B]
+            return self.compute(x, t, y, None, weight, noise, row)
+
+    def _compute(
+        self,
+        x: Tensor,
+        t: Tensor | None,
+        y: Tensor | None,
+        modulations: Tensor | None,
+        weight: Tensor | None,
+        noise: Tensor | None,
+        row: Tensor | None,
+    ) -> Tensor:
+        """A pass, and with ``row`` a step: on tensors alone, as a graph takes it."""
+        guided, images = weight is not None, x.to(self.dtype)
+        if self.parts is None:
+            output = self.model(torch.cat([images, images]) if guided else images, t, y)
+        else:
+            if self.modulations is not None and modulations is not None:
+                c = self.modulations.conditioning(modulations)
+            else:
+                c = self.parts.condition(t, y)  # type: ignore[arg-type]
+            output = guided_pass(self.parts, images, c, guided=guided, shared=self.switches.shared_embedding)
+        output = output.to(x.dtype)
+        if row is None:
+            return output
+        return cfg_step(
+            output, x, noise, row, scale=weight, guided_channels=self.channels,
+            kind="ddpm" if self.config.sampler == "ddpm" else "ddim",
+            predicts=self.diffusion.mean_type, clip_denoised=self.clip,
+        )[0]  # fmt: skip

@@ -1,0 +1,51 @@
+"""``throughput.py --mode sample --account``: what makes sampling fast, at toy size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import account_sampling
+import throughput
+from mdt_fast.models import zoo
+from providers import model_config
+from rows import read
+from steps import Case
+
+
+def test_every_item_has_a_line_and_the_same_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
+    file = tmp_path / "rows.jsonl"
+    flags = ["--account", "--mode", "sample", "--model", "digits", "--batch", "2", "--device", "cpu"]
+    assert throughput.main([*flags, "--repeats", "1", "--json", str(file)]) == 0
+    table = capsys.readouterr().out
+    found: dict[str, dict[str, float]] = {}
+    for row in read([file]):
+        assert (row["bench"], row["mode"]) == ("account", "sample")
+        found.setdefault(row["note"], {})[row["metric"]] = row["p50"]
+    assert all(name in table for name in found)
+    assert "reference-compiled: not in this test" in table
+    items = ("batched_modulations", "shared_embedding", "fused_step", "skip_unit")
+    assert set(found) == {
+        "reference", "fast", *(f"fast without {item}" for item in items), "fast without any",
+        "fast with skip_below 0.001",
+    }  # fmt: skip
+    fast = found["fast"]
+    assert fast["ops"] < found["fast without fused_step"]["ops"] < found["fast without any"]["ops"]
+    assert fast["ops"] < found["fast without batched_modulations"]["ops"] < found["reference"]["ops"]
+    assert all(line["off"] < 1e-3 and line["ms"] > 0 for line in found.values())
+
+
+def test_diffusers_transformer_is_of_the_same_size() -> None:
+    pytest.importorskip("diffusers")
+    config = model_config("DiT_S_8")
+    case = Case("DiT_S_8", config, "sample", 1, torch.float32, torch.device("cpu"))
+    theirs, forward_with_cfg = account_sampling.diffusers_dit(case)
+    x, t, y = torch.randn(2, 4, 32, 32), torch.tensor([10, 10]), torch.tensor([3, 1000])
+    assert forward_with_cfg(x, t, y, cfg_scale=3.8).shape == (2, 8, 32, 32)
+    count = sum(p.numel() for p in theirs.get_submodule("transformer_blocks").parameters())
+    ours = sum(p.numel() for p in zoo.build_model(config).blocks.parameters())
+    # Theirs embeds times and labels in every block.
+    assert 1 < count / ours < 1.8

@@ -1,0 +1,193 @@
+"""What makes sampling fast gives the same pictures; guidance is left out where it is said to be."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches
+from mdt_fast.diffusion import GaussianDiffusion
+from mdt_fast.models import sampling
+from mdt_fast.models.sampling import StepModulations, is_open
+from mdt_fast.models.zoo import build_model
+from mdt_fast.sampling import sample, sampling_diffusion
+from mdt_fast.sampling.guided import guidance_weights
+from tolerances import FLOAT32, FLOAT64, relative_error
+
+CONFIG = SampleConfig(steps=5, batch_size=3, cfg_scale=3.8)
+LABELS = [3, 1, 3, 5]
+SWITCHES = [field.name for field in fields(SampleSwitches)]
+
+
+def made(family: Family, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """A small model with weights that do something."""
+    config = ModelConfig(
+        family=family, input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2,
+        num_classes=10, decode_layer=0 if family == "dit" else 2, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model.to(dtype)
+
+
+def draw(model: nn.Module, config: SampleConfig, switches: SampleSwitches, **how: Any) -> Tensor:
+    diffusion = sampling_diffusion(model.config, how.pop("trained", DiffusionConfig()), config)
+    return sample(model, diffusion, LABELS, config, switches=switches, **how)
+
+
+def published(model: nn.Module, config: SampleConfig, diffusion: GaussianDiffusion) -> Tensor:
+    """The same noise through ``forward_with_cfg`` and the sampling loop, image by image."""
+    from mdt_fast.sampling.generate import PerImageNoise
+
+    images = []
+    for i, label in enumerate(LABELS):
+        one = PerImageNoise(config.seed, i, 1)
+        both = lambda like, one=one: torch.cat([one(like[:1])] * 2)  # noqa: E731
+        loop = diffusion.p_sample_loop if config.sampler == "ddpm" else diffusion.ddim_sample_loop
+        y = torch.tensor([label, 10])
+        kwargs = {"y": y, "cfg_scale": config.cfg_scale, "scale_pow": config.scale_pow}
+        z = both(torch.empty(2, 4, 8, 8, dtype=torch.float64))
+        with torch.no_grad():
+            images.append(
+                loop(model.forward_with_cfg, z.shape, z, False, model_kwargs=kwargs, generator=both)[:1]
+            )
+    return torch.cat(images)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
+def test_every_switch_gives_the_same_pictures(family: Family, sampler: Any) -> None:
+    """Alone and together, in float64; and all off is the published way."""
+    model = made(family).eval()
+    config = replace(CONFIG, sampler=sampler)
+    plain = draw(model, config, SampleSwitches.none())
+    # diffusers' schedulers work in float32 whatever they are given.
+    tolerance = FLOAT32 if sampler == "dpm++" else FLOAT64
+    for name in SWITCHES:
+        got = draw(model, config, replace(SampleSwitches.none(), **{name: True}))
+        assert relative_error(got, plain) <= tolerance, name
+    assert relative_error(draw(model, config, SampleSwitches()), plain) <= tolerance
+    if sampler != "dpm++":
+        diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
+        assert relative_error(plain, published(model, config, diffusion)) <= FLOAT64
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("predict_xstart", [True, False])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_the_fused_step_follows_the_diffusion(schedule: Any, predict_xstart: bool, learn_sigma: bool) -> None:
+    model = made("mdtv2", torch.float32, learn_sigma=learn_sigma)
+    trained = DiffusionConfig(noise_schedule=schedule, predict_xstart=predict_xstart)
+    for config in (replace(CONFIG, sampler="ddim", eta=0.6), replace(CONFIG, sampler="ddpm")):
+        for clip in (True, False):
+            how: dict[str, Any] = {"trained": trained, "clip_denoised": clip}
+            got = draw(model, config, SampleSwitches(), **how)
+            plain = draw(model, config, SampleSwitches.none(), **how)
+            assert relative_error(got, plain) <= FLOAT32
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+def test_modulations_of_a_chunk_are_those_of_the_steps(chunk: int) -> None:
+    """However much memory there is; labels that occur twice are computed once."""
+    model = made("mdtv2").eval()
+    times, labels = [3, 90, 400, 777, 999], torch.tensor([2, 7, 10])
+    size = 3 * 8 * sum(p.shape[0] for n, p in model.named_parameters() if "adaLN_modulation.1.bias" in n)
+    modulations = StepModulations(model, times, labels, chunk_bytes=chunk * size)
+    rows = torch.tensor([0, 1, 0, 2])
+    with torch.no_grad():
+        for index in range(4, -1, -1):
+            c = modulations.conditioning(modulations(index, rows))
+            t = torch.full((4,), times[index])
+            x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+            tokens, skip = model.embed(x, None)
+            got = model.from_tokens(tokens, skip, c, None)
+            assert relative_error(got, model(x, t, labels[rows])) <= FLOAT64
+            assert len(modulations.values) <= max(1, min(chunk, 5))
+
+
+def test_a_model_with_hooks_is_called_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP gathers weights in a hook, and a user's must run: nothing is put together from parts then."""
+    model, calls = made("mdtv2", torch.float32), []
+    expected = draw(model, CONFIG, SampleSwitches())
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert not is_open(model)
+    monkeypatch.setattr(sampling, "guided_pass", None)
+    got = draw(model, CONFIG, SampleSwitches())
+    assert len(calls) == 2 * CONFIG.steps  # two batches
+    assert relative_error(got, expected) <= FLOAT32
+
+
+class Counting(nn.Module):
+    """A model that notes how many rows it is asked for at which time."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.seen = model, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "model" else getattr(self.model, name)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.seen[int(t[0])] = len(x)
+        return self.model(x, t, y)
+
+
+@pytest.mark.parametrize(
+    ("changes", "guided"),
+    [
+        ({"cfg_interval": (250.0, 750.0)}, {250, 500, 749}),
+        ({"cfg_interval": (0.25, 0.75)}, {250, 500, 749}),
+        ({"cfg_interval": (0.0, 1.0), "scale_pow": None}, {0, 250, 500, 749, 999}),
+        ({"cfg_interval": (0.0, 0.0)}, {0}),
+        ({"scale_pow": None}, {0, 250, 500, 749, 999}),
+        ({}, {0, 250, 500, 749}),  # at 999 the power-cosine weight is 1 in float32
+        ({"skip_below": 0.01}, {0, 250, 500}),
+        ({"cfg_scale": 1.0, "scale_pow": None}, set()),
+    ],
+)
+def test_half_of_the_rows_where_there_is_no_guidance(changes: dict[str, Any], guided: set[int]) -> None:
+    model = Counting(made("mdtv2", torch.float32))
+    config = replace(CONFIG, sampler="ddim", batch_size=4, **changes)
+    diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
+    sample(model, diffusion, LABELS, config)
+    assert sorted(model.seen) == [0, 250, 500, 749, 999]
+    assert {t for t, rows in model.seen.items() if rows == 8} == guided
+    weights = dict(zip(diffusion.timestep_map, guidance_weights(diffusion, config).tolist()))
+    assert {t for t, weight in weights.items() if weight != 1} == guided
+
+
+def test_the_widest_interval_is_guidance_and_an_empty_one_is_none() -> None:
+    model = made("mdtv2")
+    whole = replace(CONFIG, scale_pow=None)
+    assert torch.equal(
+        draw(model, replace(whole, cfg_interval=(0.0, 1.0)), SampleSwitches()),
+        draw(model, whole, SampleSwitches()),
+    )
+    nowhere = draw(model, replace(whole, cfg_interval=(1.0, 2.0)), SampleSwitches())
+    assert relative_error(nowhere, draw(model, replace(whole, cfg_scale=1.0), SampleSwitches())) <= FLOAT64
+
+
+def test_leaving_guidance_out_near_1_is_off_and_small() -> None:
+    model = made("mdtv2")
+    config = replace(CONFIG, steps=20)
+    exact = draw(model, config, SampleSwitches())
+    errors = [
+        relative_error(draw(model, replace(config, skip_below=bound), SampleSwitches()), exact)
+        for bound in (1e-3, 1e-2, 1e-1)
+    ]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types_are_near(dtype: Any) -> None:
+    model = made("mdtv2", torch.float32)
+    exact = draw(model, CONFIG, SampleSwitches())
+    for switches in (SampleSwitches(), SampleSwitches.none()):
+        got = draw(model, replace(CONFIG, dtype=dtype), switches)
+        assert got.dtype == torch.float32
+        assert 0 < relative_error(got, exact) < 0.03

@@ -1,0 +1,103 @@
+"""Sampling on a GPU: a step as a CUDA graph, the same pictures as step by step and as on the CPU."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches
+from mdt_fast.models.zoo import build_model
+from mdt_fast.sampling import Sampler, sampling_diffusion
+from tolerances import FLOAT32, relative_error
+
+pytestmark = pytest.mark.gpu
+CONFIG = SampleConfig(steps=12, cfg_scale=3.8, sampler="ddpm")
+LABELS = [3, 1, 3, 5]
+
+
+def made(family: Family) -> nn.Module:
+    config = ModelConfig(
+        family=family, input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=4, num_heads=2,
+        num_classes=10, decode_layer=0 if family == "dit" else 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    return model
+
+
+def sampler(model: nn.Module, config: SampleConfig, switches: SampleSwitches) -> Sampler:
+    return Sampler(
+        model, sampling_diffusion(model.config, DiffusionConfig(), config), config, switches=switches
+    )
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "unipc"])
+@pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
+def test_a_graph_gives_the_same_pictures(family: Family, name: Any) -> None:
+    """Steps with guidance and without, batches of other classes and of other sizes, each switch off."""
+    if name in ("dpm++", "unipc"):
+        pytest.importorskip("diffusers")
+    model = made(family).cuda()
+    config = replace(CONFIG, sampler=name, cfg_interval=(100.0, 700.0))
+    for switches in (
+        SampleSwitches(),
+        SampleSwitches(fused_step=False),
+        SampleSwitches(batched_modulations=False),
+        SampleSwitches(shared_embedding=False),
+    ):
+        graphed = sampler(model, config, switches)
+        eager = sampler(model, config, replace(switches, cuda_graph=False))
+        for labels in (LABELS, [7, 8, 9, 0], [2, 2]):
+            assert relative_error(graphed(labels), eager(labels)) <= FLOAT32
+        assert len(graphed.model.compute.captured) == 4  # two sizes, with guidance and without
+
+
+def test_what_a_batch_gave_stays_when_the_next_is_drawn() -> None:
+    model = made("mdtv2").cuda()
+    draw = sampler(model, CONFIG, SampleSwitches())
+    first = draw(LABELS)
+    kept = first.clone()
+    draw([7, 8, 9, 0])
+    assert torch.equal(first, kept)
+
+
+def test_no_waiting_for_the_device() -> None:
+    """Once captured, a whole batch is queued without a synchronisation."""
+    model = made("mdtv2").cuda()
+    draw = sampler(model, CONFIG, SampleSwitches())
+    draw(LABELS)
+    draw.model.begin(LABELS)
+    x = torch.randn(4, 4, 16, 16, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            for index in range(CONFIG.steps - 1, -1, -1):
+                x = draw.model.step(x, index, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["mdtv2", "dit"])
+def test_the_same_pictures_as_on_the_cpu(family: Family) -> None:
+    """The noise is; twelve steps amplify what products round differently."""
+    model = made(family)
+    on_cpu: Tensor = sampler(model, CONFIG, SampleSwitches())(LABELS)
+    on_gpu = sampler(model.cuda(), CONFIG, SampleSwitches())(LABELS)
+    assert relative_error(on_gpu.cpu(), on_cpu) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types_in_a_graph(dtype: Any) -> None:
+    model = made("mdtv2").cuda()
+    exact = sampler(model, CONFIG, SampleSwitches())(LABELS)
+    draw = sampler(model, replace(CONFIG, dtype=dtype), SampleSwitches())
+    got = draw(LABELS)
+    assert got.dtype == torch.float32
+    assert 0 < relative_error(got, exact) < 0.05
+    assert torch.equal(draw(LABELS), got)
