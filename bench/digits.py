@@ -82,6 +82,7 @@ def command(*arguments: str) -> None:
 def run(args: argparse.Namespace) -> None:
     out, results = Path(args.out), []
     out.mkdir(parents=True)
+    torch.set_num_threads(args.threads)
     began = time.perf_counter()
     error = train_autoencoder(out / "vae", args.vae_steps)
     print(f"autoencoder: RMS error {error:.3f} of a range of 2, {time.perf_counter() - began:.0f} s")
