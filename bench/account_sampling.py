@@ -4,9 +4,9 @@ A line is a whole run of a few steps, spread as 250 would be, with guidance by t
 in ten steps has a weight of 1), and its time is per step of the batch. All lines draw from the same noise and
 must come to the reference's picture; predictions are clipped, as without that ten steps with untrained
 weights grow to hundreds and make 1e-2 of a rounding error. ``reference`` is the published loop around the
-plain model, ``forward_with_cfg`` and the update in separate operations; ``diffusers`` is its DiTTransformer2DModel of
-equal size in the same loop, with weights of its own. Ops: what torch dispatched, views apart. Peak: bytes at
-the highest point beyond what the run found.
+plain model, ``forward_with_cfg`` and the update in separate operations; ``diffusers`` is its
+DiTTransformer2DModel of equal size in the same loop, with weights of its own. Ops: what torch dispatched,
+views apart. Peak: bytes at the highest point beyond what the run found.
 """
 
 import dataclasses
