@@ -78,7 +78,7 @@ def test_it_says_how_far_and_how_it_ended(
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"encoding: 100/100  [\d.]+ images/s  0:00 left", lines[-2])
     assert re.fullmatch(
-        r"100 images encoded in \d+ s, [\d.]+ images/s; .*latents is complete: 25 shards", lines[-1]
+        r"100 images encoded in [\d.]+ s, [\d.]+ images/s; .*latents is complete: 25 shards", lines[-1]
     )
     latents = LatentSet(out)
     assert latents.classes == ("cat", "dog")

@@ -41,7 +41,7 @@ def use_float8(model: Transformer, *, emulate: bool = False) -> int:
         for layer in LAYERS
         if _has(module, layer)
     }
-    for name in names:
+    for name in sorted(names):
         layer: Any = model.get_submodule(name)
         if layer.in_features % 16 or layer.out_features % 16:
             shape = f"{layer.in_features} to {layer.out_features}"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def test_tensorboard_forgets_what_a_run_goes_back_over(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         before.write(row(step, 1.0))
     before.close()
+    time.sleep(1.1)  # files are read in the order of their names, which have the second they were begun in
     (after,) = open_sinks(tmp_path, config, 20)  # the checkpoint of step 20; the row of step 30 was lost
     after.write(row(25, 2.0))
     after.close()
