@@ -21,12 +21,13 @@ from .blocks import Block, FinalLayer, unpatchify
 from .checkpointing import CHECKPOINTING
 from .conditioning import FINAL, Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
+from .hub import Pretrained
 from .rows import WHOLE, Rows
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Transformer(nn.Module):
+class Transformer(Pretrained, nn.Module):
     """Base of the three models. The constructor's arguments are the official ones.
 
     ``input_size`` S is the side of the image or latent, ``mlp_ratio`` the MLP's width over D,

@@ -1,0 +1,92 @@
+"""DiT as diffusers keeps it, read as our own: other names, and queries, keys and values apart.
+
+Diffusers' class differs from the published model in two places that no weights can make up for: its
+timesteps' frequencies are ``10000^(-k/127)`` instead of ``10000^(-k/128)``, and its second norm adds 1e-5
+(``norm_eps``) instead of 1e-6. What is read here computes what was published.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..reference.embed import sincos_position_table
+
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+"""The first name, and what it was saved as before it had one of its own."""
+
+BLOCK = {
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+    "norm1.linear": "adaLN_modulation.1",
+}
+AROUND = {
+    "pos_embed.proj": "x_embedder.proj",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+
+
+def config_of_diffusers(values: Mapping[str, Any], file: Path) -> ModelConfig:
+    """Of a ``config.json``; ``UserError`` for another model than DiT."""
+    fixed = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
+    for name, value in fixed.items():
+        if values.get(name, value) != value:
+            raise UserError(f"{file}: {name} is {values[name]!r}; a DiT has {value!r}")
+    heads, size = values.get("num_attention_heads", 16), values.get("attention_head_dim", 72)
+    channels = values.get("in_channels", 4)
+    outputs = values.get("out_channels") or channels
+    if outputs not in (channels, 2 * channels):
+        raise UserError(f"{file}: out_channels is {outputs}; a DiT has {channels} or {2 * channels}")
+    return ModelConfig.of(
+        "dit",
+        input_size=values.get("sample_size", 32),
+        patch_size=values.get("patch_size", 2),
+        in_channels=channels,
+        hidden_size=heads * size,
+        depth=values.get("num_layers", 28),
+        num_heads=heads,
+        num_classes=values.get("num_embeds_ada_norm", 1000),
+        learn_sigma=outputs == 2 * channels,
+    )
+
+
+def weights_of_diffusers(state: Mapping[str, Tensor], config: ModelConfig, file: Path) -> dict[str, Tensor]:
+    """A ``DiTTransformer2DModel``'s state_dict under the names of :class:`DiT`.
+
+    Each block's copy of the embeddings is left out, as diffusers reads the first one's alone for the last
+    layer: ``UserError`` if they differ, or if a tensor is missing.
+    """
+    made: dict[str, Tensor] = {}
+    try:
+        for theirs, ours in AROUND.items():
+            for part in ("weight", "bias"):
+                made[f"{ours}.{part}"] = state[f"{theirs}.{part}"]
+        made["y_embedder.embedding_table.weight"] = state[LABELS]
+        for i in range(config.depth):
+            there, here = f"transformer_blocks.{i}", f"blocks.{i}"
+            for part in ("weight", "bias"):
+                qkv = [state[f"{there}.attn1.to_{name}.{part}"] for name in "qkv"]
+                made[f"{here}.attn.qkv.{part}"] = torch.cat(qkv)
+                for theirs, ours in BLOCK.items():
+                    made[f"{here}.{ours}.{part}"] = state[f"{there}.{theirs}.{part}"]
+            for key in state:
+                if key.startswith(f"{there}.norm1.emb."):
+                    first = state[key.replace(there, "transformer_blocks.0", 1)]
+                    if not torch.equal(state[key], first):
+                        raise UserError(
+                            f"{file}: {key} is not that of the first block; a DiT has one for all"
+                        )
+    except KeyError as error:
+        raise UserError(f"{file}: weights of another model: no {error.args[0]}") from None
+    table = sincos_position_table(config.hidden_size, config.grid_size)
+    made["pos_embed"] = table[None].to(made["x_embedder.proj.weight"].dtype)
+    return made

@@ -1,0 +1,276 @@
+"""Models in folders and on the hub: ``config.json`` and safetensors, as diffusers lays out a component.
+
+huggingface_hub is needed for what goes over the network alone. Pickled weights are never read.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig, from_dict
+from ..errors import UserError, nearest
+from ..files import aside
+
+CONFIG, WEIGHTS, CARD = "config.json", "diffusion_pytorch_model.safetensors", "README.md"
+Token = str | bool | None
+
+
+class Pretrained:
+    """What a :class:`~mdt_fast.models.Transformer` has for folders and for the hub."""
+
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        return next(self.parameters())  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, license: str | None = None) -> None:
+        """Write ``config.json``, the weights as safetensors and, where there is no README.md, a model card.
+
+        ``license``: what the card names, such as "apache-2.0". ``UserError`` where the folder cannot be
+        written, or where each process has a part of the weights.
+        """
+        self.save_component(save_directory)
+        card = Path(save_directory) / CARD
+        if not card.exists():
+            with aside(card) as file:
+                file.write_text(model_card(self.config, license), encoding="utf-8")
+
+    def save_component(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True) -> None:
+        """:meth:`save_pretrained` without the card: a part of a pipeline's folder."""
+        from .convert import write_weights
+
+        if not safe_serialization:
+            raise UserError("safe_serialization: got False, but weights are written as safetensors alone")
+        module: nn.Module = self  # type: ignore[assignment]
+        state = module.state_dict()
+        if any(hasattr(value, "full_tensor") for value in state.values()):
+            raise UserError(
+                "save_pretrained: each process has a part of the weights; save a checkpoint and use "
+                "mdt-fast convert"
+            )
+        folder = Path(save_directory)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"save_pretrained: cannot make the folder {str(folder)!r}: {error}") from None
+        write_weights(folder / WEIGHTS, state)
+        described = {"_class_name": CLASS_NAMES[self.config.family], **self.config.kwargs()}
+        with aside(folder / CONFIG) as file:
+            file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: Token = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        create_pr: bool = False,
+        license: str | None = None,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, in one commit; returns that commit's address.
+
+        The repository is made if there is none (``private``: as the account has it, if None); a README.md
+        that it has stays. ``token``: that of ``hf auth login``, if None. Raises ``UserError`` if
+        huggingface_hub is missing or the hub refuses.
+        """
+        api = _hub().HfApi(token=token)
+
+        def upload(folder: str) -> str:
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            own_card = api.file_exists(name, CARD, revision=revision)
+            commit = api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=commit_message, revision=revision,
+                create_pr=create_pr, ignore_patterns=[CARD] if own_card else None,
+            )  # fmt: skip
+            return str(commit)
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, license=license)
+            return _one_line(f"push_to_hub: {repo_id!r}", upload, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        subfolder: str = "",
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: Token = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """The model of a folder that :meth:`save_pretrained` wrote, or of a hub's repository, in eval mode.
+
+        ``Transformer.from_pretrained`` takes any of the models, a class of its own only those of that class.
+        ``subfolder``: of the folder or repository ("transformer" of a pipeline's). ``dtype``, also under
+        diffusers' name ``torch_dtype``: of the weights; None: as they were saved. The other arguments are
+        those of huggingface_hub's ``hf_hub_download``. A ``DiTTransformer2DModel`` of diffusers becomes a
+        :class:`DiT`. Raises ``UserError`` for what is no such folder, for weights of another model, and for
+        pickled weights.
+        """
+        from .attention import share_index
+        from .convert import check_weights, read_weights
+        from .dit_of_diffusers import CLASSES as OTHERS
+        from .dit_of_diffusers import config_of_diffusers, weights_of_diffusers
+        from .zoo import CLASSES
+
+        how = {
+            "subfolder": subfolder or None, "revision": revision, "cache_dir": cache_dir, "token": token,
+            "local_files_only": local_files_only, "force_download": force_download,
+        }  # fmt: skip
+        get = _local_files(Path(name), subfolder) or _hub_files(str(name), how)
+        file = get(CONFIG)
+        values = read_config(file)
+        kind = values["_class_name"]
+        other = kind in OTHERS
+        config = config_of_diffusers(values, file) if other else _config(values, file)
+        found: Any = CLASSES["fast"][config.family]
+        if not issubclass(found, cls):
+            raise UserError(
+                f"{file}: the class is {found.__name__}, not {cls.__name__}; "
+                f"{found.__name__}.from_pretrained loads it"
+            )
+        weights = get(WEIGHTS)
+        state = read_weights(weights)
+        if other:
+            state = weights_of_diffusers(state, config, weights)
+        with torch.device("meta"):
+            model = found(**config.kwargs())
+        check_weights(model.state_dict(), state, str(weights))
+        model.load_state_dict(state, strict=True, assign=True)
+        share_index(model)
+        return model.to(dtype or torch_dtype or model.dtype).eval()
+
+
+CLASS_NAMES = {"mdtv2": "MDTv2", "mdt": "MDT", "dit": "DiT"}
+
+
+def model_card(config: ModelConfig, license: str | None = None) -> str:
+    """A README.md for the hub: what the model is, and how it is loaded."""
+    name = CLASS_NAMES[config.family]
+    licence = [f"license: {license}"] if license else []
+    head = ["library_name: mdt_fast", *licence, "pipeline_tag: unconditional-image-generation"]
+    tags = ["tags:", *(f"- {tag}" for tag in ("mdt_fast", "diffusion", name.lower(), "image-generation"))]
+    paper = "2212.09748" if config.family == "dit" else "2303.14389"
+    S, C = config.input_size, config.in_channels
+    return "\n".join(
+        [
+            "---", *head, *tags, "---", "", f"# {name}", "",
+            f"A class-conditional diffusion transformer ([arXiv:{paper}](https://arxiv.org/abs/{paper})): "
+            f"depth {config.depth}, width {config.hidden_size}, patches of {config.patch_size}, "
+            f"{config.num_classes} classes, inputs of {C} x {S} x {S}.", "",
+            "```python", f"from mdt_fast import {name}", "",
+            f'model = {name}.from_pretrained("...")  # this repository\'s name', "```", "",
+        ]
+    )  # fmt: skip
+
+
+def saved_in(folder: Path) -> str | None:
+    """Where in ``folder`` a model was saved: "", or "transformer" of a pipeline's; None if there is none."""
+    for subfolder in ("", "transformer"):
+        file = folder / subfolder / CONFIG
+        if file.is_file() and '"_class_name"' in file.read_text(encoding="utf-8", errors="replace"):
+            return subfolder
+    return None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A ``config.json`` that names its class; ``UserError`` for anything else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a readable config.json: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("_class_name"), str):
+        raise UserError(f"{file}: names no class (_class_name); a file that save_pretrained wrote is needed")
+    return values
+
+
+def _config(values: dict[str, Any], file: Path) -> ModelConfig:
+    kind, families = values["_class_name"], {name: family for family, name in CLASS_NAMES.items()}
+    if kind not in families:
+        hint = nearest(kind, families)
+        raise UserError(f"{file}: _class_name {kind!r} is none of {', '.join(families)}{hint}")
+    own = {key: value for key, value in values.items() if not key.startswith("_")}
+    none = {"mask_ratio": None, "decode_layer": 0} if kind == "DiT" else {}
+    return from_dict(ModelConfig, {"family": families[kind], **none, **own}, str(file))
+
+
+def _local_files(path: Path, subfolder: str) -> Callable[[str], Path] | None:
+    """Where a folder's files are; None if ``path`` looks like a name on the hub."""
+    if not path.exists():
+        if path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
+            raise UserError(f"from_pretrained: no folder {str(path)!r}, nor is it a hub name such as me/mdt")
+        return None
+    folder = path / subfolder
+
+    def get(name: str) -> Path:
+        file = folder / name
+        if file.is_file():
+            return file
+        reason = ""
+        if (folder / "model_index.json").is_file():
+            reason = "; it is a pipeline's: use MDTPipeline.from_pretrained, or subfolder='transformer'"
+        elif (folder / "checkpoints").is_dir():
+            reason = "; it is a run: mdt-fast convert makes files of it"
+        elif name == WEIGHTS and any(
+            file for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}")
+        ):
+            reason = "; pickled weights (.bin, .pt) are never read"
+        raise UserError(f"from_pretrained: no {name} in {str(folder)!r}{reason}")
+
+    return get
+
+
+def _hub_files(repo_id: str, how: dict[str, Any]) -> Callable[[str], Path]:
+    def get(name: str) -> Path:
+        def download(name: str) -> Path:
+            return Path(_hub().hf_hub_download(repo_id, name, **how))
+
+        pickled = " (pickled weights, .bin or .pt, are never read)" if name == WEIGHTS else ""
+        return _one_line(f"from_pretrained: no {name} of the hub's {repo_id!r}{pickled}", download, name)
+
+    return get
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            "the hub needs huggingface_hub, which cannot be imported; install it with "
+            "pip install 'mdt-fast[latents]'"
+        ) from None
+    return huggingface_hub
+
+
+def _one_line(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What the hub, the network and their libraries raise, as a ``UserError`` of one line."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what}: {reason}") from None
