@@ -3,7 +3,7 @@
 Public names are loaded when first used, so that ``import mdt_fast`` costs nothing.
 """
 
-from importlib import import_module
+from importlib import import_module, util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .masking import MaskPlan as MaskPlan
     from .models import *  # noqa: F403
+    from .pipelines import MDTPipeline as MDTPipeline
     from .sampling import sample as sample
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ _HOMES = {
     "create_diffusion": ".diffusion",
     "DiffusionConfig": ".config",
     "MaskPlan": ".masking",
+    "MDTPipeline": ".pipelines",
     "sample": ".sampling",
     "SampleConfig": ".config",
     "SampleSwitches": ".config",
@@ -41,4 +43,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, *import_module(".models", __name__).__all__, "__version__"])
+    names = {*_HOMES, *import_module(".models", __name__).__all__, "__version__"}
+    return sorted(names if util.find_spec("diffusers") else names - {"MDTPipeline"})

@@ -1,7 +1,7 @@
 """Images in: labelled sets, the autoencoder that makes latents of them, and the resumable loader."""
 
 from .autoencoder import Autoencoder, sample_posterior
-from .first_stage import FirstStage, described_stage, open_first_stage
+from .first_stage import FirstStage, Latents, described_stage, open_first_stage
 from .images import ImageSet, check_classes, open_images
 from .latents import LatentSet
 from .loader import Loader
@@ -12,6 +12,7 @@ __all__ = [
     "FirstStage",
     "ImageSet",
     "LatentSet",
+    "Latents",
     "Loader",
     "WebDataset",
     "check_classes",

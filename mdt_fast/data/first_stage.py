@@ -69,6 +69,10 @@ class Latents(FirstStage):
 
     def decode(self, x: Tensor) -> Tensor:
         """``UserError`` where the autoencoder cannot be had."""
+        return self.opened().decode(x.to(self.device))
+
+    def opened(self) -> Any:
+        """The autoencoder, loaded at the first call; ``UserError`` where it cannot be had."""
         if self.autoencoder is None:
             if self.vae is None:
                 raise UserError("data.vae: images of latents need the autoencoder; none is named")
@@ -78,7 +82,7 @@ class Latents(FirstStage):
                     f"data.vae: {self.vae!r} is not the autoencoder that the latents were made with"
                 )
             self.autoencoder = loaded
-        return self.autoencoder.decode(x.to(self.device))
+        return self.autoencoder
 
     def described(self) -> dict[str, Any]:
         return {

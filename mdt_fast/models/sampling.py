@@ -22,10 +22,11 @@ CHUNK_BYTES = 2**28
 def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     """Whether a pass may be put together from the model's parts.
 
-    Not where something of its own surrounds the whole forward pass: hooks (FSDP's, too) or
-    ``torch.compile``.
+    Not where something of its own surrounds the whole forward pass: hooks (FSDP's, too), another ``forward``
+    put in front of it (accelerate's, which brings weights to the GPU) or ``torch.compile``.
     """
-    surrounded = model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    surrounded = hooks or "forward" in vars(model) or model._compiled_call_impl is not None
     return isinstance(model, Transformer) and not surrounded
 
 
@@ -52,7 +53,7 @@ class StepModulations:
     """
 
     def __init__(
-        self, model: Transformer, times: Sequence[int], labels: Tensor, chunk_bytes: int = CHUNK_BYTES
+        self, model: Transformer, times: Sequence[float], labels: Tensor, chunk_bytes: int = CHUNK_BYTES
     ):
         blocks = [
             block

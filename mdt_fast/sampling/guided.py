@@ -5,6 +5,7 @@ steps, K coefficients.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,16 @@ from ..models.sampling import StepModulations, guided_pass, is_open
 from .graph import Graphed
 
 
-def guidance_weights(diffusion: GaussianDiffusion, config: SampleConfig) -> Tensor:
+@dataclass(frozen=True)
+class Walk:
+    """What a pass has to know of a process that is none of ours: the original timestep of each step's index,
+    ascending on the way to noise (a fraction where a scheduler asks for one), out of how many."""
+
+    timestep_map: Sequence[float]
+    original_num_steps: int
+
+
+def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig) -> Tensor:
     """The guidance weight of each step, float32 [T] on the CPU: 1 where ``cfg_interval`` leaves guidance out,
     and where it is nearer to 1 than ``skip_below``."""
     times, steps = torch.tensor(diffusion.timestep_map), diffusion.original_num_steps
@@ -31,29 +41,38 @@ def guidance_weights(diffusion: GaussianDiffusion, config: SampleConfig) -> Tens
 
 
 class GuidedModel:
-    """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass."""
+    """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass.
+
+    ``guided_channels``: as many of the first output channels are guided. ``device``: where passes are
+    computed, if that is not where the weights lie between them.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        diffusion: GaussianDiffusion,
+        diffusion: GaussianDiffusion | Walk,
         config: SampleConfig,
         clip_denoised: bool,
         switches: SampleSwitches,
+        *,
+        guided_channels: int = 3,
+        device: torch.device | None = None,
     ):
         self.model, self.diffusion, self.config, self.clip = model, diffusion, config, clip_denoised
         self.switches = switches
         weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = device or weight.device, weight.dtype
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
-        self.channels = min(3, int(model.in_channels))  # type: ignore[arg-type]
+        self.channels = min(guided_channels, int(model.in_channels))  # type: ignore[arg-type]
         self.weights = guidance_weights(diffusion, config)
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
         self.parts = model if is_open(model) else None
         self.fused = switches.fused_step and config.sampler in ("ddpm", "ddim")
-        if self.fused:
-            a = diffusion.alphas_cumprod
+        if isinstance(diffusion, Walk):
+            self.fused = False
+        elif self.fused:
+            a, self.predicts = diffusion.alphas_cumprod, diffusion.mean_type
             table = (
                 ddpm_coefficients(a, diffusion.var_type)
                 if config.sampler == "ddpm"
@@ -145,5 +164,5 @@ class GuidedModel:
         return cfg_step(
             output, x, noise, row, scale=weight, guided_channels=self.channels,
             kind="ddpm" if self.config.sampler == "ddpm" else "ddim",
-            predicts=self.diffusion.mean_type, clip_denoised=self.clip,
+            predicts=self.predicts, clip_denoised=self.clip,
         )[0]  # fmt: skip

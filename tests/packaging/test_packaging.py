@@ -57,7 +57,8 @@ for package in (mdt_fast, mdt_fast.kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         triton = (".kernel", ".kernel_bwd", ".kernel_table", ".launch", ".triton_op", ".move_op")
         native = ("._cpu", "._cuda")
-        if not (module.name.endswith((*triton, *native, ".__main__")) or room_aot(module.name)):
+        derived = (".pipelines.pipeline",)  # its class is one of diffusers
+        if not (module.name.endswith((*triton, *native, *derived, ".__main__")) or room_aot(module.name)):
             importlib.import_module(module.name)
 """
 

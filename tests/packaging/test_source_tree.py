@@ -29,9 +29,10 @@ RANK = {
     "training": 6,
     "doctor": 6,
     "official": 6,
-    "commands": 7,
-    "cli": 8,
-    "__main__": 9,
+    "pipelines": 7,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 

@@ -1,0 +1,43 @@
+"""A pipeline's parts from a run of ``mdt-fast train``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data import Latents, described_stage
+from ..errors import UserError
+from ..models import zoo
+from ..models.convert import load_weights
+from ..training.run import open_or_advise
+from ..training.states import whole_state
+from .schedulers import published_scheduler
+
+
+def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[str, Any]:
+    """``MDTPipeline``'s arguments; ``UserError`` if the run, or the autoencoder it names, cannot be read."""
+    if weights not in ("ema", "model"):
+        raise UserError(f"weights: allowed are ema and model, got {weights!r}")
+    opened = open_or_advise(run, [weights], "{}")
+    config = opened.config
+    data = config.data if vae is None else replace(config.data, vae=vae)
+    stage = described_stage(opened.state.get("latents"), data)
+    autoencoder = None
+    if isinstance(stage, Latents):
+        if stage.vae is not None:
+            autoencoder = stage.opened().model
+    elif vae is not None:
+        raise UserError("vae: the run was trained on pixels, and takes none")
+    model: Any = zoo.build_model(config.model)
+    load_weights(model, whole_state(opened, weights), str(opened.path))
+    scheduler = published_scheduler(
+        config.diffusion,
+        learn_sigma=config.model.learn_sigma,
+        clip=stage.clip,
+        sampler=config.sample.sampler,
+    )
+    return {
+        "transformer": model.eval(),
+        "scheduler": scheduler,
+        "vae": autoencoder,
+        "id2label": dict(enumerate(opened.classes)),
+    }

@@ -1,0 +1,276 @@
+"""``MDTPipeline``: a transformer, a scheduler and perhaps an autoencoder, as diffusers keeps and runs them.
+
+n images, C channels and S side of what the transformer sees.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines import pipeline_loading_utils as loading
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..config import SampleConfig, SampleSwitches
+from ..errors import UserError, nearest
+from ..models import Transformer
+from ..sampling.guided import GuidedModel, Walk
+from .from_run import components_of_run
+from .schedulers import ready
+
+# Where diffusers looks up which libraries' classes are parts of pipelines, and how they are saved and loaded.
+METHODS = ["save_component", "from_pretrained"]
+loading.LOADABLE_CLASSES["mdt_fast"] = {"Transformer": METHODS}
+loading.ALL_IMPORTABLE_CLASSES["Transformer"] = METHODS
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class MDTPipeline(DiffusionPipeline):
+    """Images of classes, by MDTv2, MDT v1 or DiT; called as diffusers' ``DiTPipeline`` is.
+
+    ``transformer``: a model of this package, or one that ``torch.compile`` made of it. ``scheduler``: any of
+    diffusers for models that predict the noise (or the image), such as
+    :func:`~mdt_fast.pipelines.published_scheduler` makes. ``vae``: an ``AutoencoderKL``; None where the
+    transformer works on pixels. ``id2label``: names by class, several separated by commas. Raises
+    ``UserError`` for parts that do not fit.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012  (diffusers asks for a list)
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        scheduler: Any,
+        vae: AutoencoderKL | None = None,
+        id2label: Mapping[Any, str] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_parts(transformer, vae)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        classes = transformer.num_classes
+        names = {int(key): value for key, value in (id2label or {}).items()}
+        if wrong := [key for key in names if not 0 <= key < classes]:
+            raise UserError(f"id2label: classes are 0 to {classes - 1}, got {wrong[0]}")
+        self.register_to_config(id2label={str(key): names[key] for key in sorted(names)} or None)
+        self.labels = dict(
+            sorted((name.strip(), key) for key, text in names.items() for name in text.split(","))
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """The pipeline of a folder that ``save_pretrained`` wrote, or of a hub's repository.
+
+        ``kwargs`` as diffusers' pipelines take them (``torch_dtype``, ``revision``, parts by name, ...).
+        Weights are read from safetensors only. Raises ``UserError`` for anything that is no such pipeline.
+        """
+        _check_folder(Path(name))
+        if not kwargs.setdefault("use_safetensors", True):
+            raise UserError("use_safetensors: got False, but pickled weights are never read")
+        if "device_map" not in kwargs:
+            kwargs.setdefault("low_cpu_mem_usage", False)  # else diffusers warns if accelerate is missing
+        try:
+            return super().from_pretrained(str(name), **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # hub, network, JSON, safetensors and torch each raise their own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"from_pretrained: no pipeline can be made of {str(name)!r}: {reason}") from None
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | os.PathLike[str],
+        *,
+        weights: Literal["ema", "model"] = "ema",
+        vae: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """The pipeline of a run of ``mdt-fast train`` (or of one of its checkpoints).
+
+        Its scheduler is the run's own sampler (``sample.sampler``). ``vae``: another autoencoder than that
+        which the run names. Raises ``UserError`` if the run or the autoencoder cannot be read.
+        """
+        return cls(**components_of_run(Path(run), weights, None if vae is None else str(vae)))
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Classes by name; ``UserError`` (with the nearest name) for one that there is not."""
+        names = [label] if isinstance(label, str) else list(label)
+        if not self.labels:
+            raise UserError("label: this pipeline has no names of classes (id2label)")
+        for name in names:
+            if name not in self.labels:
+                raise UserError(f"label: {name!r} is no class{nearest(name, self.labels)}")
+        return [self.labels[name] for name in names]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor,
+        guidance_scale: float = 4.0,
+        generator: Generators = None,
+        num_inference_steps: int = 50,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        *,
+        scale_pow: float | Literal["auto"] | None = "auto",
+        guided_channels: int | None = None,
+        eta: float = 0.0,
+        latents: Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """One image per class of ``class_labels``, as ``.images`` (or a tuple of them alone).
+
+        ``guidance_scale``: classifier-free guidance; 1 and less is none. ``scale_pow``: the power of its
+        cosine schedule, None for the same weight at every step; "auto": as published, 4 for MDT and None for
+        DiT. ``guided_channels``: how many channels are guided; None: as published, 3 also where there are 4
+        (``DiTPipeline`` has all). ``eta``: DDIM's noise. ``generator``: one for all images, or a list with
+        one for each. ``latents`` [n, C, S, S]: the noise to start from.
+
+        ``output_type``: "pil" pictures, "np" float32 [n, H, W, 3] in [0, 1], "pt" the same as a tensor
+        [n, 3, H, W], "latent" what the transformer drew, [n, C, S, S]. Noise and steps are float32 whatever
+        the weights are (of a float64 model float64). Raises ``UserError`` for arguments out of range.
+        """
+        transformer = self.transformer.eval()
+        labels = self._labels(class_labels)
+        guided = self._check_call(labels, guidance_scale, generator, output_type, guided_channels)
+        device = self._execution_device
+        steps = ready(self.scheduler, num_inference_steps, device, transformer.learn_sigma)
+        if scale_pow == "auto":
+            scale_pow = None if transformer.config.family == "dit" else 4.0
+        config = SampleConfig(cfg_scale=guidance_scale if guided else 1.0, scale_pow=scale_pow)
+        walk = Walk(steps.times[::-1], self.scheduler.config.num_train_timesteps)
+        model = GuidedModel(
+            transformer, walk, config, False, SampleSwitches(),
+            guided_channels=3 if guided_channels is None else guided_channels, device=device,
+        )  # fmt: skip
+        model.begin(labels)
+
+        C, scheduler = transformer.in_channels, steps.scheduler
+        x = self._noise(len(labels), latents, generator, device) * scheduler.init_noise_sigma
+        known = inspect.signature(scheduler.step).parameters
+        # DDIM's noise, of the image that was clamped, as the published sampler has it.
+        extra = {"eta": eta, "generator": generator, "use_clipped_model_output": True}
+        extra = {key: value for key, value in extra.items() if key in known}
+        for i, t in enumerate(self.progress_bar(steps.timesteps)):
+            output = model.prediction(scheduler.scale_model_input(x, t), len(steps.times) - 1 - i)
+            given = output if steps.takes_variance else output[:, :C]
+            x = scheduler.step(given, t, x, **extra, return_dict=False)[0].to(x.dtype)
+
+        images = self._images(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _labels(self, class_labels: int | Sequence[int] | Tensor) -> list[int]:
+        given = (
+            class_labels.flatten().tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+        )
+        labels = [given] if isinstance(given, int | np.integer | str) else list(given)
+        highest = self.transformer.num_classes - 1
+        for label in labels:
+            if isinstance(label, str):
+                raise UserError(f"class_labels: got {label!r}; get_label_ids finds classes by name")
+            if (
+                isinstance(label, bool)
+                or not isinstance(label, int | np.integer)
+                or not 0 <= label <= highest
+            ):
+                raise UserError(f"class_labels: allowed are 0 to {highest}, got {label!r}")
+        if not labels:
+            raise UserError("class_labels: at least one class is needed, got none")
+        return [int(label) for label in labels]
+
+    def _check_call(
+        self,
+        labels: list[int],
+        scale: float,
+        generator: Generators,
+        output_type: str,
+        guided_channels: int | None,
+    ) -> bool:
+        """Whether there is guidance; ``UserError`` for arguments out of range."""
+        config = self.transformer.config
+        if not np.isfinite(scale):
+            raise UserError(f"guidance_scale: must be finite, got {scale}")
+        if scale > 1 and config.class_dropout_prob == 0:
+            raise UserError(
+                "guidance_scale: a model trained without label dropout cannot be guided; use 1, got "
+                f"{scale:g}"
+            )
+        C = config.in_channels
+        if guided_channels is not None and not 1 <= guided_channels <= C:
+            raise UserError(f"guided_channels: allowed are 1 to {C}, got {guided_channels}")
+        if isinstance(generator, Sequence) and len(generator) != len(labels):
+            raise UserError(
+                f"generator: a list needs one for each of the {len(labels)} images, got {len(generator)}"
+            )
+        if output_type not in OUTPUTS:
+            hint = nearest(output_type, OUTPUTS)
+            raise UserError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}{hint}")
+        if self.vae is None and C not in (1, 3) and output_type != "latent":
+            raise UserError(f"output_type: {C} channels are no picture without a vae; use 'latent'")
+        return scale > 1
+
+    def _noise(
+        self, count: int, latents: Tensor | None, generator: Generators, device: torch.device
+    ) -> Tensor:
+        C, S = self.transformer.in_channels, self.transformer.input_size
+        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
+        if latents is None:
+            own = list(generator) if isinstance(generator, Sequence) else generator
+            return randn_tensor((count, C, S, S), generator=own, device=device, dtype=dtype)
+        if tuple(latents.shape) != (count, C, S, S):
+            raise UserError(f"latents: expected shape {[count, C, S, S]}, got {list(latents.shape)}")
+        return latents.to(device, dtype)
+
+    def _images(self, x: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            config = self.vae.config
+            z = x / config.scaling_factor + (config.shift_factor or 0.0)
+            x = self.vae.decode(z.to(self.vae.dtype)).sample
+        pixels = (x.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return pixels
+        array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array)
+
+
+def _check_parts(transformer: Any, vae: Any) -> None:
+    whole = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wraps
+    if not isinstance(whole, Transformer):
+        raise UserError(
+            f"transformer: got {type(whole).__name__}, expected an MDTv2, MDT or DiT of mdt_fast "
+            "(DiT.from_pretrained reads a DiTTransformer2DModel's folder)"
+        )
+    if vae is None:
+        return
+    if not isinstance(vae, AutoencoderKL):
+        raise UserError(f"vae: got {type(vae).__name__}, expected an AutoencoderKL or None")
+    if vae.config.latent_channels != whole.in_channels:
+        raise UserError(
+            f"vae: its latents have {vae.config.latent_channels} channels, the transformer's "
+            f"{whole.in_channels}"
+        )
+    if vae.config.get("latents_mean") is not None:
+        raise UserError("vae: it scales each channel on its own, which is not supported")
+
+
+def _check_folder(path: Path) -> None:
+    """``UserError`` for a path that is neither a pipeline's folder nor a name on the hub."""
+    if path.exists():
+        if not (path / DiffusionPipeline.config_name).is_file():
+            reason = ""
+            if (path / "checkpoints").is_dir():
+                reason = "; it is a run: MDTPipeline.from_run makes one of it"
+            elif (path / "config.json").is_file():
+                reason = "; it may be a model's: Transformer.from_pretrained loads those"
+            raise UserError(f"from_pretrained: no model_index.json in {str(path)!r}{reason}")
+    elif path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
+        raise UserError(f"from_pretrained: no folder {str(path)!r}, nor is it a hub name such as me/mdt")

@@ -1,0 +1,112 @@
+"""Schedulers of diffusers: those with the published noise schedule, and any of them made ready to step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DiffusionConfig, SamplerName
+from ..diffusion import make_betas, space_timesteps
+from ..errors import UserError
+
+CLASSES: dict[SamplerName, str] = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+LEARNED = ("learned", "learned_range")
+ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler")
+DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
+
+
+def published_scheduler(
+    diffusion: DiffusionConfig, *, learn_sigma: bool = True, clip: bool = False, sampler: SamplerName = "ddpm"
+) -> Any:
+    """The scheduler of a model trained so: ``mdt_fast.sample``'s ``sampler``, with its timesteps.
+
+    ``learn_sigma``: the model predicts its variance. ``clip``: predicted images are clamped to [-1, 1], right
+    for pixels. Any scheduler made of it by ``from_config`` keeps the noise schedule and the timesteps: evenly
+    spread from the first to the last (``linspace``), as the published respacing has them.
+    """
+    import diffusers
+
+    betas = make_betas(diffusion.noise_schedule, diffusion.diffusion_steps)
+    scheduler = diffusers.DDPMScheduler(
+        num_train_timesteps=len(betas),
+        beta_start=float(betas[0]),
+        beta_end=float(betas[-1]),
+        beta_schedule=diffusion.noise_schedule,
+        prediction_type="sample" if diffusion.predict_xstart else "epsilon",
+        variance_type="learned_range" if learn_sigma else "fixed_large",
+        clip_sample=clip,
+        timestep_spacing="linspace",
+    )
+    return getattr(diffusers, CLASSES[sampler]).from_config(scheduler.config)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A scheduler with its ``timesteps`` set, from noise to images, in its own count.
+
+    ``times``: the original timesteps that the model is asked at, in the same order. ``takes_variance``: it
+    is given the model's variance, too.
+    """
+
+    scheduler: Any
+    times: Sequence[float]
+    takes_variance: bool
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self.scheduler.timesteps
+
+
+def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -> Ready:
+    """``scheduler`` for ``steps`` steps. ``UserError`` for one that these models cannot follow.
+
+    The scheduler itself is used, but for two cases. DDIM steps back by ``num_train_timesteps // steps``
+    whatever its timesteps are, and would miss those of ``linspace``: a copy is given the noise levels of the
+    timesteps alone, as if no others had been trained. Solvers whose config has DDPM's learned variance would
+    cut the noise to three channels: a copy is told that there is none. DDPM's and DDIM's ``linspace`` is the
+    published respacing, which rounds a few halves the other way.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    kind = config.get("prediction_type")
+    if kind not in ("epsilon", "sample"):
+        raise UserError(f"scheduler: {name} predicts {kind!r}; the models predict 'epsilon' or 'sample'")
+    total = config.num_train_timesteps
+    if type(steps) is not int or not 1 <= steps <= total:
+        raise UserError(f"num_inference_steps: allowed are 1 to {total}, got {steps!r}")
+    learned = config.get("variance_type") in LEARNED
+    takes_variance = learned and name in ANCESTRAL
+    if takes_variance and (not learn_sigma or config.variance_type == "learned"):
+        has = "learn its range (learned_range)" if learn_sigma else "do not learn it (learn_sigma=False)"
+        raise UserError(f"scheduler: variance_type is {config.variance_type!r}, models of this kind {has}")
+    if learned and not takes_variance:
+        scheduler = type(scheduler).from_config(config, variance_type=None)
+    if config.get("timestep_spacing") == "linspace" and name in ANCESTRAL + DDIM:
+        times = space_timesteps(total, steps)[::-1]
+        if name in DDIM:
+            return Ready(_respaced(scheduler, times, device), times, takes_variance)
+        scheduler.set_timesteps(timesteps=times, device=device)
+        return Ready(scheduler, times, takes_variance)
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except (ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"num_inference_steps: {name} cannot take {steps}: {reason}") from None
+    return Ready(scheduler, scheduler.timesteps.tolist(), takes_variance)
+
+
+def _respaced(scheduler: Any, times: list[int], device: torch.device) -> Any:
+    """``times``: from noise to images."""
+    respaced = type(scheduler).from_config(
+        scheduler.config, num_train_timesteps=len(times), timestep_spacing="leading", steps_offset=0
+    )
+    respaced.alphas_cumprod = scheduler.alphas_cumprod[times[::-1]]
+    respaced.final_alpha_cumprod = scheduler.final_alpha_cumprod
+    respaced.set_timesteps(len(times), device=device)
+    return respaced
