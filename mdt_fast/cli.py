@@ -62,8 +62,11 @@ training code (.pt files are read without executing anything in them).
   mdt-fast convert official runs/xl2 --data latents     a run that goes on from the newest of such files
   mdt-fast convert mdt_xl2_v2_ckpt.pt runs/fine --data latents          one that starts from such weights
 
-The last two find the preset by the weights' shape (or take --preset), and the rest in the files; --config and
---set change any of it, as in train."""
+  mdt-fast convert runs/xl2 pipeline --diffusers        a folder for MDTPipeline.from_pretrained
+  mdt-fast convert pipeline weights.safetensors         and back: of a pipeline's or a model's folder
+
+The two that make a run find the preset by the weights' shape (or take --preset), and the rest in the files;
+--config and --set change any of it, as in train."""
 
 EVALUATE_HELP = """\
 Judge images by FID, sFID, Inception Score, precision and recall against a reference.
@@ -200,21 +203,25 @@ def _add_evaluate(commands: Any) -> Parser:
 
 def _add_convert(commands: Any) -> Parser:
     convert: Parser = commands.add_parser(
-        "convert", help="weights to .safetensors or .pt; official files", description=CONVERT_HELP
+        "convert",
+        help="weights to .safetensors or .pt; official files; diffusers pipelines",
+        description=CONVERT_HELP,
     )
     add = convert.add_argument
     add(
         "source",
         metavar="RUN|FILE|DIR",
-        help="a run, a checkpoint, a .pt or .safetensors file, or a folder of official files",
+        help="a run, a checkpoint, a .pt or .safetensors file, a folder of official files, or one that "
+        "save_pretrained wrote (diffusers' DiT, too)",
     )
     add(
         "target",
         metavar="FILE|DIR|RUN",
-        help="a name that ends in .safetensors or .pt, or a folder for official files or for a run",
+        help="a name that ends in .safetensors or .pt, or a folder for official files, a run or a pipeline",
     )
     add("--weights", choices=("ema", "model"), default="ema", help="which of a run's (default: ema)")
     add("--official", action="store_true", help="to modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt")
+    add("--diffusers", action="store_true", help="to a folder for MDTPipeline, with the run's autoencoder")
     _add_recipe(
         add,
         preset="of a run (default: the published model of the weights' shape)",

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..config import to_dict
 from ..errors import UserError
+from ..models import Transformer
 from ..models.convert import SUFFIXES, read_weights, write_weights
+from ..models.hub import saved_in
 from ..sampling import check_writable
 from ..training import checkpoint
 from ..training.from_official import make_run, read_optimizer, refuse_used
@@ -17,9 +19,11 @@ from .official_config import RECIPE, official_config
 
 
 def convert(args: argparse.Namespace) -> int:
-    """To official files with ``--official``; to a run from what no run left, into a name that is no file's;
-    else to one file of weights."""
+    """To official files with ``--official``, to a pipeline's folder with ``--diffusers``; to a run from what
+    no run left, into a name that is no file's; else to one file of weights."""
     source, target = Path(args.source), Path(args.target)
+    if args.diffusers:
+        return _pipeline(args, source, target)
     recipe = [name for name in RECIPE if getattr(args, name)]
     elsewhere = source.exists() and not checkpoint.is_ours(source)
     becomes_run = elsewhere and target.suffix not in SUFFIXES and (recipe or not target.suffix)
@@ -40,6 +44,9 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     check_writable(target)
     if source.is_file():
         state = read_weights(source)
+    elif (subfolder := saved_in(source)) is not None:
+        model = Transformer.from_pretrained(source, subfolder=subfolder)
+        state, metadata = model.state_dict(), {"model": to_dict(model.config)}
     else:
         opened = open_or_advise(source, [args.weights], "mdt-fast convert {}")
         state = whole_state(opened, args.weights)
@@ -60,6 +67,24 @@ def _official_files(source: Path, target: Path) -> int:
         f"{opened.path} ({opened.step} updates) in {target}: {', '.join(path.name for path in names if path)}"
     )
     print(f"the official script goes on with --resume_checkpoint {files.model}")
+    return 0
+
+
+def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
+    if args.official:
+        raise UserError("--diffusers: makes a pipeline's folder, --official official files; pass one of them")
+    for name in RECIPE:
+        if name != "vae" and getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: says nothing of a pipeline; leave it out")
+    check_writable(target, folder=True)
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"cannot write {str(target)!r}: it holds files already; choose another place")
+    from ..pipelines import MDTPipeline  # diffusers takes seconds to import
+
+    pipeline = MDTPipeline.from_run(source, weights=args.weights, vae=args.vae)
+    pipeline.save_pretrained(target)
+    parts = ", ".join(sorted(path.name for path in target.iterdir()))
+    print(f"{parts} in {target}; load it with MDTPipeline.from_pretrained({str(target)!r})")
     return 0
 
 
