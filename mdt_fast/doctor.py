@@ -51,7 +51,7 @@ OPTIONAL = (
     OptionalPackage(
         "diffusers",
         "diffusers",
-        "the autoencoder of `encode`, between images and latents",
+        "the autoencoder between images and latents, fast solvers, MDTPipeline",
         "pip install diffusers",
     ),
     OptionalPackage(
