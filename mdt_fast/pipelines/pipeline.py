@@ -138,7 +138,8 @@ class MDTPipeline(DiffusionPipeline):
         """
         transformer = self.transformer.eval()
         labels = self._labels(class_labels)
-        guided = self._check_call(labels, guidance_scale, generator, output_type, guided_channels)
+        own = list(generator) if isinstance(generator, Sequence) else generator
+        guided = self._check_call(labels, guidance_scale, own, output_type, guided_channels)
         device = self._execution_device
         steps = ready(self.scheduler, num_inference_steps, device, transformer.learn_sigma)
         if scale_pow == "auto":
@@ -152,10 +153,12 @@ class MDTPipeline(DiffusionPipeline):
         model.begin(labels)
 
         C, scheduler = transformer.in_channels, steps.scheduler
-        x = self._noise(len(labels), latents, generator, device) * scheduler.init_noise_sigma
         known = inspect.signature(scheduler.step).parameters
+        if not 0 <= eta <= 1 or (eta and "eta" not in known):
+            raise UserError(f"eta: allowed are 0 to 1 with DDIM, and 0 with others, got {eta}")
+        x = self._noise(len(labels), latents, own, device) * scheduler.init_noise_sigma
         # DDIM's noise, of the image that was clamped, as the published sampler has it.
-        extra = {"eta": eta, "generator": generator, "use_clipped_model_output": True}
+        extra = {"eta": eta, "generator": own, "use_clipped_model_output": True}
         extra = {key: value for key, value in extra.items() if key in known}
         for i, t in enumerate(self.progress_bar(steps.timesteps)):
             output = model.prediction(scheduler.scale_model_input(x, t), len(steps.times) - 1 - i)
@@ -205,6 +208,9 @@ class MDTPipeline(DiffusionPipeline):
         C = config.in_channels
         if guided_channels is not None and not 1 <= guided_channels <= C:
             raise UserError(f"guided_channels: allowed are 1 to {C}, got {guided_channels}")
+        for one in generator if isinstance(generator, Sequence) else [generator]:
+            if not isinstance(one, torch.Generator | None):
+                raise UserError(f"generator: got {type(one).__name__}, expected a torch.Generator")
         if isinstance(generator, Sequence) and len(generator) != len(labels):
             raise UserError(
                 f"generator: a list needs one for each of the {len(labels)} images, got {len(generator)}"
@@ -222,8 +228,7 @@ class MDTPipeline(DiffusionPipeline):
         C, S = self.transformer.in_channels, self.transformer.input_size
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is None:
-            own = list(generator) if isinstance(generator, Sequence) else generator
-            return randn_tensor((count, C, S, S), generator=own, device=device, dtype=dtype)
+            return randn_tensor((count, C, S, S), generator=generator, device=device, dtype=dtype)
         if tuple(latents.shape) != (count, C, S, S):
             raise UserError(f"latents: expected shape {[count, C, S, S]}, got {list(latents.shape)}")
         return latents.to(device, dtype)

@@ -74,6 +74,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
     published respacing, which rounds a few halves the other way.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    kinds = {cls.__name__ for cls in type(scheduler).__mro__}
     kind = config.get("prediction_type")
     if kind not in ("epsilon", "sample"):
         raise UserError(f"scheduler: {name} predicts {kind!r}; the models predict 'epsilon' or 'sample'")
@@ -81,24 +82,29 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
     if type(steps) is not int or not 1 <= steps <= total:
         raise UserError(f"num_inference_steps: allowed are 1 to {total}, got {steps!r}")
     learned = config.get("variance_type") in LEARNED
-    takes_variance = learned and name in ANCESTRAL
+    takes_variance = learned and not kinds.isdisjoint(ANCESTRAL)
     if takes_variance and (not learn_sigma or config.variance_type == "learned"):
         has = "learn its range (learned_range)" if learn_sigma else "do not learn it (learn_sigma=False)"
         raise UserError(f"scheduler: variance_type is {config.variance_type!r}, models of this kind {has}")
     if learned and not takes_variance:
         scheduler = type(scheduler).from_config(config, variance_type=None)
-    if config.get("timestep_spacing") == "linspace" and name in ANCESTRAL + DDIM:
-        times = space_timesteps(total, steps)[::-1]
-        if name in DDIM:
-            return Ready(_respaced(scheduler, times, device), times, takes_variance)
-        scheduler.set_timesteps(timesteps=times, device=device)
-        return Ready(scheduler, times, takes_variance)
+    if config.get("timestep_spacing") == "linspace" and not kinds.isdisjoint(ANCESTRAL + DDIM):
+        spaced = space_timesteps(total, steps)[::-1]
+        if not kinds.isdisjoint(DDIM):
+            return Ready(_respaced(scheduler, spaced, device), spaced, takes_variance)
+        scheduler.set_timesteps(timesteps=spaced, device=device)
+        return Ready(scheduler, spaced, takes_variance)
     try:
         scheduler.set_timesteps(steps, device=device)
     except (ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"num_inference_steps: {name} cannot take {steps}: {reason}") from None
-    return Ready(scheduler, scheduler.timesteps.tolist(), takes_variance)
+    times = scheduler.timesteps.tolist()
+    if not 0 <= min(times) <= max(times) < total:
+        raise UserError(
+            f"scheduler: {name} asks at {min(times):g} to {max(times):g}, not at 0 to {total - 1}"
+        )
+    return Ready(scheduler, times, takes_variance)
 
 
 def _respaced(scheduler: Any, times: list[int], device: torch.device) -> Any:

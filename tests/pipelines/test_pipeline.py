@@ -1,9 +1,11 @@
 """MDTPipeline: the pictures of ``mdt_fast.sample`` and of diffusers' own pipeline; folders; refusals."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -196,6 +198,33 @@ def test_a_folder_comes_back(vae: AutoencoderKL, tmp_path: Path) -> None:
     assert exchanged.transformer is model
 
 
+def test_from_the_hub(vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What diffusers asks the hub for: it takes a part of this package for one that it knows."""
+    from diffusers.pipelines import pipeline_utils
+
+    saved, cache = tmp_path / "saved", tmp_path / "cache"
+    piped(made(), vae=vae).save_pretrained(saved)
+    cache.mkdir()
+    shutil.copy(saved / "model_index.json", cache)
+    names = [path.relative_to(saved).as_posix() for path in saved.rglob("*.*")]
+    listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    asked: list[str] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], **how: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(saved)
+
+    for name, stand_in in (
+        ("model_info", lambda *args, **how: listed),
+        ("hf_hub_download", lambda *args, **how: str(cache / "model_index.json")),
+        ("snapshot_download", snapshot),
+        ("_resolve_revision", lambda *args, **how: "main"),
+    ):
+        monkeypatch.setattr(pipeline_utils, name, stand_in, raising=False)
+    assert type(MDTPipeline.from_pretrained("me/mdt").transformer) is mdt_fast.MDTv2
+    assert {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(asked)
+
+
 def test_pixels_need_no_autoencoder(tmp_path: Path) -> None:
     pipe = piped(made(in_channels=1), published_scheduler(DiffusionConfig(), clip=True, sampler="ddim"))
     pipe.save_pretrained(tmp_path)
@@ -267,6 +296,8 @@ def test_one_generator_for_each_image() -> None:
         ({"num_inference_steps": 1001}, "num_inference_steps: allowed are 1 to 1000, got 1001"),
         ({"num_inference_steps": 2.5}, "num_inference_steps: allowed are 1 to 1000, got 2.5"),
         ({"generator": [torch.Generator()]}, "generator: a list needs one for each of the 2 images, got 1"),
+        ({"generator": 3}, "generator: got int, expected a torch.Generator"),
+        ({"eta": 0.5}, "eta: allowed are 0 to 1 with DDIM, and 0 with others, got 0.5"),
         ({"guidance_scale": float("nan")}, "guidance_scale: must be finite, got nan"),
         ({"scale_pow": -1.0}, "scale_pow: must be None, or finite and at least 0, got -1.0"),
         ({"guided_channels": 5}, "guided_channels: allowed are 1 to 4, got 5"),
@@ -295,6 +326,7 @@ def test_no_guidance_without_label_dropout() -> None:
     [
         (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler predicts None"),
         (DDIMScheduler(prediction_type="v_prediction"), "DDIMScheduler predicts 'v_prediction'"),
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler asks at -"),
         (DDPMScheduler(variance_type="learned"), "models of this kind learn its range (learned_range)"),
     ],
 )
