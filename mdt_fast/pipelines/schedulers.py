@@ -10,13 +10,9 @@ from torch import Tensor
 from ..config import DiffusionConfig, SamplerName
 from ..diffusion import make_betas, space_timesteps
 from ..errors import UserError
+from ..sampling.schedulers import SOLVERS
 
-CLASSES: dict[SamplerName, str] = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
+CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", **SOLVERS}
 LEARNED = ("learned", "learned_range")
 ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler")
 DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
@@ -44,7 +40,9 @@ def published_scheduler(
         clip_sample=clip,
         timestep_spacing="linspace",
     )
-    return getattr(diffusers, CLASSES[sampler]).from_config(scheduler.config)
+    # The solvers have no clip_sample; their thresholding at a largest value of 1 is a clamp.
+    clamp = {"thresholding": True, "sample_max_value": 1.0} if clip and sampler in SOLVERS else {}
+    return getattr(diffusers, CLASSES[sampler]).from_config(scheduler.config, **clamp)
 
 
 @dataclass(frozen=True)

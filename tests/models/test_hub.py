@@ -12,7 +12,9 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mdt_fast
 from mdt_fast import MDT, DiT, MDTv2, Transformer, UserError
@@ -202,6 +204,17 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         made().save_pretrained(tmp_path / "file")
+
+
+def test_parts_of_several_processes_are_refused(tmp_path: Path) -> None:
+    model = made()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UserError, match="each process has a part of the weights"):
+            model.save_pretrained(tmp_path)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_without_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

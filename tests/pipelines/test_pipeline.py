@@ -68,7 +68,7 @@ def test_the_pictures_are_those_of_sample(family: Family, sampler: SamplerName) 
 
 @pytest.mark.parametrize("changes", [{"predict_xstart": True}, {"noise_schedule": "squaredcos_cap_v2"}])
 @pytest.mark.parametrize("learn_sigma", [True, False])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc"])
 def test_every_process(sampler: SamplerName, learn_sigma: bool, changes: dict[str, Any]) -> None:
     """Of pixels, which are clamped; without guidance; DDIM with noise."""
     model = made(in_channels=3, learn_sigma=learn_sigma)
