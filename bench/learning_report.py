@@ -31,9 +31,9 @@ def complete(rows: Sequence[Row]) -> list[Row]:
 
 
 def studies(rows: Sequence[Row]) -> dict[str, Learners]:
-    """The complete learners of every study, variants in the order of ``STUDIES``, of the seeds that all of them
-    have; of a variant and seed that were trained again the last counts. ``UserError`` where what is left was
-    judged differently."""
+    """The complete learners of every study, variants in the order of ``STUDIES``, of the seeds that all of
+    them have; of a variant and seed that were trained again the last counts. ``UserError`` where what is left
+    was judged differently."""
     found: dict[str, dict[str, dict[int, dict[str, dict[int, Row]]]]] = {}
     for row in complete(rows):
         runs = found.setdefault(row["study"], {}).setdefault(row["provider"], {}).setdefault(row["seed"], {})
