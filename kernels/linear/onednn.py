@@ -4,6 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MIN_FLOPS = 1e8
+"""Below, oneDNN's own 0.01 to 0.2 ms a call, more with a transposed operand, are more than it saves."""
+
+
+def worthwhile(elements: int, outputs: int) -> bool:
+    """Whether a product of as many elements with as many outputs is one for oneDNN."""
+    return 2 * elements * outputs >= MIN_FLOPS
+
 
 @torch.library.custom_op("mdt_fast::linear", mutates_args=())
 def linear_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -25,7 +33,7 @@ def linear_bwd(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not torch.backends.mkldnn.enabled:
+    if not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
         return F.linear(x, weight, bias)
     # For a part of a wider matrix oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import checks
 from . import reference
-from .onednn import linear_fwd
+from .onednn import linear_fwd, worthwhile
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -48,4 +48,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     if not float32 or not ONEDNN or checks.in_functorch() or torch.is_autocast_enabled("cpu"):
         return False
-    return x.numel() >= MIN_ROWS * x.shape[-1] > 0
+    if x.numel() < MIN_ROWS * x.shape[-1] or x.shape[-1] == 0:
+        return False
+    # A graph for any number of rows must not be compiled again at the threshold: there the op itself decides.
+    return torch.compiler.is_compiling() or worthwhile(x.numel(), weight.shape[0])

@@ -8,9 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdt_fast.kernels import linear
-from mdt_fast.kernels.linear import op
+from mdt_fast.kernels.linear import onednn, op
 from parity import compare, same
 from tolerances import FLOAT32, relative_error
+
+
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "MIN_FLOPS", 0)
+
 
 ONEDNN = pytest.mark.skipif(not op.ONEDNN, reason="this torch has no oneDNN")
 
@@ -48,6 +54,14 @@ def test_who_multiplies() -> None:
     expected = F.linear(x, weight)
     with torch.backends.mkldnn.flags(enabled=False):
         assert relative_error(linear(x, weight), expected) < FLOAT32
+
+
+@ONEDNN
+def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "MIN_FLOPS", 2 * 64 * 8 * 4)
+    x, weight = torch.randn(64, 8), torch.randn(4, 8)
+    assert op.uses_onednn(x, weight)
+    assert not op.uses_onednn(x, weight[:3])
 
 
 @ONEDNN

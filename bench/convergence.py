@@ -1,0 +1,237 @@
+"""How fast models learn: DiT, MDT v1 and MDTv2 from equal seeds, data and optimisers, judged along the way.
+
+    python bench/convergence.py                                  the comparison, half an hour on two CPU cores
+    python bench/convergence.py --study parts,mask-ratio         what of MDT helps, how much to hide
+    python bench/convergence.py --size gpu                       S-size models of 32 x 32 pixels
+    python bench/convergence.py --size imagenet --data latents   S/2 on what `mdt-fast encode` made
+    python bench/convergence.py --report --json FILE             tables and figures of rows made before
+
+Every learner is judged by the Fréchet distance of its samples to real images kept apart, in the features of
+a small classifier of the others, and by how many samples that classifier recognises. A learner that is
+complete is kept: the same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import command
+import learning_report
+from judge import Data, load_judge, open_data, save_classifier, train_classifier
+from learn import Job, Point, judged_at, learn, shown_samples
+from learners import SIZES, STUDIES
+from mdt_fast.config import RunConfig, to_dict
+from mdt_fast.errors import UserError
+from mdt_fast.models.flops import meta_model
+from report import put
+from rows import Row, RowFile, machine, read
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return command.guarded("convergence", lambda kept: _main(argv, kept))
+
+
+def _main(argv: list[str], kept: command.Kept) -> int:
+    args = _parser().parse_args(argv)
+    names = command.names("--study", args.study, tuple(STUDIES))
+    args.json = args.json or args.out / "rows.jsonl"
+    if args.report:
+        conclude(args, names, read([args.json]))
+        return 0
+    for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):
+        command.at_least_one(f"--{name}", getattr(args, name))
+    settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
+    settings = replace(settings, train=replace(settings.train, device=str(device)))
+    torch.set_num_threads(args.threads)
+    data = open_data(settings.data, settings.sample.num_samples, device)
+    settings = fitted(settings, data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    judge = open_judge(args.out, settings, data, device)
+    line = shlex.join(["python", "bench/convergence.py", *argv])
+    kept.rows = rows = RowFile(args.json, machine(device, line))
+    jobs = list(jobs_of(args, names, settings, judge, len(data.learnt.classes)))
+    done = {row["digest"] for row in learning_report.complete(read([args.json]))}
+    waiting = [job for job in jobs if digest(job) not in done]
+    print(
+        f"{len(jobs)} learners, of which {len(jobs) - len(waiting)} are complete; {args.jobs} at a time",
+        flush=True,
+    )
+    quality = load_judge(judge, data, len(data.learnt.classes), settings.sample.num_samples, device)
+    for job, points in learnt(waiting, args.jobs):
+        for point in points:
+            add(rows, job, point, quality.floor, quality.real_accuracy)
+    conclude(args, names, read([args.json]), jobs)
+    return 0
+
+
+def settings_of(args: argparse.Namespace) -> RunConfig:
+    """The size's settings with what was asked for."""
+    size = SIZES[args.size]
+    train = {"steps": args.steps, "batch_size": args.batch, "lr": args.lr}
+    train = {name: value for name, value in train.items() if value is not None}
+    sample = {} if args.samples is None else {"num_samples": args.samples}
+    data = {"source": args.data, "image_size": args.image_size}
+    data = {name: value for name, value in data.items() if value is not None}
+    if args.data not in (None, "digits") and size.data.channels == 1:
+        data["channels"] = 3
+    if not (args.data or size.data.source):
+        raise UserError(f"--data: --size {args.size} needs images or a folder that `mdt-fast encode` made")
+    return replace(
+        size,
+        train=replace(size.train, **train),
+        sample=replace(size.sample, **sample),
+        data=replace(size.data, **data),
+    )
+
+
+def fitted(settings: RunConfig, data: Data) -> RunConfig:
+    """The model's shape as the data needs it."""
+    stage, classes = data.stage, len(data.learnt.classes)
+    model = replace(settings.model, input_size=stage.size, in_channels=stage.channels, num_classes=classes)
+    return replace(settings, model=model)
+
+
+def open_judge(out: Path, settings: RunConfig, data: Data, device: torch.device) -> Path:
+    """The classifier's file, made now unless it is there."""
+    identity = json.dumps([to_dict(settings.data), settings.sample.num_samples], sort_keys=True)
+    path = out / f"judge-{hashlib.sha256(identity.encode()).hexdigest()[:10]}.safetensors"
+    if not path.exists():
+        print("training the classifier that judges", flush=True)
+        save_classifier(path, train_classifier(data, len(data.learnt.classes), device))
+    return path
+
+
+def jobs_of(
+    args: argparse.Namespace, names: Sequence[str], settings: RunConfig, judge: Path, classes: int
+) -> Iterator[Job]:
+    """Seed by seed, so that whatever is complete can be compared."""
+    for name in names:
+        for seed in range(args.seeds):
+            for variant in STUDIES[name]:
+                own = variant.settings(settings)
+                if own.train.float8 and torch.device(own.train.device).type != "cuda":
+                    continue
+                yield Job(
+                    study=name, variant=variant, settings=own, seed=seed,
+                    steps=judged_at(settings.train.steps, args.points), folder=args.out, judge=judge,
+                    classes=classes, threads=args.threads,
+                )  # fmt: skip
+
+
+def digest(job: Job) -> str:
+    """What the job's result follows from."""
+    values = {
+        "variant": asdict(job.variant), "settings": to_dict(job.settings), "seed": job.seed,
+        "steps": job.steps, "study": job.study,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]]]:
+    """Each job with its points, as they are done, so many in processes of their own at a time."""
+    if at_once == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield job, learn(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(learn, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a learner's process was killed; what is complete is kept: run it again"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def add(rows: RowFile, job: Job, point: Point, floor: float, real_accuracy: float) -> None:
+    settings = job.settings
+    model = meta_model(settings.model)
+    rows.add(
+        (None, point.frechet, None),
+        bench="convergence", study=job.study, model=settings.model.family, provider=job.variant.name,
+        mode="train", batch=settings.train.batch_size, dtype=settings.train.dtype, metric="frechet", unit="1",
+        shape={
+            "size": settings.model.input_size, "tokens": settings.model.grid_size**2,
+            "width": settings.model.hidden_size, "depth": settings.model.depth,
+            "samples": settings.sample.num_samples, "sampling": settings.sample.steps,
+        },
+        parameters=sum(p.numel() for p in model.parameters()), switches={}, seed=job.seed, step=point.step,
+        seconds=point.seconds, flops=point.flops, loss=point.loss, accuracy=point.accuracy, floor=floor,
+        real_accuracy=real_accuracy, of=job.steps[-1], digest=digest(job),
+    )  # fmt: skip
+
+
+def conclude(
+    args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row], jobs: Sequence[Job] = ()
+) -> None:
+    """Tables, printed or put into a document; a figure for each study."""
+    found = learning_report.studies(rows)
+    if not set(names) & set(found):
+        raise UserError(f"--json: {str(args.json)!r} has no rows of {', '.join(names)}")
+    for name in (name for name in names if name in found):
+        text = learning_report.table(name, found[name])
+        print(f"\n{name}\n\n{text}")
+        if args.readme is not None:
+            put(args.readme, text, f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
+        picture = args.out / f"{name}.png" if args.plot is None else args.plot
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        first = [
+            job for job in jobs if job.study == name and job.seed == 0 and job.settings.model.in_channels != 4
+        ]
+        samples = {job.variant.name: shown for job, shown in shown_samples(args.out, first)}
+        learning_report.draw(name, found[name], samples, picture)
+        print(f"\nfigure: {picture}")
+    print(f"rows: {args.json}")
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="convergence", description="How fast models learn, against DiT.")
+    parser.add_argument(
+        "--study", default="models", help=f"of {', '.join(STUDIES)}, by comma (default: models)"
+    )
+    parser.add_argument("--size", default="cpu", choices=tuple(SIZES), help="default: cpu")
+    parser.add_argument("--data", metavar="DIR", help="images or latents (default: digits)")
+    parser.add_argument("--image-size", type=int, metavar="S", help="pixels of a side")
+    parser.add_argument("--steps", type=int, help="updates of each learner")
+    parser.add_argument("--batch", type=int, help="images in an update")
+    parser.add_argument("--lr", type=float, help="learning rate of all")
+    parser.add_argument("--seeds", type=int, default=3, help="of each variant (default: 3)")
+    parser.add_argument("--samples", type=int, help="drawn at each point, and real images kept apart")
+    parser.add_argument("--points", type=int, default=9, help="how often each is judged (default: 9)")
+    parser.add_argument("--jobs", type=int, default=1, help="learners at a time (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the size's)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/convergence"), metavar="DIR", help="default: runs/convergence"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows (default: rows.jsonl in --out)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the figure (default: STUDY.png in --out)")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="put the tables between its markers STUDY:begin and STUDY:end",
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of --json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

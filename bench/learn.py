@@ -1,0 +1,268 @@
+"""One learner of ``convergence.py``: trained from a seed, and judged along the way.
+
+B images of a batch, [C, S, S] each. What is random in step s follows from (seed, s): variants of one seed see
+the same images, times and noise.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from judge import NOISE, Judge, load_judge, open_data
+from learners import Variant
+from mdt_fast.config import ModelConfig, RunConfig
+from mdt_fast.data import Loader
+from mdt_fast.diffusion import GaussianDiffusion, create_diffusion
+from mdt_fast.files import aside
+from mdt_fast.models import flops
+from mdt_fast.models.zoo import build_model
+from mdt_fast.sampling import sample
+from mdt_fast.training.distributed import World
+from mdt_fast.training.loop import STEP
+from mdt_fast.training.objective import Draws, draw, drop, losses_of, total_loss
+from mdt_fast.training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
+from mdt_fast.training.parallelize import autocasting, parallelize
+from mdt_fast.training.run import INIT, derive_seed
+
+SHOWN = 10  # samples kept of each evaluation, to be looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A variant and a seed; ``settings``: the variant's; ``steps``: when it is judged; ``folder``: where
+    pictures go; ``judge``: the classifier's file."""
+
+    study: str
+    variant: Variant
+    settings: RunConfig
+    seed: int
+    steps: tuple[int, ...]
+    folder: Path
+    judge: Path
+    classes: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.study}-{self.variant.name}-{self.seed}".replace(" ", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What was found after ``step`` updates, ``seconds`` of training and ``flops`` executed; ``loss``: the
+    mean over all tokens since the point before."""
+
+    step: int
+    seconds: float
+    flops: float
+    loss: float
+    frechet: float
+    accuracy: float
+
+
+def learn(job: Job) -> list[Point]:
+    """Train, and judge at ``job.steps``; the samples shown are left in the folder."""
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.settings.train.device)
+    data = open_data(job.settings.data, job.settings.sample.num_samples, device)
+    judge = load_judge(job.judge, data, job.classes, job.settings.sample.num_samples, device)
+    learner = Learner(job, device)
+    loader = Loader(
+        data.learnt, job.settings.data, batch_size=job.settings.train.batch_size, seed=job.seed,
+        pinned=device.type == "cuda",
+    )  # fmt: skip
+    points, shown = [], []
+    batches = loader.batches(0, job.steps[-1])
+    learner.warm_up(data, next(loader.batches(0, 1)))
+    for first, last in zip((0, *job.steps), job.steps):
+        losses = []
+        clock = Clock(device)
+        for _ in range(first, last):
+            losses.append(learner.step(data, next(batches)))
+        learner.seconds += clock.seconds()
+        pictures, labels = learner.pictures(job.classes)
+        shown.append(pictures[:SHOWN].numpy())
+        points.append(
+            Point(
+                step=last,
+                seconds=learner.seconds,
+                flops=learner.flops(),
+                loss=torch.stack(losses).mean().item(),
+                frechet=judge.distance(pictures),
+                accuracy=judge.accuracy(pictures, labels),
+            )
+        )
+        print(_line(job, points[-1], judge), flush=True)
+    with aside(job.folder / f"{job.name}.npz") as file, file.open("wb") as opened:
+        np.savez(opened, samples=np.stack(shown), steps=job.steps)
+    return points
+
+
+class Learner:
+    """A model in training; ``seconds`` so far, and of each step how many tokens it ``kept``."""
+
+    def __init__(self, job: Job, device: torch.device):
+        self.job, self.device, settings = job, device, job.settings
+        self.seconds, self.done = 0.0, 0
+        self.kept: list[int | None] = []
+        torch.manual_seed(derive_seed(job.seed, INIT))
+        self.model: Any = build_model(settings.model, implementation=job.variant.implementation)
+        self.model.to(device).train()
+        for part in job.variant.without:
+            leave_out(self.model, part)
+        # What is random is drawn by a fast model, and so are pictures, whatever the implementation.
+        self.drawing = self.model
+        if job.variant.implementation == "fast":
+            parallelize(self.model, settings.train, World(), device)
+        else:
+            self.model.y_embedder.dropout_prob = 0.0  # labels come dropped
+            self.drawing = build_model(settings.model).to(device)
+        self.ema = Ema(self.model, settings.train.ema_decay)
+        self.optimizer = build_optimizer(self.model.parameters(), settings.train)
+        self.ema.attach(self.optimizer)
+        self.diffusion = create_diffusion(
+            noise_schedule=settings.diffusion.noise_schedule,
+            predict_xstart=settings.diffusion.predict_xstart,
+            learn_sigma=settings.model.learn_sigma,
+            diffusion_steps=settings.diffusion.diffusion_steps,
+            min_snr_gamma=settings.diffusion.min_snr_gamma,
+        )
+
+    def warm_up(self, data: Any, batch: tuple[Tensor, Tensor]) -> None:
+        """Compile, and touch memory for the first time, without learning from it."""
+        self._gradients(data, batch)
+        self.optimizer.zero_grad()
+        self.kept.clear()
+
+    def step(self, data: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """One update; returns the loss over all tokens (over kept ones, where there is no other pass)."""
+        settings = self.job.settings.train
+        self.optimizer.zero_grad()
+        loss = self._gradients(data, batch)
+        set_learning_rate(self.optimizer, learning_rate(settings, self.done))
+        self.optimizer.step()
+        self.done += 1
+        return loss
+
+    def _gradients(self, data: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        settings, B = self.job.settings.train, len(batch[0])
+        x, y = (part.to(self.device, non_blocking=True) for part in batch)
+        torch.manual_seed(derive_seed(self.job.seed, STEP, self.done))
+        draws = draw(self.drawing, self.diffusion, B, self.device)
+        noise = None
+        if data.stage.random:
+            generator = torch.Generator(self.device).manual_seed(derive_seed(self.job.seed, NOISE, self.done))
+            shape = B, data.stage.channels, data.stage.size, data.stage.size
+            noise = torch.randn(shape, generator=generator, device=self.device)
+        with autocasting(settings, False, self.device):
+            terms = losses(self.model, self.diffusion, data.stage(x, noise), y, draws, self.job.variant)
+            loss = total_loss(terms)
+        loss.backward()
+        self.kept.append(None if draws.plan is None else draws.plan.len_keep)
+        return terms["loss"].detach().mean()
+
+    def flops(self) -> float:
+        """Executed so far."""
+        settings = self.job.settings
+        each = (flops_of(settings.model, kept, self.job.variant) for kept in self.kept)
+        return settings.train.batch_size * sum(each)
+
+    def pictures(self, classes: int) -> tuple[Tensor, list[int]]:
+        """Samples of the averaged weights and what they are to be: the classes in turn, from the same noise
+        each time and in every variant."""
+        settings = self.job.settings
+        labels = [i % classes for i in range(settings.sample.num_samples)]
+        with self.ema.in_model() as model, torch.compiler.set_stance("force_eager"):
+            if model is not self.drawing:
+                self.drawing.load_state_dict(model.state_dict())
+            drawn = sample(
+                self.drawing, settings.diffusion, labels, settings.sample,
+                clip_denoised=settings.model.in_channels != 4,
+            )  # fmt: skip
+        return drawn, labels
+
+
+def losses(
+    model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws, variant: Variant
+) -> dict[str, Tensor]:
+    """Loss terms [B] of the passes that the variant makes."""
+    if variant.passes == "all":
+        return losses_of(model, diffusion, x, y, replace(draws, plan=None))
+    if variant.passes == "both" and variant.implementation == "fast":
+        return losses_of(model, diffusion, x, y, draws)
+    null, terms = model.config.num_classes, {}
+    more = {"drop_labels": False} if variant.implementation == "fast" else {}
+    if variant.passes == "both":
+        kwargs = {"y": drop(y, draws.dropped, null), **more}
+        terms = diffusion.training_losses(model, x, draws.t, kwargs, draws.noise)
+    if draws.plan is None:
+        return terms
+    kwargs = {
+        "y": drop(y, draws.dropped_masked, null), "enable_mask": True, "mask_plan": draws.plan, **more,
+    }  # fmt: skip
+    masked = diffusion.training_losses(model, x, draws.t, kwargs, draws.noise_masked)
+    return terms | {f"m_{key}": value for key, value in masked.items()} if terms else masked
+
+
+def leave_out(model: Any, part: str) -> None:
+    """Hold a part of a new model at what does nothing, for good."""
+    if part == "bias":
+        held = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    else:  # the gates of a new block are zero: tokens pass as they are
+        held = list(model.sideblocks[0].adaLN_modulation.parameters())
+    for parameter in held:
+        parameter.requires_grad_(False).zero_()
+
+
+def flops_of(config: ModelConfig, len_keep: int | None, variant: Variant) -> float:
+    """What a training step executes for each image, with so many kept tokens."""
+    if variant.passes == "masked":  # one of the two passes
+        return flops.train_step(config, len_keep).flops - flops.train_step(config, None).flops
+    kept = None if variant.passes == "all" else len_keep
+    batch = 2  # the work done once for a batch is shared
+    return flops.train_step(config, kept, variant.implementation, batch).flops / batch
+
+
+class Clock:
+    """Wall time since it was made; the device has finished at both ends."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.began = device, self._now(device)
+
+    def seconds(self) -> float:
+        return self._now(self.device) - self.began
+
+    def _now(self, device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+
+def judged_at(steps: int, points: int) -> tuple[int, ...]:
+    """Steps in about equal ratios, the last included: curves are steep at first."""
+    first = max(1, steps // 16)
+    ratio = (steps / first) ** (1 / max(1, points - 1))
+    return tuple(sorted({round(first * ratio**i) for i in range(points - 1)} | {steps}))
+
+
+def shown_samples(folder: Path, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+    """Of each job what :func:`learn` left: [points, SHOWN, C, S, S]."""
+    for job in jobs:
+        path = folder / f"{job.name}.npz"
+        if path.exists():
+            with np.load(path) as saved:
+                yield job, saved["samples"]
+
+
+def _line(job: Job, point: Point, judge: Judge) -> str:
+    return (
+        f"{job.study:10} {job.variant.name:26} seed {job.seed}  step {point.step:6}  {point.seconds:7.1f} s  "
+        f"loss {point.loss:.4f}  Fréchet {point.frechet:8.3f} (real {judge.floor:.3f})  "
+        f"recognised {point.accuracy:6.1%}"
+    )

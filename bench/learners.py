@@ -1,0 +1,123 @@
+"""Who learns in ``convergence.py``: sizes of the comparison, and studies, each a table of variants."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mdt_fast.config import (
+    DataConfig,
+    DiffusionConfig,
+    Family,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from mdt_fast.models.zoo import Implementation
+from mdt_fast.presets import SIZES as SHAPES
+
+Passes = Literal["both", "all", "masked"]
+Part = Literal["bias", "side"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way of training. ``name``: as in tables and rows; ``model``, ``diffusion``, ``train``: what differs
+    from the size's settings. ``passes`` of a step: both, over all tokens alone, or masked alone. ``without``:
+    relative position bias, the side-interpolater (held at what they are worth nothing at)."""
+
+    name: str
+    family: Family = "mdtv2"
+    model: dict[str, Any] = field(default_factory=dict)
+    diffusion: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    passes: Passes = "both"
+    without: tuple[Part, ...] = ()
+    implementation: Implementation = "fast"
+
+    def settings(self, size: RunConfig) -> RunConfig:
+        """All settings of this variant at a size."""
+        dit = self.family == "dit"
+        masked = {"mask_ratio": None, "decode_layer": 0} if dit else {}
+        return replace(
+            size,
+            model=replace(size.model, family=self.family, **masked | self.model),
+            diffusion=replace(size.diffusion, **self.diffusion),
+            train=replace(size.train, **self.train),
+        )
+
+
+DIT = Variant(name="DiT", family="dit")
+MDT = Variant(name="MDT v1", family="mdt")
+MDTV2 = Variant(name="MDTv2")
+
+STUDIES: dict[str, tuple[Variant, ...]] = {
+    "models": (DIT, MDT, MDTV2),
+    "mask-ratio": tuple(
+        Variant(name=f"mask ratio {ratio}", family="mdt", model={"mask_ratio": ratio})
+        for ratio in (0.3, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7)
+    ),
+    "decoder": tuple(
+        Variant(name=f"{depth} decoder blocks", model={"decode_layer": depth}) for depth in (2, 0, 4)
+    ),
+    "parts": (
+        MDTV2,
+        Variant(name="no side-interpolater", without=("side",)),
+        Variant(name="no relative position bias", without=("bias",)),
+        Variant(name="all tokens alone", passes="all"),
+        Variant(name="masked pass alone", passes="masked"),
+        DIT,
+    ),
+    "min-snr": (
+        Variant(name="min-SNR 5", diffusion={"min_snr_gamma": 5.0}),
+        Variant(name="no min-SNR", diffusion={"min_snr_gamma": None}),
+    ),
+    "precision": (
+        Variant(name="float32", train={"dtype": "float32"}),
+        Variant(name="bfloat16", train={"dtype": "bfloat16"}),
+        Variant(name="float8", train={"dtype": "bfloat16", "float8": True}),
+    ),
+    "path": (MDTV2, Variant(name="MDTv2, reference", implementation="reference")),
+}
+"""Of each study the first variant is what the others are held against."""
+
+_DIGITS = RunConfig(
+    model=ModelConfig(
+        input_size=16, patch_size=2, in_channels=1, hidden_size=96, depth=6, num_heads=3, num_classes=10,
+        decode_layer=2,
+    ),
+    data=DataConfig(source="digits", image_size=16, channels=1),
+    diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2", min_snr_gamma=None),
+    train=TrainConfig(
+        steps=600, batch_size=32, optimizer="adamw", lr=1e-3, warmup_steps=50, ema_decay=0.98, device="cpu",
+    ),
+    sample=SampleConfig(
+        num_samples=500, steps=10, sampler="unipc", cfg_scale=1.0, scale_pow=None, batch_size=125,
+    ),
+)  # fmt: skip
+
+SIZES: dict[str, RunConfig] = {
+    "cpu": _DIGITS,
+    "gpu": replace(
+        _DIGITS,
+        model=replace(_DIGITS.model, input_size=32, **SHAPES["S"]),
+        data=replace(_DIGITS.data, image_size=32),
+        train=replace(
+            _DIGITS.train, steps=4000, batch_size=128, lr=3e-4, warmup_steps=200, ema_decay=0.999,
+            device="cuda", dtype="bfloat16", compile="block",
+        ),
+    ),
+    "imagenet": RunConfig(
+        model=ModelConfig(**SHAPES["S"]),
+        data=DataConfig(source="", image_size=256, channels=3, flip=True, workers=8),
+        diffusion=DiffusionConfig(min_snr_gamma=None),
+        train=TrainConfig(
+            steps=400_000, batch_size=256, optimizer="adamw", lr=1e-4, device="cuda", dtype="bfloat16",
+            compile="block",
+        ),
+        sample=SampleConfig(
+            num_samples=10_000, steps=20, sampler="unipc", cfg_scale=1.0, scale_pow=None, batch_size=250,
+        ),
+    ),
+}  # fmt: skip
+"""``cpu``: half an hour on two cores; ``gpu``: S-size models of 32 x 32 pixels; ``imagenet``: S/2 on latents,
+equal optimisers for all, as in the papers' comparison."""

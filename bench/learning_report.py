@@ -1,0 +1,203 @@
+"""Tables and the figure of ``convergence.py``, made from its rows alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curves import AXES, Band, Curve, columns, coverage, same_within_bands, speedup, targets_of
+from formats import number
+from learners import STUDIES
+from mdt_fast.errors import UserError
+from plots import _finish, _save
+from report import _origin
+from rows import Row
+
+COLORS = ("#6b6b6b", "#d08a3c", "#1d4f8c", "#2e7d4f", "#b0506f", "#8a6fb0", "#00a0a0")
+LABELS = {"step": "updates", "seconds": "seconds of training", "flops": "FLOPs executed"}
+GRID_STEPS = 4
+
+Learners = dict[str, dict[int, list[Row]]]
+"""Rows by variant and seed, in the order of their steps."""
+
+
+def complete(rows: Sequence[Row]) -> list[Row]:
+    """The rows of learners that were trained to their end."""
+    ours = [row for row in rows if row["bench"] == "convergence"]
+    ended = {row["digest"] for row in ours if row["step"] == row["of"]}
+    return [row for row in ours if row["digest"] in ended]
+
+
+def studies(rows: Sequence[Row]) -> dict[str, Learners]:
+    """The complete learners of every study, variants in the order of ``STUDIES``, of the seeds that all of
+    them have; of a variant and seed that were trained again the last counts. ``UserError`` where what is left
+    was judged differently."""
+    found: dict[str, dict[str, dict[int, dict[str, dict[int, Row]]]]] = {}
+    for row in complete(rows):
+        runs = found.setdefault(row["study"], {}).setdefault(row["provider"], {}).setdefault(row["seed"], {})
+        runs.setdefault(row["digest"], {})[row["step"]] = row
+    return {study: _comparable(study, variants) for study, variants in found.items()}
+
+
+def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Row]]]]) -> Learners:
+    shared = sorted(set.intersection(*(set(seeds) for seeds in variants.values())))
+    if not shared:
+        raise UserError(f"rows of the study {study!r}: no seed was trained in all its variants")
+    places = {variant.name: i for i, variant in enumerate(STUDIES.get(study, ()))}
+    learners = {
+        name: {seed: list(list(seeds[seed].values())[-1].values()) for seed in shared}
+        for name, seeds in sorted(variants.items(), key=lambda item: places.get(item[0], len(places)))
+    }
+    ways = {
+        (tuple(row["step"] for row in of_seed), of_seed[0]["shape"]["samples"], of_seed[0]["batch"])
+        for seeds in learners.values()
+        for of_seed in seeds.values()
+    }
+    if len(ways) > 1:
+        raise UserError(f"rows of the study {study!r} have different steps, samples or batches")
+    return learners
+
+
+def curves(seeds: dict[int, list[Row]], axis: str) -> list[Curve]:
+    """One for each seed."""
+    return [
+        Curve(tuple(row[axis] for row in of_seed), tuple(row["p50"] for row in of_seed))
+        for of_seed in seeds.values()
+    ]
+
+
+def table(study: str, learners: Learners) -> str:
+    """What every variant reaches and how soon, and where the rows come from."""
+    base, *others = learners
+    rows = [row for seeds in learners.values() for of_seed in seeds.values() for row in of_seed]
+    any_row, seeds = rows[0], len(learners[base])
+    lines = [
+        "| | parameters | ms a step | GFLOP an image | Fréchet distance at the end | recognised |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, of_seeds in learners.items():
+        ends = [of_seed[-1] for of_seed in of_seeds.values()]
+        ms = Band.of([1e3 * row["seconds"] / row["step"] for row in ends])
+        cells = [
+            name,
+            f"{ends[0]['parameters'] / 1e6:.2f} M",
+            _band(ms),
+            number(ends[0]["flops"] / ends[0]["step"] / ends[0]["batch"] / 1e9),
+            _band(Band.of([row["p50"] for row in ends])),
+            _band(Band.of([100 * row["accuracy"] for row in ends]), "%"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"| to a distance of | | updates | seconds | TFLOP | sooner than {base}: updates | seconds | FLOPs |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    floor = any_row["floor"]
+    for target in targets_of(curves(learners[base], "step"), floor):
+        for name, of_seeds in learners.items():
+            cells = [number(target), name]
+            for axis, scale in zip(AXES, (1, 1, 1e-12)):
+                places = [curve.crossing(target) * scale for curve in curves(of_seeds, axis)]
+                cells.append(_band(Band.of(places)))
+            for axis in AXES:
+                ratio = speedup(curves(learners[base], axis), curves(of_seeds, axis), target)
+                cells.append("" if name == base else "neither" if ratio is None else _ratio(ratio))
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", _notes(learners, base, others, any_row, seeds)]
+    return "\n".join(lines)
+
+
+def _notes(learners: Learners, base: str, others: Sequence[str], row: Row, seeds: int) -> str:
+    same = [
+        name for name in others
+        if same_within_bands(curves(learners[base], "step"), curves(learners[name], "step"))
+    ]  # fmt: skip
+    run = tuple(str(row[key]) for key in ("device", "driver", "torch", "triton", "commit", "command"))
+    shape, likely = row["shape"], f"{coverage(seeds):.0%}"
+    band = f"the median of {seeds} seeds (lowest-highest: {likely} likely to hold the median of all)"
+    text = [
+        f"Each number: {band if seeds > 1 else 'one seed, so no band'}. Batch {row['batch']}, "
+        f"{row['dtype']}; {shape['samples']} samples in {shape['sampling']} steps without guidance. As many "
+        f"real images that were learnt from have a distance of {number(row['floor'])} to those kept apart, "
+        f"of which {row['real_accuracy']:.1%} are recognised.",
+        _origin(run),
+    ]
+    if same:
+        text.insert(1, f"Bands touch {base}'s at every point: {', '.join(same)}.")
+    return " ".join(text)
+
+
+def _band(band: Band, unit: str = "") -> str:
+    if math.isinf(band.median):
+        return "not reached" if math.isinf(band.low) else f"not reached (earliest {number(band.low)})"
+    high = "never" if math.isinf(band.high) else number(band.high)
+    around = "" if band.low == band.high else f" ({number(band.low)}-{high})"
+    return f"{number(band.median)}{unit}{around}"
+
+
+def _ratio(band: Band) -> str:
+    def one(value: float) -> str:
+        return "only here" if math.isinf(value) else "not" if value == 0 else f"{value:.2f}"
+
+    around = "" if band.low == band.high else f" ({one(band.low)}-{one(band.high)})"
+    return f"{one(band.median)}{'x' if 0 < band.median < math.inf else ''}{around}"
+
+
+def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: Path) -> None:
+    """Distance over updates, seconds and FLOPs, with bands; below, ``samples`` [points, n, C, S, S] of each
+    variant, in [-1, 1], at equal numbers of updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 4.0 + (0.6 + 0.32 * len(samples) if samples else 0)
+    figure = plt.figure(figsize=(14, height), layout="constrained")
+    top, *below = figure.subfigures(2, 1, height_ratios=[4, height - 4]) if samples else [figure]
+    axes = top.subplots(1, len(AXES), sharey=True)
+    any_row = next(iter(next(iter(learners.values())).values()))[0]
+    for panel, axis in zip(axes, AXES):
+        for color, (name, seeds) in zip(COLORS, learners.items()):
+            _curve(panel, curves(seeds, axis), name, color)
+        panel.axhline(any_row["floor"], color="black", linewidth=0.8, linestyle=":")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        _finish(panel, LABELS[axis])
+    axes[0].set_ylabel("Fréchet distance (dotted: of real images)", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    if below:
+        steps = [row["step"] for row in next(iter(next(iter(learners.values())).values()))]
+        _grids(below[0], samples, steps)
+    _save(figure, [any_row], path)
+
+
+def _curve(panel: Any, found: Sequence[Curve], name: str, color: str) -> None:
+    middle = [float(np.median([curve.places[i] for curve in found])) for i in range(len(found[0].places))]
+    heights = columns(found)
+    panel.plot(
+        middle, [float(np.median(column)) for column in heights], "-o", color=color, label=name, markersize=3
+    )
+    panel.fill_between(
+        middle, list(map(min, heights)), list(map(max, heights)), color=color, alpha=0.2, linewidth=0
+    )
+
+
+def _grids(figure: Any, samples: dict[str, np.ndarray], steps: Sequence[int]) -> None:
+    """A row for each variant; as many columns of pictures as there are steps shown."""
+    chosen = np.unique(np.linspace(0, len(steps) - 1, GRID_STEPS + 1).round().astype(int))[1:]
+    axes = figure.subplots(len(samples), len(chosen), squeeze=False)
+    for row, (name, points) in zip(axes, samples.items()):
+        for axis, point in zip(row, chosen):
+            strip = np.concatenate(list((points[point].clip(-1, 1) + 1) / 2), axis=-1)  # [C, S, n S]
+            axis.imshow(
+                strip.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if axis is row[0]:
+                axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+            if row is axes[0]:
+                axis.set_title(f"{steps[point]} updates", fontsize=8)
