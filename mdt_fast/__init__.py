@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .masking import MaskPlan as MaskPlan
     from .models import *  # noqa: F403
+    from .sampling import inpaint as inpaint
     from .sampling import sample as sample
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ _HOMES = {
     "create_diffusion": ".diffusion",
     "DiffusionConfig": ".config",
     "MaskPlan": ".masking",
+    "inpaint": ".sampling",
     "sample": ".sampling",
     "SampleConfig": ".config",
     "SampleSwitches": ".config",

@@ -28,6 +28,15 @@ class FirstStage:
         """What the loader gave, on the device -> x [B, C, S, S]; ``noise`` of that shape, if ``random``."""
         return batch
 
+    @property
+    def factor(self) -> int:
+        """Pixels per S."""
+        return 1
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3 or 1, H, W] -> the most likely x [B, C, S, S], for which no noise is drawn."""
+        return pixels
+
     def decode(self, x: Tensor) -> Tensor:
         """x [B, C, S, S] -> pixels, float32."""
         return x
@@ -67,7 +76,18 @@ class Latents(FirstStage):
         assert noise is not None
         return sample_posterior(moments, noise, self.scale, self.shift)
 
+    @property
+    def factor(self) -> int:
+        return self._loaded().factor
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        moments = self._loaded().moments(pixels)
+        return sample_posterior(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]), self.scale, self.shift)
+
     def decode(self, x: Tensor) -> Tensor:
+        return self._loaded().decode(x.to(self.device))
+
+    def _loaded(self) -> Any:
         """``UserError`` where the autoencoder cannot be had."""
         if self.autoencoder is None:
             if self.vae is None:
@@ -78,7 +98,7 @@ class Latents(FirstStage):
                     f"data.vae: {self.vae!r} is not the autoencoder that the latents were made with"
                 )
             self.autoencoder = loaded
-        return self.autoencoder.decode(x.to(self.device))
+        return self.autoencoder
 
     def described(self) -> dict[str, Any]:
         return {

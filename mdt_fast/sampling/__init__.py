@@ -3,15 +3,19 @@
 from .folder import SampleFolder
 from .generate import Sampler, check_sampling, sample, sampling_diffusion
 from .images import check_writable, grid, save_picture, save_pngs, shown, to_uint8
+from .inpainting import Inpainter, check_inpainting, inpaint
 from .npz import adm_name, save_npz
 
 __all__ = [
+    "Inpainter",
     "SampleFolder",
     "Sampler",
     "adm_name",
+    "check_inpainting",
     "check_sampling",
     "check_writable",
     "grid",
+    "inpaint",
     "sample",
     "sampling_diffusion",
     "save_npz",

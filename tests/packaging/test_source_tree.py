@@ -30,6 +30,7 @@ RANK = {
     "doctor": 6,
     "official": 6,
     "commands": 7,
+    "options": 7,
     "cli": 8,
     "__main__": 9,
 }
