@@ -1,4 +1,4 @@
-"""``mdt-fast``: encode, train, sample, evaluate, convert, doctor.
+"""``mdt-fast``: encode, train, sample, evaluate, convert, export, doctor.
 
 A user's mistake ends in one line on stderr and exit code 2; ``MDT_FAST_TRACEBACK=1`` shows the traceback.
 Torch is imported only by the commands that compute, so that ``--help`` is quick.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .errors import UserError, nearest
-from .options import THREADS_HELP, add_sample
+from .options import THREADS_HELP, add_export, add_sample
 
 TRAIN_HELP = """\
 Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png, samples.png and checkpoints/.
@@ -104,6 +104,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     evaluate = _add_evaluate(commands)
     convert = _add_convert(commands)
+    export = add_export(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
@@ -113,6 +114,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "sample": sample,
         "evaluate": evaluate,
         "convert": convert,
+        "export": export,
         "doctor": doctor,
     }
 

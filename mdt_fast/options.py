@@ -18,6 +18,13 @@ With --image and --mask the white part of the mask is drawn and the rest is the 
 With --out, what was stopped or killed goes on with the same command, with any number of processes; other
 settings or another checkpoint are refused."""
 
+EXPORT_HELP = """\
+Write one sampling step of a run's EMA weights as a .pt2 file that runs without this package: an exported
+program, or with --aoti what AOTInductor compiles of it (docs/export.md).
+
+  mdt-fast export runs/digits step.pt2
+  mdt-fast export runs/digits step.pt2 --aoti --batch 8"""
+
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
 
@@ -74,3 +81,17 @@ def add_sample(commands: Any) -> Any:
     add("--out", metavar="DIR", help="shards that a later run goes on with, at last samples_NxHxWxC.npz")
     add("--shard-size", type=int, default=1000, metavar="N", help="images in a shard (default: 1000)")
     return sample
+
+
+def add_export(commands: Any) -> Any:
+    export = commands.add_parser(
+        "export", help="a sampling step as a .pt2 file, to run elsewhere", description=EXPORT_HELP
+    )
+    add = export.add_argument
+    add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add("target", metavar="FILE", help="a name that ends in .pt2")
+    add("--aoti", action="store_true", help="compile it for this machine (needs a C++ compiler)")
+    add("--batch", default="dynamic", metavar="N|dynamic", help="images in a step (default: dynamic, any)")
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help=THREADS_HELP)
+    return export
