@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import in_functorch
+from .checks import plain_only
 from .native import MISSING
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,12 +75,13 @@ def backends() -> list[Backend]:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether an op that has a Triton kernel runs it on ``x``."""
-    return x.dtype in DTYPES and (INTERPRETING or (x.is_cuda and HAS_TRITON))
+    here = INTERPRETING or (x.is_cuda and HAS_TRITON)
+    return here and x.dtype in DTYPES and not torch.compiler.is_exporting()
 
 
 def uses_csrc(*tensors: Tensor | None) -> bool:
     """Whether an op that has a C++ kernel for the CPU runs it on these."""
-    if MISSING["cpu"] is not None or INTERPRETING or in_functorch():
+    if MISSING["cpu"] is not None or INTERPRETING or plain_only():
         return False
     return all(x is None or (x.device.type == "cpu" and x.dtype in DTYPES) for x in tensors)
 

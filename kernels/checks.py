@@ -79,6 +79,7 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
     return weight, bias
 
 
-def in_functorch() -> bool:
-    """Whether a transform of torch.func is at work: it sees into plain PyTorch only."""
-    return torch._C._functorch.maybe_current_level() is not None
+def plain_only() -> bool:
+    """Whether a transform of torch.func is at work, which sees into plain PyTorch only, or torch.export,
+    whose programs shall run where this package is not."""
+    return torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .masking import MaskPlan as MaskPlan
     from .models import *  # noqa: F403
     from .pipelines import MDTPipeline as MDTPipeline
+    from .sampling import inpaint as inpaint
     from .sampling import sample as sample
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOMES = {
     "DiffusionConfig": ".config",
     "MaskPlan": ".masking",
     "MDTPipeline": ".pipelines",
+    "inpaint": ".sampling",
     "sample": ".sampling",
     "SampleConfig": ".config",
     "SampleSwitches": ".config",

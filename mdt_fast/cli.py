@@ -1,4 +1,4 @@
-"""``mdt-fast``: encode, train, sample, evaluate, convert, doctor.
+"""``mdt-fast``: encode, train, sample, evaluate, convert, export, doctor.
 
 A user's mistake ends in one line on stderr and exit code 2; ``MDT_FAST_TRACEBACK=1`` shows the traceback.
 Torch is imported only by the commands that compute, so that ``--help`` is quick.
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .config import SAMPLERS
 from .errors import UserError, nearest
+from .options import THREADS_HELP, add_export, add_sample
 
 TRAIN_HELP = """\
 Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png, samples.png and checkpoints/.
@@ -28,17 +28,6 @@ Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png,
 Images are class folders (photos/cat/1.jpg), files named ClassID_ImgID.jpg, or webdataset shards; mdt-fast
 encode makes latents of them. SIGTERM and SIGUSR1 save a checkpoint and exit with 0; Ctrl-C and SIGHUP save
 one, too, and exit with 128 + the signal's number."""
-SAMPLE_HELP = """\
-Draw images from a run's EMA weights. Labels go round all classes unless --labels names some.
-
-  mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
-  mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png
-  mdt-fast sample runs/photos --labels cat,dog --sampler dpm++ --steps 20 --grid pets.png
-
-  torchrun --nproc-per-node 8 -m mdt_fast sample runs/xl2 --num-samples 50000 --out samples
-
-With --out, what was stopped or killed goes on with the same command, with any number of processes; other
-settings or another checkpoint are refused."""
 ENCODE_HELP = """\
 Make latents of images once, before a model is trained on them: the autoencoder's mean and log variance of
 every image and of its mirror, with the labels, in checksummed .safetensors shards. Training draws from them.
@@ -79,8 +68,6 @@ Judge images by FID, sFID, Inception Score, precision and recall against a refer
 SAMPLES and REF are a .npz (arr_0 uint8 [N, H, W, C], as mdt-fast sample --npz writes it; or mu, sigma, mu_s,
 sigma_s), a folder of images, or a file that --save-features wrote. Nothing is downloaded."""
 
-THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with whole option names only, one-line errors, and a hint for a mistyped word."""
@@ -116,10 +103,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     encode = _add_encode(commands)
     train = _add_train(commands)
 
-    sample = _add_sample(commands)
+    sample = add_sample(commands)
 
     evaluate = _add_evaluate(commands)
     convert = _add_convert(commands)
+    export = add_export(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
     doctor.add_argument("--json", action="store_true", help="as JSON")
@@ -129,6 +117,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "sample": sample,
         "evaluate": evaluate,
         "convert": convert,
+        "export": export,
         "doctor": doctor,
     }
 
@@ -273,48 +262,6 @@ def _add_train(commands: Any) -> Parser:
     add("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     add("--dry-run", action="store_true", help="check everything, print all settings as YAML, write nothing")
     return train
-
-
-def _add_sample(commands: Any) -> Parser:
-    sample: Parser = commands.add_parser(
-        "sample", help="draw images from a trained run", description=SAMPLE_HELP
-    )
-    add = sample.add_argument
-    add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    add("--num-samples", type=int, metavar="N")
-    add("--steps", type=int, metavar="N", help="sampling steps")
-    add("--sampler", choices=SAMPLERS, help="ddpm: ancestral, as published; dpm++ and unipc need diffusers")
-    add("--eta", type=float, metavar="X", help="ddim's noise: 0 none, 1 as ddpm")
-    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance; 1 is none")
-    add("--scale-pow", metavar="P|none", help="power of the guidance's cosine schedule; none: constant")
-    add(
-        "--cfg-interval",
-        metavar="LOW,HIGH",
-        help="guide from timestep LOW to HIGH alone (or fractions of all, if HIGH is at most 1)",
-    )
-    add(
-        "--skip-below",
-        type=float,
-        metavar="X",
-        help="no guidance where its weight is nearer to 1 than X: faster, not exact (default: 0)",
-    )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what the model computes in")
-    add(
-        "--labels",
-        metavar="A,B,...",
-        help="classes by index or name, repeated in turn up to --num-samples",
-    )
-    add("--seed", type=int, metavar="N", help="image i depends on the seed and i alone")
-    add("--batch-size", type=int, metavar="N", help="images drawn at once")
-    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
-    add("--threads", type=int, metavar="N", help=THREADS_HELP)
-    add("--vae", metavar="PATH|NAME", help="autoencoder (default: the one it was trained with)")
-    add("--npz", metavar="FILE", help="arr_0 uint8 [N, S, S, C] and arr_1 labels")
-    add("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
-    add("--png", metavar="DIR", help="one PNG per image")
-    add("--out", metavar="DIR", help="shards that a later run goes on with, at last samples_NxHxWxC.npz")
-    add("--shard-size", type=int, default=1000, metavar="N", help="images in a shard (default: 1000)")
-    return sample
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

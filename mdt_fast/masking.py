@@ -5,6 +5,7 @@ B samples, L tokens, K kept tokens.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +136,11 @@ class MaskPlan:
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The plan on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+    def twice(self) -> "MaskPlan":
+        """The plan of the same samples two times over, as guidance has them."""
+        both: Any = {name: torch.cat([getattr(self, name)] * 2) for name in TENSORS}
+        return replace(self, **both)
 
     def rows(self, rows: slice) -> "MaskPlan":
         """The plan of some of the samples."""

@@ -28,7 +28,7 @@ def gelu_linear(x: Tensor, bias_F: Tensor, weight_OF: Tensor, bias_O: Tensor | N
     checks.floating_on("bias_F", bias_F, x)
     checks.shape("weight", weight_OF, "O", features)
     weight, bias = checks.layer(x, weight_OF, bias_O)
-    if checks.in_functorch():
+    if checks.plain_only():
         return F.linear(bias_gelu(x, bias_F), weight, bias)
     out = _Linear.apply(x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])

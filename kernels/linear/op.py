@@ -46,7 +46,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """In float32 on a CPU: PyTorch asks MKL there, which leaves AVX-512 unused on processors other than
     Intel's."""
     float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    if not float32 or not ONEDNN or checks.in_functorch() or torch.is_autocast_enabled("cpu"):
+    if not float32 or not ONEDNN or checks.plain_only() or torch.is_autocast_enabled("cpu"):
         return False
     if x.numel() < MIN_ROWS * x.shape[-1] or x.shape[-1] == 0:
         return False

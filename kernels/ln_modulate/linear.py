@@ -36,7 +36,7 @@ def ln_modulate_linear(
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
     weight, bias = _layer(x_BLD, weight_OD, bias_O)
-    if checks.in_functorch():
+    if checks.plain_only():
         return F.linear(ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps), weight, bias)
     shift_BD, scale_BD = columns_together(shift_BD), columns_together(scale_BD)
     out = _Linear.apply(_rows(x_BLD), None, None, shift_BD, scale_BD, weight, bias, offsets, eps)
@@ -64,7 +64,7 @@ def gate_residual_ln_modulate_linear(
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
     weight, bias = _layer(x_BLD, weight_OD, bias_O)
-    if checks.in_functorch():
+    if checks.plain_only():
         residual, normal = gate_residual_ln_modulate(
             x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets=offsets, eps=eps
         )

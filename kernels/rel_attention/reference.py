@@ -54,7 +54,7 @@ def bias_mask(
         N = k_pos.shape[-1]
         k_pos = F.pad(k_pos, (0, -N % multiple))
         bias = relative_bias(table_RH, call.grid_size, q_pos, k_pos).to(q_BHMd.dtype)[..., :N]
-    return bias.expand(len(q_BHMd), -1, -1, -1)
+    return bias.expand(q_BHMd.shape[0], -1, -1, -1)
 
 
 def rel_attention(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: "Call") -> Tensor:

@@ -12,8 +12,8 @@ __all__ = ["attend", "attend_packed", "better", "refusal"]
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
     if q.device.type != "cpu":
         return f"it serves the CPU; got {q.device}"
-    if checks.in_functorch():
-        return "it cannot be transformed by torch.func"
+    if checks.plain_only():
+        return "it cannot be transformed by torch.func, nor exported"
     return None
 
 

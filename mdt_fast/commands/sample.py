@@ -19,8 +19,10 @@ from ..errors import UserError, nearest
 from ..models import zoo
 from ..models.convert import load_weights
 from ..sampling import (
+    Inpainter,
     SampleFolder,
     Sampler,
+    check_inpainting,
     check_sampling,
     check_writable,
     grid,
@@ -34,6 +36,7 @@ from ..sampling import (
 from ..training.checkpoint import EMA, Checkpoint
 from ..training.run import open_or_advise, resolve_device
 from ..training.states import whole_state
+from .known import Known, check_known, digest_of, read_known
 from .shared import refuse_empty, set_threads
 
 OPTIONS = ("num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", "dtype", "seed", "batch_size")
@@ -41,7 +44,8 @@ OPTIONS = ("num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", 
 
 def sample(args: argparse.Namespace) -> int:
     set_threads(args.threads)
-    refuse_empty(args, "npz", "grid", "png", "out")
+    refuse_empty(args, "npz", "grid", "png", "out", "image", "mask")
+    check_known(args)
     ranks = Ranks.from_environment()
     opened = open_or_advise(Path(args.run), [EMA], "mdt-fast sample {}")
     config = sample_config(args, opened.config.sample, opened.config.data.conditional)
@@ -51,6 +55,14 @@ def sample(args: argparse.Namespace) -> int:
     chosen = chosen_labels(args.labels, opened.classes, model_config.num_classes)
     labels = [chosen[i % len(chosen)] for i in range(config.num_samples)]
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
+    device = resolve_device(args.device)
+    data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
+    stage = described_stage(opened.state.get("latents"), data, device)
+    known = None if args.image is None else read_known(args, stage, data.channels)
+    resample = 1 if args.resample is None else args.resample
+    how: dict[str, Any] = {"hide": args.hide or 0.0, "resample": resample}
+    if known is not None:
+        check_inpainting(model_config, config, known.unknown[None], **how)
     if args.shard_size < 1:
         raise UserError(f"--shard-size: must be at least 1, got {args.shard_size}")
     folder = None
@@ -58,25 +70,29 @@ def sample(args: argparse.Namespace) -> int:
         folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)
         folder.prepare()
     todo = [] if folder is None else folder.missing(ranks.rank, ranks.world)
-    device = resolve_device(args.device)
-    data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
-    stage = described_stage(opened.state.get("latents"), data, device)
     console = Console(highlight=False, soft_wrap=True)
 
     def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
         model: Any = zoo.build_model(model_config)
         load_weights(model, whole_state(opened, EMA), str(opened.path))
-        sampler = Sampler(model.to(device), diffusion, config, clip_denoised=stage.clip)
-        return draw(sampler, stage, labels, spans, config.batch_size, ranks, console)
+        model = model.to(device)
+        sampler = (
+            Sampler(model, diffusion, config, clip_denoised=stage.clip)
+            if known is None
+            else Inpainter(
+                model, diffusion, config, known.image, known.unknown, clip_denoised=stage.clip, **how
+            )
+        )
+        return draw(sampler, stage, labels, spans, config.batch_size, ranks, console, known)
 
     if folder is None:
         (images,) = drawn([range(len(labels))])
-        made = _write(targets, images, labels, opened.classes)
+        made = _write(targets, images, labels, opened.classes, known)
     else:
         spans = [folder.span(shard) for shard in todo]
         for shard, images in zip(todo, drawn(spans) if todo else ()):
             folder.write(shard, images)
-        made = _finish(folder, targets, opened.classes) if folder.complete else []
+        made = _finish(folder, targets, opened.classes, known) if folder.complete else []
     if made:
         console.print(f"{len(labels)} images from {opened.path} in {', '.join(made)}", markup=False)
     elif ranks.rank == 0:
@@ -96,6 +112,7 @@ def draw(
     batch_size: int,
     ranks: Ranks,
     console: Console,
+    known: Known | None = None,
 ) -> Iterator[np.ndarray]:
     """The pictures of each span of images, uint8 [n, H, W, C]; no batch reaches into the next span, so that
     they do not depend on which others are drawn here."""
@@ -109,7 +126,8 @@ def draw(
                 def on_step(step: int, of: int, before: int = before, n: int = len(batch)) -> None:
                     bar.update(before + n * step / of)
 
-                pictures.append(to_uint8(stage.decode(sampler(batch, first, on_step))))
+                images = to_uint8(stage.decode(sampler(batch, first, on_step)))
+                pictures.append(images if known is None else known.paste(images))
                 before += len(batch)
             yield np.concatenate(pictures)
 
@@ -199,28 +217,42 @@ def _settings(
         "--labels": list(chosen),
         "--vae": args.vae,
         "--shard-size": args.shard_size,
+        "--image": args.image and digest_of(args.image),
+        "--mask": args.mask and digest_of(args.mask),
+        "--hide": args.image and (args.hide or 0.0),
+        "--resample": args.image and (args.resample or 1),
     }
 
 
 def _write(
-    targets: dict[str, Path], images: np.ndarray, labels: Sequence[int], classes: Sequence[str]
+    targets: dict[str, Path],
+    images: np.ndarray,
+    labels: Sequence[int],
+    classes: Sequence[str],
+    known: Known | None,
 ) -> list[str]:
     if "npz" in targets:
         save_npz(targets["npz"], images, labels)
     if "grid" in targets:
-        save_picture(targets["grid"], grid(images, labels, classes))
+        save_picture(targets["grid"], grid(images, labels, classes, _before(known)))
     if "png" in targets:
         save_pngs(targets["png"], images, labels, classes)
     return list(map(str, targets.values()))
 
 
-def _finish(folder: SampleFolder, targets: dict[str, Path], classes: Sequence[str]) -> list[str]:
+def _before(known: Known | None) -> list[np.ndarray]:
+    return [] if known is None else known.shown()
+
+
+def _finish(
+    folder: SampleFolder, targets: dict[str, Path], classes: Sequence[str], known: Known | None
+) -> list[str]:
     """What is made of all shards, once they are there."""
     made = [str(folder.assemble())]
     if "grid" in targets:
         indices = shown(folder.labels)
         picked = [folder.labels[i] for i in indices]
-        save_picture(targets["grid"], grid(folder.pick(indices), picked, classes))
+        save_picture(targets["grid"], grid(folder.pick(indices), picked, classes, _before(known)))
         made.append(str(targets["grid"]))
     if "png" in targets:
         for shard, images in enumerate(folder.images()):

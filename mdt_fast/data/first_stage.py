@@ -28,6 +28,15 @@ class FirstStage:
         """What the loader gave, on the device -> x [B, C, S, S]; ``noise`` of that shape, if ``random``."""
         return batch
 
+    @property
+    def factor(self) -> int:
+        """Pixels per S."""
+        return 1
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3 or 1, H, W] -> the most likely x [B, C, S, S], for which no noise is drawn."""
+        return pixels
+
     def decode(self, x: Tensor) -> Tensor:
         """x [B, C, S, S] -> pixels, float32."""
         return x
@@ -67,8 +76,15 @@ class Latents(FirstStage):
         assert noise is not None
         return sample_posterior(moments, noise, self.scale, self.shift)
 
+    @property
+    def factor(self) -> int:
+        return self.opened().factor
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        moments = self.opened().moments(pixels)
+        return sample_posterior(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]), self.scale, self.shift)
+
     def decode(self, x: Tensor) -> Tensor:
-        """``UserError`` where the autoencoder cannot be had."""
         return self.opened().decode(x.to(self.device))
 
     def opened(self) -> Any:

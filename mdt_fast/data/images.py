@@ -261,6 +261,14 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
+def center_crop_mask(mask: Image.Image, size: int) -> np.ndarray:
+    """Which pixels of :func:`center_crop` any white (128 or more) of the ``mask`` falls on: bool [S, S]."""
+    white = Image.fromarray((np.asarray(mask) >= 128).astype(np.float32))
+    part = _short_side_to(white, size, Image.Resampling.BOX)
+    top, left = (part.shape[0] - size) // 2, (part.shape[1] - size) // 2
+    return part[top : top + size, left : left + size] > 1e-6
+
+
 def random_crop(image: Image.Image, size: int, rng: random.Random) -> np.ndarray:
     """A random square of 80 to 100% of the short side, scaled to ``size`` (S): uint8 [S, S] or [S, S, 3]."""
     short_side = rng.randrange(size, math.ceil(size / 0.8) + 1)
@@ -270,12 +278,14 @@ def random_crop(image: Image.Image, size: int, rng: random.Random) -> np.ndarray
     return pixels[top : top + size, left : left + size]
 
 
-def _short_side_to(image: Image.Image, short_side: int) -> np.ndarray:
+def _short_side_to(
+    image: Image.Image, short_side: int, last: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = short_side / min(image.size)
     new_size = round(image.width * scale), round(image.height * scale)
-    return np.asarray(image.resize(new_size, resample=Image.Resampling.BICUBIC))
+    return np.asarray(image.resize(new_size, resample=last))
 
 
 def check_classes(classes: Sequence[str], num_classes: int) -> None:

@@ -13,7 +13,7 @@ from ..config import Family, ModelConfig, Switches
 from ..diffusion.guidance import guide, power_cosine_scale
 from ..errors import UserError
 from ..kernels import attention_backends
-from ..kernels.checks import in_functorch
+from ..kernels.checks import plain_only
 from ..masking import MaskPlan
 from ..reference.init import initialise
 from .attention import Attention, share_index
@@ -219,7 +219,7 @@ class Transformer(Pretrained, nn.Module):
             raise UserError(f"y: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
         if t.dtype == torch.bool or t.is_complex():
             raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or in_functorch() or not len(x):
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or plain_only() or not len(x):
             return
         rows = self.y_embedder.embedding_table.num_embeddings
         if y.min() < 0 or y.max() >= rows:

@@ -122,7 +122,7 @@ class MaskedTransformer(Transformer):
 
     def plan(self, x: Tensor, enable_mask: bool, mask_plan: MaskPlan | None) -> MaskPlan | None:
         """The mask of this pass: the given one, a new one, or None for all tokens."""
-        B, L, ascending = len(x), self.config.grid_size**2, self.switches.sorted_tokens
+        B, L, ascending = x.shape[0], self.config.grid_size**2, self.switches.sorted_tokens
         if mask_plan is not None:
             if not isinstance(mask_plan, MaskPlan):
                 raise UserError(f"mask_plan: got {type(mask_plan).__name__}, expected a MaskPlan or None")
@@ -167,7 +167,7 @@ class MDTv2(MaskedTransformer):
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
         layers = [block.get_submodule("skip_linear") for block in self.de_blocks]
         # Of one sample alone it would be no less work: a part of it is done once for the batch.
-        if self.switches.thin_skip and len(x) > 1 and all(map(is_plain, layers)):
+        if self.switches.thin_skip and x.shape[0] > 1 and all(map(is_plain, layers)):
             weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias
             assert bias is not None
             skip = Embedded(patchify(x, self.patch_size), weight.flatten(1), bias, self.pos_embed)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..masking import MaskPlan
 from .base import Transformer
 from .blocks import both_skips
 from .conditioning import FINAL, Conditioning
@@ -30,18 +31,28 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     return isinstance(model, Transformer) and not surrounded
 
 
-def guided_pass(model: Transformer, x: Tensor, c: Conditioning, *, guided: bool, shared: bool) -> Tensor:
-    """The model's output [B, O, S, S] for images x [n, C, S, S], unmasked; ``c`` of all B rows.
+def guided_pass(
+    model: Transformer,
+    x: Tensor,
+    c: Conditioning,
+    plan: MaskPlan | None = None,
+    *,
+    guided: bool,
+    shared: bool,
+) -> Tensor:
+    """The model's output [B, O, S, S] for images x [n, C, S, S]; ``c`` of all B rows.
 
-    ``guided``: B is 2n. ``shared``: the patches of both halves are the same, and are embedded once.
+    ``plan``: which tokens of the n images the encoder sees (None: all). ``guided``: B is 2n. ``shared``: the
+    patches of both halves are the same, and are embedded once.
     """
+    both = plan if plan is None or not guided else plan.twice()
     if guided and not shared:
-        x = torch.cat([x, x])
+        x, plan = torch.cat([x, x]), both
     parts: Any = model  # every family has both
-    tokens, skip = parts.embed(x, None)
+    tokens, skip = parts.embed(x, plan)
     if guided and shared:
         tokens, skip = torch.cat([tokens, tokens]), both_skips(skip, skip)
-    return parts.from_tokens(tokens, skip, c, None)
+    return parts.from_tokens(tokens, skip, c, both)
 
 
 class StepModulations:

@@ -1,17 +1,25 @@
 """Samples out: the guided sampler and the files it fills."""
 
+from .export import export_step, read_description, run_exported
 from .folder import SampleFolder
 from .generate import Sampler, check_sampling, sample, sampling_diffusion
 from .images import check_writable, grid, save_picture, save_pngs, shown, to_uint8
+from .inpainting import Inpainter, check_inpainting, inpaint
 from .npz import adm_name, save_npz
 
 __all__ = [
+    "Inpainter",
     "SampleFolder",
     "Sampler",
     "adm_name",
+    "check_inpainting",
     "check_sampling",
     "check_writable",
+    "export_step",
     "grid",
+    "inpaint",
+    "read_description",
+    "run_exported",
     "sample",
     "sampling_diffusion",
     "save_npz",

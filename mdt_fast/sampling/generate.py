@@ -1,7 +1,7 @@
 """From class labels to images: noise, guided steps, pixels or latents."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -93,22 +93,25 @@ def sample(
     how many. The model is put in eval mode. Float32, of a
     float64 model float64. Raises ``UserError`` for labels out of range and impossible settings.
     """
+    diffusion = respaced(model, diffusion, config, diffusion_steps)
+    sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
+    return sampler.draw(labels, first_index, on_batch, on_step)
+
+
+def respaced(
+    model: nn.Module,
+    diffusion: GaussianDiffusion | DiffusionConfig,
+    config: SampleConfig,
+    diffusion_steps: int,
+) -> GaussianDiffusion:
+    """What ``sample`` was given as its diffusion, respaced."""
     if isinstance(diffusion, DiffusionConfig):
-        diffusion_steps = diffusion.diffusion_steps
-        diffusion = sampling_diffusion(model.config, diffusion, config)  # type: ignore[arg-type]
+        return sampling_diffusion(model.config, diffusion, config)  # type: ignore[arg-type]
     if diffusion_steps != diffusion.original_num_steps:
         raise UserError(
             f"diffusion_steps: the diffusion has {diffusion.original_num_steps}, got {diffusion_steps}"
         )
-    sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
-    sampler.check_labels(labels)
-    images = []
-    for start in range(0, len(labels), config.batch_size):
-        batch = labels[start : start + config.batch_size]
-        images.append(sampler(batch, first_index + start, on_step).cpu())
-        if on_batch:
-            on_batch(start + len(batch))
-    return torch.cat(images) if images else torch.empty(0, *sampler.shape)
+    return diffusion
 
 
 class Sampler:
@@ -138,6 +141,28 @@ class Sampler:
         for label in labels:
             if not 0 <= label < self.num_classes:
                 raise UserError(f"labels: allowed are 0 to {self.num_classes - 1}, got {label}")
+
+    def draw(
+        self,
+        labels: Sequence[int],
+        first_index: int = 0,
+        on_batch: OnBatch | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """One image per label, batch by batch, [N, C, S, S] on the CPU; see ``sample``."""
+        self.check_labels(labels)
+        images = []
+        for span in self.batches(len(labels)):
+            batch = labels[span.start : span.stop]
+            images.append(self(batch, first_index + span.start, on_step).cpu())
+            if on_batch:
+                on_batch(span.stop)
+        return torch.cat(images) if images else torch.empty(0, *self.shape)
+
+    def batches(self, count: int) -> Iterator[range]:
+        """Which of ``count`` images are drawn together."""
+        size = self.config.batch_size
+        return (range(start, min(start + size, count)) for start in range(0, count, size))
 
     @torch.no_grad()
     def __call__(self, labels: Sequence[int], first_index: int = 0, on_step: OnStep | None = None) -> Tensor:
@@ -186,12 +211,16 @@ class Sampler:
 
 
 class PerImageNoise:
-    """Standard normal noise, each image from its own generator, on the CPU: the same on every device."""
+    """Standard normal noise, each image from its own generator, on the CPU: the same on every device.
 
-    def __init__(self, seed: int, first_index: int, count: int):
+    ``images``: their numbers. ``stream``: further noise of the same images.
+    """
+
+    def __init__(self, seed: int, first_index: int, count: int, *stream: int):
+        self.images = range(first_index, first_index + count)
         self.generators = []
-        for index in range(first_index, first_index + count):
-            state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+        for index in self.images:
+            state = np.random.SeedSequence([seed, index], spawn_key=stream).generate_state(1, np.uint64)
             self.generators.append(torch.Generator().manual_seed(int(state[0])))
 
     def __call__(self, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import SampleConfig, SampleSwitches
 from ..diffusion import GaussianDiffusion, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
+from ..masking import MaskPlan
 from ..models.sampling import StepModulations, guided_pass, is_open
 from .graph import Graphed
 
@@ -44,7 +45,8 @@ class GuidedModel:
     """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass.
 
     ``guided_channels``: as many of the first output channels are guided. ``device``: where passes are
-    computed, if that is not where the weights lie between them.
+    computed, if that is not where the weights lie between them. ``plan``: which tokens of the n images the
+    encoder sees in the next passes; None: all.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class GuidedModel:
         }
         self.labels = self.rows = torch.empty(0)
         self.modulations: StepModulations | None = None
+        self.plan: MaskPlan | None = None
 
     def begin(self, labels: Sequence[int]) -> None:
         """A new batch, of these n classes."""
@@ -132,11 +135,12 @@ class GuidedModel:
         B = 2 * n if guided else n
         weight = self.weights_T[index].expand(n) if guided else None
         with torch.autocast(**self.autocast):
-            if self.modulations is not None:
+            if self.modulations is not None and self.plan is None:
                 modulations = self.modulations(index, self.rows[:B])
                 return self.compute(x, None, None, modulations, weight, noise, row)
-            t, y = self.times_T[index].expand(B), self.labels[:B]
-            return self.compute(x, t, y, None, weight, noise, row)
+            # The side-interpolater is not among those modulations, nor a plan what a graph takes.
+            compute = self.compute if self.plan is None else self._compute
+            return compute(x, self.times_T[index].expand(B), self.labels[:B], None, weight, noise, row)
 
     def _compute(
         self,
@@ -149,15 +153,17 @@ class GuidedModel:
         row: Tensor | None,
     ) -> Tensor:
         """A pass, and with ``row`` a step: on tensors alone, as a graph takes it."""
-        guided, images = weight is not None, x.to(self.dtype)
+        guided, images, plan = weight is not None, x.to(self.dtype), self.plan
         if self.parts is None:
-            output = self.model(torch.cat([images, images]) if guided else images, t, y)
+            hidden = {} if plan is None else {"mask_plan": plan.twice() if guided else plan}
+            output = self.model(torch.cat([images, images]) if guided else images, t, y, **hidden)
         else:
             if self.modulations is not None and modulations is not None:
                 c = self.modulations.conditioning(modulations)
             else:
                 c = self.parts.condition(t, y)  # type: ignore[arg-type]
-            output = guided_pass(self.parts, images, c, guided=guided, shared=self.switches.shared_embedding)
+            shared = self.switches.shared_embedding
+            output = guided_pass(self.parts, images, c, plan, guided=guided, shared=shared)
         output = output.to(x.dtype)
         if row is None:
             return output

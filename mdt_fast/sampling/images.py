@@ -22,16 +22,25 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
 
 
-def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Image.Image:
+def grid(
+    images_NHWC: np.ndarray,
+    labels: Sequence[int],
+    classes: Sequence[str],
+    before: Sequence[np.ndarray] = (),
+) -> Image.Image:
     """One row per class, its name in front; small images are enlarged (bicubic: easier to read than squares).
 
-    The first 24 classes that occur and their first 20 images are shown.
+    The first 24 classes that occur and their first 20 images are shown; of each class after those that come
+    ``before``, uint8 [H, W, C].
     """
-    rows = {label: images_NHWC[np.asarray(labels) == label] for label in sorted(set(labels))[:MAX_ROWS]}
+    rows = {
+        label: [*before, *images_NHWC[np.asarray(labels) == label][:MAX_COLUMNS]]
+        for label in sorted(set(labels))[:MAX_ROWS]
+    }
     side = images_NHWC.shape[1]
     cell = side * max(1, -(-CELL // side))
     gap = max(2, cell // 14)
-    columns = min(MAX_COLUMNS, max(len(row) for row in rows.values()))
+    columns = max(len(row) for row in rows.values())
     font = ImageFont.load_default(size=max(14, min(cell // 2, 28)))
     names = {label: _short(classes[label] if label < len(classes) else str(label)) for label in rows}
     margin = 2 * gap + round(max(font.getlength(name) for name in names.values()))
@@ -42,7 +51,7 @@ def grid(images_NHWC: np.ndarray, labels: Sequence[int], classes: Sequence[str])
     for i, (label, row) in enumerate(rows.items()):
         top = gap + i * (cell + gap)
         draw.text((margin - gap, top + cell // 2), names[label], fill=INK, font=font, anchor="rm")
-        for j, pixels in enumerate(row[:columns]):
+        for j, pixels in enumerate(row):
             enlarged = _picture(pixels).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(enlarged.convert("RGB"), (margin + gap + j * (cell + gap), top))
     return sheet

@@ -31,6 +31,7 @@ RANK = {
     "official": 6,
     "pipelines": 7,
     "commands": 8,
+    "options": 8,
     "cli": 9,
     "__main__": 10,
 }

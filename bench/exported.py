@@ -1,0 +1,71 @@
+"""A guided sampling step eager, exported and compiled by AOTInductor, in turns on one machine.
+
+``python bench/exported.py --model MDT_S_4``: seeded random weights, one image with guidance. Prints seconds
+to make each file, its size, and milliseconds a step (p20, median, p80).
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mdt_fast
+from mdt_fast.config import DiffusionConfig, SampleConfig
+from mdt_fast.errors import UserError
+from mdt_fast.sampling import export_step, read_description
+from mdt_fast.sampling.export import Step, load_step
+
+
+def compare(name: str, batch: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    model = getattr(mdt_fast, name)().eval()
+    config = SampleConfig(sampler="ddpm", steps=250, cfg_scale=3.8)
+    calls: dict[str, Any] = {"eager": Step(model, DiffusionConfig(), clip=False, guided=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("exported", "compiled"):
+            path, began = Path(folder) / f"{kind}.pt2", time.perf_counter()
+            export_step(model, DiffusionConfig(), path, config, aoti=kind == "compiled")
+            seconds, size = time.perf_counter() - began, path.stat().st_size
+            print(f"{kind}: made in {seconds:.0f} s, {size / 2**20:.0f} MiB", flush=True)
+            calls[kind] = load_step(path)[0]
+        steps = read_description(path)["steps"]
+    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+    t, row, scale = (torch.tensor(steps[key][100]) for key in ("t", "row", "scale"))
+    y = torch.arange(batch) % model.num_classes
+    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for kind, call in calls.items():
+                began = time.perf_counter()
+                call(x, t[None], y, torch.randn_like(x), row, scale[None])
+                times[kind].append(1e3 * (time.perf_counter() - began))
+    for kind, values in times.items():
+        low, *_, high = statistics.quantiles(values[1:], n=5)  # the first is a warm-up
+        print(f"{kind:9} {statistics.median(values[1:]):8.1f} ms a step (p20 {low:.1f}, p80 {high:.1f})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="MDT_S_4", metavar="FACTORY", help="default: MDT_S_4")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="steps of each (default: 25)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        compare(args.model, args.batch, args.rounds)
+    except (UserError, OSError, AttributeError) as error:
+        print(f"exported: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Digits completed: hidden from the encoder or not, by every sampler, and one picture of it.
+
+``python bench/inpainting.py runs/digits --picture inpainting.png``, for a run of the ``digits`` preset. A
+part of the true digit is taken away and drawn anew, with the right label. Judged by the RMS distance to the
+truth in the hole (of the first fill, and of the best of ``--fills``), by what a classifier of the real digits
+recognises, and by the Fréchet distance of the completed pictures' pixels to those they were made of.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from digits import pixels_of_digits
+from mdt_fast.config import SAMPLERS, SampleConfig
+from mdt_fast.errors import UserError
+from mdt_fast.evaluation.frechet import frechet_distance
+from mdt_fast.evaluation.moments import moments
+from mdt_fast.sampling import inpaint, save_picture, to_uint8
+from solvers import Digits
+
+HIDE = (0.0, 0.5, 1.0)
+CELL, GAP, MARGIN = 32, 4, 130
+
+
+def masks() -> dict[str, Tensor]:
+    """Unknown parts by name, bool [8, 8]."""
+    right, centre, corner = (torch.zeros(8, 8, dtype=torch.bool) for _ in range(3))
+    right[:, 4:] = True
+    centre[2:6, 2:6] = True
+    corner[:] = True
+    corner[:4, :4] = False
+    return {"right half": right, "centre (1/4)": centre, "all but a corner (3/4)": corner}
+
+
+class Completion:
+    """Digits with a part taken away, several fills of each."""
+
+    def __init__(self, run: Path, count: int, fills: int):
+        self.digits, self.count, self.fills = Digits(run, count * fills), count, fills
+        pixels, labels = pixels_of_digits()
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+        self.truth = pixels[chosen, :1]
+        self.digits.labels = labels[chosen].tolist() * fills
+
+    def fill(self, unknown: Tensor, config: SampleConfig, **how: Any) -> Tensor:
+        """[fills, N, 1, 8, 8]."""
+        image = self.truth.repeat(self.fills, 1, 1, 1)
+        digits = self.digits
+        drawn = inpaint(digits.model, digits.trained, digits.labels, image, unknown, config, **how)
+        return drawn.unflatten(0, (self.fills, self.count))
+
+    def judge(self, drawn: Tensor, unknown: Tensor) -> list[str]:
+        """RMS of the first and of the best fill, recognised, Fréchet distance, as text."""
+        squares = ((drawn - self.truth) * unknown).square().flatten(2).sum(2) / unknown.sum()
+        first, best = squares[0].mean().sqrt(), squares.min(0).values.mean().sqrt()
+        apart = frechet_distance(moments(drawn.flatten(0, 1).flatten(1)), moments(self.truth.flatten(1)))
+        recognised = self.digits.recognised(drawn.flatten(0, 1))
+        return [f"{first:.3f}", f"{best:.3f}", f"{100 * recognised:.1f}%", f"{apart:.2f}"]
+
+    def row(self, name: str, unknown: Tensor, config: SampleConfig, **how: Any) -> None:
+        began = time.perf_counter()
+        drawn = self.fill(unknown, config, **how)
+        seconds = time.perf_counter() - began
+        print("|", " | ".join([name, *self.judge(drawn, unknown), f"{seconds:.0f} s"]), "|", flush=True)
+
+
+def compare(completion: Completion, config: SampleConfig) -> None:
+    """Print the tables."""
+    header = (
+        f"| | RMS | best of {completion.fills} | recognised | Fréchet | time |\n|---|---|---|---|---|---|"
+    )
+    every = masks()
+    for name, unknown in every.items():
+        print(f"\n{name}\n{header}")
+        for hide in HIDE:
+            completion.row(f"hide {hide:g}", unknown, config, hide=hide)
+    unknown = every["right half"]
+    print(f"\nright half, nothing hidden\n{header}")
+    for sampler in SAMPLERS:
+        steps = 20 if sampler in ("dpm++", "unipc") else config.steps
+        completion.row(f"{sampler}, {steps} steps", unknown, replace(config, sampler=sampler, steps=steps))
+    for resample in (2, 5):
+        name = f"ddpm, each of {config.steps} steps {resample} times"
+        completion.row(name, unknown, replace(config, sampler="ddpm"), resample=resample)
+
+
+def picture(completion: Completion, config: SampleConfig) -> Image.Image:
+    """The truth, what is left of it, and fills with nothing and with the hole hidden; ten digits."""
+    rows: list[tuple[str, Tensor]] = []
+    for unknown in list(masks().values())[::2]:
+        rows += [("true", completion.truth), ("known", completion.truth.masked_fill(unknown, 0.0))]
+        for hide in (0.0, 1.0):
+            drawn = completion.fill(unknown, config, hide=hide)
+            rows += [(f"fill, hide {hide:g}", fill) for fill in drawn[:2]]
+    font = ImageFont.load_default(size=16)
+    sheet = Image.new("L", (MARGIN + 10 * (CELL + GAP), len(rows) * (CELL + GAP) + GAP), 255)
+    pen = ImageDraw.Draw(sheet)
+    labels = completion.digits.labels
+    columns = [labels.index(label) for label in range(10)]
+    for i, (name, images) in enumerate(rows):
+        top = GAP + i * (CELL + GAP)
+        pen.text((MARGIN - 2 * GAP, top + CELL // 2), name, fill=20, font=font, anchor="rm")
+        for j, pixels in enumerate(to_uint8(images[columns])[..., 0]):
+            cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)
+            sheet.paste(cell, (MARGIN + j * (CELL + GAP), top))
+    return sheet
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="a run of the digits preset")
+    parser.add_argument("--picture", metavar="FILE", help="write the picture here")
+    parser.add_argument("--digits", type=int, default=100, metavar="N", help="digits (default: 100)")
+    parser.add_argument("--fills", type=int, default=4, metavar="N", help="fills of each (default: 4)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        completion = Completion(Path(args.run), args.digits, args.fills)
+        config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.digits * args.fills)
+        compare(completion, config)
+        if args.picture:
+            save_picture(Path(args.picture), picture(completion, config))
+    except (UserError, OSError) as error:
+        print(f"inpainting: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The picture and the mask of ``mdt-fast sample --image X --mask M``."""
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import FirstStage
+from ..data.images import center_crop, center_crop_mask, read_image
+from ..errors import UserError
+
+GREY = 127
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What the model draws, [C, S, S], where it is ``unknown``, bool [S, S]; and where there are pixels,
+    uint8 [H, W, 1 or 3], where they are unknown, bool [H, W, 1]."""
+
+    image: Tensor
+    unknown: Tensor
+    pixels: np.ndarray | None
+    unknown_pixels: np.ndarray
+
+    def paste(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """The known pixels over decoded ones."""
+        if self.pixels is None:
+            return images_NHWC
+        return np.where(self.unknown_pixels, images_NHWC, self.pixels)
+
+    def shown(self) -> list[np.ndarray]:
+        """For a grid: the picture, and what is known of it."""
+        if self.pixels is None:
+            return []
+        return [self.pixels, np.where(self.unknown_pixels, np.uint8(GREY), self.pixels)]
+
+
+def check_known(args: argparse.Namespace) -> None:
+    """``UserError`` for options that need others."""
+    for name, other in (("image", "mask"), ("mask", "image"), ("hide", "image"), ("resample", "image")):
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise UserError(f"--{name}: needs --{other}, too")
+
+
+def read_known(args: argparse.Namespace, stage: FirstStage, channels: int) -> Known:
+    """``--image``, scaled and cropped as in training, with the same done to ``--mask``.
+
+    ``channels``: of the pixels. A latent is unknown if any pixel of it is. ``UserError`` for what does
+    not fit.
+    """
+    mask = read_image(Path(args.mask), 1)
+    if Path(args.image).suffix == ".npy":
+        image = _array(args.image, stage)
+        size, known = (stage.size, stage.size), None
+    else:
+        picture = read_image(Path(args.image), channels)
+        size, side = picture.size, stage.size * stage.factor
+        known = center_crop(picture, side).reshape(side, side, channels)
+    if mask.size != size:
+        raise UserError(
+            f"--mask: {mask.width}x{mask.height} pixels, but --image has {size[0]}x{size[1]}; they must match"
+        )
+    unknown = center_crop_mask(mask, stage.size if known is None else len(known))
+    if not unknown.any():
+        raise UserError("--mask: is black where the image is kept; white is to be filled in, there is none")
+    if known is None:
+        return Known(image, torch.from_numpy(unknown), None, unknown[:, :, None])
+    pixels = torch.from_numpy(known.astype(np.float32).transpose(2, 0, 1)) / 127.5 - 1
+    (image,) = stage.encode(pixels[None])
+    cells = unknown.reshape(stage.size, stage.factor, stage.size, stage.factor).any(axis=(1, 3))
+    return Known(image, torch.from_numpy(cells), known, unknown[:, :, None])
+
+
+def digest_of(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _array(file: str, stage: FirstStage) -> Tensor:
+    shape = [stage.channels, stage.size, stage.size]
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--image: cannot read {file!r}: {' '.join(str(error).split())}") from None
+    if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype.kind != "f":
+        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"--image: floats {shape} are needed of a .npy, got {got}")
+    return torch.from_numpy(array.astype(np.float32))

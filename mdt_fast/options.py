@@ -1,0 +1,97 @@
+"""The options of commands that draw, and their help."""
+
+from typing import Any
+
+from .config import SAMPLERS
+
+SAMPLE_HELP = """\
+Draw images from a run's EMA weights. Labels go round all classes unless --labels names some.
+
+  mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
+  mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png
+  mdt-fast sample runs/photos --labels cat,dog --sampler dpm++ --steps 20 --grid pets.png
+  mdt-fast sample runs/photos --image cat.jpg --mask hole.png --labels cat --num-samples 8
+
+  torchrun --nproc-per-node 8 -m mdt_fast sample runs/xl2 --num-samples 50000 --out samples
+
+With --image and --mask the white part of the mask is drawn and the rest is the image's (docs/inpainting.md).
+With --out, what was stopped or killed goes on with the same command, with any number of processes; other
+settings or another checkpoint are refused."""
+
+EXPORT_HELP = """\
+Write one sampling step of a run's EMA weights as a .pt2 file that runs without this package: an exported
+program, or with --aoti what AOTInductor compiles of it (docs/export.md).
+
+  mdt-fast export runs/digits step.pt2
+  mdt-fast export runs/digits step.pt2 --aoti --batch 8"""
+
+THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
+
+
+def add_sample(commands: Any) -> Any:
+    sample = commands.add_parser("sample", help="draw images from a trained run", description=SAMPLE_HELP)
+    add = sample.add_argument
+    add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add("--num-samples", type=int, metavar="N")
+    add("--steps", type=int, metavar="N", help="sampling steps")
+    add("--sampler", choices=SAMPLERS, help="ddpm: ancestral, as published; dpm++ and unipc need diffusers")
+    add("--eta", type=float, metavar="X", help="ddim's noise: 0 none, 1 as ddpm")
+    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance; 1 is none")
+    add("--scale-pow", metavar="P|none", help="power of the guidance's cosine schedule; none: constant")
+    add(
+        "--cfg-interval",
+        metavar="LOW,HIGH",
+        help="guide from timestep LOW to HIGH alone (or fractions of all, if HIGH is at most 1)",
+    )
+    add(
+        "--skip-below",
+        type=float,
+        metavar="X",
+        help="no guidance where its weight is nearer to 1 than X: faster, not exact (default: 0)",
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what the model computes in")
+    add(
+        "--labels",
+        metavar="A,B,...",
+        help="classes by index or name, repeated in turn up to --num-samples",
+    )
+    add("--seed", type=int, metavar="N", help="image i depends on the seed and i alone")
+    add("--batch-size", type=int, metavar="N", help="images drawn at once")
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help=THREADS_HELP)
+    add("--vae", metavar="PATH|NAME", help="autoencoder (default: the one it was trained with)")
+    add(
+        "--image",
+        metavar="FILE",
+        help="a picture, or a .npy of what the model draws, to fill in where --mask is white",
+    )
+    add("--mask", metavar="FILE", help="of the size of --image: white is drawn, black is kept")
+    add(
+        "--hide",
+        type=float,
+        metavar="X",
+        help="hide the unknown from the encoder in this part of the process, from the noise on (default: 0)",
+    )
+    add(
+        "--resample", type=int, metavar="N", help="do each step N times, noised again in between (default: 1)"
+    )
+    add("--npz", metavar="FILE", help="arr_0 uint8 [N, S, S, C] and arr_1 labels")
+    add("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
+    add("--png", metavar="DIR", help="one PNG per image")
+    add("--out", metavar="DIR", help="shards that a later run goes on with, at last samples_NxHxWxC.npz")
+    add("--shard-size", type=int, default=1000, metavar="N", help="images in a shard (default: 1000)")
+    return sample
+
+
+def add_export(commands: Any) -> Any:
+    export = commands.add_parser(
+        "export", help="a sampling step as a .pt2 file, to run elsewhere", description=EXPORT_HELP
+    )
+    add = export.add_argument
+    add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add("target", metavar="FILE", help="a name that ends in .pt2")
+    add("--aoti", action="store_true", help="compile it for this machine (needs a C++ compiler)")
+    add("--batch", default="dynamic", metavar="N|dynamic", help="images in a step (default: dynamic, any)")
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help=THREADS_HELP)
+    return export

@@ -1,0 +1,298 @@
+"""A sampler's step as a file: exported, or compiled, with all that a loop around it needs to know.
+
+n images of C channels and side S, O output channels, K coefficients.
+"""
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import DiffusionConfig, ModelConfig, SampleConfig, from_dict, to_dict
+from ..diffusion import GaussianDiffusion, make_betas
+from ..errors import UserError
+from ..files import aside
+from ..kernels import ddim_coefficients, ddpm_coefficients
+from ..models.attention import Attention
+from ..models.sampling import is_open
+from .generate import DEFAULT, PerImageNoise, check_sampling, sampling_diffusion
+from .guided import guidance_weights
+
+DESCRIPTION = "mdt_fast.json"
+FORMAT = 1
+KINDS = ("ddpm", "ddim")
+COLUMNS = (
+    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "x_0", "x_t", "eps", "min_log_variance",
+    "max_log_variance", "learned_noise", "noise",
+)  # fmt: skip
+"""Of a row of coefficients; see ``Step``."""
+
+
+class Step(nn.Module):
+    """A pass for both halves of a guided batch, and a step of ``ddpm`` or ``ddim``, as its coefficients say.
+
+    With r, m, a, b, c, low, high, s and f, a row's ``COLUMNS``, and the guided output eps, v (0 with a fixed
+    variance): x_0 = r x - m eps (or what the model predicts), clamped where ``clip``; then eps = (r x -
+    x_0) / m, and the next x is a x_0 + b x + c eps + (s exp((w high + (1 - w) low) / 2) + f) noise with w =
+    (v + 1) / 2.
+    """
+
+    def __init__(self, model: nn.Module, diffusion: DiffusionConfig, *, clip: bool, guided: bool):
+        super().__init__()
+        self.model, self.clip, self.guided = model, clip, guided
+        self.start_x = diffusion.predict_xstart
+        config: Any = model.config
+        self.null, self.channels = config.num_classes, min(3, config.in_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, noise: Tensor, row: Tensor, scale: Tensor) -> Tensor:
+        """x and noise float32 [n, C, S, S], t int64 [1] (an original timestep), y int64 [n], row float32 [K],
+        scale float32 [1] -> the next x."""
+        n, C = x.shape[0], x.shape[1]
+        images = x.to(next(self.model.parameters()).dtype)
+        if self.guided:
+            images, y = torch.cat([images, images]), torch.cat([y, torch.full_like(y, self.null)])
+        output = self.model(images, t.expand(images.shape[0]), y).to(x.dtype)
+        value, v = output[:n, :C], output[:n, C:]
+        if self.guided:
+            uncond, some = output[n:, : self.channels], value[:, : self.channels]
+            value = torch.cat([uncond + scale * (some - uncond), value[:, self.channels :]], dim=1)
+        recip, recipm1, to_start, to_x, to_eps, low, high, learned, fixed = row.unbind()
+        start = value if self.start_x else recip * x - recipm1 * value
+        if self.clip:
+            start = start.clamp(-1, 1)
+        eps = (recip * x - start) / recipm1  # of the x_0 that was clipped
+        fraction = (v + 1) / 2 if output.shape[1] > C else torch.zeros_like(x)
+        sigma = learned * (0.5 * (fraction * high + (1 - fraction) * low)).exp() + fixed
+        return to_start * start + to_x * x + to_eps * eps + sigma * noise
+
+
+def step_coefficients(diffusion: GaussianDiffusion, config: SampleConfig) -> Tensor:
+    """A row for each step, float32 [T, K] on the CPU; the last is the first one's."""
+    a, zero = diffusion.alphas_cumprod, torch.zeros(diffusion.num_timesteps)
+    if config.sampler == "ddpm":
+        recip, recipm1, coef1, coef2, low, high, move = ddpm_coefficients(a, diffusion.var_type).unbind(1)
+        columns = [recip, recipm1, coef1, coef2, zero, low, high, move, zero]
+    else:
+        recip, recipm1, signal_prev, direction, sigma = ddim_coefficients(a, config.eta).unbind(1)
+        columns = [recip, recipm1, signal_prev, zero, direction, zero, zero, zero, sigma]
+    return torch.stack(columns, dim=1)
+
+
+def export_step(
+    model: nn.Module,
+    diffusion: DiffusionConfig,
+    path: str | Path,
+    config: SampleConfig = DEFAULT,
+    *,
+    clip_denoised: bool | None = None,
+    batch: int | None = None,
+    aoti: bool = False,
+    classes: Sequence[str] | None = None,
+) -> Path:
+    """Write the sampler's step of ``model`` to ``path``, a .pt2: an ``ExportedProgram``, or with ``aoti`` a
+    package that AOTInductor compiled for the machine and device it is made on.
+
+    No op of this package is in it: plain PyTorch is traced. What goes in and out, see ``Step``; it serves
+    ``ddpm`` and ``ddim`` with any number of steps. ``diffusion``: what the model was trained with.
+    ``config``: settings to sample with by default; with its ``cfg_scale`` 1 and for a model without label
+    dropout the unconditional half is left out for good. ``batch``: n, fixed; None: any. A description is in
+    the file (``read_description``): configurations, ``alphas_cumprod``, and times, guidance and coefficients
+    of ``config``'s steps. ``clip_denoised`` as in ``sample``; ``classes``: names to keep. The model is put in
+    eval mode. Raises ``UserError`` for settings that do not fit, and where
+    AOTInductor finds no compiler.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise UserError(f"path: a name that ends in .pt2 is needed, got {path.name!r}")
+    if batch is not None and batch < 1:
+        raise UserError(f"batch: must be at least 1, got {batch}")
+    if not is_open(model):
+        raise UserError("model: hooks, FSDP or torch.compile surround it; export the model without them")
+    model_config: Any = model.config
+    _check(model_config, config)
+    clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
+    guided = config.cfg_scale != 1
+    description = _describe(model_config, diffusion, config, clip=clip, batch=batch, classes=classes)
+    step = Step(model.eval(), diffusion, clip=clip, guided=guided)
+    n, device = batch or 2, next(model.parameters()).device
+    C, S = model_config.in_channels, model_config.input_size
+    x = torch.zeros(n, C, S, S, device=device)
+    one = torch.ones(1, device=device)
+    y, row = torch.zeros(n, dtype=torch.int64, device=device), torch.ones(len(COLUMNS), device=device)
+    any_n = {0: torch.export.Dim("n", min=1)} if batch is None else None
+    chosen = [(m, m.attention_backend) for m in model.modules() if isinstance(m, Attention)]
+    try:
+        for attention, _ in chosen:
+            attention.attention_backend = "auto"  # a library of the user's choice may not be traced
+        with torch.no_grad():
+            program = torch.export.export(
+                step,
+                (x, one.long(), y, x.clone(), row, one),
+                dynamic_shapes=(any_n, None, any_n, any_n, None, None),
+            )
+    finally:
+        for attention, name in chosen:
+            attention.attention_backend = name
+    text = json.dumps(description)
+    with aside(path) as file, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        written = Path(folder) / path.name  # the archive's folder has the file's name
+        if aoti:
+            _compile(program, written, text)
+        else:
+            torch.export.save(program, written, extra_files={DESCRIPTION: text})
+        written.replace(file)
+    return path
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """What ``export_step`` wrote beside the program. ``UserError`` for another file."""
+    return _opened(Path(path))[0]
+
+
+@torch.no_grad()
+def run_exported(
+    path: str | Path,
+    labels: Sequence[int],
+    config: SampleConfig | None = None,
+    *,
+    first_index: int = 0,
+) -> Tensor:
+    """``sample`` by a file that ``export_step`` wrote, and nothing else: [N, C, S, S] on the CPU.
+
+    ``config``: None for the settings it was exported with; ``ddpm`` and ``ddim`` alone, in the dtype of the
+    model. The pictures are those of ``sample`` up to rounding. An AOTInductor package is compiled code that
+    runs as it is: open none that you do not trust. Raises ``UserError`` for a file or settings that do not
+    fit.
+    """
+    described = read_description(path)
+    model = from_dict(ModelConfig, described["model"], "model")
+    if config is None:
+        config = from_dict(SampleConfig, described["sample"], "sample")
+    _check(model, config)
+    if config.cfg_scale != 1 and not described["guided"]:
+        raise UserError(f"cfg_scale: the step was exported without guidance; use 1, got {config.cfg_scale:g}")
+    for label in labels:
+        if not 0 <= label < model.num_classes:
+            raise UserError(f"labels: allowed are 0 to {model.num_classes - 1}, got {label}")
+    trained = from_dict(DiffusionConfig, described["diffusion"], "diffusion")
+    diffusion = sampling_diffusion(model, trained, config)
+    call, device = load_step(Path(path))
+    table, weights = step_coefficients(diffusion, config).to(device), guidance_weights(diffusion, config)
+    noisy, fixed = config.sampler == "ddpm" or config.eta > 0, described["batch"]
+    images, size = [], fixed or config.batch_size
+    shape = model.in_channels, model.input_size, model.input_size
+    for start in range(0, len(labels), size):
+        some = list(labels[start : start + size])
+        n = len(some)
+        some += some[-1:] * ((fixed or n) - n)  # to the fixed batch
+        noise = PerImageNoise(config.seed, first_index + start, len(some))
+        y = torch.tensor(some, device=device)
+        x = noise(torch.empty(len(some), *shape, device=device))
+        for index in range(diffusion.num_timesteps - 1, -1, -1):
+            t = torch.tensor([diffusion.timestep_map[index]], device=device)
+            added = noise(x) if noisy else torch.zeros_like(x)
+            x = call(x, t, y, added, table[index], weights[index : index + 1].to(device))
+        images.append(x[:n].cpu())
+    return torch.cat(images) if images else torch.empty(0, *shape)
+
+
+def _check(model: ModelConfig, config: SampleConfig) -> None:
+    check_sampling(model, config)
+    if config.sampler not in KINDS:
+        raise UserError(f"sampler: a step of {' or '.join(KINDS)} can be exported, got {config.sampler!r}")
+    if config.dtype != "float32":
+        raise UserError(
+            f"dtype: an exported step computes in the dtype of its weights; use float32, got {config.dtype}"
+        )
+
+
+def _describe(
+    model: ModelConfig,
+    trained: DiffusionConfig,
+    config: SampleConfig,
+    *,
+    clip: bool,
+    batch: int | None,
+    classes: Sequence[str] | None,
+) -> dict[str, Any]:
+    """JSON-ready; coefficients and guidance from the first step, the noisiest, to the last."""
+    diffusion = sampling_diffusion(model, trained, config)
+    betas = make_betas(trained.noise_schedule, trained.diffusion_steps)
+    return {
+        "format": FORMAT,
+        "model": to_dict(model),
+        "diffusion": to_dict(trained),
+        "sample": to_dict(config),
+        "guided": config.cfg_scale != 1,
+        "null_class": model.num_classes,
+        "clip": clip,
+        "batch": batch,
+        "classes": None if classes is None else list(classes),
+        "inputs": ["x", "t", "y", "noise", "row", "scale"],
+        "columns": COLUMNS,
+        "variance": diffusion.var_type,
+        "predicts": diffusion.mean_type,
+        "alphas_cumprod": np.cumprod(1 - betas).tolist(),
+        "steps": {
+            "t": diffusion.timestep_map[::-1],
+            "scale": guidance_weights(diffusion, config).flip(0).tolist(),
+            "row": step_coefficients(diffusion, config).flip(0).tolist(),
+        },
+    }
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, description: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    configs = {"aot_inductor.metadata": {DESCRIPTION: description}}
+    try:
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    except (InductorError, CppCompileError) as error:  # such as no compiler
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"aoti: AOTInductor cannot compile the step here ({reason})") from None
+
+
+def load_step(path: Path) -> tuple[Any, torch.device]:
+    """What to call as a ``Step``, and the device it is for. ``UserError`` for another file."""
+    if _opened(path)[1]:
+        package = _package(path)
+        return package, torch.device(package.get_metadata()["AOTI_DEVICE_KEY"])
+    program = torch.export.load(path)
+    return program.module(), next(iter(program.state_dict.values())).device
+
+
+def _package(path: Path) -> Any:
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], bool]:
+    """Its description, and whether it is compiled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+            written = [name for name in inside if name.endswith(f"/extra/{DESCRIPTION}")]
+            text = archive.read(written[0]).decode() if written else ""
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or "it is no zip archive"
+        raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
+    compiled = any("/data/aotinductor/" in name for name in inside)
+    try:
+        if compiled:
+            package = _package(path)
+            text = package.get_metadata()[DESCRIPTION]
+        described = json.loads(text)
+        known = described["format"]
+    except (RuntimeError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{str(path)!r} is no file that export_step wrote, or for another machine") from None
+    if known != FORMAT:
+        raise UserError(f"{str(path)!r}: has format {known}, this version reads {FORMAT}")
+    return described, compiled

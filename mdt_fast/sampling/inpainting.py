@@ -1,0 +1,184 @@
+"""Parts of a picture drawn anew: the known part is put back at each step, the sampler draws the rest.
+
+N images of C channels and side S, a grid of G x G = L tokens.
+Source: Lugmayr et al. 2022 (RePaint, arXiv:2201.09865), algorithm 1; Gao et al. 2023 (MDT, arXiv:2303.14389),
+section 3.2, for the side-interpolater.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DiffusionConfig, ModelConfig, SampleConfig, SampleSwitches
+from ..diffusion import GaussianDiffusion
+from ..errors import UserError
+from ..masking import MaskPlan
+from .generate import ALL, DEFAULT, OnBatch, OnStep, PerImageNoise, Sampler, respaced
+from .schedulers import SOLVERS
+
+KNOWN = 1
+"""The stream of the known part's noise: the sampler's own noise stays what it is without an image."""
+
+
+def inpaint(
+    model: nn.Module,
+    diffusion: GaussianDiffusion | DiffusionConfig,
+    labels: Sequence[int],
+    image: Tensor,
+    unknown: Tensor,
+    config: SampleConfig = DEFAULT,
+    *,
+    hide: float = 0.0,
+    resample: int = 1,
+    diffusion_steps: int = 1000,
+    clip_denoised: bool | None = None,
+    first_index: int = 0,
+    on_batch: OnBatch | None = None,
+    on_step: OnStep | None = None,
+    switches: SampleSwitches = ALL,
+) -> Tensor:
+    """``image`` with its unknown part drawn, once per label: [N, C, S, S] on the CPU.
+
+    ``image``: what the model draws, pixels in [-1, 1] or latents, floating [C, S, S] for all N or [N, C, S,
+    S]. ``unknown``: bool [S, S] or [N, S, S], True where to draw; elsewhere the result is ``image`` exactly.
+    Before each step the known part becomes ``image`` with the step's noise, from generators of its own, so
+    that with everything unknown the result is ``sample``'s. ``resample``: each step is done so many times,
+    noised again in between (RePaint with jumps of one step; ``ddpm`` and ``ddim``).
+
+    ``hide``: the part of the process, from the noise on, in which tokens that are unknown altogether are
+    hidden from the encoder and left to the side-interpolater, as in training: 0 never, 1 at every step. It
+    needs a model with a ``mask_ratio``. What is partly known is seen. The rest is as in ``sample``; images
+    with different numbers of hidden tokens are drawn in different batches. Raises ``UserError`` for what does
+    not fit.
+    """
+    sampler = Inpainter(
+        model, respaced(model, diffusion, config, diffusion_steps), config, image, unknown,
+        hide=hide, resample=resample, first_index=first_index, clip_denoised=clip_denoised, switches=switches,
+    )  # fmt: skip
+    sampler.check_count(len(labels))
+    return sampler.draw(labels, first_index, on_batch, on_step)
+
+
+class Inpainter(Sampler):
+    """A ``Sampler`` of fills; see ``inpaint``. ``first_index``: the number of the first of several images."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        diffusion: GaussianDiffusion,
+        config: SampleConfig,
+        image: Tensor,
+        unknown: Tensor,
+        *,
+        hide: float = 0.0,
+        resample: int = 1,
+        first_index: int = 0,
+        clip_denoised: bool | None = None,
+        switches: SampleSwitches = ALL,
+    ):
+        super().__init__(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
+        self.image, self.unknown = _checked(image, unknown, self.shape)
+        self.image = self.image.to(self.model.device, self.dtype)
+        self.unknown = self.unknown.to(self.model.device)
+        check_inpainting(model.config, config, self.unknown[:, 0], hide=hide, resample=resample)  # type: ignore[arg-type]
+        self.hide, self.resample, self.first_index = hide, resample, first_index
+        self.hidden = hidden_tokens(self.unknown[:, 0], int(model.patch_size)) if hide else None  # type: ignore[arg-type]
+
+    def check_count(self, count: int) -> None:
+        """``UserError`` unless there is an image and a mask for each of ``count`` labels."""
+        for name, tensor in (("image", self.image), ("unknown", self.unknown)):
+            if len(tensor) not in (1, count):
+                raise UserError(f"{name}: {count} labels need 1 or as many, got {len(tensor)}")
+
+    def batches(self, count: int) -> Iterator[range]:
+        """Those with equally many hidden tokens."""
+        hidden = [0] if self.hidden is None else self.hidden.sum(dim=1).tolist()
+        for _, same in groupby(range(count), lambda i: hidden[i % len(hidden)]):
+            members = list(same)
+            for span in super().batches(len(members)):
+                yield range(members[0] + span.start, members[0] + span.stop)
+
+    def _steps(self, noise: PerImageNoise) -> Callable[[Tensor, int], Tensor]:
+        step = super()._steps(noise)
+        image, unknown, plan = self._of(noise.images)
+        known_noise = PerImageNoise(self.config.seed, noise.images.start, len(noise.images), KNOWN)
+
+        def painted(x: Tensor, index: int) -> Tensor:
+            self.model.plan = plan if self._hides(index) else None
+            for again in range(self.resample):
+                if again:
+                    x = self._noised_again(x, index, known_noise(x))
+                x = step(torch.where(unknown, x, self._at_level(image, index, known_noise(x))), index)
+            return x if index else torch.where(unknown, x, image)
+
+        return painted
+
+    def _of(self, images: range) -> tuple[Tensor, Tensor, MaskPlan | None]:
+        """Image, unknown part and plan of a batch."""
+        rows = torch.tensor(images, device=self.model.device) - self.first_index
+        image, unknown = (v[rows] if len(v) > 1 else v for v in (self.image, self.unknown))
+        if self.hidden is None:
+            return image, unknown, None
+        hidden = self.hidden[rows] if len(self.hidden) > 1 else self.hidden.expand(len(rows), -1)
+        kept = torch.argsort(hidden.int(), dim=1, stable=True)[:, : int((~hidden[0]).sum())]
+        return image, unknown, MaskPlan.from_keep(kept, hidden.shape[1]).sorted()
+
+    def _hides(self, index: int) -> bool:
+        steps = self.diffusion.original_num_steps
+        return self.diffusion.timestep_map[index] >= (1 - self.hide) * steps
+
+    def _at_level(self, image: Tensor, index: int, noise: Tensor) -> Tensor:
+        """The image as a step finds it."""
+        t = torch.full((len(noise),), index, device=noise.device)
+        return self.diffusion.q_sample(image.expand_as(noise), t, noise)
+
+    def _noised_again(self, x: Tensor, index: int, noise: Tensor) -> Tensor:
+        """What a step gave, as it was before."""
+        beta = float(self.diffusion.betas[index])
+        return (1 - beta) ** 0.5 * x + beta**0.5 * noise
+
+
+def check_inpainting(
+    model: ModelConfig, config: SampleConfig, unknown_NSS: Tensor, *, hide: float, resample: int
+) -> None:
+    """``UserError`` for settings that ``inpaint`` cannot follow."""
+    if not unknown_NSS.flatten(1).any(dim=1).all():
+        raise UserError("unknown: nothing is, there is nothing to draw")
+    if not 0 <= hide <= 1:
+        raise UserError(f"hide: allowed are 0 to 1, got {hide:g}")
+    if resample < 1:
+        raise UserError(f"resample: must be at least 1, got {resample}")
+    if resample > 1 and config.sampler in SOLVERS:
+        raise UserError(
+            f"resample: {config.sampler} remembers the steps before and cannot go back; use ddpm or ddim"
+        )
+    if hide and (model.family == "dit" or model.mask_ratio is None):
+        raise UserError("hide: the model was not trained with hidden tokens; use 0")
+    if hide and hidden_tokens(unknown_NSS, model.patch_size).all(dim=1).any():
+        raise UserError("hide: everything is unknown, the encoder would see no token; use 0")
+
+
+def hidden_tokens(unknown_NSS: Tensor, patch: int) -> Tensor:
+    """Which tokens are unknown altogether: bool [N, S, S] -> [N, L]."""
+    N, S, _ = unknown_NSS.shape
+    G = S // patch
+    return unknown_NSS.view(N, G, patch, G, patch).all(dim=4).all(dim=2).flatten(1)
+
+
+def _checked(image: Tensor, unknown: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """As [N or 1, C, S, S] and [N or 1, 1, S, S]."""
+    C, S, _ = shape
+    if image.ndim not in (3, 4) or tuple(image.shape[-3:]) != shape or not image.is_floating_point():
+        raise UserError(
+            f"image: floats [{C}, {S}, {S}] or [N, {C}, {S}, {S}] are needed, got {image.dtype} "
+            f"{list(image.shape)}"
+        )
+    if not image.isfinite().all():
+        raise UserError("image: has values that are not finite")
+    if unknown.ndim not in (2, 3) or unknown.shape[-2:] != (S, S) or unknown.dtype != torch.bool:
+        raise UserError(
+            f"unknown: bool [{S}, {S}] or [N, {S}, {S}] is needed, got {unknown.dtype} {list(unknown.shape)}"
+        )
+    return image.reshape(-1, C, S, S), unknown.reshape(-1, 1, S, S)

@@ -1,0 +1,175 @@
+"""The exported step: the pictures of ``sample``, any batch, nothing of this package in it, refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.exc import CppCompileError
+
+from mdt_fast.config import DiffusionConfig, ModelConfig, SampleConfig
+from mdt_fast.errors import UserError
+from mdt_fast.models.attention import Attention
+from mdt_fast.models.zoo import build_model
+from mdt_fast.sampling import export_step, read_description, run_exported, sample
+
+MODEL = ModelConfig(
+    family="mdtv2", input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=2, num_heads=2,
+    num_classes=10, decode_layer=1,
+)  # fmt: skip
+CONFIG = SampleConfig(steps=4, batch_size=3, seed=3, cfg_scale=2.0)
+LABELS = [3, 1, 4, 1]  # batches of 3 and 1
+TRAINED = DiffusionConfig()
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def model_of(config: ModelConfig) -> nn.Module:
+    torch.manual_seed(1)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return model_of(MODEL)
+
+
+@pytest.fixture(scope="module")
+def package(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_step(model, TRAINED, tmp_path_factory.mktemp("export") / "step.pt2", CONFIG)
+
+
+SAMPLERS = {
+    "ddim": {"sampler": "ddim"},
+    "ddim-eta0.7": {"sampler": "ddim", "eta": 0.7},
+    "ddpm": {"sampler": "ddpm"},
+    "ddpm-7": {"sampler": "ddpm", "steps": 7},
+    "interval": {"cfg_interval": (0.2, 0.6), "scale_pow": None},
+    "unguided": {"cfg_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("changes", SAMPLERS.values(), ids=SAMPLERS)
+def test_the_pictures_are_those_of_sample(model: nn.Module, package: Path, changes: dict) -> None:
+    """Batches of three and of one by the same file."""
+    config = replace(CONFIG, **changes)
+    drawn = run_exported(package, LABELS, config, first_index=5)
+    torch.testing.assert_close(drawn, sample(model, TRAINED, LABELS, config, first_index=5), **CLOSE)
+
+
+def test_it_is_plain_pytorch(package: Path) -> None:
+    program = torch.export.load(package)
+    ops = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert ops
+    assert not {op for op in ops if "mdt_fast" in op or "mkldnn" in op}
+
+
+def test_the_file_says_all_a_loop_needs(package: Path) -> None:
+    """DDIM by torch alone, from what is in the file."""
+    files = {"mdt_fast.json": ""}
+    step = torch.export.load(package, extra_files=files).module()
+    steps = json.loads(files["mdt_fast.json"])["steps"]
+    assert read_description(package)["steps"] == steps
+    x = start = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    zeros, y = torch.zeros_like(x), torch.tensor([7])
+    for t, scale, row in zip(steps["t"], steps["scale"], steps["row"], strict=True):
+        x = step(x, torch.tensor([t]), y, zeros, torch.tensor(row), torch.tensor([scale]))
+    assert x.isfinite().all()
+    assert not torch.equal(x, start)
+
+
+@pytest.mark.parametrize(
+    ("model_changes", "config_changes", "trained"),
+    [
+        ({"family": "dit", "mask_ratio": None, "decode_layer": 0}, {}, {}),
+        ({"family": "mdt", "in_channels": 1, "learn_sigma": False}, {"sampler": "ddpm"}, {}),
+        ({"class_dropout_prob": 0.0}, {"cfg_scale": 1.0}, {"predict_xstart": True}),
+    ],
+    ids=["dit", "mdt, pixels, fixed variance", "no guidance, x_0"],
+)  # fmt: skip
+def test_other_models_and_a_fixed_batch(
+    tmp_path: Path, model_changes: dict, config_changes: dict, trained: dict
+) -> None:
+    config, diffusion = replace(CONFIG, **config_changes), replace(TRAINED, **trained)
+    model = model_of(replace(MODEL, **model_changes))
+    model.set_attention_backend("samples")  # which cannot be exported
+    package = export_step(model, diffusion, tmp_path / "step.pt2", config, batch=3)
+    assert {m.attention_backend for m in model.modules() if isinstance(m, Attention)} == {"samples"}
+    drawn = run_exported(package, LABELS)
+    torch.testing.assert_close(drawn, sample(model, diffusion, LABELS, config), **CLOSE)
+
+
+@pytest.mark.slow
+def test_a_compiled_package_gives_the_same_pictures(model: nn.Module, tmp_path: Path) -> None:
+    """Slow: its C++ is compiled, a minute on one core."""
+    package = export_step(model, TRAINED, tmp_path / "compiled.pt2", CONFIG, aoti=True)
+    assert read_description(package)["sample"]["steps"] == 4
+    for sampler in ("ddim", "ddpm"):
+        config = replace(CONFIG, sampler=sampler)
+        drawn = run_exported(package, LABELS, config)
+        torch.testing.assert_close(drawn, sample(model, TRAINED, LABELS, config), **CLOSE)
+
+
+def test_without_a_compiler(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor raises for it, in one line."""
+
+    def compile_it(*args: object, **options: object) -> None:
+        raise CppCompileError(["no-such-compiler"], "two\nlines")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_it)
+    with pytest.raises(UserError, match="aoti: AOTInductor cannot compile the step here") as refusal:
+        export_step(model, TRAINED, tmp_path / "step.pt2", CONFIG, aoti=True)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "message"),
+    [
+        ({"sampler": "unipc"}, {}, "sampler: a step of ddpm or ddim can be exported, got 'unipc'"),
+        ({"dtype": "bfloat16"}, {}, "dtype: an exported step computes in the dtype of its weights"),
+        ({"cfg_scale": -1.0}, {}, "cfg_scale: must be at least 0"),
+        ({"steps": 2000}, {}, "steps: allowed are 1 to 1000, got 2000"),
+        ({}, {"batch": 0}, "batch: must be at least 1, got 0"),
+        ({}, {"path": "step.pt"}, "path: a name that ends in .pt2 is needed, got 'step.pt'"),
+    ],
+)
+def test_what_cannot_be_exported(
+    model: nn.Module, tmp_path: Path, changes: dict, how: dict, message: str
+) -> None:
+    path = tmp_path / how.pop("path", "step.pt2")
+    with pytest.raises(UserError, match=message):
+        export_step(model, TRAINED, path, replace(CONFIG, **changes), **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+    model = model_of(MODEL)
+    model.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(UserError, match="model: hooks, FSDP or torch"):
+        export_step(model, TRAINED, tmp_path / "step.pt2", CONFIG)
+
+
+def test_what_cannot_be_run(package: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"sampler": "dpm++"}, "sampler: a step of ddpm or ddim can be exported"),
+        ({"steps": 0}, "steps: allowed are 1 to 1000, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_exported(package, LABELS, replace(CONFIG, **changes))
+    with pytest.raises(UserError, match="labels: allowed are 0 to 9, got 10"):
+        run_exported(package, [10])
+    with pytest.raises(UserError, match="No such file or directory"):
+        run_exported(tmp_path / "none.pt2", LABELS)
+    (tmp_path / "text.pt2").write_text("no archive")
+    with pytest.raises(UserError, match="it is no zip archive"):
+        run_exported(tmp_path / "text.pt2", LABELS)
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "other.pt2")
+    with pytest.raises(UserError, match="is no file that export_step wrote"):
+        run_exported(tmp_path / "other.pt2", LABELS)
