@@ -1,4 +1,4 @@
-"""Attention on a CPU, one sample after the other, against plain PyTorch: every gradient, in every layout."""
+"""Attention on a CPU, a few samples at a time, against plain PyTorch: every gradient, in every layout."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
-from mdt_fast.kernels.rel_attention import backends, reference
+from mdt_fast.kernels.rel_attention import backends, reference, samples
 from mdt_fast.kernels.rel_attention.call import Call, Side
 from parity import compare, run
 from tolerances import FLOAT64, relative_error
@@ -39,9 +39,14 @@ def packed_plain(qkv: Tensor, table_RH: Tensor, pos: Tensor, offsets: Tensor, le
     return plain(*qkv.unbind(1), table_RH, call)
 
 
+@pytest.fixture(params=[1, 2], ids=["one at a time", "two at a time"], autouse=True)
+def _samples_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "SCORES_BYTES", request.param * H * (G * G) ** 2 * 4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [1, 64, 72])
-@pytest.mark.parametrize("lengths", [(25, 25, 10, 7), (3,), (25, 0, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(25, 25, 25, 10, 10, 7), (3,), (25, 0, 0, 1)], ids=str)
 @pytest.mark.parametrize("ascending", [True, False], ids=["ascending", "shuffled"])
 def test_packed_batches(dtype: torch.dtype, d: int, lengths: tuple[int, ...], ascending: bool) -> None:
     torch.manual_seed(0)
