@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,8 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):
         command.at_least_one(f"--{name}", getattr(args, name))
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
+    if args.jobs is None:
+        args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
     settings = replace(settings, train=replace(settings.train, device=str(device)))
     torch.set_num_threads(args.threads)
     data = open_data(settings.data, settings.sample.num_samples, device)
@@ -215,7 +218,9 @@ def _parser() -> command.Parser:
     parser.add_argument("--seeds", type=int, default=3, help="of each variant (default: 3)")
     parser.add_argument("--samples", type=int, help="drawn at each point, and real images kept apart")
     parser.add_argument("--points", type=int, default=9, help="how often each is judged (default: 9)")
-    parser.add_argument("--jobs", type=int, default=1, help="learners at a time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="learners at a time (default: as many as there are cores; on a GPU 1)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the size's)")
     parser.add_argument(

@@ -82,13 +82,13 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
 
 _DIGITS = RunConfig(
     model=ModelConfig(
-        input_size=16, patch_size=2, in_channels=1, hidden_size=96, depth=6, num_heads=3, num_classes=10,
+        input_size=16, patch_size=4, in_channels=1, hidden_size=96, depth=6, num_heads=3, num_classes=10,
         decode_layer=2,
     ),
     data=DataConfig(source="digits", image_size=16, channels=1),
     diffusion=DiffusionConfig(noise_schedule="squaredcos_cap_v2", min_snr_gamma=None),
     train=TrainConfig(
-        steps=600, batch_size=32, optimizer="adamw", lr=1e-3, warmup_steps=50, ema_decay=0.98, device="cpu",
+        steps=1200, batch_size=64, optimizer="adamw", lr=2e-3, warmup_steps=50, ema_decay=0.99, device="cpu",
     ),
     sample=SampleConfig(
         num_samples=500, steps=10, sampler="unipc", cfg_scale=1.0, scale_pow=None, batch_size=125,
@@ -99,7 +99,7 @@ SIZES: dict[str, RunConfig] = {
     "cpu": _DIGITS,
     "gpu": replace(
         _DIGITS,
-        model=replace(_DIGITS.model, input_size=32, **SHAPES["S"]),
+        model=replace(_DIGITS.model, input_size=32, patch_size=2, **SHAPES["S"]),
         data=replace(_DIGITS.data, image_size=32),
         train=replace(
             _DIGITS.train, steps=4000, batch_size=128, lr=3e-4, warmup_steps=200, ema_decay=0.999,
