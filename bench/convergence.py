@@ -21,14 +21,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import command
 import learning_report
-from judge import Data, load_judge, open_data, save_classifier, train_classifier
+from judge import Data, Judge, load_judge, open_data, save_classifier, train_classifier
 from learn import Job, Point, judged_at, learn, shown_samples
 from learners import SIZES, STUDIES
 from mdt_fast.config import RunConfig, to_dict
@@ -66,16 +66,23 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     line = shlex.join(["python", "bench/convergence.py", *argv])
     kept.rows = rows = RowFile(args.json, machine(device, line))
     jobs = list(jobs_of(args, names, settings, judge, len(data.learnt.classes)))
-    done = {row["digest"] for row in learning_report.complete(read([args.json]))}
-    waiting = [job for job in jobs if digest(job) not in done]
-    print(
-        f"{len(jobs)} learners, of which {len(jobs) - len(waiting)} are complete; {args.jobs} at a time",
-        flush=True,
-    )
+    before = known(read([args.json]))
+    wanted: dict[str, list[Job]] = {}  # by what it follows from: studies share learners
+    for job in jobs:
+        wanted.setdefault(job.digest, []).append(job)
+    waiting = [same[0] for key, same in wanted.items() if key not in before]
+    complete = len(wanted) - len(waiting)
+    print(f"{len(wanted)} learners, of which {complete} are complete; {args.jobs} at a time", flush=True)
     quality = load_judge(judge, data, len(data.learnt.classes), settings.sample.num_samples, device)
+    for key in set(wanted) & set(before):
+        named = {(row["study"], row["provider"]) for row in before[key]}
+        points = list({row["step"]: Point.of(row) for row in before[key]}.values())
+        for job in wanted[key]:
+            if (job.study, job.variant.name) not in named:
+                add(rows, job, points, quality)
     for job, points in learnt(waiting, args.jobs):
-        for point in points:
-            add(rows, job, point, quality.floor, quality.real_accuracy)
+        for same in wanted[job.digest]:
+            add(rows, same, points, quality)
     conclude(args, names, read([args.json]), jobs)
     return 0
 
@@ -134,13 +141,12 @@ def jobs_of(
                 )  # fmt: skip
 
 
-def digest(job: Job) -> str:
-    """What the job's result follows from."""
-    values = {
-        "variant": asdict(job.variant), "settings": to_dict(job.settings), "seed": job.seed,
-        "steps": job.steps, "study": job.study,
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+def known(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of complete learners by their digests."""
+    found: dict[str, list[Row]] = {}
+    for row in learning_report.complete(rows):
+        found.setdefault(row["digest"], []).append(row)
+    return found
 
 
 def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]]]:
@@ -161,24 +167,28 @@ def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # after Ctrl-C, or when one of them failed
+                process.terminate()
 
 
-def add(rows: RowFile, job: Job, point: Point, floor: float, real_accuracy: float) -> None:
+def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> None:
     settings = job.settings
     model = meta_model(settings.model)
-    rows.add(
-        (None, point.frechet, None),
-        bench="convergence", study=job.study, model=settings.model.family, provider=job.variant.name,
-        mode="train", batch=settings.train.batch_size, dtype=settings.train.dtype, metric="frechet", unit="1",
-        shape={
-            "size": settings.model.input_size, "tokens": settings.model.grid_size**2,
-            "width": settings.model.hidden_size, "depth": settings.model.depth,
-            "samples": settings.sample.num_samples, "sampling": settings.sample.steps,
-        },
-        parameters=sum(p.numel() for p in model.parameters()), switches={}, seed=job.seed, step=point.step,
-        seconds=point.seconds, flops=point.flops, loss=point.loss, accuracy=point.accuracy, floor=floor,
-        real_accuracy=real_accuracy, of=job.steps[-1], digest=digest(job),
-    )  # fmt: skip
+    for point in points:
+        rows.add(
+            (None, point.frechet, None),
+            bench="convergence", study=job.study, model=settings.model.family, provider=job.variant.name,
+            mode="train", batch=settings.train.batch_size, dtype=settings.train.dtype, metric="frechet",
+            unit="1", switches={}, seed=job.seed, step=point.step, of=job.steps[-1], digest=job.digest,
+            shape={
+                "size": settings.model.input_size, "tokens": settings.model.grid_size**2,
+                "width": settings.model.hidden_size, "depth": settings.model.depth,
+                "samples": settings.sample.num_samples, "sampling": settings.sample.steps,
+            },
+            parameters=sum(p.numel() for p in model.parameters()), seconds=point.seconds, flops=point.flops,
+            loss=point.loss, accuracy=point.accuracy, floor=quality.floor,
+            real_accuracy=quality.real_accuracy,
+        )  # fmt: skip
 
 
 def conclude(
@@ -198,7 +208,7 @@ def conclude(
         first = [
             job for job in jobs if job.study == name and job.seed == 0 and job.settings.model.in_channels != 4
         ]
-        samples = {job.variant.name: shown for job, shown in shown_samples(args.out, first)}
+        samples = {job.variant.name: shown for job, shown in shown_samples(first)}
         learning_report.draw(name, found[name], samples, picture)
         print(f"\nfigure: {picture}")
     print(f"rows: {args.json}")

@@ -4,9 +4,12 @@ B images of a batch, [C, S, S] each. What is random in step s follows from (seed
 the same images, times and noise.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from judge import NOISE, Judge, load_judge, open_data
 from learners import Variant
-from mdt_fast.config import ModelConfig, RunConfig
+from mdt_fast.config import ModelConfig, RunConfig, to_dict
 from mdt_fast.data import Loader
 from mdt_fast.diffusion import GaussianDiffusion, create_diffusion
 from mdt_fast.files import aside
@@ -48,9 +51,18 @@ class Job:
     classes: int
     threads: int
 
+    @cached_property
+    def digest(self) -> str:
+        """What the result follows from: the same in every study that has this learner, by any name."""
+        variant = {name: getattr(self.variant, name) for name in ("passes", "without", "implementation")}
+        values = {"variant": variant, "settings": to_dict(self.settings), "seed": self.seed}
+        text = json.dumps({**values, "steps": self.steps}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     @property
-    def name(self) -> str:
-        return f"{self.study}-{self.variant.name}-{self.seed}".replace(" ", "-")
+    def samples(self) -> Path:
+        """Where pictures of it are left."""
+        return self.folder / f"samples-{self.digest}.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +76,12 @@ class Point:
     loss: float
     frechet: float
     accuracy: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Point":
+        """Of a row that was made of one."""
+        names = ("step", "seconds", "flops", "loss", "accuracy")
+        return cls(frechet=row["p50"], **{name: row[name] for name in names})
 
 
 def learn(job: Job) -> list[Point]:
@@ -99,7 +117,7 @@ def learn(job: Job) -> list[Point]:
             )
         )
         print(_line(job, points[-1], judge), flush=True)
-    with aside(job.folder / f"{job.name}.npz") as file, file.open("wb") as opened:
+    with aside(job.samples) as file, file.open("wb") as opened:
         np.savez(opened, samples=np.stack(shown), steps=job.steps)
     return points
 
@@ -251,12 +269,11 @@ def judged_at(steps: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({round(first * ratio**i) for i in range(points - 1)} | {steps}))
 
 
-def shown_samples(folder: Path, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+def shown_samples(jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
     """Of each job what :func:`learn` left: [points, SHOWN, C, S, S]."""
     for job in jobs:
-        path = folder / f"{job.name}.npz"
-        if path.exists():
-            with np.load(path) as saved:
+        if job.samples.exists():
+            with np.load(job.samples) as saved:
                 yield job, saved["samples"]
 
 

@@ -23,7 +23,7 @@ def tiny() -> RunConfig:
     size = learners.SIZES["cpu"]
     return replace(
         size,
-        model=replace(size.model, input_size=8, hidden_size=16, depth=4, num_heads=2),
+        model=replace(size.model, input_size=8, patch_size=2, hidden_size=16, depth=4, num_heads=2),
         data=replace(size.data, image_size=8),
         sample=replace(size.sample, steps=2, sampler="ddim"),
     )
@@ -66,6 +66,8 @@ def test_a_comparison_leaves_rows_tables_and_a_figure(
     assert run(f"--out={out}") == 0  # all is complete: nothing is trained again
     assert "of which 6 are complete" in capsys.readouterr().out
     assert (out / "rows.jsonl").read_text() == before
+    assert run(f"--out={out}", "--study=path") == 0  # MDTv2 is known from before, by another study
+    assert "4 learners, of which 2 are complete" in capsys.readouterr().out
     assert run(f"--out={out}", "--report") == 0
     assert "sooner than DiT" in capsys.readouterr().out
     assert run(f"--out={out}", "--report", "--study=parts") == 2
