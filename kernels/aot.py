@@ -65,7 +65,8 @@ def _compile(case: Case, arch: str) -> Any:
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.dtypes[name] for name in names}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    # Sorted: Triton's cache goes by their order too, and a set's differs from process to process.
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(case.aligned)}
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     source = ASTSource(case.kernel, signature, constants, attributes)
