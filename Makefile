@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTHON ?=
 EXTRAS ?= test
+# Test files at a time: one for each core, but one by one (0) where a GPU's timings need it alone.
+JOBS ?= $(if $(wildcard /dev/nvidia[0-9]*),0,auto)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
@@ -21,9 +24,9 @@ bench: $(READY) ## measure training and sampling throughput on this machine (abo
 soak: $(READY) ## kill a training 20 times, resume it, compare it with an unbroken one bit for bit (about three minutes)
 	$(BIN)/python tests/soak.py
 
-test: lint types ## lint, types and all tests, with the slowest and the skipped listed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels
-	$(BIN)/python -m pytest -ra --durations=10 -m "not interpreter"
+test: lint types ## lint, types and all tests, with the slowest and the skipped listed (JOBS=0: one at a time)
+	TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/kernels
+	$(PYTEST) -ra --durations=10 -m "not interpreter"
 
 digits: $(READY) ## train a small MDTv2 on handwritten digits, then sample from it (RUN=runs/digits)
 	$(BIN)/mdt-fast train --preset digits --out $(RUN)

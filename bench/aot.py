@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 import aot_csrc
-from mdt_fast.kernels.aot import Case, compile_case
+from mdt_fast.kernels.aot import Case, compile_cases
 from rows import RowFile
 
 ROOMS = ("ln_modulate", "bias_gelu", "tokens", "patch_embed", "rel_attention", "cfg_step")
 """The rooms that list kernels in an ``aot.py``."""
 
+CHUNK = 16
+"""Kernels that a process compiles and disassembles together."""
 COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spills B",
@@ -37,17 +39,18 @@ def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
     bad = number = 0
     # Spawned: a fork of a process with threads may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        native = {arch: _start_csrc(pool, arch) for arch in architectures}
+        triton = {arch: _start(pool, arch) for arch in architectures}
         for arch in architectures:
-            jobs = [(op, arch, i) for op in ROOMS for i in range(len(_cases(op, arch)))]
             table = _table(arch)
-            for (op, _, i), outcome in zip(jobs, pool.map(_compile, jobs, chunksize=4), strict=True):
-                case = _cases(op, arch)[i]
+            outcomes = (outcome for chunk in triton[arch] for outcome in chunk.result())
+            for (op, case), outcome in zip(_cases(arch), outcomes, strict=True):
                 _record(case, op, arch, outcome, rows)
                 number += 1
                 bad += isinstance(outcome, str) or outcome["spill_bytes"] > 0
                 name = case.kernel.__name__.removesuffix("_kernel")
                 table.add_row(name, case.label, str(case.num_warps), *_cells(outcome))
-            for name, numbers in _csrc(arch, rows):
+            for name, numbers in _csrc(arch, native[arch], rows):
                 number += 1
                 bad += isinstance(numbers, str) or numbers["spill_bytes"] > 0
                 table.add_row(name, "csrc", "", *_cells(numbers))
@@ -59,33 +62,47 @@ def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
 
 
 @cache
-def _cases(op: str, arch: str) -> list[Case]:
-    return list(import_module(f"mdt_fast.kernels.{op}.aot").cases(arch))
+def _cases(arch: str) -> list[tuple[str, Case]]:
+    """Every kernel, with its room."""
+    return [(op, case) for op in ROOMS for case in import_module(f"mdt_fast.kernels.{op}.aot").cases(arch)]
 
 
-def _compile(job: tuple[str, str, int]) -> Outcome:
-    """Numbers of one kernel, or why it does not compile."""
-    op, arch, i = job
-    case = _cases(op, arch)[i]
-    try:
-        numbers = compile_case(case, arch)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    if arch in SHARED_BYTES:
-        return numbers | {"occupancy": _occupancy(numbers, case.num_warps, SHARED_BYTES[arch])}
-    return dict(numbers)
+def _start(pool: ProcessPoolExecutor, arch: str) -> list[Future[list[Outcome]]]:
+    return [pool.submit(_compile, arch, first) for first in range(0, len(_cases(arch)), CHUNK)]
 
 
-def _csrc(arch: str, rows: RowFile) -> list[tuple[str, Outcome]]:
-    """The CUDA kernels of ``csrc/``, if nvcc is here; recorded like the others."""
+def _compile(arch: str, first: int) -> list[Outcome]:
+    """Numbers of each kernel of a chunk, or why it does not compile."""
+    outcomes: list[Outcome] = []
+    cases = [case for _, case in _cases(arch)[first : first + CHUNK]]
+    for case, numbers in zip(cases, compile_cases(cases, arch), strict=True):
+        if isinstance(numbers, Exception):
+            outcomes.append(f"{type(numbers).__name__}: {numbers}")
+        elif arch in SHARED_BYTES:
+            occupancy = _occupancy(numbers, case.num_warps, SHARED_BYTES[arch])
+            outcomes.append(numbers | {"occupancy": occupancy})
+        else:
+            outcomes.append(dict(numbers))
+    return outcomes
+
+
+def _start_csrc(pool: ProcessPoolExecutor, arch: str) -> dict[str, Future[dict[str, dict[str, float]]]]:
+    """The CUDA kernels of ``csrc/`` by file, if nvcc is here."""
     if aot_csrc.nvcc() is None or not arch.startswith("sm_"):
-        return []
+        return {}
+    return {source: pool.submit(aot_csrc.compile_source, source, arch) for source in aot_csrc.SOURCES}
+
+
+def _csrc(
+    arch: str, compiled: dict[str, Future[dict[str, dict[str, float]]]], rows: RowFile
+) -> list[tuple[str, Outcome]]:
+    """Recorded like the others."""
     found: list[tuple[str, Outcome]] = []
-    for source in aot_csrc.SOURCES:
+    for source, future in compiled.items():
         common = {"bench": "aot", "op": source.removesuffix(".cu"), "arch": arch, "provider": "csrc",
                   "mode": "fwd", "dtype": "fp32", "shape": "", "switches": {}}  # fmt: skip
         try:
-            kernels = aot_csrc.compile_source(source, arch)
+            kernels = future.result()
         except RuntimeError as error:
             found.append((source, str(error)))
             rows.add(**common, kernel=source, metric="failed", unit="", note=str(error)[:300])

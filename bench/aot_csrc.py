@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mdt_fast.kernels.aot import read_cubin
+from mdt_fast.kernels.aot import read_cubins
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SOURCES = ("mask_plan.cu", "optim.cu")
@@ -42,7 +42,8 @@ def compile_source(source: str, arch: str) -> dict[str, dict[str, float]]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc: {(done.stderr or done.stdout).strip()}")
-        return {_short(name): dict(numbers) for name, numbers in read_cubin(cubin).items()}
+        (kernels,) = read_cubins([cubin])
+        return {_short(name): dict(numbers) for name, numbers in kernels.items()}
 
 
 def _short(mangled: str) -> str:

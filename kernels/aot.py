@@ -6,8 +6,10 @@ Rooms list their kernels at the shapes they serve as :class:`Case`; ``bench/kern
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,30 @@ class Case:
     num_stages: int = 3
 
 
-def compile_case(case: Case, arch: str) -> dict[str, int]:
-    """Compile for ``arch``; registers, spills, shared memory and instruction counts by name.
+def compile_cases(cases: Sequence[Case], arch: str) -> list[dict[str, int] | Exception]:
+    """Compile each for ``arch``; registers, spills, shared memory and instruction counts by name.
 
-    Raises what Triton raises where the kernel does not compile or does not fit.
+    In a kernel's place what Triton raised, where it does not compile or does not fit. Many at a time cost
+    less than one by one: the disassembler takes longer to start than to read.
     """
+    compiled = [_compile(case, arch) for case in cases]
+    good = [one for one in compiled if not isinstance(one, Exception)]
+    if arch.startswith("gfx"):
+        read = [_read_amdgcn(one.asm["amdgcn"]) for one in good]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / f"{i}.cubin" for i in range(len(good))]
+            for path, one in zip(paths, good, strict=True):
+                path.write_bytes(one.asm["cubin"])
+            read = [numbers for kernels in read_cubins(paths) for numbers in kernels.values()]
+    # Shared memory is asked for at launch: the binary itself does not tell.
+    full = [numbers | {"shared_bytes": one.metadata.shared} for numbers, one in zip(read, good, strict=True)]
+    numbers = iter(full)
+    return [one if isinstance(one, Exception) else next(numbers) for one in compiled]
+
+
+def _compile(case: Case, arch: str) -> Any:
+    """Triton's compiled kernel, or what it raised."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -44,37 +65,55 @@ def compile_case(case: Case, arch: str) -> dict[str, int]:
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.dtypes[name] for name in names}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    # Sorted: Triton's cache goes by their order too, and a set's differs from process to process.
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(case.aligned)}
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     source = ASTSource(case.kernel, signature, constants, attributes)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
-    )
-    read = _read_amdgcn(compiled.asm["amdgcn"]) if amd else _read_cubin(compiled.asm["cubin"])
-    # Shared memory is asked for at launch: the binary itself does not tell.
-    return read | {"shared_bytes": compiled.metadata.shared}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    try:
+        return triton.compile(source, target=target, options=options)
+    except Exception as error:
+        return error
 
 
-def _read_cubin(cubin: bytes) -> dict[str, int]:
+def read_cubins(paths: Sequence[Path]) -> list[dict[str, dict[str, int]]]:
+    """Registers, spills, stack, static shared memory and instruction counts of each kernel in each file.
+
+    The files are for one architecture.
+    """
+    usage: list[dict[str, tuple[int, ...]]] = []
+    code: dict[tuple[int, str], bytes] = {}
+    arch = ""
+    for i, path in enumerate(paths):
+        said = _tool("cuobjdump", "-res-usage", path.resolve())
+        found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
+        if not found:
+            raise RuntimeError(f"cuobjdump says nothing of registers: {said[:200]!r}")
+        usage.append({name: tuple(map(int, numbers)) for name, *numbers in found})
+        with tempfile.TemporaryDirectory() as folder:
+            _tool("cuobjdump", "-xtext", "all", path.resolve(), cwd=folder)
+            for file in Path(folder).iterdir():
+                name, arch = file.name.removeprefix(f"{path.stem}-").removesuffix(".elf.bin").rsplit(".", 1)
+                code[i, name] = file.read_bytes()
+    sass = dict(zip(code, _disassemble(list(code.values()), arch), strict=True))
+    return [
+        {name: _numbers(sass[i, name], *numbers) for name, numbers in kernels.items()}
+        for i, kernels in enumerate(usage)
+    ]
+
+
+def _disassemble(binaries: Sequence[bytes], arch: str) -> list[str]:
+    """The instructions of each, a line each, of one run over all of them one after the other."""
+    ends = list(accumulate(map(len, binaries)))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        (numbers,) = read_cubin(path).values()
-    return numbers
-
-
-def read_cubin(path: Path) -> dict[str, dict[str, int]]:
-    """Registers, spills, stack, static shared memory and instruction counts of each kernel in a file."""
-    usage, sass = (_cuobjdump(flag, path) for flag in ("-res-usage", "-sass"))
-    found = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage, flags=re.MULTILINE
-    )
-    if not found:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage[:200]!r}")
-    parts = re.split(r"Function : (\S+)", sass)
-    code = dict(zip(parts[1::2], parts[2::2], strict=True))
-    return {name: _numbers(code[name], *map(int, numbers)) for name, *numbers in found}
+        path = Path(folder) / "all.bin"
+        path.write_bytes(b"".join(binaries))
+        said = _tool("nvdisasm", "-b", arch.replace("sm_", "SM"), path)
+    lines: list[list[str]] = [[] for _ in binaries]
+    for address, instruction in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/(.*)", said, flags=re.MULTILINE):
+        lines[bisect_right(ends, int(address, 16))].append(instruction)
+    return ["\n".join(own) for own in lines]
 
 
 def _numbers(sass: str, registers: int, stack: int, shared: int, local: int) -> dict[str, int]:
@@ -94,11 +133,12 @@ def _numbers(sass: str, registers: int, stack: int, shared: int, local: int) -> 
     }  # fmt: skip
 
 
-def _cuobjdump(flag: str, path: Path) -> str:
+def _tool(name: str, *arguments: str | Path, cwd: str | None = None) -> str:
+    """What one of the tools prints that Triton brings."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 def _read_amdgcn(text: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What every test shares: one thread, deterministic draws, and a closing list of the golden tests by name."""
 
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -19,6 +19,9 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of many slow tests first: processes that share the files then end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

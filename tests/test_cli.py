@@ -55,6 +55,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err.removeprefix("mdt-fast: error: ").rstrip("\n")
 
 
+@pytest.mark.slow
 def test_train_sample_convert_as_separate_processes(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -292,6 +293,7 @@ def test_the_last_lines_list_what_exists(
     assert files == ["loss.png", "metrics.jsonl", "checkpoints"]
 
 
+@pytest.mark.slow
 def test_no_reader_and_no_unicode(tmp_path: Path) -> None:
     """A closed pipe does not end training, nor does a name that the output's encoding lacks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}

@@ -15,6 +15,7 @@ def found() -> dict:
     return doctor.report()
 
 
+@pytest.mark.slow
 def test_it_names_versions_devices_ops_and_packages(found: dict) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["cores"] >= 1

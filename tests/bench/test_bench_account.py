@@ -10,6 +10,7 @@ from rows import read
 FLAGS = ["--account", "--model", "digits", "--batch", "4", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_every_switch_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     assert throughput.main([*FLAGS, "--json", str(file)]) == 0

@@ -62,6 +62,7 @@ def test_this_checkout_has_the_cpu_ops() -> None:
     assert library("cpu"), MISSING["cpu"]
 
 
+@pytest.mark.slow
 def test_one_binary_for_every_python(source: Path) -> None:
     done = build(source, MDT_FAST_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +78,7 @@ def test_without_a_compiler(source: Path) -> None:
     assert libraries(source) == []
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails(source: Path) -> None:
     with open(source / "csrc" / "update.h", "a") as header:
         header.write("#error this compiler is too old\n")

@@ -197,6 +197,7 @@ def test_layers_with_hooks_or_in_their_place_run_themselves() -> None:
         fast.training_step_outputs(**batch())
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_follow_the_reference() -> None:
     """Same seeds, same draws: every loss within 1e-4 of the reference's (seen: 1e-6)."""
     oracle, fast = pair("mdtv2", torch.float32, hidden_size=32, depth=3, decode_layer=1)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import several_runs
 from mdt_fast.cli import main
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
 from mdt_fast.training.run import equal_share
@@ -26,23 +27,20 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def command(processes: int, run: Path, *options: str, restarts: int = 0) -> list[str]:
-    """One process, or several by torchrun."""
-    several = [
-        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        f"--max-restarts={restarts}", "--monitor-interval=0.1",
+def torchrun(*program: str, restarts: int = 0) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        f"--max-restarts={restarts}", "--monitor-interval=0.1", *program,
     ]  # fmt: skip
-    launcher = several if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "mdt_fast", *OPTIONS, f"--out={run}", *options]
 
 
-def finished(processes: int, run: Path, *options: str) -> str:
-    """What a run that must succeed printed."""
-    done = subprocess.run(
-        command(processes, run, *options), capture_output=True, text=True, env=environment(), timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def on_two(*runs: tuple[Path, list[str]]) -> subprocess.CompletedProcess[str]:
+    """Trainings of two processes, with one start of these for all: it takes longer than a training."""
+    lines = json.dumps([[*OPTIONS, f"--out={run}", *options] for run, options in runs])
+    return subprocess.run(
+        torchrun(several_runs.__file__, lines),
+        capture_output=True, text=True, env=environment(), timeout=300,
+    )  # fmt: skip
 
 
 def alone(run: Path, *options: str) -> None:
@@ -67,35 +65,67 @@ def same_losses(run: Path, other: Path, tolerance: float = 1e-6) -> None:
                 assert row[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (row["step"], key)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--set=train.optimizer=adan"],
-        ["--accumulate=2", "--set=model.family=mdt", "--set=model.decode_layer=1"],
-        ["--set=model.family=dit", "--set=train.parallel=hybrid"],
-    ],
-    ids=["mdtv2-adan", "mdt-accumulated", "dit-hybrid"],
-)
-def test_two_processes_are_one(options: list[str], tmp_path: Path) -> None:
+CASES = {
+    "mdtv2-adan": ["--set=train.optimizer=adan"],
+    "mdt-accumulated": ["--accumulate=2", "--set=model.family=mdt", "--set=model.decode_layer=1"],
+    "dit-hybrid": ["--set=model.family=dit", "--set=train.parallel=hybrid"],
+}
+
+
+@pytest.fixture(scope="module")
+def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Of two processes: each case, an unbroken run, one of four steps only, and one whose pictures fail.
+
+    What they printed is the second.
+    """
+    root = tmp_path_factory.mktemp("eight")
+    (root / "pictures").mkdir()
+    (root / "pictures" / "samples").write_text("in the way")
+    done = on_two(
+        *((root / name / "two", ["--steps=8", *options]) for name, options in CASES.items()),
+        (root / "whole", ["--steps=8"]),
+        (root / "halves", ["--steps=4"]),
+        (root / "pictures", ["--steps=8"]),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, done.stdout
+
+
+@pytest.fixture(scope="module")
+def carried_on(eight_steps: tuple[Path, str]) -> Path:
+    """Each case's run of the other number of processes too, and the broken run, all of them resumed."""
+    root, _ = eight_steps
+    for name, options in CASES.items():
+        single = [option for option in options if "accumulate" not in option]
+        alone(root / name / "one", "--steps=8", *single)
+        same_losses(root / name / "two", root / name / "one")
+        alone(root / name / "two", "--resume=auto", "--steps=12", "--accumulate=1", *single)
+    done = on_two(
+        *((root / name / "one", ["--resume=auto", "--steps=12", *CASES[name]]) for name in CASES),
+        (root / "halves", ["--resume=auto", "--steps=8"]),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def test_one_process_prints(eight_steps: tuple[Path, str]) -> None:
+    root, printed = eight_steps
+    assert printed.count("8 steps done") == len(CASES) + 2
+    assert printed.count("4 steps done") == 1
+    for name in CASES:
+        assert (root / name / "two" / "samples.png").stat().st_size > 100
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, carried_on: Path) -> None:
     """The same losses, of each quarter of the noise levels too; then each goes on as the other number."""
-    two, one = tmp_path / "two", tmp_path / "one"
-    printed = finished(2, two, "--steps=8", *options)
-    assert printed.count("8 steps done") == 1
-    single = [option for option in options if "accumulate" not in option]
-    alone(one, "--steps=8", *single)
-    same_losses(two, one)
-    assert (two / "samples.png").stat().st_size > 100
-    alone(two, "--resume=auto", "--steps=12", "--accumulate=1", *single)
-    finished(2, one, "--resume=auto", "--steps=12", *options)
-    same_losses(two, one)
+    assert len(rows(carried_on / case / "one")) == 12
+    same_losses(carried_on / case / "two", carried_on / case / "one")
 
 
-def test_resumed_on_two_processes_it_is_the_unbroken_run_bit_for_bit(tmp_path: Path) -> None:
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    finished(2, whole, "--steps=8")
-    finished(2, halves, "--steps=4")
-    finished(2, halves, "--resume=auto", "--steps=8")
-    ours, theirs = open_checkpoint(halves), open_checkpoint(whole)
+def test_resumed_on_two_processes_it_is_the_unbroken_run_bit_for_bit(carried_on: Path) -> None:
+    ours, theirs = open_checkpoint(carried_on / "halves"), open_checkpoint(carried_on / "whole")
+    assert ours.step == theirs.step == 8
     for part in PARTS:
         a, b = ours.tensors(part), theirs.tensors(part)
         assert a.keys() == b.keys()
@@ -103,10 +133,17 @@ def test_resumed_on_two_processes_it_is_the_unbroken_run_bit_for_bit(tmp_path: P
     assert theirs.state["processes"] == 2
 
 
-def started(processes: int, run: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """A long run that has saved its first checkpoint."""
+def test_pictures_that_cannot_be_made_do_not_end_the_run(eight_steps: tuple[Path, str]) -> None:
+    root, printed = eight_steps
+    assert "warning: no picture" in printed
+    assert open_checkpoint(root / "pictures").step == 8
+
+
+def started(run: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """A long run of two processes that has saved its first checkpoint."""
+    command = ["-m", "mdt_fast", *OPTIONS, f"--out={run}", "--steps=100000", "--set=train.keep=2", *options]
     process = subprocess.Popen(
-        command(processes, run, "--steps=100000", "--set=train.keep=2", *options, restarts=restarts),
+        torchrun(*command, restarts=restarts),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -131,7 +168,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 
 def test_sigterm_saves_and_ends_all_without_an_error(tmp_path: Path) -> None:
     """A cluster's pre-emption: torchrun hands it to every process, at slightly different moments."""
-    process = started(2, tmp_path)
+    process = started(tmp_path)
     for worker in workers(process):
         os.kill(worker, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
@@ -143,7 +180,7 @@ def test_sigterm_saves_and_ends_all_without_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_lost_process_ends_all_with_one_message(rank: int, tmp_path: Path) -> None:
-    process = started(2, tmp_path)
+    process = started(tmp_path)
     os.kill(workers(process)[rank], signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -154,12 +191,12 @@ def test_a_lost_process_ends_all_with_one_message(rank: int, tmp_path: Path) -> 
         assert "the last checkpoint is" in errors[0]
     open_checkpoint(tmp_path).verify()
     reached = open_checkpoint(tmp_path).step + 4
-    finished(2, tmp_path, "--resume=auto", f"--steps={reached}")
+    alone(tmp_path, "--resume=auto", f"--steps={reached}")
     assert open_checkpoint(tmp_path).step == reached
 
 
 def test_torchrun_starts_a_lost_process_again(tmp_path: Path) -> None:
-    process = started(2, tmp_path, "--resume=auto", restarts=1)
+    process = started(tmp_path, "--resume=auto", restarts=1)
     lost = workers(process)
     os.kill(lost[1], signal.SIGKILL)
     deadline = time.monotonic() + 120
@@ -186,28 +223,14 @@ def test_every_process_has_an_equal_share_of_the_pictures() -> None:
             assert [first for first, _ in shares] == [rank * len(shares[0][1]) for rank in range(size)]
 
 
-def test_pictures_that_cannot_be_made_do_not_end_the_run(tmp_path: Path) -> None:
-    (tmp_path / "samples").write_text("in the way")
-    printed = finished(2, tmp_path, "--steps=8")
-    assert "warning: no picture" in printed
-    assert "8 steps done" in printed
-
-
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
-    for options, message in (
-        (
-            ["--batch-size=7"],
-            "train.batch_size: 7 does not divide by 2 processes; the nearest that does is 8",
-        ),
-        (["--set=train.compile=model"], "train.compile: 'model' is for one process"),
-    ):
-        done = subprocess.run(
-            command(2, tmp_path / "run", *options),
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=120,
-        )
+    mistakes = {
+        "--batch-size=7": "train.batch_size: 7 does not divide by 2 processes; the nearest that does is 8",
+        "--set=train.compile=model": "train.compile: 'model' is for one process",
+    }
+    for option, message in mistakes.items():
+        done = on_two((tmp_path / "run", [option]))
+        assert done.returncode != 0
         errors = [line for line in done.stderr.splitlines() if line.startswith("mdt-fast: error:")]
         assert len(errors) == 1, done.stderr
         assert message in errors[0]

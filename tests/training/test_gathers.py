@@ -4,6 +4,8 @@ import pytest
 
 from collectives import Case, Counted, count
 
+pytestmark = pytest.mark.slow
+
 PACKED = Case(2, 2, "fsdp", "bfloat16")
 SEPARATE = Case(2, 2, "fsdp", "bfloat16", packed=False)
 CHECKPOINTED = Case(2, 2, "fsdp", "bfloat16", checkpointing="full")

@@ -240,6 +240,7 @@ def test_a_streak_of_bad_steps_goes_on_after_a_resume(
         train(tiny(max_skips=3), tmp_path, resume="auto")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, then SIGTERM, then to the end."""
     config, broken = tiny(steps=24, save_every=1, keep=2), tmp_path / "broken"
