@@ -72,7 +72,7 @@ def _compile(job: tuple[str, str, int]) -> Outcome:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if arch in SHARED_BYTES:
-        return numbers | {"occupancy": _occupancy(numbers, case.num_warps, SHARED_BYTES[arch])}
+        return numbers | {"occupancy": occupancy(numbers, case.num_warps, SHARED_BYTES[arch])}
     return dict(numbers)
 
 
@@ -98,7 +98,7 @@ def _csrc(arch: str, rows: RowFile) -> list[tuple[str, Outcome]]:
     return found
 
 
-def _occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:
+def occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:
     """The share of a multiprocessor's 64 warps that registers and shared memory leave room for, at most."""
     registers = -(-numbers["registers"] // 8) * 8 * 32 * num_warps
     blocks = min(64 // num_warps, 65536 // registers, shared_bytes // (numbers["shared_bytes"] + 1024), 32)

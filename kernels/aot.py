@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .launches import Entry
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100 and H200, B200; AMD's MI300."""
 
@@ -21,6 +23,7 @@ class Case:
 
     ``dtypes``: Triton's type name of every argument that is no constant (``*bf16``, ``i32``, ``fp32``).
     ``aligned``: arguments whose value divides by 16 at this shape, as Triton would see at launch.
+    ``entry``: where ``tuned.json`` has its launch choice, if one can be measured.
     """
 
     kernel: Any
@@ -30,6 +33,7 @@ class Case:
     aligned: frozenset[str] = field(default_factory=frozenset)
     num_warps: int = 4
     num_stages: int = 3
+    entry: Entry | None = None
 
 
 def compile_case(case: Case, arch: str) -> dict[str, int]:
