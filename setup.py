@@ -181,7 +181,11 @@ rooms = ["mdt_fast.kernels"] + [f"mdt_fast.kernels.{room}" for room in find_pack
 setup(
     packages=packages + rooms,
     package_dir={"mdt_fast": "mdt_fast", "mdt_fast.kernels": "kernels"},
-    package_data={"mdt_fast": ["py.typed"], **{room: ["README.md"] for room in rooms}},
+    package_data={
+        "mdt_fast": ["py.typed"],
+        **{room: ["README.md"] for room in rooms},
+        "mdt_fast.kernels": ["README.md", "tuned.json"],
+    },
     ext_modules=extensions,
     cmdclass=commands,
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},

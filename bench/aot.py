@@ -79,8 +79,8 @@ def _compile(arch: str, first: int) -> list[Outcome]:
         if isinstance(numbers, Exception):
             outcomes.append(f"{type(numbers).__name__}: {numbers}")
         elif arch in SHARED_BYTES:
-            occupancy = _occupancy(numbers, case.num_warps, SHARED_BYTES[arch])
-            outcomes.append(numbers | {"occupancy": occupancy})
+            share = occupancy(numbers, case.num_warps, SHARED_BYTES[arch])
+            outcomes.append(numbers | {"occupancy": share})
         else:
             outcomes.append(dict(numbers))
     return outcomes
@@ -115,7 +115,7 @@ def _csrc(
     return found
 
 
-def _occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:
+def occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:
     """The share of a multiprocessor's 64 warps that registers and shared memory leave room for, at most."""
     registers = -(-numbers["registers"] // 8) * 8 * 32 * num_warps
     blocks = min(64 // num_warps, 65536 // registers, shared_bytes // (numbers["shared_bytes"] + 1024), 32)

@@ -1,65 +1,154 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
-#   bash bench/gpu_report.sh [build|tests|kernels|attention|small|large|compiled|account|training|sampling ...]    (without arguments: all stages)
-# Each stage ends within eight minutes. Needs torch, nvcc and what the `test` extra brings; no network.
+#   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
+#   build tests sanitize kernels attention flex small middle large compiled compiled4 official account training
+#   sampling sampling_compiled tune learning report
+# Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
+# has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
+# In the environment: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
+# LIMIT (seconds a stage, 470).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 OUT=${OUT:-bench/results}
+OFFICIAL=${OFFICIAL:-}
+PYTHON=${PYTHON:-python}
+LIMIT=${LIMIT:-470}
+STAGES=(build tests sanitize kernels attention flex small middle large compiled compiled4 official account
+    training sampling sampling_compiled tune learning report)
+
+asked=("$@")
+((${#asked[@]})) || asked=("${STAGES[@]}")
+for name in "${asked[@]}"; do
+    [[ " ${STAGES[*]} " == *" $name "* ]] || {
+        echo "gpu_report: unknown stage $name; known: ${STAGES[*]}" >&2
+        exit 2
+    }
+done
 mkdir -p "$OUT"
-python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
     echo "gpu_report: no CUDA device (or no CUDA build of torch)" >&2
     exit 2
 }
-failed=0
-stage() { # NAME COMMAND...: its output to the screen and to a log; a failure does not stop the others
-    local name=$1
+
+run() { # NAME COMMAND...: its output to the screen and to a log, within what is left of the stage's time
+    local log="$OUT/$1.log" left=$((ends - SECONDS)) code
     shift
-    printf '\n== %s: %s\n' "$name" "$*"
-    timeout 470 "$@" 2>&1 | tee "$OUT/$name.log" || failed=1
+    printf '\n== %s: %s\n' "$stage" "$*"
+    if ((left <= 0)); then
+        echo "out of time before it began"
+        worst=124
+        return
+    fi
+    timeout -k 10 "$left" "$@" 2>&1 | tee "$log"
+    code=${PIPESTATUS[0]}
+    ((code == 0)) || worst=$code
 }
-throughput() { # NAME OPTIONS...
-    local name=$1
-    shift
-    stage "$name" python bench/throughput.py --device cuda --json "$OUT/throughput.jsonl" --plot "$OUT/$name.png" "$@"
+bench() { # SCRIPT NAME OPTIONS...: rows into SCRIPT's file, and a picture
+    local script=$1 name=$2
+    shift 2
+    run "$name" "$PYTHON" "bench/$script.py" --device cuda --json "$OUT/$script.jsonl" --plot "$OUT/$name.png" "$@"
+}
+rows() { # SCRIPT FILE OPTIONS...: the same without a picture
+    local script=$1 file=$2
+    shift 2
+    run "$stage" "$PYTHON" "bench/$script.py" --device cuda --json "$OUT/$file.jsonl" "$@"
 }
 
 ROOF=sdpa-no-bias
 TRITON=triton-lookup-recompute,triton-lookup-store,triton-dense-recompute,triton-dense-store,triton-packed
-ops() { # SCRIPT NAME OPTIONS...: single ops
-    local script=$1 name=$2
-    shift 2
-    stage "$name" python "bench/$script.py" --device cuda --json "$OUT/$script.jsonl" --plot "$OUT/$name.png" "$@"
+COMPILED=reference,reference-compiled,fast,fast-compiled
+
+build() { run build env MDT_FAST_CUDA=1 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .; }
+tests() { run gpu_tests "$PYTHON" -m pytest -q -ra -m gpu tests; }
+sanitize() { # memory first: a race is looked for in what is in bounds
+    for tool in memcheck racecheck; do
+        run "sanitize_$tool" "$PYTHON" bench/sanitize.py --device cuda --tool "$tool" --json "$OUT/sanitize.jsonl"
+    done
+}
+kernels() {
+    bench kernels kernels_xl --model XL --dtype bfloat16
+    bench kernels kernels_s --model S --dtype bfloat16 --providers fast,eager --time-limit 100
+}
+attention() {
+    bench attention attention_bf16 --providers "$ROOF,sdpa,xformers,flash_attn,$TRITON" --dtype bfloat16 \
+        --head-dim 64,72,128 --time-limit 300
+    bench attention attention_f32 --providers "$ROOF,sdpa,$TRITON" --dtype float32 --tokens 256 --time-limit 60
+}
+flex() { # apart: it compiles for every shape
+    bench attention attention_flex --providers "$ROOF,sdpa,flex,$TRITON" --tokens 256,1024 --time-limit 400
+}
+small() {
+    bench throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
+        --time-limit 400
+}
+middle() { # L/2; and DiT, the baseline
+    bench throughput l2_dit --model MDTv2_L_2,DiT_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
+        --time-limit 400
+}
+large() { # float32 too: what the published models were trained in
+    bench throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
+        --time-limit 250
+    bench throughput xl2_f32 --model MDTv2_XL_2 --batch 32 --mode train --dtype float32 \
+        --providers reference,fast --time-limit 150
+}
+compiled() {
+    bench throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
+        --providers "$COMPILED" --time-limit 420
+}
+compiled4() {
+    bench throughput xl2_compiled4 --model MDTv2_XL_2 --batch 4 --mode train --dtype bfloat16 \
+        --providers "$COMPILED" --time-limit 420
+}
+official() {
+    if [[ -z $OFFICIAL ]]; then
+        echo "no checkout of the official code given (OFFICIAL=PATH)"
+        worst=skipped
+        return
+    fi
+    bench throughput official --model MDTv2_XL_2 --batch 4,32 --mode train --dtype float32,bfloat16 \
+        --providers reference,fast,official --official "$OFFICIAL" --time-limit 400
+}
+account() { # switch by switch
+    rows throughput account --account --model MDTv2_S_2,MDTv2_XL_2 --batch 4,32 --dtype bfloat16
+}
+training() { # what surrounds a step: loader, encoding, the loop, saves
+    rows training training --repeats 7
+    rows training training --parts step,save --preset mdtv2-xl2 --batch 32 --repeats 5
+}
+sampling() { # item by item
+    rows throughput sampling --account --mode sample --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 \
+        --dtype bfloat16 --time-limit 420
+}
+sampling_compiled() {
+    bench throughput sampling_compiled --model MDTv2_XL_2 --batch 1,32 --mode sample --dtype bfloat16 \
+        --providers "$COMPILED" --time-limit 420
+}
+tune() { # goes on where it was; the winners are written by hand: bench/tune.py --report --write
+    run tune_attention "$PYTHON" bench/tune.py --json "$OUT/tune.jsonl" --ops rel_attention --time-limit 220
+    run tune_rows "$PYTHON" bench/tune.py --json "$OUT/tune.jsonl" --time-limit 220
+}
+learning() { # goes on where it was: complete learners are kept
+    run learning "$PYTHON" bench/convergence.py --size gpu --device cuda --out "$OUT/learning" \
+        --json "$OUT/convergence.jsonl"
+}
+report() {
+    run report "$PYTHON" bench/report.py --plots "$OUT" "$OUT"/*.jsonl
+    run goals "$PYTHON" bench/report.py --goals "$OUT"/*.jsonl
 }
 
-for what in ${@:-build tests kernels attention small large compiled account training sampling}; do
-    case $what in
-    build) # csrc/ for the GPU that is here
-        MDT_FAST_CUDA=1 stage build python -m pip install --no-deps --no-build-isolation -e .
-        ;;
-    tests) stage gpu_tests python -m pytest -q -ra -m gpu tests ;;
-    kernels)
-        ops kernels kernels_xl --model XL --dtype bfloat16
-        ops kernels kernels_s --model S --dtype bfloat16 --providers fast,eager --time-limit 100
-        ;;
-    attention) # flex apart: it compiles for every shape
-        ops attention attention_bf16 --providers "$ROOF,sdpa,xformers,flash_attn,$TRITON" --time-limit 220
-        ops attention attention_flex --providers "$ROOF,flex" --tokens 256,1024 --time-limit 120
-        ops attention attention_f32 --providers "$ROOF,sdpa,$TRITON" --dtype float32 --tokens 256 --time-limit 60
-        ;;
-    small) throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
-    large) throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 400 ;;
-    compiled) throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
-        --providers reference,reference-compiled,fast,fast-compiled --time-limit 400 ;;
-    account) stage account python bench/throughput.py --device cuda --json "$OUT/account.jsonl" --account \
-        --model MDTv2_S_2,MDTv2_XL_2 --batch 4,32 --dtype bfloat16 ;;
-    training) # what surrounds a step: loader, encoding, the loop, saves
-        stage training python bench/training.py --device cuda --json "$OUT/training.jsonl" --repeats 7
-        stage training_xl2 python bench/training.py --device cuda --json "$OUT/training.jsonl" --parts step,save \
-            --preset mdtv2-xl2 --batch 32 --repeats 5
-        ;;
-    sampling) stage sampling python bench/throughput.py --device cuda --json "$OUT/sampling.jsonl" --account --mode sample \
-        --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 --dtype bfloat16 --time-limit 500 ;;
-    *) echo "gpu_report: unknown stage $what; known: build tests kernels attention small large compiled account training sampling" >&2; exit 2 ;;
+failed=0
+summary=()
+for stage in "${asked[@]}"; do
+    began=$SECONDS ends=$((SECONDS + LIMIT)) worst=0
+    "$stage"
+    case $worst in
+    0) said=passed ;;
+    skipped) said=skipped ;;
+    124 | 137) said="out of time: what it measured is kept, run it again" failed=1 ;;
+    *) said="FAILED (exit code $worst)" failed=1 ;;
     esac
+    summary+=("$(printf '%-18s %4d s  %s' "$stage" $((SECONDS - began)) "$said")")
 done
+printf '\n== summary (rows and logs: %s)\n' "$OUT"
+printf '%s\n' "${summary[@]}"
 exit $failed

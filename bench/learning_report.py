@@ -11,7 +11,7 @@ from curves import AXES, Band, Curve, columns, coverage, same_within_bands, spee
 from formats import number
 from learners import STUDIES
 from mdt_fast.errors import UserError
-from plots import _finish, _save
+from plots import finish, save
 from report import _origin
 from rows import Row
 
@@ -164,13 +164,13 @@ def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: P
         panel.axhline(any_row["floor"], color="black", linewidth=0.8, linestyle=":")
         panel.set_xscale("log")
         panel.set_yscale("log")
-        _finish(panel, LABELS[axis])
+        finish(panel, LABELS[axis])
     axes[0].set_ylabel("Fréchet distance (dotted: of real images)", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
     if below:
         steps = [row["step"] for row in next(iter(next(iter(learners.values())).values()))]
         _grids(below[0], samples, steps)
-    _save(figure, [any_row], path)
+    save(figure, [any_row], path)
 
 
 def _curve(panel: Any, found: Sequence[Curve], name: str, color: str) -> None:

@@ -55,7 +55,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     cases = group(rows)
     if not cases:
         return False
-    figure, axes = _panels(len(cases), 2, (10, 0.4 + 2.3 * len(cases)))
+    figure, axes = panels_of(len(cases), 2, (10, 0.4 + 2.3 * len(cases)))
     for (left, right), ((mode, model, batch, dtype), metrics) in zip(axes, cases.items()):
         unit = "img/s" if mode == "train" else "img/s, 250 guided steps (extrapolated)"
         _bars(left, metrics["img_per_s"], unit, number)
@@ -63,7 +63,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         unit, scale = memory_unit(max((row["p50"] for row in sizes.values()), default=0))
         _bars(right, sizes, f"peak memory, {unit}", memory, scale)
         left.set_title(f"{mode} · {model} · batch {batch} · {dtype}", loc="left", fontsize=10)
-    _save(figure, rows, path)
+    save(figure, rows, path)
     return True
 
 
@@ -78,7 +78,7 @@ def draw_kernels(rows: Sequence[Row], path: Path) -> bool:
     if not panels:
         return False
     height = 0.8 + 0.55 * max(map(len, panels.values()))
-    figure, axes = _panels(1, len(panels), (1.5 + 5.5 * len(panels), height))
+    figure, axes = panels_of(1, len(panels), (1.5 + 5.5 * len(panels), height))
     for axis, ((mode, dtype), ops) in zip(axes[0], panels.items()):
         for i, provider in enumerate(OP_COLORS):
             found = [(place, by[provider]) for place, by in enumerate(ops.values()) if provider in by]
@@ -91,9 +91,9 @@ def draw_kernels(rows: Sequence[Row], path: Path) -> bool:
         axis.invert_yaxis()
         axis.axvline(100, color="black", linewidth=0.8)
         axis.set_title(f"{mode} · {dtype}", loc="left", fontsize=10)
-        _finish(axis, "% of the roof (a copy of as many bytes; matmul peak)")
+        finish(axis, "% of the roof (a copy of as many bytes; matmul peak)")
     axes[0][0].legend(fontsize=7, frameon=False)
-    _save(figure, rows, path)
+    save(figure, rows, path)
     return True
 
 
@@ -110,7 +110,7 @@ def draw_attention(rows: Sequence[Row], path: Path) -> bool:
         return False
     columns = min(4, len(panels))
     height = -(-len(panels) // columns)
-    figure, axes = _panels(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
+    figure, axes = panels_of(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (panel, by_provider) in zip(axes.flat, panels.items()):
@@ -137,9 +137,9 @@ def draw_attention(rows: Sequence[Row], path: Path) -> bool:
         axis.set_title(" · ".join(panel), loc="left", fontsize=9)
         axis.set_ylim(bottom=0)
         axis.set_ylabel("TFLOP/s", fontsize=8)
-        _finish(axis, "tokens (rings: of which 60% are kept)")
+        finish(axis, "tokens (rings: of which 60% are kept)")
     axes.flat[0].legend(fontsize=6, frameon=False)
-    _save(figure, rows, path)
+    save(figure, rows, path)
     return True
 
 
@@ -150,7 +150,7 @@ def op_rows(rows: Sequence[Row], bench: str) -> list[Row]:
     ]
 
 
-def _panels(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def panels_of(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -159,13 +159,13 @@ def _panels(height: int, width: int, size: tuple[float, float]) -> tuple[Any, An
     return plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
 
 
-def _finish(axis: Any, label: str) -> None:
+def finish(axis: Any, label: str) -> None:
     axis.set_xlabel(label, fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, rows: Sequence[Row], path: Path) -> None:
+def save(figure: Any, rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     any_row = rows[0]
@@ -206,4 +206,4 @@ def _bars(
     axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, max(values, default=1.0) * 1.18)
-    _finish(axis, label)
+    finish(axis, label)

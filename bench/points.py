@@ -102,26 +102,26 @@ def call_of(mode: Mode, function: Callable[..., Any], arguments: Sequence[Any]) 
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return _outputs(function(*inputs))
+                return outputs_of(function(*inputs))
 
         return forward
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     gradients: list[Tensor] = []
 
     def both() -> list[Tensor]:
-        outputs = _outputs(function(*arguments))
+        outputs = outputs_of(function(*arguments))
         if not gradients:
-            gradients.extend(map(_made_up_gradient, outputs))
+            gradients.extend(map(made_up_gradient, outputs))
         return [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
 
     return both
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def _made_up_gradient(output: Tensor) -> Tensor:
+def made_up_gradient(output: Tensor) -> Tensor:
     """The same numbers, in the order of memory that ``output`` has: what comes after an op keeps to it."""
     generator = torch.Generator(output.device).manual_seed(1)
     values = torch.randn(output.shape, generator=generator, device=output.device)

@@ -3,18 +3,24 @@
     python bench/report.py bench/results/cpu.jsonl
     python bench/report.py --bench kernels,attention
     python bench/report.py --readme README.md
+    python bench/report.py --goals         what the package sets out to reach: met, missed, not measured
+    python bench/report.py --plots DIR     the pictures as well, of all rows together
 
 Without files all of ``bench/results/*.jsonl`` are read. Where a case was measured several times, the latest
 counts. Models come first (throughput), then single ops (kernels), attention, and what surrounds a training
 step (training).
 """
 
+import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import command
+import goals
 import plots
+import roofline
 from formats import interval, memory, number, ratio, sizes
 from mdt_fast.errors import UserError
 from mdt_fast.files import aside
@@ -35,24 +41,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = command.Parser(prog="report", description="Markdown tables from the bench's rows.")
-    parser.add_argument("files", nargs="*", type=Path, help="row files (default: bench/results/*.jsonl)")
-    parser.add_argument(
-        "--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file"
-    )
-    parser.add_argument("--bench", help=f"of {', '.join(TABLES)}, by comma (default: all that have rows)")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
+    if args.goals and (args.readme is not None or args.bench is not None):
+        raise UserError(f"--{'readme' if args.readme is not None else 'bench'}: not with --goals")
     benches = command.names("--bench", args.bench, tuple(TABLES)) if args.bench is not None else list(TABLES)
     files = args.files or sorted(RESULTS.glob("*.jsonl"))
     if not files:
         raise UserError(f"no rows: {RESULTS} has no .jsonl files; make some with throughput.py --json FILE")
-    text = markdown(read(files), benches)
+    rows = read(files)
+    if args.plots is not None:
+        for path in pictures(rows, args.plots):
+            print(f"picture: {path}")
+    text = goals.table(rows) if args.goals else markdown(rows, benches)
     if args.readme is None:
         print(text)
     else:
         put(args.readme, text)
         print(f"wrote the table into {args.readme}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.Parser(prog="report", description="Markdown tables from the bench's rows.")
+    parser.add_argument("files", nargs="*", type=Path, help="row files (default: bench/results/*.jsonl)")
+    parser.add_argument(
+        "--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file"
+    )
+    parser.add_argument("--bench", help=f"of {', '.join(TABLES)}, by comma (default: all that have rows)")
+    parser.add_argument("--goals", action="store_true", help="the goals instead: met, missed, not measured")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the pictures into this folder, too")
+    return parser
+
+
+def pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
+    """Draw what the rows have, a picture for each device and bench; the paths that were written."""
+    draws = {
+        "throughput": plots.draw, "kernels": plots.draw_kernels, "roofline": roofline.draw,
+        "attention": plots.draw_attention, "head-sizes": roofline.draw_head_sizes,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    for device in devices:
+        of_device = [row for row in rows if row["device"] == device]
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        for name, draw in draws.items():
+            path = folder / (f"{name}-{slug}.png" if len(devices) > 1 else f"{name}.png")
+            plots.check_target(path)
+            if draw(of_device, path):
+                yield path
 
 
 def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
@@ -218,8 +254,12 @@ def _length(row: Row) -> tuple[int, bool, str]:
 
 
 def _ratio(metrics: dict[str, Row]) -> str:
+    """Bold where slower than what it is compared with, by more than the rounds' spread."""
     row = metrics.get("ratio")
-    return "" if row is None else ratio((row["p20"], row["p50"], row["p80"]))
+    if row is None:
+        return ""
+    text = ratio((row["p20"], row["p50"], row["p80"]))
+    return f"**{text}, slower**" if (row["p80"] or row["p50"]) < 1 else text
 
 
 def _origin(run: tuple[str, ...]) -> str:

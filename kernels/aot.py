@@ -13,6 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from .launches import Entry
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100 and H200, B200; AMD's MI300."""
 
@@ -23,6 +25,7 @@ class Case:
 
     ``dtypes``: Triton's type name of every argument that is no constant (``*bf16``, ``i32``, ``fp32``).
     ``aligned``: arguments whose value divides by 16 at this shape, as Triton would see at launch.
+    ``entry``: where ``tuned.json`` has its launch choice, if one can be measured.
     """
 
     kernel: Any
@@ -32,6 +35,7 @@ class Case:
     aligned: frozenset[str] = field(default_factory=frozenset)
     num_warps: int = 4
     num_stages: int = 3
+    entry: Entry | None = None
 
 
 def compile_cases(cases: Sequence[Case], arch: str) -> list[dict[str, int] | Exception]:

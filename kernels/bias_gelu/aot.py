@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 from ..aot import Case
+from ..launches import columns, shape_class, tuned_for
 from .config import launch_config
 from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
 
@@ -13,10 +14,10 @@ FEATURES = (1536, 3072, 4096, 4608)
 
 def cases(arch: str) -> Iterator[Case]:
     """Forward and backward; bfloat16 at every width, float32 at the widest."""
-    del arch  # one choice for all
     types = [*product(FEATURES, ("bf16",)), (max(FEATURES), "fp32")]
     for kernel, (features, dtype) in product((bias_gelu_fwd_kernel, bias_gelu_bwd_kernel), types):
-        config = launch_config(32 * 256, features)
+        entry = kernel.__name__.removesuffix("_kernel"), shape_class(columns(features), dtype == "bf16")
+        config = launch_config(32 * 256, features, **tuned_for(entry, arch))
         constants: dict[str, Any] = {"BLOCK_R": config.block_r, "BLOCK_F": config.block_f}
         if kernel is bias_gelu_bwd_kernel:
             constants["RECOMPUTE"] = True
@@ -28,6 +29,7 @@ def cases(arch: str) -> Iterator[Case]:
             constants=constants,
             aligned=frozenset(dtypes),
             num_warps=config.num_warps,
+            entry=entry,
         )
 
 

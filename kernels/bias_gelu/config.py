@@ -1,4 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step."""
+"""Launch choices as plain data: no autotuning in a user's first step.
+
+Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+"""
 
 from dataclasses import dataclass
 
@@ -14,14 +17,21 @@ class LaunchConfig:
     num_warps: int
 
 
-def launch_config(rows: int, features: int) -> LaunchConfig:
+def launch_config(
+    rows: int,
+    features: int,
+    *,
+    block_r: int = 16,
+    widest: int = 256,
+    programs: int = 1024,
+    num_warps: int = 4,
+) -> LaunchConfig:
     """For ``rows`` x ``features`` numbers.
 
     32 numbers a thread are enough 128-bit accesses in flight; the backward pass is given about a thousand
-    programs, several for each multiprocessor of a large GPU. Not yet tuned on a GPU.
+    programs, several for each multiprocessor of a large GPU. The defaults are not measured on a GPU.
     """
-    block_f = min(256, max(16, 1 << (features - 1).bit_length()))
-    block_r = 16
+    block_f = min(widest, max(16, 1 << (features - 1).bit_length()))
     columns = -(-features // block_f)
-    parts = max(1, min(-(-rows // block_r), -(-1024 // columns)))
-    return LaunchConfig(block_r=block_r, block_f=block_f, parts=parts, num_warps=4)
+    parts = max(1, min(-(-rows // block_r), -(-programs // columns)))
+    return LaunchConfig(block_r=block_r, block_f=block_f, parts=parts, num_warps=num_warps)

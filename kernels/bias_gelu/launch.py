@@ -4,13 +4,14 @@ import torch
 import triton
 from torch import Tensor
 
+from ..launches import columns, tuned
 from .config import launch_config
 from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
 
 
 def bias_gelu_fwd(x_RF: Tensor, bias_1F: Tensor, out_RF: Tensor) -> None:
     R, F = x_RF.shape
-    config = launch_config(R, F)
+    config = launch_config(R, F, **tuned("bias_gelu_fwd", x_RF, columns(F)))
     grid = (triton.cdiv(F, config.block_f), triton.cdiv(R, config.block_r))
     bias_gelu_fwd_kernel[grid](
         x_RF, bias_1F, out_RF, R, F,
@@ -22,7 +23,7 @@ def bias_gelu_bwd(
     x_RF: Tensor, bias_1F: Tensor, dout_RF: Tensor, dx_RF: Tensor, dbias_1F: Tensor, out_RF: Tensor | None
 ) -> None:
     R, F = x_RF.shape
-    config = launch_config(R, F)
+    config = launch_config(R, F, **tuned("bias_gelu_bwd", x_RF, columns(F)))
     parts_PF = x_RF.new_empty(config.parts, F, dtype=torch.float32)
     bias_gelu_bwd_kernel[(triton.cdiv(F, config.block_f), config.parts)](
         x_RF, bias_1F, dout_RF, dx_RF, parts_PF, x_RF if out_RF is None else out_RF, R, F,

@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from itertools import product
 
 from ..aot import Case
+from ..launches import columns, shape_class, tuned_for
 from .config import launch_config
 from .kernel import cfg_step_kernel
 
 
 def cases(arch: str) -> Iterator[Case]:
     """DDPM and DDIM, guided (both halves, or one) and not; the model's output in bfloat16 and in float32."""
-    del arch  # one choice for all
-    config = launch_config(4 * 32 * 32)
+    numbers = 4 * 32 * 32
     how = {"": (False, True), " guided": (True, True), " guided, one half": (True, False)}
     for kind, name, dtype in product(("ddpm", "ddim"), how, ("bf16", "fp32")):
         guided, both = how[name]
+        entry = "cfg_step", shape_class(columns(numbers), dtype == "bf16")
+        config = launch_config(numbers, **tuned_for(entry, arch))
         constants = {
             "GUIDED": guided, "BOTH": both, "KIND": ("ddpm", "ddim").index(kind), "START_X": False,
             "LEARNED": True, "NOISE": True, "CLIP": False, "BLOCK": config.block,
@@ -29,6 +31,7 @@ def cases(arch: str) -> Iterator[Case]:
                 arg for arg in dtypes if arg.endswith("_ptr") or arg in ("N", "width", "guided")
             ),
             num_warps=config.num_warps,
+            entry=entry,
         )
 
 

@@ -1,4 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step."""
+"""Launch choices as plain data: no autotuning in a user's first step.
+
+Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+"""
 
 from dataclasses import dataclass
 
@@ -11,10 +14,9 @@ class LaunchConfig:
     num_warps: int
 
 
-def launch_config(numbers: int) -> LaunchConfig:
-    """For samples of ``numbers`` numbers. 8 numbers a thread: 16-byte accesses in half types, two in float32.
-
-    Not yet tuned on a GPU.
+def launch_config(numbers: int, *, widest: int = 1024, each: int = 8) -> LaunchConfig:
+    """For samples of ``numbers`` numbers, ``each`` of them to a thread: 8 are 16-byte accesses in half types,
+    two in float32. The defaults are not measured on a GPU.
     """
-    block = min(1024, max(32, 1 << (numbers - 1).bit_length()))
-    return LaunchConfig(block=block, num_warps=max(1, block // 256))
+    block = min(widest, max(32, 1 << (numbers - 1).bit_length()))
+    return LaunchConfig(block=block, num_warps=max(1, block // (32 * each)))

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..launches import columns, tuned
 from .config import launch_config
 from .kernel import cfg_step_kernel
 
@@ -28,7 +29,8 @@ def cfg_step_fwd(
     sample, xstart, B = torch.empty_like(x), torch.empty_like(x), output.shape[0]
     if not x.numel():
         return sample, xstart
-    numbers, config = x[0].numel(), launch_config(x[0].numel())
+    numbers = x[0].numel()
+    config = launch_config(numbers, **tuned("cfg_step", output, columns(numbers)))
     pairs = B if scale_n is None else B // 2
     # A grid's first axis alone may pass 65535.
     cfg_step_kernel[(pairs, triton.cdiv(numbers, config.block))](

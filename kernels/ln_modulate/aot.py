@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 from ..aot import Case
+from ..launches import columns, shape_class, tuned_for
 from .config import launch_config, thin_config
 from .kernel import (
     gate_residual_bwd_kernel,
@@ -22,21 +23,22 @@ def cases(arch: str) -> Iterator[Case]:
 
     bfloat16 at every width, float32 at the widest. The backward pass with the output computed again.
     """
-    del arch  # one choice for all
     types = [*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")]
     for (D, dtype), ragged in product(types, (False, True)):
         for gated in (False, True):
             form = {"GATED": gated, "OFFSETS": ragged}
             what = "gated" if gated else "plain"
-            yield _case(ln_modulate_fwd_kernel, D, dtype, what, form)
-            yield _case(ln_modulate_bwd_kernel, D, dtype, what, form | {"RECOMPUTE": True})
+            yield _case(arch, ln_modulate_fwd_kernel, D, dtype, what, form)
+            yield _case(arch, ln_modulate_bwd_kernel, D, dtype, what, form | {"RECOMPUTE": True})
         for kernel in (gate_residual_fwd_kernel, gate_residual_bwd_kernel):
-            yield _case(kernel, D, dtype, "residual", {"OFFSETS": ragged})
+            yield _case(arch, kernel, D, dtype, "residual", {"OFFSETS": ragged})
 
 
-def _case(kernel: Any, D: int, dtype: str, what: str, form: dict[str, bool]) -> Case:
+def _case(arch: str, kernel: Any, D: int, dtype: str, what: str, form: dict[str, bool]) -> Case:
     thin = what == "residual" or (what == "gated" and kernel is ln_modulate_bwd_kernel)
-    config = (thin_config if thin else launch_config)(D, 32, 256)
+    name = ("gate_residual_" if what == "gated" else "") + kernel.__name__.removesuffix("_kernel")
+    entry = name, shape_class(columns(D), dtype == "bf16")
+    config = (thin_config if thin else launch_config)(D, 32, 256, **tuned_for(entry, arch))
     constants = form | {"BLOCK_D": config.block_d}
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
     return Case(
@@ -46,6 +48,7 @@ def _case(kernel: Any, D: int, dtype: str, what: str, form: dict[str, bool]) -> 
         constants=constants,
         aligned=frozenset(name for name in dtypes if name != "eps"),
         num_warps=config.num_warps,
+        entry=entry,
     )
 
 

@@ -1,6 +1,11 @@
-"""Launch choices as plain data: no autotuning in a user's first step."""
+"""Launch choices as plain data: no autotuning in a user's first step.
 
-from dataclasses import dataclass, replace
+Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+"""
+
+from dataclasses import dataclass
+
+from ..launches import columns
 
 MAX_D = 8192
 """Widest row a program holds in registers."""
@@ -15,24 +20,24 @@ class LaunchConfig:
     num_warps: int
 
 
-def launch_config(D: int, batch: int, tokens: int) -> LaunchConfig:
-    """For rows of width ``D``, ``batch`` samples of about ``tokens`` tokens.
+def launch_config(D: int, batch: int, tokens: int, *, each: int = 16, programs: int = 2048) -> LaunchConfig:
+    """For rows of width ``D``, ``batch`` samples of about ``tokens`` tokens; ``programs`` in all, at most.
 
-    16 numbers a thread keep a row and its modulation in registers; enough programs to give each of a large
-    GPU's 132 to 148 multiprocessors several, and at least four rows to each program. Not yet tuned on a GPU.
+    16 numbers to ``each`` thread keep a row and its modulation in registers; enough programs to give each of
+    a large GPU's 132 to 148 multiprocessors several, and at least four rows to each program. The defaults are
+    not measured on a GPU.
     """
-    block_d = max(32, 1 << (D - 1).bit_length())
-    num_warps = min(16, max(1, block_d // 512))
-    programs = max(1, min(-(-tokens // 4), -(-2048 // max(batch, 1))))
-    return LaunchConfig(block_d=block_d, programs=programs, num_warps=num_warps)
+    block_d = columns(D)
+    num_warps = min(16, max(1, block_d // (32 * each)))
+    of_sample = max(1, min(-(-tokens // 4), -(-programs // max(batch, 1))))
+    return LaunchConfig(block_d=block_d, programs=of_sample, num_warps=num_warps)
 
 
-def thin_config(D: int, batch: int, tokens: int) -> LaunchConfig:
+def thin_config(D: int, batch: int, tokens: int, *, each: int = 8, programs: int = 2048) -> LaunchConfig:
     """With half as many numbers a thread: one 128-bit load of a half type.
 
     For the gated residual alone, which forms no statistics (with more, the compiler for sm_100 spills), and
     for the gated backward pass, which holds three sums and a gate besides the row (with more it takes 168
     registers, and of ragged samples it spills on sm_80 and sm_90).
     """
-    config = launch_config(D, batch, tokens)
-    return replace(config, num_warps=min(16, 2 * config.num_warps))
+    return launch_config(D, batch, tokens, each=each, programs=programs)

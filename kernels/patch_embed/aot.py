@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from ..aot import Case
+from ..launches import columns, shape_class, tuned_for
 from .config import launch_config
 from .kernel import patch_embed_bwd_kernel, patch_embed_fwd_kernel
 
@@ -12,12 +13,13 @@ WIDTHS, CHANNELS = (384, 768, 1024, 1152), 4
 
 def cases(arch: str) -> Iterator[Case]:
     """Forward and backward, all tokens and chosen ones; bfloat16 at patch 2 and 8, float32 at patch 2."""
-    del arch  # one choice for all
     types = [("bf16", 2), ("bf16", 8), ("fp32", 2)]
     for kernel, D, (dtype, p), ids in product(
         (patch_embed_fwd_kernel, patch_embed_bwd_kernel), (min(WIDTHS), max(WIDTHS)), types, (False, True)
     ):
-        config = launch_config(CHANNELS * p * p, 32, 4 * -(-D // 64))
+        name, numbers = kernel.__name__.removesuffix("_kernel"), CHANNELS * p * p
+        entry = name, shape_class(columns(numbers), dtype == "bf16")
+        config = launch_config(numbers, 32, 256, D, **tuned_for(entry, arch))
         constants = {
             "p": p, "IDS": ids,
             "BLOCK_R": config.block_r, "BLOCK_J": config.block_j, "BLOCK_D": config.block_d,
@@ -31,6 +33,7 @@ def cases(arch: str) -> Iterator[Case]:
             aligned=frozenset(name for name in dtypes if name.endswith("_ptr") or name in ("D", "L", "G")),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            entry=entry,
         )
 
 

@@ -1,4 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step."""
+"""Launch choices as plain data: no autotuning in a user's first step.
+
+Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+"""
 
 from dataclasses import dataclass
 
@@ -18,11 +21,31 @@ class LaunchConfig:
     num_stages: int
 
 
-def launch_config(numbers: int, batch: int, blocks: int) -> LaunchConfig:
-    """For patches of ``numbers`` numbers; ``blocks`` of tokens and columns are what the backward pass has.
+def launch_config(
+    numbers: int,
+    batch: int,
+    tokens: int,
+    D: int,
+    *,
+    block_r: int = 64,
+    block_d: int = 64,
+    widest: int = 64,
+    programs: int = 512,
+    num_warps: int = 8,
+    num_stages: int = 2,
+) -> LaunchConfig:
+    """For patches of ``numbers`` numbers, ``tokens`` of each of ``batch`` images, width ``D``.
 
-    About five hundred programs there, each with four images or more. Not yet tuned on a GPU.
+    The backward pass has about ``programs`` programs, each with four images or more. The defaults are not
+    measured on a GPU.
     """
-    block_j = min(64, max(16, 1 << (numbers - 1).bit_length()))
-    parts = max(1, min(batch // 4, -(-512 // max(1, blocks))))
-    return LaunchConfig(block_r=64, block_d=64, block_j=block_j, parts=parts, num_warps=8, num_stages=2)
+    block_j = min(widest, max(16, 1 << (numbers - 1).bit_length()))
+    blocks = -(-tokens // block_r) * -(-D // block_d)
+    return LaunchConfig(
+        block_r=block_r,
+        block_d=block_d,
+        block_j=block_j,
+        parts=max(1, min(batch // 4, -(-programs // max(1, blocks)))),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..launches import columns, tuned
 from ..tokens.move_op import gather_tokens_bwd
 from .config import LaunchConfig, launch_config
 from .kernel import patch_embed_bwd_kernel, patch_embed_fwd_kernel
@@ -23,7 +24,7 @@ def patch_embed_fwd(
     K = L if ids_BK is None else ids_BK.shape[1]
     out_BKD = x_BCSS.new_empty(B, K, D, dtype=dtype)
     if out_BKD.numel():
-        config = _config(weight_DCpp, B, K)
+        config = _config("patch_embed_fwd", out_BKD, weight_DCpp)
         patch_embed_fwd_kernel[(triton.cdiv(B * K, config.block_r), triton.cdiv(D, config.block_d))](
             x_BCSS, weight_DCpp, bias_D, pos_1LD, x_BCSS if ids_BK is None else ids_BK, out_BKD,
             B * K, L, K, C, S // p, D, p=p, IDS=ids_BK is not None, BLOCK_R=config.block_r,
@@ -48,7 +49,7 @@ def patch_embed_bwd(
     if not dout_BKD.numel():
         dbias_D = weight_DCpp.new_zeros(D)
         return dx_BCSS.zero_(), torch.zeros_like(weight_DCpp), dbias_D, torch.zeros_like(pos_1LD)
-    config = _config(weight_DCpp, B, K)
+    config = _config("patch_embed_bwd", dout_BKD, weight_DCpp)
     blocks, numbers, parts = triton.cdiv(K, config.block_r), C * p * p, config.parts
     dweight = x_BCSS.new_empty(blocks * parts, D, numbers, dtype=torch.float32)
     dbias = x_BCSS.new_empty(blocks * parts, D, dtype=torch.float32)
@@ -77,11 +78,9 @@ def patch_embed_bwd(
     )
 
 
-def _config(weight_DCpp: Tensor, batch: int, tokens: int) -> LaunchConfig:
-    D, C, p, _ = weight_DCpp.shape
-    base = launch_config(C * p * p, batch, 1)
-    blocks = triton.cdiv(tokens, base.block_r) * triton.cdiv(D, base.block_d)
-    return launch_config(C * p * p, batch, blocks)
+def _config(kernel: str, tokens_BKD: Tensor, weight_DCpp: Tensor) -> LaunchConfig:
+    (B, K, D), numbers = tokens_BKD.shape, weight_DCpp[0].numel()
+    return launch_config(numbers, B, K, D, **tuned(kernel, tokens_BKD, columns(numbers)))
 
 
 def _fold(patches_BLP: Tensor, x_BCSS: Tensor, p: int) -> Tensor:

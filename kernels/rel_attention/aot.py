@@ -7,7 +7,7 @@ from typing import Any
 import triton
 
 from ..aot import Case
-from .config import LaunchConfig, launch_configs, split_head
+from .config import KERNELS, LaunchConfig, entry, launch_configs, split_head
 from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
 from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
 from .kernel_table import (
@@ -80,6 +80,7 @@ def _blocks(launch: LaunchConfig) -> dict[str, Any]:
 def _case(
     kernel: Any, label: str, constants: dict[str, Any], head_dim: int, dtype: str, launch: LaunchConfig
 ) -> Case:
+    op = kernel.__name__.removesuffix("_kernel")
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
     # Rows of a head are a multiple of 16 numbers apart in all published models; heads are not at 72.
     aligned = {name for name in dtypes if name.endswith("_ptr") or name.startswith("stride")}
@@ -95,6 +96,7 @@ def _case(
         aligned=frozenset(aligned),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        entry=entry(op, head_dim, dtype == "bf16") if op in KERNELS.values() else None,
     )
 
 

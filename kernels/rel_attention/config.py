@@ -1,10 +1,13 @@
 """Launch choices as plain data: no autotuning in a user's first step.
 
-Found by compiling for each architecture (no spills); not yet tuned on a GPU.
+Found by compiling for each architecture (no spills), not measured on a GPU; ``tuned.json`` holds what
+``bench/tune.py`` found better.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
+
+from ..launches import Entry, shape_class, tuned_for
 
 BiasForm = Literal["lookup", "dense"]
 """``lookup``: every score reads the table. ``dense``: one float32 bias [H, G*G, G*G] is written per call, and
@@ -85,16 +88,37 @@ _FLOAT32 = {
     ("gfx942", 80): _launches(*[(64, 32, 4, 1)] * 4),
     ("gfx942", 128): _launches((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
+KERNELS = {
+    "forward": "rel_attention_fwd",
+    "q": "rel_attention_bwd_q",
+    "kv": "rel_attention_bwd_kv",
+    "bias": "rel_attention_bwd_bias",
+}
+"""Whose choice each field of :class:`LaunchConfigs` is."""
 _INTERPRETER = _launches(*[(64, 64, 1, 1)] * 4)
 """Few programs: in Triton's interpreter it is their number that takes time."""
 
 
 def launch_configs(arch: str, head_dim: int, half: bool) -> LaunchConfigs:
     """For ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``; a head size; half types or not."""
-    if arch == "interpreter":
-        return _INTERPRETER
-    widest = 64 if head_dim <= 64 else 80 if head_dim <= 80 else MAX_HEAD_DIM
-    return (_HALF if half else _FLOAT32)[arch, widest]
+    found = _INTERPRETER
+    if arch != "interpreter":
+        found = (_HALF if half else _FLOAT32)[arch, _widest(head_dim)]
+    measured = {
+        field: replace(getattr(found, field), **choice)
+        for field, kernel in KERNELS.items()
+        if (choice := tuned_for(entry(kernel, head_dim, half), arch))
+    }
+    return replace(found, **measured) if measured else found
+
+
+def entry(kernel: str, head_dim: int, half: bool) -> Entry:
+    """Where ``tuned.json`` has the choice for one of ``KERNELS`` at a head size."""
+    return kernel, shape_class(_widest(head_dim), half)
+
+
+def _widest(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 80 if head_dim <= 80 else MAX_HEAD_DIM
 
 
 def split_head(head_dim: int) -> tuple[int, int]:

@@ -1,13 +1,13 @@
 """Launching the Triton kernels. q, k, v and their gradients are [B, H, rows, d] by strides."""
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..launches import architecture
 from . import config
 from .call import Call, Side
 from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
@@ -239,14 +239,5 @@ def _blocks(launch: config.LaunchConfig) -> dict[str, int]:
 
 
 def _configs(q_BHMd: Tensor) -> config.LaunchConfigs:
-    arch = _arch(q_BHMd.device.index) if q_BHMd.is_cuda else "interpreter"
+    arch = architecture(q_BHMd.device.index) if q_BHMd.is_cuda else "interpreter"
     return config.launch_configs(arch, q_BHMd.shape[3], half=q_BHMd.element_size() == 2)
-
-
-@cache
-def _arch(device: int | None) -> str:
-    """The newest architecture in ``config.py`` that is not newer than the device."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"

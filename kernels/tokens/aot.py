@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 from ..aot import Case
+from ..launches import Entry, columns, shape_class, tuned_for
 from .config import launch_config, row_config
 from .kernel import (
     gather_tokens_bwd_kernel,
@@ -20,20 +21,32 @@ WIDTHS = (384, 768, 1024, 1152)
 
 def cases(arch: str) -> Iterator[Case]:
     """Forward and backward; bfloat16 at every width, float32 at the widest."""
-    del arch  # one choice for all
     for D, dtype in (*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")):
-        config, rows = launch_config(D, 32, 256), row_config(D)
+        shape = shape_class(columns(D), dtype == "bf16")
         for kernel in (unmask_tokens_fwd_kernel, unmask_tokens_bwd_kernel):
-            yield _case(kernel, f"D={D} {dtype}", dtype, {"BLOCK_D": config.block_d}, config.num_warps)
+            entry = _name(kernel), shape
+            config = launch_config(D, 32, 256, **tuned_for(entry, arch))
+            constants = {"BLOCK_D": config.block_d}
+            yield _case(kernel, f"D={D} {dtype}", dtype, constants, config.num_warps, entry)
         for kernel in (gather_tokens_fwd_kernel, merge_tokens_fwd_kernel, merge_tokens_bwd_kernel):
-            yield _case(kernel, f"D={D} {dtype}", dtype, {"BLOCK_D": rows.block_d}, rows.num_warps)
+            entry = _name(kernel), shape
+            rows = row_config(D, **tuned_for(entry, arch))
+            yield _case(kernel, f"D={D} {dtype}", dtype, {"BLOCK_D": rows.block_d}, rows.num_warps, entry)
+        entry = "gather_tokens_bwd", shape
+        rows = row_config(D, **tuned_for(entry, arch))
         for restore in (False, True):
             constants = {"BLOCK_D": rows.block_d, "BLOCK_K": rows.block_k, "RESTORE": restore}
             label = f"D={D}{' restore' if restore else ''} {dtype}"
-            yield _case(gather_tokens_bwd_kernel, label, dtype, constants, rows.num_warps)
+            yield _case(gather_tokens_bwd_kernel, label, dtype, constants, rows.num_warps, entry)
 
 
-def _case(kernel: Any, label: str, dtype: str, constants: dict[str, Any], num_warps: int) -> Case:
+def _name(kernel: Any) -> str:
+    return str(kernel.__name__).removesuffix("_kernel")
+
+
+def _case(
+    kernel: Any, label: str, dtype: str, constants: dict[str, Any], num_warps: int, entry: Entry
+) -> Case:
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
     return Case(
         kernel=kernel,
@@ -42,6 +55,7 @@ def _case(kernel: Any, label: str, dtype: str, constants: dict[str, Any], num_wa
         constants=constants,
         aligned=frozenset(name for name in dtypes if name.endswith("_ptr") or name == "D"),
         num_warps=num_warps,
+        entry=entry,
     )
 
 

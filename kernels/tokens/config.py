@@ -1,6 +1,11 @@
-"""Launch choices as plain data: no autotuning in a user's first step."""
+"""Launch choices as plain data: no autotuning in a user's first step.
+
+Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+"""
 
 from dataclasses import dataclass
+
+from ..launches import columns
 
 MAX_D = 8192
 """Widest token a program holds in registers."""
@@ -24,18 +29,21 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(D: int) -> RowConfig:
-    """For kernels that move one row of width ``D`` a program. Not yet tuned on a GPU."""
-    block_d = max(32, 1 << (D - 1).bit_length())
-    return RowConfig(block_d=block_d, block_k=256, num_warps=min(16, max(1, block_d // 512)))
+def row_config(D: int, *, each: int = 16, block_k: int = 256) -> RowConfig:
+    """For kernels that move one row of width ``D`` a program, ``each`` thread so many numbers.
+
+    The defaults are not measured on a GPU.
+    """
+    block_d = columns(D)
+    return RowConfig(block_d=block_d, block_k=block_k, num_warps=min(16, max(1, block_d // (32 * each))))
 
 
-def launch_config(D: int, batch: int, tokens: int) -> LaunchConfig:
+def launch_config(D: int, batch: int, tokens: int, *, each: int = 16, programs: int = 1024) -> LaunchConfig:
     """For ``batch`` samples of ``tokens`` tokens of width ``D``.
 
     Each program keeps its position's embedding in registers and walks samples; there are about a thousand
-    programs, several for each multiprocessor of a large GPU. Not yet tuned on a GPU.
+    programs, several for each multiprocessor of a large GPU. The defaults are not measured on a GPU.
     """
-    block_d = max(32, 1 << (D - 1).bit_length())
-    parts = max(1, min(batch, -(-1024 // max(tokens, 1))))
-    return LaunchConfig(block_d=block_d, parts=parts, num_warps=min(16, max(1, block_d // 512)))
+    block_d = columns(D)
+    parts = max(1, min(batch, -(-programs // max(tokens, 1))))
+    return LaunchConfig(block_d=block_d, parts=parts, num_warps=min(16, max(1, block_d // (32 * each))))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launches import columns, tuned
 from .config import row_config
 from .kernel import (
     gather_tokens_bwd_kernel,
@@ -18,7 +19,7 @@ def gather_tokens_fwd(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | No
     (B, L, D), K = x_BLD.shape, ids_BK.shape[1]
     out_BKD = x_BLD.new_empty(B, K, D)
     if out_BKD.numel():
-        config = row_config(D)
+        config = row_config(D, **tuned("gather_tokens_fwd", x_BLD, columns(D)))
         gather_tokens_fwd_kernel[(B * K,)](
             x_BLD, ids_BK, out_BKD, L, K, D, BLOCK_D=config.block_d, num_warps=config.num_warps
         )
@@ -33,7 +34,7 @@ def gather_tokens_bwd(dout_BKD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor |
     if not K:
         return dx_BLD.zero_()
     if dx_BLD.numel():
-        config = row_config(D)
+        config = row_config(D, **tuned("gather_tokens_bwd", dout_BKD, columns(D)))
         gather_tokens_bwd_kernel[(B * L,)](
             dout_BKD, ids_BK, ids_BK if ids_restore_BL is None else ids_restore_BL, dx_BLD, L, K, D,
             RESTORE=ids_restore_BL is not None, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
@@ -48,7 +49,7 @@ def merge_tokens_fwd(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor
     (B, L, D), N = x_BLD.shape, computed_BND.shape[1]
     out_BLD = torch.empty_like(x_BLD)
     if out_BLD.numel():
-        config = row_config(D)
+        config = row_config(D, **tuned("merge_tokens_fwd", x_BLD, columns(D)))
         merge_tokens_fwd_kernel[(B * L,)](
             x_BLD, computed_BND if N else x_BLD, ids_restore_BL, out_BLD, L, N, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
@@ -62,7 +63,7 @@ def merge_tokens_bwd(dout_BLD: Tensor, ids_restore_BL: Tensor, masked: int) -> t
     B, L, D = dout_BLD.shape
     dx_BLD, dcomputed_BND = torch.empty_like(dout_BLD), dout_BLD.new_empty(B, masked, D)
     if dx_BLD.numel():
-        config = row_config(D)
+        config = row_config(D, **tuned("merge_tokens_bwd", dout_BLD, columns(D)))
         merge_tokens_bwd_kernel[(B * L,)](
             dout_BLD, ids_restore_BL, dx_BLD, dcomputed_BND if masked else dx_BLD, L, masked, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launches import columns, tuned
 from .config import launch_config
 from .kernel import unmask_tokens_bwd_kernel, unmask_tokens_fwd_kernel
 
@@ -15,7 +16,7 @@ def unmask_tokens_fwd(
     (B, K, D), L = x_BKD.shape, ids_restore_BL.shape[1]
     out_BLD = x_BKD.new_empty(B, L, D)
     if out_BLD.numel():
-        config = launch_config(D, B, L)
+        config = launch_config(D, B, L, **tuned("unmask_tokens_fwd", x_BKD, columns(D)))
         unmask_tokens_fwd_kernel[(L, config.parts)](
             x_BKD if K else mask_token_11D, mask_token_11D, pos_1LD, ids_restore_BL, out_BLD, B, L, K, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
@@ -32,7 +33,7 @@ def unmask_tokens_bwd(
     dx_BKD = dout_BLD.new_empty(B, len_keep, D)
     if not dout_BLD.numel():
         return dx_BKD, torch.zeros_like(mask_token_11D), torch.zeros_like(pos_1LD)
-    config = launch_config(D, B, L)
+    config = launch_config(D, B, L, **tuned("unmask_tokens_bwd", dout_BLD, columns(D)))
     parts_2PLD = dout_BLD.new_empty(2, config.parts, L, D, dtype=torch.float32)
     unmask_tokens_bwd_kernel[(L, config.parts)](
         dout_BLD, ids_restore_BL, dx_BKD if len_keep else dout_BLD, parts_2PLD[0], parts_2PLD[1],

@@ -98,7 +98,7 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 
 def test_wheel_holds_every_module_and_the_rooms(wheel: zipfile.ZipFile) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mdt_fast").rglob("*.py")}
-    for pattern in ("*.py", "README.md"):
+    for pattern in ("*.py", "README.md", "tuned.json"):
         for path in (ROOT / "kernels").rglob(pattern):
             expected.add("mdt_fast/" + path.relative_to(ROOT).as_posix())
     expected -= {"mdt_fast/kernels/README.md"} - set(wheel.namelist())

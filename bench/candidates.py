@@ -1,0 +1,186 @@
+"""What ``tune.py`` tries: for each Triton kernel the launch choices, and the calls at the published shapes on
+which they are timed.
+
+The choices are keyword arguments of the room's ``launch_config`` (kernels/*/config.py). Kernels in ``csrc/``
+have theirs compiled in.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from itertools import product
+from math import isqrt, prod
+from typing import Literal
+
+import torch
+
+import ops
+import points
+from mdt_fast.kernels import rel_attention
+from mdt_fast.kernels.aot import Case
+from mdt_fast.kernels.launches import Choice, Entry, columns, forced
+from ops import Maker
+
+EACH = (8, 64)
+"""Fewest and most numbers of a tile to a thread: fewer leave it without wide loads, more do not fit into its
+registers."""
+
+HEADS = 16
+"""Of attention, as in L and XL."""
+
+_ROWS = {"each": (4, 8, 16, 32), "programs": (1024, 2048, 4096, 8192)}
+_UNMASK = {"each": (4, 8, 16, 32), "programs": (512, 1024, 2048, 4096)}
+_MOVE = {"each": (4, 8, 16, 32)}
+_GELU = {"block_r": (4, 8, 16, 32), "widest": (128, 256, 512, 1024), "num_warps": (2, 4, 8)}
+_PATCH = {"block_r": (32, 64, 128), "block_d": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
+_ATTENTION = {
+    "block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)
+}  # fmt: skip
+TILES = (("block_m", "block_n"), ("block_r", "widest"), ("block_r", "block_d"))
+"""Which choices together say how large a tile is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """One kernel: its room, the op that launches it, in which pass, and what may be chosen. ``size_of`` says
+    from a model's width what its shape class goes by."""
+
+    room: str
+    op: str
+    mode: Literal["fwd", "bwd"]
+    space: Mapping[str, tuple[int, ...]]
+    size_of: Callable[[int], int] = columns
+
+    def choices(self) -> Iterator[Choice]:
+        """Within ``EACH``; the empty one, which is the present one, first."""
+        yield {}
+        for values in product(*self.space.values()):
+            choice = dict(zip(self.space, values))
+            for tile in TILES:
+                if set(tile) <= set(choice):
+                    each = prod(choice[name] for name in tile) // (32 * choice["num_warps"])
+                    if not EACH[0] <= each <= EACH[1]:
+                        break
+            else:
+                yield choice
+
+
+def _both(room: str, op: str, space: Mapping[str, tuple[int, ...]]) -> dict[str, Tunable]:
+    return {
+        f"{op}_{mode}": Tunable(room=room, op=op, mode=mode, space=space) for mode in ("fwd", "bwd")
+    }  # fmt: skip
+
+
+KERNELS: dict[str, Tunable] = {
+    **{
+        f"rel_attention_{name}": Tunable(
+            room="rel_attention", op="rel_attention", mode="fwd" if name == "fwd" else "bwd", space=_ATTENTION
+        )
+        for name in ("fwd", "bwd_q", "bwd_kv", "bwd_bias")
+    },
+    **_both("ln_modulate", "ln_modulate", _ROWS),
+    **_both("ln_modulate", "gate_residual_ln_modulate", _ROWS),
+    **_both("ln_modulate", "gate_residual", _ROWS),
+    "bias_gelu_fwd": Tunable(
+        room="bias_gelu", op="bias_gelu", mode="fwd", space=_GELU, size_of=lambda D: columns(4 * D)
+    ),
+    "bias_gelu_bwd": Tunable(
+        room="bias_gelu", op="bias_gelu", mode="bwd", space=_GELU | {"programs": (1024, 4096)},
+        size_of=lambda D: columns(4 * D),
+    ),
+    **_both("tokens", "unmask_tokens", _UNMASK),
+    **_both("tokens", "gather_tokens", _MOVE),
+    "gather_tokens_bwd": Tunable(
+        room="tokens", op="gather_tokens", mode="bwd", space=_MOVE | {"block_k": (128, 256, 512)}
+    ),
+    **_both("tokens", "merge_tokens", _MOVE),
+    "patch_embed_fwd": Tunable(
+        room="patch_embed", op="patch_embed", mode="fwd", space=_PATCH,
+        size_of=lambda D: columns(ops.CHANNELS * ops.PATCH**2),
+    ),
+    "patch_embed_bwd": Tunable(
+        room="patch_embed", op="patch_embed", mode="bwd", space=_PATCH | {"programs": (512, 1024)},
+        size_of=lambda D: columns(ops.CHANNELS * ops.PATCH**2),
+    ),
+    "cfg_step": Tunable(
+        room="cfg_step", op="cfg_step", mode="fwd",
+        space={"widest": (256, 512, 1024, 2048), "each": (4, 8, 16)},
+        size_of=lambda D: columns(ops.CHANNELS * ops.PATCH**2 * ops.TOKENS),
+    ),
+}  # fmt: skip
+"""By the name that they have in ``kernels/tuned.json``."""
+
+
+def cases(entry: Entry, arch: str, choice: Choice) -> list[Case]:
+    """The compilations that ``choice`` (empty: the present one) has to do for, as its room lists them."""
+    room = import_module(f"mdt_fast.kernels.{KERNELS[entry[0]].room}.aot")
+    with forced(entry, choice) if choice else nullcontext():
+        return [case for case in room.cases(arch) if case.entry == entry]
+
+
+def entries(arch: str) -> list[Entry]:
+    """Every kernel and shape class that ``aot.py`` compiles and ``tuned.json`` may hold."""
+    rooms = dict.fromkeys(tunable.room for tunable in KERNELS.values())
+    found = [
+        case.entry
+        for room in rooms
+        for case in import_module(f"mdt_fast.kernels.{room}.aot").cases(arch)
+        if case.entry is not None
+    ]
+    return list(dict.fromkeys(found))
+
+
+def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[[], points.Call]]:
+    """What an entry is timed on, by title: every published width of its class, attention with all tokens and
+    with some. Empty where no published model has the class."""
+    kernel, shape = entry
+    tunable, (size, kind) = KERNELS[kernel], shape.split()
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    if tunable.op == "rel_attention":
+        return {
+            f"d={d} {what}, batch {batch}": partial(_attention, kernel, batch, d, masked, dtype, device)
+            for d in (64, 72)
+            for what, masked in (("all", False), ("kept", True))
+            if int(size) == {64: 64, 72: 80}[d]
+        }
+    widths = {}  # of one class the smallest and the largest
+    for model, D in ops.WIDTHS.items():
+        if tunable.size_of(D) == int(size):
+            widths[model] = D
+    models = sorted(widths, key=widths.__getitem__)
+    return {
+        f"{model}, batch {batch}": partial(_call, tunable, model, batch, dtype, device)
+        for model in dict.fromkeys((*models[:1], *models[-1:]))
+    }
+
+
+def _call(tunable: Tunable, model: str, batch: int, dtype: torch.dtype, device: torch.device) -> points.Call:
+    op = ops.cases(model, batch)[tunable.op]
+    return _of(tunable.mode, op.fast, op.arguments(Maker(device, dtype)))
+
+
+def _attention(
+    kernel: str, batch: int, d: int, masked: bool, dtype: torch.dtype, device: torch.device
+) -> points.Call:
+    H, L, make = HEADS, ops.TOKENS, Maker(device, dtype)
+    M, G = ops.KEPT if masked else L, isqrt(L)
+    q, k, v = (make.normal(batch, M, H, d).detach().transpose(1, 2).requires_grad_() for _ in range(3))
+    table = Maker(device, torch.float32).normal((2 * G - 1) ** 2 + 3, H, std=0.5)
+    pos = make.plan(batch, L, M).ids_keep if masked else None
+    function = partial(
+        rel_attention, grid_size=G, q_pos=pos, k_pos=pos, attention_backend="triton",
+        table_grad="recompute" if kernel.endswith("_bias") else None,
+    )  # fmt: skip
+    return _of(KERNELS[kernel].mode, function, (q, k, v, table))
+
+
+def _of(mode: str, function: Callable[..., object], arguments: tuple[object, ...]) -> points.Call:
+    """The forward pass; or the backward pass alone, over and over on one graph."""
+    if mode == "fwd":
+        return points.call_of("fwd", function, arguments)
+    leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    outputs = points.outputs_of(function(*arguments))
+    gradients = [points.made_up_gradient(output) for output in outputs]
+    return lambda: list(torch.autograd.grad(outputs, leaves, gradients, retain_graph=True))

@@ -1,0 +1,198 @@
+"""What the package sets out to reach, as data, and what the rows say of it: met, missed or not measured.
+
+Figures of one machine are compared with figures of the same machine. Rates in img/s were set for one H200.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from plots import RATES
+from rows import Row
+
+Found = tuple[float, str] | None
+"""A value and the case it is of; None if it was not measured."""
+Measure = Callable[["Rows"], Found]
+
+XL, S = "MDTv2_XL_2", "MDTv2_S_2"
+OURS, COMPILED = ("fast", "fast-compiled"), ("reference-compiled",)
+ADALN = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate")
+TOKENS = ("gather_tokens", "unmask_tokens", "merge_tokens")
+OPTIMIZERS = ("adan_step", "adamw_step")
+ROOF = "sdpa-no-bias"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``bar`` is the least (or, with ``most``, the most) that ``measure`` may give."""
+
+    what: str
+    bar: float
+    unit: str
+    measure: Measure
+    most: bool = False
+    on_cpu: bool = False
+
+    def met(self, value: float) -> bool:
+        return value <= self.bar if self.most else value >= self.bar
+
+
+class Rows:
+    """The measured rows of one device, of each case the latest."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.latest: dict[tuple[str, ...], Row] = {}
+        for row in rows:
+            if row["p50"] is not None and row.get("op") not in RATES:
+                keys = ("bench", "op", "model", "mode", "batch", "shape", "dtype", "provider", "metric")
+                self.latest[tuple(str(row.get(key)) for key in keys)] = row
+
+    def of(self, **wanted: object) -> list[Row]:
+        """Rows whose keys have these values, or one of them where a tuple is given."""
+        return [
+            row
+            for row in self.latest.values()
+            if all(
+                row.get(key) in value if isinstance(value, tuple) else row.get(key) == value
+                for key, value in wanted.items()
+            )
+        ]
+
+
+def rate(model: str, mode: str, **more: object) -> Measure:
+    """Our best img/s, whatever the batch."""
+
+    def measure(rows: Rows) -> Found:
+        found = rows.of(bench="throughput", metric="img_per_s", model=model, mode=mode, provider=OURS, **more)
+        best = max(found, key=lambda row: row["p50"], default=None)
+        return None if best is None else (best["p50"], f"{best['provider']}, batch {best['batch']}")
+
+    return measure
+
+
+def against(
+    model: str, mode: str, batch: int | None, theirs: Sequence[str], metric: str, dtypes: tuple[str, str]
+) -> Measure:
+    """Our best over their best at one batch: img/s, or the least memory over the least memory."""
+    pick = min if metric == "peak_bytes" else max
+
+    def measure(rows: Rows) -> Found:
+        common = {"bench": "throughput", "metric": metric, "model": model, "mode": mode}
+        if batch is not None:
+            common["batch"] = batch
+        ours = rows.of(**common, provider=OURS, dtype=dtypes[0])
+        other = rows.of(**common, provider=tuple(theirs), dtype=dtypes[1])
+        batches = {row["batch"] for row in ours} & {row["batch"] for row in other}
+        if not batches:
+            return None
+        at = max(batches)
+        a, b = (pick(row["p50"] for row in some if row["batch"] == at) for some in (ours, other))
+        return a / b, f"batch {at}"
+
+    return measure
+
+
+def attention(other: str, *modes: str) -> Measure:
+    """The least of our best form's speed over ``other``'s, over modes, head sizes and masks at 256 tokens."""
+
+    def measure(rows: Rows) -> Found:
+        by_case: dict[str, dict[str, float]] = {}
+        for row in rows.of(bench="attention", metric="ms", mode=modes, dtype="bfloat16"):
+            if row["shape"]["L"] == 256 and row["shape"]["d"] in (64, 72):
+                masked = "masked" if "K" in row["shape"] else "all tokens"
+                case = f"{row['mode']}, d={row['shape']['d']}, {masked}"
+                by_case.setdefault(case, {})[row["provider"]] = row["p50"]
+        found = []
+        for case, ms in by_case.items():
+            ours = [value for name, value in ms.items() if name.startswith("triton")]
+            if ours and other in ms:
+                found.append((ms[other] / min(ours), case))
+        return min(found, default=None)
+
+    return measure
+
+
+def roof(ops: tuple[str, ...]) -> Measure:
+    """The least share of the copy's rate that any of the ops reaches, in either pass."""
+
+    def measure(rows: Rows) -> Found:
+        shares = rows.of(bench="kernels", metric="roof_share", provider="fast", op=ops)
+        return min(((row["p50"], f"{row['op']} {row['mode']}") for row in shares), default=None)
+
+    return measure
+
+
+def fewer_ops(rows: Rows) -> Found:
+    """Operations of a training step that are dispatched, over the reference's."""
+    found = rows.of(bench="account", metric="ops", mode="train", model=XL)
+    base = [row for row in found if row["provider"] == "reference"]
+    ours = [row for row in found if row["provider"] != "reference"]
+    if not base or not ours:
+        return None
+    best = min(ours, key=lambda row: row["p50"])
+    return best["p50"] / base[0]["p50"], f"{best['provider']}, batch {best['batch']}"
+
+
+def sanitized(rows: Rows) -> Found:
+    found = rows.of(bench="sanitize", metric="clean", op=("memcheck", "racecheck"))
+    if {row["op"] for row in found} != {"memcheck", "racecheck"}:
+        return None
+    return min((row["p50"], row["op"]) for row in found)
+
+
+BF16, F32 = ("bfloat16", "bfloat16"), ("float32", "float32")
+EAGER = ("reference",)
+GOALS = (
+    Goal("train XL/2, bfloat16, one H200", 360, "img/s", rate(XL, "train", dtype="bfloat16")),
+    Goal("train XL/2 over eager float32", 8, "x",
+         against(XL, "train", 32, EAGER, "img_per_s", ("bfloat16", "float32"))),
+    Goal("train XL/2 over eager bfloat16", 3, "x", against(XL, "train", 32, EAGER, "img_per_s", BF16)),
+    Goal("train XL/2 over compiled bfloat16", 1.5, "x",
+         against(XL, "train", 32, COMPILED, "img_per_s", BF16)),
+    Goal("train XL/2 at batch 4 over compiled", 3, "x", against(XL, "train", 4, COMPILED, "img_per_s", BF16)),
+    Goal("peak memory, XL/2, batch 32, over compiled", 0.45, "x",
+         against(XL, "train", 32, COMPILED, "peak_bytes", BF16), most=True),
+    Goal("sample XL/2, 250 steps, one H200", 4, "img/s", rate(XL, "sample", dtype="bfloat16")),
+    Goal("sample XL/2, batch 1, over compiled", 2, "x",
+         against(XL, "sample", 1, COMPILED, "img_per_s", BF16)),
+    Goal("attention forward over attention without bias", 0.8, "x", attention(ROOF, "fwd")),
+    Goal("attention forward and backward over the same", 0.6, "x", attention(ROOF, "fwd+bwd")),
+    Goal("attention over FlexAttention", 2, "x", attention("flex", "fwd", "fwd+bwd")),
+    Goal("attention over SDPA with a bias", 3, "x", attention("sdpa", "fwd", "fwd+bwd")),
+    Goal("adaLN kernels, of the copy's rate", 0.85, "1", roof(ADALN)),
+    Goal("token kernels, of the copy's rate", 0.85, "1", roof(TOKENS)),
+    Goal("optimiser steps, of the copy's rate", 0.85, "1", roof(OPTIMIZERS)),
+    Goal("ops dispatched in a training step over eager", 0.25, "x", fewer_ops, most=True),
+    Goal("compute-sanitizer, memcheck and racecheck: clean", 1, "1", sanitized),
+    Goal("CPU, train S/2 over eager, float32", 1.25, "x",
+         against(S, "train", None, EAGER, "img_per_s", F32), on_cpu=True),
+    Goal("CPU, peak memory of S/2 over eager, float32", 0.6, "x",
+         against(S, "train", None, EAGER, "peak_bytes", F32), most=True, on_cpu=True),
+)  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each goal and device that it was measured on, or one that says it was not."""
+    lines = ["| goal | bar | measured | | device |", "|---|---:|---:|---|---|"]
+    devices: dict[str, list[Row]] = {}
+    for row in rows:
+        devices.setdefault(row["device"], []).append(row)
+    of_device = {name: (some[0]["driver"] is None, Rows(some)) for name, some in devices.items()}
+    for goal in GOALS:
+        bar = f"{'≤' if goal.most else '≥'} {_text(goal.bar, goal.unit)}"
+        found = [
+            (name, value)
+            for name, (on_cpu, some) in of_device.items()
+            if on_cpu == goal.on_cpu and (value := goal.measure(some)) is not None
+        ]
+        for name, (value, case) in found:
+            said = "met" if goal.met(value) else "**missed**"
+            lines.append(f"| {goal.what} | {bar} | {_text(value, goal.unit)} ({case}) | {said} | {name} |")
+        if not found:
+            lines.append(f"| {goal.what} | {bar} | | not measured | |")
+    return "\n".join(lines)
+
+
+def _text(value: float, unit: str) -> str:
+    if unit == "1":
+        return f"{value:.0%}"
+    return f"{value:.2f}x" if unit == "x" else f"{value:.3g} {unit}"

@@ -1,0 +1,83 @@
+"""What a launch choice's machine code says of it, and an order in which to try choices."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+import aot
+import candidates
+from formats import number, one_line
+from mdt_fast.kernels.aot import compile_cases
+from mdt_fast.kernels.launches import Choice, Entry
+
+Outcome = dict[str, float] | str
+"""Numbers, or why the choice cannot be used."""
+
+
+def outcome_of(job: tuple[Entry, Choice, int, str]) -> Outcome:
+    """In a process of its own: the machine code's numbers, or why there is none to use."""
+    entry, choice, i, arch = job
+    case = candidates.cases(entry, arch, choice)[i]
+    [numbers] = compile_cases([case], arch)
+    if isinstance(numbers, Exception):
+        return one_line(numbers)
+    occupancy = aot.occupancy(numbers, case.num_warps, aot.SHARED_BYTES[arch])
+    if not occupancy:
+        shared, registers = numbers["shared_bytes"], numbers["registers"]
+        return f"does not fit: {shared} B of shared memory, {registers} registers"
+    if numbers["spill_bytes"]:
+        return f"spills {numbers['spill_bytes']} B"
+    return {**numbers, "occupancy": occupancy}
+
+
+def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """The refusal, if there is one; else the numbers of the one with the lowest occupancy."""
+    for one in outcomes:
+        if isinstance(one, str):
+            return one
+    return min((one for one in outcomes if isinstance(one, dict)), key=lambda one: one["occupancy"])
+
+
+def promise(outcome: Outcome) -> tuple[float, ...]:
+    """Sorts outcomes: what can run; then, on sm_90 and sm_100, products by their own instructions (wgmma,
+    tcgen05) before products by those of sm_80; then by occupancy, wide loads and stores, registers."""
+    if isinstance(outcome, str):
+        return (1.0,)
+    old = bool(outcome.get("HMMA")) and not any(outcome.get(kind) for kind in ("HGMMA", "UTCMMA"))
+    return 0.0, float(old), -outcome["occupancy"], -wide_share(outcome), outcome["registers"]
+
+
+def wide_share(numbers: dict[str, float]) -> float:
+    """Of the accesses to global memory, how many move 16 bytes."""
+    every = sum(numbers.get(kind, 0) for kind in ("LDG", "LDGSTS", "STG"))
+    wide = sum(numbers.get(f"{kind}.128", 0) for kind in ("LDG", "LDGSTS", "STG"))
+    return wide / every if every else 0.0
+
+
+def show(entry: Entry, arch: str, judged: Sequence[tuple[Choice, Outcome]], top: int) -> None:
+    """The most promising choices, where the present one stands, and how many cannot be used."""
+    table = Table(title=f"{' '.join(entry)} on {arch}", header_style="bold", box=None, title_justify="left")
+    for name in ("", "choice", "registers", "shared B", "occupancy", "wide", "matrix"):
+        table.add_column(name, justify="left" if name == "choice" else "right", no_wrap=True)
+    for place, cells in lines(judged, top):
+        table.add_row(str(place), *cells)
+    Console(width=max(120, Console().width)).print(table)
+    refused = [outcome for _, outcome in judged if isinstance(outcome, str)]
+    print(f"{len(judged)} choices, {len(refused)} of them spill, do not fit or do not compile")
+
+
+def lines(judged: Sequence[tuple[Choice, Outcome]], top: int) -> Iterator[tuple[int, list[str]]]:
+    for place, (choice, outcome) in enumerate(judged, start=1):
+        if choice and place > top:
+            continue
+        said = ", ".join(f"{name}={value}" for name, value in choice.items()) or "present"
+        if isinstance(outcome, str):
+            if not choice:
+                yield place, [said, outcome]
+            continue
+        matrix = [f"{outcome[kind]:g} {kind}" for kind in aot.MATRIX if outcome.get(kind)]
+        yield place, [
+            said, number(outcome["registers"]), f"{outcome['shared_bytes']:g}", f"{outcome['occupancy']:.0%}",
+            f"{wide_share(outcome):.0%}", ", ".join(matrix),
+        ]  # fmt: skip

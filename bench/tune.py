@@ -1,0 +1,288 @@
+"""Launch choices for the Triton kernels: tried on the GPU that is here, kept as data.
+
+    python bench/tune.py --json rows.jsonl                   every kernel at every published shape class
+    python bench/tune.py --json rows.jsonl --ops rel_attention --time-limit 400
+    python bench/tune.py --json rows.jsonl --report --write  measures nothing: the winners into tuned.json
+    python bench/tune.py --compile-only --arch sm_90         without a GPU: what the machine code says
+
+Choices are compiled first. One that spills, or takes more shared memory than there is, is not timed; the rest
+are timed in turns with the present choice, on an emptied cache, once their results are the present choice's.
+Rows are kept as they are made and read again: the same command goes on where it was stopped.
+
+The order that ``--compile-only`` gives is one in which to try things; what is faster only a GPU can say.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import aot
+import candidates
+import command
+import points
+from formats import one_line
+from mdt_fast.errors import UserError, nearest
+from mdt_fast.kernels import launches
+from mdt_fast.kernels.launches import Choice, Entry, forced
+from measure import op_clock, ratios, spread, synchronize, take_turns
+from promise import Outcome, outcome_of, promise, show, worst_of
+from rows import Row, RowFile, machine, read
+from winners import conclude, key_of, source_of
+
+ARCHITECTURES = tuple(aot.SHARED_BYTES)
+AT_ONCE = 8
+"""Choices that take turns with the present one."""
+TIGHTEST = 2
+"""Compilations by which choices are judged before they are timed: those that take most registers now."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return command.guarded("tune", lambda kept: _main(argv, kept))
+
+
+def _main(argv: list[str], kept: command.Kept) -> int:
+    args = _parser().parse_args(argv)
+    wanted = kernels_of(args.ops)
+    kinds = command.names("--dtype", args.dtype, ("half", "float32"))
+    batch, top = command.whole("--batch", args.batch), command.whole("--top", args.top)
+    command.at_least_one("--repeats", args.repeats)
+    command.positive_seconds("--time-limit", args.time_limit)
+    if args.report and args.json is None:
+        raise UserError("--report: needs --json FILE, the rows of earlier runs")
+    if args.compile_only and (args.write or args.report):
+        raise UserError(
+            f"--{'write' if args.write else 'report'}: not with --compile-only, which takes no times"
+        )
+    timing = not (args.compile_only or args.report)
+    if args.arch is not None and timing:
+        raise UserError("--arch: only with --compile-only; times are taken on the device that is here")
+    arch = args.arch or "sm_90"
+    if arch not in ARCHITECTURES:
+        raise UserError(
+            f"--arch: unknown {arch!r}{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
+        )
+    if timing and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device here (or no CUDA build of torch): nothing can be timed; "
+            "--compile-only ranks by machine code"
+        )
+    device = torch.device("cuda" if timing else "cpu")
+    arch = launches.architecture(device.index) if timing else arch
+    known = [] if args.json is None or not args.json.exists() else read([args.json])
+    if args.report:
+        conclude(known, wanted, args.write)
+        return 0
+    kept.rows = rows = RowFile(args.json, machine(device, shlex.join(["python", "bench/tune.py", *argv])))
+    todo = [e for e in candidates.entries(arch) if e[0] in wanted and e[1].split()[1] in kinds]
+    end = time.monotonic() + (args.time_limit or float("inf"))
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        bench = Tuner(rows, known, arch, device, pool, end, batch=batch, top=top, repeats=args.repeats)
+        for place, entry in enumerate(todo):
+            if time.monotonic() >= end:
+                print(f"the time limit was reached; {len(todo) - place} of {len(todo)} wait: run it again")
+                break
+            bench.compile_only(entry) if args.compile_only else bench.tune(entry)
+    if not args.compile_only:
+        conclude([*known, *rows.rows], wanted, args.write)
+    command.conclude(rows, None, lambda rows, path: False)
+    return 0 if rows.rows or known else 1
+
+
+def kernels_of(text: str | None) -> list[str]:
+    """Kernels by their own name, or by that of their room or op."""
+    if text is None:
+        return list(candidates.KERNELS)
+    named: dict[str, list[str]] = {}
+    for kernel, tunable in candidates.KERNELS.items():
+        for name in {kernel, tunable.op, tunable.room}:
+            named.setdefault(name, []).append(kernel)
+    asked = command.names("--ops", text, tuple(named))
+    return list(dict.fromkeys(kernel for name in asked for kernel in named[name]))
+
+
+@dataclass
+class Tuner:
+    """What all entries of a run share."""
+
+    rows: RowFile
+    known: Sequence[Row]
+    arch: str
+    device: torch.device
+    pool: ProcessPoolExecutor
+    end: float
+    batch: int = 32
+    top: int = 24
+    repeats: int = 30
+    compiled: dict[str, Outcome] = field(default_factory=dict)
+
+    def compile_only(self, entry: Entry) -> None:
+        """A table of an entry's choices, and their rows."""
+        choices = [*candidates.KERNELS[entry[0]].choices()]
+        judged = self.judge(entry, choices)
+        for choice, outcome in judged:
+            self.row(entry, "", choice, outcome, "registers" if isinstance(outcome, dict) else "skipped")
+        show(entry, self.arch, judged, self.top)
+
+    def tune(self, entry: Entry) -> None:
+        """Time what of an entry has no rows yet."""
+        makers = candidates.calls(entry, self.batch, self.device)
+        if not makers:
+            print(f"{' '.join(entry)}: no published model has this shape")
+            return
+        done = self.done(entry)
+        good: list[tuple[Choice, dict[str, float]]] = []
+        for choice, outcome in self.judge(entry, [*candidates.KERNELS[entry[0]].choices()]):
+            if isinstance(outcome, str):
+                if choice and ("", key_of(choice)) not in done:
+                    self.row(entry, "", choice, outcome, "skipped")
+            elif choice and len(good) < self.top:
+                good.append((choice, outcome))
+        timed = 0
+        for title, make in makers.items():
+            waiting = [one for one in good if (title, key_of(one[0])) not in done]
+            for first in range(0, len(waiting), AT_ONCE):
+                if time.monotonic() >= self.end:
+                    return
+                some = waiting[first : first + AT_ONCE]
+                self.time(entry, title, make, dict(enumerate(some)))
+                timed += len(some)
+        print(f"{' '.join(entry)} on {self.arch}: {timed} timings, {len(good)} choices, {len(makers)} points")
+
+    def done(self, entry: Entry) -> set[tuple[str, str]]:
+        """Points and choices that have a row of this code on this device."""
+        source, device = source_of(entry[0]), self.rows.common["device"]
+        return {
+            (row["point"], key_of(row["switches"]))
+            for row in self.known
+            if row["bench"] == "tune" and (row["op"], row["shape"], row["arch"]) == (*entry, self.arch)
+            and row["source"] == source and row["device"] == device and row["metric"] != "registers"
+        }  # fmt: skip
+
+    def judge(self, entry: Entry, choices: Sequence[Choice]) -> list[tuple[Choice, Outcome]]:
+        """Choices with what their tightest compilations say, the most promising first; those that spill or do
+        not fit, with that as their outcome, last."""
+        now = candidates.cases(entry, self.arch, {})
+        said = self.compile([(entry, {}, i) for i in range(len(now))])
+        registers = [-1.0 if isinstance(one, str) else one["registers"] for one in said]
+        judges = sorted(range(len(now)), key=lambda i: -registers[i])[:TIGHTEST]
+        outcomes = self.compile([(entry, choice, i) for choice in choices for i in judges])
+        n = len(judges)
+        worst = [worst_of(outcomes[i * n : (i + 1) * n]) for i in range(len(choices))]
+        return sorted(zip(choices, worst), key=lambda one: promise(one[1]))
+
+    def compile(self, jobs: Sequence[tuple[Entry, Choice, int]]) -> list[Outcome]:
+        """Outcomes in order; what compiles to the same is compiled once."""
+        keys, new = [], {}
+        for entry, choice, i in jobs:
+            case = candidates.cases(entry, self.arch, choice)[i]
+            key = repr((entry, case.label, sorted(case.constants.items()), case.num_warps, case.num_stages))
+            keys.append(key)
+            if key not in self.compiled:
+                new[key] = (entry, dict(choice), i, self.arch)
+        self.compiled.update(zip(new, self.pool.map(outcome_of, new.values(), chunksize=2)))
+        return [self.compiled[key] for key in keys]
+
+    def time(
+        self,
+        entry: Entry,
+        title: str,
+        make: Callable[[], points.Call],
+        some: dict[int, tuple[Choice, dict[str, float]]],
+    ) -> None:
+        """Time some choices in turns with the present one, and write a row for each."""
+        torch.manual_seed(0)
+        call = make()
+        expected = call()
+        dtype = torch.bfloat16 if entry[1].endswith("half") else torch.float32
+
+        def turn(choice: Choice | None) -> Callable[[int], object]:
+            def one(index: int) -> object:
+                if choice is None:
+                    return call()
+                with forced(entry, choice):
+                    return call()
+
+            return one
+
+        turns = {"present": turn(None)}
+        for i, (choice, _) in some.items():
+            try:
+                off = points.difference(turn(choice)(0), expected)  # type: ignore[arg-type]
+                synchronize(self.device)
+                if not off <= points.TOLERANCE[dtype]:
+                    raise ValueError(f"disagrees with the present choice: off by {off:.1e} relative")
+            except Exception as error:
+                self.row(entry, title, choice, one_line(error), "failed")
+                continue
+            turns[str(i)] = turn(choice)
+        clock = op_clock(self.device)
+        take_turns(turns, self.device, repeats=points.WARM_UP, clock=clock)
+        timings = take_turns(turns, self.device, repeats=self.repeats, clock=clock, shuffle=True)
+        present = timings.pop("present")
+        if present.error is not None:
+            raise present.error
+        for name, timing in timings.items():
+            choice, outcome = some[int(name)]
+            if timing.error is not None:
+                self.row(entry, title, choice, one_line(timing.error), "failed")
+                continue
+            ratio = ratios(present.seconds, timing.seconds)
+            ms = [1e3 * spread(seconds)[1] for seconds in (timing.seconds, present.seconds)]
+            self.row(entry, title, choice, outcome, "ratio", ratio, ms=ms[0], present_ms=ms[1],
+                     rounds=len(timing.seconds))  # fmt: skip
+
+    def row(
+        self,
+        entry: Entry,
+        title: str,
+        choice: Choice,
+        outcome: Outcome,
+        metric: str,
+        values: Sequence[float | None] = (None, None, None),
+        **more: float,
+    ) -> None:
+        said = {"note": outcome} if isinstance(outcome, str) else outcome
+        if metric == "registers" and isinstance(outcome, dict):
+            values = (None, outcome["registers"], None)
+        self.rows.add(
+            values, bench="tune", op=entry[0], shape=entry[1], point=title, arch=self.arch, provider="triton",
+            mode=candidates.KERNELS[entry[0]].mode, dtype=entry[1].split()[1], metric=metric,
+            unit="" if isinstance(outcome, str) else "1", switches=dict(choice), source=source_of(entry[0]),
+            **more, **said,
+        )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.Parser(prog="tune", description="Launch choices of the Triton kernels.")
+    parser.add_argument("--ops", help="kernels, ops or rooms, by comma (default: all)")
+    parser.add_argument("--dtype", default="half", help="half, float32 or both, by comma (default: half)")
+    parser.add_argument("--batch", default="32", help="samples (default: 32)")
+    parser.add_argument("--top", default="24", help="choices of an entry that are timed (default: 24)")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds of turns (default: 30)")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="begin nothing new after this time"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: CPUs)"
+    )
+    parser.add_argument("--compile-only", action="store_true", help="rank by machine code; needs no GPU")
+    parser.add_argument("--arch", help=f"with --compile-only: of {', '.join(ARCHITECTURES)} (default: sm_90)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows: read, and appended to")
+    parser.add_argument("--report", action="store_true", help="measure nothing: the winners of --json")
+    parser.add_argument("--write", action="store_true", help="put the winners into kernels/tuned.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

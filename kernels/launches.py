@@ -1,0 +1,77 @@
+"""Launch choices that were measured, as data: ``tuned.json``, by kernel, architecture and shape class.
+
+``bench/tune.py --write`` fills that file. Each entry holds keyword arguments of a room's ``launch_config``;
+what it does not say stays as ``config.py`` has it. Nothing is tried at import or in a user's first step.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+Choice = Mapping[str, int]
+"""Keyword arguments of a ``launch_config``."""
+Entry = tuple[str, str]
+"""A kernel's name, without ``_kernel``, after its op; and a shape class (:func:`shape_class`)."""
+
+_forced: dict[Entry, Choice] = {}
+
+
+def tuned(kernel: str, x: Tensor, size: int) -> Choice:
+    """What was found for ``kernel`` on the device and in the dtype of ``x``; ``size`` is what its room goes
+    by (columns, features, a head)."""
+    half = x.element_size() == 2
+    return tuned_for((kernel, shape_class(size, half)), architecture(x.device.index) if x.is_cuda else "cpu")
+
+
+def tuned_for(entry: Entry, arch: str) -> Choice:
+    """The same for an architecture of ``aot.ARCHITECTURES`` that need not be here."""
+    if entry in _forced:
+        return _forced[entry]
+    kernel, shape = entry
+    return table().get(kernel, {}).get(arch, {}).get(shape, {})
+
+
+@cache
+def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """``tuned.json``, read once."""
+    found: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(TUNED.read_text())
+    return found
+
+
+@contextmanager
+def forced(entry: Entry, choice: Choice) -> Iterator[None]:
+    """``choice`` in place of what ``tuned.json`` says, for all threads: for the tuner alone."""
+    before = _forced.get(entry)
+    _forced[entry] = choice
+    try:
+        yield
+    finally:
+        del _forced[entry]
+        if before is not None:
+            _forced[entry] = before
+
+
+def shape_class(size: int, half: bool) -> str:
+    """What a room goes by, and whether elements take two bytes: ``2048 half``."""
+    return f"{size} {'half' if half else 'float32'}"
+
+
+def columns(size: int) -> int:
+    """The power of two, 32 or more, that holds ``size``: what blocks of whole rows are as wide as."""
+    return max(32, 1 << (size - 1).bit_length())
+
+
+@cache
+def architecture(device: int | None) -> str:
+    """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"

@@ -1,0 +1,146 @@
+"""The goals' table and the pictures, from made-up rows: met, missed, not measured, slower made visible."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import goals
+import report
+import roofline
+from rows import RowFile, machine
+
+GPU = machine(torch.device("cpu"), "python bench/throughput.py") | {"device": "a GPU", "driver": "999"}
+SHAPE = {"B": 32, "H": 16, "L": 256}
+
+
+def rows_of(*fields: dict[str, Any], **common: Any) -> list[dict[str, Any]]:
+    file = RowFile(None, GPU | {"switches": {}, "unit": "1", "rounds": 9})
+    for some in fields:
+        values = some | common
+        p50 = values.pop("p50")
+        file.add((0.9 * p50, p50, 1.1 * p50), **values)
+    return file.rows
+
+
+def models(provider: str, img_per_s: float, gib: float = 1.0, **changes: Any) -> list[dict[str, Any]]:
+    case = {"bench": "throughput", "model": "MDTv2_XL_2", "provider": provider, "mode": "train", "batch": 32,
+            "dtype": "bfloat16"} | changes  # fmt: skip
+    return rows_of(
+        {"metric": "img_per_s", "p50": img_per_s}, {"metric": "peak_bytes", "p50": gib * 2**30}, **case
+    )
+
+
+def attention(provider: str, ms: float, **changes: Any) -> list[dict[str, Any]]:
+    case = {"bench": "attention", "op": "rel_attention", "provider": provider, "mode": "fwd",
+            "shape": SHAPE | {"d": 64}, "dtype": "bfloat16"} | changes  # fmt: skip
+    return rows_of({"metric": "ms", "p50": ms}, {"metric": "tflop_per_s", "p50": 100 / ms}, **case)
+
+
+def said(rows: list[dict[str, Any]], goal: str) -> str:
+    (line,) = [line for line in goals.table(rows).splitlines() if line.startswith(f"| {goal} |")]
+    return line
+
+
+def test_nothing_measured() -> None:
+    lines = goals.table([]).splitlines()
+    assert len(lines) == 2 + len(goals.GOALS)
+    assert all(line.endswith("| | not measured | |") for line in lines[2:])
+
+
+def test_models() -> None:
+    rows = models("reference", 100) + models("reference", 30, dtype="float32")
+    rows += models("reference-compiled", 200, 10) + models("fast", 290, 5) + models("fast-compiled", 370, 4)
+    rows += models("fast", 500, batch=64)
+    assert "| 500 img/s (fast, batch 64) | met |" in said(rows, "train XL/2, bfloat16, one H200")
+    assert "| 12.33x (batch 32) | met |" in said(rows, "train XL/2 over eager float32")
+    assert "| 3.70x (batch 32) | met |" in said(rows, "train XL/2 over eager bfloat16")
+    assert "| 1.85x (batch 32) | met |" in said(rows, "train XL/2 over compiled bfloat16")
+    assert "| 0.40x (batch 32) | met |" in said(rows, "peak memory, XL/2, batch 32, over compiled")
+    assert said(rows, "train XL/2 at batch 4 over compiled").endswith("| not measured | |")
+    rows += models("fast", 10, 9, batch=4) + models("reference-compiled", 5, batch=4)
+    assert "| 2.00x (batch 4) | **missed** | a GPU |" in said(rows, "train XL/2 at batch 4 over compiled")
+    assert "| 2.00x (batch 4) |" in said(
+        rows + models("fast", 10, batch=4), "train XL/2 at batch 4 over compiled"
+    )
+    assert said(rows, "CPU, train S/2 over eager, float32").endswith("| not measured | |")
+
+
+def test_attention_by_its_worst_case() -> None:
+    rows = (
+        attention("sdpa-no-bias", 0.9)
+        + attention("triton-dense-store", 1.0)
+        + attention("triton-packed", 3.0)
+    )
+    masked = {"shape": SHAPE | {"d": 72, "K": 153}}
+    rows += attention("sdpa-no-bias", 0.7, **masked) + attention("triton-packed", 1.0, **masked)
+    rows += attention("flex", 2.5)
+    assert "| 0.70x (fwd, d=72, masked) | **missed** |" in said(
+        rows, "attention forward over attention without bias"
+    )
+    assert "| 2.50x (fwd, d=64, all tokens) | met |" in said(rows, "attention over FlexAttention")
+
+
+def test_kernels_ops_and_sanitizer() -> None:
+    op = {
+        "bench": "kernels",
+        "provider": "fast",
+        "dtype": "bfloat16",
+        "shape": {"B": 1},
+        "metric": "roof_share",
+    }
+    shares = [("ln_modulate", "fwd", 0.9), ("gate_residual", "fwd+bwd", 0.8), ("adan_step", "fwd", 0.87)]
+    rows = rows_of(*({"op": name, "mode": mode, "p50": share} for name, mode, share in shares), **op)
+    assert "| 80% (gate_residual fwd+bwd) | **missed** |" in said(rows, "adaLN kernels, of the copy's rate")
+    assert "| 87% (adan_step fwd) | met |" in said(rows, "optimiser steps, of the copy's rate")
+    rows = rows_of({"op": "memcheck", "p50": 1.0}, bench="sanitize", metric="clean")
+    goal = "compute-sanitizer, memcheck and racecheck: clean"
+    assert said(rows, goal).endswith("not measured | |")
+    assert "| 0% (racecheck) | **missed** |" in said(
+        rows + rows_of({"op": "racecheck", "p50": 0.0}, bench="sanitize", metric="clean"), goal
+    )
+    steps = {"bench": "account", "metric": "ops", "mode": "train", "model": "MDTv2_XL_2", "batch": 4}
+    rows = rows_of({"provider": "reference", "p50": 1000}, {"provider": "fast", "p50": 200}, **steps)
+    assert "| 0.20x (fast, batch 4) | met |" in said(rows, "ops dispatched in a training step over eager")
+
+
+def test_what_is_slower_is_bold() -> None:
+    op = {"bench": "kernels", "op": "ln_modulate", "mode": "fwd", "dtype": "bfloat16", "shape": {"B": 1}}
+    rows = rows_of({"metric": "ms", "p50": 1.0}, {"metric": "ratio", "p50": 0.8}, provider="fast", **op)
+    assert "| **0.80x (0.72-0.88), slower** |" in report.markdown(rows)
+    rows = rows_of({"metric": "ms", "p50": 1.0}, {"metric": "ratio", "p50": 0.95}, provider="fast", **op)
+    assert "slower" not in report.markdown(rows), "within the rounds' spread"
+
+
+def test_pictures(tmp_path: Path) -> None:
+    rows = models("fast", 300)
+    op = {"bench": "kernels", "dtype": "bfloat16", "shape": {"B": 1}}
+    for provider in ("fast", "eager"):
+        rows += rows_of(
+            {"metric": "gb_per_s", "p50": 2000.0}, {"metric": "tflop_per_s", "p50": 50.0},
+            {"metric": "roof_share", "p50": 0.5}, op="linear", mode="fwd", provider=provider, **op,
+        )  # fmt: skip
+    rows += rows_of(
+        {"op": "copy", "metric": "gb_per_s", "p50": 3000.0, "provider": "torch", "mode": "fwd"}, **op
+    )
+    rows += rows_of(
+        {"op": "matmul", "metric": "tflop_per_s", "p50": 700.0, "provider": "torch", "mode": "fwd"}, **op
+    )
+    rows += attention("triton-packed", 1.0) + attention("triton-packed", 1.0, shape=SHAPE | {"d": 72})
+    names = [path.name for path in report.pictures(rows, tmp_path / "plots")]
+    assert names == ["throughput.png", "kernels.png", "roofline.png", "attention.png", "head-sizes.png"]
+    assert all((tmp_path / "plots" / name).stat().st_size > 5000 for name in names)
+    assert not roofline.draw(models("fast", 300), tmp_path / "none.png")
+    assert not roofline.draw_head_sizes(attention("triton-packed", 1.0), tmp_path / "none.png")
+    others = [row | {"device": "another GPU"} for row in rows]
+    assert {path.name for path in report.pictures([*models("fast", 1), *others], tmp_path)} >= {
+        "throughput-a-gpu.png", "throughput-another-gpu.png", "roofline-another-gpu.png",
+    }  # fmt: skip
+
+
+def test_goals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--goals"]) == 0
+    assert "| CPU, train S/2 over eager, float32 | ≥ 1.25x |" in capsys.readouterr().out
+    assert report.main(["--goals", "--readme", str(tmp_path / "README.md")]) == 2
+    assert "--readme: not with --goals" in capsys.readouterr().err

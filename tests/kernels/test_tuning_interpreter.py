@@ -1,0 +1,71 @@
+"""Tuning's turns, in Triton's interpreter at a tiny size: rows are made, wrong results are never timed."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdt_fast.kernels.backends import INTERPRETING
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import candidates
+import ops
+import tune
+from rows import RowFile, machine
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1 in the environment"),
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tuner(monkeypatch: pytest.MonkeyPatch) -> tune.Tuner:
+    monkeypatch.setattr(ops, "TOKENS", 16)
+    monkeypatch.setattr(ops, "KEPT", 9)
+    for model in ops.WIDTHS:
+        monkeypatch.setitem(ops.WIDTHS, model, 24)
+    monkeypatch.setattr(candidates, "HEADS", 1)
+    monkeypatch.setattr("points.WARM_UP", 1)
+    rows = RowFile(None, machine(CPU, "python bench/tune.py"))
+    return tune.Tuner(rows, [], "sm_90", CPU, None, time.monotonic() + 60, batch=2, repeats=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "choice"),
+    [
+        ("ln_modulate_bwd", "32 float32", {"each": 4, "programs": 4}),
+        ("gather_tokens_bwd", "32 float32", {"each": 4, "block_k": 128}),
+        (
+            "rel_attention_bwd_q",
+            "64 float32",
+            {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1},
+        ),
+    ],
+)
+def test_a_choice_is_timed_against_the_present_one(
+    kernel: str, shape: str, choice: dict[str, int], tuner: tune.Tuner
+) -> None:
+    makers = candidates.calls((kernel, shape), 1, CPU)
+    title, make = next(iter(makers.items()))
+    tuner.time((kernel, shape), title, make, {0: (choice, {"registers": 32.0})})
+    (row,) = tuner.rows.rows
+    assert (row["op"], row["shape"], row["point"], row["switches"]) == (kernel, shape, title, choice)
+    assert row["metric"] == "ratio", row
+    assert row["p50"] > 0
+    assert row["registers"] == 32
+
+
+def test_wrong_results_are_never_timed(tuner: tune.Tuner) -> None:
+    def make() -> Callable[[], list[torch.Tensor]]:
+        results = iter([1.0, 2.0])
+        return lambda: [torch.full((3,), next(results, 1.0))]
+
+    tuner.time(("cfg_step", "4096 float32"), "", make, {0: ({"each": 4}, {"registers": 32.0})})
+    (row,) = tuner.rows.rows
+    assert row["metric"] == "failed"
+    assert "disagrees with the present choice" in row["note"]
