@@ -81,9 +81,10 @@ small() {
     bench throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
         --time-limit 400
 }
-middle() { # L/2; and DiT, the baseline
-    bench throughput l2_dit --model MDTv2_L_2,DiT_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
-        --time-limit 400
+middle() { # L/2; and DiT, the baseline, beside diffusers'
+    bench throughput l2 --model MDTv2_L_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 200
+    bench throughput dit --model DiT_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast,diffusers \
+        --time-limit 200
 }
 large() { # float32 too: what the published models were trained in
     bench throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
