@@ -143,6 +143,7 @@ BF16, F32 = ("bfloat16", "bfloat16"), ("float32", "float32")
 EAGER = ("reference",)
 GOALS = (
     Goal("train XL/2, bfloat16, one H200", 360, "img/s", rate(XL, "train", dtype="bfloat16")),
+    Goal("train XL/2, float8, one H200", 480, "img/s", rate(XL, "train", dtype="float8")),
     Goal("train XL/2 over eager float32", 8, "x",
          against(XL, "train", 32, EAGER, "img_per_s", ("bfloat16", "float32"))),
     Goal("train XL/2 over eager bfloat16", 3, "x", against(XL, "train", 32, EAGER, "img_per_s", BF16)),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
-#   build tests sanitize kernels attention flex small middle large compiled compiled4 official account training
+#   build tests sanitize races kernels attention flex small middle large compiled compiled4 official account training
 #   sampling sampling_compiled tune learning report
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
@@ -13,7 +13,7 @@ OUT=${OUT:-bench/results}
 OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
-STAGES=(build tests sanitize kernels attention flex small middle large compiled compiled4 official account
+STAGES=(build tests sanitize races kernels attention flex small middle large compiled compiled4 official account
     training sampling sampling_compiled tune learning report)
 
 asked=("$@")
@@ -60,11 +60,11 @@ COMPILED=reference,reference-compiled,fast,fast-compiled
 
 build() { run build env MDT_FAST_CUDA=1 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .; }
 tests() { run gpu_tests "$PYTHON" -m pytest -q -ra -m gpu tests; }
-sanitize() { # memory first: a race is looked for in what is in bounds
-    for tool in memcheck racecheck; do
-        run "sanitize_$tool" "$PYTHON" bench/sanitize.py --device cuda --tool "$tool" --json "$OUT/sanitize.jsonl"
-    done
+sanitize() { # first alone: that compiles the kernels, and says whether all are reached
+    run sanitize_calls "$PYTHON" bench/sanitize.py --device cuda
+    run sanitize_memcheck "$PYTHON" bench/sanitize.py --device cuda --tool memcheck --json "$OUT/sanitize.jsonl"
 }
+races() { run races "$PYTHON" bench/sanitize.py --device cuda --tool racecheck --json "$OUT/sanitize.jsonl"; }
 kernels() {
     bench kernels kernels_xl --model XL --dtype bfloat16
     bench kernels kernels_s --model S --dtype bfloat16 --providers fast,eager --time-limit 100
@@ -81,9 +81,10 @@ small() {
     bench throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
         --time-limit 400
 }
-middle() { # L/2; and DiT, the baseline
-    bench throughput l2_dit --model MDTv2_L_2,DiT_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
-        --time-limit 400
+middle() { # L/2; and DiT, the baseline, beside diffusers'
+    bench throughput l2 --model MDTv2_L_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 200
+    bench throughput dit --model DiT_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast,diffusers \
+        --time-limit 200
 }
 large() { # float32 too: what the published models were trained in
     bench throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \

@@ -16,6 +16,7 @@ COLORS = {
     "fast": "#3b82c4",
     "fast-compiled": "#1d4f8c",
     "official": "#d08a3c",
+    "diffusers": "#8a6fb0",
 }
 RATES = ("copy", "matmul")
 """Ops that are measured for the machine's own rates."""

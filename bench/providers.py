@@ -1,8 +1,8 @@
 """Providers: the same model, made by different code, on the same weights.
 
 ``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
-``torch.compile`` (the whole forward), ``official`` the code of a checkout. A provider and its compiled form
-share one module.
+``torch.compile`` (the whole forward), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+A provider and its compiled form share one module.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import diffusers_dit
 import official
 from mdt_fast import doctor
 from mdt_fast.config import ModelConfig
@@ -20,7 +21,7 @@ from mdt_fast.errors import UserError, nearest
 from mdt_fast.models import zoo
 from mdt_fast.presets import PRESETS
 
-NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "official")
+NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "official", "diffusers")
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
 """Where the published recipe differs from the constructor's default."""
@@ -77,6 +78,11 @@ class Modules:
         return module
 
     def _build(self, implementation: str) -> nn.Module:
+        if implementation == "diffusers":
+            try:
+                return diffusers_dit.build(self.config)
+            except UserError as error:
+                raise Skip(str(error)) from None
         if implementation != "official":
             return zoo.build_model(self.config, implementation=implementation)
         if self.checkout is None:

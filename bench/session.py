@@ -240,7 +240,7 @@ class Session:
     def executed(self, case: Case, step: Step, one: Result, useful_gflop: float) -> None:
         """FLOPs that the provider itself runs, where they can be counted."""
         implementation = step.provider.implementation
-        if implementation == "official":
+        if implementation in ("official", "diffusers"):
             return
         try:
             if isinstance(step, TrainStep):

@@ -223,7 +223,7 @@ class Tuner:
                 if not off <= points.TOLERANCE[dtype]:
                     raise ValueError(f"disagrees with the present choice: off by {off:.1e} relative")
             except Exception as error:
-                self.row(entry, title, choice, one_line(error), "failed")
+                self.failed(entry, title, choice, error)
                 continue
             turns[str(i)] = turn(choice)
         clock = op_clock(self.device)
@@ -235,12 +235,23 @@ class Tuner:
         for name, timing in timings.items():
             choice, outcome = some[int(name)]
             if timing.error is not None:
-                self.row(entry, title, choice, one_line(timing.error), "failed")
+                self.failed(entry, title, choice, timing.error)
                 continue
             ratio = ratios(present.seconds, timing.seconds)
             ms = [1e3 * spread(seconds)[1] for seconds in (timing.seconds, present.seconds)]
             self.row(entry, title, choice, outcome, "ratio", ratio, ms=ms[0], present_ms=ms[1],
                      rounds=len(timing.seconds))  # fmt: skip
+
+    def failed(self, entry: Entry, title: str, choice: Choice, error: Exception) -> None:
+        """Write it down. ``UserError`` if the device cannot go on: nothing else is to be blamed for that."""
+        self.row(entry, title, choice, one_line(error), "failed")
+        try:
+            synchronize(self.device)
+        except Exception as lost:
+            raise UserError(
+                f"{' '.join(entry)}: {dict(choice)} left the device unusable ({one_line(lost)}); "
+                "run it again: this choice will be left out"
+            ) from None
 
     def row(
         self,

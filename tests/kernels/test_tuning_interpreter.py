@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from mdt_fast.errors import UserError
 from mdt_fast.kernels.backends import INTERPRETING
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -69,3 +71,17 @@ def test_wrong_results_are_never_timed(tuner: tune.Tuner) -> None:
     (row,) = tuner.rows.rows
     assert row["metric"] == "failed"
     assert "disagrees with the present choice" in row["note"]
+
+
+def test_a_device_that_is_lost_ends_the_run(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice that broke it has its row, so that the next run leaves it out."""
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "synchronize", broken)
+    call = partial(list, [torch.ones(3)])
+    with pytest.raises(UserError, match=r"left the device unusable .*: this choice will be left out"):
+        tuner.time(("cfg_step", "4096 float32"), "", lambda: call, {0: ({"each": 4}, {"registers": 32.0})})
+    (row,) = tuner.rows.rows
+    assert (row["metric"], row["switches"]) == ("failed", {"each": 4})
