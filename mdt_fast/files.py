@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ def aside(path: Path) -> Iterator[Path]:
 
     If the block raises, the temporary file is removed and ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary = _temporary(path)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # some libraries make files that only their owner reads
@@ -24,14 +25,45 @@ def aside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``, to move from what is complete; it is gone when the block is done.
+
+    What a process that was killed here, or in :func:`aside`, left for ``path`` is removed first.
+    """
+    remove_leftovers(path.parent, path.name)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed in :func:`aside` left in ``folder``."""
+LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
+
+
+def is_leftover(path: Path, *names: str) -> bool:
+    """Whether it has a temporary name, of a file or folder that is called one of ``names`` (any, if none)."""
+    match = LEFTOVER.fullmatch(path.name)
+    return match is not None and (not names or match[1] in names)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what killed processes left in ``folder``: of ``names`` alone and folders too, else all files.
+
+    Only where no other process is writing there: what it has begun would go, too.
+    """
     for path in folder.glob(".*.partial"):
-        if LEFTOVER.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        if is_leftover(path, *names):
+            if path.is_file() or path.is_symlink():
+                path.unlink(missing_ok=True)
+            elif names:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def flush(path: Path) -> None:

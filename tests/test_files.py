@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mdt_fast.files import aside, remove_leftovers
+from mdt_fast.files import aside, folder_aside, remove_leftovers
 
 
 def test_the_file_appears_when_the_block_is_done(tmp_path: Path) -> None:
@@ -57,3 +57,16 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "none")
     assert {path.name for path in tmp_path.iterdir()} == others
+
+
+def test_a_folder_aside_is_gone_afterwards_and_so_is_what_was_left_of_it(tmp_path: Path) -> None:
+    left, others = tmp_path / ".step.pt2.0123abcd.partial", tmp_path / ".other.pt2.0123abcd.partial"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "half").write_text("")
+    (tmp_path / ".step.pt2.89abcdef.partial").write_text("")
+    with folder_aside(tmp_path / "step.pt2") as folder:
+        (folder / "part").write_text("")
+        assert sorted(tmp_path.iterdir()) == sorted([folder, others])
+        assert folder.name.startswith(".step.pt2.")
+    assert list(tmp_path.iterdir()) == [others]

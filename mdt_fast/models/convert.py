@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ from .base import Transformer
 from .zoo import CLASSES
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What weights may be."""
 
 
 def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Tensor]:
@@ -55,6 +57,12 @@ def read_saved(path: Path, *, mmap: bool = False) -> Any:
         raise UserError(
             f"{path}: not a readable {path.suffix} file (truncated or damaged?): {reason}"
         ) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file that :func:`read_weights` reads says beside its tensors."""
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata() or {}
 
 
 def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **metadata: Any) -> None:
@@ -98,7 +106,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
 
 
 def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
-    """``UserError``, in one line, unless ``state`` has the keys and shapes of ``own``."""
+    """``UserError``, in one line, unless ``state`` has the keys, shapes and kinds of numbers of ``own``."""
     differences = [
         *_listed("missing", own.keys() - state.keys()),
         *_listed("unexpected", state.keys() - own.keys()),
@@ -110,9 +118,47 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
                 if own[key].shape != state[key].shape
             ),
         ),
+        *_listed(
+            "of another dtype",
+            (
+                f"{key} {str(state[key].dtype).removeprefix('torch.')}"
+                for key in own.keys() & state.keys()
+                if own[key].dtype in FLOATS and state[key].dtype not in FLOATS
+            ),
+        ),
     ]
     if differences:
         raise UserError(f"{source}: weights of another model: {'; '.join(differences)}")
+
+
+def check_sizes(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
+    """``UserError`` if ``state`` is of another size than ``config`` says: before a model of it is built.
+
+    What building takes grows with these sizes; :func:`check_weights` compares the built model's weights.
+    """
+    try:
+        found = shape_of(state)
+    except KeyError as error:
+        raise UserError(f"{source}: weights of another model: no {error.args[0]}") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise UserError(f"{source}: weights of another model: shapes of no MDTv2, MDT or DiT") from None
+    lost = (config.depth - config.decode_layer) % 2 if config.family == "mdtv2" else 0
+    wanted = {
+        name: getattr(config, name)
+        for name in ("family", "hidden_size", "input_size", "patch_size", "in_channels")
+    } | {"depth": config.depth - lost}
+    other = [
+        f"{name} {found[name]} instead of {wanted[name]}" for name in wanted if found[name] != wanted[name]
+    ]
+    if other:
+        raise UserError(f"{source}: weights of another model: {', '.join(other)}")
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """``UserError`` naming the weights that hold NaN or infinities."""
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{source}: weights that are not finite: {_listed('tensors', broken)[0]}")
 
 
 def config_of(module: Any) -> ModelConfig:

@@ -3,6 +3,7 @@
 huggingface_hub is needed for what goes over the network alone. Pickled weights are never read.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -15,9 +16,11 @@ from torch import nn
 
 from ..config import ModelConfig, from_dict
 from ..errors import UserError, nearest
-from ..files import aside
+from ..files import aside, remove_leftovers
 
 CONFIG, WEIGHTS, CARD = "config.json", "diffusion_pytorch_model.safetensors", "README.md"
+DIGEST = "config_sha256"
+"""Under this name the weights' metadata says which config.json they were saved with."""
 Token = str | bool | None
 
 
@@ -43,8 +46,9 @@ class Pretrained:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, license: str | None = None) -> None:
         """Write ``config.json``, the weights as safetensors and, where there is no README.md, a model card.
 
-        ``license``: what the card names, such as "apache-2.0". ``UserError`` where the folder cannot be
-        written, or where each process has a part of the weights.
+        ``license``: what the card names, such as "apache-2.0". Files there are replaced; weights and config of
+        a writing that was interrupted between them are refused when loaded. ``UserError`` where the folder
+        cannot be written, for a model on the meta device, or where each process has a part of the weights.
         """
         self.save_component(save_directory)
         card = Path(save_directory) / CARD
@@ -65,13 +69,19 @@ class Pretrained:
                 "save_pretrained: each process has a part of the weights; save a checkpoint and use "
                 "mdt-fast convert"
             )
+        if any(value.is_meta for value in state.values()):
+            raise UserError("save_pretrained: the model is on the meta device, and has no weights to save")
         folder = Path(save_directory)
+        for name in (WEIGHTS, CONFIG):
+            if (folder / name).is_dir():
+                raise UserError(f"save_pretrained: {str(folder / name)!r} is a folder; a file goes there")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"save_pretrained: cannot make the folder {str(folder)!r}: {error}") from None
-        write_weights(folder / WEIGHTS, state)
+        remove_leftovers(folder, WEIGHTS, CONFIG, CARD)
         described = {"_class_name": CLASS_NAMES[self.config.family], **self.config.kwargs()}
+        write_weights(folder / WEIGHTS, state, **{DIGEST: _digest(described)})
         with aside(folder / CONFIG) as file:
             file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
@@ -113,8 +123,8 @@ class Pretrained:
         name: str | os.PathLike[str],
         *,
         subfolder: str = "",
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: Token = None,
@@ -125,17 +135,19 @@ class Pretrained:
 
         ``Transformer.from_pretrained`` takes any of the models, a class of its own only those of that class.
         ``subfolder``: of the folder or repository ("transformer" of a pipeline's). ``dtype``, also under
-        diffusers' name ``torch_dtype``: of the weights; None: as they were saved. The other arguments are
-        those of huggingface_hub's ``hf_hub_download``. A ``DiTTransformer2DModel`` of diffusers becomes a
-        :class:`DiT`. Raises ``UserError`` for what is no such folder, for weights of another model, and for
-        pickled weights.
+        diffusers' name ``torch_dtype``: of the weights, float32, float16, bfloat16 or float64 of torch or such
+        a name; None: as they were saved. The other arguments are those of huggingface_hub's
+        ``hf_hub_download``. A ``DiTTransformer2DModel`` of diffusers becomes a :class:`DiT`. Raises
+        ``UserError`` for what is no such folder, for weights of another model, saved with another config or
+        not finite, and for pickled weights.
         """
         from .attention import share_index
-        from .convert import check_weights, read_weights
+        from .convert import check_finite, check_sizes, check_weights, read_metadata, read_weights
         from .dit_of_diffusers import CLASSES as OTHERS
         from .dit_of_diffusers import config_of_diffusers, weights_of_diffusers
         from .zoo import CLASSES
 
+        chosen = floating("torch_dtype", torch_dtype) if dtype is None else floating("dtype", dtype)
         how = {
             "subfolder": subfolder or None, "revision": revision, "cache_dir": cache_dir, "token": token,
             "local_files_only": local_files_only, "force_download": force_download,
@@ -156,12 +168,19 @@ class Pretrained:
         state = read_weights(weights)
         if other:
             state = weights_of_diffusers(state, config, weights)
+        check_sizes(config, state, str(weights))
         with torch.device("meta"):
             model = found(**config.kwargs())
         check_weights(model.state_dict(), state, str(weights))
+        if read_metadata(weights).get(DIGEST) not in (None, json.dumps(_digest(values))):
+            raise UserError(
+                f"{weights}: was saved with another config.json than the one beside it (saving was interrupted, "
+                "or it was edited); save the model again, or put the config of these weights back"
+            )
+        check_finite(state, str(weights))
         model.load_state_dict(state, strict=True, assign=True)
         share_index(model)
-        return model.to(dtype or torch_dtype or model.dtype).eval()
+        return model.to(chosen or model.dtype).eval()
 
 
 CLASS_NAMES = {"mdtv2": "MDTv2", "mdt": "MDT", "dit": "DiT"}
@@ -187,6 +206,17 @@ def model_card(config: ModelConfig, license: str | None = None) -> str:
     )  # fmt: skip
 
 
+def floating(argument: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that weights may have, also by its name; ``UserError`` naming ``argument`` for any other."""
+    from .convert import FLOATS
+
+    names = {str(allowed).removeprefix("torch."): allowed for allowed in FLOATS}
+    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is None or found in FLOATS:
+        return found
+    raise UserError(f"{argument}: allowed are {', '.join(names)}, got {dtype!r}")
+
+
 def saved_in(folder: Path) -> str | None:
     """Where in ``folder`` a model was saved: "", or "transformer" of a pipeline's; None if there is none."""
     for subfolder in ("", "transformer"):
@@ -205,6 +235,12 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("_class_name"), str):
         raise UserError(f"{file}: names no class (_class_name); a file that save_pretrained wrote is needed")
     return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Of what a config.json says: how it is laid out, and what others add under ``_`` names, is no matter."""
+    counted = {key: value for key, value in values.items() if key == "_class_name" or not key.startswith("_")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
 def _config(values: dict[str, Any], file: Path) -> ModelConfig:
@@ -230,7 +266,9 @@ def _local_files(path: Path, subfolder: str) -> Callable[[str], Path] | None:
         if file.is_file():
             return file
         reason = ""
-        if (folder / "model_index.json").is_file():
+        if subfolder and not folder.is_dir():
+            reason = f"; {str(path)!r} has no subfolder {subfolder!r}"
+        elif (folder / "model_index.json").is_file():
             reason = "; it is a pipeline's: use MDTPipeline.from_pretrained, or subfolder='transformer'"
         elif (folder / "checkpoints").is_dir():
             reason = "; it is a run: mdt-fast convert makes files of it"

@@ -280,3 +280,80 @@ def test_other_models_of_diffusers_are_refused(tmp_path: Path) -> None:
 
 def test_public_names() -> None:
     assert mdt_fast.Transformer is Transformer
+
+
+def test_weights_and_config_of_two_savings_are_refused(tmp_path: Path) -> None:
+    """As a process leaves them that is killed between the two files; the shapes are equal."""
+    two, four = tmp_path / "two", tmp_path / "four"
+    made("DiT", num_heads=2).save_pretrained(two)
+    made("DiT", num_heads=4).save_pretrained(four)
+    config = (two / CONFIG).read_text()
+    (two / WEIGHTS).write_bytes((four / WEIGHTS).read_bytes())
+    refused("was saved with another config.json than the one beside it", two)
+    (two / CONFIG).write_text((four / CONFIG).read_text())
+    assert DiT.from_pretrained(two).config.num_heads == 4
+    values = {**json.loads((four / CONFIG).read_text()), "_diffusers_version": "0.1"}
+    (four / CONFIG).write_text(json.dumps(dict(reversed(values.items()))))  # laid out in another way
+    DiT.from_pretrained(four)
+    (four / CONFIG).write_text(config)
+    save_file(load_file(four / WEIGHTS), four / WEIGHTS)  # by others, without the digest
+    assert DiT.from_pretrained(four).config.num_heads == 2
+
+
+def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
+    for name in (CONFIG, WEIGHTS, "mine"):
+        (tmp_path / f".{name}.0123abcd.partial").write_text("")
+    made().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob(".*")} == {".mine.0123abcd.partial"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("key", ["depth", "hidden_size", "input_size"])
+def test_sizes_are_compared_before_a_model_is_built(name: str, key: str, tmp_path: Path) -> None:
+    made(name, **({} if name == "DiT" else {"depth": 5})).save_pretrained(tmp_path)  # MDTv2 loses a block
+    Transformer.from_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**values, key: 1_000_000_000}))
+    refused(f"weights of another model: {key} {'4' if (name, key) == ('MDTv2', 'depth') else values[key]} "
+            "instead of 1000000000", tmp_path)  # fmt: skip
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    key = "final_layer.linear.weight"
+    for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        save_file({**state, key: state[key].to(dtype)}, tmp_path / WEIGHTS)
+        refused(f"1 of another dtype ({key} {str(dtype).removeprefix('torch.')})", tmp_path)
+    for value in (float("nan"), float("inf")):
+        save_file({**state, key: torch.full_like(state[key], value)}, tmp_path / WEIGHTS)
+        refused(f"weights that are not finite: 1 tensors ({key})", tmp_path)
+
+
+def test_dtypes_by_name(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    assert MDTv2.from_pretrained(tmp_path, dtype="float16").dtype == torch.float16
+    assert MDTv2.from_pretrained(tmp_path, torch_dtype="torch.bfloat16").dtype == torch.bfloat16
+    allowed = "allowed are float32, float16, bfloat16, float64"
+    refused(f"dtype: {allowed}, got torch.int8", tmp_path, dtype=torch.int8)
+    refused(f"torch_dtype: {allowed}, got 'half'", tmp_path, torch_dtype="half")
+    refused(f"dtype: {allowed}, got 16", tmp_path, dtype=16)
+
+
+def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = DiT(**SHAPE)
+    with pytest.raises(UserError, match="on the meta device"):
+        model.save_pretrained(tmp_path / "meta")
+    assert not (tmp_path / "meta").exists()
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="is a folder; a file goes there"):
+            made().save_pretrained(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).rmdir()
+
+
+def test_a_missing_subfolder_is_named(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    refused(f"{str(tmp_path)!r} has no subfolder 'transfromer'", tmp_path, subfolder="transfromer")
