@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..models import zoo
 from ..models.convert import load_weights
 from ..sampling import check_writable, export_step
+from ..sampling.export import MOST_IMAGES
 from ..sampling.schedulers import SOLVERS
 from ..training.checkpoint import EMA
 from ..training.run import open_or_advise, resolve_device
@@ -46,6 +47,8 @@ def export(args: argparse.Namespace) -> int:
 def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch: dynamic, or a number of at least 1, is needed, got {text!r}")
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_IMAGES:
+        raise UserError(
+            f"--batch: dynamic, or a number from 1 to {MOST_IMAGES}, is needed, got {text[:40]!r}"
+        )
     return int(text)

@@ -46,9 +46,9 @@ class Pretrained:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, license: str | None = None) -> None:
         """Write ``config.json``, the weights as safetensors and, where there is no README.md, a model card.
 
-        ``license``: what the card names, such as "apache-2.0". Files there are replaced; weights and config of
-        a writing that was interrupted between them are refused when loaded. ``UserError`` where the folder
-        cannot be written, for a model on the meta device, or where each process has a part of the weights.
+        ``license``: what the card names, such as "apache-2.0". Files there are replaced; if it is interrupted
+        between them, loading refuses what is there. ``UserError`` where the folder cannot be written, for a
+        model on the meta device, or where each process has a part of the weights.
         """
         self.save_component(save_directory)
         card = Path(save_directory) / CARD
@@ -135,8 +135,8 @@ class Pretrained:
 
         ``Transformer.from_pretrained`` takes any of the models, a class of its own only those of that class.
         ``subfolder``: of the folder or repository ("transformer" of a pipeline's). ``dtype``, also under
-        diffusers' name ``torch_dtype``: of the weights, float32, float16, bfloat16 or float64 of torch or such
-        a name; None: as they were saved. The other arguments are those of huggingface_hub's
+        diffusers' name ``torch_dtype``: of the weights, float32, float16, bfloat16 or float64, of torch or by
+        name; None: as they were saved. The other arguments are those of huggingface_hub's
         ``hf_hub_download``. A ``DiTTransformer2DModel`` of diffusers becomes a :class:`DiT`. Raises
         ``UserError`` for what is no such folder, for weights of another model, saved with another config or
         not finite, and for pickled weights.
@@ -174,8 +174,8 @@ class Pretrained:
         check_weights(model.state_dict(), state, str(weights))
         if read_metadata(weights).get(DIGEST) not in (None, json.dumps(_digest(values))):
             raise UserError(
-                f"{weights}: was saved with another config.json than the one beside it (saving was interrupted, "
-                "or it was edited); save the model again, or put the config of these weights back"
+                f"{weights}: was saved with another config.json than the one beside it (saving was "
+                "interrupted, or it was edited); save again, or put the config of these weights back"
             )
         check_finite(state, str(weights))
         model.load_state_dict(state, strict=True, assign=True)

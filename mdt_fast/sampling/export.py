@@ -4,7 +4,6 @@ n images of C channels and side S, O output channels, K coefficients.
 """
 
 import json
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +16,19 @@ from torch import Tensor, nn
 from ..config import DiffusionConfig, ModelConfig, SampleConfig, from_dict, to_dict
 from ..diffusion import GaussianDiffusion, make_betas
 from ..errors import UserError
-from ..files import aside
+from ..files import flush, folder_aside
 from ..kernels import ddim_coefficients, ddpm_coefficients
 from ..models.attention import Attention
 from ..models.sampling import is_open
 from .generate import DEFAULT, PerImageNoise, check_sampling, sampling_diffusion
 from .guided import guidance_weights
+from .images import check_writable
 
 DESCRIPTION = "mdt_fast.json"
 FORMAT = 1
 KINDS = ("ddpm", "ddim")
+MOST_IMAGES = 65536
+"""Of a fixed batch."""
 COLUMNS = (
     "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "x_0", "x_t", "eps", "min_log_variance",
     "max_log_variance", "learned_noise", "noise",
@@ -104,14 +106,18 @@ def export_step(
     dropout the unconditional half is left out for good. ``batch``: n, fixed; None: any. A description is in
     the file (``read_description``): configurations, ``alphas_cumprod``, and times, guidance and coefficients
     of ``config``'s steps. ``clip_denoised`` as in ``sample``; ``classes``: names to keep. The model is put in
-    eval mode. Raises ``UserError`` for settings that do not fit, and where
+    eval mode. What a process that was killed here left for ``path`` is removed. Raises ``UserError`` for
+    settings that do not fit, a place that cannot be written, a model on the meta device, and where
     AOTInductor finds no compiler.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise UserError(f"path: a name that ends in .pt2 is needed, got {path.name!r}")
-    if batch is not None and batch < 1:
-        raise UserError(f"batch: must be at least 1, got {batch}")
+    check_writable(path)
+    if batch is not None and (type(batch) is not int or not 1 <= batch <= MOST_IMAGES):
+        raise UserError(f"batch: allowed are None and 1 to {MOST_IMAGES}, got {batch!r}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("model: it is on the meta device, and has no weights to export")
     if not is_open(model):
         raise UserError("model: hooks, FSDP or torch.compile surround it; export the model without them")
     model_config: Any = model.config
@@ -140,18 +146,19 @@ def export_step(
         for attention, name in chosen:
             attention.attention_backend = name
     text = json.dumps(description)
-    with aside(path) as file, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        written = Path(folder) / path.name  # the archive's folder has the file's name
+    with folder_aside(path) as folder:
+        written = folder / path.name  # the archive's folder has the file's name
         if aoti:
             _compile(program, written, text)
         else:
             torch.export.save(program, written, extra_files={DESCRIPTION: text})
-        written.replace(file)
+        flush(written)
+        written.replace(path)
     return path
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """What ``export_step`` wrote beside the program. ``UserError`` for another file."""
+    """What ``export_step`` wrote beside the program. ``UserError`` for another or a damaged file."""
     return _opened(Path(path))[0]
 
 
@@ -170,7 +177,7 @@ def run_exported(
     runs as it is: open none that you do not trust. Raises ``UserError`` for a file or settings that do not
     fit.
     """
-    described = read_description(path)
+    described, package = _opened(Path(path))
     model = from_dict(ModelConfig, described["model"], "model")
     if config is None:
         config = from_dict(SampleConfig, described["sample"], "sample")
@@ -182,7 +189,7 @@ def run_exported(
             raise UserError(f"labels: allowed are 0 to {model.num_classes - 1}, got {label}")
     trained = from_dict(DiffusionConfig, described["diffusion"], "diffusion")
     diffusion = sampling_diffusion(model, trained, config)
-    call, device = load_step(Path(path))
+    call, device = _called(Path(path), package)
     table, weights = step_coefficients(diffusion, config).to(device), guidance_weights(diffusion, config)
     noisy, fixed = config.sampler == "ddpm" or config.eta > 0, described["batch"]
     images, size = [], fixed or config.batch_size
@@ -260,12 +267,19 @@ def _compile(program: torch.export.ExportedProgram, path: Path, description: str
 
 
 def load_step(path: Path) -> tuple[Any, torch.device]:
-    """What to call as a ``Step``, and the device it is for. ``UserError`` for another file."""
-    if _opened(path)[1]:
-        package = _package(path)
-        return package, torch.device(package.get_metadata()["AOTI_DEVICE_KEY"])
-    program = torch.export.load(path)
-    return program.module(), next(iter(program.state_dict.values())).device
+    """What to call as a ``Step``, and the device it is for. ``UserError`` for another or a damaged file."""
+    return _called(path, _opened(path)[1])
+
+
+def _called(path: Path, package: Any) -> tuple[Any, torch.device]:
+    try:
+        if package is not None:
+            return package, torch.device(package.get_metadata()["AOTI_DEVICE_KEY"])
+        program = torch.export.load(path)
+        return program.module(), next(iter(program.state_dict.values())).device
+    except Exception as error:  # each missing part of an archive makes torch raise something else
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{str(path)!r}: the step in it cannot be loaded: {reason}") from None
 
 
 def _package(path: Path) -> Any:
@@ -274,19 +288,26 @@ def _package(path: Path) -> Any:
     return aoti_load_package(str(path))
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], bool]:
-    """Its description, and whether it is compiled."""
+def _opened(path: Path) -> tuple[dict[str, Any], Any]:
+    """Its description, and the package if it is compiled; every part is as it was written."""
     try:
         with zipfile.ZipFile(path) as archive:
             inside = archive.namelist()
+            if (damaged := archive.testzip()) is not None:
+                raise UserError(f"{str(path)!r}: damaged: {damaged} in it is not as it was written")
             written = [name for name in inside if name.endswith(f"/extra/{DESCRIPTION}")]
-            text = archive.read(written[0]).decode() if written else ""
-    except (OSError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or "it is no zip archive"
+            text = archive.read(written[0]) if written else b""
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
-    compiled = any("/data/aotinductor/" in name for name in inside)
+    except Exception as error:  # zipfile and zlib raise many things where an archive is damaged
+        reason = f"it is no zip archive, or damaged ({' '.join(str(error).split())[:160]})"
+        raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
+    package = None
     try:
-        if compiled:
+        if any("/data/aotinductor/" in name for name in inside):
             package = _package(path)
             text = package.get_metadata()[DESCRIPTION]
         described = json.loads(text)
@@ -295,4 +316,22 @@ def _opened(path: Path) -> tuple[dict[str, Any], bool]:
         raise UserError(f"{str(path)!r} is no file that export_step wrote, or for another machine") from None
     if known != FORMAT:
         raise UserError(f"{str(path)!r}: has format {known}, this version reads {FORMAT}")
-    return described, compiled
+    _check_description(described, str(path))
+    return described, package
+
+
+def _check_description(described: dict[str, Any], path: str) -> None:
+    for name, cls in (("model", ModelConfig), ("diffusion", DiffusionConfig), ("sample", SampleConfig)):
+        try:
+            from_dict(cls, described.get(name), name)
+        except UserError as error:
+            raise UserError(f"{path!r}: its description is damaged: {error}") from None
+    guided, batch = described.get("guided"), described.get("batch", 0)
+    if not isinstance(guided, bool):
+        raise UserError(
+            f"{path!r}: its description is damaged: guided: expected true or false, got {guided!r}"
+        )
+    if batch is not None and (type(batch) is not int or batch < 1):
+        raise UserError(
+            f"{path!r}: its description is damaged: batch: expected null or 1 and more, got {batch!r}"
+        )

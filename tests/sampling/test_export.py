@@ -1,6 +1,8 @@
 """The exported step: the pictures of ``sample``, any batch, nothing of this package in it, refusals."""
 
 import json
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +137,10 @@ def test_without_a_compiler(model: nn.Module, tmp_path: Path, monkeypatch: pytes
         ({"dtype": "bfloat16"}, {}, "dtype: an exported step computes in the dtype of its weights"),
         ({"cfg_scale": -1.0}, {}, "cfg_scale: must be at least 0"),
         ({"steps": 2000}, {}, "steps: allowed are 1 to 1000, got 2000"),
-        ({}, {"batch": 0}, "batch: must be at least 1, got 0"),
+        ({}, {"batch": 0}, "batch: allowed are None and 1 to 65536, got 0"),
+        ({}, {"batch": 1.5}, "batch: allowed are None and 1 to 65536, got 1.5"),
+        ({}, {"batch": 10**20}, "batch: allowed are None and 1 to 65536, got 1000"),
+        ({}, {"path": "none/step.pt2"}, "cannot write '.*step.pt2': no folder '.*none'"),
         ({}, {"path": "step.pt"}, "path: a name that ends in .pt2 is needed, got 'step.pt'"),
     ],
 )
@@ -173,3 +178,81 @@ def test_what_cannot_be_run(package: Path, tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "other.pt2")
     with pytest.raises(UserError, match="is no file that export_step wrote"):
         run_exported(tmp_path / "other.pt2", LABELS)
+
+
+def test_places_and_models_are_checked_before_the_trace(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.export.export", lambda *args, **how: pytest.fail("it was traced"))
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(UserError, match="is a folder; a file name is needed"):
+        export_step(model, TRAINED, tmp_path / "folder.pt2", CONFIG)
+    with torch.device("meta"):
+        empty = build_model(MODEL)
+    with pytest.raises(UserError, match="model: it is on the meta device"):
+        export_step(empty, TRAINED, tmp_path / "step.pt2", CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
+
+
+def test_what_a_killed_export_left_is_removed(model: nn.Module, tmp_path: Path) -> None:
+    left = tmp_path / ".step.pt2.0123abcd.partial"
+    left.mkdir()
+    (left / "step.pt2").write_text("half")
+    path = export_step(model, TRAINED, tmp_path / "step.pt2", CONFIG)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def rewritten(package: Path, path: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    """``package`` with each member as ``change`` gives it; None leaves it out."""
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            if (content := change(name, old.read(name))) is not None:
+                new.writestr(name, content)
+    return path
+
+
+def unloadable(path: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        run_exported(path, LABELS)
+    assert "\n" not in str(refusal.value)
+
+
+def test_damaged_files_are_refused(package: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step.pt2"
+    whole = package.read_bytes()
+    with zipfile.ZipFile(package) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+    weights = next(info for name, info in infos.items() if "/weights/" in name and info.file_size >= 64)
+    at = weights.header_offset + len(weights.filename) + 30
+    at += int.from_bytes(whole[weights.header_offset + 28 : weights.header_offset + 30], "little")
+    path.write_bytes(whole[: at + 8] + bytes([whole[at + 8] ^ 16]) + whole[at + 9 :])
+    unloadable(path, "damaged: .* is not as it was written")
+    path.write_bytes(whole[: len(whole) // 2])
+    unloadable(path, "it is no zip archive")
+    for part in ("/models/", "/weights/", ".json"):
+        some = [name for name in infos if part in name and "/extra/" not in name]
+        rewritten(package, path, lambda name, content: None if name in some else content)  # noqa: B023
+        unloadable(path, "the step in it cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", None, "model: expected a table of settings, got NoneType"),
+        ("model", {"depth": "4"}, "model.depth: expected int, got '4'"),
+        ("diffusion", [], "diffusion: expected a table of settings, got list"),
+        ("sample", {"step": 4}, "sample: unknown key 'step'"),
+        ("guided", 1, "guided: expected true or false, got 1"),
+        ("batch", "3", "batch: expected null or 1 and more, got '3'"),
+        ("format", 9, "has format 9, this version reads 1"),
+    ],
+)
+def test_wrong_descriptions_are_refused(
+    package: Path, tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    def change(member: str, content: bytes) -> bytes:
+        if not member.endswith("/mdt_fast.json"):
+            return content
+        return json.dumps({**json.loads(content), name: value}).encode()
+
+    unloadable(rewritten(package, tmp_path / "step.pt2", change), message)
