@@ -9,17 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils as loading
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..config import SampleConfig, SampleSwitches
+from ..config import ModelConfig, SampleConfig, SampleSwitches
 from ..errors import UserError, nearest
 from ..models import Transformer
+from ..models.hub import floating
 from ..sampling.guided import GuidedModel, Walk
+from .arguments import (
+    Generators,
+    check_latents,
+    check_output,
+    checked_channels,
+    checked_eta,
+    checked_generator,
+    checked_labels,
+    checked_names,
+    checked_power,
+    checked_scale,
+)
 from .from_run import components_of_run
 from .schedulers import ready
 
@@ -27,9 +39,6 @@ from .schedulers import ready
 METHODS = ["save_component", "from_pretrained"]
 loading.LOADABLE_CLASSES["mdt_fast"] = {"Transformer": METHODS}
 loading.ALL_IMPORTABLE_CLASSES["Transformer"] = METHODS
-
-OUTPUTS = ("pil", "np", "pt", "latent")
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class MDTPipeline(DiffusionPipeline):
@@ -53,12 +62,9 @@ class MDTPipeline(DiffusionPipeline):
         id2label: Mapping[Any, str] | None = None,
     ) -> None:
         super().__init__()
-        _check_parts(transformer, vae)
+        _check_parts(transformer, scheduler, vae)
+        names = checked_names(id2label, transformer.num_classes)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        classes = transformer.num_classes
-        names = {int(key): value for key, value in (id2label or {}).items()}
-        if wrong := [key for key in names if not 0 <= key < classes]:
-            raise UserError(f"id2label: classes are 0 to {classes - 1}, got {wrong[0]}")
         self.register_to_config(id2label={str(key): names[key] for key in sorted(names)} or None)
         self.labels = dict(
             sorted((name.strip(), key) for key, text in names.items() for name in text.split(","))
@@ -68,12 +74,15 @@ class MDTPipeline(DiffusionPipeline):
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
         """The pipeline of a folder that ``save_pretrained`` wrote, or of a hub's repository.
 
-        ``kwargs`` as diffusers' pipelines take them (``torch_dtype``, ``revision``, parts by name, ...).
-        Weights are read from safetensors only. Raises ``UserError`` for anything that is no such pipeline.
+        ``kwargs`` as diffusers' pipelines take them (``torch_dtype``, also by name, ``revision``, parts by
+        name, ...). Weights are read from safetensors only. Raises ``UserError`` for anything that is no such
+        pipeline.
         """
         _check_folder(Path(name))
         if not kwargs.setdefault("use_safetensors", True):
             raise UserError("use_safetensors: got False, but pickled weights are never read")
+        if not isinstance(kwargs.get("torch_dtype"), dict):  # of parts by name, which diffusers checks
+            kwargs["torch_dtype"] = floating("torch_dtype", kwargs.get("torch_dtype"))
         if "device_map" not in kwargs:
             kwargs.setdefault("low_cpu_mem_usage", False)  # else diffusers warns if accelerate is missing
         try:
@@ -101,6 +110,8 @@ class MDTPipeline(DiffusionPipeline):
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Classes by name; ``UserError`` (with the nearest name) for one that there is not."""
+        if not isinstance(label, str | Sequence):
+            raise UserError(f"label: expected a name or several, got {label!r}")
         names = [label] if isinstance(label, str) else list(label)
         if not self.labels:
             raise UserError("label: this pipeline has no names of classes (id2label)")
@@ -137,25 +148,28 @@ class MDTPipeline(DiffusionPipeline):
         the weights are (of a float64 model float64). Raises ``UserError`` for arguments out of range.
         """
         transformer = self.transformer.eval()
-        labels = self._labels(class_labels)
-        own = list(generator) if isinstance(generator, Sequence) else generator
-        guided = self._check_call(labels, guidance_scale, own, output_type, guided_channels)
+        about: ModelConfig = transformer.config
+        labels = checked_labels(class_labels, about.num_classes)
+        own = checked_generator(generator, len(labels))
+        config = SampleConfig(
+            cfg_scale=checked_scale(guidance_scale, about), scale_pow=checked_power(scale_pow, about)
+        )
+        channels = checked_channels(guided_channels, about)
+        check_output(output_type, about, self.vae is not None)
+        if latents is not None:
+            check_latents(latents, (len(labels), about.in_channels, about.input_size, about.input_size))
         device = self._execution_device
         steps = ready(self.scheduler, num_inference_steps, device, transformer.learn_sigma)
-        if scale_pow == "auto":
-            scale_pow = None if transformer.config.family == "dit" else 4.0
-        config = SampleConfig(cfg_scale=guidance_scale if guided else 1.0, scale_pow=scale_pow)
         walk = Walk(steps.times[::-1], self.scheduler.config.num_train_timesteps)
         model = GuidedModel(
             transformer, walk, config, False, SampleSwitches(),
-            guided_channels=3 if guided_channels is None else guided_channels, device=device,
+            guided_channels=channels, device=device,
         )  # fmt: skip
         model.begin(labels)
 
-        C, scheduler = transformer.in_channels, steps.scheduler
+        C, scheduler = about.in_channels, steps.scheduler
         known = inspect.signature(scheduler.step).parameters
-        if not 0 <= eta <= 1 or (eta and "eta" not in known):
-            raise UserError(f"eta: allowed are 0 to 1 with DDIM, and 0 with others, got {eta}")
+        eta = checked_eta(eta, "eta" in known)
         x = self._noise(len(labels), latents, own, device) * scheduler.init_noise_sigma
         # DDIM's noise, of the image that was clamped, as the published sampler has it.
         extra = {"eta": eta, "generator": own, "use_clipped_model_output": True}
@@ -169,59 +183,6 @@ class MDTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _labels(self, class_labels: int | Sequence[int] | Tensor) -> list[int]:
-        given = (
-            class_labels.flatten().tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
-        )
-        labels = [given] if isinstance(given, int | np.integer | str) else list(given)
-        highest = self.transformer.num_classes - 1
-        for label in labels:
-            if isinstance(label, str):
-                raise UserError(f"class_labels: got {label!r}; get_label_ids finds classes by name")
-            if (
-                isinstance(label, bool)
-                or not isinstance(label, int | np.integer)
-                or not 0 <= label <= highest
-            ):
-                raise UserError(f"class_labels: allowed are 0 to {highest}, got {label!r}")
-        if not labels:
-            raise UserError("class_labels: at least one class is needed, got none")
-        return [int(label) for label in labels]
-
-    def _check_call(
-        self,
-        labels: list[int],
-        scale: float,
-        generator: Generators,
-        output_type: str,
-        guided_channels: int | None,
-    ) -> bool:
-        """Whether there is guidance; ``UserError`` for arguments out of range."""
-        config = self.transformer.config
-        if not np.isfinite(scale):
-            raise UserError(f"guidance_scale: must be finite, got {scale}")
-        if scale > 1 and config.class_dropout_prob == 0:
-            raise UserError(
-                "guidance_scale: a model trained without label dropout cannot be guided; use 1, got "
-                f"{scale:g}"
-            )
-        C = config.in_channels
-        if guided_channels is not None and not 1 <= guided_channels <= C:
-            raise UserError(f"guided_channels: allowed are 1 to {C}, got {guided_channels}")
-        for one in generator if isinstance(generator, Sequence) else [generator]:
-            if not isinstance(one, torch.Generator | None):
-                raise UserError(f"generator: got {type(one).__name__}, expected a torch.Generator")
-        if isinstance(generator, Sequence) and len(generator) != len(labels):
-            raise UserError(
-                f"generator: a list needs one for each of the {len(labels)} images, got {len(generator)}"
-            )
-        if output_type not in OUTPUTS:
-            hint = nearest(output_type, OUTPUTS)
-            raise UserError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}{hint}")
-        if self.vae is None and C not in (1, 3) and output_type != "latent":
-            raise UserError(f"output_type: {C} channels are no picture without a vae; use 'latent'")
-        return scale > 1
-
     def _noise(
         self, count: int, latents: Tensor | None, generator: Generators, device: torch.device
     ) -> Tensor:
@@ -229,8 +190,6 @@ class MDTPipeline(DiffusionPipeline):
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is None:
             return randn_tensor((count, C, S, S), generator=generator, device=device, dtype=dtype)
-        if tuple(latents.shape) != (count, C, S, S):
-            raise UserError(f"latents: expected shape {[count, C, S, S]}, got {list(latents.shape)}")
         return latents.to(device, dtype)
 
     def _images(self, x: Tensor, output_type: str) -> Any:
@@ -247,12 +206,17 @@ class MDTPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
 
-def _check_parts(transformer: Any, vae: Any) -> None:
+def _check_parts(transformer: Any, scheduler: Any, vae: Any) -> None:
     whole = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wraps
     if not isinstance(whole, Transformer):
         raise UserError(
             f"transformer: got {type(whole).__name__}, expected an MDTv2, MDT or DiT of mdt_fast "
             "(DiT.from_pretrained reads a DiTTransformer2DModel's folder)"
+        )
+    if not isinstance(scheduler, SchedulerMixin):
+        raise UserError(
+            f"scheduler: got {type(scheduler).__name__}, expected one of diffusers' "
+            "(published_scheduler makes one)"
         )
     if vae is None:
         return

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,9 +77,15 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
     kind = config.get("prediction_type")
     if kind not in ("epsilon", "sample"):
         raise UserError(f"scheduler: {name} predicts {kind!r}; the models predict 'epsilon' or 'sample'")
+    if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"scheduler: {name} has rescale_betas_zero_snr=True: its first step starts from nothing but "
+            "noise, of which predicted noise ('epsilon') makes no image; use False"
+        )
     total = config.num_train_timesteps
-    if type(steps) is not int or not 1 <= steps <= total:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
         raise UserError(f"num_inference_steps: allowed are 1 to {total}, got {steps!r}")
+    steps = int(steps)
     learned = config.get("variance_type") in LEARNED
     takes_variance = learned and not kinds.isdisjoint(ANCESTRAL)
     if takes_variance and (not learn_sigma or config.variance_type == "learned"):

@@ -1,0 +1,137 @@
+"""What a pipeline is given, checked: each ``UserError`` names the argument.
+
+n images, C channels and side S.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import UserError, nearest
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def checked_labels(class_labels: Any, classes: int) -> list[int]:
+    """One or several classes, as a list."""
+    given = class_labels
+    if isinstance(given, Tensor | np.ndarray):
+        given = given.flatten().tolist()
+    single = isinstance(given, str) or not isinstance(given, Sequence | range)
+    labels = [given] if single else list(given)
+    for label in labels:
+        if isinstance(label, str):
+            raise UserError(f"class_labels: got {label!r}; get_label_ids finds classes by name")
+        if not _is_whole(label) or not 0 <= label < classes:
+            raise UserError(f"class_labels: allowed are 0 to {classes - 1}, got {label!r}")
+    if not labels:
+        raise UserError("class_labels: at least one class is needed, got none")
+    return [int(label) for label in labels]
+
+
+def checked_names(id2label: Any, classes: int) -> dict[int, str]:
+    """Names by class, as the constructor takes them: numbers may be strings, as JSON has them."""
+    if id2label is None:
+        return {}
+    if not isinstance(id2label, Mapping):
+        raise UserError(f"id2label: expected names by class, got {type(id2label).__name__}")
+    names = {}
+    for key, value in id2label.items():
+        if not _is_whole(key) and not (isinstance(key, str) and key.isascii() and key.isdecimal()):
+            raise UserError(f"id2label: classes are numbers, got {key!r}")
+        if not 0 <= int(key) < classes:
+            raise UserError(f"id2label: classes are 0 to {classes - 1}, got {key}")
+        if not isinstance(value, str):
+            raise UserError(f"id2label: the name of class {key} is to be a string, got {value!r}")
+        names[int(key)] = value
+    return names
+
+
+def checked_generator(generator: Any, count: int) -> Generators:
+    """One for all images, or a list with one for each."""
+    if not isinstance(generator, Sequence):
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise UserError(f"generator: got {type(generator).__name__}, expected a torch.Generator")
+        return generator
+    for one in generator:
+        if not isinstance(one, torch.Generator):
+            raise UserError(f"generator: got {type(one).__name__} in a list, expected a torch.Generator")
+    if len(generator) != count:
+        raise UserError(f"generator: a list needs one for each of the {count} images, got {len(generator)}")
+    return list(generator)
+
+
+def checked_scale(guidance_scale: Any, config: ModelConfig) -> float:
+    """The guidance, 1 where there is none."""
+    scale = _number("guidance_scale", guidance_scale)
+    if not math.isfinite(scale):
+        raise UserError(f"guidance_scale: must be finite, got {scale}")
+    if scale > 1 and config.class_dropout_prob == 0:
+        raise UserError(
+            f"guidance_scale: a model trained without label dropout cannot be guided; use 1, got {scale:g}"
+        )
+    return max(scale, 1.0)
+
+
+def checked_power(scale_pow: Any, config: ModelConfig) -> float | None:
+    """Of the guidance's schedule; "auto": as published."""
+    if isinstance(scale_pow, str) and scale_pow == "auto":
+        return None if config.family == "dit" else 4.0
+    return None if scale_pow is None else _number("scale_pow", scale_pow, "None, 'auto' or a number")
+
+
+def checked_eta(eta: Any, taken: bool) -> float:
+    """DDIM's noise; ``taken``: the scheduler takes it."""
+    value = _number("eta", eta)
+    if not 0 <= value <= 1 or (value and not taken):
+        raise UserError(f"eta: allowed are 0 to 1 with DDIM, and 0 with others, got {eta}")
+    return value
+
+
+def checked_channels(guided_channels: Any, config: ModelConfig) -> int:
+    """How many channels are guided."""
+    C = config.in_channels
+    if guided_channels is None:
+        return 3
+    if not _is_whole(guided_channels) or not 1 <= guided_channels <= C:
+        raise UserError(f"guided_channels: allowed are 1 to {C}, got {guided_channels!r}")
+    return int(guided_channels)
+
+
+def check_output(output_type: Any, config: ModelConfig, has_vae: bool) -> None:
+    if not isinstance(output_type, str) or output_type not in OUTPUTS:
+        hint = nearest(output_type, OUTPUTS)
+        raise UserError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}{hint}")
+    if not has_vae and config.in_channels not in (1, 3) and output_type != "latent":
+        raise UserError(
+            f"output_type: {config.in_channels} channels are no picture without a vae; use 'latent'"
+        )
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """``shape``: n, C, S, S."""
+    if not isinstance(latents, Tensor):
+        raise UserError(f"latents: got {type(latents).__name__}, expected a tensor or None")
+    if not latents.is_floating_point():
+        raise UserError(f"latents: got numbers of {latents.dtype}, expected floating ones such as float32")
+    if tuple(latents.shape) != shape:
+        raise UserError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
+    if not latents.isfinite().all():
+        raise UserError("latents: must be finite, got NaN or infinities")
+
+
+def _number(name: str, value: Any, allowed: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{name}: expected {allowed}, got {value!r}".replace("\n", " "))
+    return float(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
