@@ -1,11 +1,13 @@
 """``mdt-fast convert``."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from ..config import to_dict
 from ..errors import UserError
+from ..files import folder_aside, is_leftover
 from ..models import Transformer
 from ..models.convert import SUFFIXES, read_weights, write_weights
 from ..models.hub import saved_in
@@ -70,6 +72,10 @@ def _official_files(source: Path, target: Path) -> int:
     return 0
 
 
+PIPELINE = "pipeline"
+"""What its folder is called while it is written into a folder that is there."""
+
+
 def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
     if args.official:
         raise UserError("--diffusers: makes a pipeline's folder, --official official files; pass one of them")
@@ -77,12 +83,20 @@ def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
         if name != "vae" and getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: says nothing of a pipeline; leave it out")
     check_writable(target, folder=True)
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and not all(is_leftover(path, PIPELINE) for path in target.iterdir()):
         raise UserError(f"cannot write {str(target)!r}: it holds files already; choose another place")
     from ..pipelines import MDTPipeline  # diffusers takes seconds to import
 
     pipeline = MDTPipeline.from_run(source, weights=args.weights, vae=args.vae)
-    pipeline.save_pretrained(target)
+    there = target.is_dir()
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with folder_aside(target / PIPELINE if there else target.absolute()) as folder:
+        pipeline.save_pretrained(folder)
+        if there:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "model_index.json"):  # last
+                os.replace(path, target / path.name)
+        else:
+            os.replace(folder, target)
     parts = ", ".join(sorted(path.name for path in target.iterdir()))
     print(f"{parts} in {target}; load it with MDTPipeline.from_pretrained({str(target)!r})")
     return 0

@@ -115,3 +115,32 @@ def test_refusals(digits: Path, latents: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="weights: allowed are ema and model, got 'last'"):
         MDTPipeline.from_run(digits, weights="last")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])
+def test_a_killed_conversion_is_repeated(
+    there: bool, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the last file it leaves nothing; killed there, what the same command removes."""
+    target = tmp_path / "a" / "pipe"
+    if there:
+        target.mkdir(parents=True)
+    command = ["convert", str(digits), str(target), "--diffusers"]
+    kept = tmp_path / "kept"
+
+    def stopped(pipe: MDTPipeline, folder: Path, **how: object) -> None:
+        shutil.copytree(folder, kept / Path(folder).name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MDTPipeline, "save_config", stopped)
+        assert main(command) == 130
+    place = target if there else target.parent
+    assert not list(place.iterdir())
+    shutil.copytree(kept, place, dirs_exist_ok=True)  # as if it had been killed
+    assert [path.suffix for path in place.iterdir()] == [".partial"]
+    assert main(command) == 0
+    parts = ["model_index.json", "scheduler", "transformer"]
+    assert sorted(path.name for path in target.iterdir()) == parts
+    assert list(target.parent.iterdir()) == [target]
+    MDTPipeline.from_pretrained(target)
