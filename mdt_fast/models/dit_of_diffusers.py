@@ -32,6 +32,8 @@ AROUND = {
     "proj_out_1": "final_layer.adaLN_modulation.1",
     "proj_out_2": "final_layer.linear",
 }
+MOST_PATCHES = 1024
+"""On a side: more is a mistake that would take all memory."""
 LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 
@@ -87,6 +89,15 @@ def weights_of_diffusers(state: Mapping[str, Tensor], config: ModelConfig, file:
                         )
     except KeyError as error:
         raise UserError(f"{file}: weights of another model: no {error.args[0]}") from None
+    width = made["x_embedder.proj.weight"].shape[0]
+    if width != config.hidden_size:
+        raise UserError(
+            f"{file}: weights of another model: hidden_size {width} instead of {config.hidden_size}"
+        )
+    if config.grid_size > MOST_PATCHES:  # the file holds no table that says better
+        raise UserError(
+            f"{file}: sample_size is {config.input_size}: more than {MOST_PATCHES} patches a side"
+        )
     table = sincos_position_table(config.hidden_size, config.grid_size)
     made["pos_embed"] = table[None].to(made["x_embedder.proj.weight"].dtype)
     return made

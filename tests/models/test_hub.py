@@ -274,6 +274,14 @@ def test_other_models_of_diffusers_are_refused(tmp_path: Path) -> None:
     save_file({key: value for key, value in state.items() if "attn1.to_k" not in key}, tmp_path / WEIGHTS)
     refused("weights of another model: no transformer_blocks.0.attn1.to_k.weight", tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
+    save_file(state, tmp_path / WEIGHTS)
+    for key, message in (
+        ("num_layers", "weights of another model: no transformer_blocks.3"),
+        ("attention_head_dim", "weights of another model: hidden_size 16 instead of 2000000000"),
+        ("sample_size", "sample_size is 1000000000: more than 1024 patches a side"),
+    ):
+        (tmp_path / CONFIG).write_text(json.dumps({**values, key: 1_000_000_000}))
+        refused(message, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({**values, "norm_type": "layer_norm"}))
     refused("norm_type is 'layer_norm'; a DiT has 'ada_norm_zero'", tmp_path)
 
