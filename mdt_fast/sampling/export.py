@@ -4,8 +4,10 @@ n images of C channels and side S, O output channels, K coefficients.
 """
 
 import json
+import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -275,11 +277,22 @@ def _called(path: Path, package: Any) -> tuple[Any, torch.device]:
     try:
         if package is not None:
             return package, torch.device(package.get_metadata()["AOTI_DEVICE_KEY"])
-        program = torch.export.load(path)
+        with _quiet(logging.getLogger("torch.export")):  # which prints a traceback of what it raises
+            program = torch.export.load(path)
         return program.module(), next(iter(program.state_dict.values())).device
     except Exception as error:  # each missing part of an archive makes torch raise something else
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{str(path)!r}: the step in it cannot be loaded: {reason}") from None
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _package(path: Path) -> Any:
