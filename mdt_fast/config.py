@@ -312,6 +312,12 @@ def from_dict(cls: type, values: Any, where: str = "config") -> Any:
     return cls(**made)
 
 
+def check_types(config: Any) -> None:
+    """``UserError`` for a value of a settings' dataclass that is none of its field's."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        _checked(hint, getattr(config, name), name)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -88,4 +88,5 @@ def _array(file: str, stage: FirstStage) -> Tensor:
     if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype.kind != "f":
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise UserError(f"--image: floats {shape} are needed of a .npy, got {got}")
-    return torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):  # what is not finite then is refused with the rest
+        return torch.from_numpy(array.astype(np.float32))

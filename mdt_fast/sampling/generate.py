@@ -1,13 +1,21 @@
 """From class labels to images: noise, guided steps, pixels or latents."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import SAMPLERS, DiffusionConfig, ModelConfig, SampleConfig, SampleSwitches
+from ..config import (
+    SAMPLERS,
+    DiffusionConfig,
+    ModelConfig,
+    SampleConfig,
+    SampleSwitches,
+    check_types,
+)
 from ..diffusion import GaussianDiffusion, make_betas, space_timesteps
 from ..errors import UserError, nearest
 from .guided import GuidedModel
@@ -27,9 +35,9 @@ def sampling_diffusion(
     """
     solver, T = config.sampler in SOLVERS, diffusion.diffusion_steps
     lowest, highest = (ORDER, T - 1) if solver else (1, T)
-    if not lowest <= config.steps <= highest:
+    if type(config.steps) is not int or not lowest <= config.steps <= highest:
         of = f" with {config.sampler}" if solver else ""
-        raise UserError(f"steps: allowed are {lowest} to {highest}{of}, got {config.steps}")
+        raise UserError(f"steps: allowed are {lowest} to {highest}{of}, got {config.steps!r}")
     return GaussianDiffusion(
         make_betas(diffusion.noise_schedule, T),
         solver_timesteps(T, config.steps) if solver else space_timesteps(T, config.steps),
@@ -40,12 +48,14 @@ def sampling_diffusion(
 
 
 def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
-    """``UserError`` for settings that ``sample`` cannot follow; ``sampling_diffusion`` checks ``steps``."""
+    """``UserError`` for settings that ``sample`` cannot follow; ``sampling_diffusion`` checks how many
+    ``steps``."""
     if config.sampler not in SAMPLERS:
         raise UserError(
             f"sampler: {config.sampler!r} is not known{nearest(config.sampler, SAMPLERS)}; "
             f"known: {', '.join(SAMPLERS)}"
         )
+    check_types(config)
     for name, lowest, highest in (
         ("num_samples", 1, None), ("batch_size", 1, None), ("seed", 0, None),
         ("cfg_scale", 0, None), ("scale_pow", 0, None), ("eta", 0, 1), ("skip_below", 0, None),
@@ -127,6 +137,8 @@ class Sampler:
         switches: SampleSwitches = ALL,
     ):
         check_sampling(model.config, config)  # type: ignore[arg-type]
+        if next(model.parameters()).device.type == "meta":
+            raise UserError("model: its weights are on the meta device, there is nothing to draw with")
         if config.sampler in SOLVERS:
             open_scheduler(config.sampler, diffusion)  # now, if diffusers is missing
         self.diffusion, self.config = diffusion, config
@@ -137,10 +149,19 @@ class Sampler:
         self.model = GuidedModel(model.eval(), diffusion, config, self.clip, switches)
         self.dtype = torch.promote_types(self.model.dtype, torch.float32)
 
-    def check_labels(self, labels: Sequence[int]) -> None:
-        for label in labels:
+    def checked_labels(self, labels: Sequence[int]) -> list[int]:
+        """As Python's own numbers."""
+        try:
+            found = [operator.index(label) for label in labels]
+        except TypeError:
+            got = "" if isinstance(labels, Tensor) else f": {labels!r}"
+            raise UserError(
+                f"labels: a list of whole numbers is needed, got {type(labels).__name__}{got}"
+            ) from None
+        for label in found:
             if not 0 <= label < self.num_classes:
                 raise UserError(f"labels: allowed are 0 to {self.num_classes - 1}, got {label}")
+        return found
 
     def draw(
         self,
@@ -150,7 +171,9 @@ class Sampler:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """One image per label, batch by batch, [N, C, S, S] on the CPU; see ``sample``."""
-        self.check_labels(labels)
+        labels = self.checked_labels(labels)
+        if type(first_index) is not int or first_index < 0:
+            raise UserError(f"first_index: a whole number, 0 or more, is needed, got {first_index!r}")
         images = []
         for span in self.batches(len(labels)):
             batch = labels[span.start : span.stop]

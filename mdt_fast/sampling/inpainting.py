@@ -79,9 +79,11 @@ class Inpainter(Sampler):
         switches: SampleSwitches = ALL,
     ):
         super().__init__(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
-        self.image, self.unknown = _checked(image, unknown, self.shape)
-        self.image = self.image.to(self.model.device, self.dtype)
-        self.unknown = self.unknown.to(self.model.device)
+        image, unknown = _checked(image, unknown, self.shape)
+        self.image = image.to(self.model.device, self.dtype)
+        self.unknown = unknown.to(self.model.device)
+        if not self.image.isfinite().all():
+            raise UserError(f"image: has values that are not finite in {self.dtype}")
         check_inpainting(model.config, config, self.unknown[:, 0], hide=hide, resample=resample)  # type: ignore[arg-type]
         self.hide, self.resample, self.first_index = hide, resample, first_index
         self.hidden = hidden_tokens(self.unknown[:, 0], int(model.patch_size)) if hide else None  # type: ignore[arg-type]
@@ -146,10 +148,10 @@ def check_inpainting(
     """``UserError`` for settings that ``inpaint`` cannot follow."""
     if not unknown_NSS.flatten(1).any(dim=1).all():
         raise UserError("unknown: nothing is, there is nothing to draw")
-    if not 0 <= hide <= 1:
-        raise UserError(f"hide: allowed are 0 to 1, got {hide:g}")
-    if resample < 1:
-        raise UserError(f"resample: must be at least 1, got {resample}")
+    if isinstance(hide, bool) or not isinstance(hide, int | float) or not 0 <= hide <= 1:
+        raise UserError(f"hide: allowed are 0 to 1, got {hide!r}")
+    if type(resample) is not int or resample < 1:
+        raise UserError(f"resample: a whole number, 1 or more, is needed, got {resample!r}")
     if resample > 1 and config.sampler in SOLVERS:
         raise UserError(
             f"resample: {config.sampler} remembers the steps before and cannot go back; use ddpm or ddim"
@@ -170,13 +172,15 @@ def hidden_tokens(unknown_NSS: Tensor, patch: int) -> Tensor:
 def _checked(image: Tensor, unknown: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """As [N or 1, C, S, S] and [N or 1, 1, S, S]."""
     C, S, _ = shape
+    for name, value in (("image", image), ("unknown", unknown)):
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            came = "one on the meta device" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name}: a torch.Tensor with values is needed, got {came}")
     if image.ndim not in (3, 4) or tuple(image.shape[-3:]) != shape or not image.is_floating_point():
         raise UserError(
             f"image: floats [{C}, {S}, {S}] or [N, {C}, {S}, {S}] are needed, got {image.dtype} "
             f"{list(image.shape)}"
         )
-    if not image.isfinite().all():
-        raise UserError("image: has values that are not finite")
     if unknown.ndim not in (2, 3) or unknown.shape[-2:] != (S, S) or unknown.dtype != torch.bool:
         raise UserError(
             f"unknown: bool [{S}, {S}] or [N, {S}, {S}] is needed, got {unknown.dtype} {list(unknown.shape)}"

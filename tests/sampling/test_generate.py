@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,53 @@ def draw(model: nn.Module, labels: list[int] = LABELS, *, first_index: int = 0, 
     config = replace(CONFIG, **changes)
     diffusion = sampling_diffusion(MODEL, DiffusionConfig(), config)
     return sample(model, diffusion, labels, config, first_index=first_index)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1.5], r"labels: a list of whole numbers is needed, got list: \[1.5\]"),
+        (["1"], r"labels: a list of whole numbers is needed, got list: \['1'\]"),
+        (5, "labels: a list of whole numbers is needed, got int: 5"),
+        (None, "labels: a list of whole numbers is needed, got NoneType: None"),
+        (torch.tensor([1.0]), "labels: a list of whole numbers is needed, got Tensor"),
+        ([10], "labels: allowed are 0 to 9, got 10"),
+    ],
+)
+def test_labels_that_are_none(model: nn.Module, labels: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(model, labels)  # type: ignore[arg-type]
+
+
+def test_labels_by_any_kind_of_whole_number(model: nn.Module) -> None:
+    expected = draw(model)
+    assert draw(model, torch.tensor(LABELS)).equal(expected)  # type: ignore[arg-type]
+    assert draw(model, np.array(LABELS)).equal(expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
+        ({"dtype": "float64"}, "dtype: 'float64' is not one of"),
+        ({"seed": 1.5}, "seed: expected int, got 1.5"),
+        ({"batch_size": 1.5}, "batch_size: expected int, got 1.5"),
+        ({"cfg_interval": 5}, "cfg_interval: expected None or two numbers, got 5"),
+        ({"steps": "4"}, "steps: allowed are 1 to 1000, got '4'"),
+        ({"steps": 2.5}, "steps: allowed are 1 to 1000, got 2.5"),
+        ({"first_index": -1}, "first_index: a whole number, 0 or more, is needed, got -1"),
+    ],
+)
+def test_settings_of_the_wrong_kind(model: nn.Module, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(model, **changes)
+
+
+def test_a_model_without_weights_cannot_draw() -> None:
+    with torch.device("meta"):
+        empty = build_model(MODEL)
+    with pytest.raises(UserError, match="meta device"):
+        draw(empty)
 
 
 SAMPLERS = {
