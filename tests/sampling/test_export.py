@@ -217,7 +217,7 @@ def unloadable(path: Path, message: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_damaged_files_are_refused(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_refused(package: Path, tmp_path: Path) -> None:
     path = tmp_path / "step.pt2"
     whole = package.read_bytes()
     with zipfile.ZipFile(package) as archive:
@@ -234,8 +234,7 @@ def test_damaged_files_are_refused(package: Path, tmp_path: Path, capsys: pytest
         rewritten(package, path, lambda name, content: None if name in some else content)  # noqa: B023
         unloadable(path, "the step in it cannot be loaded")
     path.write_bytes(whole.replace(b"PK\3\4", b"PK\3\5", 1))
-    unloadable(path, "no zip archive, or damaged")
-    assert "Traceback" not in capsys.readouterr().err
+    unloadable(path, "damaged: .* is not as it was written")
 
 
 @pytest.mark.parametrize(
