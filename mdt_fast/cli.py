@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -297,13 +298,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("MDT_FAST_TRACEBACK"):
             raise
-        return _refuse(str(error))
+        return _refuse(_by_option(str(error), sys.argv[1:] if argv is None else argv))
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("MDT_FAST_TRACEBACK") or not _out_of_memory(error):
             raise
         return _refuse(f"out of memory; a smaller model or batch needs less ({error})")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _by_option(message: str, argv: Sequence[str]) -> str:
+    """``message`` with what it names as the Python functions do (``eta: ...``) called by its option's name.
+
+    Where ``--set`` can give any setting, ``train.lr`` keeps its name, and ``data`` is a section of them.
+    """
+    command = build_parser()[1].get(argv[0]) if argv else None
+    found = re.match(r"(\w+\.)?(\w+)(?=: )", message)
+    if command is None or found is None:
+        return message
+    options = command.option_names()
+    option = f"--{found[2].replace('_', '-')}"
+    if option not in options or ("--set" in options and (found[1] or found[2] in ("data", "model"))):
+        return message
+    return option + message[found.end() :]
 
 
 def _refuse(message: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 from .config import SAMPLERS
 
 SAMPLE_HELP = """\
-Draw images from a run's EMA weights. Labels go round all classes unless --labels names some.
+Draw images from a run's averaged (EMA) weights. Labels go round all classes unless --labels names some.
 
   mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
   mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png
@@ -54,6 +54,12 @@ def add_sample(commands: Any) -> Any:
         "--labels",
         metavar="A,B,...",
         help="classes by index or name, repeated in turn up to --num-samples",
+    )
+    add(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="the average (default), or the last step's weights, the better ones early in a training",
     )
     add("--seed", type=int, metavar="N", help="image i depends on the seed and i alone")
     add("--batch-size", type=int, metavar="N", help="images drawn at once")
