@@ -67,7 +67,8 @@ Judge images by FID, sFID, Inception Score, precision and recall against a refer
   mdt-fast evaluate samples.npz --reference photos --features my_network:features
 
 SAMPLES and REF are a .npz (arr_0 uint8 [N, H, W, C], as mdt-fast sample --npz writes it; or mu, sigma, mu_s,
-sigma_s), a folder of images, or a file that --save-features wrote. Nothing is downloaded."""
+sigma_s), a folder of images, one that mdt-fast sample --out wrote, a file that --save-features wrote, or the
+word digits. Nothing is downloaded."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,7 +169,6 @@ def _add_evaluate(commands: Any) -> Parser:
     add("--reference", metavar="REF", help="what they are compared with: the same, or statistics")
     add(
         "--features",
-        default="inception-v3-compat",
         metavar="NAME|FILE|MODULE:NAME",
         help="the network: inception-v3-compat (default, of torch-fidelity), a TorchScript or torch.export "
         "file, or a function or module that Python can import",

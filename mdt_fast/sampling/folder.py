@@ -25,6 +25,18 @@ DIGEST = "sha256"
 AGAIN = "go on with the same command"
 
 
+def assembled_in(folder: Path) -> Path | None:
+    """The ``samples_NxHxWxC.npz`` of a folder of shards; None if it is no such folder. ``UserError`` if it is
+    not complete yet."""
+    if not (folder / SETTINGS).is_file() or not any(folder.glob("shard-*.npz")):
+        return None
+    for path in folder.glob("samples_*.npz"):
+        return path
+    raise UserError(
+        f"{str(folder)!r} holds samples that are not complete yet; {AGAIN}, mdt-fast sample --out"
+    )
+
+
 class SampleFolder:
     """``root`` for one picture of each of ``labels``, in shards of ``shard_size``.
 
