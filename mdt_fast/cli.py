@@ -27,8 +27,9 @@ Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png,
   torchrun --nproc-per-node 8 -m mdt_fast train --preset mdtv2-xl2 --data latents --out runs/xl2 --resume auto
 
 Images are class folders (photos/cat/1.jpg), files named ClassID_ImgID.jpg, or webdataset shards; mdt-fast
-encode makes latents of them. SIGTERM and SIGUSR1 save a checkpoint and exit with 0; Ctrl-C and SIGHUP save
-one, too, and exit with 128 + the signal's number."""
+encode makes latents of them. What is not given is the preset's, or with --resume the run's. SIGTERM and
+SIGUSR1 save a checkpoint and exit with 0; Ctrl-C and SIGHUP save one, too, and exit with 128 + the signal's
+number."""
 ENCODE_HELP = """\
 Make latents of images once, before a model is trained on them: the autoencoder's mean and log variance of
 every image and of its mirror, with the labels, in checksummed .safetensors shards. Training draws from them.
@@ -41,6 +42,9 @@ every image and of its mirror, with the labels, in checksummed .safetensors shar
 SOURCE is a folder of class folders (SOURCE/cat/1.jpg), of files named ClassID_ImgID.jpg, or of webdataset
 shards (.tar), or the word digits. What was stopped or killed goes on with the same command, with any number
 of processes; Ctrl-C and SIGTERM exit with 128 + the signal's number."""
+ENCODE_USAGE = """\
+mdt-fast encode SOURCE --vae PATH|NAME --image-size N --out DIR [OPTION ...]
+       mdt-fast encode [SOURCE] --out DIR --verify"""
 CONVERT_HELP = """\
 Write a run's weights as one file, change the format of a weights file, or move a run to and from the official
 training code (.pt files are read without executing anything in them).
@@ -57,6 +61,10 @@ training code (.pt files are read without executing anything in them).
 
 The two that make a run find the preset by the weights' shape (or take --preset), and the rest in the files;
 --config and --set change any of it, as in train."""
+
+DOCTOR_HELP = """\
+Say what this machine has: versions, devices, which backend serves each operation and why, which optional
+packages are missing, what they are for and how to get them. Changes nothing."""
 
 EVALUATE_HELP = """\
 Judge images by FID, sFID, Inception Score, precision and recall against a reference.
@@ -111,7 +119,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     convert = _add_convert(commands)
     export = add_export(commands)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, which backend serves each op and why", description=DOCTOR_HELP
+    )
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser, {
         "encode": encode,
@@ -125,12 +135,19 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _add_encode(commands: Any) -> Parser:
-    encode: Parser = commands.add_parser("encode", help="images to latents, once", description=ENCODE_HELP)
+    encode: Parser = commands.add_parser(
+        "encode", help="images to latents, once", description=ENCODE_HELP, usage=ENCODE_USAGE
+    )
     add = encode.add_argument
     add("source", nargs="?", metavar="SOURCE", help="a folder of images or of .tar shards, or: digits")
-    add("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL")
+    add("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL (required to encode)")
     add("--out", required=True, metavar="DIR", help="the folder of the latents")
-    add("--image-size", type=int, metavar="N", help="side in pixels that images are cropped to")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side in pixels that images are cropped to (required to encode)",
+    )
     add("--batch-size", type=int, default=32, metavar="N", help="images encoded at once (default: 32)")
     add("--shard-size", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)")
     add(
@@ -268,6 +285,8 @@ def _add_train(commands: Any) -> Parser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; ``UserError`` for a usage mistake."""
     parser, commands = build_parser()
+    if not argv:
+        parser.print_help()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands[args.command]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mdt_fast
 from mdt_fast.cli import main
 from mdt_fast.training.optim import unripe
 from tiny import ARGUMENTS
@@ -113,3 +114,50 @@ def test_labels_of_a_run_without(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = tmp_path / "run"
     assert main([*TRAIN, "--steps=1", "--unconditional", f"--out={run}"]) == 0
     assert "--labels: the run was trained without labels" in error(capsys, "sample", str(run), "--labels=3")
+
+
+def test_bare_it_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert "evaluate" in printed.out
+    assert (
+        printed.err == "mdt-fast: error: the following arguments are required: COMMAND; see mdt-fast --help\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("sample", "how many images (default: the run's)"),
+        ("sample", "image i follows from the seed, i, its class and the settings alone (default: the run's)"),
+        ("train", "What is not given is the preset's, or with --resume the run's."),
+        ("doctor", "Say what this machine has"),
+        ("encode", "usage: mdt-fast encode SOURCE --vae PATH|NAME --image-size N --out DIR [OPTION ...]"),
+        ("encode", "an AutoencoderKL (required to encode)"),
+    ],
+)
+def test_helps_say_it(command: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert says in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_option_that_the_run_decides_says_so() -> None:
+    from mdt_fast.cli import build_parser
+    from mdt_fast.commands.sample import OPTIONS
+    from mdt_fast.options import OF_RUN
+
+    of_run = {action.dest for action in build_parser()[1]["sample"]._actions if OF_RUN in (action.help or "")}
+    assert of_run == {*OPTIONS, "scale_pow", "cfg_interval"}
+
+
+def test_misspelt_names_are_answered_with_the_nearest() -> None:
+    for name, near in (
+        ("MDTV2", "MDTv2"),
+        ("SampleConfigs", "SampleConfig"),
+        ("create_difusion", "create_diffusion"),
+    ):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}' \(did you mean '{near}'\?\)"):
+            getattr(mdt_fast, name)
+    with pytest.raises(AttributeError, match=r"no attribute '_zzz'$"):
+        mdt_fast._zzz  # noqa: B018
