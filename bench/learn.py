@@ -248,7 +248,8 @@ def flops_of(config: ModelConfig, len_keep: int | None, variant: Variant) -> flo
 
 
 class Clock:
-    """Wall time since it was made; the device has finished at both ends."""
+    """Time since it was made. On a GPU wall time, the device having finished at both ends; on a CPU the time
+    that the process computed, divided among its threads: other work on the machine does not count."""
 
     def __init__(self, device: torch.device):
         self.device, self.began = device, self._now(device)
@@ -259,7 +260,8 @@ class Clock:
     def _now(self, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()
 
 
 def judged_at(steps: int, points: int) -> tuple[int, ...]:

@@ -16,7 +16,11 @@ from report import _origin
 from rows import Row
 
 COLORS = ("#6b6b6b", "#d08a3c", "#1d4f8c", "#2e7d4f", "#b0506f", "#8a6fb0", "#00a0a0")
-LABELS = {"step": "updates", "seconds": "seconds of training", "flops": "FLOPs executed"}
+LABELS = {
+    "step": "updates",
+    "seconds": "seconds of training (on a CPU: computing)",
+    "flops": "FLOPs executed",
+}
 GRID_STEPS = 4
 
 Learners = dict[str, dict[int, list[Row]]]

@@ -16,10 +16,13 @@ from mdt_fast.kernels.aot import ARCHITECTURES, compile_cases
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "kernels.py"
 sys.path.insert(0, str(SCRIPT.parent))
+import aot  # noqa: E402
 import aot_csrc  # noqa: E402
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
 """What matrix products in half types must compile to; on Hopper wgmma, on Blackwell tcgen05."""
+NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
+EVERY = 8  # of AMD's kernels: `bench/kernels.py --aot` compiles all of them
 PRODUCTS = {
     "rel_attention_fwd_kernel",
     "rel_attention_bwd_q_kernel",
@@ -37,16 +40,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of one run for all architectures."""
+    """The rows of one run for all of NVIDIA's architectures."""
     file = tmp_path_factory.mktemp("aot") / "rows.jsonl"
-    done = run("--aot", "--json", str(file))
+    done = run("--aot", "--arch", ",".join(NVIDIA), "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of them spill or fail" in done.stdout
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", NVIDIA)
 def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
     rows = [row for row in compiled if row["arch"] == arch and row["provider"] == "triton"]
     spills = [row for row in rows if row["metric"] == "spill_bytes"]
@@ -58,16 +61,15 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
         return [row for row in rows if row["metric"] == metric and row["dtype"] == "bf16"]
 
     assert all(row["p50"] > 0 for row in of(MATRIX[arch]) if row["kernel"] in PRODUCTS)
-    if arch.startswith("sm_"):  # 16 bytes at a time
-        wide: Counter[tuple[str, str]] = Counter()
-        for row in of("LDG.128") + of("LDGSTS.128"):
-            wide[row["kernel"], row["shape"]] += row["p50"]
-        gathered = {"rel_attention_bwd_gather_kernel"}  # numbers of other tokens stand side by side in memory
-        assert {kernel for (kernel, _), loads in wide.items() if loads < 2} <= gathered
+    wide: Counter[tuple[str, str]] = Counter()  # 16 bytes at a time
+    for row in of("LDG.128") + of("LDGSTS.128"):
+        wide[row["kernel"], row["shape"]] += row["p50"]
+    gathered = {"rel_attention_bwd_gather_kernel"}  # numbers of other tokens stand side by side in memory
+    assert {kernel for (kernel, _), loads in wide.items() if loads < 2} <= gathered
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch.startswith("sm_")])
+@pytest.mark.parametrize("arch", NVIDIA)
 def test_no_cuda_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
     """csrc/, by nvcc: registers leave room for two blocks, memory-bound kernels move 16 bytes at a time."""
     if aot_csrc.nvcc() is None:
@@ -85,6 +87,19 @@ def test_no_cuda_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> Non
         assert numbers["registers"] * threads.get(name, 256) <= 65536, name
     for name in ("step_kernel<0>", "step_kernel<1>", "sumsq_kernel"):
         assert kernels[name]["LDG.128"] >= 2, name
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_amd_without_spills() -> None:
+    arch = "gfx942"
+    rooms = [import_module(f"mdt_fast.kernels.{room}.aot") for room in aot.ROOMS]
+    cases = [case for room in rooms for case in room.cases(arch)][::EVERY]
+    assert {case.kernel.__name__ for case in cases} > {"rel_attention_fwd_kernel", "ln_modulate_fwd_kernel"}
+    for case, numbers in zip(cases, compile_cases(cases, arch), strict=True):
+        assert isinstance(numbers, dict), (case.label, numbers)
+        assert numbers["spill_bytes"] == 0, case.label
+        if case.kernel.__name__ in PRODUCTS and "bf16" in case.dtypes.values():
+            assert numbers[MATRIX[arch]] > 0, case.label
 
 
 @pytest.mark.slow

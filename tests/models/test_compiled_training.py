@@ -17,8 +17,9 @@ KINDS = 4
 
 def model(**kwargs: Any) -> MDTv2:
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10, "decode_layer": 2}
-    made = MDTv2(mask_ratio=0.3, **{**size, **kwargs})
+    made = MDTv2(
+        hidden_size=16, depth=4, num_heads=2, num_classes=10, mask_ratio=0.3, decode_layer=2, **kwargs
+    )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return made.train()
@@ -53,8 +54,7 @@ def test_all_lengths_of_training(scope: str, most: int) -> None:
 )
 def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str) -> None:
     torch._dynamo.reset()
-    one_of_each_kind = {"input_size": 8, "depth": 3, "decode_layer": 1}  # each block costs seconds of g++
-    eager, compiled = model(**one_of_each_kind), model(**one_of_each_kind)
+    eager, compiled = model(input_size=8), model(input_size=8)
     compiled.set_checkpointing(checkpointing)
     compile_for_training(compiled, scope)
     for len_keep in (11, 8):
