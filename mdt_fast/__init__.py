@@ -41,7 +41,8 @@ def __getattr__(name: str) -> Any:
     models = import_module(".models", __name__) if not name.startswith("_") else None
     if models is not None and name in models.__all__:
         return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    close = "" if models is None else import_module(".errors", __name__).nearest(name, __dir__())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{close}")
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ Train a model and leave everything in RUN: config.json, metrics.jsonl, loss.png,
   torchrun --nproc-per-node 8 -m mdt_fast train --preset mdtv2-xl2 --data latents --out runs/xl2 --resume auto
 
 Images are class folders (photos/cat/1.jpg), files named ClassID_ImgID.jpg, or webdataset shards; mdt-fast
-encode makes latents of them. SIGTERM and SIGUSR1 save a checkpoint and exit with 0; Ctrl-C and SIGHUP save
-one, too, and exit with 128 + the signal's number."""
+encode makes latents of them. What is not given is the preset's, or with --resume the run's. SIGTERM and
+SIGUSR1 save a checkpoint and exit with 0; Ctrl-C and SIGHUP save one, too, and exit with 128 + the signal's
+number."""
 ENCODE_HELP = """\
 Make latents of images once, before a model is trained on them: the autoencoder's mean and log variance of
 every image and of its mirror, with the labels, in checksummed .safetensors shards. Training draws from them.
@@ -40,6 +42,9 @@ every image and of its mirror, with the labels, in checksummed .safetensors shar
 SOURCE is a folder of class folders (SOURCE/cat/1.jpg), of files named ClassID_ImgID.jpg, or of webdataset
 shards (.tar), or the word digits. What was stopped or killed goes on with the same command, with any number
 of processes; Ctrl-C and SIGTERM exit with 128 + the signal's number."""
+ENCODE_USAGE = """\
+mdt-fast encode SOURCE --vae PATH|NAME --image-size N --out DIR [OPTION ...]
+       mdt-fast encode [SOURCE] --out DIR --verify"""
 CONVERT_HELP = """\
 Write a run's weights as one file, change the format of a weights file, or move a run to and from the official
 training code (.pt files are read without executing anything in them).
@@ -57,6 +62,10 @@ training code (.pt files are read without executing anything in them).
 The two that make a run find the preset by the weights' shape (or take --preset), and the rest in the files;
 --config and --set change any of it, as in train."""
 
+DOCTOR_HELP = """\
+Say what this machine has: versions, devices, which backend serves each operation and why, which optional
+packages are missing, what they are for and how to get them. Changes nothing."""
+
 EVALUATE_HELP = """\
 Judge images by FID, sFID, Inception Score, precision and recall against a reference.
 
@@ -66,7 +75,8 @@ Judge images by FID, sFID, Inception Score, precision and recall against a refer
   mdt-fast evaluate samples.npz --reference photos --features my_network:features
 
 SAMPLES and REF are a .npz (arr_0 uint8 [N, H, W, C], as mdt-fast sample --npz writes it; or mu, sigma, mu_s,
-sigma_s), a folder of images, or a file that --save-features wrote. Nothing is downloaded."""
+sigma_s), a folder of images, one that mdt-fast sample --out wrote, a file that --save-features wrote, or the
+word digits. Nothing is downloaded."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +119,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     convert = _add_convert(commands)
     export = add_export(commands)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, which backend serves each op and why")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, which backend serves each op and why", description=DOCTOR_HELP
+    )
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser, {
         "encode": encode,
@@ -123,12 +135,19 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _add_encode(commands: Any) -> Parser:
-    encode: Parser = commands.add_parser("encode", help="images to latents, once", description=ENCODE_HELP)
+    encode: Parser = commands.add_parser(
+        "encode", help="images to latents, once", description=ENCODE_HELP, usage=ENCODE_USAGE
+    )
     add = encode.add_argument
     add("source", nargs="?", metavar="SOURCE", help="a folder of images or of .tar shards, or: digits")
-    add("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL")
+    add("--vae", metavar="PATH|NAME", help="a folder or a hub name of an AutoencoderKL (required to encode)")
     add("--out", required=True, metavar="DIR", help="the folder of the latents")
-    add("--image-size", type=int, metavar="N", help="side in pixels that images are cropped to")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side in pixels that images are cropped to (required to encode)",
+    )
     add("--batch-size", type=int, default=32, metavar="N", help="images encoded at once (default: 32)")
     add("--shard-size", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)")
     add(
@@ -167,7 +186,6 @@ def _add_evaluate(commands: Any) -> Parser:
     add("--reference", metavar="REF", help="what they are compared with: the same, or statistics")
     add(
         "--features",
-        default="inception-v3-compat",
         metavar="NAME|FILE|MODULE:NAME",
         help="the network: inception-v3-compat (default, of torch-fidelity), a TorchScript or torch.export "
         "file, or a function or module that Python can import",
@@ -267,6 +285,8 @@ def _add_train(commands: Any) -> Parser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; ``UserError`` for a usage mistake."""
     parser, commands = build_parser()
+    if not argv:
+        parser.print_help()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands[args.command]
@@ -297,13 +317,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("MDT_FAST_TRACEBACK"):
             raise
-        return _refuse(str(error))
+        return _refuse(_by_option(str(error), sys.argv[1:] if argv is None else argv))
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("MDT_FAST_TRACEBACK") or not _out_of_memory(error):
             raise
         return _refuse(f"out of memory; a smaller model or batch needs less ({error})")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _by_option(message: str, argv: Sequence[str]) -> str:
+    """``message`` with what it names as the Python functions do (``eta: ...``) called by its option's name.
+
+    Where ``--set`` can give any setting, ``train.lr`` keeps its name, and ``data`` is a section of them.
+    """
+    command = build_parser()[1].get(argv[0]) if argv else None
+    found = re.match(r"(\w+\.)?(\w+)(?=: )", message)
+    if command is None or found is None:
+        return message
+    options = command.option_names()
+    option = f"--{found[2].replace('_', '-')}"
+    if option not in options or ("--set" in options and (found[1] or found[2] in ("data", "model"))):
+        return message
+    return option + message[found.end() :]
 
 
 def _refuse(message: str) -> int:

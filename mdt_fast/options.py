@@ -5,7 +5,7 @@ from typing import Any
 from .config import SAMPLERS
 
 SAMPLE_HELP = """\
-Draw images from a run's EMA weights. Labels go round all classes unless --labels names some.
+Draw images from a run's averaged (EMA) weights. Labels go round all classes unless --labels names some.
 
   mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
   mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png
@@ -25,6 +25,7 @@ program, or with --aoti what AOTInductor compiles of it (docs/export.md).
   mdt-fast export runs/digits step.pt2
   mdt-fast export runs/digits step.pt2 --aoti --batch 8"""
 
+OF_RUN = "(default: the run's)"
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
 
@@ -32,31 +33,54 @@ def add_sample(commands: Any) -> Any:
     sample = commands.add_parser("sample", help="draw images from a trained run", description=SAMPLE_HELP)
     add = sample.add_argument
     add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    add("--num-samples", type=int, metavar="N")
-    add("--steps", type=int, metavar="N", help="sampling steps")
-    add("--sampler", choices=SAMPLERS, help="ddpm: ancestral, as published; dpm++ and unipc need diffusers")
-    add("--eta", type=float, metavar="X", help="ddim's noise: 0 none, 1 as ddpm")
-    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance; 1 is none")
-    add("--scale-pow", metavar="P|none", help="power of the guidance's cosine schedule; none: constant")
+    add("--num-samples", type=int, metavar="N", help=f"how many images {OF_RUN}")
+    add("--steps", type=int, metavar="N", help=f"sampling steps {OF_RUN}")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        help=f"ddpm: ancestral, as published; dpm++ and unipc need diffusers {OF_RUN}",
+    )
+    add("--eta", type=float, metavar="X", help=f"ddim's noise: 0 none, 1 as ddpm {OF_RUN}")
+    add("--cfg-scale", type=float, metavar="X", help=f"classifier-free guidance; 1 is none {OF_RUN}")
+    add(
+        "--scale-pow",
+        metavar="P|none",
+        help=f"power of the guidance's cosine schedule; none: constant {OF_RUN}",
+    )
     add(
         "--cfg-interval",
         metavar="LOW,HIGH",
-        help="guide from timestep LOW to HIGH alone (or fractions of all, if HIGH is at most 1)",
+        help=f"guide from timestep LOW to HIGH alone, or fractions of all, if HIGH is at most 1 {OF_RUN}",
     )
     add(
         "--skip-below",
         type=float,
         metavar="X",
-        help="no guidance where its weight is nearer to 1 than X: faster, not exact (default: 0)",
+        help=f"no guidance where its weight is nearer to 1 than X: faster, not exact {OF_RUN}",
     )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what the model computes in")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help=f"what the model computes in {OF_RUN}",
+    )
     add(
         "--labels",
         metavar="A,B,...",
-        help="classes by index or name, repeated in turn up to --num-samples",
+        help="classes by index or name, repeated in turn up to --num-samples (default: all)",
     )
-    add("--seed", type=int, metavar="N", help="image i depends on the seed and i alone")
-    add("--batch-size", type=int, metavar="N", help="images drawn at once")
+    add(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="the average (default), or the last step's weights, the better ones early in a training",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"image i follows from the seed, i, its class and the settings alone {OF_RUN}",
+    )
+    add("--batch-size", type=int, metavar="N", help=f"images drawn at once {OF_RUN}")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
     add("--vae", metavar="PATH|NAME", help="autoencoder (default: the one it was trained with)")

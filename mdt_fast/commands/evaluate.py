@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..evaluation import (
+    INCEPTION,
     METRICS,
     Extractor,
     Features,
@@ -33,7 +34,7 @@ from ..evaluation import (
 )
 from ..evaluation import evaluate as measure
 from ..files import aside
-from ..sampling import check_writable
+from ..sampling import assembled_in, check_writable
 from ..training.run import resolve_device
 from .shared import refuse_empty, set_threads
 
@@ -86,11 +87,16 @@ def both_sides(
     """The samples' features, the reference's, and what of these its file had ready."""
     sources = _open(args)
 
+    network = args.features or INCEPTION
+
     @cache
     def extractor() -> Extractor:
-        return open_extractor(args.features, device=device, weights=args.weights, trust=args.trust_features)
+        return open_extractor(network, device=device, weights=args.weights, trust=args.trust_features)
 
     if any(source.images is not None for source in sources):
+        if args.features is None:
+            for source in sources:
+                check_default(source.features)
         extractor()  # what is wrong with it is said before any work
     found: list[Features] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -117,6 +123,19 @@ def both_sides(
     return found[0], found[1], sources[1].features
 
 
+def check_default(given: Features | None) -> None:
+    """``UserError`` if features were made with another network than the one taken where none is named. It is
+    not taken from their file: a name of code to run is the user's to give."""
+    if given is None or not given.extractor or given.extractor.startswith(INCEPTION):
+        return
+    name = given.extractor.split()[0]
+    network = name if ":" in name else "FILE"
+    raise UserError(
+        f"--features: {given.name!r} was made with {name if ':' in name else given.extractor}; pass "
+        f"--features {network}"
+    )
+
+
 def possible(samples: Features, reference: Features | None) -> tuple[list[str], list[str]]:
     """The metrics that can be had, and why not the others; with a reference ``UserError`` if none can."""
     reasons = {metric: missing(metric, samples, reference) for metric in METRICS}
@@ -130,7 +149,8 @@ def possible(samples: Features, reference: Features | None) -> tuple[list[str], 
 
 def _open(args: argparse.Namespace) -> list[Opened]:
     """Both sides; ``--image-size`` is for those that are folders, of which there must be one."""
-    paths = [Path(args.samples)] + ([Path(args.reference)] if args.reference is not None else [])
+    names = [args.samples] + ([args.reference] if args.reference is not None else [])
+    paths = [assembled_in(path) or path for path in map(Path, names)]
     if args.image_size is not None and not any(path.is_dir() for path in paths):
         raise UserError("--image-size: crops images in folders, and neither SAMPLES nor --reference is one")
     opened = [

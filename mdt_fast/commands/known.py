@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data import FirstStage
 from ..data.images import center_crop, center_crop_mask, read_image
 from ..errors import UserError
+from ..sampling.folder import DIGEST
 
 GREY = 127
 
@@ -52,12 +54,12 @@ def read_known(args: argparse.Namespace, stage: FirstStage, channels: int) -> Kn
     ``channels``: of the pixels. A latent is unknown if any pixel of it is. ``UserError`` for what does
     not fit.
     """
-    mask = read_image(Path(args.mask), 1)
+    mask = _picture("--mask", args.mask, 1)
     if Path(args.image).suffix == ".npy":
         image = _array(args.image, stage)
         size, known = (stage.size, stage.size), None
     else:
-        picture = read_image(Path(args.image), channels)
+        picture = _picture("--image", args.image, channels)
         size, side = picture.size, stage.size * stage.factor
         known = center_crop(picture, side).reshape(side, side, channels)
     if mask.size != size:
@@ -75,8 +77,15 @@ def read_known(args: argparse.Namespace, stage: FirstStage, channels: int) -> Kn
     return Known(image, torch.from_numpy(cells), known, unknown[:, :, None])
 
 
-def digest_of(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+def digest_of(file: str) -> dict[str, str]:
+    return {DIGEST: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}
+
+
+def _picture(option: str, file: str, channels: int) -> Image.Image:
+    try:
+        return read_image(Path(file), channels)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def _array(file: str, stage: FirstStage) -> Tensor:

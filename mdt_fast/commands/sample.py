@@ -34,6 +34,7 @@ from ..sampling import (
     to_uint8,
 )
 from ..training.checkpoint import EMA, Checkpoint
+from ..training.optim import unripe
 from ..training.run import open_or_advise, resolve_device
 from ..training.states import whole_state
 from .known import Known, check_known, digest_of, read_known
@@ -47,17 +48,22 @@ def sample(args: argparse.Namespace) -> int:
     refuse_empty(args, "npz", "grid", "png", "out", "image", "mask")
     check_known(args)
     ranks = Ranks.from_environment()
-    opened = open_or_advise(Path(args.run), [EMA], "mdt-fast sample {}")
+    opened = open_or_advise(Path(args.run), [args.weights], "mdt-fast sample {}")
     config = sample_config(args, opened.config.sample, opened.config.data.conditional)
     targets = _targets(args, ranks)
     model_config, out = opened.config.model, targets.get("out")
     check_sampling(model_config, config)
+    if args.labels is not None and not opened.config.data.conditional:
+        raise UserError("--labels: the run was trained without labels; leave it out")
     chosen = chosen_labels(args.labels, opened.classes, model_config.num_classes)
     labels = [chosen[i % len(chosen)] for i in range(config.num_samples)]
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
     device = resolve_device(args.device)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
-    stage = described_stage(opened.state.get("latents"), data, device)
+    latents = opened.state.get("latents")
+    if args.vae is not None and latents is None:
+        raise UserError("--vae: the run was trained on pixels, and takes none")
+    stage = described_stage(latents, data, device)
     known = None if args.image is None else read_known(args, stage, data.channels)
     resample = 1 if args.resample is None else args.resample
     how: dict[str, Any] = {"hide": args.hide or 0.0, "resample": resample}
@@ -70,11 +76,17 @@ def sample(args: argparse.Namespace) -> int:
         folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)
         folder.prepare()
     todo = [] if folder is None else folder.missing(ranks.rank, ranks.world)
+    there = 0 if folder is None else folder.drawn()
     console = Console(highlight=False, soft_wrap=True)
+    warning = unripe(opened.config.train.ema_decay, opened.step) if args.weights == EMA else None
+    if warning is not None and ranks.rank == 0:
+        console.print(warning, markup=False)
+    if there and ranks.rank == 0:
+        console.print(f"{there} of {len(labels)} are there already")
 
     def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
         model: Any = zoo.build_model(model_config)
-        load_weights(model, whole_state(opened, EMA), str(opened.path))
+        load_weights(model, whole_state(opened, args.weights), str(opened.path))
         model = model.to(device)
         sampler = (
             Sampler(model, diffusion, config, clip_denoised=stage.clip)
@@ -200,6 +212,8 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
         raise UserError(f"sample: {_listed([f'--{name}' for name in targets])} need different names")
     for name, path in targets.items():
         check_writable(path, folder=name in ("png", "out"))
+    if "npz" in targets and targets["npz"].suffix != ".npz":
+        raise UserError(f"--npz: a name that ends in .npz is needed, got {args.npz!r}")
     return targets
 
 
@@ -207,12 +221,14 @@ def _settings(
     opened: Checkpoint, config: SampleConfig, args: argparse.Namespace, chosen: Sequence[int]
 ) -> dict[str, Any]:
     """What the pictures follow from, but for their rounding (batch size, device)."""
-    files = {name: file["sha256"] for name, file in opened.state["files"].items() if name.startswith(EMA)}
+    part = f"{args.weights}/"
+    files = {name: file["sha256"] for name, file in opened.state["files"].items() if name.startswith(part)}
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
     del values["--batch-size"]
     return {
-        "checkpoint": f"step {opened.step}, EMA weights {digest[:16]}",
+        "--weights": args.weights,
+        "checkpoint": f"step {opened.step}, weights {digest[:16]}",
         **values,
         "--labels": list(chosen),
         "--vae": args.vae,

@@ -3,7 +3,7 @@
 from .extractors import Extractor, open_extractor
 from .features import Features, extract, load_features, save_features
 from .frechet import frechet_distance
-from .inception import is_published
+from .inception import INCEPTION, is_published
 from .inception_score import inception_score
 from .metrics import METRICS, check_same_network, evaluate, missing, parse_metrics, warnings
 from .moments import Moments, MomentSum, moments
@@ -12,6 +12,7 @@ from .reference import Opened, complete, open_source
 from .sources import Images, check_same_size
 
 __all__ = [
+    "INCEPTION",
     "METRICS",
     "Extractor",
     "Features",

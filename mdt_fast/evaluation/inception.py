@@ -48,20 +48,22 @@ def load_inception(weights: str | None) -> tuple[str, Inception]:
     """Its identity and itself, with the weights of a local file; by default from where torch-fidelity would
     have put them. Never downloads: ``UserError`` says what to get."""
     path = Path(weights) if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / FILE
-    if not path.is_file():
-        missing = (
-            f"--weights: no file {weights!r}"
-            if weights is not None
-            else f"--features: {INCEPTION} needs its weights"
-        )
-        raise UserError(f"{missing}; get {URL} and give it by --weights FILE or put it at {str(path)!r}")
+    lacking = []
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError(
-            f"--features: {INCEPTION} comes with torch-fidelity, which cannot be imported ({error}); install "
-            "it and torchvision with pip install 'mdt-fast[fid]', or give another network by path"
-        ) from None
+        lacking.append(
+            f"comes with torch-fidelity, which cannot be imported ({error}); install it and torchvision with "
+            "pip install 'mdt-fast[fid]'"
+        )
+    if not path.is_file():
+        wrong = (
+            "needs its weights" if weights is None else f"needs its weights, --weights: no file {weights!r}"
+        )
+        lacking.append(f"{wrong}; get {URL} and give it by --weights FILE or put it at {str(path)!r}")
+    if lacking:
+        other = "or give another network by --features MODULE:NAME or FILE"
+        raise UserError(f"--features: {INCEPTION} {'; and it '.join(lacking)}; {other}")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:

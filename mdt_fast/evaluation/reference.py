@@ -12,7 +12,7 @@ from .features import Features, extract, load_features
 from .metrics import METRICS
 from .moments import Moments
 from .npz import Npz
-from .sources import FolderImages, Images, NpzImages
+from .sources import DIGITS, DigitImages, FolderImages, Images, NpzImages
 
 STATISTICS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -29,6 +29,8 @@ def open_source(path: Path, what: str, image_size: int | None = None) -> Opened:
     """``what``: how the user gave it (SAMPLES, --reference). Raises ``UserError``."""
     if path.is_dir():
         return Opened(None, FolderImages(path, what, image_size))
+    if path == Path(DIGITS) and not path.exists():
+        return Opened(None, DigitImages())
     if not path.is_file():
         raise UserError(f"{what}: no file or folder {str(path)!r}")
     if image_size is not None:

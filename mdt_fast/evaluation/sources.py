@@ -7,10 +7,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from ..data.images import center_crop, list_images, read_image
+from ..config import DataConfig
+from ..data.images import Digits, center_crop, list_images, read_image
 from ..errors import UserError
 from .npz import Npz
 
+DIGITS = "digits"
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -104,6 +106,24 @@ class FolderImages:
                     raise UserError(f"{self.what}: {str(path)!r} has colours, {self.paths[0].name!r} is grey")
         pixels = np.asarray(image) if self.image_size is None else center_crop(image, self.image_size)
         return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+class DigitImages:
+    """scikit-learn's digits, 8x8 grey, as bytes like those that a model trained on them draws."""
+
+    name = DIGITS
+
+    def __init__(self) -> None:
+        pixels_NCHW = (Digits(DataConfig()).images + 1) * 127.5
+        self.pixels_NHWC = pixels_NCHW.transpose(0, 2, 3, 1).astype(np.uint8)
+        self.count = len(self.pixels_NHWC)
+        self.shape: tuple[int, int, int] = self.pixels_NHWC.shape[1:]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        return (self.pixels_NHWC[start : start + size] for start in range(0, self.count, size))
+
+    def label(self, index: int) -> str:
+        return f"digit {index}"
 
 
 def check_same_size(samples: Images, reference: Images) -> None:

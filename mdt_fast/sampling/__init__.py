@@ -1,7 +1,7 @@
 """Samples out: the guided sampler and the files it fills."""
 
 from .export import export_step, read_description, run_exported
-from .folder import SampleFolder
+from .folder import SampleFolder, assembled_in
 from .generate import Sampler, check_sampling, sample, sampling_diffusion
 from .images import check_writable, grid, save_picture, save_pngs, shown, to_uint8
 from .inpainting import Inpainter, check_inpainting, inpaint
@@ -12,6 +12,7 @@ __all__ = [
     "SampleFolder",
     "Sampler",
     "adm_name",
+    "assembled_in",
     "check_inpainting",
     "check_sampling",
     "check_writable",

@@ -20,7 +20,21 @@ from .npz import adm_name, save_npz
 
 SETTINGS = "settings.json"
 OURS = re.compile(r"settings\.json|shard-\d{5,}\.npz|samples_\d+x\d+x\d+x\d+\.npz")
+DIGEST = "sha256"
+"""Of a setting that is a file: {DIGEST: of its bytes}."""
 AGAIN = "go on with the same command"
+
+
+def assembled_in(folder: Path) -> Path | None:
+    """The ``samples_NxHxWxC.npz`` of a folder of shards; None if it is no such folder. ``UserError`` if it is
+    not complete yet."""
+    if not (folder / SETTINGS).is_file() or not any(folder.glob("shard-*.npz")):
+        return None
+    for path in folder.glob("samples_*.npz"):
+        return path
+    raise UserError(
+        f"{str(folder)!r} holds samples that are not complete yet; {AGAIN}, mdt-fast sample --out"
+    )
 
 
 class SampleFolder:
@@ -65,8 +79,8 @@ class SampleFolder:
         for name, now in json.loads(json.dumps(self.settings)).items():
             if before[name] != now:
                 raise UserError(
-                    f"--out: {str(self.root)!r} was begun with {name} {_short(before[name])}, now it is "
-                    f"{_short(now)}; {AGAIN}, or choose another folder"
+                    f"--out: {str(self.root)!r} was begun {_difference(name, before[name], now)}; {AGAIN}, "
+                    "or choose another folder"
                 )
 
     def span(self, shard: int) -> range:
@@ -83,6 +97,10 @@ class SampleFolder:
             for left in self.root.glob(f".{self._path(shard).name}.*.partial"):
                 left.unlink(missing_ok=True)
         return [shard for shard in mine if not self._path(shard).exists()]
+
+    def drawn(self) -> int:
+        """How many pictures are there, of all processes."""
+        return sum(len(self.span(shard)) for shard in range(self.shards) if self._path(shard).exists())
 
     @property
     def complete(self) -> bool:
@@ -144,6 +162,15 @@ class SampleFolder:
 
     def _path(self, shard: int) -> Path:
         return self.root / f"shard-{shard:05d}.npz"
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """How the folder was begun. A file's digest tells a user nothing."""
+    if not any(isinstance(value, dict) and DIGEST in value for value in (before, now)):
+        return f"with {name} {_short(before)}, now it is {_short(now)}"
+    if before is None:
+        return f"without {name}"
+    return f"with {name}, now there is none" if now is None else f"with another {name}"
 
 
 def _short(value: Any) -> str:

@@ -25,14 +25,19 @@ from .checkpoint import latest, locked
 from .distributed import joined, launched, losses_named
 from .metrics import Metrics
 from .objective import draw, losses_of, total_loss
-from .optim import learning_rate, set_learning_rate
+from .optim import learning_rate, set_learning_rate, unripe
 from .parallelize import autocasting, reduce_gradients, split
 from .progress import TrainingProgress, summary
 from .run import Run, derive_seed, prepare, resolve_device
-from .sinks import Sinks
+from .sinks import TENSORBOARD_FOLDER, WANDB_ID, Sinks
 
 STEP, POSTERIOR = 11, 12  # the seed streams of training steps and of the autoencoder's noise
 PICTURE_SPACING = 20  # training takes this many times longer than drawing
+MADE = (
+    "samples.png", "samples", "loss.png", "metrics.jsonl", TENSORBOARD_FOLDER, WANDB_ID, "config.json",
+    "checkpoints",
+)  # fmt: skip
+"""What a run leaves in its folder."""
 SAVE_FAILED = 1000  # what the processes agree on, beside the number of a signal
 
 
@@ -154,12 +159,13 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
         pictures.draw(run.draw_final)
     sinks.close()
     seconds = time.perf_counter() - began
-    made = ("samples.png", "loss.png", "metrics.jsonl", "checkpoints")
     lines = summary(
         row, run.step, seconds, first=first, batch_size=settings.batch_size, world_size=run.world.size,
         num_images=len(run.images.labels), peak_memory_gib=bar.peak_memory_gib,
-        files=[run.out / name for name in made if (run.out / name).exists()],
+        files=[run.out / name for name in MADE if (run.out / name).exists()],
     )  # fmt: skip
+    if not asked and (warning := unripe(settings.ema_decay, run.step)) is not None:
+        lines.insert(0, warning)
     return Result(run.step, row, seconds, asked or None, tuple(lines))
 
 

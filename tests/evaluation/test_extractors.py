@@ -123,6 +123,13 @@ def test_without_torch_fidelity_it_says_how_to_get_it(tmp_path: Path) -> None:
         open_extractor("inception-v3-compat", weights="weights.pth")
 
 
+def test_all_that_inception_lacks_is_named_at_once() -> None:
+    with pytest.raises(
+        UserError, match=r"pip install 'mdt-fast\[fid\]'; and it needs its weights; get https://"
+    ):
+        open_extractor("inception-v3-compat")
+
+
 def test_programs_run_only_if_trusted() -> None:
     torch.jit.script(Small()).save("small.pt")
     dynamic = {"images": {0: torch.export.Dim("batch")}}

@@ -1,0 +1,163 @@
+"""What the commands say unasked: hints, notes and help."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mdt_fast
+from mdt_fast.cli import main
+from mdt_fast.training.optim import unripe
+from tiny import ARGUMENTS
+
+TRAIN = ["train", "--preset=digits", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("hints") / "run"
+    assert main([*TRAIN, "--steps=4", "--lr=0.5", "--set=train.warmup_steps=0", f"--out={run}"]) == 0
+    return run
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line.removeprefix("mdt-fast: error: ").rstrip("\n")
+
+
+def test_an_average_of_the_initial_weights_is_told() -> None:
+    assert unripe(0.995, 597) is not None
+    assert unripe(0.995, 598) is None  # 0.995^598 = 0.0499...
+    assert unripe(0.0, 1) is None
+    assert "(train.ema_decay=0.995) still holds 47% of the initial ones" in str(unripe(0.995, 150))
+
+
+def test_a_short_training_and_its_samples_say_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = "after 4 steps the average of the weights (train.ema_decay=0.995) still holds 98% of the initial"
+    assert main([*TRAIN, "--steps=4", f"--out={tmp_path / 'run'}"]) == 0
+    assert says in capsys.readouterr().out
+    assert main([*TRAIN, "--steps=2", "--set=train.ema_decay=0.1", f"--out={tmp_path / 'b'}"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    drawn = {}
+    for weights in ("ema", "model"):
+        file = tmp_path / f"{weights}.npz"
+        assert main(["sample", str(trained), "--num-samples=2", f"--weights={weights}", f"--npz={file}"]) == 0
+        assert (says in capsys.readouterr().out) == (weights == "ema")
+        with np.load(file) as saved:
+            drawn[weights] = saved["arr_0"]
+    assert (drawn["ema"] != drawn["model"]).any()
+
+
+def test_a_folder_is_of_one_kind_of_weights(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(trained), "--num-samples=2", f"--out={tmp_path / 'o'}"]
+    assert main(command) == 0
+    assert 'was begun with --weights "ema", now it is "model"' in error(capsys, *command, "--weights=model")
+
+
+def test_all_that_a_training_leaves_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main([*TRAIN, "--steps=2", "--save-every=1", f"--out={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = lines[next(i for i, line in enumerate(lines) if line.startswith("files ")) :]
+    names = [Path(line.split()[-1]).name for line in listed]
+    assert sorted(names) == sorted(path.name for path in run.iterdir() if not path.name.startswith("."))
+
+
+def test_a_folder_that_goes_on_says_what_is_there(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(trained), "--num-samples=5", "--shard-size=2", f"--out={tmp_path / 'o'}"]
+    assert main(command) == 0
+    assert "already" not in capsys.readouterr().out
+    (tmp_path / "o" / "shard-00002.npz").unlink()
+    assert main(command) == 0
+    assert "4 of 5 are there already\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vae=nosuch"], "--vae: the run was trained on pixels, and takes none"),
+        (["--npz=x.txt"], "--npz: a name that ends in .npz is needed, got 'x.txt'"),
+        (["--steps=0"], "--steps: allowed are 1 to 1000, got 0"),
+        (["--sampler=ddpm", "--eta=1"], "--eta: only ddim has one; use 0 with ddpm, got 1"),
+        (["--eta=2"], "--eta: must be at most 1, got 2.0"),
+        (["--cfg-interval=5,1"], "--cfg-interval: LOW,HIGH with 0 <= LOW <= HIGH is needed, got 5,1"),
+        (["--cfg-scale=inf"], "--cfg-scale: must be finite, got inf"),
+        (["--batch-size=0"], "--batch-size: must be at least 1, got 0"),
+        (["--seed=-1"], "--seed: must be at least 0, got -1"),
+        (["--image=MASK", "--mask=MASK", "--hide=2"], "--hide: allowed are 0 to 1, got 2.0"),
+        (["--image=nosuch.png", "--mask=MASK"], "--image: cannot read image 'nosuch.png'"),
+        (["--image=MASK", "--mask=nosuch.png"], "--mask: cannot read image 'nosuch.png'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_name_the_option(
+    options: list[str], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(mask)
+    given = [option.replace("MASK", str(mask)) for option in options]
+    assert error(capsys, "sample", str(trained), *given).startswith(message)
+    assert list(tmp_path.iterdir()) == [mask]
+
+
+def test_labels_of_a_run_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main([*TRAIN, "--steps=1", "--unconditional", f"--out={run}"]) == 0
+    assert "--labels: the run was trained without labels" in error(capsys, "sample", str(run), "--labels=3")
+
+
+def test_bare_it_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert "evaluate" in printed.out
+    assert (
+        printed.err == "mdt-fast: error: the following arguments are required: COMMAND; see mdt-fast --help\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("sample", "how many images (default: the run's)"),
+        ("sample", "image i follows from the seed, i, its class and the settings alone (default: the run's)"),
+        ("train", "What is not given is the preset's, or with --resume the run's."),
+        ("doctor", "Say what this machine has"),
+        ("encode", "usage: mdt-fast encode SOURCE --vae PATH|NAME --image-size N --out DIR [OPTION ...]"),
+        ("encode", "an AutoencoderKL (required to encode)"),
+    ],
+)
+def test_helps_say_it(command: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert says in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_option_that_the_run_decides_says_so() -> None:
+    from mdt_fast.cli import build_parser
+    from mdt_fast.commands.sample import OPTIONS
+    from mdt_fast.options import OF_RUN
+
+    of_run = {action.dest for action in build_parser()[1]["sample"]._actions if OF_RUN in (action.help or "")}
+    assert of_run == {*OPTIONS, "scale_pow", "cfg_interval"}
+
+
+def test_misspelt_names_are_answered_with_the_nearest() -> None:
+    for name, near in (
+        ("MDTV2", "MDTv2"),
+        ("SampleConfigs", "SampleConfig"),
+        ("create_difusion", "create_diffusion"),
+    ):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}' \(did you mean '{near}'\?\)"):
+            getattr(mdt_fast, name)
+    with pytest.raises(AttributeError, match=r"no attribute '_zzz'$"):
+        mdt_fast._zzz  # noqa: B018
