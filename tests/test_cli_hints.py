@@ -59,7 +59,7 @@ def test_a_folder_is_of_one_kind_of_weights(
 ) -> None:
     command = ["sample", str(trained), "--num-samples=2", f"--out={tmp_path / 'o'}"]
     assert main(command) == 0
-    assert 'was begun with --weights "ema", now it is "model"' in error(capsys, *command, "--weights=model")
+    assert 'was begun without --weights, now it is "model"' in error(capsys, *command, "--weights=model")
 
 
 def test_all_that_a_training_leaves_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,7 +227,7 @@ def _settings(
     values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
     del values["--batch-size"]
     return {
-        "--weights": args.weights,
+        "--weights": None if args.weights == EMA else args.weights,  # folders of before have none
         "checkpoint": f"step {opened.step}, weights {digest[:16]}",
         **values,
         "--labels": list(chosen),

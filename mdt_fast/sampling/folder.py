@@ -167,7 +167,8 @@ class SampleFolder:
 def _difference(name: str, before: Any, now: Any) -> str:
     """How the folder was begun. A file's digest tells a user nothing."""
     if not any(isinstance(value, dict) and DIGEST in value for value in (before, now)):
-        return f"with {name} {_short(before)}, now it is {_short(now)}"
+        begun = f"without {name}" if before is None else f"with {name} {_short(before)}"
+        return f"{begun}, now {'there is none' if now is None else f'it is {_short(now)}'}"
     if before is None:
         return f"without {name}"
     return f"with {name}, now there is none" if now is None else f"with another {name}"

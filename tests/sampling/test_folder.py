@@ -60,7 +60,7 @@ def test_other_settings_and_files_are_refused_by_name(tmp_path: Path) -> None:
         filled(tmp_path / "out", **{"--cfg-scale": 3.0})
     with pytest.raises(UserError, match=r"was begun with checkpoint \"step 4\", now it is \"step 8\""):
         filled(tmp_path / "out", checkpoint="step 8")
-    with pytest.raises(UserError, match=r"was begun with --new null, now it is 1"):
+    with pytest.raises(UserError, match=r"was begun without --new, now it is 1"):
         filled(tmp_path / "out", **{"--new": 1})
     (tmp_path / "out" / "settings.json").write_text("{")
     with pytest.raises(UserError, match="truncated or edited"):
