@@ -147,6 +147,20 @@ class Checkpoint:
             raise DamagedCheckpointError(f"{self.path / part}: cannot be read: {reason(error)}") from None
 
 
+def _what_it_is(path: Path) -> str:
+    """What a user may have taken for a run, and what to do with it."""
+    if path.name == "checkpoints" and path.is_dir():
+        return f"; its run is {str(path.parent)!r}"
+    if (path / "model_index.json").exists():
+        return ", but a pipeline: MDTPipeline.from_pretrained reads it (docs/diffusers.md)"
+    if path.is_file():
+        return (
+            f", but a file; of weights, 'mdt-fast convert {path} RUN' makes a run that can be drawn from "
+            "and trained"
+        )
+    return f" (no checkpoints/ and no {STATE} in it)"
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at ``path``, or the newest of the run at ``path``. ``UserError`` says what is wrong."""
     if not path.exists():
@@ -157,9 +171,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise UserError(f"{str(path)!r} holds no complete checkpoint yet")
         path = newest
     elif not is_ours(path):
-        raise UserError(
-            f"{str(path)!r} is neither a run (no checkpoints/ in it) nor a checkpoint (no {STATE})"
-        )
+        raise UserError(f"{str(path)!r} is neither a run nor a checkpoint{_what_it_is(path)}")
     file = path / STATE
     try:
         state = json.loads(file.read_text())

@@ -21,7 +21,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     quick = ["--steps=2", "--save-every=2", "--set=sample.steps=2", "--device=cpu"]
     assert main(["train", "--preset=digits", *ARGUMENTS, *quick, "--out=runs/digits"]) == 0
     examples = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     names: dict[str, object] = {}
     for code in examples:
         for printed, run in SMALLER:
@@ -29,3 +29,4 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         exec(code, names)
     assert (tmp_path / "three.png").is_file()
     assert (tmp_path / "s2" / "README.md").is_file()
+    assert (tmp_path / "own" / "model_index.json").is_file()

@@ -239,11 +239,21 @@ def test_state_json_says_what_made_it(run: Path) -> None:
 def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
         open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(UserError, match="neither a run"):
+    with pytest.raises(UserError, match="neither a run nor a checkpoint .no checkpoints/ and no state.json"):
         open_checkpoint(tmp_path)
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"")
+    with pytest.raises(UserError, match=r"but a file; of weights, 'mdt-fast convert .* RUN' makes a run"):
+        open_checkpoint(weights)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="but a pipeline: MDTPipeline.from_pretrained reads it"):
+        open_checkpoint(tmp_path / "pipeline")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="its run is"):
+        open_checkpoint(tmp_path / "checkpoints")
 
 
 def test_a_renamed_checkpoint_is_refused_and_stays_where_it_is(run: Path) -> None:
