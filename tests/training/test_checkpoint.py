@@ -239,7 +239,7 @@ def test_state_json_says_what_made_it(run: Path) -> None:
 def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
         open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(UserError, match="neither a run nor a checkpoint .no checkpoints/ and no state.json"):
+    with pytest.raises(UserError, match=r"neither a run nor a checkpoint .no checkpoints/ and no state\.json"):
         open_checkpoint(tmp_path)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"")
@@ -247,7 +247,7 @@ def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(weights)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="but a pipeline: MDTPipeline.from_pretrained reads it"):
+    with pytest.raises(UserError, match=r"but a pipeline: MDTPipeline\.from_pretrained reads it"):
         open_checkpoint(tmp_path / "pipeline")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no complete checkpoint"):
