@@ -239,7 +239,7 @@ def test_state_json_says_what_made_it(run: Path) -> None:
 def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
         open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"neither a run nor a checkpoint .no checkpoints/ and no state\.json"):
+    with pytest.raises(UserError, match=r"nor a checkpoint .no checkpoints. and no state\.json"):
         open_checkpoint(tmp_path)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"")
