@@ -95,6 +95,8 @@ def test_rank_p_form_is_exact() -> None:
 def test_rank_p_form_needs_fewer_flops() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    import mdt_fast.kernels.linear.flops  # noqa: F401 (formulas of our own products)
+
     counts = []
     for op in (patch_skip_linear, embedded):
         with FlopCounterMode(display=False) as counter:
