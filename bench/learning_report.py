@@ -192,7 +192,7 @@ def _grids(figure: Any, samples: dict[str, np.ndarray], steps: Sequence[int]) ->
     """A row for each variant; as many columns of pictures as there are steps shown."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, GRID_STEPS + 1).round().astype(int))[1:]
     axes = figure.subplots(len(samples), len(chosen), squeeze=False)
-    for row, (name, points) in zip(axes, samples.items()):
+    for i, (row, (name, points)) in enumerate(zip(axes, samples.items())):
         for axis, point in zip(row, chosen):
             strip = np.concatenate(list((points[point].clip(-1, 1) + 1) / 2), axis=-1)  # [C, S, n S]
             axis.imshow(
@@ -203,5 +203,5 @@ def _grids(figure: Any, samples: dict[str, np.ndarray], steps: Sequence[int]) ->
             axis.spines[:].set_visible(False)
             if axis is row[0]:
                 axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-            if row is axes[0]:
+            if i == 0:
                 axis.set_title(f"{steps[point]} updates", fontsize=8)
