@@ -27,7 +27,7 @@ from .rows import WHOLE, Rows
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Transformer(Pretrained, nn.Module):
+class Transformer(Pretrained):
     """Base of the three models. The constructor's arguments are the official ones.
 
     ``input_size`` S is the side of the image or latent, ``mlp_ratio`` the MLP's width over D,

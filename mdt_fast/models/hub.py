@@ -24,7 +24,7 @@ DIGEST = "config_sha256"
 Token = str | bool | None
 
 
-class Pretrained:
+class Pretrained(nn.Module):
     """What a :class:`~mdt_fast.models.Transformer` has for folders and for the hub."""
 
     config: ModelConfig
@@ -41,7 +41,7 @@ class Pretrained:
 
     @property
     def _weight(self) -> nn.Parameter:
-        return next(self.parameters())  # type: ignore[attr-defined]
+        return next(self.parameters())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, license: str | None = None) -> None:
         """Write ``config.json``, the weights as safetensors and, where there is no README.md, a model card.
@@ -62,8 +62,7 @@ class Pretrained:
 
         if not safe_serialization:
             raise UserError("safe_serialization: got False, but weights are written as safetensors alone")
-        module: nn.Module = self  # type: ignore[assignment]
-        state = module.state_dict()
+        state = self.state_dict()
         if any(hasattr(value, "full_tensor") for value in state.values()):
             raise UserError(
                 "save_pretrained: each process has a part of the weights; save a checkpoint and use "

@@ -136,7 +136,8 @@ class Sampler:
         clip_denoised: bool | None = None,
         switches: SampleSwitches = ALL,
     ):
-        check_sampling(model.config, config)  # type: ignore[arg-type]
+        self.about: ModelConfig = model.config  # type: ignore[assignment]
+        check_sampling(self.about, config)
         if next(model.parameters()).device.type == "meta":
             raise UserError("model: its weights are on the meta device, there is nothing to draw with")
         if config.sampler in SOLVERS:

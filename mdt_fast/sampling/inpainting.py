@@ -84,9 +84,9 @@ class Inpainter(Sampler):
         self.unknown = unknown.to(self.model.device)
         if not self.image.isfinite().all():
             raise UserError(f"image: has values that are not finite in {self.dtype}")
-        check_inpainting(model.config, config, self.unknown[:, 0], hide=hide, resample=resample)  # type: ignore[arg-type]
+        check_inpainting(self.about, config, self.unknown[:, 0], hide=hide, resample=resample)
         self.hide, self.resample, self.first_index = hide, resample, first_index
-        self.hidden = hidden_tokens(self.unknown[:, 0], int(model.patch_size)) if hide else None  # type: ignore[arg-type]
+        self.hidden = hidden_tokens(self.unknown[:, 0], self.about.patch_size) if hide else None
 
     def check_count(self, count: int) -> None:
         """``UserError`` unless there is an image and a mask for each of ``count`` labels."""
