@@ -109,12 +109,8 @@ def draw_attention(rows: Sequence[Row], path: Path) -> bool:
             by_provider.setdefault(row["provider"], []).append(row)
     if not panels:
         return False
-    columns = min(4, len(panels))
-    height = -(-len(panels) // columns)
-    figure, axes = panels_of(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (panel, by_provider) in zip(axes.flat, panels.items()):
+    figure, axes = tiles(len(panels))
+    for axis, (panel, by_provider) in zip(axes, panels.items()):
         for provider in (name for name in ATTENTION_COLORS if name in by_provider):
             color = ATTENTION_COLORS[provider]
             for masked, style in ((False, "-o"), (True, "o")):
@@ -139,7 +135,7 @@ def draw_attention(rows: Sequence[Row], path: Path) -> bool:
         axis.set_ylim(bottom=0)
         axis.set_ylabel("TFLOP/s", fontsize=8)
         finish(axis, "tokens (rings: of which 60% are kept)")
-    axes.flat[0].legend(fontsize=6, frameon=False)
+    axes[0].legend(fontsize=6, frameon=False)
     save(figure, rows, path)
     return True
 
@@ -158,6 +154,16 @@ def panels_of(height: int, width: int, size: tuple[float, float]) -> tuple[Any, 
     import matplotlib.pyplot as plt
 
     return plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
+
+
+def tiles(count: int) -> tuple[Any, Any]:
+    """A figure of so many small panels, up to four in a row, and their axes."""
+    columns = min(4, count)
+    height = -(-count // columns)
+    figure, axes = panels_of(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:count]
 
 
 def finish(axis: Any, label: str) -> None:

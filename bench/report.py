@@ -161,7 +161,7 @@ def _throughput(run: tuple[str, ...], rows: Sequence[Row]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{_origin(run)} Of peak: of the best matmul rate of the same run. Memory: peak. "
+        f"{origin(run)} Of peak: of the best matmul rate of the same run. Memory: peak. "
         "Ratio: speed over the reference's in the same round, the median of all rounds."
         + (SAMPLING if any(row["mode"] == "sample" for row in rows) else ""),
     ]
@@ -197,7 +197,7 @@ def _kernels(run: tuple[str, ...], rows: Sequence[Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{_origin(run)} GB/s: the least bytes by the op's formula, over the time. Of roof: the time of a "
+        f"{origin(run)} GB/s: the least bytes by the op's formula, over the time. Of roof: the time of a "
         "copy of as many bytes in the same rounds (or, if longer, of the matmul FLOPs at the best rate of "
         "the run) over the op's. vs eager: speed over plain PyTorch's in the same round, the median of all.",
     ]
@@ -227,7 +227,7 @@ def _attention(run: tuple[str, ...], rows: Sequence[Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{_origin(run)} TFLOP/s, and in brackets the speed over that of `sdpa-no-bias` (PyTorch's "
+        f"{origin(run)} TFLOP/s, and in brackets the speed over that of `sdpa-no-bias` (PyTorch's "
         "attention without any bias) in the same round, the median of all. FLOPs: 4 B H M M d forward, 2.5 "
         "times that backward.",
     ]
@@ -243,7 +243,7 @@ def _training(run: tuple[str, ...], rows: Sequence[Row]) -> str:
         value = f"{number(p50)} {unit} ({interval(p20, p80)})"
         cells = [row["op"], sizes(row["shape"]), row["provider"], row["metric"], value, str(row["rounds"])]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _origin(run)])
+    return "\n".join([*lines, "", origin(run)])
 
 
 def _length(row: Row) -> tuple[int, bool, str]:
@@ -262,7 +262,7 @@ def _ratio(metrics: dict[str, Row]) -> str:
     return f"**{text}, slower**" if (row["p80"] or row["p50"]) < 1 else text
 
 
-def _origin(run: tuple[str, ...]) -> str:
+def origin(run: tuple[str, ...]) -> str:
     device, driver, torch_version, triton, commit, line = run
     where = f"{device}, driver {driver}" if driver != "None" else device
     return f"{where}; torch {torch_version}, triton {triton}; commit {commit}; `{line}`."

@@ -4,7 +4,7 @@ over head sizes."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from plots import ATTENTION_COLORS, OP_COLORS, finish, op_rows, panels_of, save
+from plots import ATTENTION_COLORS, OP_COLORS, finish, op_rows, panels_of, save, tiles
 from rows import Row
 
 
@@ -74,12 +74,8 @@ def draw_head_sizes(rows: Sequence[Row], path: Path) -> bool:
     }
     if not panels:
         return False
-    columns = min(4, len(panels))
-    height = -(-len(panels) // columns)
-    figure, axes = panels_of(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (panel, by) in zip(axes.flat, panels.items()):
+    figure, axes = tiles(len(panels))
+    for axis, (panel, by) in zip(axes, panels.items()):
         for provider in (name for name in ATTENTION_COLORS if name in by):
             dots = sorted(by[provider].items())
             axis.plot(*zip(*dots), "-o", color=ATTENTION_COLORS[provider], markersize=3, label=provider)
@@ -88,6 +84,6 @@ def draw_head_sizes(rows: Sequence[Row], path: Path) -> bool:
         axis.set_ylim(bottom=0)
         axis.set_ylabel("TFLOP/s", fontsize=8)
         finish(axis, "head size")
-    axes.flat[0].legend(fontsize=6, frameon=False)
+    axes[0].legend(fontsize=6, frameon=False)
     save(figure, rows, path)
     return True
