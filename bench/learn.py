@@ -55,8 +55,11 @@ class Job:
     def digest(self) -> str:
         """What the result follows from: the same in every study that has this learner, by any name."""
         variant = {name: getattr(self.variant, name) for name in ("passes", "without", "implementation")}
-        values = {"variant": variant, "settings": to_dict(self.settings), "seed": self.seed}
-        text = json.dumps({**values, "steps": self.steps}, sort_keys=True)
+        values = {
+            "variant": variant, "settings": to_dict(self.settings), "seed": self.seed, "steps": self.steps,
+            "judge": hashlib.sha256(self.judge.read_bytes()).hexdigest(),
+        }  # fmt: skip
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -12,7 +12,7 @@ from formats import number
 from learners import STUDIES
 from mdt_fast.errors import UserError
 from plots import finish, save
-from report import _origin
+from report import origin
 from rows import Row
 
 COLORS = ("#6b6b6b", "#d08a3c", "#1d4f8c", "#2e7d4f", "#b0506f", "#8a6fb0", "#00a0a0")
@@ -55,12 +55,16 @@ def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Ro
         for name, seeds in sorted(variants.items(), key=lambda item: places.get(item[0], len(places)))
     }
     ways = {
-        (tuple(row["step"] for row in of_seed), of_seed[0]["shape"]["samples"], of_seed[0]["batch"])
+        (
+            tuple(row["step"] for row in of_seed),
+            *(of_seed[0][key] for key in ("batch", "floor", "real_accuracy")),
+            of_seed[0]["shape"]["samples"],
+        )
         for seeds in learners.values()
         for of_seed in seeds.values()
     }
     if len(ways) > 1:
-        raise UserError(f"rows of the study {study!r} have different steps, samples or batches")
+        raise UserError(f"rows of the study {study!r} have different steps, samples, batches or judges")
     return learners
 
 
@@ -126,7 +130,7 @@ def _notes(learners: Learners, base: str, others: Sequence[str], row: Row, seeds
         f"{row['dtype']}; {shape['samples']} samples in {shape['sampling']} steps without guidance. As many "
         f"real images that were learnt from have a distance of {number(row['floor'])} to those kept apart, "
         f"of which {row['real_accuracy']:.1%} are recognised.",
-        _origin(run),
+        origin(run),
     ]
     if same:
         text.insert(1, f"Bands touch {base}'s at every point: {', '.join(same)}.")

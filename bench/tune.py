@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import aot
 import candidates
@@ -206,8 +207,8 @@ class Tuner:
         expected = call()
         dtype = torch.bfloat16 if entry[1].endswith("half") else torch.float32
 
-        def turn(choice: Choice | None) -> Callable[[int], object]:
-            def one(index: int) -> object:
+        def turn(choice: Choice | None) -> Callable[[int], Sequence[Tensor]]:
+            def one(index: int) -> Sequence[Tensor]:
                 if choice is None:
                     return call()
                 with forced(entry, choice):
@@ -218,7 +219,7 @@ class Tuner:
         turns = {"present": turn(None)}
         for i, (choice, _) in some.items():
             try:
-                off = points.difference(turn(choice)(0), expected)  # type: ignore[arg-type]
+                off = points.difference(turn(choice)(0), expected)
                 synchronize(self.device)
                 if not off <= points.TOLERANCE[dtype]:
                     raise ValueError(f"disagrees with the present choice: off by {off:.1e} relative")

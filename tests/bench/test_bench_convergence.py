@@ -131,6 +131,16 @@ def test_the_fast_path_learns_as_the_reference_does(tiny: RunConfig, files: Path
     assert fast[-1].flops < plain[-1].flops
 
 
+def test_a_learner_is_another_before_another_judge(tiny: RunConfig, files: Path, tmp_path: Path) -> None:
+    """Distances in the features of different classifiers are not to be compared."""
+    ours = job(tiny, files, STUDIES["path"][0])
+    other = tmp_path / "judge.safetensors"
+    other.write_bytes((files / "judge.safetensors").read_bytes())
+    assert replace(ours, judge=other).digest == ours.digest  # wherever it lies
+    other.write_bytes(other.read_bytes()[:-1] + b"\1")
+    assert replace(ours, judge=other).digest != ours.digest
+
+
 def test_seeds_and_variants_share_their_images(tiny: RunConfig, files: Path) -> None:
     """The first losses of variants whose masks do not matter yet are the same: same images, times, noise."""
     first = [learn.learn(job(tiny, files, variant))[0].loss for variant in STUDIES["models"]]
@@ -184,6 +194,10 @@ def test_rows_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(f"--out={out}", "--study=path", "--seeds=1", "--samples=30") == 2
     assert "rows of the study 'path' have different" in capsys.readouterr().err
     whole = (out / "rows.jsonl").read_text().splitlines()
+    other = [line.replace('"floor": ', '"floor": 1') if '"seed": 1' in line else line for line in whole[:8]]
+    (out / "rows.jsonl").write_text("\n".join(other) + "\n")
+    assert run(f"--out={out}", "--study=path", "--report") == 2
+    assert "rows of the study 'path' have different" in capsys.readouterr().err
     (out / "rows.jsonl").write_text("\n".join(whole[:3]) + "\n")  # one learner, and a part of another
     assert run(f"--out={out}", "--study=path", "--report") == 0
     assert "one seed, so no band" in capsys.readouterr().out
