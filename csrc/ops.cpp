@@ -1,7 +1,26 @@
 // The schemas of all native ops. Implementations: <op>.cpp for the CPU, <op>.cu for CUDA.
 #include <torch/csrc/stable/library.h>
 
+#include "targets.h"
+
+namespace mdt_fast {
+namespace {
+
+#ifdef MDT_WIDTHS
+__attribute__((target("avx512f"))) int64_t vector_bits() { return 512; }
+__attribute__((target("avx2"))) int64_t vector_bits() { return 256; }
+__attribute__((target("default"))) int64_t vector_bits() { return 128; }
+#else
+int64_t vector_bits() { return 0; }  // whatever the compiler was told
+#endif
+
+int64_t chosen_bits() { return vector_bits(); }
+
+}  // namespace
+}  // namespace mdt_fast
+
 STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
+  m.def("vector_bits() -> int");  // of the code that the loader picked
   m.def("mask_plan(Tensor noise, int len_keep) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("grad_sumsq(Tensor[] grads) -> Tensor");
   m.def(
@@ -30,4 +49,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
   m.def(
       "bias_gelu_bwd_cpu(Tensor x, Tensor bias, Tensor dout, Tensor(a!) dx, Tensor(b!) dbias, "
       "Tensor(c!)? out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mdt_fast, CompositeExplicitAutograd, m) {
+  m.impl("vector_bits", TORCH_BOX(&mdt_fast::chosen_bits));
 }

@@ -1,9 +1,11 @@
-// MDT_TARGETS: compile a function for several generations of x86 and pick one when the library is loaded.
+// MDT_TARGETS: compile a function for several widths of x86's vectors; the loader picks the widest that the processor
+// has. Named by what a processor has: of a named one ("arch=haswell") GCC picks the code on that very model alone.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
-#define MDT_TARGETS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define MDT_WIDTHS 1
+#define MDT_TARGETS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MDT_TARGETS
 #endif

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import plain_only
-from .native import MISSING
+from .native import MISSING, vector_bits
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -110,7 +110,9 @@ def _backend(op: str) -> Backend:
         return Backend(op, "triton", "TRITON_INTERPRET=1: the kernel runs in Triton's interpreter, slowly")
     if not torch.cuda.is_available():
         if op in WITH_CPP and MISSING["cpu"] is None:
-            return Backend(op, "csrc", "no CUDA device, where the Triton kernel would serve; C++ on the CPU")
+            bits = vector_bits()
+            vectors = f" in vectors of {bits} bits" if bits else ""
+            return Backend(op, "csrc", f"no CUDA device, where the Triton kernel would serve; C++{vectors}")
         return Backend(op, "pytorch", f"{plain}: no CUDA device, where the Triton kernel would serve")
     if not HAS_TRITON:
         return Backend(op, "pytorch", f"{plain}: triton is not installed (pip install triton)")

@@ -41,3 +41,11 @@ for _device in DEVICES:
 def library(device: str) -> bool:
     """Whether the native ops serve tensors on this type of device (``"cpu"``, ``"cuda"``)."""
     return MISSING.get(device, "no such device") is None
+
+
+def vector_bits() -> int:
+    """Width of the vectors that the CPU's ops compute in on this processor: 128, 256 or 512; 0 where the
+    compiler chose for all processors. ``RuntimeError`` without the library."""
+    if not library("cpu"):
+        raise RuntimeError(f"the CPU ops are {MISSING['cpu']}")
+    return torch.ops.mdt_fast.vector_bits()

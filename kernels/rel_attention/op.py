@@ -223,7 +223,7 @@ def _side(
         checks.shape(names.pos, pos, *((x.shape[0],) if offsets is not None else (batch, length)))
         checks.token_ids(names.pos, pos, grid_size**2, x)
         if not looking and pos.device.type == "cpu":
-            _check_distinct(names.pos, pos, offsets)
+            _check_distinct(names.pos, pos, offsets, grid_size**2)
     elif offsets is not None or length != grid_size**2:
         what = "samples of different lengths" if offsets is not None else f"{length} tokens"
         raise ValueError(f"{names.pos}: needed for {what} (a whole grid has {grid_size**2})")
@@ -231,8 +231,13 @@ def _side(
     return Side(pos=pos, offsets=offsets, length=length, batch=batch)
 
 
-def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None) -> None:
-    samples = pos.unbind() if offsets is None else pos.split(offsets.diff().tolist())
-    for i, sample in enumerate(samples):
-        if len(sample.unique()) < len(sample):
-            raise ValueError(f"{name}: two tokens of sample {i} stand at one position, allowed is one")
+def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None, positions: int) -> None:
+    if offsets is None:
+        samples = torch.arange(len(pos))[:, None]
+    else:
+        samples = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
+    places = (samples * positions + pos).flatten()  # of all samples' grids, one after the other
+    crowded = torch.bincount(places) > 1
+    if crowded.any():
+        i = int(crowded.nonzero()[0]) // positions
+        raise ValueError(f"{name}: two tokens of sample {i} stand at one position, allowed is one")

@@ -1,5 +1,7 @@
 """csrc's adaLN and GELU on the CPU against float64: dtypes, mixed ones, odd widths, ragged rows."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,23 @@ from mdt_fast import kernels
 from mdt_fast.kernels.backends import uses_csrc
 from mdt_fast.kernels.bias_gelu import reference as gelu_reference
 from mdt_fast.kernels.ln_modulate import reference as ln_reference
-from mdt_fast.kernels.native import MISSING, library
+from mdt_fast.kernels.native import MISSING, library, vector_bits
 from parity import compare, run
 from tolerances import HALF_FACTOR, relative_error
 
 pytestmark = pytest.mark.skipif(not library("cpu"), reason=f"the C++ ops are {MISSING['cpu']}")
+CPUINFO = Path("/proc/cpuinfo")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.mark.skipif(
+    not (CPUINFO.exists() and library("cpu") and vector_bits()), reason="one code for all processors"
+)
+def test_the_widest_vectors_are_chosen() -> None:
+    """On any maker's processor: code for a named one is taken on that very model alone."""
+    flags = set(re.findall(r"\w+", CPUINFO.read_text()))
+    widest = 512 if "avx512f" in flags else 256 if "avx2" in flags else 128
+    assert vector_bits() == widest
 
 
 def offsets_of(*lengths: int) -> Tensor:
