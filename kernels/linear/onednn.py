@@ -28,8 +28,15 @@ def linear_bwd(
     if needs_x:
         dx_RD = _product(dout_RO, weight_OD.t(), None)
     if needs_weight:
-        dweight_OD = _product(dout_RO.t(), x_RD.t(), None)
+        dweight_OD = weight_gradient(dout_RO, x_RD)
     return dx_RD, dweight_OD
+
+
+def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
+    """``dout.T @ x``: [O, D]."""
+    if dout_RO.shape[1] <= x_RD.shape[1]:
+        return _product(dout_RO.t(), x_RD.t(), None)
+    return _product(x_RD.t(), dout_RO.t(), None).t().contiguous()  # oneDNN is slow in high products
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
