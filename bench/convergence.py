@@ -2,6 +2,7 @@
 
     python bench/convergence.py                                  the comparison, half an hour on two CPU cores
     python bench/convergence.py --study parts,mask-ratio         what of MDT helps, how much to hide
+    python bench/convergence.py --study models,tokens,updates    at what scale it begins to be faster
     python bench/convergence.py --size gpu                       S-size models of 32 x 32 pixels
     python bench/convergence.py --size imagenet --data latents   S/2 on what `mdt-fast encode` made
     python bench/convergence.py --report --json FILE             tables and figures of rows made before
@@ -34,7 +35,7 @@ from learners import SIZES, STUDIES
 from mdt_fast.config import RunConfig, to_dict
 from mdt_fast.errors import UserError
 from mdt_fast.models.flops import meta_model
-from report import put
+from report import RESULTS, put
 from rows import Row, RowFile, machine, read
 
 
@@ -115,9 +116,13 @@ def fitted(settings: RunConfig, data: Data) -> RunConfig:
 
 
 def open_judge(out: Path, settings: RunConfig, data: Data, device: torch.device) -> Path:
-    """The classifier's file, made now unless it is there."""
+    """The classifier's file: one that came with rows in ``results/``, so that other machines' rows can be
+    compared with them, or one in ``out``, made now unless it is there."""
     identity = json.dumps([to_dict(settings.data), settings.sample.num_samples], sort_keys=True)
-    path = out / f"judge-{hashlib.sha256(identity.encode()).hexdigest()[:10]}.safetensors"
+    name = f"judge-{hashlib.sha256(identity.encode()).hexdigest()[:10]}.safetensors"
+    if (RESULTS / name).exists():
+        return RESULTS / name
+    path = out / name
     if not path.exists():
         print("training the classifier that judges", flush=True)
         save_classifier(path, train_classifier(data, len(data.learnt.classes), device))
@@ -136,7 +141,7 @@ def jobs_of(
                     continue
                 yield Job(
                     study=name, variant=variant, settings=own, seed=seed,
-                    steps=judged_at(settings.train.steps, args.points), folder=args.out, judge=judge,
+                    steps=judged_at(own.train.steps, args.points), folder=args.out, judge=judge,
                     classes=classes, threads=args.threads,
                 )  # fmt: skip
 
@@ -211,6 +216,11 @@ def conclude(
         samples = {job.variant.name: shown for job, shown in shown_samples(first)}
         learning_report.draw(name, found[name], samples, picture)
         print(f"\nfigure: {picture}")
+    compared = learning_report.scales({name: found[name] for name in names if name in found})
+    if compared is not None:
+        print(f"\nscales\n\n{compared}")
+        if args.readme is not None:
+            put(args.readme, compared, "<!-- scales:begin -->", "<!-- scales:end -->")
     print(f"rows: {args.json}")
 
 

@@ -23,7 +23,8 @@ Part = Literal["bias", "side"]
 class Variant:
     """One way of training. ``name``: as in tables and rows; ``model``, ``diffusion``, ``train``: what differs
     from the size's settings. ``passes`` of a step: both, over all tokens alone, or masked alone. ``without``:
-    relative position bias, the side-interpolater (held at what they are worth nothing at)."""
+    relative position bias, the side-interpolater (held at what they are worth nothing at). ``longer``: times
+    the size's updates; ``finer``: into how many a patch's side is cut, for ``finer**2`` times the tokens."""
 
     name: str
     family: Family = "mdtv2"
@@ -33,16 +34,19 @@ class Variant:
     passes: Passes = "both"
     without: tuple[Part, ...] = ()
     implementation: Implementation = "fast"
+    longer: int = 1
+    finer: int = 1
 
     def settings(self, size: RunConfig) -> RunConfig:
         """All settings of this variant at a size."""
         dit = self.family == "dit"
         masked = {"mask_ratio": None, "decode_layer": 0} if dit else {}
+        patch, steps = size.model.patch_size // self.finer, size.train.steps * self.longer
         return replace(
             size,
-            model=replace(size.model, family=self.family, **masked | self.model),
+            model=replace(size.model, family=self.family, patch_size=patch, **masked | self.model),
             diffusion=replace(size.diffusion, **self.diffusion),
-            train=replace(size.train, **self.train),
+            train=replace(size.train, steps=steps, **self.train),
         )
 
 
@@ -52,6 +56,8 @@ MDTV2 = Variant(name="MDTv2")
 
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "models": (DIT, MDT, MDTV2),
+    "tokens": tuple(replace(variant, finer=2) for variant in (DIT, MDTV2)),
+    "updates": tuple(replace(variant, longer=3) for variant in (DIT, MDTV2)),
     "mask-ratio": tuple(
         Variant(name=f"mask ratio {ratio}", family="mdt", model={"mask_ratio": ratio})
         for ratio in (0.3, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7)

@@ -117,6 +117,37 @@ def table(study: str, learners: Learners) -> str:
     return "\n".join(lines)
 
 
+def scales(found: dict[str, Learners]) -> str | None:
+    """At what scale which variant is sooner than DiT where that ends; None of a single scale."""
+    lines, shapes = [], set()
+    for learners in found.values():
+        base, *others = learners
+        if base != "DiT":
+            continue
+        target = targets_of(curves(learners[base], "step"), _any(learners)["floor"])[-1]
+        for name in others:
+            of_seeds = learners[name]
+            row, seeds = next(iter(of_seeds.values()))[-1], len(of_seeds)
+            shapes.add((row["shape"]["tokens"], row["of"]))
+            ratios = [speedup(curves(learners[base], axis), curves(of_seeds, axis), target) for axis in AXES]
+            cells = [
+                str(row["shape"]["tokens"]), number(row["of"]), str(seeds), number(target), name,
+                *("neither" if ratio is None else _ratio(ratio) for ratio in ratios),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    if len(shapes) < 2:
+        return None
+    head = [
+        "| tokens | updates | seeds | to a distance of | | sooner than DiT: updates | seconds | FLOPs |",
+        "|---:|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    return "\n".join(head + lines)
+
+
+def _any(learners: Learners) -> Row:
+    return next(iter(next(iter(learners.values())).values()))[0]
+
+
 def _notes(learners: Learners, base: str, others: Sequence[str], row: Row, seeds: int) -> str:
     same = [
         name for name in others
@@ -165,7 +196,7 @@ def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: P
     figure = plt.figure(figsize=(14, height), layout="constrained")
     top, *below = figure.subfigures(2, 1, height_ratios=[4, height - 4]) if samples else [figure]
     axes = top.subplots(1, len(AXES), sharey=True)
-    any_row = next(iter(next(iter(learners.values())).values()))[0]
+    any_row = _any(learners)
     for panel, axis in zip(axes, AXES):
         for color, (name, seeds) in zip(COLORS, learners.items()):
             _curve(panel, curves(seeds, axis), name, color)

@@ -74,6 +74,33 @@ def test_a_comparison_leaves_rows_tables_and_a_figure(
     assert "has no rows of parts" in capsys.readouterr().err
 
 
+def test_scales_and_a_judge_that_came_with_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = tmp_path / "out", tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(convergence, "RESULTS", results)
+    assert run(f"--out={out}", "--study=updates", "--seeds=1") == 0
+    assert "\nscales\n" not in capsys.readouterr().out  # one scale says nothing
+    (made,) = out.glob("judge-*")
+    made.rename(results / made.name)
+    document = tmp_path / "text.md"
+    markers = "".join(
+        f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("updates", "tokens", "scales")
+    )
+    document.write_text(markers)
+    assert run(f"--out={out}", "--study=updates,tokens", "--seeds=1", f"--readme={document}") == 0
+    printed = capsys.readouterr().out
+    assert "4 learners, of which 2 are complete" in printed  # before the same judge they are the same
+    assert not list(out.glob("judge-*"))
+    rows = read([out / "rows.jsonl"])
+    assert {(row["study"], row["of"], row["shape"]["tokens"]) for row in rows} == {
+        ("updates", 6, 16), ("tokens", 2, 64),
+    }  # fmt: skip
+    assert "| 16 | 6.00 | 1 |" in document.read_text()
+    assert "| 64 | 2.00 | 1 |" in document.read_text()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, tiny: RunConfig) -> Path:
     """A folder with a judge."""
