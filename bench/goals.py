@@ -14,7 +14,7 @@ Found = tuple[float, str] | None
 Measure = Callable[["Rows"], Found]
 
 XL, S = "MDTv2_XL_2", "MDTv2_S_2"
-OURS, COMPILED = ("fast", "fast-compiled"), ("reference-compiled",)
+OURS, COMPILED = ("fast", "fast-compiled", "fast-graphs"), ("reference-compiled",)
 ADALN = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate")
 TOKENS = ("gather_tokens", "unmask_tokens", "merge_tokens")
 OPTIMIZERS = ("adan_step", "adamw_step")

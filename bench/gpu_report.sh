@@ -78,8 +78,8 @@ flex() { # apart: it compiles for every shape
     bench attention attention_flex --providers "$ROOF,sdpa,flex,$TRITON" --tokens 256,1024 --time-limit 400
 }
 small() {
-    bench throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
-        --time-limit 400
+    bench throughput s2_b2 --model MDTv2_S_2,MDTv2_B_2 --batch 4,32 --dtype bfloat16 \
+        --providers reference,fast,fast-graphs --time-limit 400
 }
 middle() { # L/2; and DiT, the baseline, beside diffusers'
     bench throughput l2 --model MDTv2_L_2 --batch 4,32 --dtype bfloat16 --providers reference,fast --time-limit 200
@@ -98,7 +98,7 @@ compiled() {
 }
 compiled4() {
     bench throughput xl2_compiled4 --model MDTv2_XL_2 --batch 4 --mode train --dtype bfloat16 \
-        --providers "$COMPILED" --time-limit 420
+        --providers "$COMPILED,fast-graphs" --time-limit 420
 }
 official() {
     if [[ -z $OFFICIAL ]]; then

@@ -15,6 +15,7 @@ COLORS = {
     "reference-compiled": "#6b6b6b",
     "fast": "#3b82c4",
     "fast-compiled": "#1d4f8c",
+    "fast-graphs": "#2e7d4f",
     "official": "#d08a3c",
     "diffusers": "#8a6fb0",
 }

@@ -1,8 +1,9 @@
 """Providers: the same model, made by different code, on the same weights.
 
 ``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
-``torch.compile`` (the whole forward), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
-A provider and its compiled form share one module.
+``torch.compile`` (the whole forward), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA
+graph (``train.cuda_graphs``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+A provider and its compiled and graphed forms share one module.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from mdt_fast.errors import UserError, nearest
 from mdt_fast.models import zoo
 from mdt_fast.presets import PRESETS
 
-NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "official", "diffusers")
+NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "fast-graphs", "official", "diffusers")
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
 """Where the published recipe differs from the constructor's default."""
@@ -109,19 +110,30 @@ class Provider:
         return self.name.endswith("-compiled")
 
     @property
+    def graphed(self) -> bool:
+        return self.name.endswith("-graphs")
+
+    @property
     def implementation(self) -> str:
-        return self.name.removesuffix("-compiled")
+        return implementation(self.name)
 
 
 def make(name: str, modules: Modules) -> Provider:
     """The provider ``name``. Raises ``Skip`` with the reason if it cannot run here."""
     if name.endswith("-compiled") and (reason := compile_obstacle(modules.device)):
         raise Skip(reason)
-    module = modules.get(name.removesuffix("-compiled"))
+    if name.endswith("-graphs") and modules.device.type != "cuda":
+        raise Skip("CUDA graphs need a GPU")
+    module = modules.get(implementation(name))
     calls = [module, module.forward_with_cfg, getattr(module, "training_step_outputs", None)]
     if name.endswith("-compiled"):
         calls = [None if call is None else torch.compile(call) for call in calls]
     return Provider(name, module, *calls)
+
+
+def implementation(name: str) -> str:
+    """Whose module a provider runs."""
+    return name.removesuffix("-compiled").removesuffix("-graphs")
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -12,7 +12,7 @@ from mdt_fast.models import flops
 from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
-from steps import SAMPLING_STEPS, Case, SampleStep, Step, TrainStep, disagreement
+from steps import SAMPLING_STEPS, Case, GraphedTrainStep, SampleStep, Step, TrainStep, disagreement
 
 WARM_UP = 2
 """Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
@@ -169,9 +169,12 @@ class Session:
 
     def step(self, case: Case, provider: Provider, inputs: Inputs, others: dict[str, Step]) -> Step:
         if case.mode == "sample":
+            if provider.graphed:
+                raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
             return SampleStep(case, provider, inputs)
         share = next((s for s in others.values() if s.provider.module is provider.module), None)
-        return TrainStep(case, provider, inputs, len_keeps(case.config, PERIOD), share)
+        kind = GraphedTrainStep if provider.graphed else TrainStep
+        return kind(case, provider, inputs, len_keeps(case.config, PERIOD), share)
 
     def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> float:
         """Run every step a few times; those that fail leave ``steps``. Seconds of the slowest one's last."""

@@ -17,7 +17,9 @@ from mdt_fast.config import ModelConfig, TrainConfig
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.diffusion.loss import losses_from_output
 from mdt_fast.masking import MaskPlan
+from mdt_fast.training.objective import Draws
 from mdt_fast.training.optim import Ema, build_optimizer
+from mdt_fast.training.passes import GraphedPasses, Passes
 from measure import module_tensors, storage_bytes
 from providers import Provider
 
@@ -131,9 +133,7 @@ class TrainStep(Step):
 
     def losses(self, index: int, y: Tensor) -> list[Tensor]:
         """Loss per image [B] of each pass. Both use the same timesteps; the noise is fresh in each."""
-        t = torch.randint(
-            self.diffusion.num_timesteps, (len(self.x),), generator=torch.Generator().manual_seed(index)
-        ).to(self.x.device)
+        t = self.times(index)
         len_keep = self.len_keeps[index % len(self.len_keeps)]
         if len_keep is not None and self.provider.both is not None:
             return self.both_passes(index, t, y, len_keep, self.provider.both)
@@ -141,6 +141,11 @@ class TrainStep(Step):
         if len_keep is not None:
             passes.append(self.one_pass(2 * index + 1, t, y, len_keep))
         return passes
+
+    def times(self, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(index)
+        t = torch.randint(self.diffusion.num_timesteps, (len(self.x),), generator=generator)
+        return t.to(self.x.device)
 
     def one_pass(self, seed: int, t: Tensor, y: Tensor, len_keep: int | None) -> Tensor:
         noise, plan = self.draws(seed, len_keep)
@@ -188,6 +193,10 @@ class TrainStep(Step):
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.stack(self.losses(0, null))
         losses.mean(1).sum().backward()
+        return self.found(losses)
+
+    def found(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """Losses [passes, B] and the norm of the gradients."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return losses.detach().flatten().cpu(), norm.cpu()[None]
@@ -195,6 +204,40 @@ class TrainStep(Step):
     def own_bytes(self) -> int:
         state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         return storage_bytes([*module_tensors(self.module), *module_tensors(self.ema.model), *state])
+
+
+class GraphedTrainStep(TrainStep):
+    """The same, with the passes as one CUDA graph for each number of kept tokens."""
+
+    def __init__(self, case: Case, provider: Provider, *args: Any):
+        super().__init__(case, provider, *args)
+        settings = TrainConfig(dtype=case.dtype_name)  # type: ignore[arg-type]
+        module: Any = self.module
+        self.passes = GraphedPasses(Passes(module, self.diffusion, settings, False, case.device))
+
+    def __call__(self, index: int) -> None:
+        self.gradients(index, self.y)
+        self.optimizer.step()
+
+    def gradients(self, index: int, y: Tensor) -> list[Tensor]:
+        """Left in the parameters; returns the loss per image [B] of each pass."""
+        self.passes.zero_grad()
+        terms = self.passes(self.x, y, self.drawn(index, y), None)
+        return [terms[name] for name in ("loss", "m_loss") if name in terms]
+
+    def drawn(self, index: int, y: Tensor) -> Draws:
+        """What :meth:`losses` draws."""
+        t, len_keep = self.times(index), self.len_keeps[index % len(self.len_keeps)]
+        noise, _ = self.draws(2 * index, None)
+        drops = self.module.drop_labels(y) != y
+        if len_keep is None:
+            return Draws(t, noise, drops)
+        noise_masked, plan = self.draws(2 * index + 1, len_keep)
+        return Draws(t, noise, drops, noise_masked, self.module.drop_labels(y) != y, plan)
+
+    def outcome(self) -> tuple[Tensor, ...]:
+        losses = self.gradients(0, torch.full_like(self.y, self.case.config.num_classes))
+        return self.found(torch.stack(losses))
 
 
 class SampleStep(Step):

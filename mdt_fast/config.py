@@ -196,7 +196,8 @@ class TrainConfig:
 
     ``parallel``: of several processes each keeps a part of the weights: among all of them (``fsdp``), or
     among those of a machine (``hybrid``). ``compile``: each ``block``, the whole ``model`` (one process), or
-    nothing. ``checkpointing``: what is computed again in the backward pass, see ``set_checkpointing``.
+    nothing. ``cuda_graphs``: a step's passes are one launch, for small batches on one GPU.
+    ``checkpointing``: what is computed again in the backward pass, see ``set_checkpointing``.
     ``async_save``: a checkpoint is written while the training goes on. ``tensorboard`` None: where it is
     installed. ``wandb``: the project to report to.
     """
@@ -222,6 +223,7 @@ class TrainConfig:
     float8: bool = False
     parallel: Literal["fsdp", "hybrid"] = "fsdp"
     compile: Literal["none", "block", "model"] = "none"
+    cuda_graphs: bool = False
     checkpointing: Literal["none", "selective", "full"] = "none"
     async_save: bool = True
     tensorboard: bool | None = None

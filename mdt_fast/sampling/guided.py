@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SampleConfig, SampleSwitches
+from ..cuda_graphs import Graphed
 from ..diffusion import GaussianDiffusion, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..masking import MaskPlan
 from ..models.sampling import StepModulations, guided_pass, is_open
-from .graph import Graphed
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from ..errors import UserError
 from .checkpoint import latest, locked
 from .distributed import joined, launched, losses_named
 from .metrics import Metrics
-from .objective import draw, losses_of, total_loss
+from .objective import draw
 from .optim import learning_rate, set_learning_rate, unripe
-from .parallelize import autocasting, reduce_gradients, split
+from .parallelize import reduce_gradients, split
 from .progress import TrainingProgress, summary
 from .run import Run, derive_seed, prepare, resolve_device
 from .sinks import TENSORBOARD_FOLDER, WANDB_ID, Sinks
@@ -63,22 +63,20 @@ def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
     posterior = posterior_noise(run)
     batch, y = batch.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
     terms: list[dict[str, Tensor]] = []
-    run.optimizer.zero_grad()
+    scale = None if run.loss_scale is None else run.loss_scale.scale
+    run.passes.zero_grad()
     parts = split(run.rows, settings.accumulate)
     for part in parts:
         reduce_gradients(run.model, run.sharded, now=part is parts[-1])
         x = run.first_stage(batch[part], None if posterior is None else posterior[part])
-        with autocasting(settings, run.sharded, run.device):
-            terms.append(losses_of(run.model, run.diffusion, x, y[part], draws.rows(part)))
-            loss = total_loss(terms[-1]) / len(parts)
-        (loss if run.loss_scale is None else loss * run.loss_scale.scale).backward()
+        terms.append(run.passes(x, y[part], draws.rows(part), scale))
     if run.loss_scale is not None:
         run.loss_scale.unscale(run.optimizer)
     set_learning_rate(run.optimizer, learning_rate(settings, run.step))
     run.optimizer.step()  # moves the average too
     if run.loss_scale is not None:
         run.loss_scale.update(run.optimizer.grad_norm)
-    whole = {name: torch.cat([part[name].detach() for part in terms]) for name in terms[0]}
+    whole = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
     metrics.add(whole, draws.t, run.optimizer.grad_norm.float())
     run.step += 1
 

@@ -25,6 +25,7 @@ from .distributed import World, launched
 from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, build_optimizer
 from .parallelize import parallelize, rows_of
+from .passes import GraphedPasses, Passes, passes_of
 from .saving import Saver
 from .settings import check_resumable, check_settings
 from .sinks import Sink, open_sinks
@@ -54,6 +55,7 @@ class Run:
     optimizer: FusedAdan | FusedAdamW
     loss_scale: LossScale | None
     diffusion: GaussianDiffusion
+    passes: Passes | GraphedPasses
     saver: Saver
     start: Checkpoint | None
     notes: list[str] = field(default_factory=list)
@@ -202,6 +204,13 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     if start is not None:
         start.fill(checkpoint.EMA, ema.tensors, world)
         restore_optimizer(start, optimizer, loss_scale, weights, world)
+    diffusion = create_diffusion(
+        noise_schedule=config.diffusion.noise_schedule,
+        predict_xstart=config.diffusion.predict_xstart,
+        learn_sigma=config.model.learn_sigma,
+        diffusion_steps=config.diffusion.diffusion_steps,
+        min_snr_gamma=config.diffusion.min_snr_gamma,
+    )
     return Run(
         config=config, out=out, world=world, step=start.step if start else 0,
         images=images, first_stage=first_stage, rows=rows, device=device,
@@ -210,12 +219,8 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
             pinned=device.type == "cuda",
         ),
         model=model, sharded=sharded, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
-        diffusion=create_diffusion(
-            noise_schedule=config.diffusion.noise_schedule,
-            predict_xstart=config.diffusion.predict_xstart,
-            learn_sigma=config.model.learn_sigma,
-            diffusion_steps=config.diffusion.diffusion_steps,
-            min_snr_gamma=config.diffusion.min_snr_gamma,
+        diffusion=diffusion, passes=passes_of(
+            Passes(model, diffusion, config.train, sharded, device), world.size
         ),
         saver=Saver(
             out, world, keep=config.train.keep, keep_every=config.train.keep_every,

@@ -15,6 +15,7 @@ MAX_LINES = 400
 RANK = {
     "errors": 0,
     "files": 0,
+    "cuda_graphs": 0,
     "kernels": 0,
     "config": 1,
     "presets": 2,

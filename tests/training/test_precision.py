@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdt_fast.training import loop, train
+from mdt_fast.training import passes, train
 from mdt_fast.training.checkpoint import open_checkpoint
 from mdt_fast.training.metrics import read_rows
 from tiny import tensors_of, tiny
@@ -28,12 +28,12 @@ def test_float16_steps_that_overflow_are_skipped_and_the_scale_falls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is thirty times too large, so the first scale is too; halves of the run equal the whole."""
-    losses = loop.losses_of
+    losses = passes.losses_of
 
     def steep(*args):
         return {name: values * 30 for name, values in losses(*args).items()}
 
-    monkeypatch.setattr(loop, "losses_of", steep)
+    monkeypatch.setattr(passes, "losses_of", steep)
     config = tiny(dtype="float16", log_every=1, steps=8, save_every=4, lr=1e-2)
     train(config, tmp_path / "whole")
     rows = read_rows(tmp_path / "whole" / "metrics.jsonl")

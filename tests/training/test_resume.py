@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mdt_fast.errors import UserError
-from mdt_fast.training import loop, train
+from mdt_fast.training import loop, passes, train
 from mdt_fast.training.checkpoint import latest, locked, open_checkpoint
 from tiny import ARGUMENTS, file_of, tensors_of, tiny
 
@@ -181,14 +181,14 @@ def test_odd_lines_in_the_metrics_are_left_out(tmp_path: Path) -> None:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
     """The losses of these steps (counted from 1) are NaN."""
-    true_losses, calls = loop.losses_of, []
+    true_losses, calls = passes.losses_of, []
 
     def broken(*args):
         calls.append(1)
         terms = true_losses(*args)
         return {**terms, "loss": terms["loss"] * float("nan")} if len(calls) in bad else terms
 
-    monkeypatch.setattr(loop, "losses_of", broken)
+    monkeypatch.setattr(passes, "losses_of", broken)
 
 
 def test_half_pictures_of_a_killed_run_are_removed(tmp_path: Path) -> None:

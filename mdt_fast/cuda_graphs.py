@@ -12,11 +12,17 @@ WARM_UP = 3  # calls before the capture: libraries choose algorithms and take th
 class Graphed:
     """A function of tensors (or None) that is captured at its first call with arguments of these shapes.
 
-    It must not read values on the host. What a call returns is written over by the next one.
+    It must not read values on the host. What a call returns is written over by the next one. ``warmed_up``
+    is called before each capture: the function was called a few times more than was asked for.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device):
-        self.function, self.device = function, device
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        device: torch.device,
+        warmed_up: Callable[[], None] = lambda: None,
+    ):
+        self.function, self.device, self.warmed_up = function, device, warmed_up
         self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -42,6 +48,7 @@ class Graphed:
             for _ in range(WARM_UP):
                 self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        self.warmed_up()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             output = self.function(*inputs)

@@ -1,0 +1,100 @@
+"""The passes of a training step over rows of a batch, forward and backward; on a GPU also as CUDA graphs.
+
+b rows, [C, S, S] each. Gradients are added up in the parameters from ``zero_grad`` on.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..cuda_graphs import Graphed
+from ..diffusion import GaussianDiffusion
+from ..errors import UserError
+from ..masking import TENSORS, MaskPlan
+from ..models.base import Transformer
+from .objective import Draws, losses_of, total_loss
+from .parallelize import autocasting
+
+DRAWN = tuple(field.name for field in fields(Draws) if field.name != "plan")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One operation after the other. ``sharded``: by FSDP."""
+
+    model: Transformer
+    diffusion: GaussianDiffusion
+    settings: TrainConfig
+    sharded: bool
+    device: torch.device
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+    def __call__(self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None) -> dict[str, Tensor]:
+        """The loss terms [b] of model inputs x [b, C, S, S] with labels y [b]; their gradients are those of
+        ``scale`` (float16's) times the step's share of these rows."""
+        with autocasting(self.settings, self.sharded, self.device):
+            terms = losses_of(self.model, self.diffusion, x, y, draws)
+            loss = total_loss(terms) / self.settings.accumulate
+        (loss if scale is None else loss * scale).backward()
+        return {name: values.detach() for name, values in terms.items()}
+
+
+class GraphedPasses:
+    """The same from one launch: for batches so small that launching takes longer than computing.
+
+    Each number of kept tokens is captured at its first step; all graphs share their memory, and add to the
+    same gradients, which stay where they are. They cost 16 bytes for each parameter more to read and
+    write in a step.
+    """
+
+    def __init__(self, passes: Passes):
+        self.passes, self.parameters = passes, list(passes.model.parameters())
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.names: list[str] = []
+        self.ascending = False
+        self.graphed = Graphed(self._stacked, passes.device, self._warmed_up)
+
+    def zero_grad(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        known = [gradient for gradient in self.gradients if gradient is not None]
+        if known:
+            torch._foreach_zero_(known)
+
+    def __call__(self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None) -> dict[str, Tensor]:
+        plan = draws.plan
+        self.ascending = plan is not None and plan.ascending
+        masked = [None if plan is None else getattr(plan, name) for name in TENSORS]
+        terms = self.graphed(x, y, scale, *(getattr(draws, name) for name in DRAWN), *masked)
+        return dict(zip(self.names, terms.clone().unbind(), strict=True))
+
+    def _stacked(self, x: Tensor, y: Tensor, scale: Tensor | None, *drawn: Any) -> Tensor:
+        values, masked = drawn[: len(DRAWN)], drawn[len(DRAWN) :]
+        named = dict(zip(TENSORS, masked, strict=True))
+        plan = None if masked[0] is None else MaskPlan(**named, ascending=self.ascending)
+        terms = self.passes(x, y, Draws(**dict(zip(DRAWN, values, strict=True)), plan=plan), scale)
+        self.names = list(terms)
+        return torch.stack(list(terms.values()))
+
+    def _warmed_up(self) -> None:
+        """A capture comes at the beginning of a step, whose parts are equal: there is nothing to keep."""
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        self.zero_grad()
+
+
+def passes_of(passes: Passes, processes: int) -> Passes | GraphedPasses:
+    """As ``train.cuda_graphs`` says; ``UserError`` where that cannot be."""
+    if not passes.settings.cuda_graphs:
+        return passes
+    if passes.device.type != "cuda":
+        raise UserError(f"train.cuda_graphs: for a CUDA device, got {str(passes.device)!r}")
+    if processes > 1:
+        raise UserError(
+            f"train.cuda_graphs: for one process, got {processes}: FSDP gathers on the host's word"
+        )
+    return GraphedPasses(passes)

@@ -1,0 +1,50 @@
+"""Training on a GPU: a step's passes as CUDA graphs, the same numbers as one operation after the other."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdt_fast.training import passes, train
+from mdt_fast.training.metrics import read_rows
+from tiny import tiny
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16", "accumulate": 2},
+        {"dtype": "bfloat16", "checkpointing": "selective"},
+        {"dtype": "bfloat16", "compile": "block"},
+    ],
+    ids=str,
+)
+def test_graphs_train_to_the_same_numbers(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths captured, met again, and pictures between."""
+    made: list[passes.GraphedPasses] = []
+    build = passes.GraphedPasses.__init__
+
+    def noticed(self: passes.GraphedPasses, *args: Any) -> None:
+        made.append(self)
+        build(self, *args)
+
+    monkeypatch.setattr(passes.GraphedPasses, "__init__", noticed)
+    config = tiny(device="cuda", log_every=1, lr=1e-2, steps=20, save_every=10, batch_size=8, **settings)
+    config = replace(config, model=replace(config.model, hidden_size=64, patch_size=2))
+    for name, graphs in (("plain", False), ("graphed", True)):
+        torch._dynamo.reset()
+        train(replace(config, train=replace(config.train, cuda_graphs=graphs)), tmp_path / name)
+    assert 1 < len(made[0].graphed.captured) < 20
+    allowed = 1e-4 if settings["dtype"] == "float32" else 1e-2
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("plain", "graphed")]
+    for expected, row in zip(*rows, strict=True):
+        for key in ("loss", "m_loss", "grad_norm"):
+            assert row[key] == pytest.approx(expected[key], rel=allowed)
