@@ -53,10 +53,12 @@ class Job:
 
     @cached_property
     def digest(self) -> str:
-        """What the result follows from: the same in every study that has this learner, by any name."""
+        """What the result follows from: the same in every study that has this learner, by any name, and in
+        later versions, which have more settings, as long as those are left as they are."""
         variant = {name: getattr(self.variant, name) for name in ("passes", "without", "implementation")}
+        settings = changed(to_dict(self.settings), to_dict(RunConfig()))
         values = {
-            "variant": variant, "settings": to_dict(self.settings), "seed": self.seed, "steps": self.steps,
+            "variant": variant, "settings": settings, "seed": self.seed, "steps": self.steps,
             "judge": hashlib.sha256(self.judge.read_bytes()).hexdigest(),
         }  # fmt: skip
         text = json.dumps(values, sort_keys=True)
@@ -248,6 +250,15 @@ def flops_of(config: ModelConfig, len_keep: int | None, variant: Variant) -> flo
     kept = None if variant.passes == "all" else len_keep
     batch = 2  # the work done once for a batch is shared
     return flops.train_step(config, kept, variant.implementation, batch).flops / batch
+
+
+def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not the defaults, nested alike."""
+    inner = {
+        name: changed(value, defaults[name]) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return {name: value for name, value in inner.items() if value not in (defaults[name], {})}
 
 
 class Clock:

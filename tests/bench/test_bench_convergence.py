@@ -168,6 +168,17 @@ def test_a_learner_is_another_before_another_judge(tiny: RunConfig, files: Path,
     assert replace(ours, judge=other).digest != ours.digest
 
 
+def test_a_learner_stays_itself_when_settings_are_added() -> None:
+    defaults = {"train": {"steps": 1, "new": False}, "seed": 0}
+    assert learn.changed({"train": {"steps": 2, "new": False}, "seed": 0}, defaults) == {
+        "train": {"steps": 2}
+    }
+    assert learn.changed({"train": {"steps": 1, "new": True}, "seed": 0}, defaults) == {
+        "train": {"new": True}
+    }
+    assert learn.changed(defaults, defaults) == {}
+
+
 def test_seeds_and_variants_share_their_images(tiny: RunConfig, files: Path) -> None:
     """The first losses of variants whose masks do not matter yet are the same: same images, times, noise."""
     first = [learn.learn(job(tiny, files, variant))[0].loss for variant in STUDIES["models"]]
