@@ -178,6 +178,8 @@ def _band(band: Band, unit: str = "") -> str:
 
 def _ratio(band: Band) -> str:
     def one(value: float) -> str:
+        if math.isnan(value):
+            return "undecided"
         return "only here" if math.isinf(value) else "not" if value == 0 else f"{value:.2f}"
 
     around = "" if band.low == band.high else f" ({one(band.low)}-{one(band.high)})"
