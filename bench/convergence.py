@@ -15,6 +15,7 @@ complete is kept: the same command goes on where it was stopped.
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -181,7 +182,7 @@ def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> Non
     model = meta_model(settings.model)
     for point in points:
         rows.add(
-            (None, point.frechet, None),
+            (None, finite(point.frechet), None),
             bench="convergence", study=job.study, model=settings.model.family, provider=job.variant.name,
             mode="train", batch=settings.train.batch_size, dtype=settings.train.dtype, metric="frechet",
             unit="1", switches={}, seed=job.seed, step=point.step, of=job.steps[-1], digest=job.digest,
@@ -191,9 +192,14 @@ def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> Non
                 "samples": settings.sample.num_samples, "sampling": settings.sample.steps,
             },
             parameters=sum(p.numel() for p in model.parameters()), seconds=point.seconds, flops=point.flops,
-            loss=point.loss, accuracy=point.accuracy, floor=quality.floor,
+            loss=finite(point.loss), accuracy=point.accuracy, floor=quality.floor,
             real_accuracy=quality.real_accuracy,
         )  # fmt: skip
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def conclude(
@@ -210,9 +216,7 @@ def conclude(
             put(args.readme, text, f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
         picture = args.out / f"{name}.png" if args.plot is None else args.plot
         picture.parent.mkdir(parents=True, exist_ok=True)
-        first = [
-            job for job in jobs if job.study == name and job.seed == 0 and job.settings.model.in_channels != 4
-        ]
+        first = [job for job in jobs if job.study == name and job.seed == 0]
         samples = {job.variant.name: shown for job, shown in shown_samples(first)}
         learning_report.draw(name, found[name], samples, picture)
         print(f"\nfigure: {picture}")

@@ -4,6 +4,7 @@ Fréchet distance to real images kept apart is taken.
 B images [B, C, S, S], pixels or latents; D features.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,14 +124,18 @@ class Judge:
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor | Sequence[int]) -> float:
-        """The part of images that the classifier takes for what they were to be."""
+        """The part of images that the classifier takes for what they were to be; none that is not finite."""
         labels = torch.as_tensor(labels, device=self.device)
-        found = torch.cat([self.classifier(part.to(self.device)).argmax(1) for part in x.split(500)])
-        return (found == labels).float().mean().item()
+        scores = torch.cat([self.classifier(part.to(self.device)) for part in x.split(500)])
+        recognised = (scores.argmax(1) == labels) & scores.isfinite().all(1)
+        return recognised.float().mean().item()
 
     def distance(self, x: Tensor) -> float:
-        """Fréchet distance of images to the real ones kept apart."""
-        return frechet_distance(self.moments(x), self.real)
+        """Fréchet distance of images to the real ones kept apart; infinite where features are not finite."""
+        found = self.moments(x)
+        if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
+            return math.inf
+        return frechet_distance(found, self.real)
 
 
 def train_classifier(data: Data, classes: int, device: torch.device, updates: int = UPDATES) -> Classifier:

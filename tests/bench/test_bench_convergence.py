@@ -1,5 +1,6 @@
 """The comparison of learning speeds at the smallest size: its rows, tables, figure, and every mistake."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import convergence
 import judge
 import learn
 import learners
+import learning_report
 from learners import STUDIES, Variant
 from mdt_fast.config import RunConfig
-from rows import KEYS, read
+from mdt_fast.data.first_stage import FirstStage
+from rows import KEYS, RowFile, machine, read
 
 FLAGS = ["--steps=2", "--points=2", "--seeds=2", "--samples=20", "--batch=4"]
 
@@ -185,6 +188,49 @@ def test_images_kept_apart_are_not_learnt_from(tiny: RunConfig) -> None:
     assert pixels.shape == (5, 1, 16, 16)
     assert pixels.abs().max() <= 1
     assert labels.tolist() == data.apart.labels[:5].tolist()
+
+
+class Unclipped(FirstStage):
+    clip = False
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["pixels", "latents"])
+def test_latents_are_not_clipped_nor_shown(clip: bool, tiny: RunConfig, files: Path, tmp_path: Path) -> None:
+    ours = replace(job(tiny, files, STUDIES["path"][0]), folder=tmp_path)
+    data = judge.open_data(tiny.data, 20, torch.device("cpu"))
+    data = data if clip else replace(data, stage=Unclipped(1, 8))
+    drawn, _ = learn.Learner(ours, torch.device("cpu")).pictures(data, 10)
+    assert (drawn.abs().max() <= 1) == clip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learn, "open_data", lambda *_: data)
+        learn.learn(ours)
+    assert ours.samples.exists() == clip
+
+
+def test_a_learner_that_diverged_has_rows_and_is_called_so(
+    tiny: RunConfig, files: Path, tmp_path: Path
+) -> None:
+    data = judge.open_data(tiny.data, 20, torch.device("cpu"))
+    quality = judge.load_judge(files / "judge.safetensors", data, 10, 20, torch.device("cpu"))
+    distance = quality.distance(torch.full((20, 1, 8, 8), math.nan))
+    assert math.isinf(distance)
+    rows = RowFile(tmp_path / "rows.jsonl", machine(torch.device("cpu"), "test"))
+    point = learn.Point(step=1, seconds=1.0, flops=1.0, loss=0.5, frechet=8.0, accuracy=0.5)
+    lost = replace(point, step=3, seconds=2.0, flops=2.0, loss=math.nan, frechet=distance)
+    found = replace(lost, loss=0.1, frechet=4.0)
+    for variant, points in zip(STUDIES["path"], ([point, found], [point, lost]), strict=True):
+        convergence.add(rows, job(tiny, files, variant), points, quality)
+    text = (tmp_path / "rows.jsonl").read_text()
+    assert "NaN" not in text  # no JSON
+    assert "Infinity" not in text
+    made = read([tmp_path / "rows.jsonl"])
+    assert math.isinf(learn.Point.of(made[-1]).frechet)
+    assert math.isnan(learn.Point.of(made[-1]).loss)
+    for turned in (made, made[2:] + made[:2]):
+        learners = learning_report.studies(turned)["s"]
+        table = learning_report.table("s", learners)
+        assert "| diverged |" in table
+        learning_report.draw("s", learners, {}, tmp_path / "s.png")
 
 
 def test_judged_at_the_end_and_before() -> None:
