@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +65,7 @@ class Job:
     @property
     def samples(self) -> Path:
         """Where pictures of it are left."""
-        return self.folder / f"samples-{self.digest}.npz"
+        return samples_path(self.folder, self.digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,12 +278,17 @@ def judged_at(steps: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({round(first * ratio**i) for i in range(points - 1)} | {steps}))
 
 
-def shown_samples(jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
-    """Of each job what :func:`learn` left: [points, SHOWN, C, S, S]."""
-    for job in jobs:
-        if job.samples.exists():
-            with np.load(job.samples) as saved:
-                yield job, saved["samples"]
+def shown_samples(folder: Path, digest: str) -> np.ndarray | None:
+    """What :func:`learn` left of a job in its folder, [points, SHOWN, C, S, S]; None if nothing."""
+    path = samples_path(folder, digest)
+    if not path.exists():
+        return None
+    with np.load(path) as saved:
+        return saved["samples"]
+
+
+def samples_path(folder: Path, digest: str) -> Path:
+    return folder / f"samples-{digest}.npz"
 
 
 def _line(job: Job, point: Point, judge: Judge) -> str:

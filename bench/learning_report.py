@@ -63,8 +63,12 @@ def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Ro
         for seeds in learners.values()
         for of_seed in seeds.values()
     }
-    if len(ways) > 1:
-        raise UserError(f"rows of the study {study!r} have different steps, samples, batches or judges")
+    # The first rows did not say their learning rate.
+    rates = {of_seed[0].get("lr") for seeds in learners.values() for of_seed in seeds.values()} - {None}
+    if len(ways) > 1 or len(rates) > 1:
+        raise UserError(
+            f"rows of the study {study!r} have different steps, samples, batches, learning rates or judges"
+        )
     return learners
 
 
@@ -213,6 +217,8 @@ def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: P
         panel.set_xscale("log")
         panel.set_yscale("log")
         finish(panel, LABELS[axis])
+        panel.tick_params(which="both", labelsize=7)  # less than a decade has labels between its powers, too
+        panel.tick_params(axis="x", which="minor", labelrotation=45)
     axes[0].set_ylabel("Fréchet distance (dotted: of real images)", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
     if below:
