@@ -15,6 +15,7 @@ complete is kept: the same command goes on where it was stopped.
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -29,13 +30,14 @@ import torch
 
 import command
 import learning_report
+import plots
 from judge import Data, Judge, load_judge, open_data, save_classifier, train_classifier
 from learn import Job, Point, judged_at, learn, shown_samples
 from learners import SIZES, STUDIES
 from mdt_fast.config import RunConfig, to_dict
 from mdt_fast.errors import UserError
 from mdt_fast.models.flops import meta_model
-from report import RESULTS, put
+from report import RESULTS, between, put
 from rows import Row, RowFile, machine, read
 
 
@@ -49,11 +51,14 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     args = _parser().parse_args(argv)
     names = command.names("--study", args.study, tuple(STUDIES))
     args.json = args.json or args.out / "rows.jsonl"
+    check_outputs(args, names)
     if args.report:
         conclude(args, names, read([args.json]))
         return 0
     for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):
         command.at_least_one(f"--{name}", getattr(args, name))
+    if args.lr is not None and not 0 <= args.lr < math.inf:
+        raise UserError(f"--lr: got {args.lr}, allowed is 0 or more, and finite")
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
     if args.jobs is None:
         args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
@@ -61,8 +66,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     torch.set_num_threads(args.threads)
     data = open_data(settings.data, settings.sample.num_samples, device)
     settings = fitted(settings, data)
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("--json", args.json.parent)
     judge = open_judge(args.out, settings, data, device)
     line = shlex.join(["python", "bench/convergence.py", *argv])
     kept.rows = rows = RowFile(args.json, machine(device, line))
@@ -84,8 +88,34 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     for job, points in learnt(waiting, args.jobs):
         for same in wanted[job.digest]:
             add(rows, same, points, quality)
-    conclude(args, names, read([args.json]), jobs)
+    ours = [row for row in read([args.json]) if row.get("digest") in wanted]
+    conclude(args, names, ours)
     return 0
+
+
+def check_outputs(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """``UserError`` if tables or figures could not be written, before anything is trained."""
+    make_folder("--out", args.out)
+    if args.plot is not None and len(names) > 1:
+        raise UserError(f"--plot: one figure for {len(names)} studies; without it each has its own in --out")
+    if args.plot is not None:
+        make_folder("--plot", args.plot.parent)
+    scales = ["scales"] if sum(STUDIES[name][0].name == "DiT" for name in names) > 1 else []
+    for name in [*names, *scales] if args.readme is not None else []:
+        between(args.readme, *markers(name), "--readme")
+    for name in names:
+        plots.check_target(args.plot or args.out / f"{name}.png")
+
+
+def make_folder(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make {str(folder)!r}: {error.strerror}") from None
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def settings_of(args: argparse.Namespace) -> RunConfig:
@@ -118,7 +148,8 @@ def fitted(settings: RunConfig, data: Data) -> RunConfig:
 def open_judge(out: Path, settings: RunConfig, data: Data, device: torch.device) -> Path:
     """The classifier's file: one that came with rows in ``results/``, so that other machines' rows can be
     compared with them, or one in ``out``, made now unless it is there."""
-    identity = json.dumps([to_dict(settings.data), settings.sample.num_samples], sort_keys=True)
+    identity = [to_dict(settings.data), settings.sample.num_samples]
+    identity = json.dumps(identity + ([] if data.digest is None else [data.digest]), sort_keys=True)
     name = f"judge-{hashlib.sha256(identity.encode()).hexdigest()[:10]}.safetensors"
     if (RESULTS / name).exists():
         return RESULTS / name
@@ -181,7 +212,7 @@ def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> Non
     model = meta_model(settings.model)
     for point in points:
         rows.add(
-            (None, point.frechet, None),
+            (None, finite(point.frechet), None),
             bench="convergence", study=job.study, model=settings.model.family, provider=job.variant.name,
             mode="train", batch=settings.train.batch_size, dtype=settings.train.dtype, metric="frechet",
             unit="1", switches={}, seed=job.seed, step=point.step, of=job.steps[-1], digest=job.digest,
@@ -191,14 +222,17 @@ def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> Non
                 "samples": settings.sample.num_samples, "sampling": settings.sample.steps,
             },
             parameters=sum(p.numel() for p in model.parameters()), seconds=point.seconds, flops=point.flops,
-            loss=point.loss, accuracy=point.accuracy, floor=quality.floor,
+            lr=settings.train.lr, loss=finite(point.loss), accuracy=point.accuracy, floor=quality.floor,
             real_accuracy=quality.real_accuracy,
         )  # fmt: skip
 
 
-def conclude(
-    args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row], jobs: Sequence[Job] = ()
-) -> None:
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
+def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]) -> None:
     """Tables, printed or put into a document; a figure for each study."""
     found = learning_report.studies(rows)
     if not set(names) & set(found):
@@ -207,20 +241,19 @@ def conclude(
         text = learning_report.table(name, found[name])
         print(f"\n{name}\n\n{text}")
         if args.readme is not None:
-            put(args.readme, text, f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
+            put(args.readme, text, *markers(name))
         picture = args.out / f"{name}.png" if args.plot is None else args.plot
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        first = [
-            job for job in jobs if job.study == name and job.seed == 0 and job.settings.model.in_channels != 4
-        ]
-        samples = {job.variant.name: shown for job, shown in shown_samples(first)}
-        learning_report.draw(name, found[name], samples, picture)
+        first = {variant: next(iter(seeds.values()))[0] for variant, seeds in found[name].items()}
+        samples = {variant: shown_samples(args.out, row["digest"]) for variant, row in first.items()}
+        learning_report.draw(
+            name, found[name], {key: shown for key, shown in samples.items() if shown is not None}, picture
+        )
         print(f"\nfigure: {picture}")
     compared = learning_report.scales({name: found[name] for name in names if name in found})
     if compared is not None:
         print(f"\nscales\n\n{compared}")
         if args.readme is not None:
-            put(args.readme, compared, "<!-- scales:begin -->", "<!-- scales:end -->")
+            put(args.readme, compared, *markers("scales"))
     print(f"rows: {args.json}")
 
 

@@ -15,7 +15,8 @@ AXES = ("step", "seconds", "flops")
 
 @dataclass(frozen=True)
 class Curve:
-    """What one seed gave: ``places`` in ascending order, the ``distances`` there (positive)."""
+    """What one seed gave: ``places`` in ascending order, the ``distances`` there (0 or more; infinite where
+    what was drawn was not finite)."""
 
     places: tuple[float, ...]
     distances: tuple[float, ...]
@@ -36,6 +37,8 @@ class Curve:
                 if i == 0:
                     return place
                 before = self.places[i - 1]
+                if math.isinf(best) or distance == 0:  # no line of logarithms leads there
+                    return place
                 # ``best`` was reached at or before ``before``: counted from there, never too early.
                 part = math.log(best / target) / math.log(best / distance)
                 return before * (place / before) ** part
@@ -66,6 +69,8 @@ def speedup(base: Sequence[Curve], other: Sequence[Curve], target: float) -> Ban
     neither reached it, so that nothing can be said.
 
     Where only one of a pair reached it the ratio is a bound: infinite or zero here, never a number made up.
+    Of an even number of seeds the median is the geometric mean of the middle two, so that ``base`` and
+    ``other`` are treated alike and a bound stays one; NaN between zero and infinity.
     """
     ratios = []
     for mine, theirs in zip(base, other, strict=True):
@@ -73,7 +78,9 @@ def speedup(base: Sequence[Curve], other: Sequence[Curve], target: float) -> Ban
         if math.isinf(a) and math.isinf(b):
             return None
         ratios.append(a / b if math.isfinite(b) else 0.0)
-    return Band.of(ratios)
+    ratios.sort()
+    low, high = ratios[(len(ratios) - 1) // 2], ratios[len(ratios) // 2]
+    return Band(ratios[0], low if low == high else math.sqrt(low * high), ratios[-1])
 
 
 def same_within_bands(a: Sequence[Curve], b: Sequence[Curve]) -> bool:
@@ -92,9 +99,12 @@ def columns(curves: Sequence[Curve]) -> list[tuple[float, ...]]:
 def targets_of(base: Sequence[Curve], floor: float) -> list[float]:
     """Three distances that tell: the best that every seed of ``base`` reaches, and those at a half and three
     quarters of the way to it (of the logarithm, from where its median begins). ``floor``: real images' own
-    distance, below which nothing can be told apart."""
-    first = statistics.median(columns(base)[0])
+    distance, below which nothing can be told apart. One where that is no way down; none where a seed was
+    never finite."""
     last = max(floor, *(min(curve.distances) for curve in base))
+    if math.isinf(last):
+        return []
+    first = next((m for m in map(statistics.median, columns(base)) if math.isfinite(m)), last)
     if not last < first:
-        return [first]
+        return [last]
     return [first ** (1 - part) * last**part for part in (0.5, 0.75, 1.0)]

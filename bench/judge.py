@@ -4,21 +4,25 @@ Fréchet distance to real images kept apart is taken.
 B images [B, C, S, S], pixels or latents; D features.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mdt_fast.config import DataConfig
 from mdt_fast.data import open_first_stage, open_images
+from mdt_fast.data.encode import source_digest
 from mdt_fast.data.first_stage import FirstStage
-from mdt_fast.data.images import Digits, ImageSet
+from mdt_fast.data.images import Digits, ImageSet, SourceSet
 from mdt_fast.errors import UserError
 from mdt_fast.evaluation import Moments, frechet_distance, moments
 from mdt_fast.files import aside
@@ -49,11 +53,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Data:
-    """The images to learn from, those kept apart, and what makes a model's input of either."""
+    """The images to learn from, those kept apart, and what makes a model's input of either; ``digest``: of a
+    folder's names, sizes and labels, or of its latents: other images there have another judge."""
 
     learnt: Part
     apart: Part
     stage: FirstStage
+    digest: str | None
 
     def tensors(self, part: Part, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first ``count`` images of a part [N, C, S, S] and their labels [N]."""
@@ -81,7 +87,8 @@ def open_data(config: DataConfig, samples: int, device: torch.device) -> Data:
     order = np.random.default_rng([0, SPLIT]).permutation(total)
     learnt, apart = Part(images, order[samples:], size), Part(images, order[:samples], size)
     stage = FirstStage(1, config.image_size) if digits else open_first_stage(config, images, device)
-    return Data(learnt, apart, stage)
+    digest = None if digits else getattr(images, "digest", None) or source_digest(cast(SourceSet, images))
+    return Data(learnt, apart, stage, digest)
 
 
 class Classifier(nn.Module):
@@ -123,14 +130,18 @@ class Judge:
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor | Sequence[int]) -> float:
-        """The part of images that the classifier takes for what they were to be."""
+        """The part of images that the classifier takes for what they were to be; none that is not finite."""
         labels = torch.as_tensor(labels, device=self.device)
-        found = torch.cat([self.classifier(part.to(self.device)).argmax(1) for part in x.split(500)])
-        return (found == labels).float().mean().item()
+        scores = torch.cat([self.classifier(part.to(self.device)) for part in x.split(500)])
+        recognised = (scores.argmax(1) == labels) & scores.isfinite().all(1)
+        return recognised.float().mean().item()
 
     def distance(self, x: Tensor) -> float:
-        """Fréchet distance of images to the real ones kept apart."""
-        return frechet_distance(self.moments(x), self.real)
+        """Fréchet distance of images to the real ones kept apart; infinite where features are not finite."""
+        found = self.moments(x)
+        if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
+            return math.inf
+        return frechet_distance(found, self.real)
 
 
 def train_classifier(data: Data, classes: int, device: torch.device, updates: int = UPDATES) -> Classifier:
@@ -158,7 +169,12 @@ def save_classifier(path: Path, classifier: Classifier) -> None:
 
 
 def load_judge(path: Path, data: Data, classes: int, samples: int, device: torch.device) -> Judge:
-    """The judge that :func:`save_classifier` left at ``path``."""
+    """The judge that :func:`save_classifier` left at ``path``. ``UserError`` if it is damaged."""
     classifier = Classifier(data.stage.channels, data.stage.size, classes)
-    classifier.load_state_dict(load_file(path))
+    try:
+        classifier.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError):
+        raise UserError(
+            f"{path}: not a classifier of these images; without that file it is made again"
+        ) from None
     return Judge(classifier, data, samples, device)

@@ -6,8 +6,8 @@ the same images, times and noise.
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from judge import NOISE, Judge, load_judge, open_data
+from judge import NOISE, Data, Judge, load_judge, open_data
 from learners import Variant
 from mdt_fast.config import ModelConfig, RunConfig, to_dict
 from mdt_fast.data import Loader
@@ -67,13 +67,14 @@ class Job:
     @property
     def samples(self) -> Path:
         """Where pictures of it are left."""
-        return self.folder / f"samples-{self.digest}.npz"
+        return samples_path(self.folder, self.digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """What was found after ``step`` updates, ``seconds`` of training and ``flops`` executed; ``loss``: the
-    mean over all tokens since the point before."""
+    mean over all tokens since the point before. Of a learner that diverged ``loss`` may be NaN or infinite
+    and ``frechet`` infinite; rows hold null then, as JSON has neither."""
 
     step: int
     seconds: float
@@ -85,12 +86,14 @@ class Point:
     @classmethod
     def of(cls, row: dict[str, Any]) -> "Point":
         """Of a row that was made of one."""
-        names = ("step", "seconds", "flops", "loss", "accuracy")
-        return cls(frechet=row["p50"], **{name: row[name] for name in names})
+        names = ("step", "seconds", "flops", "accuracy")
+        loss = math.nan if row["loss"] is None else row["loss"]
+        frechet = math.inf if row["p50"] is None else row["p50"]
+        return cls(loss=loss, frechet=frechet, **{name: row[name] for name in names})
 
 
 def learn(job: Job) -> list[Point]:
-    """Train, and judge at ``job.steps``; the samples shown are left in the folder."""
+    """Train, and judge at ``job.steps``; the samples shown, unless latents, are left in the folder."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.settings.train.device)
     data = open_data(job.settings.data, job.settings.sample.num_samples, device)
@@ -109,7 +112,7 @@ def learn(job: Job) -> list[Point]:
         for _ in range(first, last):
             losses.append(learner.step(data, next(batches)))
         learner.seconds += clock.seconds()
-        pictures, labels = learner.pictures(job.classes)
+        pictures, labels = learner.pictures(data, job.classes)
         shown.append(pictures[:SHOWN].numpy())
         points.append(
             Point(
@@ -122,8 +125,9 @@ def learn(job: Job) -> list[Point]:
             )
         )
         print(_line(job, points[-1], judge), flush=True)
-    with aside(job.samples) as file, file.open("wb") as opened:
-        np.savez(opened, samples=np.stack(shown), steps=job.steps)
+    if data.stage.clip:
+        with aside(job.samples) as file, file.open("wb") as opened:
+            np.savez(opened, samples=np.stack(shown), steps=job.steps)
     return points
 
 
@@ -196,7 +200,7 @@ class Learner:
         each = (flops_of(settings.model, kept, self.job.variant) for kept in self.kept)
         return settings.train.batch_size * sum(each)
 
-    def pictures(self, classes: int) -> tuple[Tensor, list[int]]:
+    def pictures(self, data: Data, classes: int) -> tuple[Tensor, list[int]]:
         """Samples of the averaged weights and what they are to be: the classes in turn, from the same noise
         each time and in every variant."""
         settings = self.job.settings
@@ -206,7 +210,7 @@ class Learner:
                 self.drawing.load_state_dict(model.state_dict())
             drawn = sample(
                 self.drawing, settings.diffusion, labels, settings.sample,
-                clip_denoised=settings.model.in_channels != 4,
+                clip_denoised=data.stage.clip,
             )  # fmt: skip
         return drawn, labels
 
@@ -285,12 +289,17 @@ def judged_at(steps: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({round(first * ratio**i) for i in range(points - 1)} | {steps}))
 
 
-def shown_samples(jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
-    """Of each job what :func:`learn` left: [points, SHOWN, C, S, S]."""
-    for job in jobs:
-        if job.samples.exists():
-            with np.load(job.samples) as saved:
-                yield job, saved["samples"]
+def shown_samples(folder: Path, digest: str) -> np.ndarray | None:
+    """What :func:`learn` left of a job in its folder, [points, SHOWN, C, S, S]; None if nothing."""
+    path = samples_path(folder, digest)
+    if not path.exists():
+        return None
+    with np.load(path) as saved:
+        return saved["samples"]
+
+
+def samples_path(folder: Path, digest: str) -> Path:
+    return folder / f"samples-{digest}.npz"
 
 
 def _line(job: Job, point: Point, judge: Judge) -> str:

@@ -63,17 +63,25 @@ def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Ro
         for seeds in learners.values()
         for of_seed in seeds.values()
     }
-    if len(ways) > 1:
-        raise UserError(f"rows of the study {study!r} have different steps, samples, batches or judges")
+    # The first rows did not say their learning rate.
+    rates = {of_seed[0].get("lr") for seeds in learners.values() for of_seed in seeds.values()} - {None}
+    if len(ways) > 1 or len(rates) > 1:
+        raise UserError(
+            f"rows of the study {study!r} have different steps, samples, batches, learning rates or judges"
+        )
     return learners
 
 
 def curves(seeds: dict[int, list[Row]], axis: str) -> list[Curve]:
     """One for each seed."""
     return [
-        Curve(tuple(row[axis] for row in of_seed), tuple(row["p50"] for row in of_seed))
+        Curve(tuple(row[axis] for row in of_seed), tuple(map(_distance, of_seed)))
         for of_seed in seeds.values()
     ]
+
+
+def _distance(row: Row) -> float:
+    return math.inf if row["p50"] is None else row["p50"]
 
 
 def table(study: str, learners: Learners) -> str:
@@ -93,7 +101,7 @@ def table(study: str, learners: Learners) -> str:
             f"{ends[0]['parameters'] / 1e6:.2f} M",
             _band(ms),
             number(ends[0]["flops"] / ends[0]["step"] / ends[0]["batch"] / 1e9),
-            _band(Band.of([row["p50"] for row in ends])),
+            _band(Band.of(list(map(_distance, ends))), infinite="diverged", least="lowest"),
             _band(Band.of([100 * row["accuracy"] for row in ends]), "%"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -124,7 +132,10 @@ def scales(found: dict[str, Learners]) -> str | None:
         base, *others = learners
         if base != "DiT":
             continue
-        target = targets_of(curves(learners[base], "step"), _any(learners)["floor"])[-1]
+        targets = targets_of(curves(learners[base], "step"), _any(learners)["floor"])
+        if not targets:  # a seed of DiT diverged
+            continue
+        target = targets[-1]
         for name in others:
             of_seeds = learners[name]
             row, seeds = next(iter(of_seeds.values()))[-1], len(of_seeds)
@@ -168,16 +179,18 @@ def _notes(learners: Learners, base: str, others: Sequence[str], row: Row, seeds
     return " ".join(text)
 
 
-def _band(band: Band, unit: str = "") -> str:
+def _band(band: Band, unit: str = "", infinite: str = "not reached", least: str = "earliest") -> str:
     if math.isinf(band.median):
-        return "not reached" if math.isinf(band.low) else f"not reached (earliest {number(band.low)})"
-    high = "never" if math.isinf(band.high) else number(band.high)
+        return infinite if math.isinf(band.low) else f"{infinite} ({least} {number(band.low)})"
+    high = infinite if math.isinf(band.high) else number(band.high)
     around = "" if band.low == band.high else f" ({number(band.low)}-{high})"
     return f"{number(band.median)}{unit}{around}"
 
 
 def _ratio(band: Band) -> str:
     def one(value: float) -> str:
+        if math.isnan(value):
+            return "undecided"
         return "only here" if math.isinf(value) else "not" if value == 0 else f"{value:.2f}"
 
     around = "" if band.low == band.high else f" ({one(band.low)}-{one(band.high)})"
@@ -204,6 +217,8 @@ def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: P
         panel.set_xscale("log")
         panel.set_yscale("log")
         finish(panel, LABELS[axis])
+        panel.tick_params(which="both", labelsize=7)  # less than a decade has labels between its powers, too
+        panel.tick_params(axis="x", which="minor", labelrotation=45)
     axes[0].set_ylabel("Fréchet distance (dotted: of real images)", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
     if below:
@@ -214,13 +229,11 @@ def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: P
 
 def _curve(panel: Any, found: Sequence[Curve], name: str, color: str) -> None:
     middle = [float(np.median([curve.places[i] for curve in found])) for i in range(len(found[0].places))]
-    heights = columns(found)
-    panel.plot(
-        middle, [float(np.median(column)) for column in heights], "-o", color=color, label=name, markersize=3
-    )
-    panel.fill_between(
-        middle, list(map(min, heights)), list(map(max, heights)), color=color, alpha=0.2, linewidth=0
-    )
+    heights = np.array(columns(found))
+    low, median, high = heights.min(1), np.median(heights, 1), heights.max(1)
+    shown = np.isfinite(median)  # a curve ends where most seeds diverged
+    panel.plot(middle, np.where(shown, median, np.nan), "-o", color=color, label=name, markersize=3)
+    panel.fill_between(middle, low, high, where=np.isfinite(high), color=color, alpha=0.2, linewidth=0)
 
 
 def _grids(figure: Any, samples: dict[str, np.ndarray], steps: Sequence[int]) -> None:

@@ -109,6 +109,16 @@ def put(
     readme: Path, text: str, begin_marker: str = BEGIN, end_marker: str = END, option: str = "--readme"
 ) -> None:
     """Replace what stands between the markers. ``UserError`` if the file or a marker is missing."""
+    before, begin, end = between(readme, begin_marker, end_marker, option)
+    try:
+        with aside(readme) as file:
+            file.write_text(f"{before[: begin + len(begin_marker)]}\n{text}\n{before[end:]}")
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {str(readme)!r}: {error.strerror}") from None
+
+
+def between(readme: Path, begin_marker: str, end_marker: str, option: str) -> tuple[str, int, int]:
+    """The file's text and where its markers begin, for :func:`put`, or to ask before anything is measured."""
     try:
         before = readme.read_text()
     except OSError as error:
@@ -118,11 +128,7 @@ def put(
         raise UserError(
             f"{option}: {str(readme)!r} lacks the markers {begin_marker} and {end_marker}, in this order"
         )
-    try:
-        with aside(readme) as file:
-            file.write_text(f"{before[: begin + len(begin_marker)]}\n{text}\n{before[end:]}")
-    except OSError as error:
-        raise UserError(f"{option}: cannot write {str(readme)!r}: {error.strerror}") from None
+    return before, begin, end
 
 
 def _latest(rows: Sequence[Row], bench: str) -> list[Row]:

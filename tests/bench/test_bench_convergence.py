@@ -1,19 +1,26 @@
 """The comparison of learning speeds at the smallest size: its rows, tables, figure, and every mistake."""
 
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import convergence
 import judge
 import learn
 import learners
+import learning_report
 from learners import STUDIES, Variant
 from mdt_fast.config import RunConfig
-from rows import KEYS, read
+from mdt_fast.data.first_stage import FirstStage
+from rows import KEYS, RowFile, machine, read
 
 FLAGS = ["--steps=2", "--points=2", "--seeds=2", "--samples=20", "--batch=4"]
 
@@ -198,6 +205,49 @@ def test_images_kept_apart_are_not_learnt_from(tiny: RunConfig) -> None:
     assert labels.tolist() == data.apart.labels[:5].tolist()
 
 
+class Unclipped(FirstStage):
+    clip = False
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["pixels", "latents"])
+def test_latents_are_not_clipped_nor_shown(clip: bool, tiny: RunConfig, files: Path, tmp_path: Path) -> None:
+    ours = replace(job(tiny, files, STUDIES["path"][0]), folder=tmp_path)
+    data = judge.open_data(tiny.data, 20, torch.device("cpu"))
+    data = data if clip else replace(data, stage=Unclipped(1, 8))
+    drawn, _ = learn.Learner(ours, torch.device("cpu")).pictures(data, 10)
+    assert (drawn.abs().max() <= 1) == clip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learn, "open_data", lambda *_: data)
+        learn.learn(ours)
+    assert ours.samples.exists() == clip
+
+
+def test_a_learner_that_diverged_has_rows_and_is_called_so(
+    tiny: RunConfig, files: Path, tmp_path: Path
+) -> None:
+    data = judge.open_data(tiny.data, 20, torch.device("cpu"))
+    quality = judge.load_judge(files / "judge.safetensors", data, 10, 20, torch.device("cpu"))
+    distance = quality.distance(torch.full((20, 1, 8, 8), math.nan))
+    assert math.isinf(distance)
+    rows = RowFile(tmp_path / "rows.jsonl", machine(torch.device("cpu"), "test"))
+    point = learn.Point(step=1, seconds=1.0, flops=1.0, loss=0.5, frechet=8.0, accuracy=0.5)
+    lost = replace(point, step=3, seconds=2.0, flops=2.0, loss=math.nan, frechet=distance)
+    found = replace(lost, loss=0.1, frechet=4.0)
+    for variant, points in zip(STUDIES["path"], ([point, found], [point, lost]), strict=True):
+        convergence.add(rows, job(tiny, files, variant), points, quality)
+    text = (tmp_path / "rows.jsonl").read_text()
+    assert "NaN" not in text  # no JSON
+    assert "Infinity" not in text
+    made = read([tmp_path / "rows.jsonl"])
+    assert math.isinf(learn.Point.of(made[-1]).frechet)
+    assert math.isnan(learn.Point.of(made[-1]).loss)
+    for turned in (made, made[2:] + made[:2]):
+        learners = learning_report.studies(turned)["s"]
+        table = learning_report.table("s", learners)
+        assert "| diverged |" in table
+        learning_report.draw("s", learners, {}, tmp_path / "s.png")
+
+
 def test_judged_at_the_end_and_before() -> None:
     assert learn.judged_at(600, 9)[0] == 37
     assert learn.judged_at(600, 9)[-1] == 600
@@ -215,6 +265,15 @@ def test_judged_at_the_end_and_before() -> None:
         (["--size=imagenet"], "--data: --size imagenet needs images"),
         (["--data=/nowhere"], "no folder '/nowhere'"),
         (["--report"], "cannot read"),
+        (["--lr=-1"], "--lr: got -1.0, allowed is 0 or more"),
+        (["--lr=nan"], "--lr: got nan, allowed is 0 or more"),
+        (["--readme=/nowhere.md"], "--readme: cannot read '/nowhere.md'"),
+        (["--readme=/dev/null"], "lacks the markers <!-- models:begin -->"),
+        (["--plot=/proc/nowhere/x.png"], "--plot: cannot make '/proc/nowhere'"),
+        (["--plot=/proc/x.png"], "--plot: cannot write '/proc/x.png'"),
+        (["--plot=x.pdf"], "--plot: got 'x.pdf', allowed is a file that ends in .png"),
+        (["--plot=x.png", "--study=models,path"], "--plot: one figure for 2 studies"),
+        (["--out=/proc/x"], "--out: cannot make '/proc/x'"),
     ],
 )
 def test_mistakes(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,10 +285,82 @@ def test_mistakes(flags: list[str], message: str, tmp_path: Path, capsys: pytest
     assert error.count("\n") == 1
 
 
+def fake(patch: pytest.MonkeyPatch, found: Callable[[learn.Job], float]) -> None:
+    """Learners that train nothing, whose last distance is what was ``found``."""
+
+    def learnt(jobs: Sequence[learn.Job], at_once: int) -> Iterator[tuple[learn.Job, list[learn.Point]]]:
+        for job in jobs:
+            np.savez(job.samples, samples=np.zeros((len(job.steps), 4, 1, 8, 8)), steps=job.steps)
+            yield (
+                job,
+                [
+                    learn.Point(
+                        step=step, seconds=step, flops=step, loss=1.0, frechet=found(job) / step, accuracy=0.5
+                    )
+                    for step in job.steps
+                ],
+            )
+
+    patch.setattr(convergence, "learnt", learnt)
+
+
+def test_tables_are_of_what_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of another learning rate in the same file are left alone, whichever are later, and not mixed."""
+    fake(monkeypatch, lambda job: 1e6 * job.settings.train.lr)
+    out = f"--out={tmp_path}"
+    for lr, expected in (("0.001", "500"), ("0.002", "1,000"), ("0.001", "500")):
+        assert run(out, "--study=path", f"--lr={lr}") == 0
+        assert f"| {expected} | 50.0% |" in capsys.readouterr().out
+    assert run(out, "--study=path", "--lr=0.003", "--seeds=1") == 0
+    assert "one seed, so no band" in capsys.readouterr().out
+    assert run(out, "--study=path", "--report") == 2
+    assert "have different" in capsys.readouterr().err
+
+
+def test_a_report_shows_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, lambda job: 8.0)
+    drawn: list[set[str]] = []
+    monkeypatch.setattr(
+        learning_report, "draw", lambda _study, _learners, shown, _path: drawn.append(set(shown))
+    )
+    assert run(f"--out={tmp_path}", "--study=path") == 0
+    assert run(f"--out={tmp_path}", "--study=path", "--report") == 0
+    assert drawn == [{"MDTv2", "MDTv2, reference"}] * 2
+
+
+def test_a_judge_that_cannot_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, lambda job: 8.0)
+    assert run(f"--out={tmp_path}", "--study=path") == 0
+    (made,) = tmp_path.glob("judge-*")
+    made.write_bytes(made.read_bytes()[:1000])
+    assert run(f"--out={tmp_path}", "--study=path") == 2
+    error = capsys.readouterr().err
+    assert f"{made}: not a classifier of these images; without that file it is made again" in error
+    assert error.count("\n") == 1
+
+
+def test_other_images_in_a_folder_have_another_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, lambda job: 8.0)
+    for kind, shade in ("dark", 40), ("light", 200):
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for i in range(40):
+            Image.new("RGB", (8, 8), (shade + i, shade, shade)).save(tmp_path / "images" / kind / f"{i}.png")
+    flags = [f"--out={tmp_path}", "--study=path", f"--data={tmp_path / 'images'}"]
+    assert run(*flags) == 0
+    shutil.copytree(tmp_path / "images" / "dark", tmp_path / "images" / "more")
+    assert run(*flags) == 0
+    assert len(list(tmp_path.glob("judge-*"))) == 2
+
+
 def test_rows_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run(f"--out={out}", "--study=path") == 0
-    assert run(f"--out={out}", "--study=path", "--seeds=1", "--samples=30") == 2
+    assert run(f"--out={out}", "--study=path", "--seeds=1", "--samples=30") == 0
+    assert run(f"--out={out}", "--study=path", "--report") == 2
     assert "rows of the study 'path' have different" in capsys.readouterr().err
     whole = (out / "rows.jsonl").read_text().splitlines()
     other = [line.replace('"floor": ', '"floor": 1') if '"seed": 1' in line else line for line in whole[:8]]

@@ -57,6 +57,43 @@ def test_what_was_not_reached_is_a_bound_and_no_number() -> None:
     assert speedup([fast], [slow], 0.5) == Band(0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("bases", "others", "median"),
+    [
+        ("fs", "ff", math.inf),  # 1 and a bound above: no number lies between
+        ("ff", "fs", 0.0),
+        ("fs", "sf", math.nan),  # once only the one, once only the other
+        ("ffs", "fff", 1.0),
+    ],
+)
+def test_a_median_is_not_made_of_bounds(bases: str, others: str, median: float) -> None:
+    curves = {"f": power(10.0), "s": power(1000.0)}  # to 0.5 the one comes, the other does not
+    found = speedup([curves[name] for name in bases], [curves[name] for name in others], 0.5)
+    assert found is not None
+    assert found.median == pytest.approx(median, nan_ok=True)
+
+
+def test_a_speedup_and_its_opposite_say_the_same() -> None:
+    a, b = [power(100.0), power(200.0)], [power(50.0), power(400.0)]
+    found, opposite = speedup(a, b, 0.5), speedup(b, a, 0.5)
+    assert found is not None
+    assert opposite is not None
+    assert found.median == pytest.approx(1)  # twice as fast and half as fast
+    assert opposite.median == pytest.approx(1)
+
+
+def test_what_is_not_finite_is_not_reached() -> None:
+    lost = Curve((1.0, 2.0, 4.0), (8.0, math.inf, math.inf))
+    assert lost.crossing(8.0) == 1.0
+    assert math.isinf(lost.crossing(2.0))
+    assert Curve((1.0, 2.0, 4.0), (math.inf, 4.0, 1.0)).crossing(4.0) == 2.0
+    assert Curve((1.0, 2.0), (4.0, 0.0)).crossing(1.0) == 2.0
+    never = Curve((1.0, 2.0), (math.inf, math.inf))
+    assert targets_of([never, power(1.0, places=(1.0, 2.0))], floor=0.1) == []
+    late = Curve((1.0, 2.0, 4.0), (math.inf, 4.0, 1.0))
+    assert targets_of([late], floor=0.1) == pytest.approx([2.0, 2**0.5, 1.0])
+
+
 def test_bands() -> None:
     assert Band.of([3.0, 1.0, 2.0]) == Band(1.0, 2.0, 3.0)
     assert coverage(3) == 0.75
@@ -78,3 +115,5 @@ def test_targets_are_reached_by_every_seed_of_the_base() -> None:
     assert all(math.isfinite(curve.crossing(target)) for curve in base for target in targets)
     assert targets_of(base, floor=1.0)[-1] == 1.0  # nothing can be told apart below the floor
     assert targets_of([Curve((1.0,), (2.0,))], floor=0.0) == [2.0]
+    flat = [Curve((1.0, 2.0), (distance, distance)) for distance in (2.0, 3.0)]
+    assert targets_of(flat, floor=0.0) == [3.0]
