@@ -2,20 +2,10 @@
 #include <cmath>
 
 #include "rows.h"
+#include "vectors.h"
 
 namespace mdt_fast {
 namespace {
-
-MDT_TARGETS float sum(const float* x, int64_t length) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
-  for (; i < length; ++i) lanes[0] += x[i];
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
 
 MDT_TARGETS float sum_of_squares(const float* x, float mean, int64_t length) {
   float lanes[kLanes] = {};
@@ -23,17 +13,6 @@ MDT_TARGETS float sum_of_squares(const float* x, float mean, int64_t length) {
   for (; i + kLanes <= length; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += (x[i + lane] - mean) * (x[i + lane] - mean);
   for (; i < length; ++i) lanes[0] += (x[i] - mean) * (x[i] - mean);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
-
-MDT_TARGETS float dot(const float* x, const float* y, int64_t length) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane] * y[i + lane];
-  for (; i < length; ++i) lanes[0] += x[i] * y[i];
   for (int half = kLanes / 2; half; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
@@ -88,20 +67,6 @@ MDT_TARGETS void renew(
     int64_t length) {
   for (int64_t i = 0; i < length; ++i) out[i] = n[i] * (1.0f + scale[i]) + shift[i];
 }
-
-// Buffers of D floats for one thread.
-class Buffers {
- public:
-  Buffers(int count, int64_t D) : size_((D + kLanes - 1) / kLanes * kLanes), floats_((count + 1) * size_ + kLanes) {}
-  float* operator[](int i) {
-    const auto start = reinterpret_cast<uintptr_t>(floats_.data());
-    return floats_.data() + (kAlignment - start % kAlignment) % kAlignment / sizeof(float) + i * size_;
-  }
-
- private:
-  int64_t size_;
-  std::vector<float> floats_;
-};
 
 float* numbers(const char* name, const Tensor& tensor, int64_t rows) {
   STD_TORCH_CHECK(

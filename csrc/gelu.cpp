@@ -1,36 +1,11 @@
 // Bias and GELU (tanh form) on the CPU, forward and backward: gelu(z) = z * sigmoid(2u).
-#include <cstring>
-
 #include "rows.h"
+#include "vectors.h"
 
 namespace mdt_fast {
 namespace {
 
 constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2/pi): 2u = kSlope * (z + 0.044715 z^3)
-
-template <class To, class From>
-inline To bits(From from) {
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-// exp(x) to 2 units in the last place (0 below -87, infinity above 88.4), in a form that compilers vectorise.
-inline float exponential(float x) {
-  x = x > 88.8f ? 88.8f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * bits<float>((bits<uint32_t>(shifted) + (127u - 0x4B400000u)) << 23);
-}
 
 inline float gate(float z) { return 1.0f / (1.0f + exponential(-kSlope * (z + 0.044715f * z * z * z))); }
 

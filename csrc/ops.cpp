@@ -49,6 +49,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
   m.def(
       "bias_gelu_bwd_cpu(Tensor x, Tensor bias, Tensor dout, Tensor(a!) dx, Tensor(b!) dbias, "
       "Tensor(c!)? out) -> ()");
+  // Scores [n H M, N] become probabilities and dp the scores' gradient, which is added to dtable.
+  m.def(
+      "attention_softmax_cpu(Tensor(a!) scores, Tensor? table, Tensor? q_places, Tensor? k_places, float scale, "
+      "Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_softmax_bwd_cpu(Tensor(a!) scores, Tensor(b!) dp, Tensor? table, Tensor? q_places, "
+      "Tensor? k_places, float scale, Tensor lse, Tensor(c!)? dtable) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mdt_fast, CompositeExplicitAutograd, m) {

@@ -21,9 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int kLanes = 16;       // of a sum: floats of an AVX-512 register
 constexpr int64_t kRows = 32;    // of a chunk, the smallest piece of work; does not depend on the threads
-constexpr size_t kAlignment = 64;
 
 MDT_TARGETS inline void widen_bfloat16(const uint16_t* from, float* to, int64_t length) {
   for (int64_t i = 0; i < length; ++i) to[i] = from_bfloat16(from[i]);

@@ -165,7 +165,12 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         "MDT_FAST_NATIVE": str(tmp_path), "LD_PRELOAD": f"{runtime} {exceptions}",
         "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
     }  # fmt: skip
-    names = ("kernels/test_mask_plan.py", "test_optim.py", "csrc/test_native_rows.py")
+    names = (
+        "kernels/test_mask_plan.py",
+        "test_optim.py",
+        "csrc/test_native_rows.py",
+        "csrc/test_native_scores.py",
+    )
     tests = [ROOT / "tests" / name for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
