@@ -96,7 +96,7 @@ void ln_modulate_fwd(
           float* sum_D = residuals.write(i, buffer[4]);
           add_product(r, gate_D, ys.read(i, buffer[5]), sum_D, D);
           residuals.done(i, sum_D);
-          r = residuals.read(i, buffer[4]);  // as stored: the backward pass reads it from there
+          r = residuals.read(i, buffer[4]);  // as stored
         }
         const float m = sum(r, D) / D, s = 1.0f / std::sqrt(sum_of_squares(r, m, D) / D + float(eps));
         float* out_D = outs.write(i, buffer[6]);
@@ -125,22 +125,28 @@ void ln_modulate_bwd(
   std::vector<float> part_shift(chunks.size() * D), part_scale(chunks.size() * D);
   std::vector<float> part_gate(ys ? chunks.size() * D : 0);
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
-    Buffers buffer(11, D);
+    Buffers buffer(12, D);
     for (int64_t c = first; c < last; ++c) {
       const int64_t b = chunks[c].sample;
       const float *shift_D = shifts.read(b, buffer[0]), *scale_D = scales.read(b, buffer[1]);
       const float* gate_D = gates ? gates.read(b, buffer[2]) : nullptr;
       for (int64_t i = chunks[c].first; i < chunks[c].last; ++i) {
         float *n = buffer[3], *g = buffer[4], *dx_D = dxs.write(i, buffer[5]);
+        const float *r = xs.read(i, buffer[6]), *y_D = ys ? ys.read(i, buffer[10]) : nullptr;
+        if (ys) {  // the residual again, which nobody has kept
+          add_product(r, gate_D, y_D, buffer[11], D);
+          xs.round(buffer[11]);
+          r = buffer[11];
+        }
         modulate_back(
-            xs.read(i, buffer[6]), means[i], rstds[i], scale_D, douts.read(i, buffer[7]), n, g, &part_shift[c * D],
+            r, means[i], rstds[i], scale_D, douts.read(i, buffer[7]), n, g, &part_shift[c * D],
             &part_scale[c * D], D);
         norm_back(
             g, n, sum(g, D) / D, dot(g, n, D) / D, rstds[i], mores ? mores.read(i, buffer[8]) : nullptr, dx_D, D);
         dxs.done(i, dx_D);
         if (ys) {
           float* dy_D = dys.write(i, buffer[9]);
-          gate_back(dx_D, ys.read(i, buffer[10]), gate_D, dy_D, &part_gate[c * D], D);
+          gate_back(dx_D, y_D, gate_D, dy_D, &part_gate[c * D], D);
           dys.done(i, dy_D);
         }
         if (outs) {

@@ -31,6 +31,10 @@ MDT_TARGETS inline void narrow_bfloat16(const float* from, uint16_t* to, int64_t
   for (int64_t i = 0; i < length; ++i) to[i] = to_bfloat16(from[i]);
 }
 
+MDT_TARGETS inline void round_bfloat16(float* x, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) x[i] = from_bfloat16(to_bfloat16(x[i]));
+}
+
 inline void widen_half(const torch::headeronly::Half* from, float* to, int64_t length) {
   for (int64_t i = 0; i < length; ++i) to[i] = float(from[i]);
 }
@@ -84,6 +88,13 @@ class Rows {
     auto* row = reinterpret_cast<uint16_t*>(data_) + i * stride_;
     if (dtype_ == ScalarType::BFloat16) narrow_bfloat16(buffer, row, columns_);
     else narrow_half(buffer, reinterpret_cast<torch::headeronly::Half*>(row), columns_);
+  }
+
+  // A row of floats as it is once stored.
+  void round(float* row) const {
+    if (dtype_ == ScalarType::BFloat16) round_bfloat16(row, columns_);
+    else if (dtype_ == ScalarType::Half)
+      for (int64_t i = 0; i < columns_; ++i) row[i] = float(torch::headeronly::Half(row[i]));
   }
 
   bool is_float() const { return dtype_ == ScalarType::Float; }

@@ -47,7 +47,7 @@ def ln_modulate_fwd_kernel(
         if GATED:
             b_residual = (b_x + b_gate * _row(y_ptr, p_row, m_d)).to(residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + p_row, b_residual, mask=m_d)
-            # The normal is that of the residual as stored: the backward pass reads it from there.
+            # The normal is that of the residual as stored.
             b_x = b_residual.to(tl.float32)
         mean = tl.sum(b_x, axis=0) / D
         b_centred = tl.where(m_d, b_x - mean, 0.0)
@@ -65,7 +65,7 @@ def ln_modulate_bwd_kernel(
     L, D, stride_gate, stride_shift, stride_scale,
     GATED: tl.constexpr, OFFSETS: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``x`` is the residual where GATED. ``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D].
+    """``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]. GATED: the residual is computed again.
     RECOMPUTE: the forward pass's output is written again, to ``out``."""
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
@@ -82,8 +82,12 @@ def ln_modulate_bwd_kernel(
     for i_l in range(i_p, length, P):
         row = start + i_l
         p_row = row * D + o_d
+        b_x = _row(x_ptr, p_row, m_d)
+        if GATED:
+            b_y = _row(y_ptr, p_row, m_d)
+            b_x = (b_x + b_gate * b_y).to(x_ptr.dtype.element_ty).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
-        b_normal = tl.where(m_d, (_row(x_ptr, p_row, m_d) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        b_normal = tl.where(m_d, (b_x - tl.load(mean_ptr + row)) * rstd, 0.0)
         if RECOMPUTE:
             b_out = b_normal * b_scale + b_shift
             tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
@@ -95,7 +99,7 @@ def ln_modulate_bwd_kernel(
         b_dx = (b_dnormal - tl.sum(b_dnormal, axis=0) / D - b_normal * along) * rstd
         if GATED:
             b_dx += _row(dresidual_ptr, p_row, m_d)
-            b_dgate += _row(y_ptr, p_row, m_d) * b_dx
+            b_dgate += b_y * b_dx
             tl.store(dy_ptr + p_row, (b_gate * b_dx).to(dy_ptr.dtype.element_ty), mask=m_d)
         tl.store(dx_ptr + p_row, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)
     p_part = (i_b * P + i_p).to(tl.int64) * D + o_d

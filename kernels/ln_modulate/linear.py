@@ -58,7 +58,7 @@ def gate_residual_ln_modulate_linear(
     """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``.
 
     Arguments as in :func:`gate_residual_ln_modulate` and :func:`ln_modulate_linear`; kept for the backward
-    pass are ``r`` and ``y``. Raises ``ValueError`` for what does not fit.
+    pass are ``x`` and ``y``. Raises ``ValueError`` for what does not fit.
     """
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
@@ -83,18 +83,17 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps):  # type: ignore[no-untyped-def]
         residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, weight.dtype)
         ctx.gated, ctx.with_bias = y is not None, bias is not None
-        r = residual if ctx.gated else x
-        ctx.save_for_backward(r, y, gate, shift, scale, offsets, mean, rstd, weight)
+        ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight)
         out = product(normal, weight, bias)
         return (residual, out) if ctx.gated else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):  # type: ignore[no-untyped-def]
-        r, y, gate, shift, scale, offsets, mean, rstd, weight = ctx.saved_tensors
+        x, y, gate, shift, scale, offsets, mean, rstd, weight = ctx.saved_tensors
         dout = gradients[-1].contiguous()
         dresidual = gradients[0].contiguous() if ctx.gated else None
         dx, dy, dgate, dshift, dscale, normal = _backward(
-            r, y, gate, shift, scale, offsets, mean, rstd, dresidual, input_gradient(dout, weight)
+            x, y, gate, shift, scale, offsets, mean, rstd, dresidual, input_gradient(dout, weight)
         )
         dweight = weight_gradient(dout, normal) if ctx.needs_input_grad[5] else None
         dbias = dout.sum(0) if ctx.with_bias else None

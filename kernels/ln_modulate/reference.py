@@ -48,14 +48,14 @@ def forward(
     rows = _Rows(x_RD, scale_BD, offsets)
     r_RD = x_RD
     if y_RD is not None and gate_BD is not None:
-        r_RD = torch.addcmul(x_RD, rows.of(gate_BD), y_RD.to(x_RD.dtype))
+        r_RD = rows.residual(x_RD, y_RD, gate_BD)
     normal, mean, rstd = torch.native_layer_norm(r_RD, r_RD.shape[1:], None, None, eps)
     out = torch.addcmul(rows.of(shift_BD), normal, 1 + rows.of(scale_BD))
     return r_RD, out.to(dtype), mean, rstd
 
 
 def backward(
-    r_RD: Tensor,
+    x_RD: Tensor,
     y_RD: Tensor | None,
     gate_BD: Tensor | None,
     shift_BD: Tensor,
@@ -67,7 +67,9 @@ def backward(
     dout_RD: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x, y, gate, shift, scale, and the forward pass's output again."""
-    rows = _Rows(r_RD, scale_BD, offsets)
+    rows, r_RD = _Rows(x_RD, scale_BD, offsets), x_RD
+    if y_RD is not None and gate_BD is not None:
+        r_RD = rows.residual(x_RD, y_RD, gate_BD)
     normal, dout, scale = (r_RD - mean) * rstd, dout_RD.to(r_RD.dtype), 1 + rows.of(scale_BD)
     out = torch.addcmul(rows.of(shift_BD), normal, scale).to(dout_RD.dtype)
     dshift, dscale = rows.sum(dout, shift_BD), rows.sum(dout * normal, scale_BD)
@@ -96,6 +98,9 @@ class _Rows:
         if self.offsets is None:
             return m_BD[:, None].expand(-1, self.R // max(self.B, 1), -1).reshape(self.R, m_BD.shape[1])
         return per_row(m_BD, self.offsets, self.R)
+
+    def residual(self, x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor) -> Tensor:
+        return torch.addcmul(x_RD, self.of(gate_BD), y_RD.to(x_RD.dtype))
 
     def sum(self, x_RD: Tensor, like_BD: Tensor) -> Tensor:
         """[B, D] in the dtype of ``like``."""

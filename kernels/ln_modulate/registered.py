@@ -46,8 +46,8 @@ def ln_modulate_bwd(
     dout_RD: Tensor,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, gate, shift, scale; ``x`` is the residual where there is a gate. Then the forward
-    pass's output again in the dtype of ``dout`` (empty unless ``recompute``)."""
+    """Gradients of x, y, gate, shift, scale. Then the forward pass's output again in the dtype of ``dout``
+    (empty unless ``recompute``)."""
     gradients = dx_RD, dy_RD, dgate_BD, dshift_BD, dscale_BD, out_RD = _gradients(
         x_RD, y_RD, gate_BD, shift_BD, scale_BD, dout_RD, recompute
     )
@@ -146,11 +146,9 @@ def _gradients(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, _, _ = inputs
-    residual_RD, _, mean_R, rstd_R = output
+    mean_R, rstd_R = output[2:]
     ctx.gated = y_RD is not None
-    ctx.save_for_backward(
-        residual_RD if ctx.gated else x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R
-    )
+    ctx.save_for_backward(x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R)
 
 
 def _backward(ctx, dresidual_RD, dout_RD, _dmean, _drstd):  # type: ignore[no-untyped-def]
