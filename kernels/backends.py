@@ -97,11 +97,11 @@ def _native(op: str) -> Backend:
 def _backend(op: str) -> Backend:
     if op in NATIVE:
         return _native(op)
-    plain = (
-        "scaled_dot_product_attention with the bias as its mask"
-        if op.startswith("rel_attention")
-        else "PyTorch reference"
-    )
+    plain = "PyTorch reference"
+    if op.startswith("rel_attention"):
+        plain = "scaled_dot_product_attention with the bias as its mask"
+        if MISSING["cpu"] is None:
+            plain += " (with gradients or ragged rows: products sample by sample, C++ between them)"
     if op not in WITH_TRITON:
         return Backend(
             op, "pytorch", f"{plain}: serves every device; this version has no kernel of its own for it"
