@@ -100,9 +100,7 @@ def check_outputs(args: argparse.Namespace, names: Sequence[str]) -> None:
         raise UserError(f"--plot: one figure for {len(names)} studies; without it each has its own in --out")
     if args.plot is not None:
         make_folder("--plot", args.plot.parent)
-    scales = ["scales"] if sum(STUDIES[name][0].name == "DiT" for name in names) > 1 else []
-    for name in [*names, *scales] if args.readme is not None else []:
-        between(args.readme, *markers(name), "--readme")
+    placed(args.readme, names)
     for name in names:
         plots.check_target(args.plot or args.out / f"{name}.png")
 
@@ -112,6 +110,20 @@ def make_folder(option: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option}: cannot make {str(folder)!r}: {error.strerror}") from None
+
+
+def placed(readme: Path | None, names: Sequence[str]) -> list[str]:
+    """The tables that the document has markers for; ``UserError`` if there are none, or but one of two."""
+    if readme is None:
+        return []
+    try:
+        text = readme.read_text()
+    except OSError:
+        text = ""  # what is wrong is said below
+    found = [name for name in [*names, "scales"] if markers(name)[0] in text]
+    for name in found or names[:1]:
+        between(readme, *markers(name), "--readme")
+    return found
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -234,13 +246,13 @@ def finite(value: float) -> float | None:
 
 def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]) -> None:
     """Tables, printed or put into a document; a figure for each study."""
-    found = learning_report.studies(rows)
+    found, document = learning_report.studies(rows), placed(args.readme, names)
     if not set(names) & set(found):
         raise UserError(f"--json: {str(args.json)!r} has no rows of {', '.join(names)}")
     for name in (name for name in names if name in found):
         text = learning_report.table(name, found[name])
         print(f"\n{name}\n\n{text}")
-        if args.readme is not None:
+        if name in document:
             put(args.readme, text, *markers(name))
         picture = args.out / f"{name}.png" if args.plot is None else args.plot
         first = {variant: next(iter(seeds.values()))[0] for variant, seeds in found[name].items()}
@@ -252,7 +264,7 @@ def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]
     compared = learning_report.scales({name: found[name] for name in names if name in found})
     if compared is not None:
         print(f"\nscales\n\n{compared}")
-        if args.readme is not None:
+        if "scales" in document:
             put(args.readme, compared, *markers("scales"))
     print(f"rows: {args.json}")
 
@@ -285,7 +297,7 @@ def _parser() -> command.Parser:
         "--readme",
         type=Path,
         metavar="FILE",
-        help="put the tables between its markers STUDY:begin and STUDY:end",
+        help="put those tables into it that it has markers for: STUDY:begin and STUDY:end, scales:begin, ...",
     )
     parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of --json")
     return parser

@@ -142,7 +142,7 @@ def scales(found: dict[str, Learners]) -> str | None:
             shapes.add((row["shape"]["tokens"], row["of"]))
             ratios = [speedup(curves(learners[base], axis), curves(of_seeds, axis), target) for axis in AXES]
             cells = [
-                str(row["shape"]["tokens"]), number(row["of"]), str(seeds), number(target), name,
+                str(row["shape"]["tokens"]), f"{row['of']:,}", str(seeds), number(target), name,
                 *("neither" if ratio is None else _ratio(ratio) for ratio in ratios),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
