@@ -219,6 +219,13 @@ def losses(
         return losses_of(model, diffusion, x, y, replace(draws, plan=None))
     if variant.passes == "both" and variant.implementation == "fast":
         return losses_of(model, diffusion, x, y, draws)
+    if variant.passes == "twice":
+        assert draws.noise_masked is not None
+        second = replace(draws, noise=draws.noise_masked, dropped=draws.dropped_masked, plan=None)
+        again = losses_of(model, diffusion, x, y, second)
+        return losses_of(model, diffusion, x, y, replace(draws, plan=None)) | {
+            f"m_{key}": value for key, value in again.items()
+        }
     null, terms = model.config.num_classes, {}
     more = {"drop_labels": False} if variant.implementation == "fast" else {}
     if variant.passes == "both":
@@ -247,9 +254,10 @@ def flops_of(config: ModelConfig, len_keep: int | None, variant: Variant) -> flo
     """What a training step executes for each image, with so many kept tokens."""
     if variant.passes == "masked":  # one of the two passes
         return flops.train_step(config, len_keep).flops - flops.train_step(config, None).flops
-    kept = None if variant.passes == "all" else len_keep
+    kept = len_keep if variant.passes == "both" else None
     batch = 2  # the work done once for a batch is shared
-    return flops.train_step(config, kept, variant.implementation, batch).flops / batch
+    once = flops.train_step(config, kept, variant.implementation, batch).flops / batch
+    return 2 * once if variant.passes == "twice" else once
 
 
 def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

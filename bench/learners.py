@@ -15,16 +15,17 @@ from mdt_fast.config import (
 from mdt_fast.models.zoo import Implementation
 from mdt_fast.presets import SIZES as SHAPES
 
-Passes = Literal["both", "all", "masked"]
+Passes = Literal["both", "all", "twice", "masked"]
 Part = Literal["bias", "side"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One way of training. ``name``: as in tables and rows; ``model``, ``diffusion``, ``train``: what differs
-    from the size's settings. ``passes`` of a step: both, over all tokens alone, or masked alone. ``without``:
-    relative position bias, the side-interpolater (held at what they are worth nothing at). ``longer``: times
-    the size's updates; ``finer``: into how many a patch's side is cut, for ``finer**2`` times the tokens."""
+    from the size's settings. ``passes`` of a step: both, over all tokens alone, over all tokens twice (each
+    with its own noise and label drops, as both have, but no mask), or masked alone. ``without``: relative
+    position bias, the side-interpolater (held at what they are worth nothing at). ``longer``: times the
+    size's updates; ``finer``: into how many a patch's side is cut, for ``finer**2`` times the tokens."""
 
     name: str
     family: Family = "mdtv2"
@@ -70,12 +71,14 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant(name="no side-interpolater", without=("side",)),
         Variant(name="no relative position bias", without=("bias",)),
         Variant(name="all tokens alone", passes="all"),
+        Variant(name="all tokens twice", passes="twice"),
         Variant(name="masked pass alone", passes="masked"),
         DIT,
     ),
     "min-snr": (
         Variant(name="min-SNR 5", diffusion={"min_snr_gamma": 5.0}),
         Variant(name="no min-SNR", diffusion={"min_snr_gamma": None}),
+        Variant(name="DiT, min-SNR 5", family="dit", diffusion={"min_snr_gamma": 5.0}),
     ),
     "precision": (
         Variant(name="float32", train={"dtype": "float32"}),

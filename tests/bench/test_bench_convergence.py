@@ -145,7 +145,9 @@ def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
     tables = [key for key in before if key.endswith("relative_position_bias_table")]
     sides = [key for key in before if key.startswith("sideblocks")]
     assert any(key in moved for key in tables) == (variant.family != "dit" and "bias" not in variant.without)
-    in_use = variant.family != "dit" and variant.passes != "all" and "side" not in variant.without
+    in_use = (
+        variant.family != "dit" and variant.passes in ("both", "masked") and "side" not in variant.without
+    )
     assert any(key in moved for key in sides) == in_use
 
 
