@@ -211,7 +211,7 @@ class GraphedTrainStep(TrainStep):
 
     def __init__(self, case: Case, provider: Provider, *args: Any):
         super().__init__(case, provider, *args)
-        settings = TrainConfig(dtype=case.dtype_name)  # type: ignore[arg-type]
+        settings = TrainConfig(dtype=case.dtype_name)
         module: Any = self.module
         self.passes = GraphedPasses(Passes(module, self.diffusion, settings, False, case.device))
 

@@ -28,15 +28,8 @@ def linear_bwd(
     if needs_x:
         dx_RD = _product(dout_RO, weight_OD.t(), None)
     if needs_weight:
-        dweight_OD = weight_gradient(dout_RO, x_RD)
+        dweight_OD = _product(dout_RO.t(), x_RD.t(), None)
     return dx_RD, dweight_OD
-
-
-def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
-    """``dout.T @ x``: [O, D]."""
-    if dout_RO.shape[1] <= x_RD.shape[1]:
-        return _product(dout_RO.t(), x_RD.t(), None)
-    return _product(x_RD.t(), dout_RO.t(), None).t().contiguous()  # oneDNN is slow in high products
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,6 +37,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     # For a part of a wider matrix oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
+    if bias is None and len(x) > len(weight) and not x.is_contiguous():
+        # A weight's gradient, higher than wide: there oneDNN is slow, the other way round it is not.
+        return torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "").t().contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -34,10 +34,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
     """``dout.T @ x``: [O, D]."""
-    dout_OR, x_DR = dout_RO.t(), x_RD.t()
-    if len(dout_OR) > len(x_DR) and uses_onednn(x_DR, dout_OR):
-        return linear_fwd(x_DR, dout_OR, None).t().contiguous()  # it is slow in high products
-    return product(dout_OR, x_DR)
+    return product(dout_RO.t(), x_RD.t())
 
 
 def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:

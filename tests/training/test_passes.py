@@ -57,6 +57,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.cuda_graphs: for a CUDA device, got 'cpu'"):
         train(tiny(cuda_graphs=True), tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-    made = passes.Passes(None, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))  # type: ignore[arg-type]
+    made = passes.Passes(None, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))
     with pytest.raises(UserError, match=r"train.cuda_graphs: for one process, got 2"):
         passes.passes_of(made, 2)
