@@ -3,6 +3,7 @@
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
 #   build tests sanitize races kernels attention flex small middle large compiled compiled4 official account training
 #   sampling sampling_compiled tune learning report
+# Where a GPU is there for minutes only: `first`, then single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
 # In the environment: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
@@ -19,8 +20,8 @@ STAGES=(build tests sanitize races kernels attention flex small middle large com
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
 for name in "${asked[@]}"; do
-    [[ " ${STAGES[*]} " == *" $name "* ]] || {
-        echo "gpu_report: unknown stage $name; known: ${STAGES[*]}" >&2
+    [[ " first ${STAGES[*]} " == *" $name "* ]] || {
+        echo "gpu_report: unknown stage $name; known: first ${STAGES[*]}" >&2
         exit 2
     }
 done
@@ -135,6 +136,16 @@ learning() { # goes on where it was: complete learners are kept
 report() {
     run report "$PYTHON" bench/report.py --plots "$OUT" "$OUT"/*.jsonl
     run goals "$PYTHON" bench/report.py --goals "$OUT"/*.jsonl
+}
+
+first() { # the least that says how things stand: the main kernels right, XL/2's step, attention, every op
+    build
+    run first_tests timeout 150 "$PYTHON" -m pytest -q -ra -m gpu tests/test_gpu.py tests/test_gpu_rel_attention.py
+    bench throughput first_xl2 --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
+        --providers reference,fast --time-limit 60
+    bench attention first_attention --providers "$ROOF,sdpa,$TRITON" --dtype bfloat16 --tokens 256 \
+        --head-dim 64,72 --time-limit 60
+    bench kernels first_kernels --model XL --dtype bfloat16 --providers fast,eager --time-limit 60
 }
 
 failed=0

@@ -7,7 +7,9 @@ the same images, times and noise.
 import hashlib
 import json
 import math
+import sys
 import time
+import zipfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from formats import one_line
 from judge import NOISE, Data, Judge, load_judge, open_data
 from learners import Variant
 from mdt_fast.config import ModelConfig, RunConfig, to_dict
@@ -298,12 +301,17 @@ def judged_at(steps: int, points: int) -> tuple[int, ...]:
 
 
 def shown_samples(folder: Path, digest: str) -> np.ndarray | None:
-    """What :func:`learn` left of a job in its folder, [points, SHOWN, C, S, S]; None if nothing."""
+    """What :func:`learn` left of a job in its folder, [points, SHOWN, C, S, S]; None if nothing, or nothing
+    readable, which is said on stderr."""
     path = samples_path(folder, digest)
     if not path.exists():
         return None
-    with np.load(path) as saved:
-        return saved["samples"]
+    try:
+        with np.load(path) as saved:
+            return saved["samples"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(f"{path}: no samples to be read, shown without: {one_line(error)}", file=sys.stderr)
+        return None
 
 
 def samples_path(folder: Path, digest: str) -> Path:

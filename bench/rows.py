@@ -9,6 +9,7 @@ A provider that could not be measured has a row of metric ``skipped`` or ``faile
 import datetime
 import json
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ class RowFile:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """All rows of some files, in order; ``UserError`` names file and line of what is not a row."""
+    """All rows of some files, in order; ``UserError`` names file and line of what is not a row.
+
+    A line that a killed run left unfinished is passed over, and named on stderr.
+    """
     rows = []
     for path in paths:
         try:
@@ -127,6 +131,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
+                if line.startswith("{") and not line.endswith("}"):
+                    print(f"{path}:{number}: an unfinished row, passed over", file=sys.stderr)
+                    continue
                 raise UserError(f"{path}:{number}: not a row: {error.msg}") from None
             if not isinstance(row, dict) or not set(KEYS) <= set(row):
                 missing = ", ".join(sorted(set(KEYS) - set(row))) if isinstance(row, dict) else "everything"

@@ -373,3 +373,11 @@ def test_rows_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFix
     (out / "rows.jsonl").write_text("\n".join(whole[:3]) + "\n")  # one learner, and a part of another
     assert run(f"--out={out}", "--study=path", "--report") == 0
     assert "one seed, so no band" in capsys.readouterr().out
+
+
+def test_damaged_samples_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert learn.shown_samples(tmp_path, "0") is None
+    assert capsys.readouterr().err == ""
+    learn.samples_path(tmp_path, "0").write_bytes(b"PK\x03\x04 and no more")
+    assert learn.shown_samples(tmp_path, "0") is None
+    assert "samples-0.npz: no samples to be read" in capsys.readouterr().err
