@@ -49,13 +49,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
   m.def(
       "bias_gelu_bwd_cpu(Tensor x, Tensor bias, Tensor dout, Tensor(a!) dx, Tensor(b!) dbias, "
       "Tensor(c!)? out) -> ()");
-  // Scores [n H M, N] become probabilities and dp the scores' gradient, which is added to dtable.
+  m.def("transposed_cpu(Tensor x, Tensor(a!) out) -> ()");
+  // To dtable they add.
   m.def(
-      "attention_softmax_cpu(Tensor(a!) scores, Tensor? table, Tensor? q_places, Tensor? k_places, float scale, "
-      "Tensor(b!) lse) -> ()");
+      "rel_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? q_places, Tensor? k_places, "
+      "Tensor? q_offsets, Tensor? k_offsets, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "attention_softmax_bwd_cpu(Tensor(a!) scores, Tensor(b!) dp, Tensor? table, Tensor? q_places, "
-      "Tensor? k_places, float scale, Tensor lse, Tensor(c!)? dtable) -> ()");
+      "rel_attention_bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? q_places, "
+      "Tensor? k_places, Tensor? q_offsets, Tensor? k_offsets, float scale, Tensor lse, Tensor(a!) dq, "
+      "Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dtable) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mdt_fast, CompositeExplicitAutograd, m) {

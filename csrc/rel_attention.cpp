@@ -1,252 +1,233 @@
-// Attention's scores on the CPU, between its products: softmax with the bias read from a table, and its gradient.
-// n samples, H heads, M queries, N keys, T rows of the table.
-#include <cmath>
-
-#include "rows.h"
-#include "vectors.h"
+// Attention on the CPU, with the bias read from a table, forward and backward: one head of one sample after the
+// other, in blocks of queries whose scores stay in a core's own cache. In float32, whatever the tensors are in.
+// H heads, M queries and N keys of a sample, d head size, T rows of the table.
+#include "products.h"
+#include "scores.h"
+#include "transpose.h"
 
 namespace mdt_fast {
 namespace {
 
-constexpr int64_t kQueries = 64;  // of one piece of work: one sample's, of one head; does not depend on the threads
+constexpr int64_t kBlock = 64;   // queries whose scores are computed together
+constexpr int64_t kPiece = 256;  // queries of a piece of work of the forward pass
 
-// Keys [key, key + length) whose places follow each other, from `place` on.
-struct Run {
-  int64_t key, place, length;
-};
+int64_t whole_lanes(int64_t x) { return (x + kLanes - 1) / kLanes * kLanes; }
 
-constexpr int64_t kLong = 8;  // keys of a run, on average, for runs to be quicker than places one by one
+// Queries, keys or values, [B, H, rows, d] by strides, a head's numbers side by side.
+class Heads {
+ public:
+  Heads(const char* name, const Tensor& tensor, int64_t H, int64_t d)
+      : data_(static_cast<char*>(tensor.data_ptr())), dtype_(tensor.scalar_type()), d_(d) {
+    STD_TORCH_CHECK(
+        dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half, name,
+        ": expected float32, bfloat16 or float16");
+    STD_TORCH_CHECK(
+        tensor.dim() == 4 && tensor.size(1) == H && tensor.size(3) == d && (tensor.stride(3) == 1 || d == 1), name,
+        ": expected [B, ", H, ", rows, ", d, "], the last side by side");
+    entry_ = tensor.stride(0), head_ = tensor.stride(1), row_ = tensor.stride(2);
+  }
 
-MDT_TARGETS void multiply(float* x, float factor, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) x[i] *= factor;
-}
-
-// x = scale * x + bias[place]
-MDT_TARGETS void add_bias(
-    float* __restrict x, float scale, const float* __restrict bias, const int32_t* __restrict places, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) x[i] = scale * x[i] + bias[places[i]];
-}
-
-MDT_TARGETS void add_bias(
-    float* __restrict x, float scale, const float* __restrict bias, const Run* runs, int64_t count) {
-  for (const Run* run = runs; run < runs + count; ++run)
-    for (int64_t i = 0; i < run->length; ++i)
-      x[run->key + i] = scale * x[run->key + i] + bias[run->place + i];
-}
-
-// dbias[place] += ds
-void add_gradient(const float* __restrict ds, float* __restrict dbias, const int32_t* __restrict places, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) dbias[places[i]] += ds[i];
-}
-
-MDT_TARGETS void add_gradient(
-    const float* __restrict ds, float* __restrict dbias, const Run* runs, int64_t count) {
-  for (const Run* run = runs; run < runs + count; ++run)
-    for (int64_t i = 0; i < run->length; ++i) dbias[run->place + i] += ds[run->key + i];
-}
-
-MDT_TARGETS float largest(const float* x, int64_t length) {
-  float lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = x[0];
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-#pragma GCC unroll 1  // or GCC makes 16 scalar comparisons of it
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float other = x[i + lane];
-      lanes[lane] = lanes[lane] < other ? other : lanes[lane];
+  // Rows [first, first + count) of a sample's head, as float32, `to_row` apart.
+  void read(const Span& span, int64_t h, int64_t first, int64_t count, float* to, int64_t to_row) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = place(span, h, first + i);
+      float* row = to + i * to_row;
+      if (dtype_ == ScalarType::Float) std::copy_n(reinterpret_cast<float*>(data_) + at, d_, row);
+      else if (dtype_ == ScalarType::BFloat16) widen_bfloat16(reinterpret_cast<uint16_t*>(data_) + at, row, d_);
+      else widen_half(reinterpret_cast<torch::headeronly::Half*>(data_) + at, row, d_);
     }
   }
-  for (; i < length; ++i) lanes[0] = lanes[0] < x[i] ? x[i] : lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) lanes[0] = lanes[0] < lanes[lane] ? lanes[lane] : lanes[0];
-  return lanes[0];
-}
 
-MDT_TARGETS void exponentials(float* x, float less, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) x[i] = exponential(x[i] - less);
-}
-
-// dp becomes ds.
-MDT_TARGETS void score_gradient(
-    const float* __restrict p, float* __restrict dp, float delta, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) dp[i] = p[i] * (dp[i] - delta);
-}
-
-// The bias of each score: the row of the table at its query's place and its key's, added.
-class Bias {
- public:
-  Bias(const Optional& table, const Optional& q_places, const Optional& k_places, int64_t n, int64_t H, int64_t M,
-       int64_t N)
-      : N_(N) {
-    STD_TORCH_CHECK(
-        bool(table) == bool(q_places) && bool(table) == bool(k_places), "table, places: expected all or none");
-    if (!table) return;
-    STD_TORCH_CHECK(
-        table->scalar_type() == ScalarType::Float && table->dim() == 2 && table->size(0) == H && table->is_contiguous(),
-        "table: expected float32 [", H, ", T]");
-    table_ = static_cast<const float*>(table->data_ptr());
-    rows_ = table->size(1);
-    queries_ = places("q_places", *q_places, n, M), keys_ = places("k_places", *k_places, n, N);
-    STD_TORCH_CHECK(
-        n * M * N == 0 || largest_of(queries_, M) + largest_of(keys_, N) < rows_, "places: expected rows of the table");
-    for (const int32_t* keys : keys_) runs_.push_back(runs_of(keys, N));
-  }
-
-  int64_t rows() const { return rows_; }
-
-  // x = scale * x + bias, the scores of query m of sample b, head h.
-  void add(float* x, float scale, int64_t b, int64_t h, int64_t m) const {
-    if (!table_) return multiply(x, scale, N_);
-    const float* row = table_ + h * rows_ + queries_[b][m];
-    if (runs_[b].empty()) add_bias(x, scale, row, keys_[b], N_);
-    else add_bias(x, scale, row, runs_[b].data(), runs_[b].size());
-  }
-
-  // To the head's gradient of the table, from those of these scores.
-  void add_gradient_of(const float* ds, float* dtable, int64_t b, int64_t m) const {
-    float* row = dtable + queries_[b][m];
-    if (runs_[b].empty()) add_gradient(ds, row, keys_[b], N_);
-    else add_gradient(ds, row, runs_[b].data(), runs_[b].size());
+  // Row i of a sample's head.
+  void write(const Span& span, int64_t h, int64_t i, const float* row) const {
+    const int64_t at = place(span, h, i);
+    if (dtype_ == ScalarType::Float) std::copy_n(row, d_, reinterpret_cast<float*>(data_) + at);
+    else if (dtype_ == ScalarType::BFloat16) narrow_bfloat16(row, reinterpret_cast<uint16_t*>(data_) + at, d_);
+    else narrow_half(row, reinterpret_cast<torch::headeronly::Half*>(data_) + at, d_);
   }
 
  private:
-  using Places = std::vector<const int32_t*>;  // each sample's
-
-  static Places places(const char* name, const Tensor& tensor, int64_t n, int64_t length) {
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == ScalarType::Int && tensor.dim() == 2 && tensor.size(0) == n &&
-            tensor.size(1) == length && (tensor.stride(1) == 1 || length < 2),
-        name, ": expected int32 [", n, ", ", length, "]");
-    Places places;
-    for (int64_t b = 0; b < n; ++b)
-      places.push_back(static_cast<const int32_t*>(tensor.data_ptr()) + b * tensor.stride(0));
-    return places;
+  int64_t place(const Span& span, int64_t h, int64_t i) const {
+    return span.entry * entry_ + h * head_ + (span.first + i) * row_;
   }
 
-  static int64_t largest_of(const Places& places, int64_t length) {
-    int64_t largest = 0;
-    for (const int32_t* of_sample : places) {
-      const auto [low, high] = std::minmax_element(of_sample, of_sample + length);
-      STD_TORCH_CHECK(*low >= 0, "places: expected no negative ones");
-      largest = std::max<int64_t>(largest, *high);
-    }
-    return largest;
-  }
-
-  static std::vector<Run> runs_of(const int32_t* places, int64_t N) {
-    std::vector<Run> runs;
-    for (int64_t i = 0; i < N; ++i)
-      if (i && places[i] == places[i - 1] + 1) ++runs.back().length;
-      else runs.push_back({i, places[i], 1});
-    return int64_t(runs.size()) * kLong > N ? std::vector<Run>() : runs;
-  }
-
-  int64_t N_, rows_ = 0;
-  const float* table_ = nullptr;
-  Places queries_, keys_;
-  std::vector<std::vector<Run>> runs_;
+  char* data_;
+  ScalarType dtype_;
+  int64_t d_, entry_, head_, row_;
 };
 
-// log(sum(exp(score))) [n, H, M] by strides.
+// Each sample's rows: all of an entry of the batch, or, by offsets, a part of its only one.
+std::vector<Span> spans_of(const char* name, const Tensor& x, const Optional& offsets) {
+  std::vector<Span> spans;
+  const int64_t rows = x.size(2);
+  if (!offsets) {
+    for (int64_t b = 0; b < x.size(0); ++b) spans.push_back({b, 0, rows});
+    return spans;
+  }
+  STD_TORCH_CHECK(
+      offsets->scalar_type() == ScalarType::Int && offsets->dim() == 1 && offsets->size(0) > 0 &&
+          offsets->is_contiguous() && x.size(0) == 1,
+      name, ": expected int32 [B + 1], of a batch of one");
+  const auto* ends = static_cast<const int32_t*>(offsets->data_ptr());
+  for (int64_t b = 0; b + 1 < offsets->size(0); ++b) {
+    STD_TORCH_CHECK(
+        0 <= ends[b] && ends[b] <= ends[b + 1] && ends[b + 1] <= rows, name, ": expected 0, ascending, ", rows);
+    spans.push_back({0, ends[b], ends[b + 1] - ends[b]});
+  }
+  return spans;
+}
+
+// log(sum(exp(score))) [H, all rows of all entries].
 class Sums {
  public:
-  explicit Sums(const Tensor& lse) {
+  Sums(const Tensor& lse, const Tensor& q) : entry_rows_(q.size(2)), rows_(q.size(0) * q.size(2)) {
     STD_TORCH_CHECK(
-        lse.scalar_type() == ScalarType::Float && lse.dim() == 3 && (lse.stride(2) == 1 || lse.size(2) < 2),
-        "lse: expected float32 [n, H, M]");
+        lse.scalar_type() == ScalarType::Float && lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == rows_ &&
+            lse.is_contiguous(),
+        "lse: expected float32 [", q.size(1), ", ", rows_, "]");
     data_ = static_cast<float*>(lse.data_ptr());
-    sample_ = lse.stride(0), head_ = lse.stride(1);
   }
-  float& at(int64_t b, int64_t h, int64_t m) const { return data_[b * sample_ + h * head_ + m]; }
+  float& at(const Span& span, int64_t h, int64_t m) const {
+    return data_[h * rows_ + span.entry * entry_rows_ + span.first + m];
+  }
 
  private:
   float* data_;
-  int64_t sample_, head_;
+  int64_t entry_rows_, rows_;
 };
 
-// Row i as float32, to be changed: where it lies, or in `buffer`; then `done`.
-float* in_place(const Rows& rows, int64_t i, float* buffer) {
-  rows.read(i, buffer);
-  return rows.write(i, buffer);
-}
-
-// fn(piece, b, h, first, last) for queries [first, last) of sample b and head h.
-template <class Function>
-void for_pieces(int64_t first, int64_t last, int64_t H, int64_t M, Function fn) {
-  const int64_t pieces = (M + kQueries - 1) / kQueries;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t query = i % pieces * kQueries;
-    fn(i, i / pieces / H, i / pieces % H, query, std::min(query + kQueries, M));
+// What both passes are given.
+struct Call {
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& table, const Optional& q_places,
+       const Optional& k_places, const Optional& q_offsets, const Optional& k_offsets, double scale, const Tensor& lse)
+      : H(q.size(1)), d(q.size(3)), width(whole_lanes(d)), scale(float(scale)), q("q", q, H, d), k("k", k, H, d),
+        v("v", v, H, d), queries(spans_of("q_offsets", q, q_offsets)), keys(spans_of("k_offsets", k, k_offsets)),
+        sums(lse, q), bias(table, q_places, k_places, H, queries, keys) {
+    STD_TORCH_CHECK(queries.size() == keys.size(), "k_offsets: expected as many samples as q_offsets");
+    STD_TORCH_CHECK(v.size(0) == k.size(0) && v.size(2) == k.size(2), "v: expected as k");
+    for (const Span& span : keys) longest = std::max(longest, span.length);
+    row = whole_lanes(longest) + kLanes;  // no power of two: rows of a column then lie in different sets of the cache
   }
-}
 
-void attention_softmax(
-    Tensor scores, Optional table, Optional q_places, Optional k_places, double scale, Tensor lse) {
-  const Sums sums(lse);
-  const int64_t n = lse.size(0), H = lse.size(1), M = lse.size(2), N = scores.size(1);
-  STD_TORCH_CHECK(N > 0, "scores: expected keys");
-  const Rows rows("scores", scores, n * H * M, N);
-  const Bias bias(table, q_places, k_places, n, H, M, N);
-  torch::stable::parallel_for(0, n * H * ((M + kQueries - 1) / kQueries), 1, [&](int64_t begin, int64_t end) {
-    Buffers buffer(1, N);
-    for_pieces(begin, end, H, M, [&](int64_t, int64_t b, int64_t h, int64_t first, int64_t last) {
-      for (int64_t m = first; m < last; ++m) {
-        const int64_t i = (b * H + h) * M + m;
-        float* x = in_place(rows, i, buffer[0]);
-        bias.add(x, float(scale), b, h, m);
-        const float most = largest(x, N);
-        exponentials(x, most, N);
-        const float total = sum(x, N);
-        multiply(x, 1.0f / total, N);
-        rows.done(i, x);
-        sums.at(b, h, m) = most + std::log(total);
+  int64_t H, d, width;  // width: d, filled up with zeros
+  float scale;
+  Heads q, k, v;
+  std::vector<Span> queries, keys;
+  Sums sums;
+  Bias bias;
+  int64_t longest = 0, row = 0;  // keys of a sample; from one row of scores to the next
+};
+
+void attention_fwd(
+    Tensor q, Tensor k, Tensor v, Optional table, Optional q_places, Optional k_places, Optional q_offsets,
+    Optional k_offsets, double scale, Tensor out, Tensor lse) {
+  const Call call(q, k, v, table, q_places, k_places, q_offsets, k_offsets, scale, lse);
+  const Heads outs("out", out, call.H, call.d);
+  struct Piece {
+    int64_t b, h, first, last;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t b = 0; b < int64_t(call.queries.size()); ++b)
+    for (int64_t h = 0; h < call.H; ++h)
+      for (int64_t m = 0; m < call.queries[b].length; m += kPiece)
+        pieces.push_back({b, h, m, std::min(m + kPiece, call.queries[b].length)});
+  const int64_t width = call.width, row = call.row;
+  torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+    Buffers of_keys(3, row * width), of_queries(2, kBlock * width), scores(1, kBlock * row);
+    float *keys = of_keys[0], *across = of_keys[1], *values = of_keys[2], *s = scores[0];
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[i];
+      const int64_t b = piece.b, h = piece.h;
+      const Span &of_q = call.queries[b], &of_k = call.keys[b];
+      const int64_t N = of_k.length;
+      call.k.read(of_k, h, 0, N, keys, width);
+      call.v.read(of_k, h, 0, N, values, width);
+      transpose(keys, width, across, row, whole_lanes(N), width);
+      for (int64_t first = piece.first; first < piece.last; first += kBlock) {
+        const int64_t count = std::min(kBlock, piece.last - first);
+        call.q.read(of_q, h, first, count, of_queries[0], width);
+        product({of_queries[0], width, 1}, across, row, s, row, count, whole_lanes(N), width, false);
+        for (int64_t m = 0; m < count && N; ++m) {
+          float* x = s + m * row;
+          call.bias.add(x, call.scale, b, h, first + m, N);
+          const float most = largest(x, N);
+          exponentials(x, most, N);
+          const float total = sum(x, N);
+          multiply(x, 1.0f / total, N);
+          call.sums.at(of_q, h, first + m) = most + std::log(total);
+        }
+        product({s, row, 1}, values, width, of_queries[1], width, count, width, N, false);
+        for (int64_t m = 0; m < count; ++m) outs.write(of_q, h, first + m, of_queries[1] + m * width);
       }
-    });
+    }
   });
 }
 
-void attention_softmax_bwd(
-    Tensor scores, Tensor dp, Optional table, Optional q_places, Optional k_places, double scale, Tensor lse,
+void attention_bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Optional table, Optional q_places, Optional k_places,
+    Optional q_offsets, Optional k_offsets, double scale, Tensor lse, Tensor dq, Tensor dk, Tensor dv,
     Optional dtable) {
-  const Sums sums(lse);
-  const int64_t n = lse.size(0), H = lse.size(1), M = lse.size(2), N = scores.size(1);
-  const Rows rows("scores", scores, n * H * M, N), grads("dp", dp, n * H * M, N);
-  const Bias bias(table, q_places, k_places, n, H, M, N);
-  const int64_t T = dtable ? bias.rows() : 0, pieces = n * H * ((M + kQueries - 1) / kQueries);
-  float* total = nullptr;
-  if (dtable) {
-    STD_TORCH_CHECK(
-        table && dtable->scalar_type() == ScalarType::Float && dtable->dim() == 2 && dtable->size(0) == H &&
-            dtable->size(1) == T && dtable->is_contiguous(),
-        "dtable: expected as the table");
-    total = static_cast<float*>(dtable->data_ptr());
-  }
+  const Call call(q, k, v, table, q_places, k_places, q_offsets, k_offsets, scale, lse);
+  const int64_t H = call.H, d = call.d, width = call.width, row = call.row, T = dtable ? call.bias.rows() : 0;
+  const Heads douts("dout", dout, H, d), dqs("dq", dq, H, d), dks("dk", dk, H, d), dvs("dv", dv, H, d);
+  STD_TORCH_CHECK(
+      !dtable || (table && dtable->scalar_type() == ScalarType::Float && dtable->dim() == 2 && dtable->size(0) == H &&
+                  dtable->size(1) == T && dtable->is_contiguous()),
+      "dtable: expected as the table");
+  const int64_t pieces = call.queries.size() * H;
   std::vector<float> parts(pieces * T);
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    Buffers buffer(2, N);
-    for_pieces(begin, end, H, M, [&](int64_t piece, int64_t b, int64_t h, int64_t first, int64_t last) {
-      for (int64_t m = first; m < last; ++m) {
-        const int64_t i = (b * H + h) * M + m;
-        float *p = in_place(rows, i, buffer[0]), *ds = in_place(grads, i, buffer[1]);
-        bias.add(p, float(scale), b, h, m);
-        exponentials(p, sums.at(b, h, m), N);
-        score_gradient(p, ds, dot(p, ds, N), N);
-        if (total) bias.add_gradient_of(ds, &parts[piece * T], b, m);
-        rows.done(i, p);
-        grads.done(i, ds);
+    Buffers of_keys(5, row * width), of_queries(3, kBlock * width), scores(2, kBlock * row);
+    float *keys = of_keys[0], *keys_across = of_keys[1], *values_across = of_keys[2];
+    float *of_dk = of_keys[3], *of_dv = of_keys[4];
+    float *of_q = of_queries[0], *of_dout = of_queries[1], *of_dq = of_queries[2], *p = scores[0], *ds = scores[1];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t b = piece / H, h = piece % H;
+      const Span &queries = call.queries[b], &of_sample = call.keys[b];
+      const int64_t N = of_sample.length, lanes = whole_lanes(N);
+      call.v.read(of_sample, h, 0, N, keys, width);
+      transpose(keys, width, values_across, row, lanes, width);
+      call.k.read(of_sample, h, 0, N, keys, width);
+      transpose(keys, width, keys_across, row, lanes, width);
+      std::fill_n(of_dk, N * width, 0.0f);
+      std::fill_n(of_dv, N * width, 0.0f);
+      for (int64_t first = 0; first < queries.length; first += kBlock) {
+        const int64_t count = std::min(kBlock, queries.length - first);
+        call.q.read(queries, h, first, count, of_q, width);
+        douts.read(queries, h, first, count, of_dout, width);
+        product({of_q, width, 1}, keys_across, row, p, row, count, lanes, width, false);
+        product({of_dout, width, 1}, values_across, row, ds, row, count, lanes, width, false);
+        for (int64_t m = 0; m < count; ++m) {
+          float *of_p = p + m * row, *of_ds = ds + m * row;
+          call.bias.add(of_p, call.scale, b, h, first + m, N);
+          exponentials(of_p, call.sums.at(queries, h, first + m), N);
+          score_gradient(of_p, of_ds, dot(of_p, of_ds, N), N);
+          if (dtable) call.bias.add_gradient_of(of_ds, &parts[piece * T], b, first + m, N);
+        }
+        product({p, 1, row}, of_dout, width, of_dv, width, N, width, count, true);
+        product({ds, 1, row}, of_q, width, of_dk, width, N, width, count, true);
+        product({ds, row, 1}, keys, width, of_dq, width, count, width, N, false);
+        multiply(of_dq, call.scale, count * width);
+        for (int64_t m = 0; m < count; ++m) dqs.write(queries, h, first + m, of_dq + m * width);
       }
-    });
+      multiply(of_dk, call.scale, N * width);
+      for (int64_t n = 0; n < N; ++n) {
+        dks.write(of_sample, h, n, of_dk + n * width);
+        dvs.write(of_sample, h, n, of_dv + n * width);
+      }
+    }
   });
-  if (!total) return;
-  for_pieces(0, pieces, H, M, [&](int64_t piece, int64_t, int64_t h, int64_t, int64_t) {
-    for (int64_t t = 0; t < T; ++t) total[h * T + t] += parts[piece * T + t];
-  });
+  if (!dtable) return;
+  auto* total = static_cast<float*>(dtable->data_ptr());
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t t = 0; t < T; ++t) total[piece % H * T + t] += parts[piece * T + t];
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mdt_fast, CPU, m) {
-  m.impl("attention_softmax_cpu", TORCH_BOX(&attention_softmax));
-  m.impl("attention_softmax_bwd_cpu", TORCH_BOX(&attention_softmax_bwd));
+  m.impl("rel_attention_fwd_cpu", TORCH_BOX(&attention_fwd));
+  m.impl("rel_attention_bwd_cpu", TORCH_BOX(&attention_bwd));
 }
 
 }  // namespace mdt_fast

@@ -19,3 +19,8 @@ def _(x_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]
 @register_flop_formula(torch.ops.mdt_fast.linear_bwd)
 def _(dout_shape, x_shape, weight_shape, needs_x, needs_weight, **_):  # type: ignore[no-untyped-def]
     return (needs_x + needs_weight) * 2 * prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.mdt_fast.weight_gradient)
+def _(dout_shape, x_shape, **_):  # type: ignore[no-untyped-def]
+    return 2 * prod(dout_shape) * x_shape[1]

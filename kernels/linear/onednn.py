@@ -1,8 +1,10 @@
-"""float32 products by oneDNN, as registered ops. R rows, D input width, O output width."""
+"""Products by oneDNN, as registered ops. R rows, D input width, O output width."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..backends import uses_csrc
 
 MIN_FLOPS = 1e8
 """Below, oneDNN's own 0.01 to 0.2 ms a call, more with a transposed operand, are more than it saves."""
@@ -28,18 +30,37 @@ def linear_bwd(
     if needs_x:
         dx_RD = _product(dout_RO, weight_OD.t(), None)
     if needs_weight:
-        dweight_OD = _product(dout_RO.t(), x_RD.t(), None)
+        dweight_OD = _weight_gradient(dout_RO, x_RD)
     return dx_RD, dweight_OD
 
 
+@torch.library.custom_op("mdt_fast::weight_gradient", mutates_args=())
+def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
+    """``dout.T @ x``: [O, D]."""
+    return _weight_gradient(dout_RO, x_RD)
+
+
+def _weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
+    if dout_RO.shape[1] > x_RD.shape[1]:
+        return _turned(_product(_turned(x_RD), dout_RO.t(), None))
+    return _product(_turned(dout_RO), x_RD.t(), None)
+
+
+def _turned(x_RD: Tensor) -> Tensor:
+    """``x.T``, its rows together: so oneDNN wants a product's first operand, and is slow to make it so."""
+    if not uses_csrc(x_RD):
+        return x_RD.t().contiguous()
+    out_DR = x_RD.new_empty(x_RD.shape[1], x_RD.shape[0])
+    torch.ops.mdt_fast.transposed_cpu(x_RD.contiguous(), out_DR)
+    return out_DR
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
-        return F.linear(x, weight, bias)
+    float32 = x.dtype == torch.float32
+    if not float32 or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
+        return F.linear(x, weight, bias)  # of bfloat16 PyTorch makes a product of oneDNN's itself
     # For a part of a wider matrix oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
-    if bias is None and len(x) > len(weight) and not x.is_contiguous():
-        # A weight's gradient, higher than wide: there oneDNN is slow, the other way round it is not.
-        return torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "").t().contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -53,6 +74,11 @@ def _(dout_RO, x_RD, weight_OD, needs_x, needs_weight):  # type: ignore[no-untyp
     return dout_RO.new_empty(x_RD.shape if needs_x else 0), dout_RO.new_empty(
         weight_OD.shape if needs_weight else 0
     )
+
+
+@weight_gradient.register_fake
+def _(dout_RO, x_RD):  # type: ignore[no-untyped-def]
+    return dout_RO.new_empty(dout_RO.shape[1], x_RD.shape[1])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

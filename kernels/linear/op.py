@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import reference
+from ..backends import uses_csrc
+from . import onednn, reference
 from .onednn import linear_fwd, worthwhile
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -34,7 +35,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
     """``dout.T @ x``: [O, D]."""
-    return product(dout_RO.t(), x_RD.t())
+    if uses_onednn(dout_RO, x_RD.t()) or _turns(dout_RO, x_RD):
+        return onednn.weight_gradient(dout_RO, x_RD)
+    return reference.linear(dout_RO.t(), x_RD.t(), None)
 
 
 def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
@@ -52,3 +55,10 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     # A graph for any number of rows must not be compiled again at the threshold: there the op itself decides.
     return torch.compiler.is_compiling() or worthwhile(x.numel(), weight.shape[0])
+
+
+def _turns(dout_RO: Tensor, x_RD: Tensor) -> bool:
+    """Whether a product in bfloat16 on a CPU is worth transposing for."""
+    if dout_RO.dtype != torch.bfloat16 or x_RD.dtype != torch.bfloat16 or not uses_csrc(dout_RO, x_RD):
+        return False
+    return torch.compiler.is_compiling() or worthwhile(dout_RO.numel(), x_RD.shape[1])

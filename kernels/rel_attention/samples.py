@@ -1,16 +1,18 @@
-"""Attention on a CPU, a few samples after the other: their scores fit into the cache, a batch's do not.
+"""Attention on a CPU, sample by sample: their scores fit into the cache, a batch's do not. By ``csrc/``, or, for
+other dtypes and where that is not built, a few samples after the other in PyTorch.
 
 B samples, H heads, M queries, N keys, d head size, T table rows, n samples of a group. q, k, v and their
-gradients are [B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d]. Products in the dtype of q;
-softmax, sums and the table's gradient in float32 (float64 for float64).
+gradients are [B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d]. Softmax, sums and the table's
+gradient in float32 (float64 for float64); PyTorch's products in the dtype of q.
 """
 
 from torch import Tensor
 
 from ..backends import uses_csrc
+from . import native
 from .call import Call
 from .groups import groups, wide
-from .scores import NativeScores, PlainScores
+from .scores import Scores
 
 SCORES_BYTES = 1 << 20
 """A group's scores, at most: about what a core's own cache holds."""
@@ -20,8 +22,10 @@ def forward(
     q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
 ) -> Tensor:
     """Write ``out``; returns log(sum(exp(score))) [H, all rows of q]."""
+    if uses_csrc(q_BHMd):
+        return native.forward(q_BHMd, k_BHNd, v_BHNd, table_RH, call, out_BHMd)
     lse = q_BHMd.new_empty(q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2], dtype=wide(q_BHMd))
-    scores = _scores(q_BHMd, table_RH, call)
+    scores = Scores(table_RH, call, q_BHMd, with_gradient=False)
     for group in groups(q_BHMd, k_BHNd, call, SCORES_BYTES):
         out = group.q.of(out_BHMd)
         if not group.q.length or not group.k.length:
@@ -47,7 +51,12 @@ def backward(
     dtable_RH: Tensor | None,
 ) -> None:
     """Write the gradients of q, k, v, and of the table where ``dtable`` is given."""
-    scores = _scores(q_BHMd, table_RH, call, dtable_RH is not None)
+    if uses_csrc(q_BHMd):
+        native.backward(
+            dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, call, dq_BHMd, dk_BHNd, dv_BHNd, dtable_RH
+        )
+        return
+    scores = Scores(table_RH, call, q_BHMd, with_gradient=dtable_RH is not None)
     for group in groups(q_BHMd, k_BHNd, call, SCORES_BYTES):
         dq, dk, dv = group.q.of(dq_BHMd), group.k.of(dk_BHNd), group.k.of(dv_BHNd)
         if not group.q.length or not group.k.length:
@@ -59,8 +68,3 @@ def backward(
     if dtable_RH is not None:
         dtable_RH.copy_(scores.table_gradient())
 
-
-def _scores(
-    q: Tensor, table_RH: Tensor | None, call: Call, with_gradient: bool = False
-) -> NativeScores | PlainScores:
-    return (NativeScores if uses_csrc(q) else PlainScores)(table_RH, call, q, with_gradient)

@@ -1,103 +1,18 @@
-"""Scores, softmax and what stands between the products of attention on a CPU: by ``csrc/``, or in PyTorch.
+"""Attention of a group of samples on a CPU in PyTorch, for any dtype.
 
 n samples of a group, H heads, M queries, N keys, d head size, T table rows, G grid side.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from .call import Call, Side
+from .call import Call
 from .groups import Group, wide
 from .reference import center, coordinates
 
 
-class NativeScores:
-    """One sweep over the scores where they lie, in the dtype of the products."""
-
-    def __init__(self, table_RH: Tensor | None, call: Call, like: Tensor, with_gradient: bool):
-        self.call = call
-        self.table_HT: Tensor | None = None
-        self.memory: dict[str, Tensor] = {}
-        if table_RH is not None:
-            # A query's place and a key's, added, are a row of the table, whose last row comes first: keys
-            # side by side then read rows side by side.
-            G = call.grid_size
-            self.table_HT = table_RH.flip(0).t().float().contiguous()
-            self.q_places = (len(table_RH) - 1 - center(G) - _coordinates(call.queries, G)).int()
-            self.k_places = _coordinates(call.keys, G).int()
-        self.gradient_HT = (
-            None if not with_gradient or self.table_HT is None else torch.zeros_like(self.table_HT)
-        )
-
-    def attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Write ``out`` [n, H, M, d] and ``lse`` [n, H, M]."""
-        p = self._product("p", self._heads("q", q), self._heads("k", k).mT)
-        torch.ops.mdt_fast.attention_softmax_cpu(
-            p.flatten(0, 1), self.table_HT, *self._places(group), self.call.scale, lse
-        )
-        out.copy_(self._product("result", p, self._heads("v", v)).view(out.shape))
-
-    def differentiate(
-        self, group: Group, q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor,
-        dq: Tensor, dk: Tensor, dv: Tensor,
-    ) -> None:  # fmt: skip
-        """Write ``dq`` [n, H, M, d], ``dk`` and ``dv`` [n, H, N, d], and add to the table's gradient."""
-        scale = self.call.scale
-        q, dout, k, v = (self._heads(*x) for x in (("q", q), ("dout", dout), ("k", k), ("v", v)))
-        p, ds = self._product("p", q, k.mT), self._product("ds", dout, v.mT)
-        torch.ops.mdt_fast.attention_softmax_bwd_cpu(
-            p.flatten(0, 1),
-            ds.flatten(0, 1),
-            self.table_HT,
-            *self._places(group),
-            scale,
-            lse,
-            self.gradient_HT,
-        )
-        torch.mul(self._product("result", ds, k).view(dq.shape), scale, out=dq)
-        torch.mul(self._product("result", ds.mT, q).view(dk.shape), scale, out=dk)
-        dv.copy_(self._product("result", p.mT, dout).view(dv.shape))
-
-    def table_gradient(self) -> Tensor:
-        """[T, H], of all groups."""
-        assert self.gradient_HT is not None
-        return self.gradient_HT.t().flip(0)
-
-    def _heads(self, name: str, x_nHRd: Tensor) -> Tensor:
-        """[n * H, R, d]: oneDNN, for half types, wants a head's rows together, MKL does not mind."""
-        n, H, R, d = x_nHRd.shape
-        if x_nHRd.dtype == torch.float32 and n == 1:
-            return x_nHRd[0]
-        return self._memory(name, x_nHRd, (n, H, R, d)).copy_(x_nHRd).flatten(0, 1)
-
-    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b, out=self._memory(name, a, (len(a), a.shape[1], b.shape[2])))
-
-    def _memory(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Memory that the next group takes over: what is new costs a CPU as much as arithmetic."""
-        size = math.prod(shape)
-        if name not in self.memory or size > len(self.memory[name]):
-            self.memory[name] = like.new_empty(size)
-        return self.memory[name][:size].view(shape)
-
-    def _places(self, group: Group) -> tuple[Tensor | None, Tensor | None]:
-        """Of the group's queries and keys, [n, rows]."""
-        if self.table_HT is None:
-            return None, None
-        return group.q.of_positions(self.q_places), group.k.of_positions(self.k_places)
-
-
-def _coordinates(side: Side, G: int) -> Tensor:
-    """[B, length] or [R]."""
-    if side.pos is None:
-        return coordinates(torch.arange(G * G), G).expand(side.batch, -1)
-    return coordinates(side.pos, G)
-
-
-class PlainScores:
-    """Any dtype, without ``csrc/``. The bias of each group is read from the table."""
+class Scores:
+    """The bias of each group is read from the table."""
 
     def __init__(self, table_RH: Tensor | None, call: Call, like: Tensor, with_gradient: bool):
         self.call = call
@@ -110,7 +25,7 @@ class PlainScores:
         )
 
     def attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """As :class:`NativeScores`, by PyTorch's fused attention."""
+        """Write ``out`` [n, H, M, d] and ``lse`` [n, H, M]: by PyTorch's fused attention."""
         mask = self._bias(group)
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=self.call.scale
@@ -122,7 +37,7 @@ class PlainScores:
         self, group: Group, q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor,
         dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
-        """As :class:`NativeScores`."""
+        """Write ``dq`` [n, H, M, d], ``dk`` and ``dv`` [n, H, N, d], and add to the table's gradient."""
         mask, scale = self._bias(group), self.call.scale
         p = torch.matmul(q, k.mT).to(lse.dtype).mul_(scale)
         p = p if mask is None else p.add_(mask)

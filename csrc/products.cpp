@@ -1,0 +1,75 @@
+#include "products.h"
+
+#include "targets.h"
+#include "vectors.h"
+
+#ifdef MDT_WIDTHS
+#include <immintrin.h>
+#endif
+
+namespace mdt_fast {
+namespace {
+
+using Product = void (*)(Matrix, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, bool);
+
+#ifdef MDT_WIDTHS
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+namespace avx512 {
+using Vector = __m512;
+constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 of B and one of A in 32 registers
+inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
+inline void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
+inline Vector fill(float x) { return _mm512_set1_ps(x); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+#include "tiles.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+using Vector = __m256;
+constexpr int kWidth = 8, kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 of B and one of A in 16 registers
+inline Vector load(const float* x) { return _mm256_loadu_ps(x); }
+inline void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
+inline Vector fill(float x) { return _mm256_set1_ps(x); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+#include "tiles.h"
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+namespace any {
+// As wide as C's rows: the compiler makes what vectors it can of it.
+void tiles(
+    Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+  for (int64_t m = 0; m < M; ++m) {
+    float* __restrict row = c + m * c_row;
+    for (int64_t n = 0; n < N && !add; ++n) row[n] = 0.0f;
+    for (int64_t k = 0; k < K; ++k) {
+      const float of_a = a.data[m * a.row + k * a.column];
+      const float* __restrict of_b = b + k * b_row;
+      for (int64_t n = 0; n < N; ++n) row[n] += of_a * of_b[n];
+    }
+  }
+}
+}  // namespace any
+
+Product chosen() {
+#ifdef MDT_WIDTHS
+  if (__builtin_cpu_supports("avx512f")) return avx512::tiles;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::tiles;
+#endif
+  return any::tiles;
+}
+
+}  // namespace
+
+void product(
+    Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+  static const Product tiles = chosen();
+  tiles(a, b, b_row, c, c_row, M, N, K, add);
+}
+
+}  // namespace mdt_fast

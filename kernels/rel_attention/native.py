@@ -1,0 +1,74 @@
+"""Attention on a CPU by ``csrc/``: one head of one sample after the other, in blocks of queries. In float32,
+whatever the tensors are in.
+
+B samples, H heads, M queries, N keys, d head size, T table rows, G grid side. q, k, v and their gradients are
+[B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call, Side
+from .reference import center, coordinates
+
+
+def forward(
+    q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_TH: Tensor | None, call: Call, out_BHMd: Tensor
+) -> Tensor:
+    """Write ``out``; returns log(sum(exp(score))) [H, all rows of q]."""
+    lse = q_BHMd.new_empty(q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2], dtype=torch.float32)
+    torch.ops.mdt_fast.rel_attention_fwd_cpu(
+        q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), out_BHMd, lse
+    )
+    return lse
+
+
+def backward(
+    dout_BHMd: Tensor,
+    q_BHMd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    table_TH: Tensor | None,
+    lse: Tensor,
+    call: Call,
+    dq_BHMd: Tensor,
+    dk_BHNd: Tensor,
+    dv_BHNd: Tensor,
+    dtable_TH: Tensor | None,
+) -> None:
+    """Write the gradients of q, k, v, and of the table where ``dtable`` is given."""
+    table_HT = _table(table_TH)
+    dtable_HT = None if table_HT is None or dtable_TH is None else torch.zeros_like(table_HT)
+    torch.ops.mdt_fast.rel_attention_bwd_cpu(
+        dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_HT, *_rest(table_TH, call), lse, dq_BHMd, dk_BHNd, dv_BHNd,
+        dtable_HT,
+    )  # fmt: skip
+    if dtable_TH is not None and dtable_HT is not None:
+        dtable_TH.copy_(dtable_HT.t().flip(0))
+
+
+def _table(table_TH: Tensor | None) -> Tensor | None:
+    """Its last row first: with :func:`_rest`'s places, keys side by side read rows side by side."""
+    return None if table_TH is None else table_TH.flip(0).t().float().contiguous()
+
+
+def _rest(table_TH: Tensor | None, call: Call) -> tuple[Any, ...]:
+    """The places of queries and keys, whose sums are rows of the table; offsets; scale."""
+    places: tuple[Tensor | None, Tensor | None] = None, None
+    if table_TH is not None:
+        G = call.grid_size
+        places = (
+            (len(table_TH) - 1 - center(G) - _coordinates(call.queries, G)).int(),
+            _coordinates(call.keys, G).int(),
+        )
+    return *places, call.queries.offsets, call.keys.offsets, call.scale
+
+
+def _coordinates(side: Side, G: int) -> Tensor:
+    """[B, length], or [1, R] with offsets."""
+    if side.pos is None:
+        return coordinates(torch.arange(G * G), G).expand(side.batch, -1)
+    u = coordinates(side.pos, G)
+    return u if side.offsets is None else u[None]
