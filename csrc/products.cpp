@@ -10,31 +10,56 @@
 namespace mdt_fast {
 namespace {
 
-using Product = void (*)(Matrix, const float*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, bool);
+template <class Number>
+using Product = void (*)(
+    Matrix<Number>, const Number*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, bool);
 
 #ifdef MDT_WIDTHS
 #pragma GCC push_options
 #pragma GCC target("avx512f")
 namespace avx512 {
+using Number = float;
 using Vector = __m512;
+using Factor = __m512;
 constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 of B and one of A in 32 registers
+inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
-inline Vector fill(float x) { return _mm512_set1_ps(x); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Factor fill(float x) { return _mm512_set1_ps(x); }
+inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 #include "tiles.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#pragma GCC target("avx512f,avx512bf16")
+namespace avx512_pairs {
+using Number = Pair;
+using Vector = __m512;
+using Factor = __m512bh;
+constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;
+inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
+inline Factor load(const Pair* x) { return (Factor)_mm512_loadu_si512(x); }
+inline void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
+inline Factor fill(Pair x) { return (Factor)_mm512_set1_epi32(x); }
+inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
+#include "tiles.h"
+}  // namespace avx512_pairs
+#pragma GCC pop_options
+
+#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+using Number = float;
 using Vector = __m256;
+using Factor = __m256;
 constexpr int kWidth = 8, kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 of B and one of A in 16 registers
+inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
-inline Vector fill(float x) { return _mm256_set1_ps(x); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Factor fill(float x) { return _mm256_set1_ps(x); }
+inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 #include "tiles.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -43,7 +68,7 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_p
 namespace any {
 // As wide as C's rows: the compiler makes what vectors it can of it.
 void tiles(
-    Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+    Matrix<float> a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
   for (int64_t m = 0; m < M; ++m) {
     float* __restrict row = c + m * c_row;
     for (int64_t n = 0; n < N && !add; ++n) row[n] = 0.0f;
@@ -56,7 +81,7 @@ void tiles(
 }
 }  // namespace any
 
-Product chosen() {
+Product<float> chosen() {
 #ifdef MDT_WIDTHS
   if (__builtin_cpu_supports("avx512f")) return avx512::tiles;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::tiles;
@@ -64,12 +89,29 @@ Product chosen() {
   return any::tiles;
 }
 
+Product<Pair> chosen_for_pairs() {
+#ifdef MDT_WIDTHS
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")) return avx512_pairs::tiles;
+#endif
+  return nullptr;
+}
+
+const Product<float> of_floats = chosen();
+const Product<Pair> of_pairs = chosen_for_pairs();
+
 }  // namespace
 
 void product(
-    Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
-  static const Product tiles = chosen();
-  tiles(a, b, b_row, c, c_row, M, N, K, add);
+    Matrix<float> a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K,
+    bool add) {
+  of_floats(a, b, b_row, c, c_row, M, N, K, add);
 }
+
+void product(
+    Matrix<Pair> a, const Pair* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+  of_pairs(a, b, b_row, c, c_row, M, N, K, add);
+}
+
+bool multiplies_pairs() { return of_pairs != nullptr; }
 
 }  // namespace mdt_fast

@@ -1,5 +1,6 @@
 // Attention on the CPU, with the bias read from a table, forward and backward: one head of one sample after the
-// other, in blocks of queries whose scores stay in a core's own cache. In float32, whatever the tensors are in.
+// other, in blocks of queries whose scores stay in a core's own cache. Sums, softmax and the scores' gradients are in
+// float32, and so are the factors of products, but for bfloat16 where the processor multiplies it.
 // H heads, M queries and N keys of a sample, d head size, T rows of the table.
 #include "products.h"
 #include "scores.h"
@@ -13,17 +14,37 @@ constexpr int64_t kPiece = 256;  // queries of a piece of work of the forward pa
 
 int64_t whole_lanes(int64_t x) { return (x + kLanes - 1) / kLanes * kLanes; }
 
+// to[i] = the pair of one[i] and two[i], or of one[i] and zero.
+MDT_TARGETS void interleave(const uint16_t* one, const uint16_t* two, Pair* to, int64_t length) {
+  if (two)
+    for (int64_t i = 0; i < length; ++i) to[i] = one[i] | uint32_t(two[i]) << 16;
+  else
+    for (int64_t i = 0; i < length; ++i) to[i] = one[i];
+}
+
+MDT_TARGETS void interleave(const float* one, const float* two, Pair* to, int64_t length) {
+  if (two)
+    for (int64_t i = 0; i < length; ++i) to[i] = to_bfloat16(one[i]) | uint32_t(to_bfloat16(two[i])) << 16;
+  else
+    for (int64_t i = 0; i < length; ++i) to[i] = to_bfloat16(one[i]);
+}
+
 // Queries, keys or values, [B, H, rows, d] by strides, a head's numbers side by side.
 class Heads {
  public:
-  Heads(const char* name, const Tensor& tensor, int64_t H, int64_t d)
-      : data_(static_cast<char*>(tensor.data_ptr())), dtype_(tensor.scalar_type()), d_(d) {
+  // With the sizes and the dtype of `like`.
+  Heads(const char* name, const Tensor& tensor, const Tensor& like)
+      : data_(static_cast<char*>(tensor.data_ptr())), dtype_(tensor.scalar_type()) {
     STD_TORCH_CHECK(
         dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half, name,
         ": expected float32, bfloat16 or float16");
     STD_TORCH_CHECK(
-        tensor.dim() == 4 && tensor.size(1) == H && tensor.size(3) == d && (tensor.stride(3) == 1 || d == 1), name,
-        ": expected [B, ", H, ", rows, ", d, "], the last side by side");
+        tensor.dim() == 4 && like.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) == 1), name,
+        ": expected [B, H, rows, d], the last side by side");
+    for (int i = 0; i < 4; ++i)
+      STD_TORCH_CHECK(tensor.size(i) == like.size(i), name, ": expected ", like.size(i), " for size ", i);
+    STD_TORCH_CHECK(dtype_ == like.scalar_type(), name, ": expected one dtype for all");
+    d_ = tensor.size(3);
     entry_ = tensor.stride(0), head_ = tensor.stride(1), row_ = tensor.stride(2);
   }
 
@@ -36,6 +57,14 @@ class Heads {
       else if (dtype_ == ScalarType::BFloat16) widen_bfloat16(reinterpret_cast<uint16_t*>(data_) + at, row, d_);
       else widen_half(reinterpret_cast<torch::headeronly::Half*>(data_) + at, row, d_);
     }
+  }
+
+  // The same of bfloat16, as it is.
+  void read(const Span& span, int64_t h, int64_t first, int64_t count, Pair* to, int64_t to_row) const {
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(
+          reinterpret_cast<uint16_t*>(data_) + place(span, h, first + i), d_,
+          reinterpret_cast<uint16_t*>(to + i * to_row));
   }
 
   // Row i of a sample's head.
@@ -53,7 +82,7 @@ class Heads {
 
   char* data_;
   ScalarType dtype_;
-  int64_t d_, entry_, head_, row_;
+  int64_t d_ = 0, entry_ = 0, head_ = 0, row_ = 0;
 };
 
 // Each sample's rows: all of an entry of the batch, or, by offsets, a part of its only one.
@@ -96,33 +125,93 @@ class Sums {
   int64_t entry_rows_, rows_;
 };
 
+// How the factors of products are held. `rows`: heads as they were read; as such they are a left factor, and
+// `across`, transposed, a right one. Where their rows are summed over, they are `stacked`. Scores come in float32.
+struct Floats {
+  using Number = float;
+  static constexpr int64_t kTogether = 1;
+
+  static const float* stacked(const float* rows, int64_t, int64_t, float*) { return rows; }
+  static Matrix<float> left(float* scores, int64_t, int64_t, int64_t row, float*) { return {scores, row, 1}; }
+  static Matrix<float> turned(float* scores, int64_t, int64_t, int64_t row, float*) { return {scores, 1, row}; }
+};
+
+struct Pairs {
+  using Number = Pair;
+  static constexpr int64_t kTogether = 2;
+
+  // Two rows at a time, each number of the first beside the second's.
+  static const Pair* stacked(const Pair* rows, int64_t count, int64_t width, Pair* to) {
+    for (int64_t i = 0; i < count; i += 2) {
+      const auto* one = reinterpret_cast<const uint16_t*>(rows + i * width);
+      interleave(one, i + 1 < count ? one + 2 * width : nullptr, to + i * width, 2 * width);
+    }
+    return to;
+  }
+  static Matrix<Pair> left(float* scores, int64_t count, int64_t N, int64_t row, Pair* to) {
+    for (int64_t m = 0; m < count; ++m) {
+      scores[m * row + N] = 0.0f;  // the last one's partner, if N is odd
+      narrow_bfloat16(scores + m * row, reinterpret_cast<uint16_t*>(to + m * (row / 2)), N + 1);
+    }
+    return {to, row / 2, 1};
+  }
+  static Matrix<Pair> turned(float* scores, int64_t count, int64_t N, int64_t row, Pair* to) {
+    for (int64_t m = 0; m < count; m += 2)
+      interleave(scores + m * row, m + 1 < count ? scores + (m + 1) * row : nullptr, to + m / 2 * row, N);
+    return {to, 1, row};
+  }
+};
+
+void across_from(const float* rows, int64_t depth, float* to, int64_t to_row, int64_t count) {
+  transpose(rows, depth, to, to_row, count, depth);
+}
+
+void across_from(const Pair* rows, int64_t depth, Pair* to, int64_t to_row, int64_t count) {
+  transpose(reinterpret_cast<const float*>(rows), depth, reinterpret_cast<float*>(to), to_row, count, depth);
+}
+
 // What both passes are given.
 struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& table, const Optional& q_places,
        const Optional& k_places, const Optional& q_offsets, const Optional& k_offsets, double scale, const Tensor& lse)
-      : H(q.size(1)), d(q.size(3)), width(whole_lanes(d)), scale(float(scale)), q("q", q, H, d), k("k", k, H, d),
-        v("v", v, H, d), queries(spans_of("q_offsets", q, q_offsets)), keys(spans_of("k_offsets", k, k_offsets)),
-        sums(lse, q), bias(table, q_places, k_places, H, queries, keys) {
+      : H(q.size(1)), width(whole_lanes(q.size(3))), scale(float(scale)), q("q", q, q), k("k", k, k),
+        v("v", v, k), queries(spans_of("q_offsets", q, q_offsets)), keys(spans_of("k_offsets", k, k_offsets)),
+        sums(lse, q), bias(table, q_places, k_places, H, queries, keys),
+        in_pairs(q.scalar_type() == ScalarType::BFloat16 && multiplies_pairs()) {
+    STD_TORCH_CHECK(
+        k.size(1) == H && k.size(3) == q.size(3) && k.scalar_type() == q.scalar_type(), "k: expected heads as of q");
     STD_TORCH_CHECK(queries.size() == keys.size(), "k_offsets: expected as many samples as q_offsets");
-    STD_TORCH_CHECK(v.size(0) == k.size(0) && v.size(2) == k.size(2), "v: expected as k");
     for (const Span& span : keys) longest = std::max(longest, span.length);
     row = whole_lanes(longest) + kLanes;  // no power of two: rows of a column then lie in different sets of the cache
   }
 
-  int64_t H, d, width;  // width: d, filled up with zeros
+  int64_t H, width;  // width: of a head, filled up with zeros
   float scale;
   Heads q, k, v;
   std::vector<Span> queries, keys;
   Sums sums;
   Bias bias;
+  bool in_pairs;
   int64_t longest = 0, row = 0;  // keys of a sample; from one row of scores to the next
 };
 
-void attention_fwd(
-    Tensor q, Tensor k, Tensor v, Optional table, Optional q_places, Optional k_places, Optional q_offsets,
-    Optional k_offsets, double scale, Tensor out, Tensor lse) {
-  const Call call(q, k, v, table, q_places, k_places, q_offsets, k_offsets, scale, lse);
-  const Heads outs("out", out, call.H, call.d);
+// Memory of one thread.
+template <class Format>
+class Blocks {
+ public:
+  using Number = typename Format::Number;
+
+  Blocks(int count, int64_t size) : buffers_(count, size) {}
+  Number* operator[](int i) { return reinterpret_cast<Number*>(buffers_[i]); }
+
+ private:
+  Buffers buffers_;
+};
+
+int64_t numbers(int64_t length, int64_t together) { return (length + together - 1) / together; }
+
+template <class Format>
+void forward(const Call& call, const Heads& out) {
   struct Piece {
     int64_t b, h, first, last;
   };
@@ -131,22 +220,25 @@ void attention_fwd(
     for (int64_t h = 0; h < call.H; ++h)
       for (int64_t m = 0; m < call.queries[b].length; m += kPiece)
         pieces.push_back({b, h, m, std::min(m + kPiece, call.queries[b].length)});
-  const int64_t width = call.width, row = call.row;
+  constexpr int64_t kTogether = Format::kTogether;
+  const int64_t row = call.row, width = call.width, depth = width / kTogether;
   torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
-    Buffers of_keys(3, row * width), of_queries(2, kBlock * width), scores(1, kBlock * row);
-    float *keys = of_keys[0], *across = of_keys[1], *values = of_keys[2], *s = scores[0];
+    Blocks<Format> of_keys(4, row * depth), of_queries(1, kBlock * depth), of_scores(1, kBlock * row);
+    Buffers scores(1, kBlock * row), results(1, kBlock * width);
+    auto *rows = of_keys[0], *across = of_keys[1], *values = of_keys[2], *q = of_queries[0];
+    float *s = scores[0], *result = results[0];
     for (int64_t i = begin; i < end; ++i) {
-      const Piece& piece = pieces[i];
-      const int64_t b = piece.b, h = piece.h;
+      const auto& [b, h, piece_first, piece_last] = pieces[i];
       const Span &of_q = call.queries[b], &of_k = call.keys[b];
       const int64_t N = of_k.length;
-      call.k.read(of_k, h, 0, N, keys, width);
-      call.v.read(of_k, h, 0, N, values, width);
-      transpose(keys, width, across, row, whole_lanes(N), width);
-      for (int64_t first = piece.first; first < piece.last; first += kBlock) {
-        const int64_t count = std::min(kBlock, piece.last - first);
-        call.q.read(of_q, h, first, count, of_queries[0], width);
-        product({of_queries[0], width, 1}, across, row, s, row, count, whole_lanes(N), width, false);
+      call.k.read(of_k, h, 0, N, rows, depth);
+      across_from(rows, depth, across, row, N);
+      call.v.read(of_k, h, 0, N, rows, depth);
+      const auto* stacked = Format::stacked(rows, N, depth, values);
+      for (int64_t first = piece_first; first < piece_last; first += kBlock) {
+        const int64_t count = std::min(kBlock, piece_last - first);
+        call.q.read(of_q, h, first, count, q, depth);
+        product({q, depth, 1}, across, row, s, row, count, whole_lanes(N), depth, false);
         for (int64_t m = 0; m < count && N; ++m) {
           float* x = s + m * row;
           call.bias.add(x, call.scale, b, h, first + m, N);
@@ -156,78 +248,106 @@ void attention_fwd(
           multiply(x, 1.0f / total, N);
           call.sums.at(of_q, h, first + m) = most + std::log(total);
         }
-        product({s, row, 1}, values, width, of_queries[1], width, count, width, N, false);
-        for (int64_t m = 0; m < count; ++m) outs.write(of_q, h, first + m, of_queries[1] + m * width);
+        const auto p = Format::left(s, count, N, row, of_scores[0]);
+        product(p, stacked, width, result, width, count, width, numbers(N, kTogether), false);
+        for (int64_t m = 0; m < count; ++m) out.write(of_q, h, first + m, result + m * width);
       }
     }
   });
 }
 
-void attention_bwd(
+struct Gradients {
+  Heads q, k, v;
+  float* table;  // [H, T], added to; or none
+};
+
+template <class Format>
+void backward(const Call& call, const Heads& douts, const Gradients& gradients) {
+  constexpr int64_t kTogether = Format::kTogether;
+  const int64_t H = call.H, row = call.row, width = call.width, depth = width / kTogether;
+  const int64_t T = gradients.table ? call.bias.rows() : 0, pieces = call.queries.size() * H;
+  std::vector<float> parts(pieces * T);
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    Blocks<Format> of_keys(4, row * depth), of_queries(4, kBlock * depth), of_scores(3, kBlock * row);
+    Buffers scores(2, kBlock * row), sums(2, row * width), results(1, kBlock * width);
+    auto *rows = of_keys[0], *k_across = of_keys[1], *v_across = of_keys[2], *q = of_queries[0], *dout = of_queries[1];
+    float *p = scores[0], *ds = scores[1], *dk = sums[0], *dv = sums[1], *dq = results[0];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t b = piece / H, h = piece % H;
+      const Span &of_q = call.queries[b], &of_k = call.keys[b];
+      const int64_t N = of_k.length;
+      call.v.read(of_k, h, 0, N, rows, depth);
+      across_from(rows, depth, v_across, row, N);
+      call.k.read(of_k, h, 0, N, rows, depth);
+      across_from(rows, depth, k_across, row, N);
+      const auto* k = Format::stacked(rows, N, depth, of_keys[3]);
+      std::fill_n(dk, N * width, 0.0f);
+      std::fill_n(dv, N * width, 0.0f);
+      for (int64_t first = 0; first < of_q.length; first += kBlock) {
+        const int64_t count = std::min(kBlock, of_q.length - first), counted = numbers(count, kTogether);
+        call.q.read(of_q, h, first, count, q, depth);
+        douts.read(of_q, h, first, count, dout, depth);
+        product({q, depth, 1}, k_across, row, p, row, count, whole_lanes(N), depth, false);
+        product({dout, depth, 1}, v_across, row, ds, row, count, whole_lanes(N), depth, false);
+        for (int64_t m = 0; m < count; ++m) {
+          float *of_p = p + m * row, *of_ds = ds + m * row;
+          call.bias.add(of_p, call.scale, b, h, first + m, N);
+          exponentials(of_p, call.sums.at(of_q, h, first + m), N);
+          score_gradient(of_p, of_ds, dot(of_p, of_ds, N), N);
+          if (T) call.bias.add_gradient_of(of_ds, &parts[piece * T], b, first + m, N);
+        }
+        const auto p_turned = Format::turned(p, count, N, row, of_scores[0]);
+        const auto ds_turned = Format::turned(ds, count, N, row, of_scores[1]);
+        const auto ds_left = Format::left(ds, count, N, row, of_scores[2]);
+        const auto* dout_stacked = Format::stacked(dout, count, depth, of_queries[2]);
+        const auto* q_stacked = Format::stacked(q, count, depth, of_queries[3]);
+        product(p_turned, dout_stacked, width, dv, width, N, width, counted, true);
+        product(ds_turned, q_stacked, width, dk, width, N, width, counted, true);
+        product(ds_left, k, width, dq, width, count, width, numbers(N, kTogether), false);
+        multiply(dq, call.scale, count * width);
+        for (int64_t m = 0; m < count; ++m) gradients.q.write(of_q, h, first + m, dq + m * width);
+      }
+      multiply(dk, call.scale, N * width);
+      for (int64_t n = 0; n < N; ++n) {
+        gradients.k.write(of_k, h, n, dk + n * width);
+        gradients.v.write(of_k, h, n, dv + n * width);
+      }
+    }
+  });
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t t = 0; t < T; ++t) gradients.table[piece % H * T + t] += parts[piece * T + t];
+}
+
+void rel_attention_fwd(
+    Tensor q, Tensor k, Tensor v, Optional table, Optional q_places, Optional k_places, Optional q_offsets,
+    Optional k_offsets, double scale, Tensor out, Tensor lse) {
+  const Call call(q, k, v, table, q_places, k_places, q_offsets, k_offsets, scale, lse);
+  const Heads outs("out", out, q);
+  if (call.in_pairs) forward<Pairs>(call, outs);
+  else forward<Floats>(call, outs);
+}
+
+void rel_attention_bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Optional table, Optional q_places, Optional k_places,
     Optional q_offsets, Optional k_offsets, double scale, Tensor lse, Tensor dq, Tensor dk, Tensor dv,
     Optional dtable) {
   const Call call(q, k, v, table, q_places, k_places, q_offsets, k_offsets, scale, lse);
-  const int64_t H = call.H, d = call.d, width = call.width, row = call.row, T = dtable ? call.bias.rows() : 0;
-  const Heads douts("dout", dout, H, d), dqs("dq", dq, H, d), dks("dk", dk, H, d), dvs("dv", dv, H, d);
   STD_TORCH_CHECK(
-      !dtable || (table && dtable->scalar_type() == ScalarType::Float && dtable->dim() == 2 && dtable->size(0) == H &&
-                  dtable->size(1) == T && dtable->is_contiguous()),
+      !dtable || (table && dtable->scalar_type() == ScalarType::Float && dtable->dim() == 2 &&
+                  dtable->size(0) == call.H && dtable->size(1) == table->size(1) && dtable->is_contiguous()),
       "dtable: expected as the table");
-  const int64_t pieces = call.queries.size() * H;
-  std::vector<float> parts(pieces * T);
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    Buffers of_keys(5, row * width), of_queries(3, kBlock * width), scores(2, kBlock * row);
-    float *keys = of_keys[0], *keys_across = of_keys[1], *values_across = of_keys[2];
-    float *of_dk = of_keys[3], *of_dv = of_keys[4];
-    float *of_q = of_queries[0], *of_dout = of_queries[1], *of_dq = of_queries[2], *p = scores[0], *ds = scores[1];
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t b = piece / H, h = piece % H;
-      const Span &queries = call.queries[b], &of_sample = call.keys[b];
-      const int64_t N = of_sample.length, lanes = whole_lanes(N);
-      call.v.read(of_sample, h, 0, N, keys, width);
-      transpose(keys, width, values_across, row, lanes, width);
-      call.k.read(of_sample, h, 0, N, keys, width);
-      transpose(keys, width, keys_across, row, lanes, width);
-      std::fill_n(of_dk, N * width, 0.0f);
-      std::fill_n(of_dv, N * width, 0.0f);
-      for (int64_t first = 0; first < queries.length; first += kBlock) {
-        const int64_t count = std::min(kBlock, queries.length - first);
-        call.q.read(queries, h, first, count, of_q, width);
-        douts.read(queries, h, first, count, of_dout, width);
-        product({of_q, width, 1}, keys_across, row, p, row, count, lanes, width, false);
-        product({of_dout, width, 1}, values_across, row, ds, row, count, lanes, width, false);
-        for (int64_t m = 0; m < count; ++m) {
-          float *of_p = p + m * row, *of_ds = ds + m * row;
-          call.bias.add(of_p, call.scale, b, h, first + m, N);
-          exponentials(of_p, call.sums.at(queries, h, first + m), N);
-          score_gradient(of_p, of_ds, dot(of_p, of_ds, N), N);
-          if (dtable) call.bias.add_gradient_of(of_ds, &parts[piece * T], b, first + m, N);
-        }
-        product({p, 1, row}, of_dout, width, of_dv, width, N, width, count, true);
-        product({ds, 1, row}, of_q, width, of_dk, width, N, width, count, true);
-        product({ds, row, 1}, keys, width, of_dq, width, count, width, N, false);
-        multiply(of_dq, call.scale, count * width);
-        for (int64_t m = 0; m < count; ++m) dqs.write(queries, h, first + m, of_dq + m * width);
-      }
-      multiply(of_dk, call.scale, N * width);
-      for (int64_t n = 0; n < N; ++n) {
-        dks.write(of_sample, h, n, of_dk + n * width);
-        dvs.write(of_sample, h, n, of_dv + n * width);
-      }
-    }
-  });
-  if (!dtable) return;
-  auto* total = static_cast<float*>(dtable->data_ptr());
-  for (int64_t piece = 0; piece < pieces; ++piece)
-    for (int64_t t = 0; t < T; ++t) total[piece % H * T + t] += parts[piece * T + t];
+  const Heads douts("dout", dout, q);
+  const Gradients gradients{
+      {"dq", dq, q}, {"dk", dk, k}, {"dv", dv, k}, dtable ? static_cast<float*>(dtable->data_ptr()) : nullptr};
+  if (call.in_pairs) backward<Pairs>(call, douts, gradients);
+  else backward<Floats>(call, douts, gradients);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mdt_fast, CPU, m) {
-  m.impl("rel_attention_fwd_cpu", TORCH_BOX(&attention_fwd));
-  m.impl("rel_attention_bwd_cpu", TORCH_BOX(&attention_bwd));
+  m.impl("rel_attention_fwd_cpu", TORCH_BOX(&rel_attention_fwd));
+  m.impl("rel_attention_bwd_cpu", TORCH_BOX(&rel_attention_bwd));
 }
 
 }  // namespace mdt_fast

@@ -1,17 +1,18 @@
-// The tile of a product, in registers. Included by products.cpp once for each instruction set, which says what its
-// Vector, kWidth, load, store, fill and multiply_add are, and how many rows and vectors of C a tile has.
+// The tile of a product, in registers. Included by products.cpp once for each instruction set, which says what it
+// multiplies (Number, in vectors: Factor), what it sums up in (Vector, of kWidth floats), how these are loaded, stored,
+// filled and multiplied, and how many rows and vectors of C a tile has.
 
 // C [rows, vectors * kWidth] (+)= A B.
 template <int rows, int vectors>
-void tile(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t K, bool add) {
+void tile(Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t K, bool add) {
   Vector sums[rows][vectors];
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) sums[i][j] = add ? load(c + i * c_row + j * kWidth) : fill(0.0f);
+    for (int j = 0; j < vectors; ++j) sums[i][j] = add ? load(c + i * c_row + j * kWidth) : zero();
   for (int64_t k = 0; k < K; ++k) {
-    Vector of_b[vectors];
+    Factor of_b[vectors];
     for (int j = 0; j < vectors; ++j) of_b[j] = load(b + k * b_row + j * kWidth);
     for (int i = 0; i < rows; ++i) {
-      const Vector of_a = fill(a.data[i * a.row + k * a.column]);
+      const Factor of_a = fill(a.data[i * a.row + k * a.column]);
       for (int j = 0; j < vectors; ++j) sums[i][j] = multiply_add(of_a, of_b[j], sums[i][j]);
     }
   }
@@ -21,7 +22,7 @@ void tile(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int6
 
 // All rows of C, `vectors` of its columns: whole tiles, then one of what is left.
 template <int vectors, int rows = kTileRows>
-void column_of_tiles(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t K, bool add) {
+void column_of_tiles(Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t K, bool add) {
   int64_t m = 0;
   for (; m + rows <= M; m += rows)
     tile<rows, vectors>({a.data + m * a.row, a.row, a.column}, b, b_row, c + m * c_row, c_row, K, add);
@@ -32,7 +33,7 @@ void column_of_tiles(Matrix a, const float* b, int64_t b_row, float* c, int64_t 
 }
 
 void tiles(
-    Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+    Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
   constexpr int64_t kColumns = kTileVectors * kWidth;
   int64_t n = 0;
   for (; n + kColumns <= N; n += kColumns)
