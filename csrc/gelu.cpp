@@ -5,6 +5,7 @@
 namespace mdt_fast {
 namespace {
 
+constexpr int64_t kStrip = 256;  // columns at a time: all that is read and written then fits into the nearest cache
 constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2/pi): 2u = kSlope * (z + 0.044715 z^3)
 
 inline float gate(float z) { return 1.0f / (1.0f + exponential(-kSlope * (z + 0.044715f * z * z * z))); }
@@ -34,13 +35,15 @@ void bias_gelu_fwd(Tensor x, Tensor bias, Tensor out) {
   const int64_t R = x.size(0), F = x.size(1);
   const Rows xs("x", x, R, F), biases("bias", bias, 1, F), outs("out", out, R, F);
   torch::stable::parallel_for(0, R, kRows, [&](int64_t first, int64_t last) {
-    std::vector<float> buffer(3 * F);
-    const float* bias_F = biases.read(0, &buffer[0]);
-    for (int64_t i = first; i < last; ++i) {
-      float* out_F = outs.write(i, &buffer[F]);
-      gelu(xs.read(i, &buffer[2 * F]), bias_F, out_F, F);
-      outs.done(i, out_F);
-    }
+    Buffers of_bias(1, F), strips(2, kStrip);
+    const float* bias_F = biases.read(0, of_bias[0]);
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t f = 0; f < F; f += kStrip) {
+        const int64_t length = std::min(kStrip, F - f);
+        float* to = outs.write(i, f, strips[0]);
+        gelu(xs.read(i, f, length, strips[1]), bias_F + f, to, length);
+        outs.done(i, f, length, to);
+      }
   });
 }
 
@@ -51,17 +54,18 @@ void bias_gelu_bwd(Tensor x, Tensor bias, Tensor dout, Tensor dx, Tensor dbias, 
   const auto chunks = chunks_of(R, R ? 1 : 0, Optional());
   std::vector<float> parts(chunks.size() * F);
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
-    std::vector<float> buffer(5 * F);
-    const float* bias_F = biases.read(0, &buffer[0]);
-    for (int64_t c = first; c < last; ++c) {
-      for (int64_t i = chunks[c].first; i < chunks[c].last; ++i) {
-        float *dx_F = dxs.write(i, &buffer[F]), *out_F = outs ? outs.write(i, &buffer[2 * F]) : &buffer[2 * F];
-        gelu_back(
-            xs.read(i, &buffer[3 * F]), bias_F, douts.read(i, &buffer[4 * F]), dx_F, &parts[c * F], out_F, F);
-        dxs.done(i, dx_F);
-        if (outs) outs.done(i, out_F);
-      }
-    }
+    Buffers of_bias(1, F), strips(4, kStrip);
+    const float* bias_F = biases.read(0, of_bias[0]);
+    for (int64_t c = first; c < last; ++c)
+      for (int64_t i = chunks[c].first; i < chunks[c].last; ++i)
+        for (int64_t f = 0; f < F; f += kStrip) {
+          const int64_t length = std::min(kStrip, F - f);
+          float *to_dx = dxs.write(i, f, strips[0]), *to_out = outs ? outs.write(i, f, strips[1]) : strips[1];
+          const float *of_x = xs.read(i, f, length, strips[2]), *of_dout = douts.read(i, f, length, strips[3]);
+          gelu_back(of_x, bias_F + f, of_dout, to_dx, &parts[c * F + f], to_out, length);
+          dxs.done(i, f, length, to_dx);
+          if (outs) outs.done(i, f, length, to_out);
+        }
   });
   add_parts(parts, chunks, dbiases, 1, F);
 }

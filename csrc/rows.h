@@ -70,24 +70,31 @@ class Rows {
   explicit operator bool() const { return data_ != nullptr; }
 
   // Row i to read: where it lies, or widened into `buffer`.
-  const float* read(int64_t i, float* buffer) const {
-    if (dtype_ == ScalarType::Float) return reinterpret_cast<float*>(data_) + i * stride_;
-    const auto* row = reinterpret_cast<uint16_t*>(data_) + i * stride_;
-    if (dtype_ == ScalarType::BFloat16) widen_bfloat16(row, buffer, columns_);
-    else widen_half(reinterpret_cast<const torch::headeronly::Half*>(row), buffer, columns_);
+  const float* read(int64_t i, float* buffer) const { return read(i, 0, columns_, buffer); }
+
+  // Where to write row i: there, or in `buffer`; then `done`.
+  float* write(int64_t i, float* buffer) const { return write(i, 0, buffer); }
+
+  void done(int64_t i, const float* buffer) const { done(i, 0, columns_, buffer); }
+
+  // The same for columns [first, first + length) alone.
+  const float* read(int64_t i, int64_t first, int64_t length, float* buffer) const {
+    if (dtype_ == ScalarType::Float) return reinterpret_cast<float*>(data_) + i * stride_ + first;
+    const auto* row = reinterpret_cast<uint16_t*>(data_) + i * stride_ + first;
+    if (dtype_ == ScalarType::BFloat16) widen_bfloat16(row, buffer, length);
+    else widen_half(reinterpret_cast<const torch::headeronly::Half*>(row), buffer, length);
     return buffer;
   }
 
-  // Where to write row i: there, or in `buffer`; then `done`.
-  float* write(int64_t i, float* buffer) const {
-    return dtype_ == ScalarType::Float ? reinterpret_cast<float*>(data_) + i * stride_ : buffer;
+  float* write(int64_t i, int64_t first, float* buffer) const {
+    return dtype_ == ScalarType::Float ? reinterpret_cast<float*>(data_) + i * stride_ + first : buffer;
   }
 
-  void done(int64_t i, const float* buffer) const {
+  void done(int64_t i, int64_t first, int64_t length, const float* buffer) const {
     if (dtype_ == ScalarType::Float) return;
-    auto* row = reinterpret_cast<uint16_t*>(data_) + i * stride_;
-    if (dtype_ == ScalarType::BFloat16) narrow_bfloat16(buffer, row, columns_);
-    else narrow_half(buffer, reinterpret_cast<torch::headeronly::Half*>(row), columns_);
+    auto* row = reinterpret_cast<uint16_t*>(data_) + i * stride_ + first;
+    if (dtype_ == ScalarType::BFloat16) narrow_bfloat16(buffer, row, length);
+    else narrow_half(buffer, reinterpret_cast<torch::headeronly::Half*>(row), length);
   }
 
   // A row of floats as it is once stored.

@@ -56,9 +56,9 @@ def _turned(x_RD: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    float32 = x.dtype == torch.float32
-    if not float32 or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
-        return F.linear(x, weight, bias)  # of bfloat16 PyTorch makes a product of oneDNN's itself
+    ours = bias is not None or x.dtype == torch.float32  # else PyTorch calls oneDNN itself, with less around it
+    if not ours or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
+        return F.linear(x, weight, bias)
     # For a part of a wider matrix oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

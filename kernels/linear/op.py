@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_csrc
 from . import onednn, reference
 from .onednn import linear_fwd, worthwhile
 
 ONEDNN = torch.backends.mkldnn.is_available()
+BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 MIN_ROWS = 64
 """Below, a product is bound by reading the weight, whoever multiplies."""
@@ -28,14 +28,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` without its checks."""
-    if not uses_onednn(x, weight):
+    if not (uses_onednn(x, weight) or (bias is not None and _in_bfloat16(x, weight))):
         return reference.linear(x, weight, bias)
     return linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
     """``dout.T @ x``: [O, D]."""
-    if uses_onednn(dout_RO, x_RD.t()) or _turns(dout_RO, x_RD):
+    if uses_onednn(dout_RO, x_RD.t()) or _in_bfloat16(dout_RO, x_RD.t()):
         return onednn.weight_gradient(dout_RO, x_RD)
     return reference.linear(dout_RO.t(), x_RD.t(), None)
 
@@ -48,17 +48,21 @@ def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """In float32 on a CPU: PyTorch asks MKL there, which leaves AVX-512 unused on processors other than
     Intel's."""
-    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    if not float32 or not ONEDNN or checks.plain_only() or torch.is_autocast_enabled("cpu"):
+    if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return _serves(x, weight)
+
+
+def _in_bfloat16(x: Tensor, weight: Tensor) -> bool:
+    """Of bfloat16 on a CPU PyTorch makes a product of oneDNN's itself, but a slow one of a bias, which it writes
+    first and then adds to, or of transposed operands."""
+    return BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16 and _serves(x, weight)
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    if not ONEDNN or x.device.type != "cpu" or checks.plain_only():
         return False
     if x.numel() < MIN_ROWS * x.shape[-1] or x.shape[-1] == 0:
         return False
     # A graph for any number of rows must not be compiled again at the threshold: there the op itself decides.
     return torch.compiler.is_compiling() or worthwhile(x.numel(), weight.shape[0])
-
-
-def _turns(dout_RO: Tensor, x_RD: Tensor) -> bool:
-    """Whether a product in bfloat16 on a CPU is worth transposing for."""
-    if dout_RO.dtype != torch.bfloat16 or x_RD.dtype != torch.bfloat16 or not uses_csrc(dout_RO, x_RD):
-        return False
-    return torch.compiler.is_compiling() or worthwhile(dout_RO.numel(), x_RD.shape[1])
