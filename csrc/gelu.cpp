@@ -7,13 +7,19 @@ namespace {
 
 constexpr int64_t kStrip = 256;  // columns at a time: all that is read and written then fits into the nearest cache
 constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2/pi): 2u = kSlope * (z + 0.044715 z^3)
+constexpr float kOfTwo = -1.4426950408889634f * kSlope;
+constexpr float kFar = 9.0f;  // from here on the sigmoid is 1 as far as a float tells, and at -kFar 0
 
-inline float gate(float z) { return 1.0f / (1.0f + exponential(-kSlope * (z + 0.044715f * z * z * z))); }
+inline float below(float x, float bound) { return x > bound ? bound : x; }
+inline float above(float x, float bound) { return x < bound ? bound : x; }
+
+// sigmoid(2u) of z within kFar.
+inline float gate(float z) { return 1.0f / (1.0f + power_of_two(z * (kOfTwo + kOfTwo * 0.044715f * (z * z)))); }
 
 MDT_TARGETS void gelu(const float* __restrict x, const float* __restrict bias, float* __restrict out, int64_t length) {
   for (int64_t i = 0; i < length; ++i) {
-    const float z = x[i] + bias[i];
-    out[i] = z * gate(z);
+    const float z = above(x[i] + bias[i], -kFar);
+    out[i] = z * gate(below(z, kFar));
   }
 }
 
@@ -21,9 +27,8 @@ MDT_TARGETS void gelu_back(
     const float* __restrict x, const float* __restrict bias, const float* __restrict dout, float* __restrict dx,
     float* __restrict dbias, float* __restrict out, int64_t length) {
   for (int64_t i = 0; i < length; ++i) {
-    const float z = x[i] + bias[i], s = gate(z);
-    const float near = z > 100.0f ? 100.0f : z < -100.0f ? -100.0f : z;  // beyond, s is 0 or 1, and so is the slope
-    const float slope = kSlope * (1.0f + 0.134145f * near * near);
+    const float z = above(x[i] + bias[i], -kFar), near = below(z, kFar), s = gate(near);
+    const float slope = kSlope + kSlope * 0.134145f * (near * near);
     const float dz = dout[i] * s * (1.0f + near * (1.0f - s) * slope);
     dx[i] = dz;
     dbias[i] += dz;

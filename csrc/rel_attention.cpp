@@ -10,6 +10,7 @@ namespace mdt_fast {
 namespace {
 
 constexpr int64_t kBlock = 64;   // queries whose scores are computed together
+constexpr int64_t kAhead = 8;    // rows that are fetched before they are read
 constexpr int64_t kPiece = 256;  // queries of a piece of work of the forward pass
 
 int64_t whole_lanes(int64_t x) { return (x + kLanes - 1) / kLanes * kLanes; }
@@ -52,6 +53,7 @@ class Heads {
   void read(const Span& span, int64_t h, int64_t first, int64_t count, float* to, int64_t to_row) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = place(span, h, first + i);
+      if (i + kAhead < count) fetch(place(span, h, first + i + kAhead));
       float* row = to + i * to_row;
       if (dtype_ == ScalarType::Float) std::copy_n(reinterpret_cast<float*>(data_) + at, d_, row);
       else if (dtype_ == ScalarType::BFloat16) widen_bfloat16(reinterpret_cast<uint16_t*>(data_) + at, row, d_);
@@ -61,10 +63,12 @@ class Heads {
 
   // The same of bfloat16, as it is.
   void read(const Span& span, int64_t h, int64_t first, int64_t count, Pair* to, int64_t to_row) const {
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) fetch(place(span, h, first + i + kAhead));
       std::copy_n(
           reinterpret_cast<uint16_t*>(data_) + place(span, h, first + i), d_,
           reinterpret_cast<uint16_t*>(to + i * to_row));
+    }
   }
 
   // Row i of a sample's head.
@@ -76,6 +80,12 @@ class Heads {
   }
 
  private:
+  // Into the cache, while other rows are read: processors foresee no rows that lie apart.
+  void fetch(int64_t at) const {
+    const int64_t bytes = dtype_ == ScalarType::Float ? 4 : 2;
+    for (int64_t byte = 0; byte < d_ * bytes; byte += int64_t(kAlignment)) prefetch(data_ + at * bytes + byte);
+  }
+
   int64_t place(const Span& span, int64_t h, int64_t i) const {
     return span.entry * entry_ + h * head_ + (span.first + i) * row_;
   }
@@ -125,15 +135,18 @@ class Sums {
   int64_t entry_rows_, rows_;
 };
 
-// How the factors of products are held. `rows`: heads as they were read; as such they are a left factor, and
-// `across`, transposed, a right one. Where their rows are summed over, they are `stacked`. Scores come in float32.
+// How the factors of products are held. Rows of heads, as they were read, are a left factor and, transposed, a right
+// one; where they are summed over, they are `stacked`. Scores come row by row in float32 and are kept as a left factor,
+// as they stand or turned.
 struct Floats {
   using Number = float;
   static constexpr int64_t kTogether = 1;
 
   static const float* stacked(const float* rows, int64_t, int64_t, float*) { return rows; }
-  static Matrix<float> left(float* scores, int64_t, int64_t, int64_t row, float*) { return {scores, row, 1}; }
-  static Matrix<float> turned(float* scores, int64_t, int64_t, int64_t row, float*) { return {scores, 1, row}; }
+  static void keep(float*, int64_t, int64_t, int64_t, float*) {}
+  static void keep_turned(float*, int64_t, int64_t, int64_t, int64_t, float*) {}
+  static Matrix<float> kept(const float* scores, int64_t row, const float*) { return {scores, row, 1}; }
+  static Matrix<float> kept_turned(const float* scores, int64_t row, const float*) { return {scores, 1, row}; }
 };
 
 struct Pairs {
@@ -141,25 +154,24 @@ struct Pairs {
   static constexpr int64_t kTogether = 2;
 
   // Two rows at a time, each number of the first beside the second's.
-  static const Pair* stacked(const Pair* rows, int64_t count, int64_t width, Pair* to) {
+  static const Pair* stacked(const Pair* rows, int64_t count, int64_t depth, Pair* to) {
     for (int64_t i = 0; i < count; i += 2) {
-      const auto* one = reinterpret_cast<const uint16_t*>(rows + i * width);
-      interleave(one, i + 1 < count ? one + 2 * width : nullptr, to + i * width, 2 * width);
+      const auto* one = reinterpret_cast<const uint16_t*>(rows + i * depth);
+      interleave(one, i + 1 < count ? one + 2 * depth : nullptr, to + i * depth, 2 * depth);
     }
     return to;
   }
-  static Matrix<Pair> left(float* scores, int64_t count, int64_t N, int64_t row, Pair* to) {
-    for (int64_t m = 0; m < count; ++m) {
-      scores[m * row + N] = 0.0f;  // the last one's partner, if N is odd
-      narrow_bfloat16(scores + m * row, reinterpret_cast<uint16_t*>(to + m * (row / 2)), N + 1);
-    }
-    return {to, row / 2, 1};
+  static void keep(float* scores, int64_t m, int64_t N, int64_t row, Pair* to) {
+    scores[m * row + N] = 0.0f;  // the last one's partner, if N is odd
+    narrow_bfloat16(scores + m * row, reinterpret_cast<uint16_t*>(to + m * (row / 2)), N + 1);
   }
-  static Matrix<Pair> turned(float* scores, int64_t count, int64_t N, int64_t row, Pair* to) {
-    for (int64_t m = 0; m < count; m += 2)
-      interleave(scores + m * row, m + 1 < count ? scores + (m + 1) * row : nullptr, to + m / 2 * row, N);
-    return {to, 1, row};
+  static void keep_turned(float* scores, int64_t m, int64_t count, int64_t N, int64_t row, Pair* to) {
+    const float* last = scores + m * row;
+    if (m % 2) interleave(last - row, last, to + m / 2 * row, N);
+    else if (m + 1 == count) interleave(last, nullptr, to + m / 2 * row, N);
   }
+  static Matrix<Pair> kept(const float*, int64_t row, const Pair* to) { return {to, row / 2, 1}; }
+  static Matrix<Pair> kept_turned(const float*, int64_t row, const Pair* to) { return {to, 1, row}; }
 };
 
 void across_from(const float* rows, int64_t depth, float* to, int64_t to_row, int64_t count) {
@@ -247,8 +259,9 @@ void forward(const Call& call, const Heads& out) {
           const float total = sum(x, N);
           multiply(x, 1.0f / total, N);
           call.sums.at(of_q, h, first + m) = most + std::log(total);
+          Format::keep(s, m, N, row, of_scores[0]);
         }
-        const auto p = Format::left(s, count, N, row, of_scores[0]);
+        const auto p = Format::kept(s, row, of_scores[0]);
         product(p, stacked, width, result, width, count, width, numbers(N, kTogether), false);
         for (int64_t m = 0; m < count; ++m) out.write(of_q, h, first + m, result + m * width);
       }
@@ -295,15 +308,15 @@ void backward(const Call& call, const Heads& douts, const Gradients& gradients) 
           exponentials(of_p, call.sums.at(of_q, h, first + m), N);
           score_gradient(of_p, of_ds, dot(of_p, of_ds, N), N);
           if (T) call.bias.add_gradient_of(of_ds, &parts[piece * T], b, first + m, N);
+          Format::keep_turned(p, m, count, N, row, of_scores[0]);
+          Format::keep_turned(ds, m, count, N, row, of_scores[1]);
+          Format::keep(ds, m, N, row, of_scores[2]);
         }
-        const auto p_turned = Format::turned(p, count, N, row, of_scores[0]);
-        const auto ds_turned = Format::turned(ds, count, N, row, of_scores[1]);
-        const auto ds_left = Format::left(ds, count, N, row, of_scores[2]);
         const auto* dout_stacked = Format::stacked(dout, count, depth, of_queries[2]);
         const auto* q_stacked = Format::stacked(q, count, depth, of_queries[3]);
-        product(p_turned, dout_stacked, width, dv, width, N, width, counted, true);
-        product(ds_turned, q_stacked, width, dk, width, N, width, counted, true);
-        product(ds_left, k, width, dq, width, count, width, numbers(N, kTogether), false);
+        product(Format::kept_turned(p, row, of_scores[0]), dout_stacked, width, dv, width, N, width, counted, true);
+        product(Format::kept_turned(ds, row, of_scores[1]), q_stacked, width, dk, width, N, width, counted, true);
+        product(Format::kept(ds, row, of_scores[2]), k, width, dq, width, count, width, numbers(N, kTogether), false);
         multiply(dq, call.scale, count * width);
         for (int64_t m = 0; m < count; ++m) gradients.q.write(of_q, h, first + m, dq + m * width);
       }

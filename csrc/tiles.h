@@ -22,7 +22,8 @@ void tile(Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_
 
 // All rows of C, `vectors` of its columns: whole tiles, then one of what is left.
 template <int vectors, int rows = kTileRows>
-void column_of_tiles(Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t K, bool add) {
+void column_of_tiles(
+    Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t K, bool add) {
   int64_t m = 0;
   for (; m + rows <= M; m += rows)
     tile<rows, vectors>({a.data + m * a.row, a.row, a.column}, b, b_row, c + m * c_row, c_row, K, add);

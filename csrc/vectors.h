@@ -58,6 +58,24 @@ inline float exponential(float x) {
   return p * bits<float>((bits<uint32_t>(shifted) + (127u - 0x4B400000u)) << 23);
 }
 
+#if defined(__GNUC__)
+inline void prefetch(const void* at) { __builtin_prefetch(at); }
+#else
+inline void prefetch(const void*) {}
+#endif
+
+// 2^x to 2 units in the last place, for x from -126 to 126: exponential's cheaper sister.
+inline float power_of_two(float x) {
+  const float shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
+  float p = 1.3264727e-3f;
+  p = p * r + 9.6715127e-3f;
+  p = p * r + 5.5507337e-2f;
+  p = p * r + 2.4022242e-1f;
+  p = p * r + 6.9314698e-1f;
+  p = p * r + 1.0f;
+  return p * bits<float>((bits<uint32_t>(shifted) + (127u - 0x4B400000u)) << 23);
+}
+
 // Buffers of D floats for one thread.
 class Buffers {
  public:
