@@ -30,8 +30,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-# No -march: the inner loops choose by the processor they run on (targets.h). No fused multiply-add: the same
-# bits on all of them.
+# No -march: the inner loops choose by the processor they run on (targets.h). No fused multiply-add, but where
+# products ask for it: the same bits on all of them.
 CXX_FLAGS = [
     *TARGET,
     "-std=c++17",

@@ -10,16 +10,18 @@ constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2/pi): 2u = kSlope * (z
 constexpr float kOfTwo = -1.4426950408889634f * kSlope;
 constexpr float kFar = 9.0f;  // from here on the sigmoid is 1 as far as a float tells, and at -kFar 0
 
-inline float below(float x, float bound) { return x > bound ? bound : x; }
-inline float above(float x, float bound) { return x < bound ? bound : x; }
+inline float within_reach(float z) { return z > kFar ? kFar : z < -kFar ? -kFar : z; }
 
-// sigmoid(2u) of z within kFar.
-inline float gate(float z) { return 1.0f / (1.0f + power_of_two(z * (kOfTwo + kOfTwo * 0.044715f * (z * z)))); }
+// sigmoid(2u) of z, which is `near` within reach.
+inline float gate(float z, float near) {
+  const float s = 1.0f / (1.0f + power_of_two(near * (kOfTwo + kOfTwo * 0.044715f * (near * near))));
+  return z < -kFar ? 0.0f : s;
+}
 
 MDT_TARGETS void gelu(const float* __restrict x, const float* __restrict bias, float* __restrict out, int64_t length) {
   for (int64_t i = 0; i < length; ++i) {
-    const float z = above(x[i] + bias[i], -kFar);
-    out[i] = z * gate(below(z, kFar));
+    const float z = x[i] + bias[i];
+    out[i] = z * gate(z, within_reach(z));
   }
 }
 
@@ -27,7 +29,7 @@ MDT_TARGETS void gelu_back(
     const float* __restrict x, const float* __restrict bias, const float* __restrict dout, float* __restrict dx,
     float* __restrict dbias, float* __restrict out, int64_t length) {
   for (int64_t i = 0; i < length; ++i) {
-    const float z = above(x[i] + bias[i], -kFar), near = below(z, kFar), s = gate(near);
+    const float z = x[i] + bias[i], near = within_reach(z), s = gate(z, near);
     const float slope = kSlope + kSlope * 0.134145f * (near * near);
     const float dz = dout[i] * s * (1.0f + near * (1.0f - s) * slope);
     dx[i] = dz;

@@ -6,8 +6,10 @@
 namespace mdt_fast {
 namespace {
 
-#ifdef MDT_WIDTHS
+#ifdef MDT_AVX512
 __attribute__((target("avx512f"))) int64_t vector_bits() { return 512; }
+#endif
+#ifdef MDT_WIDTHS
 __attribute__((target("avx2"))) int64_t vector_bits() { return 256; }
 __attribute__((target("default"))) int64_t vector_bits() { return 128; }
 #else

@@ -14,7 +14,7 @@ template <class Number>
 using Product = void (*)(
     Matrix<Number>, const Number*, int64_t, float*, int64_t, int64_t, int64_t, int64_t, bool);
 
-#ifdef MDT_WIDTHS
+#ifdef MDT_AVX512
 #pragma GCC push_options
 #pragma GCC target("avx512f")
 namespace avx512 {
@@ -47,7 +47,9 @@ inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm512_dpbf16_
 #include "tiles.h"
 }  // namespace avx512_pairs
 #pragma GCC pop_options
+#endif
 
+#ifdef MDT_WIDTHS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -68,7 +70,8 @@ inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm256_fmadd_p
 namespace any {
 // As wide as C's rows: the compiler makes what vectors it can of it.
 void tiles(
-    Matrix<float> a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+    Matrix<float> a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K,
+    bool add) {
   for (int64_t m = 0; m < M; ++m) {
     float* __restrict row = c + m * c_row;
     for (int64_t n = 0; n < N && !add; ++n) row[n] = 0.0f;
@@ -82,15 +85,17 @@ void tiles(
 }  // namespace any
 
 Product<float> chosen() {
-#ifdef MDT_WIDTHS
+#ifdef MDT_AVX512
   if (__builtin_cpu_supports("avx512f")) return avx512::tiles;
+#endif
+#ifdef MDT_WIDTHS
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::tiles;
 #endif
   return any::tiles;
 }
 
 Product<Pair> chosen_for_pairs() {
-#ifdef MDT_WIDTHS
+#ifdef MDT_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")) return avx512_pairs::tiles;
 #endif
   return nullptr;

@@ -1,4 +1,5 @@
-// Rows of attention's scores: the bias read from a table, the softmax, and their gradients. H heads, T rows of the table.
+// Rows of attention's scores: the bias read from a table, the softmax, and their gradients. H heads, M queries and N
+// keys of a sample, T rows of the table.
 #pragma once
 
 #include <algorithm>
@@ -126,7 +127,8 @@ class Bias {
     Places places;
     for (const Span& span : spans) {
       STD_TORCH_CHECK(
-          span.entry < tensor.size(0) && span.first + span.length <= tensor.size(1), name, ": expected one for each row");
+          span.entry < tensor.size(0) && span.first + span.length <= tensor.size(1), name,
+          ": expected one for each row");
       places.push_back(static_cast<const int32_t*>(tensor.data_ptr()) + span.entry * tensor.stride(0) + span.first);
     }
     return places;

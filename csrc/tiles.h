@@ -34,7 +34,8 @@ void column_of_tiles(
 }
 
 void tiles(
-    Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K, bool add) {
+    Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K,
+    bool add) {
   constexpr int64_t kColumns = kTileVectors * kWidth;
   int64_t n = 0;
   for (; n + kColumns <= N; n += kColumns)

@@ -56,7 +56,9 @@ def _turned(x_RD: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    ours = bias is not None or x.dtype == torch.float32  # else PyTorch calls oneDNN itself, with less around it
+    ours = (
+        bias is not None or x.dtype == torch.float32
+    )  # else PyTorch calls oneDNN itself, with less around it
     if not ours or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
         return F.linear(x, weight, bias)
     # For a part of a wider matrix oneDNN has only its slow reference code.

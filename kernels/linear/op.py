@@ -54,8 +54,8 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _in_bfloat16(x: Tensor, weight: Tensor) -> bool:
-    """Of bfloat16 on a CPU PyTorch makes a product of oneDNN's itself, but a slow one of a bias, which it writes
-    first and then adds to, or of transposed operands."""
+    """Of bfloat16 on a CPU PyTorch makes a product of oneDNN's itself, but a slow one with a bias, which it
+    writes first and then adds to, and of transposed operands."""
     return BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16 and _serves(x, weight)
 
 

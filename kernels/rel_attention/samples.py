@@ -1,5 +1,5 @@
-"""Attention on a CPU, sample by sample: their scores fit into the cache, a batch's do not. By ``csrc/``, or, for
-other dtypes and where that is not built, a few samples after the other in PyTorch.
+"""Attention on a CPU, sample by sample: their scores fit into the cache, a batch's do not. By ``csrc/``, or,
+for float64 and where that is not built, a few samples after the other in PyTorch.
 
 B samples, H heads, M queries, N keys, d head size, T table rows, n samples of a group. q, k, v and their
 gradients are [B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d]. Softmax, sums and the table's
@@ -9,20 +9,29 @@ gradient in float32 (float64 for float64); PyTorch's products in the dtype of q.
 from torch import Tensor
 
 from ..backends import uses_csrc
+from ..native import vector_bits
 from . import native
 from .call import Call
 from .groups import groups, wide
 from .scores import Scores
 
+MIN_BITS = 256
+"""Of the processor's vectors: with narrower ones, products of ``csrc/`` are slower than PyTorch's."""
+
 SCORES_BYTES = 1 << 20
 """A group's scores, at most: about what a core's own cache holds."""
+
+
+def by_csrc(q: Tensor) -> bool:
+    """Whether ``csrc/`` computes attention of such queries."""
+    return uses_csrc(q) and vector_bits() >= MIN_BITS
 
 
 def forward(
     q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
 ) -> Tensor:
     """Write ``out``; returns log(sum(exp(score))) [H, all rows of q]."""
-    if uses_csrc(q_BHMd):
+    if by_csrc(q_BHMd):
         return native.forward(q_BHMd, k_BHNd, v_BHNd, table_RH, call, out_BHMd)
     lse = q_BHMd.new_empty(q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2], dtype=wide(q_BHMd))
     scores = Scores(table_RH, call, q_BHMd, with_gradient=False)
@@ -51,7 +60,7 @@ def backward(
     dtable_RH: Tensor | None,
 ) -> None:
     """Write the gradients of q, k, v, and of the table where ``dtable`` is given."""
-    if uses_csrc(q_BHMd):
+    if by_csrc(q_BHMd):
         native.backward(
             dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, call, dq_BHMd, dk_BHNd, dv_BHNd, dtable_RH
         )
@@ -67,4 +76,3 @@ def backward(
         scores.differentiate(group, *queries, group.k.of(k_BHNd), group.k.of(v_BHNd), dq, dk, dv)
     if dtable_RH is not None:
         dtable_RH.copy_(scores.table_gradient())
-

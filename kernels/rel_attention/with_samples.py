@@ -4,7 +4,11 @@ from torch import Tensor
 
 from .. import checks
 from .call import Call
+from .samples import by_csrc
 from .with_triton import attend, attend_packed
+
+MIN_SCORES = 64 * 64
+"""Of one head of the longest sample: with fewer, what surrounds the kernel takes longer than it saves."""
 
 __all__ = ["attend", "attend_packed", "better", "refusal"]
 
@@ -18,6 +22,10 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def better(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> bool:
-    """Whether it beats PyTorch's fused attention, which does neither of these two on a CPU."""
-    table_grad = needs_grad and table_RH is not None and table_RH.requires_grad
-    return (call.ragged or table_grad) and refusal(q, table_RH, call, needs_grad) is None
+    """Whether it beats PyTorch's fused attention: always where that lacks what is asked for, the table's
+    gradient or samples of different lengths; else by ``csrc/``."""
+    if refusal(q, table_RH, call, needs_grad) is not None:
+        return False
+    if call.ragged or (needs_grad and table_RH is not None and table_RH.requires_grad):
+        return True
+    return call.queries.length * call.keys.length >= MIN_SCORES and by_csrc(q)

@@ -61,7 +61,9 @@ def test_all_stages(start: Callable, tmp_path: Path) -> None:
     summary = done.stdout.partition("== summary")[2].splitlines()[1:]
     assert [line.split()[0] for line in summary] == ["first", *STAGES]
     assert all(line.endswith("passed") for line in summary)
-    assert [line.split()[0] for line in start()[0].stdout.partition("== summary")[2].splitlines()[1:]] == STAGES
+    assert [
+        line.split()[0] for line in start()[0].stdout.partition("== summary")[2].splitlines()[1:]
+    ] == STAGES
     seen, models = set(), set()
     for line in asked:
         if line[0] == "-m":

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -153,28 +154,42 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     runtime = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
     if not Path(runtime).is_absolute():
         pytest.skip("needs g++ with its address sanitizer")
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1"]
-    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000", *checks]
-    home = Path(torch.__file__).parent
-    command += [f"-I{home / 'include'}", f"-L{home / 'lib'}"]
-    sources = sorted(map(str, (ROOT / "csrc").glob("*.cpp")))
-    subprocess.run([*command, *sources, "-ltorch_cpu", "-lc10", "-o", tmp_path / "_cpu.so"], check=True)
+    compile_ops(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1")
     # The sanitizer looks for C++'s exceptions when it is loaded.
     exceptions = subprocess.check_output(["g++", "-print-file-name=libstdc++.so.6"], text=True).strip()
-    env = os.environ | {
-        "MDT_FAST_NATIVE": str(tmp_path), "LD_PRELOAD": f"{runtime} {exceptions}",
-        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2",
-    }  # fmt: skip
-    names = (
-        "kernels/test_mask_plan.py",
-        "test_optim.py",
-        "csrc/test_native_rows.py",
-        "csrc/test_native_scores.py",
-    )
+    run_tests(
+        tmp_path, "kernels/test_mask_plan.py", "test_optim.py", *OPS_ALONE, ASAN_OPTIONS="detect_leaks=0",
+        LD_PRELOAD=f"{runtime} {exceptions}", UBSAN_OPTIONS="print_stacktrace=1",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs x86")
+def test_without_the_widest_vectors(tmp_path: Path) -> None:
+    """What processors without AVX-512 run."""
+    compile_ops(tmp_path, "-DMDT_NO_AVX512", "-O2", "-ffp-contract=off")
+    run_tests(tmp_path, *OPS_ALONE)
+
+
+OPS_ALONE = ("csrc/test_native_rows.py", "csrc/test_native_attention.py")
+
+
+def compile_ops(folder: Path, *flags: str) -> None:
+    """``csrc/``'s CPU library into ``folder``."""
+    home = Path(torch.__file__).parent
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags]
+    command += [f"-I{home / 'include'}", f"-L{home / 'lib'}"]
+    sources = sorted(map(str, (ROOT / "csrc").glob("*.cpp")))
+    subprocess.run([*command, *sources, "-ltorch_cpu", "-lc10", "-o", folder / "_cpu.so"], check=True)
+
+
+def run_tests(folder: Path, *names: str, **variables: str) -> None:
+    """Run these tests with the library in ``folder``."""
+    env = os.environ | {"MDT_FAST_NATIVE": str(folder), "OMP_NUM_THREADS": "2"} | variables
     tests = [ROOT / "tests" / name for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
-         "-k", "not compile", *tests],
+         "-k", "not compile and not widest", *tests],
         capture_output=True, text=True, env=env, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
