@@ -44,6 +44,20 @@ def test_halves_of_a_wider_weight(half: int) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["every third", "one for all"])
+def test_a_bias_whose_numbers_lie_apart(layout: str, dtype: torch.dtype) -> None:
+    """oneDNN takes them to lie side by side."""
+
+    def with_bias(f, x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return f(x, w, b[::3] if layout == "every third" else b[:1].expand(20))
+
+    torch.manual_seed(0)
+    args = [torch.randn(80, 24), torch.randn(20, 24), torch.randn(60)]
+    compare(partial(with_bias, linear), partial(with_bias, F.linear), args, dtype)
+
+
+
 @ONEDNN
 def test_who_multiplies() -> None:
     x, weight = torch.randn(64, 8), torch.randn(4, 8)
