@@ -116,3 +116,18 @@ def test_compiled_with_every_length() -> None:
         expected = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, offsets=offsets)
         assert torch.equal(attend(qkv, weights, pos, offsets), expected)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no gradient", "gradients"])
+@pytest.mark.parametrize("with_table", [False, True], ids=["no table", "table"])
+def test_compiled_whole_grids(with_table: bool, needs_grad: bool) -> None:
+    """Of 64 tokens, from which on who serves is asked of the processor."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 64, 3, H, 8, requires_grad=needs_grad)
+    weights = torch.randn(15 * 15 + 3, H) if with_table else None
+    compiled = torch.compile(rel_attention_qkvpacked, fullgraph=True, backend="aot_eager")
+    results = [f(qkv, weights, grid_size=8) for f in (compiled, rel_attention_qkvpacked)]
+    assert torch.equal(*results)
+    if needs_grad:
+        assert torch.equal(*(torch.autograd.grad(out.sum(), qkv)[0] for out in results))
