@@ -131,3 +131,14 @@ def test_compiled_whole_grids(with_table: bool, needs_grad: bool) -> None:
     assert torch.equal(*results)
     if needs_grad:
         assert torch.equal(*(torch.autograd.grad(out.sum(), qkv)[0] for out in results))
+
+
+def test_empty_heads_lie_anyhow() -> None:
+    nothing = torch.randn(0, H, 8, 64).mT
+    assert rel_attention(*[nothing] * 3, attention_backend="samples").shape == (0, H, 64, 8)
+    q, k = torch.randn(2, H, 5, 8), torch.randn(2, H, 16, 7).mT[:, :, :0, ::2]
+    out, *gradients = run(partial(rel_attention, attention_backend="samples"), [q, k, k])
+    assert not out.any()
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+    leaf = k.detach().requires_grad_()
+    assert not rel_attention(q, leaf, leaf, attention_backend="samples").any()
