@@ -142,3 +142,11 @@ def test_empty_heads_lie_anyhow() -> None:
     assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
     leaf = k.detach().requires_grad_()
     assert not rel_attention(q, leaf, leaf, attention_backend="samples").any()
+
+
+def test_positions_whatever_the_default_device() -> None:
+    qkv, weights, pos = torch.randn(2, 10, 3, H, 8), table(), positions(10, 10).view(2, 10)
+    expected = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
+    with torch.device("meta"):
+        actual = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
+    assert torch.equal(actual, expected)
