@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mdt_fast.kernels import linear
 from mdt_fast.kernels.linear import onednn, op
@@ -56,6 +57,15 @@ def test_a_bias_whose_numbers_lie_apart(layout: str, dtype: torch.dtype) -> None
     args = [torch.randn(80, 24), torch.randn(20, 24), torch.randn(60)]
     compare(partial(with_bias, linear), partial(with_bias, F.linear), args, dtype)
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_mode_gradients(dtype: torch.dtype) -> None:
+    """PyTorch's, where ours would be without tangents."""
+    x, weight, bias = (a.to(dtype) for a in (torch.randn(80, 24), torch.randn(20, 24), torch.randn(20)))
+    with forward_ad.dual_level():
+        result = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x), weight, bias))
+        assert result.tangent is not None
+        assert torch.equal(result.tangent, F.linear(x, weight))
 
 
 @ONEDNN

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
 from mdt_fast.kernels.rel_attention import backends, reference, samples
@@ -150,3 +151,10 @@ def test_positions_whatever_the_default_device() -> None:
     with torch.device("meta"):
         actual = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
     assert torch.equal(actual, expected)
+
+
+def test_forward_mode_gradients_are_refused() -> None:
+    """None would come out, and nothing be said."""
+    qkv = torch.randn(2, 25, 3, H, 8)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="'samples' cannot serve this call"):
+        rel_attention_qkvpacked(forward_ad.make_dual(qkv, qkv), attention_backend="samples")
