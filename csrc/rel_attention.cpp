@@ -40,7 +40,9 @@ class Heads {
         dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half, name,
         ": expected float32, bfloat16 or float16");
     STD_TORCH_CHECK(
-        tensor.dim() == 4 && like.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) == 1), name,
+        tensor.dim() == 4 && like.dim() == 4 &&
+            (tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0),
+        name,
         ": expected [B, H, rows, d], the last side by side");
     for (int i = 0; i < 4; ++i)
       STD_TORCH_CHECK(tensor.size(i) == like.size(i), name, ": expected ", like.size(i), " for size ", i);
@@ -108,9 +110,12 @@ std::vector<Span> spans_of(const char* name, const Tensor& x, const Optional& of
           offsets->is_contiguous() && x.size(0) == 1,
       name, ": expected int32 [B + 1], of a batch of one");
   const auto* ends = static_cast<const int32_t*>(offsets->data_ptr());
-  for (int64_t b = 0; b + 1 < offsets->size(0); ++b) {
+  const int64_t samples = offsets->size(0) - 1;
+  // All rows belong to a sample: those of none would stay unwritten.
+  STD_TORCH_CHECK(ends[0] == 0 && ends[samples] == rows, name, ": expected 0, ascending, ", rows);
+  for (int64_t b = 0; b < samples; ++b) {
     STD_TORCH_CHECK(
-        0 <= ends[b] && ends[b] <= ends[b + 1] && ends[b + 1] <= rows, name, ": expected 0, ascending, ", rows);
+        ends[b] <= ends[b + 1] && ends[b + 1] <= rows, name, ": expected 0, ascending, ", rows);
     spans.push_back({0, ends[b], ends[b + 1] - ends[b]});
   }
   return spans;

@@ -101,7 +101,9 @@ def _backend(op: str) -> Backend:
     if op.startswith("rel_attention"):
         plain = "scaled_dot_product_attention with the bias as its mask"
         if MISSING["cpu"] is None:
-            plain += " (with gradients, ragged rows or 64 tokens and more: C++, one head of one sample at a time)"
+            plain += (
+                " (with gradients, ragged rows or 64 tokens and more: C++, one head of one sample at a time)"
+            )
     if op not in WITH_TRITON:
         return Backend(
             op, "pytorch", f"{plain}: serves every device; this version has no kernel of its own for it"

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
@@ -80,6 +81,7 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def plain_only() -> bool:
-    """Whether a transform of torch.func is at work, which sees into plain PyTorch only, or torch.export,
-    whose programs shall run where this package is not."""
-    return torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which see into plain
+    PyTorch only, or torch.export, whose programs shall run where this package is not."""
+    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return transformed or torch.compiler.is_exporting()

@@ -48,4 +48,8 @@ def vector_bits() -> int:
     compiler chose for all processors. ``RuntimeError`` without the library."""
     if not library("cpu"):
         raise RuntimeError(f"the CPU ops are {MISSING['cpu']}")
-    return torch.ops.mdt_fast.vector_bits()
+    return _VECTOR_BITS
+
+
+_VECTOR_BITS: int = torch.ops.mdt_fast.vector_bits() if library("cpu") else 0
+"""Asked once, for torch.compile's sake: its graphs hold no op that returns a number."""

@@ -61,6 +61,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     )  # else PyTorch calls oneDNN itself, with less around it
     if not ours or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
         return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # it is read as if it were
     # For a part of a wider matrix oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -233,9 +233,9 @@ def _side(
 
 def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None, positions: int) -> None:
     if offsets is None:
-        samples = torch.arange(len(pos))[:, None]
+        samples = torch.arange(len(pos), device=pos.device)[:, None]
     else:
-        samples = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
+        samples = torch.arange(len(offsets) - 1, device=pos.device).repeat_interleave(offsets.diff())
     places = (samples * positions + pos).flatten()  # of all samples' grids, one after the other
     crowded = torch.bincount(places) > 1
     if crowded.any():

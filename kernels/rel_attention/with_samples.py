@@ -17,7 +17,7 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
     if q.device.type != "cpu":
         return f"it serves the CPU; got {q.device}"
     if checks.plain_only():
-        return "it cannot be transformed by torch.func, nor exported"
+        return "it cannot be transformed by torch.func, nor differentiated forwards, nor exported"
     return None
 
 

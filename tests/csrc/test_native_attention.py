@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_by_the_op_itself() -> None:
         with pytest.raises(RuntimeError, match="expected"):
             call.rel_attention_bwd_cpu(*good[:place], wrong, *good[place + 1 :])
     one = [x[:1] for x in (q, k, v)]
-    for wrong_ends in ([0, 5], [0, 4, 3], [-1, 4]):
+    for wrong_ends in ([0, 5], [0, 4, 3], [-1, 4], [0, 3], [1, 4], [0]):
         wrong = torch.tensor(wrong_ends).int()
         with pytest.raises(RuntimeError, match="offsets: expected"):
             call.rel_attention_fwd_cpu(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mdt_fast.kernels import linear
 from mdt_fast.kernels.linear import onednn, op
@@ -42,6 +43,29 @@ def test_halves_of_a_wider_weight(half: int) -> None:
     compare(
         partial(with_half, linear), partial(with_half, F.linear), [torch.randn(80, 24), weight], torch.float32
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["every third", "one for all"])
+def test_a_bias_whose_numbers_lie_apart(layout: str, dtype: torch.dtype) -> None:
+    """oneDNN takes them to lie side by side."""
+
+    def with_bias(f, x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return f(x, w, b[::3] if layout == "every third" else b[:1].expand(20))
+
+    torch.manual_seed(0)
+    args = [torch.randn(80, 24), torch.randn(20, 24), torch.randn(60)]
+    compare(partial(with_bias, linear), partial(with_bias, F.linear), args, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_mode_gradients(dtype: torch.dtype) -> None:
+    """PyTorch's, where ours would be without tangents."""
+    x, weight, bias = (a.to(dtype) for a in (torch.randn(80, 24), torch.randn(20, 24), torch.randn(20)))
+    with forward_ad.dual_level():
+        result = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x), weight, bias))
+        assert result.tangent is not None
+        assert torch.equal(result.tangent, F.linear(x, weight))
 
 
 @ONEDNN

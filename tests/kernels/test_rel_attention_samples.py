@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
 from mdt_fast.kernels.rel_attention import backends, reference, samples
@@ -116,3 +117,44 @@ def test_compiled_with_every_length() -> None:
         expected = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, offsets=offsets)
         assert torch.equal(attend(qkv, weights, pos, offsets), expected)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no gradient", "gradients"])
+@pytest.mark.parametrize("with_table", [False, True], ids=["no table", "table"])
+def test_compiled_whole_grids(with_table: bool, needs_grad: bool) -> None:
+    """Of 64 tokens, from which on who serves is asked of the processor."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 64, 3, H, 8, requires_grad=needs_grad)
+    weights = torch.randn(15 * 15 + 3, H) if with_table else None
+    compiled = torch.compile(rel_attention_qkvpacked, fullgraph=True, backend="aot_eager")
+    results = [f(qkv, weights, grid_size=8) for f in (compiled, rel_attention_qkvpacked)]
+    assert torch.equal(*results)
+    if needs_grad:
+        assert torch.equal(*(torch.autograd.grad(out.sum(), qkv)[0] for out in results))
+
+
+def test_empty_heads_lie_anyhow() -> None:
+    nothing = torch.randn(0, H, 8, 64).mT
+    assert rel_attention(*[nothing] * 3, attention_backend="samples").shape == (0, H, 64, 8)
+    q, k = torch.randn(2, H, 5, 8), torch.randn(2, H, 16, 7).mT[:, :, :0, ::2]
+    out, *gradients = run(partial(rel_attention, attention_backend="samples"), [q, k, k])
+    assert not out.any()
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+    leaf = k.detach().requires_grad_()
+    assert not rel_attention(q, leaf, leaf, attention_backend="samples").any()
+
+
+def test_positions_whatever_the_default_device() -> None:
+    qkv, weights, pos = torch.randn(2, 10, 3, H, 8), table(), positions(10, 10).view(2, 10)
+    expected = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
+    with torch.device("meta"):
+        actual = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
+    assert torch.equal(actual, expected)
+
+
+def test_forward_mode_gradients_are_refused() -> None:
+    """None would come out, and nothing be said."""
+    qkv = torch.randn(2, 25, 3, H, 8)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="'samples' cannot serve this call"):
+        rel_attention_qkvpacked(forward_ad.make_dual(qkv, qkv), attention_backend="samples")
