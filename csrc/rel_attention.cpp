@@ -42,8 +42,7 @@ class Heads {
     STD_TORCH_CHECK(
         tensor.dim() == 4 && like.dim() == 4 &&
             (tensor.stride(3) == 1 || tensor.size(3) == 1 || tensor.numel() == 0),
-        name,
-        ": expected [B, H, rows, d], the last side by side");
+        name, ": expected [B, H, rows, d], the last side by side");
     for (int i = 0; i < 4; ++i)
       STD_TORCH_CHECK(tensor.size(i) == like.size(i), name, ": expected ", like.size(i), " for size ", i);
     STD_TORCH_CHECK(dtype_ == like.scalar_type(), name, ": expected one dtype for all");
@@ -114,8 +113,7 @@ std::vector<Span> spans_of(const char* name, const Tensor& x, const Optional& of
   // All rows belong to a sample: those of none would stay unwritten.
   STD_TORCH_CHECK(ends[0] == 0 && ends[samples] == rows, name, ": expected 0, ascending, ", rows);
   for (int64_t b = 0; b < samples; ++b) {
-    STD_TORCH_CHECK(
-        ends[b] <= ends[b + 1] && ends[b + 1] <= rows, name, ": expected 0, ascending, ", rows);
+    STD_TORCH_CHECK(ends[b] <= ends[b + 1] && ends[b + 1] <= rows, name, ": expected 0, ascending, ", rows);
     spans.push_back({0, ends[b], ends[b + 1] - ends[b]});
   }
   return spans;

@@ -56,9 +56,8 @@ def _turned(x_RD: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    ours = (
-        bias is not None or x.dtype == torch.float32
-    )  # else PyTorch calls oneDNN itself, with less around it
+    # Of bfloat16 without a bias PyTorch makes a product of oneDNN's itself, with less around it.
+    ours = bias is not None or x.dtype == torch.float32
     if not ours or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it is read as if it were
