@@ -195,7 +195,6 @@ struct Call {
         in_pairs(q.scalar_type() == ScalarType::BFloat16 && multiplies_pairs()) {
     STD_TORCH_CHECK(
         k.size(1) == H && k.size(3) == q.size(3) && k.scalar_type() == q.scalar_type(), "k: expected heads as of q");
-    STD_TORCH_CHECK(queries.size() == keys.size(), "k_offsets: expected as many samples as q_offsets");
     for (const Span& span : keys) longest = std::max(longest, span.length);
     row = whole_lanes(longest) + kLanes;  // no power of two: rows of a column then lie in different sets of the cache
   }

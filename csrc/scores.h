@@ -85,6 +85,7 @@ class Bias {
        const std::vector<Span>& queries, const std::vector<Span>& keys) {
     STD_TORCH_CHECK(
         bool(table) == bool(q_places) && bool(table) == bool(k_places), "table, places: expected all or none");
+    STD_TORCH_CHECK(queries.size() == keys.size(), "k_offsets: expected as many samples as q_offsets");
     if (!table) return;
     STD_TORCH_CHECK(
         table->scalar_type() == ScalarType::Float && table->dim() == 2 && table->size(0) == H && table->is_contiguous(),

@@ -152,6 +152,12 @@ def test_what_does_not_fit_is_refused_by_the_op_itself() -> None:
         with pytest.raises(RuntimeError, match="expected"):
             call.rel_attention_bwd_cpu(*good[:place], wrong, *good[place + 1 :])
     one = [x[:1] for x in (q, k, v)]
+    for more in (ends, torch.tensor([0, 2, 4]).int()):  # samples of queries than of keys, and fewer
+        fewer = torch.tensor([0, 5]).int() if len(more) == 3 else torch.tensor([0, 2, 5]).int()
+        with pytest.raises(RuntimeError, match="k_offsets: expected as many samples"):
+            call.rel_attention_fwd_cpu(
+                *one, table, m[:1], n[:1], more, fewer, 1.0, out[:1], lse[:, :4].contiguous()
+            )
     for wrong_ends in ([0, 5], [0, 4, 3], [-1, 4], [0, 3], [1, 4], [0]):
         wrong = torch.tensor(wrong_ends).int()
         with pytest.raises(RuntimeError, match="offsets: expected"):
