@@ -35,13 +35,10 @@ inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm512_fmadd_p
 #pragma GCC target("avx512f,avx512bf16")
 namespace avx512_pairs {
 using Number = Pair;
-using Vector = __m512;
 using Factor = __m512bh;
-constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;
-inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
+using avx512::kTileRows, avx512::kTileVectors, avx512::kWidth, avx512::Vector;  // sums are the same
+using avx512::load, avx512::store, avx512::zero;
 inline Factor load(const Pair* x) { return (Factor)_mm512_loadu_si512(x); }
-inline void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
 inline Factor fill(Pair x) { return (Factor)_mm512_set1_epi32(x); }
 inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
 #include "tiles.h"

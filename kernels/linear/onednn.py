@@ -41,6 +41,8 @@ def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
 
 
 def _weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
+    if not worthwhile(dout_RO.numel(), x_RD.shape[1]):
+        return F.linear(dout_RO.t(), x_RD.t())
     if dout_RO.shape[1] > x_RD.shape[1]:
         return _turned(_product(_turned(x_RD), dout_RO.t(), None))
     return _product(_turned(dout_RO), x_RD.t(), None)

@@ -1,5 +1,5 @@
-"""Attention on a CPU by ``csrc/``: one head of one sample after the other, in blocks of queries. In float32,
-whatever the tensors are in.
+"""Attention on a CPU by ``csrc/``: one head of one sample after the other, in blocks of queries.
+Sums are in float32.
 
 B samples, H heads, M queries, N keys, d head size, T table rows, G grid side. q, k, v and their gradients are
 [B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d].
@@ -15,14 +15,18 @@ from .reference import center, coordinates
 
 
 def forward(
-    q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_TH: Tensor | None, call: Call, out_BHMd: Tensor
-) -> Tensor:
-    """Write ``out``; returns log(sum(exp(score))) [H, all rows of q]."""
-    lse = q_BHMd.new_empty(q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2], dtype=torch.float32)
+    q_BHMd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    table_TH: Tensor | None,
+    call: Call,
+    out_BHMd: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write ``out``, and into ``lse`` [H, all rows of q] log(sum(exp(score)))."""
     torch.ops.mdt_fast.rel_attention_fwd_cpu(
         q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), out_BHMd, lse
     )
-    return lse
 
 
 def backward(

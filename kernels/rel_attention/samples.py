@@ -31,9 +31,10 @@ def forward(
     q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
 ) -> Tensor:
     """Write ``out``; returns log(sum(exp(score))) [H, all rows of q]."""
-    if by_csrc(q_BHMd):
-        return native.forward(q_BHMd, k_BHNd, v_BHNd, table_RH, call, out_BHMd)
     lse = q_BHMd.new_empty(q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2], dtype=wide(q_BHMd))
+    if by_csrc(q_BHMd):
+        native.forward(q_BHMd, k_BHNd, v_BHNd, table_RH, call, out_BHMd, lse)
+        return lse
     scores = Scores(table_RH, call, q_BHMd, with_gradient=False)
     for group in groups(q_BHMd, k_BHNd, call, SCORES_BYTES):
         out = group.q.of(out_BHMd)
