@@ -9,6 +9,7 @@ import command
 import inputs
 import providers
 from command import DTYPES
+from mdt_fast.errors import UserError
 
 MODES = ("train", "sample")
 AUTOCAST = ("float32", "bfloat16")
@@ -42,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead: bytes, ops and more of a training step or of sampling, switch by switch",
     )
+    p.add_argument(
+        "--breakdown", action="store_true", help="instead: where a step's time goes, by class of kernel"
+    )
     p.add_argument("--sampler", default="ddpm", help="ddpm (ancestral) or ddim")
     command.add_output_options(p)
     return p
@@ -51,7 +55,9 @@ class Request:
     """The command line, checked; every mistake is found here, before anything is measured."""
 
     def __init__(self, args: argparse.Namespace):
-        default = "train" if args.account else "train,sample"
+        if args.account and args.breakdown:
+            raise UserError("--breakdown: not together with --account")
+        default = "train" if args.account or args.breakdown else "train,sample"
         self.modes = command.names("--mode", args.mode or default, MODES)
         self.device = command.device(args.device)
         for option, value in (
@@ -81,7 +87,7 @@ class Request:
         if args.batch is not None:
             self.batches = [command.whole("--batch", text) for text in command.listed("--batch", args.batch)]
         self.repeats, self.inner, self.time_limit = args.repeats, args.steps, args.time_limit
-        self.account = args.account
+        self.account, self.breakdown = args.account, args.breakdown
         self.data = args.data
         if self.data not in ("digits", "synthetic"):
             config = next(iter((self.models or {"": providers.model_config("MDTv2_S_2")}).values()))

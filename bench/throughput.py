@@ -2,6 +2,7 @@
 
     python bench/throughput.py                      picks sizes for about three minutes, and says why
     python bench/throughput.py --account            what a training step costs, switch by switch
+    python bench/throughput.py --breakdown          where a training step's time goes, by class of kernel
     python bench/throughput.py --account --mode sample    what makes sampling fast, item by item
     python bench/throughput.py --model MDTv2_XL_2 --batch 32 --dtype bfloat16 --mode train --json rows.jsonl
 
@@ -19,6 +20,7 @@ from rich.console import Console
 
 import account
 import account_sampling
+import breakdown
 import command
 import inputs
 import plan
@@ -76,6 +78,11 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
             images = inputs.load(request.data, case.config, case.batch)
             now = time.monotonic()
             deadline = now + max(0.0, end - now) / (len(cases) - number)
+            if request.breakdown:
+                names = picked.providers[case.mode]
+                lines = breakdown.run(case, names, made[case.model], images, rows, status.update)
+                breakdown.show(console, case, lines)
+                continue
             if request.account:
                 if case.mode == "train":
                     account.show(
@@ -100,7 +107,11 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
             )
             results.append(result)
             tables.show(console, result, images.what)
-    return request.account or any(one.ms is not None for result in results for one in result.results)
+    return (
+        request.account
+        or request.breakdown
+        or any(one.ms is not None for result in results for one in result.results)
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""Where a step's time goes, by class of kernel: ``throughput.py --breakdown``.
+
+On a GPU each kernel's time, by its name; idle is what is left of the step's wall time, which is measured
+apart, without the profiler. On a CPU each operation's own time over all threads, and their sum.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import tables
+from formats import number, one_line
+from inputs import Inputs, len_keeps
+from measure import WallClock, synchronize
+from providers import Modules, Skip, make
+from rows import RowFile
+from steps import Case, GraphedTrainStep, SampleStep, Step, TrainStep
+
+WARM_UP, STEPS, TIMED = 3, 3, 7
+LONGEST = 25
+"""Kernels that have rows of their own."""
+
+CLASSES = {
+    "attention": ("rel_attention", "flash", "fmha", "attention", "cudnn_generated", "sdpa"),
+    "optimiser": ("adan", "adamw", "sumsq", "multi_tensor", "foreach", "lerp"),
+    "adaLN": ("ln_modulate", "gate_residual", "layer_norm", "layernorm"),
+    "GELU": ("gelu",),
+    "tokens": ("gather_tokens", "unmask_tokens", "merge_tokens", "patch_embed", "mask_plan", "move_rows"),
+    "matmul": (
+        "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "splitk", "_mm_", "::mm", "::addmm", "::bmm",
+        "::baddbmm", "linear", "weight_gradient",
+    ),
+    "copy": ("memcpy", "memset", "copy", "::fill_", "::zero_", "::cat", "catarray", "fillfunctor"),
+}  # fmt: skip
+"""By parts of names, the first that fits; ``elementwise`` are all others."""
+NAMES = (*CLASSES, "elementwise", "idle")
+
+
+@dataclass
+class Line:
+    """One provider: a step's ms and launches by class, and the longest kernels (name, ms, launches)."""
+
+    name: str
+    ms: float = 0.0
+    classes: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, float] = field(default_factory=dict)
+    longest: list[tuple[str, float, float]] = field(default_factory=list)
+    note: str | None = None
+
+
+def class_of(name: str) -> str:
+    """A kernel's class by its name."""
+    lowered = name.lower()
+    return next((c for c, parts in CLASSES.items() if any(part in lowered for part in parts)), "elementwise")
+
+
+def run(
+    case: Case,
+    names: Sequence[str],
+    modules: Modules,
+    inputs: Inputs,
+    rows: RowFile,
+    say: Callable[[str], None],
+) -> list[Line]:
+    """The breakdown of each provider, and its rows; one that cannot run has a line that says why."""
+    lines = []
+    for name in names:
+        say(f"{case.title}: {name}")
+        torch._dynamo.reset()
+        line = Line(name)
+        try:
+            measure(line, step_of(case, name, modules, inputs), case.device)
+        except Skip as reason:
+            line.note = f"skipped: {reason}"
+        except Exception as error:
+            line.note = f"failed: {one_line(error)}"
+        lines.append(line)
+        keep(case, line, rows)
+    return lines
+
+
+def step_of(case: Case, name: str, modules: Modules, inputs: Inputs) -> Step:
+    provider = make(name, modules)
+    if case.mode == "sample":
+        if provider.graphed:
+            raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
+        return SampleStep(case, provider, inputs)
+    kind = GraphedTrainStep if provider.graphed else TrainStep
+    return kind(case, provider, inputs, len_keeps(case.config, 1), None)
+
+
+def measure(line: Line, step: Step, device: torch.device) -> None:
+    """Fill in ``line``. All steps keep the same number of tokens."""
+    clock = WallClock(device)
+    for _ in range(WARM_UP):
+        step(0)
+    line.ms = 1e3 * statistics.median(clock(lambda: step(0)) for _ in range(TIMED))
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
+        for _ in range(STEPS):
+            step(0)
+        synchronize(device)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in found.events():
+        if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            kernels[event.name].append(event.time_range.elapsed_us() / 1e3)
+        elif not on_gpu and event.device_type == DeviceType.CPU and event.self_cpu_time_total:
+            kernels[event.name].append(event.self_cpu_time_total / 1e3)
+    line.classes, line.launches = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    for name, each in kernels.items():
+        line.classes[class_of(name)] += sum(each) / STEPS
+        line.launches[class_of(name)] += len(each) / STEPS
+    if not on_gpu:
+        line.ms = sum(line.classes.values())
+    line.classes["idle"] = max(0.0, line.ms - sum(line.classes.values()))
+    ranked = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+    line.longest = [(name, sum(each) / STEPS, len(each) / STEPS) for name, each in ranked]
+
+
+def keep(case: Case, line: Line, rows: RowFile) -> None:
+    fields = {"bench": "breakdown", "model": case.model, "provider": line.name, "mode": case.mode}
+    fields |= {"batch": case.batch, "dtype": case.dtype_name, "switches": {}}
+    if line.note is not None:
+        rows.add(metric=line.note.partition(":")[0], unit="", note=line.note.partition(": ")[2], **fields)
+        return
+    rows.add((None, line.ms, None), metric="ms", unit="ms/step", **fields)
+    for name in NAMES:
+        note = f"{line.launches[name]:.0f} launches"
+        rows.add((None, line.classes[name], None), metric=f"ms_{name}", unit="ms/step", note=note, **fields)
+    for name, ms, launches in line.longest:
+        note = f"{name[:200]}, {launches:.0f} launches"
+        rows.add((None, ms, None), metric="kernel_ms", unit="ms/step", note=note, **fields)
+
+
+def show(console: Console, case: Case, lines: Sequence[Line]) -> None:
+    """A table of classes and providers, and the longest kernels of each."""
+    console.print()
+    tables.say(console, f"breakdown · {case.title}", "bold")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("ms a step (launches)")
+    measured = [line for line in lines if line.note is None]
+    for line in measured:
+        table.add_column(line.name, justify="right")
+    for name in NAMES:
+        cells = [
+            f"{number(one.classes[name])} {one.classes[name] / one.ms:4.0%} ({one.launches[name]:.0f})"
+            for one in measured
+        ]
+        table.add_row(name, *cells)
+    table.add_row("all", *[f"{number(one.ms)} ({sum(one.launches.values()):.0f})" for one in measured])
+    console.print(table)
+    for line in lines:
+        if line.note is not None:
+            tables.say(console, f"{line.name}: {line.note}")
+        for name, ms, launches in line.longest:
+            print(f"  {line.name}  {ms:9.3f} ms {launches:6.0f}  {class_of(name):11}  {name[:110]}")
