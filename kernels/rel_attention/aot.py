@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import triton
-
 from ..aot import Case
-from .config import KERNELS, LaunchConfig, entry, launch_configs, split_head
+from .config import KERNELS, LaunchConfig, entry, launch_configs, split_head, table_blocks
 from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
 from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
 from .kernel_table import (
@@ -32,7 +30,7 @@ def cases(arch: str) -> Iterator[Case]:
                 continue  # without a bias, positions mean nothing
             label = f"d={d} {tokens} {form} {dtype}"
             places = bias != NO_BIAS and tokens != "all"
-            shape = _shape(d, dtype) | {
+            shape = _shape(d, dtype, arch) | {
                 "BIAS": bias, "Q_POSITIONS": places, "K_POSITIONS": places, "RAGGED": tokens == "packed",
             }  # fmt: skip
             yield _case(
@@ -45,7 +43,7 @@ def cases(arch: str) -> Iterator[Case]:
             yield _case(rel_attention_bwd_kv_kernel, label, shape | _blocks(configs.kv), d, dtype, configs.kv)
         for tokens in ("all", "kept", "packed"):
             slots = {"Q_SLOTS": tokens != "all", "K_SLOTS": tokens != "all", "RAGGED": tokens == "packed"}
-            constants = _shape(d, dtype) | slots | _blocks(configs.bias)
+            constants = _shape(d, dtype, arch) | slots | _blocks(configs.bias)
             yield _case(
                 rel_attention_bwd_bias_kernel, f"d={d} {tokens} {dtype}", constants, d, dtype, configs.bias
             )
@@ -61,16 +59,17 @@ def _small_cases() -> Iterator[Case]:
         yield _case(rel_attention_bwd_gather_kernel, label, constants, 64, dtype, launch)
     constants = {"G": GRID, "BLOCK_M": 16, "BLOCK_N": 128}
     yield _case(rel_attention_bias_kernel, "fp32", constants, 64, "fp32", launch)
-    constants = {"G": GRID, "BLOCK_W": triton.next_power_of_2(2 * GRID - 1), "BLOCK_G": GRID}
+    constants = {"G": GRID, **table_blocks(GRID)}
     yield _case(rel_attention_bwd_table_kernel, "fp32", constants, 64, "fp32", launch)
     yield _case(
         rel_attention_slots_kernel, "i64", {"G": GRID, "RAGGED": True, "BLOCK": 256}, 64, "i64", launch
     )
 
 
-def _shape(head_dim: int, dtype: str) -> dict[str, Any]:
+def _shape(head_dim: int, dtype: str, arch: str) -> dict[str, Any]:
     first, rest = split_head(head_dim)
-    return {"G": GRID, "D": head_dim, "D0": first, "D1": rest, "ALIGN": 8, "PRECISION": "ieee"}
+    return {"G": GRID, "D": head_dim, "D0": first, "D1": rest, "ALIGN": 8, "PRECISION": "ieee",
+            "DIRECT": not arch.startswith("gfx")}  # fmt: skip
 
 
 def _blocks(launch: LaunchConfig) -> dict[str, Any]:

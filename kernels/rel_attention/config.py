@@ -132,3 +132,9 @@ def bias_parts(batch: int, tiles: int) -> int:
     """Programs that share the samples of one tile of the table's gradient: some 500 in all, each with four
     samples or more."""
     return max(1, min(batch // 4, -(-512 // tiles)))
+
+
+def table_blocks(grid_size: int) -> dict[str, int]:
+    """What of ``dbias`` a program of the table's gradient reads at once: up to 8,192 numbers."""
+    wide, side = (1 << (size - 1).bit_length() for size in (2 * grid_size - 1, grid_size))
+    return {"BLOCK_R": max(1, min(side, 8192 // (wide * side))), "BLOCK_W": wide, "BLOCK_G": side}

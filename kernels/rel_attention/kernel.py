@@ -6,12 +6,17 @@ columns (72 as 64 + 16, of which 8 are read), so that nothing is padded to 128.
 
 The bias of a score is ``bias[h, row term of the query + column term of the key]``: with LOOKUP a sum of two
 coordinates points into the table [H, (2G-1)^2 + 3], with DENSE into one [H, G*G, G*G] shared by the batch.
+Scores and biases are held in powers of two: they and ``scale`` times LOG2E.
+
+With DIRECT (NVIDIA) biases, and what else is read one by one, go from the first-level cache into registers.
+Triton would bring them in ahead, by way of shared memory, four bytes an instruction.
 """
 
 import triton
 import triton.language as tl
 
 NO_BIAS, LOOKUP, DENSE = 0, 1, 2
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -50,37 +55,63 @@ def _store(ptr, o_r, m_r, stride_r, o_d, b_x, D: tl.constexpr, FIRST: tl.constex
 
 
 @triton.jit
-def _position(pos_ptr, row, o_r, m_r, POSITIONS: tl.constexpr, BIAS: tl.constexpr, G: tl.constexpr):
+def _read(address):
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.f32 $0, [$1];", "=f,l", [address], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _each(ptr, index, DIRECT: tl.constexpr):
+    """Float32 numbers that are read one by one, and stay the same while a kernel runs."""
+    if DIRECT:
+        return _read((ptr + index).to(tl.int64))
+    return tl.load(ptr + index)
+
+
+@triton.jit
+def _low_half(ptr, index, DIRECT: tl.constexpr):
+    """The same for whole numbers of eight bytes, of which the low four are taken."""
+    p = ptr + index
+    if DIRECT:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.load(p).to(tl.int32)
+
+
+@triton.jit
+def _position(pos_ptr, row, o_r, length, POSITIONS: tl.constexpr, G: tl.constexpr, DIRECT: tl.constexpr):
     """Where tokens stand in the grid; kept inside it, so that nothing outside the table is ever read."""
     if POSITIONS:
-        pos = tl.load(pos_ptr + row + o_r, mask=m_r, other=0).to(tl.int32)
-        return tl.minimum(tl.maximum(pos, 0), G * G - 1)
-    if BIAS == 1:
-        return tl.minimum(o_r, G * G - 1)
-    return o_r
+        pos = _low_half(pos_ptr + row, tl.minimum(o_r, length - 1), DIRECT)
+        return tl.minimum(pos.to(tl.uint32, bitcast=True), G * G - 1).to(tl.int32)
+    return tl.minimum(o_r, G * G - 1)
 
 
 @triton.jit
 def _query_term(pos, BIAS: tl.constexpr, G: tl.constexpr):
     if BIAS == 1:
-        return pos // G * (2 * G - 1) + pos % G + 2 * G * (G - 1)
+        return pos // G * (2 * G - 1) + pos % G
     return pos * (G * G)
 
 
 @triton.jit
 def _key_term(pos, BIAS: tl.constexpr, G: tl.constexpr):
     if BIAS == 1:
-        return -(pos // G * (2 * G - 1) + pos % G)
+        return 2 * G * (G - 1) - (pos // G * (2 * G - 1) + pos % G)
     return pos
 
 
 @triton.jit
-def _bias(p_bias, row_term, column_term, m_row, m_column, INSIDE: tl.constexpr):
-    """The bias of a tile of scores; with INSIDE, terms of rows that are not there point into it too."""
-    p_tile = p_bias + row_term[:, None] + column_term[None, :]
-    if INSIDE:
-        return tl.load(p_tile)
-    return tl.load(p_tile, mask=m_row[:, None] & m_column[None, :], other=0.0)
+def _bias(p_bias, row_term, column_term, DIRECT: tl.constexpr):
+    """The bias of a tile of scores; terms of rows that are not there point into it, too."""
+    if DIRECT:
+        address = (p_bias + row_term).to(tl.int64)[:, None] + (4 * column_term).to(tl.uint32).to(tl.int64)[
+            None, :
+        ]
+        return _read(address)
+    return tl.load(p_bias + row_term[:, None] + column_term[None, :])
 
 
 @triton.jit
@@ -96,7 +127,7 @@ def rel_attention_fwd_kernel(
     stride_ob, stride_oh, stride_om,
     BIAS: tl.constexpr, Q_POSITIONS: tl.constexpr, K_POSITIONS: tl.constexpr, RAGGED: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head against all keys; ``lse`` is log(sum(exp(score)))."""
     pid = tl.program_id(0)
@@ -119,7 +150,7 @@ def rel_attention_fwd_kernel(
         b_acc1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
     if BIAS:
         p_bias = bias_ptr + i_h.to(tl.int64) * bias_size
-        q_term = _query_term(_position(q_pos_ptr, q_row, o_m, m_m, Q_POSITIONS, BIAS, G), BIAS, G)
+        q_term = _query_term(_position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT), BIAS, G)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
@@ -129,14 +160,14 @@ def rel_attention_fwd_kernel(
         b_s = _dot(b_q0, _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D).trans(), PRECISION)
         if D1:
             b_s += _dot(b_q1, _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D).trans(), PRECISION)
-        b_s *= scale
+        b_s *= scale * LOG2E
         if BIAS:
-            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, m_n, K_POSITIONS, BIAS, G), BIAS, G)
-            b_s += _bias(p_bias, q_term, k_term, m_m, m_n, BIAS == 1 or (Q_POSITIONS and K_POSITIONS))
+            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
+            b_s += _bias(p_bias, q_term, k_term, DIRECT)
         b_s = tl.where(m_n[None, :], b_s, -float("inf"))
         b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2((b_s - b_max_new[:, None]) * 1.4426950408889634)
-        b_shrink = tl.exp2((b_max - b_max_new) * 1.4426950408889634)
+        b_p = tl.exp2(b_s - b_max_new[:, None])
+        b_shrink = tl.exp2(b_max - b_max_new)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_max = b_max_new
         b_p = b_p.to(v_ptr.dtype.element_ty)
@@ -152,5 +183,5 @@ def rel_attention_fwd_kernel(
     _store(out_ptr, o_m, m_m, stride_om, o_d0, b_acc0 * b_inverse[:, None], D, D0 <= D)
     if D1:
         _store(out_ptr, o_m, m_m, stride_om, o_d1, b_acc1 * b_inverse[:, None], D, D0 + D1 <= D)
-    b_lse = tl.where(b_sum > 0, b_max + tl.log(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
+    b_lse = tl.where(b_sum > 0, b_max / LOG2E + tl.log(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
     tl.store(lse_ptr + i_h.to(tl.int64) * rows + q_row + o_m, b_lse, mask=m_m)

@@ -8,7 +8,19 @@ writes: no atomics.
 import triton
 import triton.language as tl
 
-from .kernel import _bias, _dot, _head, _key_term, _load, _position, _query_term, _sample, _store
+from .kernel import (
+    LOG2E,
+    _bias,
+    _dot,
+    _each,
+    _head,
+    _key_term,
+    _load,
+    _position,
+    _query_term,
+    _sample,
+    _store,
+)  # fmt: skip
 
 
 @triton.jit
@@ -20,7 +32,8 @@ def rel_attention_bwd_q_kernel(
     stride_ob, stride_oh, stride_om, stride_dqb, stride_dqh, stride_dqm, stride_dsh, stride_dsm,
     BIAS: tl.constexpr, Q_POSITIONS: tl.constexpr, K_POSITIONS: tl.constexpr, RAGGED: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DIRECT: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: dQ and delta, and with STORE dS [samples from ``first``, H, M, N]."""
     pid = tl.program_id(0)
@@ -54,10 +67,10 @@ def rel_attention_bwd_q_kernel(
         b_dq1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
     p_row = i_h.to(tl.int64) * rows + q_row + o_m
     tl.store(delta_ptr + p_row, b_delta, mask=m_m)
-    b_lse = tl.load(lse_ptr + p_row, mask=m_m, other=0.0)
+    b_lse = tl.load(lse_ptr + p_row, mask=m_m, other=0.0) * LOG2E
     if BIAS:
         p_bias = bias_ptr + i_h.to(tl.int64) * bias_size
-        q_term = _query_term(_position(q_pos_ptr, q_row, o_m, m_m, Q_POSITIONS, BIAS, G), BIAS, G)
+        q_term = _query_term(_position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT), BIAS, G)
 
     for start in range(0, N, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
@@ -71,11 +84,11 @@ def rel_attention_bwd_q_kernel(
             b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D)
             b_s += _dot(b_q1, b_k1.trans(), PRECISION)
             b_dp += _dot(b_do1, b_v1.trans(), PRECISION)
-        b_s *= scale
+        b_s *= scale * LOG2E
         if BIAS:
-            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, m_n, K_POSITIONS, BIAS, G), BIAS, G)
-            b_s += _bias(p_bias, q_term, k_term, m_m, m_n, BIAS == 1 or (Q_POSITIONS and K_POSITIONS))
-        b_p = tl.where(m_n[None, :], tl.exp2((b_s - b_lse[:, None]) * 1.4426950408889634), 0.0)
+            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
+            b_s += _bias(p_bias, q_term, k_term, DIRECT)
+        b_p = tl.where(m_n[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_ds = b_ds.to(k_ptr.dtype.element_ty)
         if STORE:
@@ -99,7 +112,7 @@ def rel_attention_bwd_kv_kernel(
     stride_ob, stride_oh, stride_om, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     BIAS: tl.constexpr, Q_POSITIONS: tl.constexpr, K_POSITIONS: tl.constexpr, RAGGED: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one head, against all queries; scores stand transposed here."""
     pid = tl.program_id(0)
@@ -129,7 +142,7 @@ def rel_attention_bwd_kv_kernel(
         b_dv1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
     if BIAS:
         p_bias = bias_ptr + i_h.to(tl.int64) * bias_size
-        k_term = _key_term(_position(k_pos_ptr, k_row, o_n, m_n, K_POSITIONS, BIAS, G), BIAS, G)
+        k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
 
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
@@ -143,14 +156,14 @@ def rel_attention_bwd_kv_kernel(
             b_do1 = _load(dout_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D)
             b_s += _dot(b_k1, b_q1.trans(), PRECISION)
             b_dp += _dot(b_v1, b_do1.trans(), PRECISION)
-        b_s *= scale
+        b_s *= scale * LOG2E
         if BIAS:
-            q_term = _query_term(_position(q_pos_ptr, q_row, o_m, m_m, Q_POSITIONS, BIAS, G), BIAS, G)
-            b_s += _bias(p_bias, k_term, q_term, m_n, m_m, BIAS == 1 or (Q_POSITIONS and K_POSITIONS))
-        p_row = i_h.to(tl.int64) * rows + q_row + o_m
-        b_lse = tl.load(lse_ptr + p_row, mask=m_m, other=0.0)
-        b_p = tl.where(m_m[None, :], tl.exp2((b_s - b_lse[None, :]) * 1.4426950408889634), 0.0)
-        b_delta = tl.load(delta_ptr + p_row, mask=m_m, other=0.0)
+            q_term = _query_term(_position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT), BIAS, G)
+            b_s += _bias(p_bias, k_term, q_term, DIRECT)
+        p_row = i_h.to(tl.int64) * rows + q_row + tl.minimum(o_m, M - 1)
+        b_lse = _each(lse_ptr, p_row, DIRECT) * LOG2E
+        b_p = tl.where(m_m[None, :], tl.exp2(b_s - b_lse[None, :]), 0.0)
+        b_delta = _each(delta_ptr, p_row, DIRECT)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(q_ptr.dtype.element_ty)
         b_p = b_p.to(dout_ptr.dtype.element_ty)
         b_dv0 += _dot(b_p, b_do0, PRECISION)

@@ -10,7 +10,7 @@ and one order: no atomics.
 import triton
 import triton.language as tl
 
-from .kernel import _bias, _dot, _head, _key_term, _load, _query_term, _sample
+from .kernel import LOG2E, _bias, _dot, _head, _key_term, _load, _query_term, _sample
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def rel_attention_bwd_bias_kernel(
     stride_ob, stride_oh, stride_om,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, RAGGED: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``dbias`` [parts, heads, G*G, G*G], of heads from ``first`` on: scores are computed again."""
     i_n, i_m = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
@@ -83,7 +83,7 @@ def rel_attention_bwd_bias_kernel(
     o_d1 = D0 + tl.arange(0, D1 if D1 else 1)
     q_term = _query_term(tl.minimum(o_m, G * G - 1), 1, G)
     k_term = _key_term(tl.minimum(o_n, G * G - 1), 1, G)
-    b_bias = _bias(bias_ptr + i_h.to(tl.int64) * bias_size, q_term, k_term, o_m < G * G, o_n < G * G, True)
+    b_bias = _bias(bias_ptr + i_h.to(tl.int64) * bias_size, q_term, k_term, DIRECT)
     b_dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for sample in range(i_p, B, parts):
         i_b = sample + tl.zeros([], dtype=tl.int64)
@@ -105,9 +105,9 @@ def rel_attention_bwd_bias_kernel(
             b_do1 = _load(p_do, t_m, m_m, stride_om, o_d1, D, D0 + D1 <= D)
             b_dp += _dot(b_do1, _load(p_v, t_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D).trans(), PRECISION)
         p_row = i_h.to(tl.int64) * rows + q_row + t_m
-        b_lse = tl.load(lse_ptr + p_row, mask=m_m, other=0.0)
+        b_lse = tl.load(lse_ptr + p_row, mask=m_m, other=0.0) * LOG2E
         b_delta = tl.load(delta_ptr + p_row, mask=m_m, other=0.0)
-        b_p = tl.exp2((b_s * scale + b_bias - b_lse[:, None]) * 1.4426950408889634)
+        b_p = tl.exp2(b_s * (scale * LOG2E) + b_bias - b_lse[:, None])
         b_dbias += tl.where(m_m[:, None] & m_n[None, :], b_p * (b_dp - b_delta[:, None]), 0.0)
     p_dbias = dbias_ptr + (i_p * heads + i_head).to(tl.int64) * (G * G * G * G) + o_m[:, None] * (G * G)
     tl.store(p_dbias + o_n[None, :], b_dbias, mask=(o_m < G * G)[:, None] & (o_n < G * G)[None, :])
@@ -136,29 +136,25 @@ def rel_attention_bwd_gather_kernel(
 
 @triton.jit
 def rel_attention_bwd_table_kernel(
-    dbias_ptr,
-    dtable_ptr,
-    first,
-    parts,
-    heads,
-    H,
-    G: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+    dbias_ptr, dtable_ptr, first, parts, heads, H,
+    G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     """One row difference of one head: ``dtable`` [(2G-1)^2 + 3, H], summed along diagonals of ``dbias``."""
     i_r, i_head = tl.program_id(0), tl.program_id(1)
-    o_w, o_q = tl.arange(0, BLOCK_W)[:, None], tl.arange(0, BLOCK_G)[None, :]
+    o_w, o_q = tl.arange(0, BLOCK_W)[None, :, None], tl.arange(0, BLOCK_G)[None, None, :]
     o_k = o_q - o_w + (G - 1)
     inside = (o_q < G) & (o_k >= 0) & (o_k < G)
-    b_sum = tl.zeros([BLOCK_W, BLOCK_G], dtype=tl.float32)
-    # Query row r_q and key row r_q - (i_r - (G-1)), both in the grid.
+    b_sum = tl.zeros([BLOCK_R, BLOCK_W, BLOCK_G], dtype=tl.float32)
+    # Query row r_q and key row r_q - (i_r - (G-1)), both in the grid; BLOCK_R of them are read at once.
     low, high = tl.maximum(i_r - (G - 1), 0), tl.minimum(i_r + 1, G)
     for part in range(parts):
         p_part = dbias_ptr + (part * heads + i_head).to(tl.int64) * (G * G * G * G)
-        for r_q in range(low, high):
+        for start in range(low, high, BLOCK_R):
+            r_q = start + tl.arange(0, BLOCK_R)[:, None, None]
             r_k = r_q - i_r + (G - 1)
-            b_sum += tl.load(p_part + (r_q * G + o_q) * (G * G) + r_k * G + o_k, mask=inside, other=0.0)
+            p_tile = p_part + (r_q * G + o_q) * (G * G) + r_k * G + o_k
+            b_sum += tl.load(p_tile, mask=inside & (r_q < high), other=0.0)
     o_w = tl.arange(0, BLOCK_W)
     p_table = dtable_ptr + (i_r * (2 * G - 1) + o_w) * H + first + i_head
-    tl.store(p_table, tl.sum(b_sum, 1).to(dtable_ptr.dtype.element_ty), mask=o_w < 2 * G - 1)
+    b_row = tl.sum(tl.sum(b_sum, 2), 0)
+    tl.store(p_table, b_row.to(dtable_ptr.dtype.element_ty), mask=o_w < 2 * G - 1)

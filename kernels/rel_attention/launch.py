@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launches import architecture
 from . import config
 from .call import Call, Side
-from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
+from .kernel import DENSE, LOG2E, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
 from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
 from .kernel_table import (
     rel_attention_bias_kernel,
@@ -158,7 +158,7 @@ def _table(sums: Tensor, dtable_RH: Tensor, first: int, call: Call) -> None:
     G = call.grid_size
     rel_attention_bwd_table_kernel[(2 * G - 1, sums.shape[1])](
         sums, dtable_RH, first, sums.shape[0], sums.shape[1], dtable_RH.shape[1],
-        G=G, BLOCK_W=triton.next_power_of_2(2 * G - 1), BLOCK_G=triton.next_power_of_2(G), num_warps=4,
+        G=G, **config.table_blocks(G), num_warps=4,
     )  # fmt: skip
 
 
@@ -168,7 +168,8 @@ def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, 
         return q_BHMd, 0, NO_BIAS
     R, H = table_RH.shape
     # A head's biases side by side: 4 KB at 16 x 16 tokens, which stays in the first-level cache.
-    table_HR = table_RH.t().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    table_HR = table_RH.new_empty(H, R, dtype=torch.float32)
+    torch.mul(table_RH.t().to(torch.float32), LOG2E.value, out=table_HR)
     if call.bias_form == "lookup":
         return table_HR, R, LOOKUP
     L = call.grid_size**2
@@ -228,6 +229,7 @@ def _constants(call: Call, *tensors_BHRd: Tensor) -> dict[str, Any]:
         "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
         "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,
         "ALIGN": 8 if aligned else 1, "PRECISION": "ieee",
+        "DIRECT": tensors_BHRd[0].is_cuda and torch.version.hip is None,
     }  # fmt: skip
 
 
