@@ -47,19 +47,20 @@ def model_config(name: str) -> ModelConfig:
     return zoo.model_config(name, **overrides)
 
 
-def make_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Initial weights, seeded, but with noise where they would be zero.
+def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    """Initial weights, seeded and drawn on ``device``, but with noise where they would be zero; on the CPU.
 
     A fresh model outputs zero whatever it computes; the comparison of providers would see nothing.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        module = zoo.build_model(config, implementation="reference")
+        with device:
+            module = zoo.build_model(config, implementation="reference").to(device)
         with torch.no_grad():
             for parameter in module.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
-    return module.state_dict()
+    return module.cpu().state_dict()
 
 
 class Modules:
@@ -67,13 +68,14 @@ class Modules:
 
     def __init__(self, config: ModelConfig, device: torch.device, checkout: official.Official | None):
         self.config, self.device, self.checkout = config, device, checkout
-        self.weights = make_weights(config)
+        self.weights = make_weights(config, device)
         self._made: dict[str, nn.Module] = {}
 
     def get(self, implementation: str) -> nn.Module:
         """The module, its weights set back to the shared ones. Raises ``Skip`` if it cannot exist here."""
         if implementation not in self._made:
-            self._made[implementation] = self._build(implementation).to(self.device)
+            with self.device:  # drawn there, which for large models takes seconds less
+                self._made[implementation] = self._build(implementation).to(self.device)
         module = self._made[implementation]
         module.load_state_dict(self.weights)
         return module

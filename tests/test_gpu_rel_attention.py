@@ -51,11 +51,23 @@ def test_published_shapes(
 
 
 @DTYPES
-@pytest.mark.parametrize("d", [16, 20, 32, 40, 80, 96, 112, 128])
+@pytest.mark.parametrize("d", [16, 20, 32, 36, 40, 68, 80, 96, 112, 128])
 def test_head_sizes(d: int, dtype: torch.dtype) -> None:
     compare(
         partial(rel_attention, grid_size=9), partial(plain, grid_size=9), heads(2, 2, 81, 81, d, 9), dtype
     )
+
+
+@DTYPES
+@pytest.mark.parametrize("begin", [1, 4])
+def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
+    """Heads cut out of wider rows: nothing stands at a multiple of 16 bytes."""
+
+    def op(*args: Tensor, **how: Any) -> Tensor:
+        q, k, v = (x[..., begin : begin + 72] for x in args[:3])
+        return rel_attention(q, k, v, args[3], grid_size=9, **how)
+
+    compare(op, partial(op, attention_backend="sdpa"), heads(2, 2, 81, 81, 79, 9), dtype)
 
 
 @DTYPES

@@ -18,6 +18,8 @@ dS for some samples at a time, and those are gathered."""
 BIAS_FORMS, TABLE_GRADS = get_args(BiasForm), get_args(TableGrad)
 
 MAX_HEAD_DIM = 128
+EIGHT = 8
+"""Numbers of two bytes in the widest access."""
 MAX_GRID = 64
 """64 x 64 tokens: images of 1024 pixels at patch 2 on latents, or 512 pixels at patch 8."""
 

@@ -37,17 +37,17 @@ def _head(i_b, i_h, row, stride_b, stride_h, stride_r, RAGGED: tl.constexpr, ALI
 
 
 @triton.jit
-def _load(ptr, o_r, m_r, stride_r, o_d, D: tl.constexpr, FIRST: tl.constexpr):
+def _load(ptr, o_r, m_r, stride_r, o_d, D: tl.constexpr, FIRST: tl.constexpr, ALIGN: tl.constexpr):
     """Rows of a head, the columns ``o_d``; zeros outside. The FIRST columns need no mask."""
-    p_tile = ptr + o_r[:, None] * stride_r + o_d[None, :]
+    p_tile = ptr + o_r[:, None] * (stride_r // ALIGN * ALIGN) + o_d[None, :]
     if FIRST:
         return tl.load(p_tile, mask=m_r[:, None], other=0.0)
     return tl.load(p_tile, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _store(ptr, o_r, m_r, stride_r, o_d, b_x, D: tl.constexpr, FIRST: tl.constexpr):
-    p_tile = ptr + o_r[:, None] * stride_r + o_d[None, :]
+def _store(ptr, o_r, m_r, stride_r, o_d, b_x, D: tl.constexpr, FIRST: tl.constexpr, ALIGN: tl.constexpr):
+    p_tile = ptr + o_r[:, None] * (stride_r // ALIGN * ALIGN) + o_d[None, :]
     if FIRST:
         tl.store(p_tile, b_x.to(ptr.dtype.element_ty), mask=m_r[:, None])
     else:
@@ -142,11 +142,11 @@ def rel_attention_fwd_kernel(
     q_ptr += _head(i_b, i_h, q_row, stride_qb, stride_qh, stride_qm, RAGGED, ALIGN)
     k_ptr += _head(i_b, i_h, k_row, stride_kb, stride_kh, stride_kn, RAGGED, ALIGN)
     v_ptr += _head(i_b, i_h, k_row, stride_vb, stride_vh, stride_vn, RAGGED, ALIGN)
-    b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D)
+    b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D, ALIGN)
     b_acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     if D1:
         o_d1 = D0 + tl.arange(0, D1)
-        b_q1 = _load(q_ptr, o_m, m_m, stride_qm, o_d1, D, D0 + D1 <= D)
+        b_q1 = _load(q_ptr, o_m, m_m, stride_qm, o_d1, D, D0 + D1 <= D, ALIGN)
         b_acc1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
     if BIAS:
         p_bias = bias_ptr + i_h.to(tl.int64) * bias_size
@@ -157,13 +157,16 @@ def rel_attention_fwd_kernel(
     for start in range(0, N, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        b_s = _dot(b_q0, _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D).trans(), PRECISION)
+        if BIAS:  # on its way while the tensor cores work
+            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
+            b_bias = _bias(p_bias, q_term, k_term, DIRECT)
+        b_s = _dot(b_q0, _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D, ALIGN).trans(), PRECISION)
         if D1:
-            b_s += _dot(b_q1, _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D).trans(), PRECISION)
+            b_k1 = _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D, ALIGN)
+            b_s += _dot(b_q1, b_k1.trans(), PRECISION)
         b_s *= scale * LOG2E
         if BIAS:
-            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
-            b_s += _bias(p_bias, q_term, k_term, DIRECT)
+            b_s += b_bias
         b_s = tl.where(m_n[None, :], b_s, -float("inf"))
         b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_max_new[:, None])
@@ -171,17 +174,17 @@ def rel_attention_fwd_kernel(
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_max = b_max_new
         b_p = b_p.to(v_ptr.dtype.element_ty)
-        b_v0 = _load(v_ptr, o_n, m_n, stride_vn, o_d0, D, D0 <= D)
+        b_v0 = _load(v_ptr, o_n, m_n, stride_vn, o_d0, D, D0 <= D, ALIGN)
         b_acc0 = b_acc0 * b_shrink[:, None] + _dot(b_p, b_v0, PRECISION)
         if D1:
-            b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D)
+            b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D, ALIGN)
             b_acc1 = b_acc1 * b_shrink[:, None] + _dot(b_p, b_v1, PRECISION)
 
     # A query without keys gives zeros.
     b_inverse = tl.where(b_sum > 0, 1.0 / tl.where(b_sum > 0, b_sum, 1.0), 0.0)
     out_ptr += _head(i_b, i_h, q_row, stride_ob, stride_oh, stride_om, RAGGED, ALIGN)
-    _store(out_ptr, o_m, m_m, stride_om, o_d0, b_acc0 * b_inverse[:, None], D, D0 <= D)
+    _store(out_ptr, o_m, m_m, stride_om, o_d0, b_acc0 * b_inverse[:, None], D, D0 <= D, ALIGN)
     if D1:
-        _store(out_ptr, o_m, m_m, stride_om, o_d1, b_acc1 * b_inverse[:, None], D, D0 + D1 <= D)
+        _store(out_ptr, o_m, m_m, stride_om, o_d1, b_acc1 * b_inverse[:, None], D, D0 + D1 <= D, ALIGN)
     b_lse = tl.where(b_sum > 0, b_max / LOG2E + tl.log(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
     tl.store(lse_ptr + i_h.to(tl.int64) * rows + q_row + o_m, b_lse, mask=m_m)

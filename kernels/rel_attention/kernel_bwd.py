@@ -54,16 +54,16 @@ def rel_attention_bwd_q_kernel(
     out_ptr += _head(i_b, i_h, q_row, stride_ob, stride_oh, stride_om, RAGGED, ALIGN)
     dout_ptr += _head(i_b, i_h, q_row, stride_ob, stride_oh, stride_om, RAGGED, ALIGN)
     dq_ptr += _head(i_b, i_h, q_row, stride_dqb, stride_dqh, stride_dqm, RAGGED, ALIGN)
-    b_do0 = _load(dout_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D)
-    b_out0 = _load(out_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D)
+    b_do0 = _load(dout_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D, ALIGN)
+    b_out0 = _load(out_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D, ALIGN)
     b_delta = tl.sum(b_do0.to(tl.float32) * b_out0.to(tl.float32), 1)
-    b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D)
+    b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D, ALIGN)
     b_dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     if D1:
-        b_do1 = _load(dout_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D)
-        b_out1 = _load(out_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D)
+        b_do1 = _load(dout_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D, ALIGN)
+        b_out1 = _load(out_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D, ALIGN)
         b_delta += tl.sum(b_do1.to(tl.float32) * b_out1.to(tl.float32), 1)
-        b_q1 = _load(q_ptr, o_m, m_m, stride_qm, o_d1, D, D0 + D1 <= D)
+        b_q1 = _load(q_ptr, o_m, m_m, stride_qm, o_d1, D, D0 + D1 <= D, ALIGN)
         b_dq1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
     p_row = i_h.to(tl.int64) * rows + q_row + o_m
     tl.store(delta_ptr + p_row, b_delta, mask=m_m)
@@ -75,19 +75,21 @@ def rel_attention_bwd_q_kernel(
     for start in range(0, N, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        b_k0 = _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D)
-        b_v0 = _load(v_ptr, o_n, m_n, stride_vn, o_d0, D, D0 <= D)
+        if BIAS:  # on its way while the tensor cores work
+            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
+            b_bias = _bias(p_bias, q_term, k_term, DIRECT)
+        b_k0 = _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D, ALIGN)
+        b_v0 = _load(v_ptr, o_n, m_n, stride_vn, o_d0, D, D0 <= D, ALIGN)
         b_s = _dot(b_q0, b_k0.trans(), PRECISION)
         b_dp = _dot(b_do0, b_v0.trans(), PRECISION)
         if D1:
-            b_k1 = _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D)
-            b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D)
+            b_k1 = _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D, ALIGN)
+            b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D, ALIGN)
             b_s += _dot(b_q1, b_k1.trans(), PRECISION)
             b_dp += _dot(b_do1, b_v1.trans(), PRECISION)
         b_s *= scale * LOG2E
         if BIAS:
-            k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
-            b_s += _bias(p_bias, q_term, k_term, DIRECT)
+            b_s += b_bias
         b_p = tl.where(m_n[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_ds = b_ds.to(k_ptr.dtype.element_ty)
@@ -98,9 +100,9 @@ def rel_attention_bwd_q_kernel(
         if D1:
             b_dq1 += _dot(b_ds, b_k1, PRECISION)
 
-    _store(dq_ptr, o_m, m_m, stride_dqm, o_d0, b_dq0 * scale, D, D0 <= D)
+    _store(dq_ptr, o_m, m_m, stride_dqm, o_d0, b_dq0 * scale, D, D0 <= D, ALIGN)
     if D1:
-        _store(dq_ptr, o_m, m_m, stride_dqm, o_d1, b_dq1 * scale, D, D0 + D1 <= D)
+        _store(dq_ptr, o_m, m_m, stride_dqm, o_d1, b_dq1 * scale, D, D0 + D1 <= D, ALIGN)
 
 
 @triton.jit
@@ -131,13 +133,13 @@ def rel_attention_bwd_kv_kernel(
     dout_ptr += _head(i_b, i_h, q_row, stride_ob, stride_oh, stride_om, RAGGED, ALIGN)
     dk_ptr += _head(i_b, i_h, k_row, stride_dkb, stride_dkh, stride_dkn, RAGGED, ALIGN)
     dv_ptr += _head(i_b, i_h, k_row, stride_dvb, stride_dvh, stride_dvn, RAGGED, ALIGN)
-    b_k0 = _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D)
-    b_v0 = _load(v_ptr, o_n, m_n, stride_vn, o_d0, D, D0 <= D)
+    b_k0 = _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D, ALIGN)
+    b_v0 = _load(v_ptr, o_n, m_n, stride_vn, o_d0, D, D0 <= D, ALIGN)
     b_dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
     b_dv0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
     if D1:
-        b_k1 = _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D)
-        b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D)
+        b_k1 = _load(k_ptr, o_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D, ALIGN)
+        b_v1 = _load(v_ptr, o_n, m_n, stride_vn, o_d1, D, D0 + D1 <= D, ALIGN)
         b_dk1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
         b_dv1 = tl.zeros([BLOCK_N, D1], dtype=tl.float32)
     if BIAS:
@@ -147,23 +149,24 @@ def rel_attention_bwd_kv_kernel(
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < M
-        b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D)
-        b_do0 = _load(dout_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D)
+        p_row = i_h.to(tl.int64) * rows + q_row + tl.minimum(o_m, M - 1)
+        b_lse, b_delta = _each(lse_ptr, p_row, DIRECT) * LOG2E, _each(delta_ptr, p_row, DIRECT)
+        if BIAS:  # on its way while the tensor cores work
+            q_term = _query_term(_position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT), BIAS, G)
+            b_bias = _bias(p_bias, k_term, q_term, DIRECT)
+        b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D, ALIGN)
+        b_do0 = _load(dout_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D, ALIGN)
         b_s = _dot(b_k0, b_q0.trans(), PRECISION)
         b_dp = _dot(b_v0, b_do0.trans(), PRECISION)
         if D1:
-            b_q1 = _load(q_ptr, o_m, m_m, stride_qm, o_d1, D, D0 + D1 <= D)
-            b_do1 = _load(dout_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D)
+            b_q1 = _load(q_ptr, o_m, m_m, stride_qm, o_d1, D, D0 + D1 <= D, ALIGN)
+            b_do1 = _load(dout_ptr, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D, ALIGN)
             b_s += _dot(b_k1, b_q1.trans(), PRECISION)
             b_dp += _dot(b_v1, b_do1.trans(), PRECISION)
         b_s *= scale * LOG2E
         if BIAS:
-            q_term = _query_term(_position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT), BIAS, G)
-            b_s += _bias(p_bias, k_term, q_term, DIRECT)
-        p_row = i_h.to(tl.int64) * rows + q_row + tl.minimum(o_m, M - 1)
-        b_lse = _each(lse_ptr, p_row, DIRECT) * LOG2E
+            b_s += b_bias
         b_p = tl.where(m_m[None, :], tl.exp2(b_s - b_lse[None, :]), 0.0)
-        b_delta = _each(delta_ptr, p_row, DIRECT)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(q_ptr.dtype.element_ty)
         b_p = b_p.to(dout_ptr.dtype.element_ty)
         b_dv0 += _dot(b_p, b_do0, PRECISION)
@@ -172,8 +175,8 @@ def rel_attention_bwd_kv_kernel(
             b_dv1 += _dot(b_p, b_do1, PRECISION)
             b_dk1 += _dot(b_ds, b_q1, PRECISION)
 
-    _store(dk_ptr, o_n, m_n, stride_dkn, o_d0, b_dk0 * scale, D, D0 <= D)
-    _store(dv_ptr, o_n, m_n, stride_dvn, o_d0, b_dv0, D, D0 <= D)
+    _store(dk_ptr, o_n, m_n, stride_dkn, o_d0, b_dk0 * scale, D, D0 <= D, ALIGN)
+    _store(dv_ptr, o_n, m_n, stride_dvn, o_d0, b_dv0, D, D0 <= D, ALIGN)
     if D1:
-        _store(dk_ptr, o_n, m_n, stride_dkn, o_d1, b_dk1 * scale, D, D0 + D1 <= D)
-        _store(dv_ptr, o_n, m_n, stride_dvn, o_d1, b_dv1, D, D0 + D1 <= D)
+        _store(dk_ptr, o_n, m_n, stride_dkn, o_d1, b_dk1 * scale, D, D0 + D1 <= D, ALIGN)
+        _store(dv_ptr, o_n, m_n, stride_dvn, o_d1, b_dv1, D, D0 + D1 <= D, ALIGN)

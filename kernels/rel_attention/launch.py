@@ -25,6 +25,7 @@ def forward(
     q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
 ) -> Tensor:
     """Write ``out``; returns log(sum(exp(score))), float32 [H, all rows of q]."""
+    q_BHMd, k_BHNd, v_BHNd = map(aligned, (q_BHMd, k_BHNd, v_BHNd))
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
     lse = q_BHMd.new_empty(H, rows, dtype=torch.float32)
     launch = _configs(q_BHMd).forward
@@ -59,6 +60,7 @@ def backward(
     if not rows or not k_BHNd.numel():
         dq_BHMd.zero_(), dk_BHNd.zero_(), dv_BHNd.zero_()
         return
+    dout_BHMd, q_BHMd, k_BHNd, v_BHNd = map(aligned, (dout_BHMd, q_BHMd, k_BHNd, v_BHNd))
     delta = torch.empty_like(lse)
     bias, bias_size, form = _bias(q_BHMd, table_RH, call)
     scene = _scene(q_BHMd, bias, call)
@@ -98,6 +100,19 @@ def backward(
         _table(sums, dtable_RH, 0, call)
     elif dtable_RH is not None and table_RH is not None:
         _recompute(dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, delta, call, dtable_RH)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, in half types with rows that begin at multiples of 16 bytes: a copy where its do not.
+
+    Without that, shared memory is not filled ahead, and what ptxas 12.8 (of Triton 3.6 and 3.7) then makes
+    of a head's narrow part on Hopper is wrong: it reads a descriptor that was never written.
+    """
+    if x.element_size() != 2:
+        return x
+    if any(step % config.EIGHT for step, n in zip(x.stride(), x.shape[:-1]) if n > 1):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x if x.data_ptr() % (2 * config.EIGHT) == 0 else x.clone()  # with the strides that it has
 
 
 def _recompute(
@@ -218,7 +233,8 @@ def _or(x: Tensor | None, unused: Tensor) -> Tensor:
 
 
 def _strides(*tensors_BHRd: Tensor) -> list[int]:
-    return [stride for x in tensors_BHRd for stride in x.stride()[:3]]
+    """Of each the first three; 0 where there is but one row, whose stride means nothing."""
+    return [step if n > 1 else 0 for x in tensors_BHRd for step, n in zip(x.stride()[:3], x.shape)]
 
 
 def _constants(call: Call, *tensors_BHRd: Tensor) -> dict[str, Any]:
