@@ -136,6 +136,11 @@ def bias_parts(batch: int, tiles: int) -> int:
     return max(1, min(batch // 4, -(-512 // tiles)))
 
 
+def gather_parts(samples: int) -> int:
+    """Programs that share the samples whose stored dS make one tile of the table's gradient."""
+    return max(1, min(4, samples // 4))
+
+
 def table_blocks(grid_size: int) -> dict[str, int]:
     """What of ``dbias`` a program of the table's gradient reads at once: up to 8,192 numbers."""
     wide, side = (1 << (size - 1).bit_length() for size in (2 * grid_size - 1, grid_size))

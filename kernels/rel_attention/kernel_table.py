@@ -121,13 +121,17 @@ def rel_attention_bwd_gather_kernel(
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS [samples from ``first``, H, M, N] to a tile of ``dbias`` [H, G*G, G*G]; at first 0, set it."""
+    """Add dS [samples from ``first``, H, M, N] to a tile of ``dbias`` [parts, H, G*G, G*G], each part every
+    ``parts``-th sample; at first 0, set it."""
     i_n, i_m, i_h = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks, tl.program_id(1)
+    i_p, parts = tl.program_id(2), tl.num_programs(2)
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (o_m < G * G)[:, None] & (o_n < G * G)[None, :]
-    p_dbias = dbias_ptr + i_h.to(tl.int64) * (G * G * G * G) + o_m[:, None] * (G * G) + o_n[None, :]
+    p_dbias = (
+        dbias_ptr + (i_p * H + i_h).to(tl.int64) * (G * G * G * G) + o_m[:, None] * (G * G) + o_n[None, :]
+    )
     b_dbias = tl.load(p_dbias, mask=inside & (first > 0), other=0.0)
-    for sample in range(samples):
+    for sample in range(i_p, samples, parts):
         i_b = sample + tl.zeros([], dtype=tl.int64)
         t_m, m_m = _token(q_slots_ptr, first + i_b, o_m, Q_SLOTS, G)
         t_n, m_n = _token(k_slots_ptr, first + i_b, o_n, K_SLOTS, G)

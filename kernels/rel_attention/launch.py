@@ -73,7 +73,7 @@ def backward(
         row = -(-lengths[1] // 16) * 16
         chunk = max(1, min(B, config.DS_BYTES // (H * lengths[0] * row * q_BHMd.element_size())))
         ds = q_BHMd.new_empty(chunk, H, lengths[0], row)
-        sums = q_BHMd.new_empty(1, H, call.grid_size**4, dtype=torch.float32)
+        sums = q_BHMd.new_empty(config.gather_parts(chunk), H, call.grid_size**4, dtype=torch.float32)
         slots = _slots(call, B)
     n_blocks = triton.cdiv(lengths[0], configs.q.block_m)
     for first in range(0, B, chunk):
@@ -86,7 +86,7 @@ def backward(
             **_blocks(configs.q),
         )  # fmt: skip
         if store:
-            _gather(ds, sums[0], slots, call, first, samples)
+            _gather(ds, sums, slots, call, first, samples)
 
     n_blocks = triton.cdiv(lengths[1], configs.kv.block_n)
     rel_attention_bwd_kv_kernel[(B * H * n_blocks,)](
@@ -152,7 +152,7 @@ def _recompute(
 
 def _gather(
     ds: Tensor,
-    sums_HL: Tensor,
+    sums: Tensor,
     slots: tuple[Tensor | None, Tensor | None],
     call: Call,
     first: int,
@@ -160,8 +160,8 @@ def _gather(
 ) -> None:
     H, L, (q_slots, k_slots) = ds.shape[1], call.grid_size**2, slots
     n_blocks = triton.cdiv(L, 64)
-    rel_attention_bwd_gather_kernel[(n_blocks * triton.cdiv(L, 32), H)](
-        ds, _or(q_slots, ds), _or(k_slots, ds), sums_HL, first, samples, H, n_blocks,
+    rel_attention_bwd_gather_kernel[(n_blocks * triton.cdiv(L, 32), H, len(sums))](
+        ds, _or(q_slots, ds), _or(k_slots, ds), sums, first, samples, H, n_blocks,
         ds.stride(1), ds.stride(2),
         Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, G=call.grid_size, BLOCK_M=32, BLOCK_N=64,
         num_warps=4,
