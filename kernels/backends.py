@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import plain_only
+from .checks import exporting, plain_only
 from .native import MISSING, vector_bits
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,7 +76,7 @@ def backends() -> list[Backend]:
 def uses_triton(x: Tensor) -> bool:
     """Whether an op that has a Triton kernel runs it on ``x``."""
     here = INTERPRETING or (x.is_cuda and HAS_TRITON)
-    return here and x.dtype in DTYPES and not torch.compiler.is_exporting()
+    return here and x.dtype in DTYPES and not exporting()
 
 
 def uses_csrc(*tensors: Tensor | None) -> bool:

@@ -84,4 +84,10 @@ def plain_only() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work, which see into plain
     PyTorch only, or torch.export, whose programs shall run where this package is not."""
     transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return transformed or torch.compiler.is_exporting()
+    return transformed or exporting()
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work. By its flag: torch 2.11 compiles ``torch.compiler.is_exporting``
+    as true, under ``torch.compile`` as well."""
+    return bool(torch.compiler._is_exporting_flag)

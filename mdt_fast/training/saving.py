@@ -42,6 +42,15 @@ from .distributed import World, is_loss
 
 Parts = Mapping[str, dict[str, Tensor]]
 
+STAGES_AGAIN = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+"""torch 2.11's stager forgets after one call how to copy a dict; later ones keep their buffers, too."""
+
+
+def _new_stager() -> DefaultStager:
+    """Copies to the host: to pinned memory and not waiting for each tensor, where there is a GPU."""
+    pinned = torch.cuda.is_available()
+    return DefaultStager(StagingOptions(pinned, False, False, pinned))
+
 
 class Saver:
     """Writes the checkpoints of the run in ``run``; the last ``keep`` and each ``keep_every``-th step's stay.
@@ -52,8 +61,7 @@ class Saver:
     def __init__(self, run: Path, world: World, *, keep: int, keep_every: int = 0, asynchronous: bool = True):
         self.run, self.world, self.asynchronous = run, world, asynchronous
         self.keep, self.keep_every = keep, keep_every
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -64,10 +72,15 @@ class Saver:
         if this one does; complete checkpoints are kept.
         """
         self.wait()
-        copies = {part: self._stager.stage(tensors) for part, tensors in parts.items()}
+        copies = {part: self._copied(tensors) for part, tensors in parts.items()}
         self._writing = self._thread.submit(self._write, step, copies, state)
         if not self.asynchronous:
             self.wait()
+
+    def _copied(self, tensors: dict[str, Tensor]) -> Any:
+        if not STAGES_AGAIN:
+            self._stager = _new_stager()
+        return self._stager.stage(tensors)
 
     @property
     def failed(self) -> bool:
