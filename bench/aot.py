@@ -1,7 +1,7 @@
 """The kernels' machine code, for GPUs that need not be here: a table and rows for each architecture."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from importlib import import_module
@@ -22,6 +22,7 @@ CHUNK = 16
 COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spills B",
+    "unset_registers": "unset",
     "stack_bytes": "stack B",
     "shared_bytes": "shared B",
     "occupancy": "occupancy",
@@ -34,7 +35,7 @@ Outcome = dict[str, float] | str
 
 
 def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
-    """A table for each architecture. Returns 1 if any kernel spills or fails."""
+    """A table for each architecture. Returns 1 if any kernel is bad (:func:`is_bad`) or fails."""
     console = Console(width=max(170, Console().width))
     bad = number = 0
     # Spawned: a fork of a process with threads may hang.
@@ -47,18 +48,23 @@ def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
             for (op, case), outcome in zip(_cases(arch), outcomes, strict=True):
                 _record(case, op, arch, outcome, rows)
                 number += 1
-                bad += isinstance(outcome, str) or outcome["spill_bytes"] > 0
+                bad += isinstance(outcome, str) or is_bad(outcome)
                 name = case.kernel.__name__.removesuffix("_kernel")
                 table.add_row(name, case.label, str(case.num_warps), *_cells(outcome))
             for name, numbers in _csrc(arch, native[arch], rows):
                 number += 1
-                bad += isinstance(numbers, str) or numbers["spill_bytes"] > 0
+                bad += isinstance(numbers, str) or is_bad(numbers)
                 table.add_row(name, "csrc", "", *_cells(numbers))
             console.print(table)
         if aot_csrc.nvcc() is None:
             print("the kernels of csrc/ were left out: nvcc was not found")
-    print(f"{number} compiled, {bad} of them spill or fail")
+    print(f"{number} compiled, {bad} of them spill, read what was never written, or fail")
     return 1 if bad else 0
+
+
+def is_bad(numbers: Mapping[str, float]) -> bool:
+    """Whether a kernel spills, or reads uniform registers that nothing has written."""
+    return numbers["spill_bytes"] > 0 or numbers.get("unset_registers", 0) > 0
 
 
 @cache

@@ -26,6 +26,8 @@ def outcome_of(job: tuple[Entry, Choice, int, str]) -> Outcome:
     if not occupancy:
         shared, registers = numbers["shared_bytes"], numbers["registers"]
         return f"does not fit: {shared} B of shared memory, {registers} registers"
+    if numbers.get("unset_registers"):
+        return "reads uniform registers that nothing has written (ptxas)"
     if numbers["spill_bytes"]:
         return f"spills {numbers['spill_bytes']} B"
     return {**numbers, "occupancy": occupancy}

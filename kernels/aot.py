@@ -133,8 +133,47 @@ def _numbers(sass: str, registers: int, stack: int, shared: int, local: int) -> 
     # Local memory is where registers go that do not fit; loads and stores of it tell of spills too.
     spills = local + 4 * 32 * (counts["LDL"] + counts["STL"])
     return {
-        "registers": registers, "stack_bytes": stack, "shared_bytes": shared, "spill_bytes": spills, **counts
+        "registers": registers, "stack_bytes": stack, "shared_bytes": shared, "spill_bytes": spills,
+        "unset_registers": len(unset_registers(sass)) if counts["HGMMA"] else 0, **counts,
     }  # fmt: skip
+
+
+UNIFORM_RESULT = re.compile(
+    r"(?:U(?!ISETP|PLOP3|BLKCP|TMA|CGABAR)\w+|R2UR|S2UR|VOTEU|REDUX|CS2UR)(?:\.\w+)*$"
+)
+
+
+def unset_registers(sass: str) -> list[str]:
+    """Instructions of Hopper's that read a uniform register (UR) which none before them has written.
+
+    ptxas 12.8 makes such code of some ``wgmma`` whose operand in shared memory is not filled ahead: the
+    descriptor is whatever the register held. Seen on an H100, as an illegal memory access now and then.
+    """
+    written: set[int] = set()
+    found = []
+    for line in sass.splitlines():
+        instruction = re.sub(r"^@!?U?P\w+\s+", "", line.split(";")[0].strip())
+        name, _, rest = instruction.partition(" ")
+        operands = [text.strip() for text in rest.split(",")]
+        target = next((i for i, text in enumerate(operands) if not re.fullmatch(r"!?U?P(T|\d+)", text)), 0)
+        result = re.fullmatch(r"UR(\d+)", operands[target]) if UNIFORM_RESULT.match(name) else None
+        read: set[int] = set()
+        for i, text in enumerate(operands):
+            if result is not None and i == target:
+                continue
+            if descriptor := re.search(r"gdesc\[UR(\d+)\]", text):
+                # Four registers: A's descriptor (not read where A is in registers) and B's.
+                first, a_in_registers = int(descriptor[1]), i == 2
+                read |= set(range(first + 2 * a_in_registers, first + 4))
+                continue
+            for number, pair in re.findall(r"\bUR(\d+)(\.64)?", re.sub(r"desc\[UR(\d+)\]", r"UR\1.64", text)):
+                read |= {int(number), int(number) + bool(pair)}
+        if read - written:
+            found.append(instruction)
+        if result is not None:
+            first, wide = int(result[1]), 4 if ".128" in name else 2 if re.search(r"\.(64|WIDE)", name) else 1
+            written |= set(range(first, first + wide))
+    return found
 
 
 def _tool(name: str, *arguments: str | Path, cwd: str | None = None) -> str:

@@ -27,8 +27,21 @@ def _pinned(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call
     # Where the mask alone needs a gradient, EFFICIENT has read memory that was not there.
     heads_need_grad = q.requires_grad or k.requires_grad or v.requires_grad
     mask_alone = table_RH is not None and table_RH.requires_grad and not heads_need_grad
+    q, k, v = (_aligned(x) for x in (q, k, v))
     with sdpa_kernel([SDPBackend.MATH] if mask_alone and torch.is_grad_enabled() else PINNED):
         return reference.rel_attention(q, k, v, table_RH, call)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy where rows could begin at multiples of 16 bytes and do not: EFFICIENT takes them, and has no
+    kernel."""
+    size = x.element_size()
+    steps = [step for step, n in zip(x.stride()[:-1], x.shape) if n > 1]
+    if not torch.compiler.is_compiling():
+        steps.append(int(x.storage_offset()))
+    if x.shape[-1] * size % 16 == 0 and any(step * size % 16 for step in steps):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def installed() -> str:

@@ -1,8 +1,10 @@
 """Attention by xformers' ``memory_efficient_attention``, with the bias spelt out, gradients included.
 
-Written from the source of xformers 0.0.35; not run on a GPU yet.
+Written from the source of xformers 0.0.35. Not run on a GPU yet: that version's wheel brought no CUDA kernels
+for the GPU, torch 2.11 and CUDA 13 that were there.
 """
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -31,11 +33,26 @@ def installed() -> str | None:
     return VERSION
 
 
+@cache
+def built() -> bool:
+    """Whether it came with CUDA kernels that load here: its wheels do for one version of torch and CUDA."""
+    try:
+        from xformers.ops.fmha import cutlass
+
+        return bool(cutlass.FwOp.is_available())
+    except (ImportError, AttributeError, OSError, RuntimeError):
+        return False
+
+
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
     if installed() is None:
         return "xformers is not installed (pip install xformers)"
     if not q.is_cuda or q.dtype not in DTYPES:
         return f"it needs a CUDA device and float32, float16 or bfloat16; got {q.dtype} on {q.device}"
+    if not built():
+        return (
+            f"xformers {installed()} has no CUDA kernels for this torch (python -m xformers.info says more)"
+        )
     gpu = torch.cuda.get_device_properties(q.device)
     return limits(q, table_RH, call, needs_grad, (gpu.major, gpu.minor))
 

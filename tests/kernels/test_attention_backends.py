@@ -47,9 +47,9 @@ def test_flex_forward_on_the_cpu(length: int | None) -> None:
 @pytest.mark.parametrize("d", [64, 72])
 @pytest.mark.parametrize("length", [None, 153])
 def test_on_a_gpu(length: int | None, d: int, name: str) -> None:
-    """Against Triton's float64-checked result, by the rule for half types. flex sums the table by atomics."""
-    if name == "xformers" and with_xformers.installed() is None:
-        pytest.skip("xformers is not installed")
+    """Against float64, by the rule for half types. sdpa and flex sum the table by atomics: no bits twice."""
+    if name == "xformers" and (with_xformers.installed() is None or not with_xformers.built()):
+        pytest.skip("xformers is not installed, or without CUDA kernels for this torch")
     pos = None if length is None else kept(2, 16, length, "cuda")
     args = [x.bfloat16() for x in heads(2, 4, length or 256, d, 16, "cuda")]
     places = {"grid_size": 16, "q_pos": pos, "k_pos": pos}
@@ -58,7 +58,7 @@ def test_on_a_gpu(length: int | None, d: int, name: str) -> None:
         exact = plain(*(x.double() for x in args), **places)
         assert relative_error(op(*args), exact) <= 2 * relative_error(plain(*args, **places), exact)
     else:
-        compare(op, partial(plain, **places), args, torch.bfloat16)
+        compare(op, partial(plain, **places), args, torch.bfloat16, twice=name != "sdpa")
 
 
 @pytest.mark.gpu

@@ -176,6 +176,6 @@ def test_memory_is_the_peak_since_the_last_call() -> None:
     device = torch.device("cuda")
     measured = Speed(TINY, device, "bfloat16")
     resting = measured.of(1, 1.0)["memory_gib"]
-    torch.empty(1 << 28, device=device)
+    torch.empty(1 << 28, dtype=torch.uint8, device=device)
     assert measured.of(1, 1.0)["memory_gib"] == pytest.approx(resting + 0.25, abs=0.01)
     assert measured.of(1, 1.0)["memory_gib"] == pytest.approx(resting, abs=0.01)
