@@ -1,5 +1,9 @@
 """Points: one op at one shape, dtype and mode, timed for all its providers in turns. What ``kernels.py`` and
-``attention.py`` share."""
+``attention.py`` share.
+
+On a GPU each call is replayed as one CUDA graph, whoever the provider is: what is timed are kernels, and not
+how fast Python launches them. Where a call cannot be captured a note says so.
+"""
 
 import argparse
 import os
@@ -121,6 +125,25 @@ def outputs_of(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
+def graph_of(call: Call) -> Callable[[], object]:
+    """A replay of ``call``, captured as one CUDA graph on the current device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
 def made_up_gradient(output: Tensor) -> Tensor:
     """The same numbers, in the order of memory that ``output`` has: what comes after an op keeps to it."""
     generator = torch.Generator(output.device).manual_seed(1)
@@ -213,6 +236,7 @@ class Session:
     def __init__(self, rows: RowFile, request: Request):
         self.rows, self.request, self.device = rows, request, request.device
         self.clock = op_clock(self.device)
+        self.capture = graph_of if self.device.type == "cuda" else None
         self.matmuls: dict[torch.dtype, Matmul] = {}
         self.roof = ""
 
@@ -284,8 +308,9 @@ class Session:
         return calls
 
     def time(self, point: Point, calls: dict[str, Call], found: dict[str, Result], deadline: float) -> None:
+        ready = {name: self.captured(call, found[name]) for name, call in calls.items()}
         turns: dict[str, Callable[[int], object]] = {
-            name: lambda index, call=call: call() for name, call in calls.items()
+            name: lambda index, call=call: call() for name, call in ready.items()
         }
         if point.roofline:
             turns["copy"] = Copy(self.device, point.bytes)
@@ -308,6 +333,17 @@ class Session:
         for name in calls:
             if name in good:
                 self.evaluate(point, good, roof, found[name])
+
+    def captured(self, call: Call, one: Result) -> Callable[[], object]:
+        """``call`` as it is timed."""
+        if self.capture is None:
+            return call
+        try:
+            return self.capture(call)
+        except Exception as error:
+            one.notes.append(f"launched kernel by kernel, not replayed from a graph: {one_line(error)}")
+            synchronize(self.device)
+            return call
 
     def roof_seconds(self, point: Point, copied: list[float]) -> list[float]:
         """The least time that the machine's rates allow, round by round: that of a copy of as many bytes in

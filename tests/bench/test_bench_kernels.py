@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,34 @@ def test_providers_of_a_step_agree_after_several(op: str, monkeypatch: pytest.Mo
         found[name] = [call() for _ in range(5)][-1]
     assert {"fast", "eager"} <= found.keys()
     assert all(points.difference(results, found["eager"]) < 1e-5 for results in found.values())
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_what_cannot_be_captured_is_launched_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, with a stand-in for its graphs."""
+    replayed: list[str] = []
+
+    def capture(call: points.Call) -> points.Call:
+        if not replayed:
+            replayed.append("one")
+            return call
+        raise RuntimeError("it waits for the device")
+
+    made = points.Session.__init__
+
+    def init(self: points.Session, *args: Any) -> None:
+        made(self, *args)
+        self.capture = capture
+
+    monkeypatch.setattr(points.Session, "__init__", init)
+    flags = ["--device", "cpu", "--repeats", "5", "--model", "S", "--ops", "gather_tokens", "--mode", "fwd"]
+    assert kernels.main([*flags, "--providers", "fast,eager"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "eager fwd: launched kernel by kernel, not replayed from a graph" in out
+    assert "it waits for the device" in out
+    assert "fast fwd: launched" not in out
 
 
 @pytest.mark.usefixtures("_tiny")
