@@ -2,20 +2,21 @@
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
 #   build tests sanitize races kernels attention flex small middle large compiled compiled4 official account training
-#   sampling sampling_compiled tune learning report
+#   breakdown sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
 # In the environment: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
-# LIMIT (seconds a stage, 470).
+# LIMIT (seconds a stage, 470), JOBS (test files at a time, 8: they compile more than they compute).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 OUT=${OUT:-bench/results}
 OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
+JOBS=${JOBS:-8}
 STAGES=(build tests sanitize races kernels attention flex small middle large compiled compiled4 official account
-    training sampling sampling_compiled tune learning report)
+    training breakdown sampling sampling_compiled tune learning report)
 
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
@@ -60,7 +61,13 @@ TRITON=triton-lookup-recompute,triton-lookup-store,triton-dense-recompute,triton
 COMPILED=reference,reference-compiled,fast,fast-compiled
 
 build() { run build env MDT_FAST_CUDA=1 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .; }
-tests() { run gpu_tests "$PYTHON" -m pytest -q -ra -m gpu tests; }
+gpu_tests() { # NAME FILE...
+    local name=$1 together=()
+    shift
+    "$PYTHON" -c 'import xdist' 2>/dev/null && together=(-n "$JOBS")
+    run "$name" "$PYTHON" -m pytest -q -ra -m gpu "${together[@]}" "$@"
+}
+tests() { gpu_tests gpu_tests tests; }
 sanitize() { # first alone: that compiles the kernels, and says whether all are reached
     run sanitize_calls "$PYTHON" bench/sanitize.py --device cuda
     run sanitize_memcheck "$PYTHON" bench/sanitize.py --device cuda --tool memcheck --json "$OUT/sanitize.jsonl"
@@ -117,6 +124,12 @@ training() { # what surrounds a step: loader, encoding, the loop, saves
     rows training training --repeats 7
     rows training training --parts step,save --preset mdtv2-xl2 --batch 32 --repeats 5
 }
+breakdown() { # by class of kernel; the reference apart, as both need the memory
+    local step=(--breakdown --model MDTv2_XL_2 --batch 32 --dtype bfloat16)
+    rows throughput breakdown "${step[@]}" --mode train --providers fast,fast-graphs
+    rows throughput breakdown "${step[@]}" --mode train --providers reference
+    rows throughput breakdown "${step[@]}" --mode sample --providers fast,reference
+}
 sampling() { # item by item
     rows throughput sampling --account --mode sample --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 \
         --dtype bfloat16 --time-limit 420
@@ -138,11 +151,10 @@ report() {
     run goals "$PYTHON" bench/report.py --goals "$OUT"/*.jsonl
 }
 
-first() { # the least that says how things stand: the main kernels right, XL/2's step, attention, every op
+first() { # the least that says how things stand: the tests, where XL/2's step goes, attention, every op
     build
-    run first_tests timeout 150 "$PYTHON" -m pytest -q -ra -m gpu tests/test_gpu.py tests/test_gpu_rel_attention.py
-    bench throughput first_xl2 --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
-        --providers reference,fast --time-limit 60
+    gpu_tests first_tests tests/test_gpu.py tests/test_gpu_[a-s]*.py tests/test_gpu_tokens.py tests/test_gpu_training.py
+    breakdown
     bench attention first_attention --providers "$ROOF,sdpa,$TRITON" --dtype bfloat16 --tokens 256 \
         --head-dim 64,72 --time-limit 60
     bench kernels first_kernels --model XL --dtype bfloat16 --providers fast,eager --time-limit 60

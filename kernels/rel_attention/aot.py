@@ -47,10 +47,10 @@ def cases(arch: str) -> Iterator[Case]:
             yield _case(
                 rel_attention_bwd_bias_kernel, f"d={d} {tokens} {dtype}", constants, d, dtype, configs.bias
             )
-    yield from _small_cases()
+    yield from _small_cases(arch)
 
 
-def _small_cases() -> Iterator[Case]:
+def _small_cases(arch: str) -> Iterator[Case]:
     """The kernels that know no head size."""
     launch = LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=2)
     for slots, dtype in product((False, True), DTYPES):
@@ -59,7 +59,7 @@ def _small_cases() -> Iterator[Case]:
         yield _case(rel_attention_bwd_gather_kernel, label, constants, 64, dtype, launch)
     constants = {"G": GRID, "BLOCK_M": 16, "BLOCK_N": 128}
     yield _case(rel_attention_bias_kernel, "fp32", constants, 64, "fp32", launch)
-    constants = {"G": GRID, **table_blocks(GRID)}
+    constants = {"G": GRID, **table_blocks(arch, GRID)}
     yield _case(rel_attention_bwd_table_kernel, "fp32", constants, 64, "fp32", launch)
     yield _case(
         rel_attention_slots_kernel, "i64", {"G": GRID, "RAGGED": True, "BLOCK": 256}, 64, "i64", launch

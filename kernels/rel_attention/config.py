@@ -140,7 +140,8 @@ def gather_parts(samples: int) -> int:
     return max(1, min(4, samples // 4))
 
 
-def table_blocks(grid_size: int) -> dict[str, int]:
-    """What of ``dbias`` a program of the table's gradient reads at once: up to 8,192 numbers."""
+def table_blocks(arch: str, grid_size: int) -> dict[str, int]:
+    """What of ``dbias`` a program of the table's gradient reads at once: up to 8,192 numbers (AMD: 4,096)."""
+    numbers = 4096 if arch.startswith("gfx") else 8192
     wide, side = (1 << (size - 1).bit_length() for size in (2 * grid_size - 1, grid_size))
-    return {"BLOCK_R": max(1, min(side, 8192 // (wide * side))), "BLOCK_W": wide, "BLOCK_G": side}
+    return {"BLOCK_R": max(1, min(side, numbers // (wide * side))), "BLOCK_W": wide, "BLOCK_G": side}

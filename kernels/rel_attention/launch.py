@@ -173,7 +173,7 @@ def _table(sums: Tensor, dtable_RH: Tensor, first: int, call: Call) -> None:
     G = call.grid_size
     rel_attention_bwd_table_kernel[(2 * G - 1, sums.shape[1])](
         sums, dtable_RH, first, sums.shape[0], sums.shape[1], dtable_RH.shape[1],
-        G=G, **config.table_blocks(G), num_warps=4,
+        G=G, **config.table_blocks(_architecture(dtable_RH), G), num_warps=4,
     )  # fmt: skip
 
 
@@ -257,5 +257,8 @@ def _blocks(launch: config.LaunchConfig) -> dict[str, int]:
 
 
 def _configs(q_BHMd: Tensor) -> config.LaunchConfigs:
-    arch = architecture(q_BHMd.device.index) if q_BHMd.is_cuda else "interpreter"
-    return config.launch_configs(arch, q_BHMd.shape[3], half=q_BHMd.element_size() == 2)
+    return config.launch_configs(_architecture(q_BHMd), q_BHMd.shape[3], half=q_BHMd.element_size() == 2)
+
+
+def _architecture(x: Tensor) -> str:
+    return architecture(x.device.index) if x.is_cuda else "interpreter"
