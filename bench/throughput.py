@@ -69,6 +69,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
     ]
     end = started + picked.time_limit
     results: list[CaseResult] = []
+    broken_down = False
     made: dict[str, providers.Modules] = {}
     with Console(stderr=True).status("starting") as status:
         session = Session(rows, status.update, picked.probe)
@@ -82,6 +83,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                 names = picked.providers[case.mode]
                 lines = breakdown.run(case, names, made[case.model], images, rows, status.update)
                 breakdown.show(console, case, lines)
+                broken_down = broken_down or any(line.note is None for line in lines)
                 continue
             if request.account:
                 if case.mode == "train":
@@ -107,11 +109,8 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
             )
             results.append(result)
             tables.show(console, result, images.what)
-    return (
-        request.account
-        or request.breakdown
-        or any(one.ms is not None for result in results for one in result.results)
-    )
+    measured = any(one.ms is not None for result in results for one in result.results)
+    return request.account or broken_down or measured
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..backends import INTERPRETING
 from ..launches import architecture
 from . import config
 from .call import Call, Side
@@ -245,7 +246,7 @@ def _constants(call: Call, *tensors_BHRd: Tensor) -> dict[str, Any]:
         "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
         "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,
         "ALIGN": 8 if aligned else 1, "PRECISION": "ieee",
-        "DIRECT": tensors_BHRd[0].is_cuda and torch.version.hip is None,
+        "DIRECT": tensors_BHRd[0].is_cuda and torch.version.hip is None and not INTERPRETING,
     }  # fmt: skip
 
 

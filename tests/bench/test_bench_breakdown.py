@@ -47,6 +47,11 @@ def test_a_run(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert any(row["metric"] == "skipped" for row in rows)
 
 
+def test_nothing_measured_is_no_success() -> None:
+    flags = ["--breakdown", "--model", "digits", "--batch", "4", "--device", "cpu"]
+    assert throughput.main([*flags, "--providers", "fast-graphs"]) == 1
+
+
 def test_not_with_the_account(capsys: pytest.CaptureFixture[str]) -> None:
     assert throughput.main(["--breakdown", "--account"]) == 2
     assert "--breakdown: not together with --account" in capsys.readouterr().err
