@@ -61,9 +61,25 @@ def test_head_sizes(d: int, dtype: torch.dtype) -> None:
     against_plain(heads(2, 2, 36, 36, d, 6), dtype, grid_size=6)
 
 
+@DTYPES
 @pytest.mark.parametrize("d", [1, 8, 17, 70, 100])
-def test_head_sizes_that_do_not_divide_by_eight(d: int) -> None:
-    against_plain(heads(1, 2, 25, 25, d, 5), torch.float32, grid_size=5)
+def test_head_sizes_that_do_not_divide_by_eight(d: int, dtype: torch.dtype) -> None:
+    """In half types widened by zeros."""
+    against_plain(heads(1, 2, 25, 25, d, 5), dtype, grid_size=5)
+
+
+@DTYPES
+@pytest.mark.parametrize("begin", [1, 4, 8])
+def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
+    """Heads cut out of wider rows, the gradient of the output out of a longer tensor: copied in half types
+    where nothing stands at a multiple of 16 bytes."""
+
+    def op(*args: Tensor, **how: Any) -> Tensor:
+        q, k, v = (x[..., begin : begin + 24] for x in args[:3])
+        out = rel_attention(q, k, v, args[3], grid_size=5, **how)
+        return torch.cat([out.new_zeros(begin), out.transpose(1, 2).flatten()])[begin:]
+
+    compare(op, partial(op, attention_backend="sdpa"), heads(2, 2, 25, 25, 35, 5), dtype)
 
 
 @DTYPES

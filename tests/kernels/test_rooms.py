@@ -14,11 +14,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mdt_fast import kernels
+from mdt_fast.kernels import checks
 from mdt_fast.masking import MaskPlan
 from mdt_fast.reference.layers import relative_position_index
 from tolerances import FLOAT32, FLOAT64, relative_error
 
 TOLERANCE = {torch.float64: FLOAT64, torch.float32: FLOAT32}
+
+
+def test_only_an_export_is_one() -> None:
+    """torch 2.11 takes a compilation for one by ``torch.compiler.is_exporting``."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + checks.exporting()
+
+    zero = torch.zeros(1)
+    assert Model()(zero) == torch.compile(Model(), backend="eager", fullgraph=True)(zero) == 0
+    assert torch.export.export(Model(), (zero,)).module()(zero) == 1
+    assert not checks.exporting()
 
 
 def layer_norm(x: Tensor) -> Tensor:

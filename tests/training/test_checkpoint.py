@@ -120,6 +120,22 @@ def test_every_mth_is_kept(tmp_path: Path) -> None:
     assert kept == ["step_0000004", "step_0000008", "step_0000010"]
 
 
+def test_a_stager_that_works_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11's, which forgets how to copy a dict: each part of each checkpoint gets its own."""
+
+    class Once(saving.DefaultStager):
+        def stage(self, *args: Any, **kwargs: Any) -> Any:
+            staged = super().stage(*args, **kwargs)
+            self._state_dict_stager._deepcopy_dispatch.clear()
+            return staged
+
+    monkeypatch.setattr(saving, "DefaultStager", Once)
+    monkeypatch.setattr(saving, "STAGES_AGAIN", False)
+    train(tiny(), tmp_path / "again")
+    for step in ("step_0000004", "step_0000008"):
+        assert tensors_of(tmp_path / "again" / "checkpoints" / step) == tensors_of(run / "checkpoints" / step)
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match=r"cannot write checkpoints in .*: File exists"):
