@@ -34,6 +34,7 @@ from measure import (
     take_turns,
 )
 from providers import Skip
+from replay import captured, graph_of
 from rows import RowFile
 
 Mode = Literal["fwd", "fwd+bwd"]
@@ -123,25 +124,6 @@ def call_of(mode: Mode, function: Callable[..., Any], arguments: Sequence[Any]) 
 
 def outputs_of(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
-
-
-def graph_of(call: Call) -> Callable[[], object]:
-    """A replay of ``call``, captured as one CUDA graph on the current device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-
-    def replay() -> list[Tensor]:
-        graph.replay()
-        return results
-
-    return replay
 
 
 def made_up_gradient(output: Tensor) -> Tensor:
@@ -308,7 +290,7 @@ class Session:
         return calls
 
     def time(self, point: Point, calls: dict[str, Call], found: dict[str, Result], deadline: float) -> None:
-        ready = {name: self.captured(call, found[name]) for name, call in calls.items()}
+        ready = {name: captured(call, self.capture, found[name].notes) for name, call in calls.items()}
         turns: dict[str, Callable[[int], object]] = {
             name: lambda index, call=call: call() for name, call in ready.items()
         }
@@ -333,17 +315,6 @@ class Session:
         for name in calls:
             if name in good:
                 self.evaluate(point, good, roof, found[name])
-
-    def captured(self, call: Call, one: Result) -> Callable[[], object]:
-        """``call`` as it is timed."""
-        if self.capture is None:
-            return call
-        try:
-            return self.capture(call)
-        except Exception as error:
-            one.notes.append(f"launched kernel by kernel, not replayed from a graph: {one_line(error)}")
-            synchronize(self.device)
-            return call
 
     def roof_seconds(self, point: Point, copied: list[float]) -> list[float]:
         """The least time that the machine's rates allow, round by round: that of a copy of as many bytes in
