@@ -21,7 +21,7 @@ from inputs import Inputs, len_keeps
 from measure import WallClock, synchronize
 from providers import Modules, Skip, make
 from rows import RowFile
-from steps import Case, GraphedTrainStep, SampleStep, Step, TrainStep
+from steps import Case, Step, step_of
 
 WARM_UP, STEPS, TIMED = 3, 3, 7
 LONGEST = 25
@@ -76,7 +76,8 @@ def run(
         torch._dynamo.reset()
         line = Line(name)
         try:
-            measure(line, step_of(case, name, modules, inputs), case.device)
+            step = step_of(case, make(name, modules), inputs, len_keeps(case.config, 1))
+            measure(line, step, case.device)
         except Skip as reason:
             line.note = f"skipped: {reason}"
         except Exception as error:
@@ -86,23 +87,14 @@ def run(
     return lines
 
 
-def step_of(case: Case, name: str, modules: Modules, inputs: Inputs) -> Step:
-    provider = make(name, modules)
-    if case.mode == "sample":
-        if provider.graphed:
-            raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
-        return SampleStep(case, provider, inputs)
-    kind = GraphedTrainStep if provider.graphed else TrainStep
-    return kind(case, provider, inputs, len_keeps(case.config, 1), None)
-
-
 def measure(line: Line, step: Step, device: torch.device) -> None:
     """Fill in ``line``. All steps keep the same number of tokens."""
     clock = WallClock(device)
     for _ in range(WARM_UP):
         step(0)
-    line.ms = 1e3 * statistics.median(clock(lambda: step(0)) for _ in range(TIMED))
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        line.ms = 1e3 * statistics.median(clock(lambda: step(0)) for _ in range(TIMED))
     # Of a GPU the kernels alone: the host's operations would take a minute to read, for nothing.
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profile(activities=[activity], acc_events=True) as found:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 import command
 import tables
 from formats import number, one_line, sizes
+from mdt_fast.cuda_graphs import Graphed
 from measure import (
     MIN_ROUNDS,
     Copy,
@@ -34,7 +36,7 @@ from measure import (
     take_turns,
 )
 from providers import Skip
-from replay import captured, graph_of
+from replay import captured
 from rows import RowFile
 
 Mode = Literal["fwd", "fwd+bwd"]
@@ -218,7 +220,7 @@ class Session:
     def __init__(self, rows: RowFile, request: Request):
         self.rows, self.request, self.device = rows, request, request.device
         self.clock = op_clock(self.device)
-        self.capture = graph_of if self.device.type == "cuda" else None
+        self.capture = partial(Graphed, device=self.device) if self.device.type == "cuda" else None
         self.matmuls: dict[torch.dtype, Matmul] = {}
         self.roof = ""
 

@@ -12,7 +12,7 @@ from mdt_fast.models import flops
 from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
-from steps import SAMPLING_STEPS, Case, GraphedTrainStep, SampleStep, Step, TrainStep, disagreement
+from steps import SAMPLING_STEPS, Case, Step, TrainStep, disagreement, step_of
 
 WARM_UP = 2
 """Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
@@ -168,26 +168,23 @@ class Session:
         return steps
 
     def step(self, case: Case, provider: Provider, inputs: Inputs, others: dict[str, Step]) -> Step:
-        if case.mode == "sample":
-            if provider.graphed:
-                raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
-            return SampleStep(case, provider, inputs)
         share = next((s for s in others.values() if s.provider.module is provider.module), None)
-        kind = GraphedTrainStep if provider.graphed else TrainStep
-        return kind(case, provider, inputs, len_keeps(case.config, PERIOD), share)
+        return step_of(case, provider, inputs, len_keeps(case.config, PERIOD), share)
 
     def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> float:
         """Run every step a few times; those that fail leave ``steps``. Seconds of the slowest one's last."""
         slowest = 0.0
         for name in list(steps):
             start = time.perf_counter()
-            timing = take_turns({name: steps[name]}, case.device, repeats=WARM_UP)[name]
+            # Each number of kept tokens is captured when it is met first, which must not be timed.
+            repeats = PERIOD if steps[name].provider.graphed else WARM_UP
+            timing = take_turns({name: steps[name]}, case.device, repeats=repeats)[name]
             if timing.error is not None:
                 self.give_up(case, found[name], "failed", one_line(timing.error))
                 del steps[name]
                 continue
             if found[name].compile_s is not None:
-                found[name].compile_s += time.perf_counter() - start - WARM_UP * timing.seconds[-1]
+                found[name].compile_s += time.perf_counter() - start - repeats * timing.seconds[-1]
                 self.row(case, name, "compile_s", "s", (None, found[name].compile_s, None))
             slowest = max(slowest, timing.seconds[-1])
         return slowest

@@ -21,7 +21,7 @@ from mdt_fast.training.objective import Draws
 from mdt_fast.training.optim import Ema, build_optimizer
 from mdt_fast.training.passes import GraphedPasses, Passes
 from measure import module_tensors, storage_bytes
-from providers import Provider
+from providers import Provider, Skip
 
 TRAIN_STEP = {
     "mdtv2": "unmasked + masked pass (min-SNR 5), one backward, Adan step with gradient clipping, EMA",
@@ -271,6 +271,22 @@ class SampleStep(Step):
 
     def own_bytes(self) -> int:
         return storage_bytes(module_tensors(self.module))
+
+
+def step_of(
+    case: Case,
+    provider: Provider,
+    inputs: Inputs,
+    len_keeps: Sequence[int | None],
+    share: TrainStep | None = None,
+) -> Step:
+    """The step that the case is about; ``share``: whose optimiser and average it uses. Raises ``Skip``."""
+    if case.mode == "sample":
+        if provider.graphed:
+            raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
+        return SampleStep(case, provider, inputs)
+    kind = GraphedTrainStep if provider.graphed else TrainStep
+    return kind(case, provider, inputs, len_keeps, share)
 
 
 def disagreement(step: Step, expected: Sequence[Tensor]) -> tuple[float, str | None]:
