@@ -38,7 +38,7 @@ _PATCH = {"block_r": (32, 64, 128), "block_d": (32, 64, 128), "num_warps": (4, 8
 _ATTENTION = {
     "block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)
 }  # fmt: skip
-TILES = (("block_m", "block_n"), ("block_r", "widest"), ("block_r", "block_d"))
+TILES = (("block_m", "block_n"), ("block_r", "widest"), ("block_r", "block_d"), ("block_p", "widest"))
 """Which choices together say how large a tile is."""
 
 
@@ -89,6 +89,13 @@ KERNELS: dict[str, Tunable] = {
     "bias_gelu_bwd": Tunable(
         room="bias_gelu", op="bias_gelu", mode="bwd", space=_GELU | {"programs": (1024, 4096)},
         size_of=lambda D: columns(4 * D),
+    ),
+    "sum_chunks": Tunable(
+        room="sums", op="sum_rows", mode="fwd",
+        space={
+            "block_p": (16, 32, 64), "widest": (64, 128, 256), "programs": (512, 1024, 2048),
+            "num_warps": (4, 8),
+        },
     ),
     **_both("tokens", "unmask_tokens", _UNMASK),
     **_both("tokens", "gather_tokens", _MOVE),

@@ -21,6 +21,7 @@ from mdt_fast.kernels.ln_modulate import reference as plain_ln
 from mdt_fast.kernels.mask_plan import reference as plain_mask
 from mdt_fast.kernels.patch_embed import reference as plain_patch
 from mdt_fast.kernels.skip_linear import reference as plain_skip
+from mdt_fast.kernels.sums import sum_rows
 from mdt_fast.kernels.tokens import reference as plain_tokens
 from mdt_fast.masking import MaskPlan
 from providers import Skip, compile_obstacle
@@ -171,6 +172,10 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
             eager=lambda x, bias, weight, bias_O: linear(plain_gelu.bias_gelu(x, bias), weight, bias_O),
             elements=(3 * B * L * F + F * D + N, 7 * B * L * F + 2 * (F * D + N)),
             flops=(2 * N * F, 4 * N * F),
+        ),
+        Op(
+            name="sum_rows", shape={"R": B * L, "D": D}, fast=sum_rows, eager=lambda x: x.sum(0),
+            arguments=lambda make: (make.normal(B * L, D, grad=False),), elements=(N + D, 0), modes=("fwd",),
         ),
         Op(
             name="ln_modulate", shape={"B": B, "L": L, "D": D}, arguments=ln, fast=kernels.ln_modulate,

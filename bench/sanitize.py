@@ -33,6 +33,7 @@ from mdt_fast import kernels
 from mdt_fast.errors import UserError
 from mdt_fast.kernels.backends import INTERPRETING
 from mdt_fast.kernels.native import MISSING
+from mdt_fast.kernels.sums import sum_rows
 from mdt_fast.masking import MaskPlan
 from mdt_fast.optim import FusedAdamW, FusedAdan
 from rows import RowFile, machine
@@ -45,7 +46,8 @@ NATIVE = ("mask_plan", "optim")
 B, L, K, D, H, G = 3, 25, 11, 40, 3, 5
 HEAD_DIMS = (24, 72)
 CALLS = (
-    "rel_attention", "ln_modulate", "bias_gelu", "tokens", "patch_embed", "cfg_step", "mask_plan", "optim"
+    "rel_attention", "ln_modulate", "bias_gelu", "sums", "tokens", "patch_embed", "cfg_step", "mask_plan",
+    "optim",
 )  # fmt: skip
 
 Call = Callable[[], object]
@@ -62,15 +64,16 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     args = _parser().parse_args(argv)
     asked = command.names("--ops", args.ops, CALLS)
     device = command.device(args.device)
+    command.at_least_one("--jobs", args.jobs)
     if args.tool is None:
-        return run(asked, device)
+        return run(asked, device, part_of(args.part))
     if args.tool not in TOOLS:
         raise UserError(f"--tool: got {args.tool!r}, allowed are {', '.join(TOOLS)}")
     if device.type != "cuda":
         raise UserError("--tool: needs a CUDA device; without --tool the calls run here as they are")
     line = shlex.join(["python", "bench/sanitize.py", *argv])
     kept.rows = rows = RowFile(args.json, machine(device, line))
-    code = under(args.tool, asked, device)
+    code = under(args.tool, asked, device, args.jobs)
     rows.add(
         (None, float(code == 0), None), bench="sanitize", op=args.tool, shape=",".join(asked), mode="fwd+bwd",
         provider="compute-sanitizer", dtype="all", metric="clean", unit="1", switches={},
@@ -84,20 +87,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tool", help=f"of {', '.join(TOOLS)} (default: none)")
     parser.add_argument("--ops", default=",".join(CALLS), help="which, by comma (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="with --tool: processes that share the calls (default: 1)"
+    )
+    parser.add_argument("--part", default="1/1", help="I/N: every N-th call from the I-th on (default: 1/1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the outcome to this file")
     return parser
 
 
-def under(tool: str, asked: Sequence[str], device: torch.device) -> int:
-    """The exit code of this script under compute-sanitizer."""
+def part_of(text: str) -> slice:
+    """Which calls ``--part`` names."""
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise UserError(f"--part: got {text!r}, allowed is I/N with 1 <= I <= N")
+    return slice(int(first) - 1, None, int(count))
+
+
+def under(tool: str, asked: Sequence[str], device: torch.device, jobs: int) -> int:
+    """The exit code of this script under compute-sanitizer; of several, the first that is not 0."""
     sanitizer = find()
     # Each tensor an allocation of its own: within torch's cache nothing would be out of bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     line = [
         sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only",
-        sys.executable, __file__, "--device", str(device), "--ops", ",".join(asked),
+        sys.executable, __file__, "--device", str(device), "--ops", ",".join(asked), "--part",
     ]  # fmt: skip
-    return subprocess.run(line, env=environment).returncode
+    parts = [f"{i}/{jobs}" for i in range(1, jobs + 1)]
+    started = [subprocess.Popen([*line, part], env=environment) for part in parts]
+    return next((code for code in [one.wait() for one in started] if code), 0)
 
 
 def find() -> str:
@@ -112,16 +129,19 @@ def find() -> str:
     )
 
 
-def run(asked: Sequence[str], device: torch.device) -> int:
-    """Every call once; says which kernels that reached."""
+def run(asked: Sequence[str], device: torch.device, part: slice) -> int:
+    """Every call of ``part`` once; says which kernels that reached, of which all must be, by all calls."""
     every = {name for op, name in triton_kernels() if op in asked}
     with launched() as reached:
-        for name, call in calls(asked, device):
+        for name, call in [*calls(asked, device)][part]:
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             print(f"{name}: ran", flush=True)
     missed = sorted(every - reached)
+    if part != slice(0, None, 1):
+        print(f"{len(reached)} Triton kernels ran in this part")
+        return 0
     if device.type == "cpu" and not INTERPRETING:
         print(f"no GPU: 0 of {len(every)} Triton kernels (TRITON_INTERPRET=1 runs them in the interpreter)")
         return 0
@@ -163,8 +183,9 @@ def launched() -> Iterator[set[str]]:
 def calls(asked: Sequence[str], device: torch.device) -> Iterator[tuple[str, Call]]:
     """What to call, by a name that says the case; in float32, and on a GPU in bfloat16."""
     makers = {
-        "rel_attention": _attention, "ln_modulate": _rows, "bias_gelu": _gelu, "tokens": _tokens,
-        "patch_embed": _patches, "cfg_step": _sampling, "mask_plan": _masks, "optim": _steps,
+        "rel_attention": _attention, "ln_modulate": _rows, "bias_gelu": _gelu, "sums": _sums,
+        "tokens": _tokens, "patch_embed": _patches, "cfg_step": _sampling, "mask_plan": _masks,
+        "optim": _steps,
     }  # fmt: skip
     dtypes = [torch.float32, *([torch.bfloat16] if device.type == "cuda" else [])]
     for op, dtype in product(asked, dtypes):
@@ -221,6 +242,10 @@ def _rows(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
         yield f"residual{name}", _both(kernels.gate_residual, x, y, gate, **where)
         yield f"linear{name}", _both(kernels.ln_modulate_linear, x, shift, scale, *layer, **where)
         yield (
+            f"residual linear{name}",
+            _both(kernels.residual_ln_modulate_linear, x, shift, scale, *layer, **where),
+        )
+        yield (
             f"gated linear{name}",
             _both(kernels.gate_residual_ln_modulate_linear, x, y, gate, shift, scale, *layer, **where),
         )
@@ -230,6 +255,11 @@ def _gelu(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
     x, bias = make(B, L, 4 * D + 8), make(4 * D + 8)
     yield "alone", _both(kernels.bias_gelu, x, bias)
     yield "linear", _both(kernels.gelu_linear, x, bias, make(D, 4 * D + 8), make(D))
+
+
+def _sums(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
+    for rows in (1, 700):  # one chunk, and several
+        yield f"{rows} rows", _both(sum_rows, make(rows, D))
 
 
 def _tokens(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:

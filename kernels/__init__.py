@@ -14,6 +14,7 @@ from .ln_modulate import (
     gate_residual_ln_modulate_linear,
     ln_modulate,
     ln_modulate_linear,
+    residual_ln_modulate_linear,
 )
 from .mask_plan import MaskIds, mask_plan
 from .optim import adamw_step, adan_step, grad_norm, grad_sumsq
@@ -50,6 +51,7 @@ __all__ = [
     "rel_attention",
     "rel_attention_qkvpacked",
     "relative_bias",
+    "residual_ln_modulate_linear",
     "skip_linear",
     "unmask_tokens",
 ]

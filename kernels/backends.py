@@ -26,6 +26,7 @@ WITH_TRITON = (
     "gate_residual",
     "ln_modulate_linear",
     "gate_residual_ln_modulate_linear",
+    "residual_ln_modulate_linear",
     "bias_gelu",
     "gelu_linear",
     "gather_tokens",
@@ -43,6 +44,7 @@ WITH_CPP = (
     "gate_residual",
     "ln_modulate_linear",
     "gate_residual_ln_modulate_linear",
+    "residual_ln_modulate_linear",
     "bias_gelu",
     "gelu_linear",
 )

@@ -62,8 +62,8 @@ def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
             raise ValueError(f"{name}: is not ascending")
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A linear layer's ``weight`` [O, D] and ``bias`` [O] for ``x``, in the dtype of its products: autocast's
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of the products of a linear layer, ``weight`` [O, D] and ``bias`` [O], on ``x``: autocast's
     where that is on (float64 stays), else the dtype of ``x``, which they must have."""
     # The meta device has no autocast and must not be asked.
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
@@ -75,9 +75,8 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
     if bias is not None:
         shape("bias", bias, weight.shape[0])
     if autocast and torch.float64 not in (x.dtype, weight.dtype):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return weight, bias
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
 
 
 def plain_only() -> bool:

@@ -1,6 +1,6 @@
 """CUDA graphs: one launch for all the kernels of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,21 @@ from torch import Tensor
 WARM_UP = 3  # calls before the capture: libraries choose algorithms and take their workspaces in them
 
 
+Key = tuple[Any, ...]
+"""What a graph is captured for."""
+
+
+def key_of(args: Sequence[Tensor | None]) -> Key:
+    """The arguments' shapes and dtypes."""
+    return tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
+
+
 class Graphed:
     """A function of tensors (or None) that is captured at its first call with arguments of these shapes.
 
     It must not read values on the host. What a call returns is written over by the next one. ``warmed_up``
-    is called before each capture: the function was called a few times more than was asked for.
+    is called before each capture: the function was called a few times more than was asked for. ``done`` is
+    called after it, with the arguments' key.
     """
 
     def __init__(
@@ -21,16 +31,18 @@ class Graphed:
         function: Callable[..., Tensor],
         device: torch.device,
         warmed_up: Callable[[], None] = lambda: None,
+        done: Callable[[Key], None] = lambda key: None,
     ):
-        self.function, self.device, self.warmed_up = function, device, warmed_up
-        self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
+        self.function, self.device, self.warmed_up, self.done = function, device, warmed_up, done
+        self.captured: dict[Key, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *args: Tensor | None) -> Tensor:
-        key = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
+        key = key_of(args)
         with torch.cuda.device(self.device):
             if key not in self.captured:
                 self.captured[key] = self._capture(args)
+                self.done(key)
             graph, inputs, output = self.captured[key]
             for own, given in zip(inputs, args, strict=True):
                 if own is not None and given is not None:
@@ -53,3 +65,23 @@ class Graphed:
         with torch.cuda.graph(graph, pool=self.pool):
             output = self.function(*inputs)
         return graph, inputs, output
+
+
+def lent(tensor: Tensor) -> Tensor:
+    """The same memory on a GPU, which stays that of ``tensor``: when that is gone, the graphs captured next
+    may write to it. Elsewhere ``tensor`` itself."""
+    if tensor.device.type != "cuda" or not tensor.numel():
+        return tensor
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = _Memory(tensor.data_ptr(), span * tensor.element_size())
+    values = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
+    return values.as_strided(tensor.shape, tensor.stride())
+
+
+class _Memory:
+    """Bytes that are another's, as array libraries hand them on."""
+
+    def __init__(self, address: int, size: int):
+        self.__cuda_array_interface__ = {
+            "data": (address, False), "shape": (size,), "strides": None, "typestr": "|u1", "version": 3,
+        }  # fmt: skip

@@ -13,7 +13,7 @@ from mdt_fast import kernels
 from mdt_fast.kernels.bias_gelu import reference as gelu_reference
 from mdt_fast.kernels.ln_modulate import reference as ln_reference
 from parity import compare, run, same
-from tolerances import FLOAT64, relative_error
+from tolerances import FLOAT32, FLOAT64, relative_error
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 RAGGED = pytest.mark.parametrize("lengths", [None, (3, 2), (0, 5), (5, 0)], ids=str)
@@ -35,6 +35,10 @@ def plain_gated(
 ) -> tuple[Tensor, Tensor]:
     residual, normal = ln_reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, 1e-6)
     return residual, F.linear(normal, w, b)
+
+
+def plain_residual(x: Tensor, *args: Tensor, offsets: Any = None) -> tuple[Tensor, Tensor]:
+    return x, plain_ln(x, *args, offsets=offsets)
 
 
 def plain_gelu(x: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -61,6 +65,25 @@ def test_ln_modulate_linear(lengths: tuple[int, ...] | None, D: int, dtype: torc
     args, offsets = inputs(lengths, D, gated=False)
     ours, plain = (partial(f, **offsets) for f in (kernels.ln_modulate_linear, plain_ln))
     compare(ours, plain, [*args, *layer(D)], dtype)
+
+
+@DTYPES
+@RAGGED
+@pytest.mark.parametrize("D", [1, 24, 72])
+def test_residual_ln_modulate_linear(lengths: tuple[int, ...] | None, D: int, dtype: torch.dtype) -> None:
+    args, offsets = inputs(lengths, D, gated=False)
+    ours, plain = (partial(f, **offsets) for f in (kernels.residual_ln_modulate_linear, plain_residual))
+    compare(ours, plain, [*args, *layer(D)], dtype)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("form", ["residual", "gated"])
+def test_one_of_two_outputs_used(form: str, used: int) -> None:
+    ours, plain, gated = FORMS[form]
+    args = arguments(gated)
+    results = [run(lambda *a, f=f: f(*a)[used], args) for f in (ours, plain)]
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) <= FLOAT32
 
 
 @DTYPES
@@ -97,6 +120,7 @@ def test_gelu_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool | None]] = {
     "ln": (kernels.ln_modulate_linear, plain_ln, False),
+    "residual": (kernels.residual_ln_modulate_linear, plain_residual, False),
     "gated": (kernels.gate_residual_ln_modulate_linear, plain_gated, True),
     "gelu": (kernels.gelu_linear, plain_gelu, None),
 }
@@ -125,7 +149,7 @@ def test_compiles_and_can_be_checkpointed(form: str) -> None:
     same(ours, checkpointed, args)
 
 
-@pytest.mark.parametrize(("form", "rows"), [("ln", 1), ("gated", 2), ("gelu", 1)])
+@pytest.mark.parametrize(("form", "rows"), [("ln", 1), ("residual", 1), ("gated", 2), ("gelu", 1)])
 def test_what_is_kept(form: str, rows: int) -> None:
     """So many tensors of the input's size, and nothing else of it: neither normal nor activation."""
     ours, _, gated = FORMS[form]

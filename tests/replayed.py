@@ -1,10 +1,12 @@
 """A stand-in for CUDA graphs on a CPU."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from mdt_fast.cuda_graphs import Key, key_of
 
 WARM_UP = 3
 
@@ -14,28 +16,47 @@ class Replayed:
 
     made: ClassVar[list["Replayed"]] = []
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device, warmed_up: Callable[[], None]):
-        self.function, self.warmed_up = function, warmed_up
-        self.captured: dict[Any, tuple[list[Tensor | None], Tensor, list[int]]] = {}
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        device: torch.device,
+        warmed_up: Callable[[], None],
+        done: Callable[[Key], None],
+    ):
+        self.function, self.warmed_up, self.done = function, warmed_up, done
+        self.captured: dict[Key, tuple[list[Tensor | None], Tensor, list[Tensor | None]]] = {}
         self.made.append(self)
 
     def __call__(self, *args: Tensor | None) -> Tensor:
-        key = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
+        key, new = key_of(args), False
         if key not in self.captured:
             inputs = [None if arg is None else arg.clone() for arg in args]
             for _ in range(WARM_UP):
-                output = self.function(*inputs)
+                self.function(*inputs)
             self.warmed_up()
-            self.captured[key] = inputs, output, self.addresses()
-        inputs, output, addresses = self.captured[key]
-        assert self.addresses() == addresses  # a graph writes where it wrote when it was captured
+            before = self.gradients()
+            output = self.function(*inputs)
+            self.captured[key], new = (inputs, output, self.gradients()), True
+            for was, gradient in zip(before, self.gradients(), strict=True):
+                assert was is None or was is gradient  # added to, where there was one
+            self.done(key)
+        inputs, output, gradients = self.captured[key]
         for own, given in zip(inputs, args, strict=True):
             if own is not None:
                 own.copy_(given)
-        output.copy_(self.function(*inputs))
-        assert self.addresses() == addresses
+        if all(gradient is None for gradient in self.gradients()):
+            output.copy_(self.function(*inputs))
+            for own, gradient in zip(gradients, self.gradients(), strict=True):
+                if own is not None:  # a graph writes where it wrote when it was captured
+                    own.copy_(gradient)
+        else:
+            addresses = [None if gradient is None else gradient.data_ptr() for gradient in self.gradients()]
+            if new:  # what the capture added, which on a GPU only notes down what to do
+                self.warmed_up()
+            output.copy_(self.function(*inputs))
+            assert addresses == [None if g is None else g.data_ptr() for g in gradients]
         return output
 
-    def addresses(self) -> list[int]:
+    def gradients(self) -> list[Tensor | None]:
         parameters = self.warmed_up.__self__.parameters
-        return [p.grad.data_ptr() for p in parameters if p.grad is not None]
+        return [parameter.grad for parameter in parameters]

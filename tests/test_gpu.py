@@ -4,9 +4,11 @@ Half types are judged by the rule of ``tolerances.py``: against plain PyTorch in
 """
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdt_fast import MaskPlan, from_reference, kernels, reference
@@ -14,8 +16,10 @@ from mdt_fast.diffusion import create_diffusion
 from mdt_fast.kernels.backends import WITH_TRITON, backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
+from mdt_fast.kernels.skip_linear import reference as plain_skip
+from mdt_fast.kernels.sums import sum_rows
 from mdt_fast.kernels.tokens import reference as plain_tokens
-from parity import compare
+from parity import compare, run
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +52,59 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         a.to(dtype) for a in (3 * torch.randn(shape, device="cuda"), torch.randn(shape[-1], device="cuda"))
     ]
     compare(kernels.bias_gelu, plain_gelu.bias_gelu, args, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("R", "D"), [(1, 8), (129, 300), (13088, 3456), (64, 6912)])
+def test_sum_rows(R: int, D: int, dtype: torch.dtype) -> None:
+    compare(sum_rows, lambda x: x.sum(0), [torch.randn(R, D, device="cuda").to(dtype)], dtype)
+
+
+def gelu_linear(x: Tensor, bias: Tensor, *layer: Tensor) -> Tensor:
+    return F.linear(plain_gelu.bias_gelu(x, bias), *layer)
+
+
+LAYERS = {
+    "linear": (kernels.linear, F.linear, 0),
+    "skip_linear": (kernels.skip_linear, plain_skip.skip_linear, 1),
+    "gelu_linear": (kernels.gelu_linear, gelu_linear, 2),
+    "residual_ln_modulate_linear": (
+        kernels.residual_ln_modulate_linear,
+        lambda x, shift, scale, *layer: (
+            x, F.linear(plain_ln.ln_modulate(x, shift, scale, None, 1e-6), *layer)
+        ),
+        3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_under_autocast(name: str, dtype: torch.dtype, compiled: bool) -> None:
+    """The gradients of float32 parameters are float32's, from products that are not rounded on the way."""
+    op, plain, form = LAYERS[name]
+    B, L, D = 2, 153, 72
+    before = [[], [(B, L, D)], [(D,)], [(B, D), (B, D)]][form]
+    inputs = 2 * D if form == 1 else D
+    shapes = [(B, L, D), *before, (40, inputs), (40,)]
+    args = [torch.randn(shape, device="cuda") * (0.1 if shape == (40, inputs) else 1) for shape in shapes]
+    ours = torch.compile(op) if compiled else op
+
+    def cast(f: Any) -> Any:
+        def call(*leaves: Tensor) -> Any:
+            with torch.autocast("cuda", dtype):
+                return f(*leaves)
+
+        return call
+
+    exact = run(plain, [a.double() for a in args])
+    results = zip(run(cast(ours), args), run(cast(plain), args), exact, strict=True)
+    for i, (a, p, e) in enumerate(results):
+        assert a.dtype == p.dtype, f"result {i}"
+        assert relative_error(a, e) <= HALF_FACTOR * max(relative_error(p, e), torch.finfo(dtype).eps), (
+            f"result {i}"
+        )
 
 
 @DTYPES

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from ..launches import columns, tuned
+from ..sums.launch import sum_parts
 from .config import launch_config
 from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
 
@@ -30,4 +31,4 @@ def bias_gelu_bwd(
         RECOMPUTE=out_RF is not None, BLOCK_R=config.block_r, BLOCK_F=config.block_f,
         num_warps=config.num_warps,
     )  # fmt: skip
-    dbias_1F[0] = parts_PF.sum(0)
+    sum_parts(parts_PF[None, None], [dbias_1F])

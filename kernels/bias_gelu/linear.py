@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_csrc, uses_triton
 from ..linear.op import input_gradient, product, weight_gradient
+from ..sums import sum_rows
 from . import reference
 from .op import bias_gelu
 from .registered import bias_gelu_bwd, bias_gelu_fwd
@@ -27,29 +28,32 @@ def gelu_linear(x: Tensor, bias_F: Tensor, weight_OF: Tensor, bias_O: Tensor | N
     checks.shape("bias_F", bias_F, features)
     checks.floating_on("bias_F", bias_F, x)
     checks.shape("weight", weight_OF, "O", features)
-    weight, bias = checks.layer(x, weight_OF, bias_O)
+    dtype = checks.layer(x, weight_OF, bias_O)
     if checks.plain_only():
-        return F.linear(bias_gelu(x, bias_F), weight, bias)
-    out = _Linear.apply(x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight, bias)
-    return out.view(*x.shape[:-1], weight.shape[0])
+        return F.linear(bias_gelu(x, bias_F), weight_OF, bias_O)
+    out = _Linear.apply(
+        x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight_OF, bias_O, dtype
+    )
+    return out.view(*x.shape[:-1], weight_OF.shape[0])
 
 
 class _Linear(torch.autograd.Function):
-    """x [R, F], weight [O, F] -> [R, O]."""
+    """x [R, F], weight [O, F] -> [R, O] in ``dtype``, to which the layer's parameters are cast here."""
 
     @staticmethod
-    def forward(ctx: Any, x, bias_F, weight, bias):  # type: ignore[no-untyped-def]
-        ctx.with_bias = bias is not None
+    def forward(ctx: Any, x, bias_F, weight, bias, dtype):  # type: ignore[no-untyped-def]
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         ctx.save_for_backward(x, bias_F, weight)
-        return product(_forward(x, bias_F).to(weight.dtype), weight, bias)
+        return product(_forward(x, bias_F).to(dtype), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        x, bias_F, weight = ctx.saved_tensors
-        dout = dout.contiguous()
+        (x, bias_F, weight), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        needs, dout = ctx.needs_input_grad, dout.contiguous()
         dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, weight))
-        dweight = weight_gradient(dout, activation) if ctx.needs_input_grad[2] else None
-        return dx, dbias_F, dweight, dout.sum(0) if ctx.with_bias else None
+        dweight = weight_gradient(dout, activation, weight_dtype) if needs[2] else None
+        return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None
 
 
 def _forward(x: Tensor, bias_F: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Checks and dispatch. D input width, O output width."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..sums import sum_rows
 from . import onednn, reference
 from .onednn import linear_fwd, worthwhile
 
@@ -22,8 +25,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     checks.floating("x", x)
     checks.shape("weight", weight, "O", x.shape[-1] if x.ndim else "D")
-    weight, bias = checks.layer(x, weight, bias)
-    return product(x, weight, bias)
+    dtype = checks.layer(x, weight, bias)
+    if x.is_cuda and not checks.plain_only():
+        out = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, dtype)
+        return out.view(*x.shape[:-1], weight.shape[0])
+    return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,11 +39,48 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
-    """``dout.T @ x``: [O, D]."""
+class Linear(torch.autograd.Function):
+    """x [R, D], weight [O, D], bias [O] -> [R, O] in ``dtype``, to which all are cast here; so the gradients
+    of weight and bias are the parameters' own dtype from the start."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, dtype):  # type: ignore[no-untyped-def]
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
+        (x, weight), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        needs, dout = ctx.needs_input_grad, dout.contiguous()
+        dx = input_gradient(dout, weight).to(x_dtype) if needs[0] else None
+        dweight = weight_gradient(dout, x, weight_dtype) if needs[1] else None
+        return dx, dweight, sum_rows(dout, bias_dtype) if needs[2] else None, None
+
+
+def weight_gradient(dout_RO: Tensor, x_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dout.T @ x`` in ``dtype``: [O, D]. On a GPU half types give float32 unrounded."""
+    if _widens(dout_RO, dtype):
+        return torch.mm(dout_RO.t(), x_RD, out_dtype=dtype)
     if uses_onednn(dout_RO, x_RD.t()) or _in_bfloat16(dout_RO, x_RD.t()):
-        return onednn.weight_gradient(dout_RO, x_RD)
-    return reference.linear(dout_RO.t(), x_RD.t(), None)
+        return onednn.weight_gradient(dout_RO, x_RD).to(dtype)
+    return reference.linear(dout_RO.t(), x_RD.t(), None).to(dtype)
+
+
+def weight_gradient_into(out_OD: Tensor, dout_RO: Tensor, x_RD: Tensor) -> None:
+    """The same, written to where it shall stand."""
+    if _widens(dout_RO, out_OD.dtype):
+        torch.mm(dout_RO.t(), x_RD, out_dtype=out_OD.dtype, out=out_OD)
+    elif out_OD.dtype == dout_RO.dtype:
+        torch.mm(dout_RO.t(), x_RD, out=out_OD)
+    else:
+        out_OD.copy_(dout_RO.t() @ x_RD)
+
+
+def _widens(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch has a product of this tensor's dtype that writes what it has summed up in ``dtype``."""
+    return x.is_cuda and torch.version.hip is None and dtype == torch.float32 and x.element_size() == 2
 
 
 def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """adaLN: layer norm and modulation, alone or behind a gated residual, with the linear layer behind or not."""
 
-from .linear import gate_residual_ln_modulate_linear, ln_modulate_linear
+from .linear import gate_residual_ln_modulate_linear, ln_modulate_linear, residual_ln_modulate_linear
 from .op import gate_residual, gate_residual_ln_modulate, ln_modulate
 
 __all__ = [
@@ -9,4 +9,5 @@ __all__ = [
     "gate_residual_ln_modulate_linear",
     "ln_modulate",
     "ln_modulate_linear",
+    "residual_ln_modulate_linear",
 ]

@@ -29,7 +29,8 @@ def cases(arch: str) -> Iterator[Case]:
             form = {"GATED": gated, "OFFSETS": ragged}
             what = "gated" if gated else "plain"
             yield _case(arch, ln_modulate_fwd_kernel, D, dtype, what, form)
-            yield _case(arch, ln_modulate_bwd_kernel, D, dtype, what, form | {"RECOMPUTE": True})
+            form |= {"RESIDUAL": True, "RECOMPUTE": True}
+            yield _case(arch, ln_modulate_bwd_kernel, D, dtype, what, form)
         for kernel in (gate_residual_fwd_kernel, gate_residual_bwd_kernel):
             yield _case(arch, kernel, D, dtype, "residual", {"OFFSETS": ragged})
 

@@ -63,10 +63,12 @@ def ln_modulate_bwd_kernel(
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, offsets_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dout_ptr,
     dx_ptr, dy_ptr, dgate_ptr, dshift_ptr, dscale_ptr, out_ptr,
     L, D, stride_gate, stride_shift, stride_scale,
-    GATED: tl.constexpr, OFFSETS: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, OFFSETS: tl.constexpr, RECOMPUTE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]. GATED: the residual is computed again.
-    RECOMPUTE: the forward pass's output is written again, to ``out``."""
+    RESIDUAL: ``dresidual`` is added to its gradient. RECOMPUTE: the forward pass's output is written again,
+    to ``out``."""
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -97,8 +99,9 @@ def ln_modulate_bwd_kernel(
         b_dnormal = b_dout * b_scale
         along = tl.sum(b_dnormal * b_normal, axis=0) / D
         b_dx = (b_dnormal - tl.sum(b_dnormal, axis=0) / D - b_normal * along) * rstd
-        if GATED:
+        if RESIDUAL:
             b_dx += _row(dresidual_ptr, p_row, m_d)
+        if GATED:
             b_dgate += b_y * b_dx
             tl.store(dy_ptr + p_row, (b_gate * b_dx).to(dy_ptr.dtype.element_ty), mask=m_d)
         tl.store(dx_ptr + p_row, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)

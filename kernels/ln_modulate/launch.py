@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..launches import columns, tuned
+from ..sums.launch import sum_parts
 from .config import launch_config, thin_config
 from .kernel import (
     gate_residual_bwd_kernel,
@@ -63,20 +64,19 @@ def ln_modulate_bwd(
     else:
         choice = tuned("gate_residual_ln_modulate_bwd", x_RD, columns(D))
         config = thin_config(D, B, R // B, **choice)
-    parts_3BPD = x_RD.new_empty(3, B, config.programs, D, dtype=torch.float32)
+    sums = [dshift_BD, dscale_BD, *([] if dgate_BD is None else [dgate_BD])]
+    parts_KBPD = x_RD.new_empty(len(sums), B, config.programs, D, dtype=torch.float32)
     ln_modulate_bwd_kernel[(B, config.programs)](
         x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD, shift_BD, scale_BD,
         unused if offsets is None else offsets, mean_R, rstd_R,
         unused if dresidual_RD is None else dresidual_RD, dout_RD,
-        dx_RD, unused if dy_RD is None else dy_RD, parts_3BPD[2], parts_3BPD[0], parts_3BPD[1],
+        dx_RD, unused if dy_RD is None else dy_RD, parts_KBPD[-1], parts_KBPD[0], parts_KBPD[1],
         unused if out_RD is None else out_RD,
         R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
-        GATED=y_RD is not None, OFFSETS=offsets is not None, RECOMPUTE=out_RD is not None,
-        BLOCK_D=config.block_d, num_warps=config.num_warps,
+        GATED=y_RD is not None, RESIDUAL=dresidual_RD is not None, OFFSETS=offsets is not None,
+        RECOMPUTE=out_RD is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
     )  # fmt: skip
-    for i, total_BD in enumerate((dshift_BD, dscale_BD, dgate_BD)):
-        if total_BD is not None:
-            total_BD.copy_(parts_3BPD[i].sum(1))
+    sum_parts(parts_KBPD, sums)
 
 
 def gate_residual_fwd(
@@ -101,4 +101,4 @@ def gate_residual_bwd(
         R // B, D, gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
     )  # fmt: skip
-    dgate_BD.copy_(parts_BPD.sum(1))
+    sum_parts(parts_BPD[None], [dgate_BD])

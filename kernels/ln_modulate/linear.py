@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..linear.op import input_gradient, product, weight_gradient
+from ..sums import sum_rows
 from . import reference
 from .op import check, columns_together, gate_residual_ln_modulate, ln_modulate, serves
 from .registered import ln_modulate_bwd, ln_modulate_fwd
@@ -34,13 +35,35 @@ def ln_modulate_linear(
     backward pass ``x`` and two numbers a row are kept, not the normal. Raises ``ValueError`` for what does
     not fit.
     """
+    return residual_ln_modulate_linear(
+        x_BLD, shift_BD, scale_BD, weight_OD, bias_O, offsets=offsets, eps=eps
+    )[1]
+
+
+def residual_ln_modulate_linear(
+    x_BLD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """``x`` itself, and :func:`ln_modulate_linear`: where ``x`` goes on beside the layer, as the residual.
+
+    Use the returned one: the gradients of both ways are added as the backward kernel writes them.
+    """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
-    weight, bias = _layer(x_BLD, weight_OD, bias_O)
+    dtype = _dtype(x_BLD, weight_OD, bias_O)
     if checks.plain_only():
-        return F.linear(ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps), weight, bias)
-    shift_BD, scale_BD = columns_together(shift_BD), columns_together(scale_BD)
-    out = _Linear.apply(_rows(x_BLD), None, None, shift_BD, scale_BD, weight, bias, offsets, eps)
-    return out.view(*x_BLD.shape[:-1], weight.shape[0])
+        normal = ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps)
+        return x_BLD, F.linear(normal, weight_OD, bias_O)
+    residual, out = _Linear.apply(
+        _rows(x_BLD), None, None, columns_together(shift_BD), columns_together(scale_BD), weight_OD, bias_O,
+        offsets, eps, dtype,
+    )  # fmt: skip
+    return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight_OD.shape[0])
 
 
 def gate_residual_ln_modulate_linear(
@@ -63,41 +86,47 @@ def gate_residual_ln_modulate_linear(
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
-    weight, bias = _layer(x_BLD, weight_OD, bias_O)
+    dtype = _dtype(x_BLD, weight_OD, bias_O)
     if checks.plain_only():
         residual, normal = gate_residual_ln_modulate(
             x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets=offsets, eps=eps
         )
-        return residual, F.linear(normal, weight, bias)
+        return residual, F.linear(normal, weight_OD, bias_O)
     residual, out = _Linear.apply(
-        _rows(x_BLD), _rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)), weight,
-        bias, offsets, eps,
+        _rows(x_BLD), _rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)), weight_OD, bias_O,
+        offsets, eps, dtype,
     )  # fmt: skip
-    return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight.shape[0])
+    return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight_OD.shape[0])
 
 
 class _Linear(torch.autograd.Function):
-    """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> (residual [R, D],) linear [R, O]."""
+    """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> residual [R, D] (x, without y) and the layer's
+    [R, O] in ``dtype``, to which its parameters are cast here."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps):  # type: ignore[no-untyped-def]
-        residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, weight.dtype)
-        ctx.gated, ctx.with_bias = y is not None, bias is not None
+    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)  # nobody may use the residual
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, dtype)
         ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight)
-        out = product(normal, weight, bias)
-        return (residual, out) if ctx.gated else out
+        return x if y is None else residual, product(normal, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
         x, y, gate, shift, scale, offsets, mean, rstd, weight = ctx.saved_tensors
-        dout = gradients[-1].contiguous()
-        dresidual = gradients[0].contiguous() if ctx.gated else None
+        needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
+        if dout is None:  # the residual alone is used
+            dout = weight.new_zeros(len(x), len(weight))
+        if dresidual is None and y is not None:
+            dresidual = torch.zeros_like(x)
+        dout, dresidual = dout.contiguous(), None if dresidual is None else dresidual.contiguous()
         dx, dy, dgate, dshift, dscale, normal = _backward(
             x, y, gate, shift, scale, offsets, mean, rstd, dresidual, input_gradient(dout, weight)
         )
-        dweight = weight_gradient(dout, normal) if ctx.needs_input_grad[5] else None
-        dbias = dout.sum(0) if ctx.with_bias else None
-        return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None
+        dweight = weight_gradient(dout, normal, weight_dtype) if needs[5] else None
+        dbias = sum_rows(dout, bias_dtype) if needs[6] else None
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None, None
 
 
 def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-untyped-def]
@@ -115,8 +144,8 @@ def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout):  
     return (dx, *((None, None) if y is None else (dy, dgate)), *rest)
 
 
-def _layer(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The layer's parameters, cast where autocast would; then nothing inside is cast."""
+def _dtype(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> torch.dtype:
+    """What the layer's products are computed in."""
     checks.shape("weight", weight_OD, "O", x.shape[-1])
     return checks.layer(x, weight_OD, bias_O)
 

@@ -77,10 +77,10 @@ def backward(
     dr = torch.ops.aten.native_layer_norm_backward(
         dout * scale, r_RD, r_RD.shape[1:], mean, rstd, None, None, mask
     )[0]
+    if dresidual_RD is not None:
+        dr = dr + dresidual_RD
     if y_RD is None or gate_BD is None:
         return dr, None, None, dshift, dscale, out
-    assert dresidual_RD is not None
-    dr = dr + dresidual_RD
     dgate = rows.sum(dr * y_RD, gate_BD)
     return dr, (dr * rows.of(gate_BD)).to(y_RD.dtype), dgate, dshift, dscale, out
 

@@ -3,34 +3,39 @@
 import torch
 from torch import Tensor
 
+from ..linear.op import weight_gradient_into
+from ..sums import sum_rows
+
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[..., O]. Autocast does not look into a registered op: what it would cast is cast here."""
-    args = [x.reshape(-1, x.shape[-1]), skip.reshape(-1, x.shape[-1]), weight, bias]
+    rows = [a.reshape(-1, x.shape[-1]) for a in (x, skip)]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        args = [a if a.dtype == torch.float64 else a.to(dtype) for a in args]
-    return skip_linear_fwd(*args).view(*x.shape[:-1], weight.shape[0])
+        rows = [a if a.dtype == torch.float64 else a.to(dtype) for a in rows]
+    return skip_linear_fwd(*rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("mdt_fast::skip_linear", mutates_args=())
 def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: Tensor) -> Tensor:
-    """[R, O]: the second product is added to the first where it lies."""
-    weight_x, weight_skip = weight_O2D.chunk(2, dim=1)
-    out_RO = torch.addmm(bias_O, x_RD, weight_x.t())
+    """[R, O] in the dtype of ``x`` and ``skip``, to which the layer's parameters are cast; the second product
+    is added to the first where it lies."""
+    weight_x, weight_skip = weight_O2D.to(x_RD.dtype).chunk(2, dim=1)
+    out_RO = torch.addmm(bias_O.to(x_RD.dtype), x_RD, weight_x.t())
     return out_RO.addmm_(skip_RD, weight_skip.t())
 
 
 @torch.library.custom_op("mdt_fast::skip_linear_bwd", mutates_args=())
 def skip_linear_bwd(
-    dout_RO: Tensor, x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor
+    dout_RO: Tensor, x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, skip, weight (both halves written in place) and bias."""
-    (weight_x, weight_skip), D = weight_O2D.chunk(2, dim=1), x_RD.shape[1]
+    """Gradients of x, skip, weight (both halves written in place) and bias; the latter two in the dtypes of
+    the parameters."""
+    (weight_x, weight_skip), D = weight_O2D.to(x_RD.dtype).chunk(2, dim=1), x_RD.shape[1]
     dweight_O2D = weight_O2D.new_empty(weight_O2D.shape)
-    torch.mm(dout_RO.t(), x_RD, out=dweight_O2D[:, :D])
-    torch.mm(dout_RO.t(), skip_RD, out=dweight_O2D[:, D:])
-    return dout_RO @ weight_x, dout_RO @ weight_skip, dweight_O2D, dout_RO.sum(0)
+    weight_gradient_into(dweight_O2D[:, :D], dout_RO, x_RD)
+    weight_gradient_into(dweight_O2D[:, D:], dout_RO, skip_RD)
+    return dout_RO @ weight_x, dout_RO @ weight_skip, dweight_O2D, sum_rows(dout_RO, bias_dtype)
 
 
 @skip_linear_fwd.register_fake
@@ -39,17 +44,19 @@ def _(x_RD, skip_RD, weight_O2D, bias_O):  # type: ignore[no-untyped-def]
 
 
 @skip_linear_bwd.register_fake
-def _(dout_RO, x_RD, skip_RD, weight_O2D):  # type: ignore[no-untyped-def]
+def _(dout_RO, x_RD, skip_RD, weight_O2D, bias_dtype):  # type: ignore[no-untyped-def]
     rows = (x_RD.new_empty(x_RD.shape), x_RD.new_empty(x_RD.shape))
-    return *rows, weight_O2D.new_empty(weight_O2D.shape), dout_RO.new_empty(dout_RO.shape[1])
+    dbias_O = dout_RO.new_empty(dout_RO.shape[1], dtype=bias_dtype)
+    return *rows, weight_O2D.new_empty(weight_O2D.shape), dbias_O
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.bias_dtype = inputs[3].dtype
     ctx.save_for_backward(*inputs[:3])
 
 
 def _backward(ctx, dout_RO):  # type: ignore[no-untyped-def]
-    return skip_linear_bwd(dout_RO.contiguous(), *ctx.saved_tensors)
+    return skip_linear_bwd(dout_RO.contiguous(), *ctx.saved_tensors, ctx.bias_dtype)
 
 
 skip_linear_fwd.register_autograd(_backward, setup_context=_setup_context)

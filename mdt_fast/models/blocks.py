@@ -15,7 +15,7 @@ from ..masking import MaskPlan
 from ..reference.layers import unpatchify
 from .attention import Attention
 from .checkpointing import checkpointed
-from .ops import gated, gated_norm_linear, is_plain, norm_linear
+from .ops import apply_linear, gated, gated_norm_linear, is_plain, norm_linear, residual_norm_linear
 from .rows import WHOLE, Rows
 
 
@@ -106,12 +106,14 @@ class Block(nn.Module):
         if self.skip_linear is not None and skip is not None:
             x = self.mix(x, skip, self.skip_linear)
         if modulation is None:
-            modulation = self.adaLN_modulation[1](c)  # [0], the SiLU, has been applied once for all
+            # [0], the SiLU, has been applied once for all.
+            modulation = apply_linear(self.adaLN_modulation[1], c)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         how: dict[str, Any] = {"offsets": rows.offsets, "fused": self.switches.fused_adaln}
         whole, qkv = x, self.attn.qkv
         if masked is None:
-            attended = self.attn(norm_linear(x, shift_a, scale_a, qkv, **how), rows)
+            x, hidden = residual_norm_linear(x, shift_a, scale_a, qkv, **how)
+            attended = self.attn(hidden, rows)
         else:
             x, D = gather_tokens(whole, masked.ids_mask), x.shape[-1]
             q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
@@ -144,7 +146,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, modulation: Tensor | None = None) -> Tensor:
         """``modulation`` [B, 2D]: this layer's, if it is known already."""
         if modulation is None:
-            modulation = self.adaLN_modulation[1](c)
+            modulation = apply_linear(self.adaLN_modulation[1], c)
         shift, scale = modulation.chunk(2, dim=1)
         return norm_linear(x, shift, scale, self.linear, offsets=None, fused=self.switches.fused_adaln)
 

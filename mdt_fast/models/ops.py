@@ -3,6 +3,8 @@
 x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D].
 """
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from ..kernels import (
@@ -12,19 +14,20 @@ from ..kernels import (
     linear,
     ln_modulate,
     ln_modulate_linear,
+    residual_ln_modulate_linear,
 )
 from ..kernels.ln_modulate import reference
 
 EPS = 1e-6
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether ``layer`` is a linear layer whose weights say all: no hooks, and no other module in its place
     (float8, adapters), whose own forward has to run."""
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer`` on x."""
     return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
 
@@ -37,20 +40,37 @@ def norm_linear(
     *,
     offsets: Tensor | None,
     fused: bool,
-    outputs: slice = slice(None),
+    outputs: slice | None = None,
 ) -> Tensor:
     """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
     if fused and is_plain(layer):
-        weight, bias = layer.weight[outputs], layer.bias[outputs]
-        return ln_modulate_linear(x, shift, scale, weight, bias, offsets=offsets, eps=EPS)
+        return ln_modulate_linear(x, shift, scale, *_part(layer, outputs), offsets=offsets, eps=EPS)
     normal = (
         ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
         if fused
         else reference.ln_modulate(x, shift, scale, offsets, EPS)
     )
     if is_plain(layer):
-        return linear(normal, layer.weight[outputs], layer.bias[outputs])
-    return layer(normal)[..., outputs]
+        return linear(normal, *_part(layer, outputs))
+    return layer(normal) if outputs is None else layer(normal)[..., outputs]
+
+
+def residual_norm_linear(
+    x: Tensor, shift: Tensor, scale: Tensor, layer: nn.Linear, *, offsets: Tensor | None, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """x as the residual to go on with, and ``layer`` on the modulated norm of x."""
+    if fused and is_plain(layer):
+        return residual_ln_modulate_linear(
+            x, shift, scale, layer.weight, layer.bias, offsets=offsets, eps=EPS
+        )
+    return x, norm_linear(x, shift, scale, layer, offsets=offsets, fused=fused)
+
+
+def _part(layer: nn.Linear, outputs: slice | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias; whole ones as they are, as a slice's gradient is a copy."""
+    if outputs is None:
+        return layer.weight, layer.bias
+    return layer.weight[outputs], layer.bias[outputs]
 
 
 def gated_norm_linear(

@@ -3,6 +3,7 @@
 b rows, [C, S, S] each. Gradients are added up in the parameters from ``zero_grad`` on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..cuda_graphs import Graphed
+from ..cuda_graphs import Graphed, Key, key_of, lent
 from ..diffusion import GaussianDiffusion
 from ..errors import UserError
 from ..masking import TENSORS, MaskPlan
@@ -47,21 +48,23 @@ class Passes:
 class GraphedPasses:
     """The same from one launch: for batches so small that launching takes longer than computing.
 
-    Each number of kept tokens is captured at its first step; all graphs share their memory, and add to the
-    same gradients, which stay where they are. They cost 16 bytes for each parameter more to read and
-    write in a step.
+    Each number of kept tokens is captured at its first step; all graphs share their memory. Where a step has
+    one part, its gradients are written where the graph's memory is, for the optimiser to read before the next
+    step. Where it has several, they are added up in memory that stays: 16 bytes for each parameter more to
+    read and write.
     """
 
     def __init__(self, passes: Passes):
         self.passes, self.parameters = passes, list(passes.model.parameters())
+        self.adding = passes.settings.accumulate > 1
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.written: dict[Key, list[Tensor | None]] = {}
         self.names: list[str] = []
         self.ascending = False
-        self.graphed = Graphed(self._stacked, passes.device, self._warmed_up)
+        self.graphed = Graphed(self._stacked, passes.device, self._warmed_up, self._captured)
 
     def zero_grad(self) -> None:
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        self._let(self.gradients)
         known = [gradient for gradient in self.gradients if gradient is not None]
         if known:
             torch._foreach_zero_(known)
@@ -70,7 +73,10 @@ class GraphedPasses:
         plan = draws.plan
         self.ascending = plan is not None and plan.ascending
         masked = [None if plan is None else getattr(plan, name) for name in TENSORS]
-        terms = self.graphed(x, y, scale, *(getattr(draws, name) for name in DRAWN), *masked)
+        args = x, y, scale, *(getattr(draws, name) for name in DRAWN), *masked
+        terms = self.graphed(*args)
+        if not self.adding:
+            self._let(self.written[key_of(args)])
         return dict(zip(self.names, terms.clone().unbind(), strict=True))
 
     def _stacked(self, x: Tensor, y: Tensor, scale: Tensor | None, *drawn: Any) -> Tensor:
@@ -83,8 +89,19 @@ class GraphedPasses:
 
     def _warmed_up(self) -> None:
         """A capture comes at the beginning of a step, whose parts are equal: there is nothing to keep."""
-        self.gradients = [parameter.grad for parameter in self.parameters]
+        if self.adding:
+            self.gradients = [parameter.grad for parameter in self.parameters]
         self.zero_grad()
+
+    def _captured(self, key: Key) -> None:
+        if not self.adding:
+            gradients = (parameter.grad for parameter in self.parameters)
+            self.written[key] = [None if gradient is None else lent(gradient) for gradient in gradients]
+            self.zero_grad()
+
+    def _let(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 def passes_of(passes: Passes, processes: int) -> Passes | GraphedPasses:

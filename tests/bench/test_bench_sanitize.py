@@ -17,6 +17,15 @@ def test_every_call_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mask_plan 7 of 1030 float32: ran" in out
 
 
+def test_parts_share_the_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for part in ("1/1", "1/2", "2/2"):
+        assert sanitize.main(["--device", "cpu", "--ops", "mask_plan", "--part", part]) == 0
+        said.append([line for line in capsys.readouterr().out.splitlines() if line.endswith(": ran")])
+    assert sorted(said[1] + said[2]) == sorted(said[0])
+    assert len(said[0]) > len(said[1]) >= len(said[2]) > 0
+
+
 def test_a_kernel_that_no_call_reaches_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,7 +47,8 @@ def test_its_outcome_is_a_row(code: int, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sanitize.machine", lambda device, line: row)
     row = dict.fromkeys(("device", "driver", "torch", "triton", "commit", "command"), "")
     rows_file = tmp_path / "rows.jsonl"
-    assert sanitize.main(["--tool", "racecheck", "--json", str(rows_file)]) == (code != 0)
+    jobs = ["--jobs", "2"] if code else []
+    assert sanitize.main(["--tool", "racecheck", "--json", str(rows_file), *jobs]) == (code != 0)
     (found,) = read([rows_file])
     assert (found["op"], found["p50"]) == ("racecheck", float(code == 0))
     assert "--tool racecheck --error-exitcode 9" in (tmp_path / "asked").read_text()
@@ -48,6 +58,8 @@ MISTAKES = {
     "--tool memchek --device cpu": "--tool: got 'memchek', allowed are memcheck",
     "--tool memcheck --device cpu": "--tool: needs a CUDA device",
     "--ops nothing": "--ops: got 'nothing'",
+    "--part 3/2 --device cpu": "--part: got '3/2', allowed is I/N with 1 <= I <= N",
+    "--jobs 0 --device cpu": "--jobs: got 0, allowed is 1 or more",
 }
 
 

@@ -160,6 +160,7 @@ MISTAKES = {
     "--compile-only --write": "--write: not with --compile-only",
     "--report": "--report: needs --json FILE",
     "--arch sm_90": "--arch: only with --compile-only",
+    "--compile-only --ops sum_rows --sizes 7": "--sizes: '7' names no shape class of sum_chunks",
     "--top 0": "--top: got '0'",
 }
 

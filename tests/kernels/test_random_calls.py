@@ -52,6 +52,13 @@ def gate_residual_ln_modulate(r: random.Random) -> Call:
     return kernels.gate_residual_ln_modulate, args
 
 
+def residual_ln_modulate_linear(r: random.Random) -> Call:
+    _, args = ln_modulate(r)
+    outputs, D = r.randint(1, 9), args["scale_BD"].shape[1]
+    layer = {"weight_OD": floats(outputs, D), "bias_O": floats(outputs)}
+    return kernels.residual_ln_modulate_linear, args | layer
+
+
 def bias_gelu(r: random.Random) -> Call:
     F = r.randint(1, 30)
     shape = [r.randint(0, 4) for _ in range(r.randint(0, 3))]
@@ -125,8 +132,9 @@ def rel_attention_qkvpacked(r: random.Random) -> Call:
 
 
 MAKERS = (
-    ln_modulate, gate_residual_ln_modulate, bias_gelu, gather_tokens, unmask_tokens, merge_tokens,
-    patch_embed, skip_linear, patch_skip_linear, rel_attention, rel_attention_qkvpacked,
+    ln_modulate, gate_residual_ln_modulate, residual_ln_modulate_linear, bias_gelu, gather_tokens,
+    unmask_tokens, merge_tokens, patch_embed, skip_linear, patch_skip_linear, rel_attention,
+    rel_attention_qkvpacked,
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("mdtv2", {"accumulate": 2}), ("mdtv2", {"dtype": "float16"}), ("dit", {})],
+    [("mdtv2", {}), ("mdtv2", {"accumulate": 2}), ("mdtv2", {"dtype": "float16"}), ("dit", {})],
     ids=str,
 )
 def test_graphs_train_to_the_same_bits(

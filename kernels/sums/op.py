@@ -1,0 +1,50 @@
+"""Checks, dispatch and the registered op. R rows, D columns."""
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import uses_triton
+from . import reference
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of all rows: ``x`` [R, D], floating -> [D] in ``dtype`` (default: that of ``x``).
+
+    On a GPU the sums are float32's, in an order that depends on the shape alone. Raises ``ValueError`` for
+    what is no floating matrix.
+    """
+    checks.floating("x", x)
+    checks.shape("x", x, "R", "D")
+    dtype = x.dtype if dtype is None else dtype
+    if not uses_triton(x) or checks.plain_only():
+        return reference.sum_rows(x, dtype)
+    return sum_rows_fwd(x.contiguous(), dtype)
+
+
+@torch.library.custom_op("mdt_fast::sum_rows", mutates_args=())
+def sum_rows_fwd(x_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """[D]."""
+    out_D = x_RD.new_empty(x_RD.shape[1], dtype=dtype)
+    if not x_RD.numel():
+        return out_D.zero_()
+    from . import launch  # here: not every machine has Triton
+
+    launch.sum_rows(x_RD, out_D)
+    return out_D
+
+
+@sum_rows_fwd.register_fake
+def _(x_RD, dtype):  # type: ignore[no-untyped-def]
+    return x_RD.new_empty(x_RD.shape[1], dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _backward(ctx, dout_D):  # type: ignore[no-untyped-def]
+    return dout_D.to(ctx.dtype).expand(ctx.shape), None
+
+
+sum_rows_fwd.register_autograd(_backward, setup_context=_setup_context)
