@@ -20,7 +20,9 @@ import ops
 import points
 from mdt_fast.kernels import rel_attention
 from mdt_fast.kernels.aot import Case
+from mdt_fast.kernels.bias_gelu import registered as gelu
 from mdt_fast.kernels.launches import Choice, Entry, columns, forced
+from mdt_fast.kernels.ln_modulate import registered as adaln
 from ops import Maker
 
 EACH = (8, 64)
@@ -164,8 +166,38 @@ def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[
 
 
 def _call(tunable: Tunable, model: str, batch: int, dtype: torch.dtype, device: torch.device) -> points.Call:
+    if (kernel := f"{tunable.op}_{tunable.mode}") in IN_A_STEP:
+        return _in_a_step(kernel, ops.WIDTHS[model], batch, Maker(device, dtype))
     op = ops.cases(model, batch)[tunable.op]
     return _of(tunable.mode, op.fast, op.arguments(Maker(device, dtype)))
+
+
+IN_A_STEP = ("ln_modulate_bwd", "gate_residual_ln_modulate_bwd", "gate_residual_bwd", "bias_gelu_bwd")
+"""Kernels that a training step calls otherwise than the op alone does."""
+
+
+def _in_a_step(kernel: str, D: int, batch: int, make: Maker) -> points.Call:
+    """The call that a training step makes: rows of both passes, gradients in bfloat16, the output once more,
+    and the residual's gradient added."""
+    lengths = [ops.TOKENS] * batch + [ops.KEPT] * batch
+    R, half = sum(lengths), Maker(make.device, torch.bfloat16)
+    offsets = torch.tensor([0, *lengths], device=make.device).cumsum(0).int()
+    if kernel == "bias_gelu_bwd":
+        x, bias, dout = (make.normal(*shape, grad=False) for shape in ((R, 4 * D), (4 * D,), (R, 4 * D)))
+        return lambda: gelu.bias_gelu_bwd(x, bias, dout, True)
+    gate, shift, scale = half.normal(len(lengths), 3 * D, grad=False).chunk(3, dim=1)
+    x, dresidual = make.normal(R, D, grad=False), make.normal(R, D, grad=False)
+    y, dout = half.normal(R, D, grad=False), half.normal(R, D, grad=False)
+    if kernel == "gate_residual_bwd":
+        return lambda: adaln.gate_residual_bwd(y, gate, offsets, dresidual)
+    gated = (y, gate) if kernel.startswith("gate") else (None, None)
+    fixed = x, *gated, shift, scale, offsets
+    _, _, mean, rstd = adaln.ln_modulate_fwd(*fixed, 1e-6, torch.bfloat16)
+    return lambda: [
+        gradient
+        for gradient in adaln.ln_modulate_bwd(*fixed, mean, rstd, dresidual, dout, True)
+        if gradient.numel()
+    ]
 
 
 def _attention(

@@ -21,7 +21,6 @@ from mdt_fast.kernels.ln_modulate import reference as plain_ln
 from mdt_fast.kernels.mask_plan import reference as plain_mask
 from mdt_fast.kernels.patch_embed import reference as plain_patch
 from mdt_fast.kernels.skip_linear import reference as plain_skip
-from mdt_fast.kernels.sums import sum_rows
 from mdt_fast.kernels.tokens import reference as plain_tokens
 from mdt_fast.masking import MaskPlan
 from providers import Skip, compile_obstacle
@@ -155,6 +154,15 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
             elements=(3 * N + weight + wide, 6 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
         ),
         Op(
+            name="residual_ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
+            arguments=lambda make: (*ln(make), *layer(make, D, 3 * D)),
+            fast=kernels.residual_ln_modulate_linear,
+            eager=lambda x, shift, scale, weight, bias: (
+                x, linear(plain_ln.ln_modulate(x, shift, scale, None, 1e-6), weight, bias)
+            ),
+            elements=(3 * N + weight + wide, 7 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
+        ),
+        Op(
             name="gate_residual_ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
             arguments=lambda make: (*gate_ln(make), *layer(make, D, 3 * D)),
             fast=kernels.gate_residual_ln_modulate_linear, eager=plain_gate_linear,
@@ -174,7 +182,7 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
             flops=(2 * N * F, 4 * N * F),
         ),
         Op(
-            name="sum_rows", shape={"R": B * L, "D": D}, fast=sum_rows, eager=lambda x: x.sum(0),
+            name="sum_rows", shape={"R": B * L, "D": D}, fast=kernels.sum_rows, eager=lambda x: x.sum(0),
             arguments=lambda make: (make.normal(B * L, D, grad=False),), elements=(N + D, 0), modes=("fwd",),
         ),
         Op(

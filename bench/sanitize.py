@@ -33,7 +33,6 @@ from mdt_fast import kernels
 from mdt_fast.errors import UserError
 from mdt_fast.kernels.backends import INTERPRETING
 from mdt_fast.kernels.native import MISSING
-from mdt_fast.kernels.sums import sum_rows
 from mdt_fast.masking import MaskPlan
 from mdt_fast.optim import FusedAdamW, FusedAdan
 from rows import RowFile, machine
@@ -259,7 +258,7 @@ def _gelu(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
 
 def _sums(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
     for rows in (1, 700):  # one chunk, and several
-        yield f"{rows} rows", _both(sum_rows, make(rows, D))
+        yield f"{rows} rows", _both(kernels.sum_rows, make(rows, D))
 
 
 def _tokens(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:

@@ -35,6 +35,9 @@ SAMPLE_STEP = (
     "img/s is for 250 of them, extrapolated"
 )
 
+COMPARED = 32
+"""Images whose losses and gradients are held against the reference's, which at more may not fit."""
+
 TOLERANCE = {
     # dtype: (losses or guided output, gradient norm), relative; bfloat16 has 8 bits.
     torch.float32: (1e-4, 1e-3),
@@ -127,8 +130,7 @@ class TrainStep(Step):
         self.ema.attach(self.optimizer)
 
     def __call__(self, index: int) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(self.losses(index, self.y)).mean(1).sum().backward()
+        self.gradients(index, self.y)
         self.optimizer.step()
 
     def losses(self, index: int, y: Tensor) -> list[Tensor]:
@@ -188,12 +190,19 @@ class TrainStep(Step):
         return plan
 
     def outcome(self) -> tuple[Tensor, ...]:
+        whole, self.x = self.x, self.x[:COMPARED]
         # Compiled code and GPUs draw label drops from generators of their own; the null class stays itself.
-        null = torch.full_like(self.y, self.case.config.num_classes)
+        null = torch.full_like(self.y[:COMPARED], self.case.config.num_classes)
+        losses = self.gradients(0, null)
+        self.x = whole
+        return self.found(torch.stack(losses))
+
+    def gradients(self, index: int, y: Tensor) -> list[Tensor]:
+        """Left in the parameters; returns the loss per image [B] of each pass."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses = torch.stack(self.losses(0, null))
-        losses.mean(1).sum().backward()
-        return self.found(losses)
+        losses = self.losses(index, y)
+        torch.stack(losses).mean(1).sum().backward()
+        return losses
 
     def found(self, losses: Tensor) -> tuple[Tensor, ...]:
         """Losses [passes, B] and the norm of the gradients."""
@@ -215,12 +224,7 @@ class GraphedTrainStep(TrainStep):
         module: Any = self.module
         self.passes = GraphedPasses(Passes(module, self.diffusion, settings, False, case.device))
 
-    def __call__(self, index: int) -> None:
-        self.gradients(index, self.y)
-        self.optimizer.step()
-
     def gradients(self, index: int, y: Tensor) -> list[Tensor]:
-        """Left in the parameters; returns the loss per image [B] of each pass."""
         self.passes.zero_grad()
         terms = self.passes(self.x, y, self.drawn(index, y), None)
         return [terms[name] for name in ("loss", "m_loss") if name in terms]
@@ -234,10 +238,6 @@ class GraphedTrainStep(TrainStep):
             return Draws(t, noise, drops)
         noise_masked, plan = self.draws(2 * index + 1, len_keep)
         return Draws(t, noise, drops, noise_masked, self.module.drop_labels(y) != y, plan)
-
-    def outcome(self) -> tuple[Tensor, ...]:
-        losses = self.gradients(0, torch.full_like(self.y, self.case.config.num_classes))
-        return self.found(torch.stack(losses))
 
 
 class SampleStep(Step):

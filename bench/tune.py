@@ -212,7 +212,7 @@ class Tuner:
         torch.manual_seed(0)
         call = make()
         expected = call()
-        dtype = torch.bfloat16 if entry[1].endswith("half") else torch.float32
+        limit = max(points.TOLERANCE[tensor.dtype] for tensor in expected)
 
         def turn(choice: Choice | None) -> Callable[[int], Sequence[Tensor]]:
             def one(index: int) -> Sequence[Tensor]:
@@ -228,7 +228,7 @@ class Tuner:
             try:
                 off = points.difference(turn(choice)(0), expected)
                 synchronize(self.device)
-                if not off <= points.TOLERANCE[dtype]:
+                if not off <= limit:
                     raise ValueError(f"disagrees with the present choice: off by {off:.1e} relative")
             except Exception as error:
                 self.failed(entry, title, choice, error)

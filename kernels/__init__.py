@@ -21,6 +21,7 @@ from .optim import adamw_step, adan_step, grad_norm, grad_sumsq
 from .patch_embed import patch_embed
 from .rel_attention import attention_backends, rel_attention, rel_attention_qkvpacked, relative_bias
 from .skip_linear import patch_skip_linear, skip_linear
+from .sums import sum_rows
 from .tokens import gather_tokens, merge_tokens, unmask_tokens
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "relative_bias",
     "residual_ln_modulate_linear",
     "skip_linear",
+    "sum_rows",
     "unmask_tokens",
 ]

@@ -29,6 +29,7 @@ WITH_TRITON = (
     "residual_ln_modulate_linear",
     "bias_gelu",
     "gelu_linear",
+    "sum_rows",
     "gather_tokens",
     "unmask_tokens",
     "merge_tokens",

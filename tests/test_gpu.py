@@ -17,7 +17,6 @@ from mdt_fast.kernels.backends import WITH_TRITON, backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
 from mdt_fast.kernels.skip_linear import reference as plain_skip
-from mdt_fast.kernels.sums import sum_rows
 from mdt_fast.kernels.tokens import reference as plain_tokens
 from parity import compare, run
 from tolerances import FLOAT32, HALF_FACTOR, relative_error
@@ -57,7 +56,7 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize(("R", "D"), [(1, 8), (129, 300), (13088, 3456), (64, 6912)])
 def test_sum_rows(R: int, D: int, dtype: torch.dtype) -> None:
-    compare(sum_rows, lambda x: x.sum(0), [torch.randn(R, D, device="cuda").to(dtype)], dtype)
+    compare(kernels.sum_rows, lambda x: x.sum(0), [torch.randn(R, D, device="cuda").to(dtype)], dtype)
 
 
 def gelu_linear(x: Tensor, bias: Tensor, *layer: Tensor) -> Tensor:
