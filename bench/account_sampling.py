@@ -62,15 +62,17 @@ def run(
     *,
     repeats: int,
     deadline: float,
+    compiled: bool = True,
 ) -> tuple[list[Line], list[str]]:
-    """All lines of one case, and why some are missing."""
+    """All lines of one case, and why some are missing; without ``compiled`` not that of the compiled
+    reference, which on a GPU takes a minute."""
     labels = inputs.labels_B.tolist()
     config = SampleConfig(
         steps=STEPS, sampler=case.sampler, cfg_scale=CFG_SCALE, dtype=case.dtype_name, batch_size=len(labels),
         scale_pow=None if case.config.family == "dit" else 4.0,
     )  # fmt: skip
     lines, missing = [], []
-    for name in ("reference", "reference-compiled"):
+    for name in ("reference", "reference-compiled")[: 1 + compiled]:
         try:
             provider = make(name, modules)
             provider.module.eval()  # or labels would be dropped

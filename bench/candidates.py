@@ -32,7 +32,7 @@ registers."""
 HEADS = 16
 """Of attention, as in L and XL."""
 
-_ROWS = {"each": (4, 8, 16, 32), "programs": (1024, 2048, 4096, 8192)}
+_ROWS = {"each": (4, 8, 16, 32), "programs": (512, 1024, 2048), "num_stages": (1, 2, 3)}
 _UNMASK = {"each": (4, 8, 16, 32), "programs": (512, 1024, 2048, 4096)}
 _MOVE = {"each": (4, 8, 16, 32)}
 _GELU = {"block_r": (4, 8, 16, 32), "widest": (128, 256, 512, 1024), "num_warps": (2, 4, 8)}
@@ -89,15 +89,20 @@ KERNELS: dict[str, Tunable] = {
         room="bias_gelu", op="bias_gelu", mode="fwd", space=_GELU, size_of=lambda D: columns(4 * D)
     ),
     "bias_gelu_bwd": Tunable(
-        room="bias_gelu", op="bias_gelu", mode="bwd", space=_GELU | {"programs": (1024, 4096)},
+        room="bias_gelu", op="bias_gelu", mode="bwd",
+        space={
+            "block_r": (4, 8, 16), "widest": (128, 256), "num_warps": (2, 4, 8),
+            "programs": (1024, 4096, 16384), "num_stages": (1, 3),
+        },
         size_of=lambda D: columns(4 * D),
     ),
     "sum_chunks": Tunable(
         room="sums", op="sum_rows", mode="fwd",
         space={
             "block_p": (16, 32, 64), "widest": (64, 128, 256), "programs": (512, 1024, 2048),
-            "num_warps": (4, 8),
+            "num_warps": (4, 8), "num_stages": (1, 3),
         },
+        size_of=lambda D: 0,
     ),
     **_both("tokens", "unmask_tokens", _UNMASK),
     **_both("tokens", "gather_tokens", _MOVE),

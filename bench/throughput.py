@@ -94,6 +94,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                     found = account_sampling.run(
                         case, made[case.model], images, rows, status.update,
                         repeats=request.repeats or account_sampling.ROUNDS, deadline=deadline,
+                        compiled=request.providers is None or "reference-compiled" in request.providers,
                     )  # fmt: skip
                     account_sampling.show(console, case, *found)
                 continue

@@ -89,7 +89,9 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     todo = [
         (kernel, shape)
         for kernel, shape in candidates.entries(arch)
-        if kernel in wanted and shape.split()[1] in kinds and (sizes is None or shape.split()[0] in sizes)
+        if kernel in wanted
+        and shape.split()[1] in kinds
+        and (sizes is None or shape in sizes or shape.split()[0] in sizes)
     ]
     if not todo:
         raise UserError(f"--sizes: {args.sizes!r} names no shape class of {', '.join(wanted)}")
@@ -286,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog="tune", description="Launch choices of the Triton kernels.")
     parser.add_argument("--ops", help="kernels, ops or rooms, by comma (default: all)")
     parser.add_argument("--dtype", default="half", help="half, float32 or both, by comma (default: half)")
-    parser.add_argument("--sizes", help="shape classes by their number, by comma (default: all)")
+    parser.add_argument("--sizes", help="shape classes, or their numbers, by comma (default: all)")
     parser.add_argument("--batch", default="32", help="samples (default: 32)")
     parser.add_argument("--top", default="24", help="choices of an entry that are timed (default: 24)")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of turns (default: 30)")

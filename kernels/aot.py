@@ -46,6 +46,8 @@ def compile_cases(cases: Sequence[Case], arch: str) -> list[dict[str, int] | Exc
     """
     compiled = [_compile(case, arch) for case in cases]
     good = [one for one in compiled if not isinstance(one, Exception)]
+    if not good:
+        return list(compiled)
     if arch.startswith("gfx"):
         read = [_read_amdgcn(one.asm["amdgcn"]) for one in good]
     else:

@@ -20,7 +20,7 @@ def cases(arch: str) -> Iterator[Case]:
         config = launch_config(32 * 256, features, **tuned_for(entry, arch))
         constants: dict[str, Any] = {"BLOCK_R": config.block_r, "BLOCK_F": config.block_f}
         if kernel is bias_gelu_bwd_kernel:
-            constants["RECOMPUTE"] = True
+            constants |= {"RECOMPUTE": True, "STAGES": config.num_stages}
         dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
         yield Case(
             kernel=kernel,

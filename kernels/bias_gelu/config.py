@@ -9,12 +9,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """``block_r`` rows by ``block_f`` columns at a time; ``parts``: programs that share a column in the
-    backward pass, each with its own partial sum of dbias."""
+    backward pass, each with its own partial sum of dbias; ``num_stages``: blocks on their way at a time in
+    it."""
 
     block_r: int
     block_f: int
     parts: int
     num_warps: int
+    num_stages: int
 
 
 def launch_config(
@@ -25,6 +27,7 @@ def launch_config(
     widest: int = 256,
     programs: int = 1024,
     num_warps: int = 4,
+    num_stages: int = 1,
 ) -> LaunchConfig:
     """For ``rows`` x ``features`` numbers.
 
@@ -34,4 +37,6 @@ def launch_config(
     block_f = min(widest, max(16, 1 << (features - 1).bit_length()))
     columns = -(-features // block_f)
     parts = max(1, min(-(-rows // block_r), -(-programs // columns)))
-    return LaunchConfig(block_r=block_r, block_f=block_f, parts=parts, num_warps=num_warps)
+    return LaunchConfig(
+        block_r=block_r, block_f=block_f, parts=parts, num_warps=num_warps, num_stages=num_stages
+    )

@@ -35,15 +35,15 @@ def bias_gelu_fwd_kernel(x_ptr, bias_ptr, out_ptr, R, F, BLOCK_R: tl.constexpr, 
 def bias_gelu_bwd_kernel(
     x_ptr, bias_ptr, dout_ptr, dx_ptr, dbias_ptr, out_ptr,
     R, F,
-    RECOMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    RECOMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``dbias`` [P, F]: program (f, p) sums over row blocks p, p + P, ... RECOMPUTE: the forward pass's
-    output is written again, to ``out``."""
+    """``dbias`` [P, F]: program (f, p) sums over row blocks p, p + P, ..., STAGES of them on their way at a
+    time. RECOMPUTE: the forward pass's output is written again, to ``out``."""
     i_f, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     b_bias = tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     b_dbias = tl.zeros([BLOCK_F], dtype=tl.float32)
-    for i_r in range(i_p, tl.cdiv(R, BLOCK_R), P):
+    for i_r in tl.range(i_p, tl.cdiv(R, BLOCK_R), P, num_stages=STAGES):
         _, p_tile, m_tile = _tile(i_r, i_f, R, F, BLOCK_R, BLOCK_F)
         b_z = tl.load(x_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_bias[None, :]
         b_dout = tl.load(dout_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32)

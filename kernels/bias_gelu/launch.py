@@ -29,6 +29,6 @@ def bias_gelu_bwd(
     bias_gelu_bwd_kernel[(triton.cdiv(F, config.block_f), config.parts)](
         x_RF, bias_1F, dout_RF, dx_RF, parts_PF, x_RF if out_RF is None else out_RF, R, F,
         RECOMPUTE=out_RF is not None, BLOCK_R=config.block_r, BLOCK_F=config.block_f,
-        num_warps=config.num_warps,
+        STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     sum_parts(parts_PF[None, None], [dbias_1F])

@@ -40,7 +40,7 @@ def _case(arch: str, kernel: Any, D: int, dtype: str, what: str, form: dict[str,
     name = ("gate_residual_" if what == "gated" else "") + kernel.__name__.removesuffix("_kernel")
     entry = name, shape_class(columns(D), dtype == "bf16")
     config = (thin_config if thin else launch_config)(D, 32, 256, **tuned_for(entry, arch))
-    constants = form | {"BLOCK_D": config.block_d}
+    constants = form | {"BLOCK_D": config.block_d, "STAGES": config.num_stages}
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
     return Case(
         kernel=kernel,

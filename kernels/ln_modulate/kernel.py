@@ -2,6 +2,7 @@
 
 Program (b, p) walks tokens p, p + P, ... of sample b with its modulation in registers, so that sums over
 tokens need no atomics: each program writes its part into a [B, P, D] buffer. Statistics and sums are float32.
+STAGES rows are on their way at a time.
 """
 
 import triton
@@ -30,7 +31,7 @@ def _row(ptr, offset, m_d):
 def ln_modulate_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, offsets_ptr, residual_ptr, out_ptr, mean_ptr, rstd_ptr,
     L, D, stride_gate, stride_shift, stride_scale, eps,
-    GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
@@ -40,7 +41,7 @@ def ln_modulate_fwd_kernel(
     if GATED:
         b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
     start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
-    for i_l in range(i_p, length, P):
+    for i_l in tl.range(i_p, length, P, num_stages=STAGES):
         row = start + i_l
         p_row = row * D + o_d
         b_x = _row(x_ptr, p_row, m_d)
@@ -64,11 +65,12 @@ def ln_modulate_bwd_kernel(
     dx_ptr, dy_ptr, dgate_ptr, dshift_ptr, dscale_ptr, out_ptr,
     L, D, stride_gate, stride_shift, stride_scale,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, OFFSETS: tl.constexpr, RECOMPUTE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]. GATED: the residual is computed again.
     RESIDUAL: ``dresidual`` is added to its gradient. RECOMPUTE: the forward pass's output is written again,
-    to ``out``."""
+    to ``out``. Everything of a row is read before anything is written: a load that stands behind a store or a
+    sum waits for it."""
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -81,26 +83,30 @@ def ln_modulate_bwd_kernel(
     if RECOMPUTE:
         b_shift = _row(shift_ptr, i_b * stride_shift + o_d, m_d)
     start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
-    for i_l in range(i_p, length, P):
+    for i_l in tl.range(i_p, length, P, num_stages=STAGES):
         row = start + i_l
         p_row = row * D + o_d
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
         b_x = _row(x_ptr, p_row, m_d)
+        b_dout = _row(dout_ptr, p_row, m_d)
         if GATED:
             b_y = _row(y_ptr, p_row, m_d)
+        if RESIDUAL:
+            b_dresidual = _row(dresidual_ptr, p_row, m_d)
+        if GATED:
             b_x = (b_x + b_gate * b_y).to(x_ptr.dtype.element_ty).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        b_normal = tl.where(m_d, (b_x - tl.load(mean_ptr + row)) * rstd, 0.0)
+        b_normal = tl.where(m_d, (b_x - mean) * rstd, 0.0)
         if RECOMPUTE:
             b_out = b_normal * b_scale + b_shift
             tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
-        b_dout = _row(dout_ptr, p_row, m_d)
         b_dshift += b_dout
         b_dscale += b_dout * b_normal
         b_dnormal = b_dout * b_scale
         along = tl.sum(b_dnormal * b_normal, axis=0) / D
         b_dx = (b_dnormal - tl.sum(b_dnormal, axis=0) / D - b_normal * along) * rstd
         if RESIDUAL:
-            b_dx += _row(dresidual_ptr, p_row, m_d)
+            b_dx += b_dresidual
         if GATED:
             b_dgate += b_y * b_dx
             tl.store(dy_ptr + p_row, (b_gate * b_dx).to(dy_ptr.dtype.element_ty), mask=m_d)
@@ -116,14 +122,14 @@ def ln_modulate_bwd_kernel(
 def gate_residual_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, offsets_ptr, out_ptr,
     L, D, stride_gate,
-    OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
     start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
-    for i_l in range(i_p, length, P):
+    for i_l in tl.range(i_p, length, P, num_stages=STAGES):
         p_row = (start + i_l) * D + o_d
         b_out = _row(x_ptr, p_row, m_d) + b_gate * _row(y_ptr, p_row, m_d)
         tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
@@ -133,7 +139,7 @@ def gate_residual_fwd_kernel(
 def gate_residual_bwd_kernel(
     y_ptr, gate_ptr, offsets_ptr, dout_ptr, dy_ptr, dgate_ptr,
     L, D, stride_gate,
-    OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``dgate``: partial sums [B, P, D]. The gradient of x is that of the output."""
     i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -142,10 +148,11 @@ def gate_residual_bwd_kernel(
     b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
     b_dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
     start, length = _tokens_of(offsets_ptr, i_b, L, OFFSETS)
-    for i_l in range(i_p, length, P):
+    for i_l in tl.range(i_p, length, P, num_stages=STAGES):
         p_row = (start + i_l) * D + o_d
         b_dout = _row(dout_ptr, p_row, m_d)
-        b_dgate += _row(y_ptr, p_row, m_d) * b_dout
+        b_y = _row(y_ptr, p_row, m_d)
+        b_dgate += b_y * b_dout
         tl.store(dy_ptr + p_row, (b_gate * b_dout).to(dy_ptr.dtype.element_ty), mask=m_d)
     p_part = (i_b * P + i_p).to(tl.int64) * D + o_d
     tl.store(dgate_ptr + p_part, b_dgate, mask=m_d)

@@ -36,7 +36,7 @@ def ln_modulate_fwd(
         unused if residual_RD is None else residual_RD, out_RD, mean_R, rstd_R,
         R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
         eps, GATED=y_RD is not None, OFFSETS=offsets is not None, BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
+        STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -74,7 +74,8 @@ def ln_modulate_bwd(
         unused if out_RD is None else out_RD,
         R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
         GATED=y_RD is not None, RESIDUAL=dresidual_RD is not None, OFFSETS=offsets is not None,
-        RECOMPUTE=out_RD is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        RECOMPUTE=out_RD is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
     sum_parts(parts_KBPD, sums)
 
@@ -86,7 +87,8 @@ def gate_residual_fwd(
     config = thin_config(D, B, R // B, **tuned("gate_residual_fwd", x_RD, columns(D)))
     gate_residual_fwd_kernel[(B, config.programs)](
         x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, R // B, D, gate_BD.stride(0),
-        OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def gate_residual_bwd(
     gate_residual_bwd_kernel[(B, config.programs)](
         y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,
         R // B, D, gate_BD.stride(0),
-        OFFSETS=offsets is not None, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
     sum_parts(parts_BPD[None], [dgate_BD])

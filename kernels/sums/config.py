@@ -5,16 +5,20 @@ Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what i
 
 from dataclasses import dataclass
 
+ANY = 0
+"""The shape class of every width: one choice serves all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """``block_p`` rows by ``block_d`` columns at a time; ``chunks``: programs that share a column, each with
-    its own partial sum."""
+    its own partial sum; ``num_stages``: blocks on their way at a time."""
 
     block_p: int
     block_d: int
     chunks: int
     num_warps: int
+    num_stages: int
 
 
 def launch_config(
@@ -25,6 +29,7 @@ def launch_config(
     widest: int = 128,
     programs: int = 1024,
     num_warps: int = 4,
+    num_stages: int = 1,
 ) -> LaunchConfig:
     """For the sum of ``rows`` rows of ``D`` numbers.
 
@@ -35,4 +40,6 @@ def launch_config(
     block_d = min(widest, max(16, 1 << (D - 1).bit_length()))
     columns = -(-D // block_d)
     chunks = max(1, min(rows // (2 * block_p), programs // columns))
-    return LaunchConfig(block_p=block_p, block_d=block_d, chunks=chunks, num_warps=num_warps)
+    return LaunchConfig(
+        block_p=block_p, block_d=block_d, chunks=chunks, num_warps=num_warps, num_stages=num_stages
+    )

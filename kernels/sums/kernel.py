@@ -8,10 +8,10 @@ import triton.language as tl
 def sum_chunks_kernel(
     x_ptr, first_ptr, second_ptr, third_ptr,
     R, P, D,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [K, R, D] -> a tensor [ceil(R / P), D] for each of at most three K: program (chunk, column block, k)
-    sums one chunk of rows."""
+    sums one chunk of rows, STAGES blocks of which are on their way at a time."""
     i_c, i_d, i_k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -19,7 +19,7 @@ def sum_chunks_kernel(
     end = tl.minimum(start + P, R)
     p_x = x_ptr + i_k.to(tl.int64) * R * D
     b_sums = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
-    for row in range(start, end, BLOCK_P):
+    for row in tl.range(start, end, BLOCK_P, num_stages=STAGES):
         o_p = row + tl.arange(0, BLOCK_P)
         m_x = (o_p < end)[:, None] & m_d[None, :]
         b_sums += tl.load(p_x + o_p[:, None] * D + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)

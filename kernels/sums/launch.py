@@ -4,15 +4,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launches import columns, tuned
-from .config import LaunchConfig, launch_config
+from ..launches import tuned
+from .config import ANY, LaunchConfig, launch_config
 from .kernel import sum_chunks_kernel
 
 
 def sum_rows(x_RD: Tensor, out_D: Tensor) -> None:
     """The sum of all rows."""
     R, D = x_RD.shape
-    config = launch_config(R, D, **tuned("sum_chunks", x_RD, columns(D)))
+    config = launch_config(R, D, **tuned("sum_chunks", x_RD, ANY))
     if config.chunks == 1:
         return _sum(x_RD, [out_D], R, R, config)
     rows = -(-R // config.chunks)
@@ -24,7 +24,7 @@ def sum_rows(x_RD: Tensor, out_D: Tensor) -> None:
 def sum_parts(parts_KBPD: Tensor, outs: list[Tensor]) -> None:
     """Partial sums [K, B, P, D] in float32 into ``outs``: K (1 to 3) contiguous tensors [B, D]."""
     _, B, P, D = parts_KBPD.shape
-    _sum(parts_KBPD, outs, B * P, P, launch_config(P, D, **tuned("sum_chunks", parts_KBPD, columns(D))))
+    _sum(parts_KBPD, outs, B * P, P, launch_config(P, D, **tuned("sum_chunks", parts_KBPD, ANY)))
 
 
 def _sum(x: Tensor, outs: list[Tensor], R: int, P: int, config: LaunchConfig) -> None:
@@ -32,5 +32,5 @@ def _sum(x: Tensor, outs: list[Tensor], R: int, P: int, config: LaunchConfig) ->
     first, second, third = (outs * 3)[:3] if len(outs) == 1 else (*outs, outs[-1])[:3]
     sum_chunks_kernel[(-(-R // P), triton.cdiv(D, config.block_d), len(outs))](
         x, first, second, third, R, P, D,
-        BLOCK_P=config.block_p, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        BLOCK_P=config.block_p, BLOCK_D=config.block_d, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
