@@ -68,11 +68,15 @@ gpu_tests() { # NAME FILE...
     run "$name" "$PYTHON" -m pytest -q -ra -m gpu "${together[@]}" "$@"
 }
 tests() { gpu_tests gpu_tests tests; }
-sanitize() { # first alone: that compiles the kernels, and says whether all are reached
-    run sanitize_calls "$PYTHON" bench/sanitize.py --device cuda
-    run sanitize_memcheck "$PYTHON" bench/sanitize.py --device cuda --tool memcheck --json "$OUT/sanitize.jsonl"
+sanitized() { # NAME TOOL: in processes side by side, which compile more than they compute
+    run "$1" "$PYTHON" bench/sanitize.py --device cuda --tool "$2" --jobs "$(((JOBS + 1) / 2))" \
+        --json "$OUT/sanitize.jsonl"
 }
-races() { run races "$PYTHON" bench/sanitize.py --device cuda --tool racecheck --json "$OUT/sanitize.jsonl"; }
+sanitize() { # then alone, once compiled: are all kernels reached?
+    sanitized sanitize_memcheck memcheck
+    run sanitize_calls "$PYTHON" bench/sanitize.py --device cuda
+}
+races() { sanitized races racecheck; }
 kernels() {
     bench kernels kernels_xl --model XL --dtype bfloat16
     bench kernels kernels_s --model S --dtype bfloat16 --providers fast,eager --time-limit 100
@@ -95,7 +99,7 @@ middle() { # L/2; and DiT, the baseline, beside diffusers'
         --time-limit 200
 }
 large() { # float32 too: what the published models were trained in
-    bench throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast \
+    bench throughput xl2 --model MDTv2_XL_2 --batch 4,32 --dtype bfloat16 --providers reference,fast,fast-graphs \
         --time-limit 250
     bench throughput xl2_f32 --model MDTv2_XL_2 --batch 32 --mode train --dtype float32 \
         --providers reference,fast --time-limit 150
@@ -125,10 +129,11 @@ training() { # what surrounds a step: loader, encoding, the loop, saves
     rows training training --parts step,save --preset mdtv2-xl2 --batch 32 --repeats 5
 }
 breakdown() { # by class of kernel; the reference apart, as both need the memory
-    local step=(--breakdown --model MDTv2_XL_2 --batch 32 --dtype bfloat16)
-    rows throughput breakdown "${step[@]}" --mode train --providers fast,fast-graphs
-    rows throughput breakdown "${step[@]}" --mode train --providers reference
-    rows throughput breakdown "${step[@]}" --mode sample --providers fast,reference
+    local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16)
+    rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers fast,fast-graphs
+    rows throughput breakdown "${step[@]}" --batch 128 --mode train --providers fast-graphs
+    rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers reference
+    rows throughput breakdown "${step[@]}" --batch 32 --mode sample --providers fast,reference
 }
 sampling() { # item by item
     rows throughput sampling --account --mode sample --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 \

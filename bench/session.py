@@ -84,6 +84,8 @@ class Session:
 
         self.say(f"{case.title}: warming up")
         slowest = self.warm_up(case, steps, found)
+        if not steps:
+            return result
         turns: dict[str, Callable[[int], object]] = {**steps, "matmul": matmul}
         if inner is None:
             inner = max(1, min(20, int(MAX_INNER_SECONDS / slowest))) if case.device.type == "cuda" else 1

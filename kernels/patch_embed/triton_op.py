@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from ..launches import columns, tuned
+from ..sums.launch import total
 from ..tokens.move_op import gather_tokens_bwd
 from .config import LaunchConfig, launch_config
 from .kernel import patch_embed_bwd_kernel, patch_embed_fwd_kernel
@@ -69,13 +70,8 @@ def patch_embed_bwd(
         if ids_BK is not None:
             dpatches = gather_tokens_bwd(dpatches, ids_BK, None, L)
         dx_BCSS.copy_(_fold(dpatches, x_BCSS, p))
-    dweight_DCpp = dweight.sum(0).to(weight_DCpp.dtype).view_as(weight_DCpp)
-    return (
-        dx_BCSS,
-        dweight_DCpp,
-        dbias.sum(0).to(weight_DCpp.dtype),
-        dpos.sum(0, keepdim=True).to(pos_1LD.dtype),
-    )
+    dbias_D = weight_DCpp.new_empty(D)
+    return dx_BCSS, total(dweight, weight_DCpp), total(dbias, dbias_D), total(dpos, pos_1LD)
 
 
 def _config(kernel: str, tokens_BKD: Tensor, weight_DCpp: Tensor) -> LaunchConfig:

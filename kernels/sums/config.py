@@ -8,6 +8,9 @@ from dataclasses import dataclass
 ANY = 0
 """The shape class of every width: one choice serves all."""
 
+NARROW = 32
+"""Columns of a block where chunks are added up: few rows, to be shared by many multiprocessors."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from ..launches import tuned
-from .config import ANY, LaunchConfig, launch_config
+from .config import ANY, NARROW, LaunchConfig, launch_config
 from .kernel import sum_chunks_kernel
 
 
@@ -18,7 +18,15 @@ def sum_rows(x_RD: Tensor, out_D: Tensor) -> None:
     rows = -(-R // config.chunks)
     parts_CD = x_RD.new_empty(-(-R // rows), D, dtype=torch.float32)
     _sum(x_RD, [parts_CD], R, rows, config)
-    return _sum(parts_CD, [out_D], len(parts_CD), len(parts_CD), config)
+    chunks = launch_config(len(parts_CD), D, widest=NARROW)
+    return _sum(parts_CD, [out_D], len(parts_CD), len(parts_CD), chunks)
+
+
+def total(parts: Tensor, like: Tensor) -> Tensor:
+    """The sum over the first dimension, in the shape and dtype of ``like``."""
+    out = like.new_empty(like.shape)
+    sum_rows(parts.view(len(parts), -1), out.view(-1))
+    return out
 
 
 def sum_parts(parts_KBPD: Tensor, outs: list[Tensor]) -> None:

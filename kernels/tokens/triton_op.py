@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..launches import columns, tuned
+from ..sums.launch import total
 from .config import launch_config
 from .kernel import unmask_tokens_bwd_kernel, unmask_tokens_fwd_kernel
 
@@ -39,8 +40,8 @@ def unmask_tokens_bwd(
         dout_BLD, ids_restore_BL, dx_BKD if len_keep else dout_BLD, parts_2PLD[0], parts_2PLD[1],
         B, L, len_keep, D, BLOCK_D=config.block_d, num_warps=config.num_warps,
     )  # fmt: skip
-    dmask_11D = parts_2PLD[0].sum((0, 1)).view(1, 1, D).to(mask_token_11D.dtype)
-    return dx_BKD, dmask_11D, parts_2PLD[1].sum(0, keepdim=True).to(pos_1LD.dtype)
+    dmask_parts, dpos_parts = parts_2PLD
+    return dx_BKD, total(dmask_parts.flatten(0, 1), mask_token_11D), total(dpos_parts, pos_1LD)
 
 
 @unmask_tokens_fwd.register_fake
