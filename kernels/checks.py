@@ -70,11 +70,11 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     parameters = [weight] if bias is None else [weight, bias]
     for name, parameter in zip(("weight", "bias"), parameters, strict=False):
         floating_on(name, parameter, x)
-        if not autocast:
+        if not autocast or torch.float64 in (parameter.dtype, x.dtype):
             alike(name, parameter, "x", x)
     if bias is not None:
         shape("bias", bias, weight.shape[0])
-    if autocast and torch.float64 not in (x.dtype, weight.dtype):
+    if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
 

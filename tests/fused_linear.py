@@ -203,3 +203,53 @@ def test_wrong_arguments() -> None:
         kernels.gelu_linear(x, b, w, b)
     with pytest.raises(ValueError, match=r"y: shape \[2, 4, 24\], expected \[2, 5, 24\]"):
         kernels.gate_residual(x, x[:, :4], shift)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_derivative_is_refused(form: str) -> None:
+    """Casts and statistics are kept without their history: a second derivative would lack terms."""
+    ours, _, gated = FORMS[form]
+    args = [a.double().requires_grad_() for a in arguments(gated)]
+    out = ours(*args)
+    (gradient,) = torch.autograd.grad(
+        (out[-1] if isinstance(out, tuple) else out).square().sum(), args[:1], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("length", [5, 12])
+def test_a_backward_pass_under_vmap(length: int) -> None:
+    args = [a.requires_grad_() for a in [*inputs(None, 24, False)[0], *layer(24)]]
+    args[0] = torch.randn(2, length, 24, requires_grad=True)
+    results = []
+    for f in (kernels.ln_modulate_linear, plain_ln):
+        out, directions = f(*args), torch.randn(3, 2, length, 12, generator=torch.Generator().manual_seed(1))
+        results.append(
+            torch.func.vmap(lambda v, out=out: torch.autograd.grad(out, args, v, retain_graph=True))(
+                directions
+            )
+        )
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) <= FLOAT32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64_beside_other_dtypes_under_autocast(form: str) -> None:
+    ours, _, gated = FORMS[form]
+    args = arguments(gated)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"weight: torch.float64 on cpu, but x is torch.float32"):
+            ours(*args[:-2], args[-2].double(), args[-1])
+        with pytest.raises(ValueError, match=r"weight: torch.float32 on cpu, but x is torch.float64"):
+            ours(args[0].double(), *args[1:])
+
+
+def test_the_residual_alone() -> None:
+    """Nothing of the layer is touched: no gradients of zeros, no NaN of a row that is not finite."""
+    args = [a.requires_grad_() for a in arguments(False)]
+    with torch.no_grad():
+        args[0][0, 0, 0] = torch.inf
+    kernels.residual_ln_modulate_linear(*args)[0].sum().backward()
+    assert torch.equal(args[0].grad, torch.ones_like(args[0]))
+    assert all(a.grad is None for a in args[1:])

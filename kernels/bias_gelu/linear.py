@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends import uses_csrc, uses_triton
@@ -48,6 +49,7 @@ class _Linear(torch.autograd.Function):
         return product(_forward(x, bias_F).to(dtype), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
         (x, bias_F, weight), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()

@@ -1,9 +1,11 @@
 """Checks and dispatch. D input width, O output width."""
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..sums import sum_rows
@@ -27,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.shape("weight", weight, "O", x.shape[-1] if x.ndim else "D")
     dtype = checks.layer(x, weight, bias)
     if x.is_cuda and not checks.plain_only():
-        out = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, dtype)
+        out = Linear.apply(x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight, bias, dtype)
         return out.view(*x.shape[:-1], weight.shape[0])
     return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -51,6 +53,7 @@ class Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
         (x, weight), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()

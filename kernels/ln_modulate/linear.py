@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..linear.op import input_gradient, product, weight_gradient
@@ -52,7 +53,8 @@ def residual_ln_modulate_linear(
 ) -> tuple[Tensor, Tensor]:
     """``x`` itself, and :func:`ln_modulate_linear`: where ``x`` goes on beside the layer, as the residual.
 
-    Use the returned one: the gradients of both ways are added as the backward kernel writes them.
+    Use the returned one, and change neither in place, as they may share memory: the gradients of both ways
+    are added as the backward kernel writes them.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
     dtype = _dtype(x_BLD, weight_OD, bias_O)
@@ -113,13 +115,14 @@ class _Linear(torch.autograd.Function):
         return x if y is None else residual, product(normal, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
         x, y, gate, shift, scale, offsets, mean, rstd, weight = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
+            if y is None:
+                return dresidual, *(None,) * 9
             dout = weight.new_zeros(len(x), len(weight))
-        if dresidual is None and y is not None:
-            dresidual = torch.zeros_like(x)
         dout, dresidual = dout.contiguous(), None if dresidual is None else dresidual.contiguous()
         dx, dy, dgate, dshift, dscale, normal = _backward(
             x, y, gate, shift, scale, offsets, mean, rstd, dresidual, input_gradient(dout, weight)
@@ -137,6 +140,7 @@ def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-
 
 def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout):  # type: ignore[no-untyped-def]
     if not serves(x, y, gate, shift, scale, dresidual, dout):
+        mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)  # a kernel's, where only this is under vmap
         return reference.backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout)
     dx, dy, dgate, *rest = ln_modulate_bwd(
         x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, True

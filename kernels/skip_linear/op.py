@@ -67,5 +67,5 @@ def _check_dtypes(x: Tensor, **others: Tensor) -> None:
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     for name, other in others.items():
         checks.floating_on(name, other, x)
-        if not autocast:
+        if not autocast or torch.float64 in (other.dtype, x.dtype):
             checks.alike(name, other, "x", x)

@@ -22,9 +22,12 @@ EPS = 1e-6
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether ``layer`` is a linear layer whose weights say all: no hooks, and no other module in its place
-    (float8, adapters), whose own forward has to run."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether ``layer`` is a linear layer whose weights say all: no hooks, and no other module or function in
+    its place (float8, adapters), whose own forward has to run."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    return not any(getattr(layer, name) for name in hooks)
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -157,3 +157,22 @@ def test_empty_and_single_batches(batch: int) -> None:
     model = tiny()
     out = model(**inputs(batch), enable_mask=True)
     assert out.shape == (batch, 8, 8, 8)
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"])
+@pytest.mark.parametrize("how", ["backward hook", "own forward"])
+def test_a_layer_that_is_watched_runs_itself(how: str, part: str) -> None:
+    """As tools do that wrap layers: they see every call."""
+    torch.manual_seed(0)
+    model = mdt_fast.MDTv2(
+        input_size=8, depth=4, hidden_size=32, num_heads=2, num_classes=3, mask_ratio=0.3, decode_layer=2
+    )
+    layer, seen = model.en_inblocks[0].get_submodule(part), []
+    if how == "own forward":
+        plain = layer.forward
+        layer.forward = lambda x: seen.append(x) or plain(x)
+    else:
+        layer.register_full_backward_hook(lambda *_: seen.append(None))
+    out = model(torch.randn(2, 4, 8, 8), torch.tensor([3, 5]), torch.tensor([0, 1]))
+    out.sum().backward()
+    assert len(seen) == 1
