@@ -6,8 +6,10 @@ Figures of one machine are compared with figures of the same machine. Rates in i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from measure import MIN_ROUNDS
 from plots import RATES
 from rows import Row
+from steps import SAMPLING_STEPS
 
 Found = tuple[float, str] | None
 """A value and the case it is of; None if it was not measured."""
@@ -36,15 +38,19 @@ class Goal:
         return value <= self.bar if self.most else value >= self.bar
 
 
+KEYS = ("bench", "op", "model", "mode", "batch", "shape", "dtype", "provider", "metric")
+
+
 class Rows:
     """The measured rows of one device, of each case the latest."""
 
     def __init__(self, rows: Sequence[Row]):
         self.latest: dict[tuple[str, ...], Row] = {}
         for row in rows:
-            if row["p50"] is not None and row.get("op") not in RATES:
-                keys = ("bench", "op", "model", "mode", "batch", "shape", "dtype", "provider", "metric")
-                self.latest[tuple(str(row.get(key)) for key in keys)] = row
+            if row["p50"] is None or row.get("op") in RATES:
+                continue
+            keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there it names the line
+            self.latest[tuple(str(row.get(key)) for key in keys)] = row
 
     def of(self, **wanted: object) -> list[Row]:
         """Rows whose keys have these values, or one of them where a tuple is given."""
@@ -58,13 +64,29 @@ class Rows:
         ]
 
 
+def named(row: Row, text: str) -> str:
+    """A case, and what speaks against its row."""
+    few = "; too few rounds" if row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS else ""
+    return text + few + ("; of files that no commit holds" if row["commit"].endswith("-dirty") else "")
+
+
 def rate(model: str, mode: str, **more: object) -> Measure:
-    """Our best img/s, whatever the batch."""
+    """Our best img/s, whatever the batch: timed beside the reference, or a step by itself."""
 
     def measure(rows: Rows) -> Found:
-        found = rows.of(bench="throughput", metric="img_per_s", model=model, mode=mode, provider=OURS, **more)
-        best = max(found, key=lambda row: row["p50"], default=None)
-        return None if best is None else (best["p50"], f"{best['provider']}, batch {best['batch']}")
+        common = {"model": model, "mode": mode, "provider": OURS, **more}
+        found = [
+            (row["p50"], named(row, f"{row['provider']}, batch {row['batch']}"))
+            for row in rows.of(bench="throughput", metric="img_per_s", **common)
+        ]
+        steps = 1 if mode == "train" else SAMPLING_STEPS
+        for row in rows.of(bench="breakdown", metric="ms", **common):
+            case = f"{row['provider']}, batch {row['batch']}, one step over and over"
+            found.append((1e3 * row["batch"] / row["p50"] / steps, named(row, case)))
+        for row in rows.of(bench="account", metric="ms", note="fast", **common) if mode == "sample" else []:
+            case = f"{row['provider']}, batch {row['batch']}, by ten steps"
+            found.append((1e3 * row["batch"] / row["p50"] / steps, named(row, case)))
+        return max(found, default=None)
 
     return measure
 
@@ -95,17 +117,17 @@ def attention(other: str, *modes: str) -> Measure:
     """The least of our best form's speed over ``other``'s, over modes, head sizes and masks at 256 tokens."""
 
     def measure(rows: Rows) -> Found:
-        by_case: dict[str, dict[str, float]] = {}
+        by_case: dict[str, dict[str, Row]] = {}
         for row in rows.of(bench="attention", metric="ms", mode=modes, dtype="bfloat16"):
             if row["shape"]["L"] == 256 and row["shape"]["d"] in (64, 72):
                 masked = "masked" if "K" in row["shape"] else "all tokens"
                 case = f"{row['mode']}, d={row['shape']['d']}, {masked}"
-                by_case.setdefault(case, {})[row["provider"]] = row["p50"]
+                by_case.setdefault(case, {})[row["provider"]] = row
         found = []
-        for case, ms in by_case.items():
-            ours = [value for name, value in ms.items() if name.startswith("triton")]
-            if ours and other in ms:
-                found.append((ms[other] / min(ours), case))
+        for case, by in by_case.items():
+            ours = [row["p50"] for name, row in by.items() if name.startswith("triton")]
+            if ours and other in by:
+                found.append((by[other]["p50"] / min(ours), named(by[other], case)))
         return min(found, default=None)
 
     return measure
@@ -116,7 +138,7 @@ def roof(ops: tuple[str, ...]) -> Measure:
 
     def measure(rows: Rows) -> Found:
         shares = rows.of(bench="kernels", metric="roof_share", provider="fast", op=ops)
-        return min(((row["p50"], f"{row['op']} {row['mode']}") for row in shares), default=None)
+        return min(((row["p50"], named(row, f"{row['op']} {row['mode']}")) for row in shares), default=None)
 
     return measure
 

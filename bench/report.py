@@ -98,6 +98,8 @@ def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
         runs: dict[tuple[str, ...], list[Row]] = {}
         for row in _latest(rows, bench):
             runs.setdefault(tuple(str(row[key]) for key in RUN), []).append(row)
+        for run in [run for run, some in runs.items() if not any(row["metric"] == "ms" for row in some)]:
+            del runs[run]  # what failed or was left out: no line has a time
         tables += [TABLES[bench](run, of_run) for run, of_run in runs.items()]
     if not tables:
         what = "" if benches is None else f" of {', '.join(benches)}"

@@ -29,6 +29,12 @@ def test_rows_apart() -> None:
     assert relative_error(sum_rows(x.t()), x.double().sum(1)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "float32"])
+def test_wrong_dtypes(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"dtype: got .*, allowed are floating-point dtypes"):
+        sum_rows(torch.ones(2, 3), dtype)
+
+
 @pytest.mark.parametrize(
     ("x", "said"),
     [

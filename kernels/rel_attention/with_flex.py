@@ -1,7 +1,7 @@
 """Attention by PyTorch's FlexAttention, with a ``score_mod`` that reads the table.
 
 On CUDA it is compiled, and its gradient of the table is summed by atomics: not the same bits in every run. On
-the CPU it has no gradients, and runs as plain PyTorch. The compiled form has not run on a GPU yet.
+the CPU it has no gradients, and runs as plain PyTorch. The compiled form has run on an H200.
 """
 
 from collections.abc import Callable

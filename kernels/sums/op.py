@@ -11,12 +11,14 @@ from . import reference
 def sum_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The sum of all rows: ``x`` [R, D], floating -> [D] in ``dtype`` (default: that of ``x``).
 
-    On a GPU the sums are float32's, in an order that depends on the shape alone. Raises ``ValueError`` for
-    what is no floating matrix.
+    On a GPU the sums are float32's, rounded once, in an order that depends on the shape alone. Raises
+    ``ValueError`` for what is no floating matrix, and for a dtype that is not floating.
     """
     checks.floating("x", x)
     checks.shape("x", x, "R", "D")
     dtype = x.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, allowed are floating-point dtypes")
     if not uses_triton(x) or checks.plain_only():
         return reference.sum_rows(x, dtype)
     return sum_rows_fwd(x.contiguous(), dtype)

@@ -11,7 +11,9 @@ import report
 import roofline
 from rows import RowFile, machine
 
-GPU = machine(torch.device("cpu"), "python bench/throughput.py") | {"device": "a GPU", "driver": "999"}
+GPU = machine(torch.device("cpu"), "python bench/throughput.py") | {
+    "device": "a GPU", "driver": "999", "commit": "0123456789",
+}  # fmt: skip
 SHAPE = {"B": 32, "H": 16, "L": 256}
 
 
@@ -65,6 +67,27 @@ def test_models() -> None:
         rows + models("fast", 10, batch=4), "train XL/2 at batch 4 over compiled"
     )
     assert said(rows, "CPU, train S/2 over eager, float32").endswith("| not measured | |")
+
+
+def test_a_step_by_itself_counts_and_says_so() -> None:
+    step = {"bench": "breakdown", "metric": "ms", "model": "MDTv2_XL_2", "dtype": "bfloat16"}
+    rows = rows_of(
+        {"provider": "fast-graphs", "mode": "train", "batch": 32, "p50": 100.0},
+        {"provider": "fast-graphs", "mode": "train", "batch": 128, "p50": 320.0},
+        **step,
+    )
+    rows[1]["commit"] += "-dirty"
+    case = "fast-graphs, batch 128, one step over and over; of files that no commit holds"
+    assert f"| 400 img/s ({case}) |" in said(rows, "train XL/2, bfloat16, one H200")
+    assert "| 320 img/s (fast-graphs, batch 32, one step over and over) |" in (
+        said(rows[:1], "train XL/2, bfloat16, one H200")
+    )
+    lines = [("fast", 32.0), ("fast with skip_below 0.001", 10.0)]
+    common = step | {"bench": "account", "mode": "sample", "provider": "fast", "batch": 32, "rounds": 3}
+    rows = rows_of(*({"note": note, "p50": ms} for note, ms in lines), **common)
+    assert "| 4.00 img/s (fast, batch 32, by ten steps; too few rounds) | met |" in said(
+        rows, "sample XL/2, 250 steps, one H200"
+    )
 
 
 def test_attention_by_its_worst_case() -> None:
