@@ -3,7 +3,7 @@
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
 #   build tests sanitize races kernels attention flex small middle large compiled compiled4 official account training
 #   breakdown sampling sampling_compiled tune learning report
-# Where a GPU is there for minutes only: `first`, then single stages.
+# Where a GPU is there for minutes only: `first`, then `survey` and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
 # In the environment: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
@@ -21,8 +21,8 @@ STAGES=(build tests sanitize races kernels attention flex small middle large com
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
 for name in "${asked[@]}"; do
-    [[ " first ${STAGES[*]} " == *" $name "* ]] || {
-        echo "gpu_report: unknown stage $name; known: first ${STAGES[*]}" >&2
+    [[ " first survey ${STAGES[*]} " == *" $name "* ]] || {
+        echo "gpu_report: unknown stage $name; known: first survey ${STAGES[*]}" >&2
         exit 2
     }
 done
@@ -163,6 +163,14 @@ first() { # the least that says how things stand: the tests, where XL/2's step g
     bench attention first_attention --providers "$ROOF,sdpa,$TRITON" --dtype bfloat16 --tokens 256 \
         --head-dim 64,72 --time-limit 60
     bench kernels first_kernels --model XL --dtype bfloat16 --providers fast,eager --time-limit 60
+}
+
+survey() { # every model, batch, mode, provider and switch in one go, as far as eight minutes go
+    bench throughput survey --model MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2 --batch 4,32,128 --dtype bfloat16 \
+        --providers reference,fast,fast-graphs --repeats 6 --time-limit 290
+    bench throughput survey_compiled --model MDTv2_S_2 --batch 4 --dtype bfloat16 --providers "$COMPILED" \
+        --repeats 6 --time-limit 60
+    rows throughput account --account --model MDTv2_S_2 --batch 4,32 --dtype bfloat16
 }
 
 failed=0

@@ -56,10 +56,10 @@ def start(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str
 
 def test_all_stages(start: Callable, tmp_path: Path) -> None:
     """All run; every line is one that its script's parser takes, with names that exist."""
-    done, asked = start("first", *STAGES, OFFICIAL="a checkout")
+    done, asked = start("first", "survey", *STAGES, OFFICIAL="a checkout")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.partition("== summary")[2].splitlines()[1:]
-    assert [line.split()[0] for line in summary] == ["first", *STAGES]
+    assert [line.split()[0] for line in summary] == ["first", "survey", *STAGES]
     assert all(line.endswith("passed") for line in summary)
     assert [
         line.split()[0] for line in start()[0].stdout.partition("== summary")[2].splitlines()[1:]
@@ -108,7 +108,7 @@ def test_a_stage_ends_in_its_time(start: Callable) -> None:
 def test_what_cannot_run(start: Callable) -> None:
     done, asked = start("kernels", "kernel")
     assert (done.returncode, asked) == (2, [])
-    assert "unknown stage kernel; known: first build tests" in done.stderr
+    assert "unknown stage kernel; known: first survey build tests" in done.stderr
     done, asked = start("kernels", FAILS="cuda.is_available")
     assert (done.returncode, asked) == (2, [])
     assert "no CUDA device" in done.stderr
