@@ -23,6 +23,7 @@ from mdt_fast.kernels.aot import Case
 from mdt_fast.kernels.bias_gelu import registered as gelu
 from mdt_fast.kernels.launches import Choice, Entry, columns, forced
 from mdt_fast.kernels.ln_modulate import registered as adaln
+from mdt_fast.kernels.sums.config import ANY
 from ops import Maker
 
 EACH = (8, 64)
@@ -102,7 +103,7 @@ KERNELS: dict[str, Tunable] = {
             "block_p": (16, 32, 64), "widest": (64, 128, 256), "programs": (512, 1024, 2048),
             "num_warps": (4, 8), "num_stages": (1, 3),
         },
-        size_of=lambda D: 0,
+        size_of=lambda D: ANY,
     ),
     **_both("tokens", "unmask_tokens", _UNMASK),
     **_both("tokens", "gather_tokens", _MOVE),

@@ -93,7 +93,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
         and shape.split()[1] in kinds
         and (sizes is None or shape in sizes or shape.split()[0] in sizes)
     ]
-    if not todo:
+    if sizes is not None and not todo:
         raise UserError(f"--sizes: {args.sizes!r} names no shape class of {', '.join(wanted)}")
     end = time.monotonic() + (args.time_limit or float("inf"))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

@@ -15,6 +15,7 @@ from mdt_fast.kernels.backends import INTERPRETING
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import candidates
 import ops
+import points
 import tune
 from rows import RowFile, machine
 
@@ -85,3 +86,19 @@ def test_a_device_that_is_lost_ends_the_run(tuner: tune.Tuner, monkeypatch: pyte
         tuner.time(("cfg_step", "4096 float32"), "", lambda: call, {0: ({"each": 4}, {"registers": 32.0})})
     (row,) = tuner.rows.rows
     assert (row["metric"], row["switches"]) == ("failed", {"each": 4})
+
+
+@pytest.mark.parametrize("kernel", candidates.IN_A_STEP)
+def test_backward_kernels_are_timed_as_a_step_calls_them(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "TOKENS", 6)
+    monkeypatch.setattr(ops, "KEPT", 3)
+    monkeypatch.setattr(ops, "WIDTHS", {"S": 24})
+    size = candidates.KERNELS[kernel].size_of(24)
+    ((_, make),) = candidates.calls((kernel, f"{size} half"), 1, torch.device("cpu")).items()
+    call = make()
+    results = call()
+    rows = [result.shape[0] for result in results if result.ndim == 2]
+    assert 9 in rows  # of both passes: six tokens and three
+    assert points.difference(call(), results) == 0
