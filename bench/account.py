@@ -87,7 +87,10 @@ def run(
 def settings(module: nn.Module) -> list[tuple[str, Switches]]:
     """The fast model as it is, and with each switch turned; those that a model does not have are left out."""
     family = module.config.family
-    without = {"dit": {"packed", "sorted_tokens", "masked_side", "thin_skip"}, "mdt": {"thin_skip"}}
+    without = {
+        "dit": {"packed", "sorted_tokens", "masked_side", "thin_skip", "stored_scores"},
+        "mdt": {"thin_skip"},
+    }
     names = [f.name for f in dataclasses.fields(Switches) if f.name not in without.get(family, set())]
     turned = [
         (

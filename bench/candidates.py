@@ -83,6 +83,10 @@ KERNELS: dict[str, Tunable] = {
         )
         for name in ("fwd", "bwd_q", "bwd_kv", "bwd_bias")
     },
+    "rel_attention_bwd_gather": Tunable(
+        room="rel_attention", op="rel_attention", mode="bwd",
+        space={"block_m": (16, 32, 64), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)},
+    ),
     **_both("ln_modulate", "ln_modulate", _ROWS),
     **_both("ln_modulate", "gate_residual_ln_modulate", _ROWS),
     **_both("ln_modulate", "gate_residual", _ROWS),
@@ -216,7 +220,7 @@ def _attention(
     pos = make.plan(batch, L, M).ids_keep if masked else None
     function = partial(
         rel_attention, grid_size=G, q_pos=pos, k_pos=pos, attention_backend="triton",
-        table_grad="recompute" if kernel.endswith("_bias") else None,
+        table_grad={"rel_attention_bwd_bias": "recompute", "rel_attention_bwd_gather": "store"}.get(kernel),
     )  # fmt: skip
     return _of(KERNELS[kernel].mode, function, (q, k, v, table))
 

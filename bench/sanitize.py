@@ -180,14 +180,13 @@ def launched() -> Iterator[set[str]]:
 
 
 def calls(asked: Sequence[str], device: torch.device) -> Iterator[tuple[str, Call]]:
-    """What to call, by a name that says the case; in float32, and on a GPU in bfloat16."""
+    """What to call, by a name that says the case; in float32 and bfloat16."""
     makers = {
         "rel_attention": _attention, "ln_modulate": _rows, "bias_gelu": _gelu, "sums": _sums,
         "tokens": _tokens, "patch_embed": _patches, "cfg_step": _sampling, "mask_plan": _masks,
         "optim": _steps,
     }  # fmt: skip
-    dtypes = [torch.float32, *([torch.bfloat16] if device.type == "cuda" else [])]
-    for op, dtype in product(asked, dtypes):
+    for op, dtype in product(asked, (torch.float32, torch.bfloat16)):
         generator = torch.Generator(device).manual_seed(0)
 
         def make(*shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator) -> Tensor:

@@ -1,13 +1,15 @@
 """CUDA graphs: one launch for all the kernels of a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls before the capture: libraries choose algorithms and take their workspaces in them
-
+WARM_UP = 3
+"""Calls before the first capture, in which libraries choose algorithms and take their workspaces; before
+another one it takes one, for the kernels of new shapes to be compiled."""
 
 Key = tuple[Any, ...]
 """What a graph is captured for."""
@@ -36,6 +38,7 @@ class Graphed:
         self.function, self.device, self.warmed_up, self.done = function, device, warmed_up, done
         self.captured: dict[Key, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # memory is taken again on the stream that it was taken on
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         key = key_of(args)
@@ -54,17 +57,32 @@ class Graphed:
         self, args: tuple[Tensor | None, ...]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
         inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), self._lending():
+            for _ in range(1 if self.captured else WARM_UP):
                 self.function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         self.warmed_up()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             output = self.function(*inputs)
         return graph, inputs, output
+
+    @contextmanager
+    def _lending(self) -> Iterator[None]:
+        """From the second capture on, what is allocated here comes from the memory of the graphs, none of
+        which runs now: otherwise a step would be in memory twice."""
+        if not self.captured:
+            yield
+            return
+        here = torch.cuda.current_device(), self.pool
+        torch._C._cuda_beginAllocateCurrentThreadToPool(*here)
+        try:
+            with torch.autograd.set_multithreading_enabled(False):  # backward passes, too, in this thread
+                yield
+        finally:
+            torch._C._cuda_endAllocateToPool(*here)
+            torch._C._cuda_releasePool(*here)
 
 
 def lent(tensor: Tensor) -> Tensor:

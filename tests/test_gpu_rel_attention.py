@@ -59,6 +59,15 @@ def test_head_sizes(d: int, dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("G", [4, 9, 16])
+@pytest.mark.parametrize("d", [16, 40, 128])
+def test_stored_scores_of_head_and_grid_sizes(d: int, G: int, dtype: torch.dtype) -> None:
+    """Nine samples: two programs for each tile of what is stored, one of which has a sample more."""
+    op = partial(rel_attention, grid_size=G, table_grad="store")
+    compare(op, partial(plain, grid_size=G), heads(9, 2, G * G, G * G, d, G), dtype)
+
+
+@DTYPES
 @pytest.mark.parametrize("begin", [1, 4])
 def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
     """Heads cut out of wider rows: nothing stands at a multiple of 16 bytes."""
@@ -130,9 +139,10 @@ def test_never_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_poisoned_memory() -> None:
+@DTYPES
+def test_poisoned_memory(dtype: torch.dtype) -> None:
     """Memory that a kernel forgets to write shows up as NaN."""
-    args = heads(2, 2, 153, 153, 72, 16)
+    args = [x.to(dtype) for x in heads(2, 2, 153, 153, 72, 16)]
     pos = kept(2, 16, 153)
     op: Any = partial(rel_attention, grid_size=16, q_pos=pos, k_pos=pos)
     for table_grad in ("recompute", "store"):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from mdt_fast.cuda_graphs import Graphed
 from mdt_fast.training import passes, train
 from mdt_fast.training.metrics import read_rows
 from tiny import tiny
@@ -48,3 +50,32 @@ def test_graphs_train_to_the_same_numbers(
     for expected, row in zip(*rows, strict=True):
         for key in ("loss", "m_loss", "grad_norm"):
             assert row[key] == pytest.approx(expected[key], rel=allowed)
+
+
+def test_graphs_of_several_shapes_share_their_memory() -> None:
+    """Memory that a second shape is warmed up in is that of the first one's graph."""
+    weight = torch.randn(1024, 1024, device="cuda", requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        hidden = x
+        for _ in range(8):  # 4 MB each, kept for the backward pass
+            hidden = (hidden @ weight).tanh()
+        loss = hidden.square().mean()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        return torch.stack([loss, gradient.norm()])
+
+    graphed = Graphed(step, torch.device("cuda"))
+    sizes = []
+    for rows in (1024, 1000, 960):
+        x = torch.randn(rows, 1024, device="cuda")
+        torch.testing.assert_close(graphed(x).clone(), step(x), rtol=1e-4, atol=0)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        sizes.append(torch.cuda.memory_reserved())
+        graphed(x)
+    assert len(graphed.captured) == 3
+    assert sizes[-1] <= 1.2 * sizes[0]
+    before = torch.cuda.memory_reserved()
+    graphed(torch.randn(900, 1024, device="cuda"))
+    assert torch.cuda.max_memory_reserved() <= before + 8 * 2**20  # the new graph's input, no second step

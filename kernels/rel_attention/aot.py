@@ -1,13 +1,28 @@
 """The kernels at the published models' head sizes, 64 (S, B, L) and 72 (XL): compiling without a GPU."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from ..aot import Case
-from .config import KERNELS, LaunchConfig, entry, launch_configs, split_head, table_blocks
+from .config import (
+    KERNELS,
+    LaunchConfig,
+    entry,
+    gather_blocks,
+    gathers_queries,
+    kv_blocks,
+    launch_configs,
+    split_head,
+    table_blocks,
+)
 from .kernel import DENSE, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
-from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
+from .kernel_bwd import (
+    rel_attention_bwd_delta_kernel,
+    rel_attention_bwd_kv_kernel,
+    rel_attention_bwd_q_kernel,
+)
 from .kernel_table import (
     rel_attention_bias_kernel,
     rel_attention_bwd_bias_kernel,
@@ -36,27 +51,35 @@ def cases(arch: str) -> Iterator[Case]:
             yield _case(
                 rel_attention_fwd_kernel, label, shape | _blocks(configs.forward), d, dtype, configs.forward
             )
+            yield _case(rel_attention_bwd_q_kernel, label, shape | _blocks(configs.q), d, dtype, configs.q)
             for store in (False, True) if bias == LOOKUP else (False,):
-                constants = shape | _blocks(configs.q) | {"STORE": store}
+                launch = kv_blocks(configs, store, d, half=dtype == "bf16")
+                constants = shape | _blocks(launch) | {"STORE": store}
                 name = f"d={d} {tokens} {form}{' store' if store else ''} {dtype}"
-                yield _case(rel_attention_bwd_q_kernel, name, constants, d, dtype, configs.q)
-            yield _case(rel_attention_bwd_kv_kernel, label, shape | _blocks(configs.kv), d, dtype, configs.kv)
+                yield _case(rel_attention_bwd_kv_kernel, name, constants, d, dtype, launch)
         for tokens in ("all", "kept", "packed"):
             slots = {"Q_SLOTS": tokens != "all", "K_SLOTS": tokens != "all", "RAGGED": tokens == "packed"}
-            constants = _shape(d, dtype, arch) | slots | _blocks(configs.bias)
-            yield _case(
-                rel_attention_bwd_bias_kernel, f"d={d} {tokens} {dtype}", constants, d, dtype, configs.bias
-            )
+            shape = _shape(d, dtype, arch) | slots
+            label = f"d={d} {tokens} {dtype}"
+            constants = shape | _blocks(configs.bias)
+            yield _case(rel_attention_bwd_bias_kernel, label, constants, d, dtype, configs.bias)
+            queries = gathers_queries(dtype == "bf16", GRID)
+            gather = gather_blocks(configs, queries, GRID)
+            constants = shape | _blocks(gather) | {"QUERIES": queries}
+            del constants["DIRECT"]
+            yield _case(rel_attention_bwd_gather_kernel, label, constants, d, dtype, gather, queries)
+        for ragged in (False, True) if gathers_queries(dtype == "bf16", GRID) else ():
+            label = f"d={d} {'packed' if ragged else 'all'} {dtype}"
+            constants = {name: _shape(d, dtype, arch)[name] for name in ("D", "D0", "D1", "ALIGN")}
+            constants |= {"RAGGED": ragged, "BLOCK_M": configs.q.block_m}
+            launch = replace(configs.q, num_warps=4)
+            yield _case(rel_attention_bwd_delta_kernel, label, constants, d, dtype, launch)
     yield from _small_cases(arch)
 
 
 def _small_cases(arch: str) -> Iterator[Case]:
     """The kernels that know no head size."""
     launch = LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=2)
-    for slots, dtype in product((False, True), DTYPES):
-        constants = {"Q_SLOTS": slots, "K_SLOTS": slots, "G": GRID, "BLOCK_M": 32, "BLOCK_N": 64}
-        label = f"{'kept' if slots else 'all'} {dtype}"
-        yield _case(rel_attention_bwd_gather_kernel, label, constants, 64, dtype, launch)
     constants = {"G": GRID, "BLOCK_M": 16, "BLOCK_N": 128}
     yield _case(rel_attention_bias_kernel, "fp32", constants, 64, "fp32", launch)
     constants = {"G": GRID, **table_blocks(arch, GRID)}
@@ -77,7 +100,13 @@ def _blocks(launch: LaunchConfig) -> dict[str, Any]:
 
 
 def _case(
-    kernel: Any, label: str, constants: dict[str, Any], head_dim: int, dtype: str, launch: LaunchConfig
+    kernel: Any,
+    label: str,
+    constants: dict[str, Any],
+    head_dim: int,
+    dtype: str,
+    launch: LaunchConfig,
+    tunable: bool = True,
 ) -> Case:
     op = kernel.__name__.removesuffix("_kernel")
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
@@ -95,7 +124,7 @@ def _case(
         aligned=frozenset(aligned),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        entry=entry(op, head_dim, dtype == "bf16") if op in KERNELS.values() else None,
+        entry=entry(op, head_dim, dtype == "bf16") if tunable and op in KERNELS.values() else None,
     )
 
 

@@ -12,8 +12,9 @@ BiasForm = Literal["lookup", "dense"]
 """``lookup``: every score reads the table. ``dense``: one float32 bias [H, G*G, G*G] is written per call, and
 shared by the batch."""
 TableGrad = Literal["recompute", "store"]
-"""``recompute``: scores once more, dS summed over samples in registers. ``store``: the gradient of q writes
-dS for some samples at a time, and those are gathered."""
+"""``recompute``: scores once more, dS summed over samples in registers. ``store``: the gradients of k and v
+write dS for some samples at a time, which are gathered; in half types and up to ``GATHERED`` grid positions
+the gradient of q is made of them on the way, without scores of its own."""
 BIAS_FORMS, TABLE_GRADS = get_args(BiasForm), get_args(TableGrad)
 
 MAX_HEAD_DIM = 128
@@ -24,6 +25,8 @@ MAX_GRID = 64
 
 DS_BYTES = 128 * 2**20
 """Most memory for dS at a time with ``store``."""
+GATHERED = 256
+"""Most grid positions whose dS a program reads at once."""
 DBIAS_BYTES = 256 * 2**20
 """Most memory for the sums over samples at a time with ``recompute``."""
 
@@ -40,12 +43,14 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfigs:
-    """One for each kernel: forward; gradient of q; of k and v; of the table by ``recompute``."""
+    """One for each kernel: forward; gradient of q; of k and v; of the table by ``recompute``; of the table
+    and q by ``store``."""
 
     forward: LaunchConfig
     q: LaunchConfig
     kv: LaunchConfig
     bias: LaunchConfig
+    gather: LaunchConfig
 
 
 def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> LaunchConfig:
@@ -54,10 +59,8 @@ def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Laun
 
 def _launches(*each: tuple[int, int, int, int]) -> LaunchConfigs:
     """Block of queries, block of keys, warps, stages: forward, q, kv, bias."""
-    forward, q, kv, bias = (
-        LaunchConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in each
-    )
-    return LaunchConfigs(forward=forward, q=q, kv=kv, bias=bias)
+    forward, q, kv, bias = (_launch(*one) for one in each)
+    return LaunchConfigs(forward=forward, q=q, kv=kv, bias=bias, gather=_launch(32, 64, 4, 2))
 
 
 _HALF = {
@@ -89,11 +92,22 @@ _FLOAT32 = {
     ("gfx942", 80): _launches(*[(64, 32, 4, 1)] * 4),
     ("gfx942", 128): _launches((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
+_GATHER = {
+    "sm_80": _launch(16, GATHERED, 8, 1),
+    "sm_90": _launch(64, GATHERED, 16, 2),
+    "sm_100": _launch(16, GATHERED, 8, 3),
+    "gfx942": _launch(16, GATHERED, 8, 1),
+    "interpreter": _launch(64, GATHERED, 1, 1),
+}
+"""Of half types, for the gradient of q, too, where a program reads all keys."""
+_STORING = {64: _launch(16, 32, 8, 2), 80: _launch(16, 32, 8, 2)}
+"""Of float32, gradients of k and v that store dS, by the widest head."""
 KERNELS = {
     "forward": "rel_attention_fwd",
     "q": "rel_attention_bwd_q",
     "kv": "rel_attention_bwd_kv",
     "bias": "rel_attention_bwd_bias",
+    "gather": "rel_attention_bwd_gather",
 }
 """Whose choice each field of :class:`LaunchConfigs` is."""
 _INTERPRETER = _launches(*[(64, 64, 1, 1)] * 4)
@@ -105,6 +119,8 @@ def launch_configs(arch: str, head_dim: int, half: bool) -> LaunchConfigs:
     found = _INTERPRETER
     if arch != "interpreter":
         found = (_HALF if half else _FLOAT32)[arch, _widest(head_dim)]
+    if half:
+        found = replace(found, gather=_GATHER[arch])
     measured = {
         field: replace(getattr(found, field), **choice)
         for field, kernel in KERNELS.items()
@@ -135,9 +151,28 @@ def bias_parts(batch: int, tiles: int) -> int:
     return max(1, min(batch // 4, -(-512 // tiles)))
 
 
-def gather_parts(samples: int) -> int:
-    """Programs that share the samples whose stored dS make one tile of the table's gradient."""
-    return max(1, min(4, samples // 4))
+def gathers_queries(half: bool, grid_size: int) -> bool:
+    """Whether ``store`` makes the gradient of q of the stored dS: a program reads those of all keys."""
+    return half and grid_size**2 <= GATHERED
+
+
+def gather_blocks(configs: LaunchConfigs, queries: bool, grid_size: int) -> LaunchConfig:
+    """A tile of grid positions, with all keys where the gradient of q is made of it."""
+    if not queries:
+        return replace(configs.gather, block_m=32, block_n=64, num_warps=4, num_stages=2)
+    wide = max(16, 1 << (grid_size**2 - 1).bit_length())
+    return replace(configs.gather, block_m=min(configs.gather.block_m, wide), block_n=wide)
+
+
+def kv_blocks(configs: LaunchConfigs, store: bool, head_dim: int, half: bool) -> LaunchConfig:
+    """Of the gradients of k and v, which may store dS on the way."""
+    return configs.kv if half or not store else _STORING.get(_widest(head_dim), configs.kv)
+
+
+def gather_parts(samples: int, tiles: int) -> int:
+    """Programs that share the samples of one tile of stored dS: some 128 in all, as each has a
+    multiprocessor to itself, with four samples or more."""
+    return max(1, min(samples // 4, 128 // tiles))
 
 
 def table_blocks(arch: str, grid_size: int) -> dict[str, int]:

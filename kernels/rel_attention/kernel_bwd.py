@@ -2,7 +2,7 @@
 
 With P = exp(score - lse), dO the gradient of the output and delta = rowsum(dO * out):
 dS = P * (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO. Each program owns what it
-writes: no atomics.
+writes: no atomics. Where dS is stored for the table's gradient (``kernel_table.py``), dQ is made from that.
 """
 
 import triton
@@ -26,20 +26,17 @@ from .kernel import (
 @triton.jit
 def rel_attention_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, q_pos_ptr, k_pos_ptr, q_offsets_ptr, k_offsets_ptr, out_ptr, dout_ptr,
-    lse_ptr, delta_ptr, dq_ptr, ds_ptr,
-    first, H, M, N, rows, n_blocks, bias_size, scale,
+    lse_ptr, delta_ptr, dq_ptr,
+    H, M, N, rows, n_blocks, bias_size, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_om, stride_dqb, stride_dqh, stride_dqm, stride_dsh, stride_dsm,
+    stride_ob, stride_oh, stride_om, stride_dqb, stride_dqh, stride_dqm,
     BIAS: tl.constexpr, Q_POSITIONS: tl.constexpr, K_POSITIONS: tl.constexpr, RAGGED: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, DIRECT: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: dQ and delta, and with STORE dS [samples from ``first``, H, M, N]."""
+    """One block of queries of one head: dQ and delta."""
     pid = tl.program_id(0)
     i_m, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
-    ds_ptr += (i_b * H + i_h) * stride_dsh
-    i_b += first
     q_row, M = _sample(q_offsets_ptr, i_b, M, RAGGED)
     k_row, N = _sample(k_offsets_ptr, i_b, N, RAGGED)
     if i_m * BLOCK_M >= M:
@@ -93,9 +90,6 @@ def rel_attention_bwd_q_kernel(
         b_p = tl.where(m_n[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_ds = b_ds.to(k_ptr.dtype.element_ty)
-        if STORE:
-            p_ds = ds_ptr + o_m.to(tl.int64)[:, None] * stride_dsm + o_n[None, :]
-            tl.store(p_ds, b_ds, mask=m_m[:, None] & m_n[None, :])
         b_dq0 += _dot(b_ds, b_k0, PRECISION)
         if D1:
             b_dq1 += _dot(b_ds, b_k1, PRECISION)
@@ -108,17 +102,22 @@ def rel_attention_bwd_q_kernel(
 @triton.jit
 def rel_attention_bwd_kv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, q_pos_ptr, k_pos_ptr, q_offsets_ptr, k_offsets_ptr, dout_ptr,
-    lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    H, M, N, rows, n_blocks, bias_size, scale,
+    lse_ptr, delta_ptr, dk_ptr, dv_ptr, ds_ptr,
+    first, H, M, N, rows, n_blocks, bias_size, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    stride_dsh, stride_dsn,
     BIAS: tl.constexpr, Q_POSITIONS: tl.constexpr, K_POSITIONS: tl.constexpr, RAGGED: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DIRECT: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one head, against all queries; scores stand transposed here."""
+    """One block of keys of one head, against all queries; scores stand transposed here. With STORE also dS
+    [samples from ``first``, H, N, G*G], each query's where it stands in the grid."""
     pid = tl.program_id(0)
     i_n, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
+    ds_ptr += (i_b * H + i_h) * stride_dsh
+    i_b += first
     q_row, M = _sample(q_offsets_ptr, i_b, M, RAGGED)
     k_row, N = _sample(k_offsets_ptr, i_b, N, RAGGED)
     if i_n * BLOCK_N >= N:
@@ -152,7 +151,8 @@ def rel_attention_bwd_kv_kernel(
         p_row = i_h.to(tl.int64) * rows + q_row + tl.minimum(o_m, M - 1)
         b_lse, b_delta = _each(lse_ptr, p_row, DIRECT) * LOG2E, _each(delta_ptr, p_row, DIRECT)
         if BIAS:  # on its way while the tensor cores work
-            q_term = _query_term(_position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT), BIAS, G)
+            pos_m = _position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT)
+            q_term = _query_term(pos_m, BIAS, G)
             b_bias = _bias(p_bias, k_term, q_term, DIRECT)
         b_q0 = _load(q_ptr, o_m, m_m, stride_qm, o_d0, D, D0 <= D, ALIGN)
         b_do0 = _load(dout_ptr, o_m, m_m, stride_om, o_d0, D, D0 <= D, ALIGN)
@@ -168,6 +168,9 @@ def rel_attention_bwd_kv_kernel(
             b_s += b_bias
         b_p = tl.where(m_m[None, :], tl.exp2(b_s - b_lse[None, :]), 0.0)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(q_ptr.dtype.element_ty)
+        if STORE:
+            p_ds = ds_ptr + (o_n[:, None] * stride_dsn + pos_m[None, :])
+            tl.store(p_ds, b_ds, mask=m_n[:, None] & m_m[None, :])
         b_p = b_p.to(dout_ptr.dtype.element_ty)
         b_dv0 += _dot(b_p, b_do0, PRECISION)
         b_dk0 += _dot(b_ds, b_q0, PRECISION)
@@ -180,3 +183,31 @@ def rel_attention_bwd_kv_kernel(
     if D1:
         _store(dk_ptr, o_n, m_n, stride_dkn, o_d1, b_dk1 * scale, D, D0 + D1 <= D, ALIGN)
         _store(dv_ptr, o_n, m_n, stride_dvn, o_d1, b_dv1, D, D0 + D1 <= D, ALIGN)
+
+
+@triton.jit
+def rel_attention_bwd_delta_kernel(
+    out_ptr, dout_ptr, q_offsets_ptr, delta_ptr,
+    H, M, rows, n_blocks, stride_ob, stride_oh, stride_om,
+    RAGGED: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta of one block of queries of one head."""
+    pid = tl.program_id(0)
+    i_m, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
+    q_row, M = _sample(q_offsets_ptr, i_b, M, RAGGED)
+    if i_m * BLOCK_M >= M:
+        return
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    o_d0 = tl.arange(0, D0)
+    head = _head(i_b, i_h, q_row, stride_ob, stride_oh, stride_om, RAGGED, ALIGN)
+    b_out = _load(out_ptr + head, o_m, m_m, stride_om, o_d0, D, D0 <= D, ALIGN).to(tl.float32)
+    b_delta = tl.sum(b_out * _load(dout_ptr + head, o_m, m_m, stride_om, o_d0, D, D0 <= D, ALIGN), 1)
+    if D1:
+        o_d1 = D0 + tl.arange(0, D1)
+        b_out = _load(out_ptr + head, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D, ALIGN).to(tl.float32)
+        b_delta += tl.sum(
+            b_out * _load(dout_ptr + head, o_m, m_m, stride_om, o_d1, D, D0 + D1 <= D, ALIGN), 1
+        )
+    tl.store(delta_ptr + i_h.to(tl.int64) * rows + q_row + o_m, b_delta, mask=m_m)

@@ -3,14 +3,14 @@
 The gradient goes by way of ``dbias`` [parts, H, G*G, G*G]: for every pair of grid positions the sum of dS
 over the samples that keep both (``slots`` [B, G*G] says which token of a sample stands where, -1 for none).
 It is either computed again from q, k, v, dO and kept in registers over samples, or read from dS as the
-gradient of q wrote it. Then each of the table's rows is a sum along one diagonal. Every sum has one owner
-and one order: no atomics.
+gradients of k and v left it, on the way to that of q. Then each of the table's rows is a sum along one
+diagonal. Every sum has one owner and one order: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-from .kernel import LOG2E, _bias, _dot, _head, _key_term, _load, _query_term, _sample
+from .kernel import LOG2E, _bias, _dot, _head, _key_term, _load, _query_term, _sample, _store
 
 
 @triton.jit
@@ -117,26 +117,45 @@ def rel_attention_bwd_bias_kernel(
 
 @triton.jit
 def rel_attention_bwd_gather_kernel(
-    ds_ptr, q_slots_ptr, k_slots_ptr, dbias_ptr, first, samples, H, n_blocks, stride_dsh, stride_dsm,
-    Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, G: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ds_ptr, k_ptr, q_slots_ptr, k_slots_ptr, q_offsets_ptr, k_offsets_ptr, dq_ptr, dbias_ptr,
+    first, samples, H, M, N, n_blocks, scale,
+    stride_dsh, stride_dsn, stride_kb, stride_kh, stride_kn, stride_dqb, stride_dqh, stride_dqm,
+    Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, RAGGED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS [samples from ``first``, H, M, N] to a tile of ``dbias`` [parts, H, G*G, G*G], each part every
-    ``parts``-th sample; at first 0, set it."""
+    """Add dS [samples from ``first``, H, N, G*G] to a tile of ``dbias`` [parts, H, G*G, G*G], each part every
+    ``parts``-th sample; at first 0, set it. With QUERIES (where the tile has all keys) dQ, too."""
     i_n, i_m, i_h = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks, tl.program_id(1)
     i_p, parts = tl.program_id(2), tl.num_programs(2)
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (o_m < G * G)[:, None] & (o_n < G * G)[None, :]
+    o_d0 = tl.arange(0, D0)
+    o_d1 = D0 + tl.arange(0, D1 if D1 else 1)
+    inside = (o_n < G * G)[:, None] & (o_m < G * G)[None, :]
     p_dbias = (
-        dbias_ptr + (i_p * H + i_h).to(tl.int64) * (G * G * G * G) + o_m[:, None] * (G * G) + o_n[None, :]
+        dbias_ptr + (i_p * H + i_h).to(tl.int64) * (G * G * G * G) + o_m[None, :] * (G * G) + o_n[:, None]
     )
     b_dbias = tl.load(p_dbias, mask=inside & (first > 0), other=0.0)
     for sample in range(i_p, samples, parts):
         i_b = sample + tl.zeros([], dtype=tl.int64)
         t_m, m_m = _token(q_slots_ptr, first + i_b, o_m, Q_SLOTS, G)
         t_n, m_n = _token(k_slots_ptr, first + i_b, o_n, K_SLOTS, G)
-        p_ds = ds_ptr + (i_b * H + i_h) * stride_dsh + t_m[:, None] * stride_dsm + t_n[None, :]
-        b_dbias += tl.load(p_ds, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        p_ds = ds_ptr + (i_b * H + i_h) * stride_dsh + (t_n[:, None] * stride_dsn + o_m[None, :])
+        b_ds = tl.load(p_ds, mask=m_n[:, None], other=0.0)
+        # Nothing was written where no query stands. The products may have it: it stays in its row of dQ.
+        b_dbias += tl.where(m_m[None, :], b_ds.to(tl.float32), 0.0)
+        if QUERIES:
+            i_b += first
+            q_row, _ = _sample(q_offsets_ptr, i_b, M, RAGGED)
+            k_row, _ = _sample(k_offsets_ptr, i_b, N, RAGGED)
+            p_k = k_ptr + _head(i_b, i_h, k_row, stride_kb, stride_kh, stride_kn, RAGGED, ALIGN)
+            p_dq = dq_ptr + _head(i_b, i_h, q_row, stride_dqb, stride_dqh, stride_dqm, RAGGED, ALIGN)
+            b_dst = b_ds.trans()
+            b_dq0 = _dot(b_dst, _load(p_k, t_n, m_n, stride_kn, o_d0, D, D0 <= D, ALIGN), PRECISION)
+            _store(p_dq, t_m, m_m, stride_dqm, o_d0, b_dq0 * scale, D, D0 <= D, ALIGN)
+            if D1:
+                b_dq1 = _dot(b_dst, _load(p_k, t_n, m_n, stride_kn, o_d1, D, D0 + D1 <= D, ALIGN), PRECISION)
+                _store(p_dq, t_m, m_m, stride_dqm, o_d1, b_dq1 * scale, D, D0 + D1 <= D, ALIGN)
     tl.store(p_dbias, b_dbias, mask=inside)
 
 

@@ -12,7 +12,11 @@ from ..launches import architecture
 from . import config
 from .call import Call, Side
 from .kernel import DENSE, LOG2E, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
-from .kernel_bwd import rel_attention_bwd_kv_kernel, rel_attention_bwd_q_kernel
+from .kernel_bwd import (
+    rel_attention_bwd_delta_kernel,
+    rel_attention_bwd_kv_kernel,
+    rel_attention_bwd_q_kernel,
+)
 from .kernel_table import (
     rel_attention_bias_kernel,
     rel_attention_bwd_bias_kernel,
@@ -67,36 +71,51 @@ def backward(
     scene = _scene(q_BHMd, bias, call)
     lengths = call.queries.length, call.keys.length
     configs = _configs(q_BHMd)
-
     store = dtable_RH is not None and call.table_grad == "store"
-    chunk, ds, sums = B, q_BHMd, q_BHMd
-    if store:
-        row = -(-lengths[1] // 16) * 16
-        chunk = max(1, min(B, config.DS_BYTES // (H * lengths[0] * row * q_BHMd.element_size())))
-        ds = q_BHMd.new_empty(chunk, H, lengths[0], row)
-        sums = q_BHMd.new_empty(config.gather_parts(chunk), H, call.grid_size**4, dtype=torch.float32)
-        slots = _slots(call, B)
+    # Whether dq is made of the stored dS, too.
+    queries = store and config.gathers_queries(q_BHMd.element_size() == 2, call.grid_size)
+
     n_blocks = triton.cdiv(lengths[0], configs.q.block_m)
-    for first in range(0, B, chunk):
-        samples = min(chunk, B - first)
-        rel_attention_bwd_q_kernel[(samples * H * n_blocks,)](
-            q_BHMd, k_BHNd, v_BHNd, *scene, out_BHMd, dout_BHMd, lse, delta, dq_BHMd, ds,
-            first, H, *lengths, rows, n_blocks, bias_size, call.scale,
-            *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd), ds.stride(1), ds.stride(2),
-            BIAS=form, STORE=store, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd),
+    if queries:
+        constants = _constants(call, out_BHMd, dout_BHMd)
+        rel_attention_bwd_delta_kernel[(B * H * n_blocks,)](
+            out_BHMd, dout_BHMd, _or(call.queries.offsets, q_BHMd), delta,
+            H, lengths[0], rows, n_blocks, *_strides(dout_BHMd),
+            **{name: constants[name] for name in ("RAGGED", "D", "D0", "D1", "ALIGN")},
+            BLOCK_M=configs.q.block_m, num_warps=4,
+        )  # fmt: skip
+    else:
+        rel_attention_bwd_q_kernel[(B * H * n_blocks,)](
+            q_BHMd, k_BHNd, v_BHNd, *scene, out_BHMd, dout_BHMd, lse, delta, dq_BHMd,
+            H, *lengths, rows, n_blocks, bias_size, call.scale,
+            *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd),
+            BIAS=form, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd),
             **_blocks(configs.q),
         )  # fmt: skip
-        if store:
-            _gather(ds, sums, slots, call, first, samples)
 
-    n_blocks = triton.cdiv(lengths[1], configs.kv.block_n)
-    rel_attention_bwd_kv_kernel[(B * H * n_blocks,)](
-        q_BHMd, k_BHNd, v_BHNd, *scene, dout_BHMd, lse, delta, dk_BHNd, dv_BHNd,
-        H, *lengths, rows, n_blocks, bias_size, call.scale,
-        *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd),
-        BIAS=form, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd),
-        **_blocks(configs.kv),
-    )  # fmt: skip
+    chunk, ds = B, q_BHMd
+    if store:
+        L, gather = call.grid_size**2, config.gather_blocks(configs, queries, call.grid_size)
+        n_rows = triton.cdiv(L, gather.block_m)
+        row = n_rows * gather.block_m
+        chunk = max(1, min(B, config.DS_BYTES // (H * lengths[1] * row * q_BHMd.element_size())))
+        ds = q_BHMd.new_empty(chunk, H, lengths[1], row)
+        parts = config.gather_parts(chunk, n_rows * triton.cdiv(L, gather.block_n) * H)
+        sums = q_BHMd.new_empty(parts, H, L * L, dtype=torch.float32)
+        slots = _slots(call, B)
+    kv = config.kv_blocks(configs, store, q_BHMd.shape[3], q_BHMd.element_size() == 2)
+    n_blocks = triton.cdiv(lengths[1], kv.block_n)
+    for first in range(0, B, chunk):
+        samples = min(chunk, B - first)
+        rel_attention_bwd_kv_kernel[(samples * H * n_blocks,)](
+            q_BHMd, k_BHNd, v_BHNd, *scene, dout_BHMd, lse, delta, dk_BHNd, dv_BHNd, ds,
+            first, H, *lengths, rows, n_blocks, bias_size, call.scale,
+            *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd), ds.stride(1), ds.stride(2),
+            BIAS=form, STORE=store, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd),
+            **_blocks(kv),
+        )  # fmt: skip
+        if store:
+            _gather(ds, k_BHNd, slots, call, first, samples, gather, dq_BHMd if queries else None, sums)
     if store and dtable_RH is not None:
         _table(sums, dtable_RH, 0, call)
     elif dtable_RH is not None and table_RH is not None:
@@ -153,19 +172,26 @@ def _recompute(
 
 def _gather(
     ds: Tensor,
-    sums: Tensor,
+    k_BHNd: Tensor,
     slots: tuple[Tensor | None, Tensor | None],
     call: Call,
     first: int,
     samples: int,
+    launch: config.LaunchConfig,
+    dq_BHMd: Tensor | None,
+    sums: Tensor,
 ) -> None:
+    """Add ``samples`` of stored dS, from ``first`` on, to ``sums``; their gradients of q, if asked for."""
     H, L, (q_slots, k_slots) = ds.shape[1], call.grid_size**2, slots
-    n_blocks = triton.cdiv(L, 64)
-    rel_attention_bwd_gather_kernel[(n_blocks * triton.cdiv(L, 32), H, len(sums))](
-        ds, _or(q_slots, ds), _or(k_slots, ds), sums, first, samples, H, n_blocks,
-        ds.stride(1), ds.stride(2),
-        Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, G=call.grid_size, BLOCK_M=32, BLOCK_N=64,
-        num_warps=4,
+    n_blocks, dq = triton.cdiv(L, launch.block_n), k_BHNd if dq_BHMd is None else dq_BHMd
+    constants = _constants(call, k_BHNd, dq)
+    del constants["Q_POSITIONS"], constants["K_POSITIONS"], constants["DIRECT"]
+    rel_attention_bwd_gather_kernel[(n_blocks * triton.cdiv(L, launch.block_m), H, len(sums))](
+        ds, k_BHNd, _or(q_slots, ds), _or(k_slots, ds), _or(call.queries.offsets, ds),
+        _or(call.keys.offsets, ds), dq, sums, first, samples, H, call.queries.length, call.keys.length,
+        n_blocks, call.scale, ds.stride(1), ds.stride(2), *_strides(k_BHNd, dq),
+        Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, QUERIES=dq_BHMd is not None,
+        **constants, **_blocks(launch),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..config import Switches
 from ..kernels import rel_attention, rel_attention_qkvpacked
+from ..kernels.rel_attention.config import TableGrad
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
 from .ops import apply_linear
@@ -53,6 +54,7 @@ class Attention(nn.Module):
         out = rel_attention_qkvpacked(
             qkv.unflatten(-1, (3, self.num_heads, -1)), self.table, grid_size=self.grid_size,
             pos=rows.positions, offsets=rows.offsets, max_length=rows.longest, attention_backend=self.backend,
+            table_grad=self.table_grad,
         )  # fmt: skip
         return apply_linear(self.proj, out.flatten(-2))
 
@@ -61,13 +63,18 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = rel_attention(
-            q, k, v, self.table, grid_size=self.grid_size, q_pos=ids, attention_backend=self.backend
-        )
+            q, k, v, self.table, grid_size=self.grid_size, q_pos=ids, attention_backend=self.backend,
+            table_grad=self.table_grad,
+        )  # fmt: skip
         return apply_linear(self.proj, out.transpose(1, 2).flatten(-2))
 
     @property
     def table(self) -> Tensor | None:
         return None if self.rel_pos_bias is None else self.rel_pos_bias.relative_position_bias_table
+
+    @property
+    def table_grad(self) -> TableGrad | None:
+        return "store" if self.switches.stored_scores else None
 
     @property
     def backend(self) -> str:

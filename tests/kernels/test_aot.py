@@ -60,12 +60,12 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
     def of(metric: str) -> list[dict[str, Any]]:
         return [row for row in rows if row["metric"] == metric and row["dtype"] == "bf16"]
 
-    assert all(row["p50"] > 0 for row in of(MATRIX[arch]) if row["kernel"] in PRODUCTS)
+    gather = {"rel_attention_bwd_gather_kernel"} if arch != "sm_100" else set()  # there 16 rows: mma.sync
+    assert all(row["p50"] > 0 for row in of(MATRIX[arch]) if row["kernel"] in PRODUCTS | gather)
     wide: Counter[tuple[str, str]] = Counter()  # 16 bytes at a time
     for row in of("LDG.128") + of("LDGSTS.128"):
         wide[row["kernel"], row["shape"]] += row["p50"]
-    gathered = {"rel_attention_bwd_gather_kernel"}  # numbers of other tokens stand side by side in memory
-    assert {kernel for (kernel, _), loads in wide.items() if loads < 2} <= gathered
+    assert not {kernel for (kernel, _), loads in wide.items() if loads < 2}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mdt_fast import MaskPlan, from_reference, reference
+from mdt_fast import MaskPlan, Switches, from_reference, reference
 from mdt_fast.kernels.backends import INTERPRETING
 from tolerances import FLOAT32, relative_error
 
@@ -51,8 +51,9 @@ def test_against_the_reference(cls: Any, len_keep: int | None) -> None:
         assert error <= 10 * FLOAT32 * max(gradient.abs().max(), 1e-3 * largest), name
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["", "stored scores"])
 @pytest.mark.parametrize("cls", [reference.MDTv2, reference.MDT], ids=lambda cls: cls.__name__)
-def test_both_passes_in_one_batch(cls: Any) -> None:
+def test_both_passes_in_one_batch(cls: Any, stored: bool) -> None:
     """Packed rows through every kernel: both outputs, and the gradients of both together."""
     torch.manual_seed(0)
     size = {"input_size": 8, "hidden_size": 48, "depth": 4, "num_heads": 2, "num_classes": 10}
@@ -60,6 +61,7 @@ def test_both_passes_in_one_batch(cls: Any) -> None:
     for parameter in oracle.parameters():
         nn.init.normal_(parameter, std=0.05)
     fast = from_reference(oracle)
+    fast.set_switches(Switches(stored_scores=stored))
     x, t, y = torch.randn(2, 2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 2])
     plan = MaskPlan.from_noise(torch.rand(2, 16), 9)
     expected = oracle(x[0], t, y), oracle(x[1], t, y, mask_plan=plan)

@@ -15,9 +15,9 @@ from tolerances import FLOAT32, FLOAT64, relative_error
 NAMES = [field.name for field in dataclasses.fields(Switches)]
 SETTINGS = {
     "default": Switches(),
-    "all": Switches(batched_adaln=True),
+    "all": Switches(batched_adaln=True, stored_scores=True),
     "none": Switches.none(),
-    **{f"without {name}": Switches(**{name: False}) for name in NAMES if name != "batched_adaln"},
+    **{f"without {name}": Switches(**{name: False}) for name in NAMES if getattr(Switches(), name)},
     **{f"only {name}": dataclasses.replace(Switches.none(), **{name: True}) for name in NAMES},
 }
 SIZE = {"input_size": 16, "hidden_size": 48, "depth": 4, "num_heads": 2, "num_classes": 10}
