@@ -134,8 +134,8 @@ class Switches:
     in the backward pass. ``fused_tokens``: patches are embedded, tokens moved, in one write. ``fused_mlp``:
     bias and GELU in one step, the activation computed again. ``batched_adaln``: the modulations of all blocks
     by one product, from a copy of all their weights (off: it pays where launches cost more than that copy).
-    ``stored_scores``: on a GPU the gradients of attention's scores are stored, and those of the queries and of
-    the bias table made of them, instead of scores being computed again for each (off: not measured yet).
+    ``stored_scores``: on a GPU the gradients of attention's scores are stored, and those of the queries and
+    of the bias table made of them, instead of scores being computed again for each (off: not measured yet).
     """
 
     packed: bool = True
