@@ -131,6 +131,8 @@ training() { # what surrounds a step: loader, encoding, the loop, saves
 breakdown() { # by class of kernel; the reference apart, as both need the memory
     local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16)
     rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers fast,fast-graphs
+    rows throughput breakdown "${step[@]}" --batch 32,128 --mode train --providers fast-graphs --turn stored_scores
+    rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers fast-graphs --turn stored_scores,recompute
     rows throughput breakdown "${step[@]}" --batch 128 --mode train --providers fast-graphs
     rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers reference
     rows throughput breakdown "${step[@]}" --batch 32 --mode sample --providers fast,reference

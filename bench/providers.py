@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import diffusers_dit
 import official
 from mdt_fast import doctor
-from mdt_fast.config import ModelConfig
+from mdt_fast.config import ModelConfig, Switches
 from mdt_fast.errors import UserError, nearest
 from mdt_fast.models import zoo
 from mdt_fast.presets import PRESETS
@@ -64,10 +64,18 @@ def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]
 
 
 class Modules:
-    """One module per implementation, made when first asked for, on ``device``, with the shared weights."""
+    """One module per implementation, made when first asked for, on ``device``, with the shared weights;
+    ``switches`` are the fast one's."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, checkout: official.Official | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        checkout: official.Official | None,
+        switches: Switches | None = None,
+    ):
         self.config, self.device, self.checkout = config, device, checkout
+        self.switches = Switches() if switches is None else switches
         self.weights = make_weights(config, device)
         self._made: dict[str, nn.Module] = {}
 
@@ -86,6 +94,10 @@ class Modules:
                 return diffusers_dit.build(self.config)
             except UserError as error:
                 raise Skip(str(error)) from None
+        if implementation == "fast":
+            module = zoo.build_model(self.config)
+            module.set_switches(self.switches)
+            return module
         if implementation != "official":
             return zoo.build_model(self.config, implementation=implementation)
         if self.checkout is None:

@@ -1,6 +1,7 @@
 """The command line of ``throughput.py``, checked: mistakes are found before anything is measured."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ import command
 import inputs
 import providers
 from command import DTYPES
+from mdt_fast.config import Switches
 from mdt_fast.errors import UserError
 
 MODES = ("train", "sample")
 AUTOCAST = ("float32", "bfloat16")
+SWITCHES = [field.name for field in dataclasses.fields(Switches)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--breakdown", action="store_true", help="instead: where a step's time goes, by class of kernel"
     )
+    p.add_argument(
+        "--turn",
+        metavar="SWITCHES",
+        help="switches of the fast model (mdt_fast.Switches) to turn the other way, by comma",
+    )
     p.add_argument("--sampler", default="ddpm", help="ddpm (ancestral) or ddim")
     command.add_output_options(p)
     return p
@@ -72,6 +80,9 @@ class Request:
         default_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         dtypes = command.names("--dtype", args.dtype or default_dtype, AUTOCAST)
         self.dtypes = [DTYPES[name] for name in dtypes]
+        if args.turn is not None and args.account:
+            raise UserError("--turn: not together with --account, which turns each switch")
+        self.turned = tuple(command.names("--turn", args.turn, SWITCHES)) if args.turn is not None else ()
         self.sampler = command.names("--sampler", args.sampler, ("ddpm", "ddim"))[0]
         self.checkout = providers.load_checkout(args.official)
         self.providers = None

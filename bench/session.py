@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from formats import one_line
 from inputs import Inputs, len_keeps
 from mdt_fast.models import flops
 from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
-from providers import Modules, Provider, Skip, make
+from providers import Modules, Provider, Skip, implementation, make
 from rows import RowFile
 from steps import SAMPLING_STEPS, Case, Step, TrainStep, disagreement, step_of
 
@@ -241,16 +241,20 @@ class Session:
 
     def executed(self, case: Case, step: Step, one: Result, useful_gflop: float) -> None:
         """FLOPs that the provider itself runs, where they can be counted."""
-        implementation = step.provider.implementation
-        if implementation in ("official", "diffusers"):
+        made_by = step.provider.implementation
+        if made_by in ("official", "diffusers"):
+            return
+        if case.turned and not isinstance(step, TrainStep):
+            one.notes.append("executed FLOPs unknown: counted for a guided step with its own switches alone")
             return
         try:
             if isinstance(step, TrainStep):
                 length = step.len_keeps[0]
-                own = flops.train_step(case.config, length, implementation, case.batch)
+                unpacked = replace(case.switches, packed=False) if made_by == "fast" else None
+                own = flops.train_step(case.config, length, made_by, case.batch, unpacked)
                 share = own.flops / flops.train_step(case.config, length).flops / case.batch
             else:
-                own = flops.sample_step(case.config, implementation)
+                own = flops.sample_step(case.config, made_by)
                 share = own.flops / flops.sample_step(case.config).flops
         except Exception as error:
             one.notes.append(f"executed FLOPs unknown: {one_line(error)}")
@@ -287,6 +291,7 @@ class Session:
             "compile": provider.endswith("-compiled"),
             "autocast": case.dtype == torch.bfloat16,
             "tf32": case.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+            **case.switches_of(implementation(provider)),
         }
         if case.mode == "sample":
             switches["sampler"] = case.sampler

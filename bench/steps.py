@@ -6,14 +6,14 @@ that depend on the step's number only).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inputs import Inputs
-from mdt_fast.config import ModelConfig, TrainConfig
+from mdt_fast.config import ModelConfig, Switches, TrainConfig
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.diffusion.loss import losses_from_output
 from mdt_fast.masking import MaskPlan
@@ -57,6 +57,16 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     sampler: str = "ddpm"
+    turned: tuple[str, ...] = ()
+
+    @property
+    def switches(self) -> Switches:
+        """Of the fast model: those ``turned`` the other way than they are by default."""
+        return replace(Switches(), **{name: not getattr(Switches(), name) for name in self.turned})
+
+    def switches_of(self, implementation: str) -> dict[str, bool]:
+        """What of them a row says: only the ``turned`` ones, only where they do something."""
+        return {name: getattr(self.switches, name) for name in self.turned if implementation == "fast"}
 
     @property
     def dtype_name(self) -> str:
@@ -65,7 +75,10 @@ class Case:
     @property
     def title(self) -> str:
         half = " (autocast)" if self.dtype == torch.bfloat16 else ""
-        return f"{self.mode} · {self.model} · batch {self.batch} · {self.dtype_name}{half}"
+        turned = "".join(
+            f" · fast {'with' if on else 'without'} {name}" for name, on in self.switches_of("fast").items()
+        )
+        return f"{self.mode} · {self.model} · batch {self.batch} · {self.dtype_name}{half}{turned}"
 
     @property
     def step(self) -> str:

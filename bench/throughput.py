@@ -3,6 +3,7 @@
     python bench/throughput.py                      picks sizes for about three minutes, and says why
     python bench/throughput.py --account            what a training step costs, switch by switch
     python bench/throughput.py --breakdown          where a training step's time goes, by class of kernel
+    python bench/throughput.py --breakdown --turn packed    a switch of the fast model the other way
     python bench/throughput.py --account --mode sample    what makes sampling fast, item by item
     python bench/throughput.py --model MDTv2_XL_2 --batch 32 --dtype bfloat16 --mode train --json rows.jsonl
 
@@ -61,7 +62,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
     if request.checkout is not None:
         print(f"official: {request.checkout.module.__file__}, with {request.checkout.timm}")
     cases = [
-        Case(model, config, mode, batch, dtype, request.device, request.sampler)
+        Case(model, config, mode, batch, dtype, request.device, request.sampler, request.turned)
         for model, config in picked.models.items()
         for mode in request.modes
         for dtype in request.dtypes
@@ -75,7 +76,9 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
         session = Session(rows, status.update, picked.probe)
         for number, case in enumerate(cases):
             if case.model not in made:
-                made = {case.model: providers.Modules(case.config, case.device, request.checkout)}
+                made = {
+                    case.model: providers.Modules(case.config, case.device, request.checkout, case.switches)
+                }
             images = inputs.load(request.data, case.config, case.batch)
             now = time.monotonic()
             deadline = now + max(0.0, end - now) / (len(cases) - number)

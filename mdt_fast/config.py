@@ -130,12 +130,13 @@ class Switches:
     ``packed``: a training step's two passes as one batch. ``sorted_tokens``: kept tokens in ascending order.
     ``masked_side``: the side block computes the masked tokens only. ``thin_skip``: MDTv2's decoder mixes in
     the embedded input by a product of the patch's width. ``fused_attention``: the bias is read from its table
-    where scores are computed. ``fused_adaln``: gate, norm and modulation in one step, normals computed again
-    in the backward pass. ``fused_tokens``: patches are embedded, tokens moved, in one write. ``fused_mlp``:
-    bias and GELU in one step, the activation computed again. ``batched_adaln``: the modulations of all blocks
-    by one product, from a copy of all their weights (off: it pays where launches cost more than that copy).
-    ``stored_scores``: on a GPU the gradients of attention's scores are stored, and those of the queries and
-    of the bias table made of them, instead of scores being computed again for each (off: not measured yet).
+    where scores are computed. ``fused_adaln``: gate, norm and modulation in one step. ``fused_tokens``:
+    patches are embedded, tokens moved, in one write. ``fused_mlp``: bias and GELU in one step. ``recompute``:
+    what ``fused_adaln`` and ``fused_mlp`` give to a linear layer is computed again in the backward pass, not
+    kept (off: more memory, and one write less; not measured yet). ``batched_adaln``: the modulations of all
+    blocks by one product, from a copy of all their weights (off: it pays where launches cost more than that
+    copy). ``stored_scores``: on a GPU the gradients of attention's scores are stored, and those of queries
+    and bias table made of them, instead of scores being computed again for each (off: not measured yet).
     """
 
     packed: bool = True
@@ -146,6 +147,7 @@ class Switches:
     fused_adaln: bool = True
     fused_tokens: bool = True
     fused_mlp: bool = True
+    recompute: bool = True
     batched_adaln: bool = False
     stored_scores: bool = False
 

@@ -124,6 +124,10 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool | None]] = {
     "gated": (kernels.gate_residual_ln_modulate_linear, plain_gated, True),
     "gelu": (kernels.gelu_linear, plain_gelu, None),
 }
+FORMS |= {
+    f"{form}, kept": (partial(ours, recompute=False), plain, gated)
+    for form, (ours, plain, gated) in FORMS.items()
+}
 
 
 def arguments(gated: bool | None, D: int = 24) -> list[Tensor]:
@@ -149,10 +153,12 @@ def test_compiles_and_can_be_checkpointed(form: str) -> None:
     same(ours, checkpointed, args)
 
 
+@pytest.mark.parametrize("again", ["", ", kept"])
 @pytest.mark.parametrize(("form", "rows"), [("ln", 1), ("residual", 1), ("gated", 2), ("gelu", 1)])
-def test_what_is_kept(form: str, rows: int) -> None:
-    """So many tensors of the input's size, and nothing else of it: neither normal nor activation."""
-    ours, _, gated = FORMS[form]
+def test_what_is_kept(form: str, rows: int, again: str) -> None:
+    """So many tensors of the input's size, and nothing else of it: normal or activation only if asked for."""
+    ours, _, gated = FORMS[form + again]
+    rows += bool(again)
     args = [a.requires_grad_() for a in arguments(gated, D=240)]
     size, kept = args[0].numel(), {}
     with torch.autograd.graph.saved_tensors_hooks(

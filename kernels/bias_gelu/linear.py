@@ -1,5 +1,5 @@
 """GELU and the linear layer that reads it, as one step of autograd: the activation is computed again in the
-backward pass. R rows, F features, O output width."""
+backward pass, or kept, which saves a write there. R rows, F features, O output width."""
 
 from typing import Any
 
@@ -17,12 +17,20 @@ from .op import bias_gelu
 from .registered import bias_gelu_bwd, bias_gelu_fwd
 
 
-def gelu_linear(x: Tensor, bias_F: Tensor, weight_OF: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def gelu_linear(
+    x: Tensor,
+    bias_F: Tensor,
+    weight_OF: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    recompute: bool = True,
+) -> Tensor:
     """``F.linear(bias_gelu(x, bias_F), weight, bias_O)``: ``x`` [..., F] -> [..., O].
 
     ``bias_F`` [F] is added before the activation (see :func:`bias_gelu`), ``weight`` [O, F] and ``bias_O``
-    [O] are the layer's, in the dtype of ``x`` (under autocast any floating dtype). Only ``x`` is kept for the
-    backward pass, not the activation. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    [O] are the layer's, in the dtype of ``x`` (under autocast any floating dtype). For the backward pass
+    ``x`` is kept; the activation only without ``recompute``. Raises ``ValueError`` for shapes or dtypes that
+    do not fit.
     """
     checks.floating("x", x)
     features = x.shape[-1] if x.ndim else "F"
@@ -33,7 +41,7 @@ def gelu_linear(x: Tensor, bias_F: Tensor, weight_OF: Tensor, bias_O: Tensor | N
     if checks.plain_only():
         return F.linear(bias_gelu(x, bias_F), weight_OF, bias_O)
     out = _Linear.apply(
-        x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight_OF, bias_O, dtype
+        x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight_OF, bias_O, dtype, recompute
     )
     return out.view(*x.shape[:-1], weight_OF.shape[0])
 
@@ -42,20 +50,22 @@ class _Linear(torch.autograd.Function):
     """x [R, F], weight [O, F] -> [R, O] in ``dtype``, to which the layer's parameters are cast here."""
 
     @staticmethod
-    def forward(ctx: Any, x, bias_F, weight, bias, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute):  # type: ignore[no-untyped-def]
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        ctx.save_for_backward(x, bias_F, weight)
-        return product(_forward(x, bias_F).to(dtype), weight, bias)
+        activation = _forward(x, bias_F).to(dtype)
+        ctx.save_for_backward(x, bias_F, weight, None if recompute else activation)
+        return product(activation, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, bias_F, weight), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, bias_F, weight, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, weight))
+        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, weight), kept is None)
+        activation = activation if kept is None else kept
         dweight = weight_gradient(dout, activation, weight_dtype) if needs[2] else None
-        return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None
+        return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None, None
 
 
 def _forward(x: Tensor, bias_F: Tensor) -> Tensor:
@@ -64,10 +74,12 @@ def _forward(x: Tensor, bias_F: Tensor) -> Tensor:
     return bias_gelu_fwd(x, bias_F)
 
 
-def _backward(x: Tensor, bias_F: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and the first bias, and the activation in the dtype of ``dout``."""
+def _backward(x: Tensor, bias_F: Tensor, dout: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and the first bias, and the activation in the dtype of ``dout`` (unless ``recompute``
+    nothing of use)."""
     if not (uses_triton(x) or uses_csrc(x, bias_F, dout)):
         z = x + bias_F.to(x.dtype)
         dx = torch.ops.aten.gelu_backward(dout.to(x.dtype), z, approximate="tanh")
-        return dx, dx.sum(0).to(bias_F.dtype), F.gelu(z, approximate="tanh").to(dout.dtype)
-    return bias_gelu_bwd(x, bias_F, dout, True)
+        activation = F.gelu(z, approximate="tanh").to(dout.dtype) if recompute else dout
+        return dx, dx.sum(0).to(bias_F.dtype), activation
+    return bias_gelu_bwd(x, bias_F, dout, recompute)

@@ -1,6 +1,7 @@
 """A modulated normal and the linear layer that reads it, as one step of autograd.
 
-The normal is computed again in the backward pass, where the layer's weight gradient needs it: it is not kept.
+The normal is computed again in the backward pass, where the layer's weight gradient needs it: it is not kept,
+unless ``recompute`` is False, which saves a write there.
 B samples, R rows of all samples, D width, O output width.
 """
 
@@ -28,16 +29,17 @@ def ln_modulate_linear(
     *,
     offsets: Tensor | None = None,
     eps: float = 1e-6,
+    recompute: bool = True,
 ) -> Tensor:
     """``F.linear(ln_modulate(x, shift, scale), weight, bias)``: [B, L, O].
 
     ``x``, ``shift``, ``scale``, ``offsets``, ``eps``: see :func:`ln_modulate`; ``weight`` [O, D], ``bias``
     [O], in the dtype of ``x`` (under autocast any floating dtype: it casts as for a linear layer). For the
-    backward pass ``x`` and two numbers a row are kept, not the normal. Raises ``ValueError`` for what does
-    not fit.
+    backward pass ``x`` and two numbers a row are kept; the normal, which the weight's gradient needs, only
+    without ``recompute``. Raises ``ValueError`` for what does not fit.
     """
     return residual_ln_modulate_linear(
-        x_BLD, shift_BD, scale_BD, weight_OD, bias_O, offsets=offsets, eps=eps
+        x_BLD, shift_BD, scale_BD, weight_OD, bias_O, offsets=offsets, eps=eps, recompute=recompute
     )[1]
 
 
@@ -50,6 +52,7 @@ def residual_ln_modulate_linear(
     *,
     offsets: Tensor | None = None,
     eps: float = 1e-6,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``x`` itself, and :func:`ln_modulate_linear`: where ``x`` goes on beside the layer, as the residual.
 
@@ -63,7 +66,7 @@ def residual_ln_modulate_linear(
         return x_BLD, F.linear(normal, weight_OD, bias_O)
     residual, out = _Linear.apply(
         _rows(x_BLD), None, None, columns_together(shift_BD), columns_together(scale_BD), weight_OD, bias_O,
-        offsets, eps, dtype,
+        offsets, eps, dtype, recompute,
     )  # fmt: skip
     return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight_OD.shape[0])
 
@@ -79,6 +82,7 @@ def gate_residual_ln_modulate_linear(
     *,
     offsets: Tensor | None = None,
     eps: float = 1e-6,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``.
 
@@ -96,7 +100,7 @@ def gate_residual_ln_modulate_linear(
         return residual, F.linear(normal, weight_OD, bias_O)
     residual, out = _Linear.apply(
         _rows(x_BLD), _rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)), weight_OD, bias_O,
-        offsets, eps, dtype,
+        offsets, eps, dtype, recompute,
     )  # fmt: skip
     return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight_OD.shape[0])
 
@@ -106,30 +110,42 @@ class _Linear(torch.autograd.Function):
     [R, O] in ``dtype``, to which its parameters are cast here."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)  # nobody may use the residual
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, dtype)
-        ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight)
+        kept = None if recompute else normal
+        ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight, kept)
         return x if y is None else residual, product(normal, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
-        x, y, gate, shift, scale, offsets, mean, rstd, weight = ctx.saved_tensors
+        x, y, gate, shift, scale, offsets, mean, rstd, weight, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
             if y is None:
-                return dresidual, *(None,) * 9
+                return dresidual, *(None,) * 10
             dout = weight.new_zeros(len(x), len(weight))
         dout, dresidual = dout.contiguous(), None if dresidual is None else dresidual.contiguous()
         dx, dy, dgate, dshift, dscale, normal = _backward(
-            x, y, gate, shift, scale, offsets, mean, rstd, dresidual, input_gradient(dout, weight)
+            x,
+            y,
+            gate,
+            shift,
+            scale,
+            offsets,
+            mean,
+            rstd,
+            dresidual,
+            input_gradient(dout, weight),
+            kept is None,
         )
+        normal = normal if kept is None else kept
         dweight = weight_gradient(dout, normal, weight_dtype) if needs[5] else None
         dbias = sum_rows(dout, bias_dtype) if needs[6] else None
-        return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None, None
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None, None, None
 
 
 def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-untyped-def]
@@ -138,12 +154,12 @@ def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-
     return ln_modulate_fwd(x, y, gate, shift, scale, offsets, eps, dtype)
 
 
-def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout):  # type: ignore[no-untyped-def]
+def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, recompute):  # type: ignore[no-untyped-def]
     if not serves(x, y, gate, shift, scale, dresidual, dout):
         mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)  # a kernel's, where only this is under vmap
         return reference.backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout)
     dx, dy, dgate, *rest = ln_modulate_bwd(
-        x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, True
+        x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, recompute
     )
     return (dx, *((None, None) if y is None else (dy, dgate)), *rest)
 

@@ -58,7 +58,8 @@ class Mlp(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """From what the first layer gave, with its bias unless ``fused``."""
         if self.fused:
-            return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            weight, bias = self.fc2.weight, self.fc2.bias
+            return gelu_linear(hidden, self.fc1.bias, weight, bias, recompute=self.switches.recompute)
         return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
@@ -109,7 +110,8 @@ class Block(nn.Module):
             # [0], the SiLU, has been applied once for all.
             modulation = apply_linear(self.adaLN_modulation[1], c)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
-        how: dict[str, Any] = {"offsets": rows.offsets, "fused": self.switches.fused_adaln}
+        fused, recompute = self.switches.fused_adaln, self.switches.recompute
+        how: dict[str, Any] = {"offsets": rows.offsets, "fused": fused, "recompute": recompute}
         whole, qkv = x, self.attn.qkv
         if masked is None:
             x, hidden = residual_norm_linear(x, shift_a, scale_a, qkv, **how)
@@ -122,7 +124,7 @@ class Block(nn.Module):
         x, hidden = gated_norm_linear(
             x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, with_bias=not self.mlp.fused, **how
         )
-        x = gated(x, self.mlp(hidden), gate_m, **how)
+        x = gated(x, self.mlp(hidden), gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
 
     def mix(self, x: Tensor, skip: Tensor | Embedded, layer: nn.Linear) -> Tensor:
@@ -148,7 +150,8 @@ class FinalLayer(nn.Module):
         if modulation is None:
             modulation = apply_linear(self.adaLN_modulation[1], c)
         shift, scale = modulation.chunk(2, dim=1)
-        return norm_linear(x, shift, scale, self.linear, offsets=None, fused=self.switches.fused_adaln)
+        fused, recompute = self.switches.fused_adaln, self.switches.recompute
+        return norm_linear(x, shift, scale, self.linear, offsets=None, fused=fused, recompute=recompute)
 
 
 __all__ = ["Block", "Embedded", "FinalLayer", "Mlp", "Skip", "both_skips", "unpatchify"]

@@ -1,6 +1,7 @@
 """adaLN with the linear layer behind it: by the kernels, or, with ``fused`` False, in plain PyTorch.
 
-x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D].
+x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D]. ``recompute``: the kernels keep no
+normal for the backward pass.
 """
 
 from typing import TypeGuard
@@ -43,11 +44,15 @@ def norm_linear(
     *,
     offsets: Tensor | None,
     fused: bool,
+    recompute: bool,
     outputs: slice | None = None,
 ) -> Tensor:
     """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
     if fused and is_plain(layer):
-        return ln_modulate_linear(x, shift, scale, *_part(layer, outputs), offsets=offsets, eps=EPS)
+        weight, bias = _part(layer, outputs)
+        return ln_modulate_linear(
+            x, shift, scale, weight, bias, offsets=offsets, eps=EPS, recompute=recompute
+        )
     normal = (
         ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
         if fused
@@ -59,14 +64,21 @@ def norm_linear(
 
 
 def residual_norm_linear(
-    x: Tensor, shift: Tensor, scale: Tensor, layer: nn.Linear, *, offsets: Tensor | None, fused: bool
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    layer: nn.Linear,
+    *,
+    offsets: Tensor | None,
+    fused: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """x as the residual to go on with, and ``layer`` on the modulated norm of x."""
     if fused and is_plain(layer):
         return residual_ln_modulate_linear(
-            x, shift, scale, layer.weight, layer.bias, offsets=offsets, eps=EPS
+            x, shift, scale, layer.weight, layer.bias, offsets=offsets, eps=EPS, recompute=recompute
         )
-    return x, norm_linear(x, shift, scale, layer, offsets=offsets, fused=fused)
+    return x, norm_linear(x, shift, scale, layer, offsets=offsets, fused=fused, recompute=recompute)
 
 
 def _part(layer: nn.Linear, outputs: slice | None) -> tuple[Tensor, Tensor]:
@@ -86,6 +98,7 @@ def gated_norm_linear(
     *,
     offsets: Tensor | None,
     fused: bool,
+    recompute: bool,
     with_bias: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate * y``, and ``layer`` (a plain one also without its bias) on the modulated norm of r."""
@@ -93,7 +106,7 @@ def gated_norm_linear(
     if fused and plain:
         bias = layer.bias if with_bias else None
         return gate_residual_ln_modulate_linear(
-            x, y, gate, shift, scale, layer.weight, bias, offsets=offsets, eps=EPS
+            x, y, gate, shift, scale, layer.weight, bias, offsets=offsets, eps=EPS, recompute=recompute
         )
     r, normal = (
         gate_residual_ln_modulate(x, y, gate, shift, scale, offsets=offsets, eps=EPS)

@@ -21,7 +21,7 @@ def test_every_switch_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         found.setdefault(row["note"], {})[row["metric"]] = row["p50"]
     assert all(name in table for name in found)
     assert {"reference", "fast", "fast without any", "fast with batched_adaln"} <= found.keys()
-    assert len(found) == 13
+    assert len(found) == 14
     reference, fast, plain = (found[name] for name in ("reference", "fast", "fast without any"))
     assert fast["flops"] < reference["flops"] == plain["flops"]
     assert fast["saved_bytes"] < 0.7 * reference["saved_bytes"]

@@ -264,3 +264,22 @@ def test_speed_of_a_tiny_step(benchmark, mode: str) -> None:
     provider = providers.make("fast", providers.Modules(TINY, case.device, None))
     step = run.step(case, provider, throughput.inputs.load("synthetic", TINY, 2), {})
     benchmark.pedantic(step, args=(0,), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows_file = tmp_path / "rows.jsonl"
+    flags = [*FLAGS, "--providers", "reference,fast", "--json", str(rows_file), "--turn"]
+    assert throughput.main([*flags, "fused_mlp,stored_scores", "--mode", "train"]) == 0
+    assert "fast without fused_mlp · fast with stored_scores" in capsys.readouterr().out
+    assert throughput.main([*flags, "fused_mlp", "--breakdown"]) == 0
+    said = {(row["bench"], row["provider"]): row["switches"] for row in read([rows_file]) if "op" not in row}
+    assert said["breakdown", "fast"] == {"fused_mlp": False}
+    assert said["breakdown", "reference"] == {}
+    assert {"fused_mlp": False, "stored_scores": True}.items() <= said["throughput", "fast"].items()
+    assert "fused_mlp" not in said["throughput", "reference"]
+
+    assert throughput.main([*flags, "flash", "--mode", "train"]) == 2
+    assert "--turn: got 'flash', allowed are packed, " in capsys.readouterr().err
+    assert throughput.main([*flags, "packed", "--account"]) == 2
+    assert "--turn: not together with --account" in capsys.readouterr().err
