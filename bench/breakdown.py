@@ -19,7 +19,7 @@ import tables
 from formats import number, one_line
 from inputs import Inputs, len_keeps
 from measure import WallClock, synchronize
-from providers import Modules, Skip, implementation, make
+from providers import Modules, Skip, make
 from rows import RowFile
 from steps import Case, Step, step_of
 
@@ -119,9 +119,8 @@ def measure(line: Line, step: Step, device: torch.device) -> None:
 
 
 def keep(case: Case, line: Line, rows: RowFile) -> None:
-    fields = {"bench": "breakdown", "model": case.model, "provider": line.name, "mode": case.mode}
-    fields |= {"batch": case.batch, "dtype": case.dtype_name}
-    fields["switches"] = case.switches_of(implementation(line.name))
+    fields = {"bench": "breakdown", "model": case.model, "provider": case.label(line.name), "mode": case.mode}
+    fields |= {"batch": case.batch, "dtype": case.dtype_name, "switches": {}}
     if line.note is not None:
         rows.add(metric=line.note.partition(":")[0], unit="", note=line.note.partition(": ")[2], **fields)
         return

@@ -2,7 +2,7 @@
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
 #   build tests sanitize races kernels attention flex small middle large compiled compiled4 official account training
-#   breakdown sampling sampling_compiled tune learning report
+#   breakdown switches sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then `survey` and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
 STAGES=(build tests sanitize races kernels attention flex small middle large compiled compiled4 official account
-    training breakdown sampling sampling_compiled tune learning report)
+    training breakdown switches sampling sampling_compiled tune learning report)
 
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
@@ -131,11 +131,16 @@ training() { # what surrounds a step: loader, encoding, the loop, saves
 breakdown() { # by class of kernel; the reference apart, as both need the memory
     local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16)
     rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers fast,fast-graphs
-    rows throughput breakdown "${step[@]}" --batch 32,128 --mode train --providers fast-graphs --turn stored_scores
-    rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers fast-graphs --turn stored_scores,recompute
     rows throughput breakdown "${step[@]}" --batch 128 --mode train --providers fast-graphs
     rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers reference
     rows throughput breakdown "${step[@]}" --batch 32 --mode sample --providers fast,reference
+}
+switches() { # of the fast model, in a step that does not wait for the host
+    local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16 --mode train --providers fast-graphs)
+    rows throughput switches "${step[@]}" --batch 32
+    rows throughput switches "${step[@]}" --batch 32 --turn stored_scores
+    rows throughput switches "${step[@]}" --batch 32 --turn recompute
+    rows throughput switches "${step[@]}" --batch 32,128 --turn stored_scores,recompute
 }
 sampling() { # item by item
     rows throughput sampling --account --mode sample --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 \

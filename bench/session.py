@@ -10,7 +10,7 @@ from formats import one_line
 from inputs import Inputs, len_keeps
 from mdt_fast.models import flops
 from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
-from providers import Modules, Provider, Skip, implementation, make
+from providers import Modules, Provider, Skip, make
 from rows import RowFile
 from steps import SAMPLING_STEPS, Case, Step, TrainStep, disagreement, step_of
 
@@ -291,12 +291,11 @@ class Session:
             "compile": provider.endswith("-compiled"),
             "autocast": case.dtype == torch.bfloat16,
             "tf32": case.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-            **case.switches_of(implementation(provider)),
         }
         if case.mode == "sample":
             switches["sampler"] = case.sampler
         said = {key: value for key, value in (("rounds", rounds), ("note", note)) if value is not None}
         self.rows.add(
-            values, bench="throughput", model=case.model, provider=provider, mode=case.mode, batch=case.batch,
-            dtype=case.dtype_name, metric=metric, unit=unit, switches=switches, **said,
+            values, bench="throughput", model=case.model, provider=case.label(provider), mode=case.mode,
+            batch=case.batch, dtype=case.dtype_name, metric=metric, unit=unit, switches=switches, **said,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from mdt_fast.training.objective import Draws
 from mdt_fast.training.optim import Ema, build_optimizer
 from mdt_fast.training.passes import GraphedPasses, Passes
 from measure import module_tensors, storage_bytes
-from providers import Provider, Skip
+from providers import Provider, Skip, implementation
 
 TRAIN_STEP = {
     "mdtv2": "unmasked + masked pass (min-SNR 5), one backward, Adan step with gradient clipping, EMA",
@@ -64,9 +64,16 @@ class Case:
         """Of the fast model: those ``turned`` the other way than they are by default."""
         return replace(Switches(), **{name: not getattr(Switches(), name) for name in self.turned})
 
-    def switches_of(self, implementation: str) -> dict[str, bool]:
-        """What of them a row says: only the ``turned`` ones, only where they do something."""
-        return {name: getattr(self.switches, name) for name in self.turned if implementation == "fast"}
+    @property
+    def turns(self) -> str:
+        """`` with A without B``: what the fast model does otherwise than by default."""
+        return "".join(
+            f" {'with' if getattr(self.switches, name) else 'without'} {name}" for name in self.turned
+        )
+
+    def label(self, provider: str) -> str:
+        """A provider's name in the rows, where one with other switches is another provider."""
+        return provider + self.turns * (implementation(provider) == "fast")
 
     @property
     def dtype_name(self) -> str:
@@ -75,9 +82,7 @@ class Case:
     @property
     def title(self) -> str:
         half = " (autocast)" if self.dtype == torch.bfloat16 else ""
-        turned = "".join(
-            f" · fast {'with' if on else 'without'} {name}" for name, on in self.switches_of("fast").items()
-        )
+        turned = f" · fast{self.turns}" if self.turned else ""
         return f"{self.mode} · {self.model} · batch {self.batch} · {self.dtype_name}{half}{turned}"
 
     @property
