@@ -200,10 +200,12 @@ def group(rows: Sequence[Row]) -> dict[Case, dict[str, dict[str, Row]]]:
 def _bars(
     axis: Any, by_provider: dict[str, Row], label: str, text: Callable[[float], str], scale: float = 1.0
 ) -> None:
-    names = [name for name in COLORS if name in by_provider]
+    # With switches turned, the provider's colour: `fast with stored_scores`.
+    colors = {name: COLORS[base] for base in COLORS for name in by_provider if name.split(" ")[0] == base}
+    names = list(colors)
     values = [by_provider[name]["p50"] / scale for name in names]
     places = range(len(names))
-    axis.barh(places, values, color=[COLORS[name] for name in names], height=0.65)
+    axis.barh(places, values, color=list(colors.values()), height=0.65)
     for place, name, value in zip(places, names, values):
         low, high = by_provider[name]["p20"], by_provider[name]["p80"]
         if low is not None:

@@ -90,6 +90,8 @@ class Request:
             asked = command.listed("--providers", args.providers)
             providers.check_names(asked)
             self.providers = [name for name in providers.NAMES if name in asked]
+        if self.turned and not any(name.startswith("fast") for name in self.providers or ["fast"]):
+            raise UserError("--turn: for the fast model, which none of --providers is")
         self.models = None
         if args.model is not None:
             models = command.listed("--model", args.model)

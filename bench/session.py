@@ -244,7 +244,7 @@ class Session:
         made_by = step.provider.implementation
         if made_by in ("official", "diffusers"):
             return
-        if case.turned and not isinstance(step, TrainStep):
+        if case.turned and made_by == "fast" and not isinstance(step, TrainStep):
             one.notes.append("executed FLOPs unknown: counted for a guided step with its own switches alone")
             return
         try:

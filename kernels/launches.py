@@ -70,8 +70,9 @@ def columns(size: int) -> int:
 
 @cache
 def architecture(device: int | None) -> str:
-    """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU."""
+    """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU; for those without a
+    data center's shared memory and tensor cores (12.x) the oldest."""
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")

@@ -201,8 +201,7 @@ class TrainConfig:
 
     ``parallel``: of several processes each keeps a part of the weights: among all of them (``fsdp``), or
     among those of a machine (``hybrid``). ``compile``: each ``block``, the whole ``model`` (one process), or
-    nothing. ``cuda_graphs``: a step's passes are one launch, on one GPU (an H100 at batch 32: half the time;
-    activations take twice the memory while a number of kept tokens is met first).
+    nothing. ``cuda_graphs``: a step's passes are one launch, on one GPU (an H100 at batch 32: half the time).
     ``checkpointing``: what is computed again in the backward pass, see ``set_checkpointing``.
     ``async_save``: a checkpoint is written while the training goes on. ``tensorboard`` None: where it is
     installed. ``wandb``: the project to report to.

@@ -23,9 +23,10 @@ def key_of(args: Sequence[Tensor | None]) -> Key:
 class Graphed:
     """A function of tensors (or None) that is captured at its first call with arguments of these shapes.
 
-    It must not read values on the host. What a call returns is written over by the next one. ``warmed_up``
-    is called before each capture: the function was called a few times more than was asked for. ``done`` is
-    called after it, with the arguments' key.
+    It must not read values on the host, and what it keeps from call to call must be there after the first
+    one: later captures may write over whatever else it allocates. What a call returns is written over by the
+    next one. ``warmed_up`` is called before each capture: the function was called more often than was asked
+    for. ``done`` is called after it, with the arguments' key.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Graphed:
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
         inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), self._lending():
-            for _ in range(1 if self.captured else WARM_UP):
-                self.function(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream), self._lending():
+                for _ in range(1 if self.captured else WARM_UP):
+                    self.function(*inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
         self.warmed_up()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
@@ -75,6 +78,7 @@ class Graphed:
         if not self.captured:
             yield
             return
+        torch.cuda.empty_cache()  # as a capture does: what is cached elsewhere is out of reach from here on
         here = torch.cuda.current_device(), self.pool
         torch._C._cuda_beginAllocateCurrentThreadToPool(*here)
         try:

@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, stand in (
         ("graph_pool_handle", lambda: POOL), ("Stream", Stand), ("current_stream", Stand),
         ("stream", nullcontext), ("device", nullcontext), ("CUDAGraph", Stand), ("current_device", lambda: 0),
-        ("graph", lambda graph, pool, stream: nullcontext()),
+        ("graph", lambda graph, pool, stream: nullcontext()), ("empty_cache", lambda: done.append("empty")),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand)
     for name in ("beginAllocateCurrentThreadToPool", "endAllocateToPool", "releasePool"):
@@ -65,11 +65,11 @@ def test_later_captures_borrow_the_graphs_memory(calls: list[str]) -> None:
     assert all(threads)
     calls.clear()
     graphed(torch.zeros(2))
-    assert calls == ["begin", "call", "end", "releasePool", "call"]
+    assert calls == ["empty", "begin", "call", "end", "releasePool", "call"]
     assert threads[-2:] == [False, True]
     calls.clear()
     with pytest.raises(RuntimeError, match="out of memory"):
         graphed(torch.zeros(3))
-    assert calls == ["begin", "call", "end", "releasePool"]
+    assert calls == ["empty", "begin", "call", "end", "releasePool"]
     assert torch.autograd.is_multithreading_enabled()
     assert len(graphed.captured) == 2

@@ -113,6 +113,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)  # nobody may use the residual
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        recompute = recompute or not weight.requires_grad
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, dtype)
         kept = None if recompute else normal

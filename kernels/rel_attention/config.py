@@ -1,6 +1,7 @@
 """Launch choices as plain data: no autotuning in a user's first step.
 
-Found by compiling for each architecture (no spills); ``tuned.json`` holds what was found faster on a GPU.
+Found by compiling for each architecture (no spills at the published head sizes); ``tuned.json`` holds what
+was found faster on a GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ shared by the batch."""
 TableGrad = Literal["recompute", "store"]
 """``recompute``: scores once more, dS summed over samples in registers. ``store``: the gradients of k and v
 write dS for some samples at a time, which are gathered; in half types and up to ``GATHERED`` grid positions
-the gradient of q is made of them on the way, without scores of its own."""
+the gradient of q is made of them on the way, without scores of its own. The table's sums are of dS as it is
+stored, in half types of rounded numbers."""
 BIAS_FORMS, TABLE_GRADS = get_args(BiasForm), get_args(TableGrad)
 
 MAX_HEAD_DIM = 128
@@ -24,7 +26,7 @@ MAX_GRID = 64
 """64 x 64 tokens: images of 1024 pixels at patch 2 on latents, or 512 pixels at patch 8."""
 
 DS_BYTES = 128 * 2**20
-"""Most memory for dS at a time with ``store``."""
+"""Most memory for dS at a time with ``store``, unless one sample takes more."""
 GATHERED = 256
 """Most grid positions whose dS a program reads at once."""
 DBIAS_BYTES = 256 * 2**20

@@ -21,10 +21,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _sample(offsets_ptr, i_b, length, RAGGED: tl.constexpr):
-    """First row (of all rows) and number of rows of sample ``i_b``."""
+    """First row (of all rows) and number of rows of sample ``i_b``, at most ``length``."""
     if RAGGED:
         start = tl.load(offsets_ptr + i_b).to(tl.int64)
-        return start, (tl.load(offsets_ptr + i_b + 1) - start).to(tl.int32)
+        return start, tl.minimum((tl.load(offsets_ptr + i_b + 1) - start).to(tl.int32), length)
     return i_b * length, length
 
 

@@ -169,7 +169,8 @@ def rel_attention_bwd_kv_kernel(
         b_p = tl.where(m_m[None, :], tl.exp2(b_s - b_lse[None, :]), 0.0)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(q_ptr.dtype.element_ty)
         if STORE:
-            p_ds = ds_ptr + (o_n[:, None] * stride_dsn + pos_m[None, :])
+            column = pos_m if Q_POSITIONS else o_m
+            p_ds = ds_ptr + (o_n[:, None] * stride_dsn + column[None, :])
             tl.store(p_ds, b_ds, mask=m_n[:, None] & m_m[None, :])
         b_p = b_p.to(dout_ptr.dtype.element_ty)
         b_dv0 += _dot(b_p, b_do0, PRECISION)

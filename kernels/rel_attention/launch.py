@@ -62,14 +62,14 @@ def backward(
 ) -> None:
     """Write the gradients of q, k, v, and of the table where ``dtable`` (zeros at first) is given."""
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
-    if not rows or not k_BHNd.numel():
+    lengths = call.queries.length, call.keys.length
+    if not rows or not k_BHNd.numel() or not min(lengths):
         dq_BHMd.zero_(), dk_BHNd.zero_(), dv_BHNd.zero_()
         return
     dout_BHMd, q_BHMd, k_BHNd, v_BHNd = map(aligned, (dout_BHMd, q_BHMd, k_BHNd, v_BHNd))
     delta = torch.empty_like(lse)
     bias, bias_size, form = _bias(q_BHMd, table_RH, call)
     scene = _scene(q_BHMd, bias, call)
-    lengths = call.queries.length, call.keys.length
     configs = _configs(q_BHMd)
     store = dtable_RH is not None and call.table_grad == "store"
     # Whether dq is made of the stored dS, too.

@@ -270,7 +270,11 @@ def test_speed_of_a_tiny_step(benchmark, mode: str) -> None:
 def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows_file = tmp_path / "rows.jsonl"
     flags = [*FLAGS, "--providers", "reference,fast", "--json", str(rows_file), "--turn"]
-    assert throughput.main([*flags, "fused_mlp,stored_scores", "--mode", "train"]) == 0
+    picture = tmp_path / "picture.png"
+    assert (
+        throughput.main([*flags, "fused_mlp,stored_scores", "--mode", "train", "--plot", str(picture)]) == 0
+    )
+    assert picture.exists()
     assert "· fast without fused_mlp with stored_scores" in capsys.readouterr().out
     assert throughput.main([*flags, "fused_mlp", "--breakdown"]) == 0
     said = {(row["bench"], row["provider"]) for row in read([rows_file]) if "op" not in row}
@@ -283,3 +287,5 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--turn: got 'flash', allowed are packed, " in capsys.readouterr().err
     assert throughput.main([*flags, "packed", "--account"]) == 2
     assert "--turn: not together with --account" in capsys.readouterr().err
+    assert throughput.main([*FLAGS, "--providers", "reference", "--turn", "packed"]) == 2
+    assert "--turn: for the fast model, which none of --providers is" in capsys.readouterr().err
