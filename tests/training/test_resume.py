@@ -125,14 +125,16 @@ def test_a_refused_start_leaves_nothing_and_prepares_under_the_lock(
 
 
 @pytest.fixture
-def hang_up() -> Iterator[None]:
-    """SIGHUP with its default action: under nohup it is ignored, and stays so in a run."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heard() -> Iterator[None]:
+    """Signals with their usual action: under nohup or in a shell's background some are ignored, and stay so."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, action) for number, action in usual.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, action in before.items():
+        signal.signal(number, action)
 
 
-@pytest.mark.usefixtures("hang_up")
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_stopped_between_two_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
