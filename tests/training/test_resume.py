@@ -126,7 +126,7 @@ def test_a_refused_start_leaves_nothing_and_prepares_under_the_lock(
 
 @pytest.fixture
 def heard() -> Iterator[None]:
-    """Signals with their usual action: under nohup or in a shell's background some are ignored, and stay so."""
+    """Signals with their usual action: under nohup or in the background some are ignored, and stay so."""
     usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, action) for number, action in usual.items()}
     yield
