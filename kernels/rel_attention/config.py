@@ -59,10 +59,14 @@ def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Laun
     return LaunchConfig(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
+_SUMMING = _launch(32, 64, 4, 2)
+"""Of stored dS that is added up, and no more."""
+
+
 def _launches(*each: tuple[int, int, int, int]) -> LaunchConfigs:
     """Block of queries, block of keys, warps, stages: forward, q, kv, bias."""
     forward, q, kv, bias = (_launch(*one) for one in each)
-    return LaunchConfigs(forward=forward, q=q, kv=kv, bias=bias, gather=_launch(32, 64, 4, 2))
+    return LaunchConfigs(forward=forward, q=q, kv=kv, bias=bias, gather=_SUMMING)
 
 
 _HALF = {
@@ -102,8 +106,8 @@ _GATHER = {
     "interpreter": _launch(64, GATHERED, 1, 1),
 }
 """Of half types, for the gradient of q, too, where a program reads all keys."""
-_STORING = {64: _launch(16, 32, 8, 2), 80: _launch(16, 32, 8, 2)}
-"""Of float32, gradients of k and v that store dS, by the widest head."""
+_STORING = _launch(16, 32, 8, 2)
+"""Of float32 and heads up to 80: gradients of k and v that store dS."""
 KERNELS = {
     "forward": "rel_attention_fwd",
     "q": "rel_attention_bwd_q",
@@ -161,14 +165,14 @@ def gathers_queries(half: bool, grid_size: int) -> bool:
 def gather_blocks(configs: LaunchConfigs, queries: bool, grid_size: int) -> LaunchConfig:
     """A tile of grid positions, with all keys where the gradient of q is made of it."""
     if not queries:
-        return replace(configs.gather, block_m=32, block_n=64, num_warps=4, num_stages=2)
+        return _SUMMING
     wide = max(16, 1 << (grid_size**2 - 1).bit_length())
     return replace(configs.gather, block_m=min(configs.gather.block_m, wide), block_n=wide)
 
 
 def kv_blocks(configs: LaunchConfigs, store: bool, head_dim: int, half: bool) -> LaunchConfig:
     """Of the gradients of k and v, which may store dS on the way."""
-    return configs.kv if half or not store else _STORING.get(_widest(head_dim), configs.kv)
+    return _STORING if store and not half and _widest(head_dim) < MAX_HEAD_DIM else configs.kv
 
 
 def gather_parts(samples: int, tiles: int) -> int:

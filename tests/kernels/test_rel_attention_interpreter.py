@@ -171,6 +171,30 @@ def test_qkvpacked_ragged() -> None:
     compare(packed, partial(packed, attention_backend="sdpa"), args, torch.float32)
 
 
+@DTYPES
+@TABLE
+def test_tokens_beyond_the_longest_length_are_left_out(table_grad: str, dtype: torch.dtype) -> None:
+    """On a GPU nobody reads the offsets beforehand: here two samples of 3 and 2, said to have 2 at most."""
+    from mdt_fast.kernels.rel_attention.registered import (
+        rel_attention_qkvpacked_bwd,
+        rel_attention_qkvpacked_fwd,
+    )
+
+    offsets, pos = torch.tensor([0, 3, 5]).int(), torch.tensor([0, 3, 1, 2, 0])
+    qkv, table, dout = torch.randn(5, 3, 2, 16), torch.randn(12, 2), torch.randn(5, 2, 16)
+    results = []
+    for rows, where, starts in (([0, 1, 2, 3, 4], pos, offsets), ([0, 1, 3, 4], pos[[0, 1, 3, 4]], None)):
+        x, d = qkv[rows].to(dtype)[None], dout[rows].to(dtype)[None]
+        starts = torch.tensor([0, 2, 4]).int() if starts is None else starts
+        how = 2, 2, 0.25, "lookup", table_grad  # max_length, grid_size, scale
+        out, lse = rel_attention_qkvpacked_fwd(x, table, where, starts, *how)
+        dx, dtable = rel_attention_qkvpacked_bwd(d, x, table, where, starts, out, lse, *how, True)
+        keep = [rows.index(i) for i in (0, 1, 3, 4)]
+        results.append((out[0, keep], dx[0, keep], dtable))
+    for beyond, exact in zip(*results, strict=True):
+        assert torch.equal(beyond, exact)
+
+
 def test_small_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some samples or heads at a time: the same sums in the same order."""
     from mdt_fast.kernels.rel_attention import config
