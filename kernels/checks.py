@@ -7,9 +7,11 @@ from torch.autograd import forward_ad
 
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
     """``x`` must have these sizes; a string names a size that may be anything (it is shown in the error)."""
-    if x.ndim != len(sizes) or any(
-        isinstance(s, int) and n != s for n, s in zip(x.shape, sizes, strict=True)
-    ):
+    fits = x.ndim == len(sizes)
+    if fits:
+        for n, s in zip(x.shape, sizes, strict=True):
+            fits = fits and (not isinstance(s, int) or n == s)
+    if not fits:
         raise ValueError(f"{name}: shape {list(x.shape)}, expected [{', '.join(map(str, sizes))}]")
 
 

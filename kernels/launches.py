@@ -5,10 +5,11 @@ what it does not say stays as ``config.py`` has it. Nothing is tried at import o
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,18 +21,36 @@ Choice = Mapping[str, int]
 Entry = tuple[str, str]
 """A kernel's name, without ``_kernel``, after its op; and a shape class (:func:`shape_class`)."""
 
+Config = TypeVar("Config")
+"""What a launch needs, as a room's ``config.py`` makes it."""
+
 _forced: dict[Entry, Choice] = {}
+_memories: list[Any] = []
 
 
-def tuned(kernel: str, x: Tensor, size: int) -> Choice:
-    """What was found for ``kernel`` on the device and in the dtype of ``x``; ``size`` is what its room goes
-    by (columns, features, a head)."""
-    half = x.element_size() == 2
-    return tuned_for((kernel, shape_class(size, half)), architecture(x.device.index) if x.is_cuda else "cpu")
+def remembered(function: Callable[..., Config]) -> Callable[..., Config]:
+    """``function``, called once for the same arguments: a launch has no time for reading tables."""
+    memory = cache(function)
+    _memories.append(memory)
+    return memory
+
+
+def chosen(make: Callable[..., Config], kernel: str, x: Tensor, size: int, *sizes: int) -> Config:
+    """``make(*sizes)``, a room's launch choices, with what was found for ``kernel`` on the device and in the
+    dtype of ``x``; ``size`` is what its room goes by (columns, features, a head)."""
+    arch = architecture(x.device.index) if x.is_cuda else "cpu"
+    return _chosen(make, kernel, arch, x.element_size() == 2, size, sizes)
+
+
+@remembered
+def _chosen(
+    make: Callable[..., Any], kernel: str, arch: str, half: bool, size: int, sizes: tuple[int, ...]
+) -> Any:
+    return make(*sizes, **tuned_for((kernel, shape_class(size, half)), arch))
 
 
 def tuned_for(entry: Entry, arch: str) -> Choice:
-    """The same for an architecture of ``aot.ARCHITECTURES`` that need not be here."""
+    """What was found for a kernel, on an architecture of ``aot.ARCHITECTURES`` that need not be here."""
     if entry in _forced:
         return _forced[entry]
     kernel, shape = entry
@@ -50,17 +69,29 @@ def forced(entry: Entry, choice: Choice) -> Iterator[None]:
     """``choice`` in place of what ``tuned.json`` says, for all threads: for the tuner alone."""
     before = _forced.get(entry)
     _forced[entry] = choice
+    _forget()
     try:
         yield
     finally:
         del _forced[entry]
         if before is not None:
             _forced[entry] = before
+        _forget()
+
+
+def _forget() -> None:
+    for memory in _memories:
+        memory.cache_clear()
 
 
 def shape_class(size: int, half: bool) -> str:
     """What a room goes by, and whether elements take two bytes: ``2048 half``."""
     return f"{size} {'half' if half else 'float32'}"
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold ``size``; Triton's takes 2 us on the host."""
+    return -(-size // block)
 
 
 def columns(size: int) -> int:

@@ -1,7 +1,9 @@
 """What every test shares: one thread, deterministic draws, and a closing list of the golden tests by name."""
 
+import sys
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,14 @@ torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for eac
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_for_these_alone() -> Iterator[None]:
+    """What one file compiles does not count towards another's limit, in whatever order they come."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,9 @@
 """Launching the Triton kernels. R rows, F features, P partial sums."""
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launches import columns, tuned
+from ..launches import cdiv, chosen, columns
 from ..sums.launch import sum_parts
 from .config import launch_config
 from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
@@ -12,8 +11,8 @@ from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
 
 def bias_gelu_fwd(x_RF: Tensor, bias_1F: Tensor, out_RF: Tensor) -> None:
     R, F = x_RF.shape
-    config = launch_config(R, F, **tuned("bias_gelu_fwd", x_RF, columns(F)))
-    grid = (triton.cdiv(F, config.block_f), triton.cdiv(R, config.block_r))
+    config = chosen(launch_config, "bias_gelu_fwd", x_RF, columns(F), R, F)
+    grid = (cdiv(F, config.block_f), cdiv(R, config.block_r))
     bias_gelu_fwd_kernel[grid](
         x_RF, bias_1F, out_RF, R, F,
         BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
@@ -24,9 +23,9 @@ def bias_gelu_bwd(
     x_RF: Tensor, bias_1F: Tensor, dout_RF: Tensor, dx_RF: Tensor, dbias_1F: Tensor, out_RF: Tensor | None
 ) -> None:
     R, F = x_RF.shape
-    config = launch_config(R, F, **tuned("bias_gelu_bwd", x_RF, columns(F)))
+    config = chosen(launch_config, "bias_gelu_bwd", x_RF, columns(F), R, F)
     parts_PF = x_RF.new_empty(config.parts, F, dtype=torch.float32)
-    bias_gelu_bwd_kernel[(triton.cdiv(F, config.block_f), config.parts)](
+    bias_gelu_bwd_kernel[(cdiv(F, config.block_f), config.parts)](
         x_RF, bias_1F, dout_RF, dx_RF, parts_PF, x_RF if out_RF is None else out_RF, R, F,
         RECOMPUTE=out_RF is not None, BLOCK_R=config.block_r, BLOCK_F=config.block_f,
         STAGES=config.num_stages, num_warps=config.num_warps,

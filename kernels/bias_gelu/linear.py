@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 from ..backends import uses_csrc, uses_triton
 from ..linear.op import input_gradient, product, weight_gradient
+from ..registry import applied
+from ..rows import as_before, as_rows
 from ..sums import sum_rows
 from . import reference
 from .op import bias_gelu
@@ -40,10 +42,8 @@ def gelu_linear(
     dtype = checks.layer(x, weight_OF, bias_O)
     if checks.plain_only():
         return F.linear(bias_gelu(x, bias_F), weight_OF, bias_O)
-    out = _Linear.apply(
-        x.reshape(-1, x.shape[-1]).contiguous(), bias_F.contiguous(), weight_OF, bias_O, dtype, recompute
-    )
-    return out.view(*x.shape[:-1], weight_OF.shape[0])
+    out = applied(_Linear, as_rows(x), bias_F.contiguous(), weight_OF, bias_O, dtype, recompute)
+    return as_before(out, x)
 
 
 class _Linear(torch.autograd.Function):

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import uses_csrc, uses_triton
+from ..rows import as_before, as_rows
 from . import reference
 from .registered import bias_gelu_fwd
 
@@ -20,4 +21,4 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     checks.shape("bias", bias, x.shape[-1] if x.ndim else "F")
     if not (uses_triton(x) or uses_csrc(x, bias)):
         return reference.bias_gelu(x, bias)
-    return bias_gelu_fwd(x.reshape(-1, x.shape[-1]).contiguous(), bias.contiguous()).view(x.shape)
+    return as_before(bias_gelu_fwd(as_rows(x), bias.contiguous()), x)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..backends import uses_triton
+from ..registry import registered
 
 
-@torch.library.custom_op("mdt_fast::bias_gelu", mutates_args=())
+@registered("mdt_fast::bias_gelu")
 def bias_gelu_fwd(x_RF: Tensor, bias_F: Tensor) -> Tensor:
     """``gelu(x + bias)``, tanh form, in the dtype of ``x``."""
     out_RF = torch.empty_like(x_RF)
@@ -17,7 +18,7 @@ def bias_gelu_fwd(x_RF: Tensor, bias_F: Tensor) -> Tensor:
     return out_RF
 
 
-@torch.library.custom_op("mdt_fast::bias_gelu_bwd", mutates_args=())
+@registered("mdt_fast::bias_gelu_bwd")
 def bias_gelu_bwd(
     x_RF: Tensor, bias_F: Tensor, dout_RF: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

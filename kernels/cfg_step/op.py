@@ -1,5 +1,6 @@
 """Checks and dispatch. B samples (n conditional, then n unconditional), C channels, K coefficients."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -50,7 +51,7 @@ def cfg_step(
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
     scale_n = _check(output, x, noise, scale, guided_channels)
     coefficients_BK = _rows(coefficients, x, kind)
-    serve = reference.cfg_step
+    serve: Callable[..., tuple[Tensor, Tensor]] = reference.cfg_step
     if uses_triton(x) and uses_triton(output):
         from .triton_op import cfg_step_fwd  # here: not every machine has Triton
 

@@ -3,17 +3,17 @@
 import math
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launches import columns, tuned
+from ..launches import cdiv, chosen, columns
+from ..registry import registered
 from .config import launch_config
 from .kernel import cfg_step_kernel
 
 KINDS = ("ddpm", "ddim")
 
 
-@torch.library.custom_op("mdt_fast::cfg_step", mutates_args=())
+@registered("mdt_fast::cfg_step")
 def cfg_step_fwd(
     output: Tensor,
     x: Tensor,
@@ -30,10 +30,10 @@ def cfg_step_fwd(
     if not x.numel():
         return sample, xstart
     numbers = x[0].numel()
-    config = launch_config(numbers, **tuned("cfg_step", output, columns(numbers)))
+    config = chosen(launch_config, "cfg_step", output, columns(numbers), numbers)
     pairs = B if scale_n is None else B // 2
     # A grid's first axis alone may pass 65535.
-    cfg_step_kernel[(pairs, triton.cdiv(numbers, config.block))](
+    cfg_step_kernel[(pairs, cdiv(numbers, config.block))](
         output, x, x if noise is None else noise, coefficients_BK, x if scale_n is None else scale_n,
         sample, xstart, pairs, numbers, output[0].numel(), guided_channels * math.prod(x.shape[2:]),
         coefficients_BK.stride(0), 0 if scale_n is None else scale_n.stride(0),

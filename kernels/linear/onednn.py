@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import uses_csrc
+from ..registry import registered
 
 MIN_FLOPS = 1e8
 """Below, oneDNN's own 0.01 to 0.2 ms a call, more with a transposed operand, are more than it saves."""
@@ -15,13 +16,13 @@ def worthwhile(elements: int, outputs: int) -> bool:
     return 2 * elements * outputs >= MIN_FLOPS
 
 
-@torch.library.custom_op("mdt_fast::linear", mutates_args=())
+@registered("mdt_fast::linear")
 def linear_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     """[R, O]."""
     return _product(x_RD, weight_OD, bias_O)
 
 
-@torch.library.custom_op("mdt_fast::linear_bwd", mutates_args=())
+@registered("mdt_fast::linear_bwd")
 def linear_bwd(
     dout_RO: Tensor, x_RD: Tensor, weight_OD: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def linear_bwd(
     return dx_RD, dweight_OD
 
 
-@torch.library.custom_op("mdt_fast::weight_gradient", mutates_args=())
+@registered("mdt_fast::weight_gradient")
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
     """``dout.T @ x``: [O, D]."""
     return _weight_gradient(dout_RO, x_RD)

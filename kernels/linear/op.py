@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks
+from ..registry import applied
+from ..rows import as_before
 from ..sums import sum_rows
 from . import onednn, reference
 from .onednn import linear_fwd, worthwhile
@@ -29,8 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.shape("weight", weight, "O", x.shape[-1] if x.ndim else "D")
     dtype = checks.layer(x, weight, bias)
     if x.is_cuda and not checks.plain_only():
-        out = Linear.apply(x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight, bias, dtype)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        rows = x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
+        return as_before(applied(Linear, rows, weight, bias, dtype), x)
     return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 

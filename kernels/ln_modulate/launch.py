@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..launches import columns, tuned
+from ..launches import chosen, columns
 from ..sums.launch import sum_parts
 from .config import launch_config, thin_config
 from .kernel import (
@@ -29,7 +29,7 @@ def ln_modulate_fwd(
 ) -> None:
     (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
     name = "ln_modulate_fwd" if y_RD is None else "gate_residual_ln_modulate_fwd"
-    config = launch_config(D, B, R // B, **tuned(name, x_RD, columns(D)))
+    config = chosen(launch_config, name, x_RD, columns(D), D, B, R // B)
     ln_modulate_fwd_kernel[(B, config.programs)](
         x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD,
         shift_BD, scale_BD, unused if offsets is None else offsets,
@@ -60,10 +60,10 @@ def ln_modulate_bwd(
 ) -> None:
     (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
     if y_RD is None:
-        config = launch_config(D, B, R // B, **tuned("ln_modulate_bwd", x_RD, columns(D)))
+        config = chosen(launch_config, "ln_modulate_bwd", x_RD, columns(D), D, B, R // B)
     else:
-        choice = tuned("gate_residual_ln_modulate_bwd", x_RD, columns(D))
-        config = thin_config(D, B, R // B, **choice)
+        name = "gate_residual_ln_modulate_bwd"
+        config = chosen(thin_config, name, x_RD, columns(D), D, B, R // B)
     sums = [dshift_BD, dscale_BD, *([] if dgate_BD is None else [dgate_BD])]
     parts_KBPD = x_RD.new_empty(len(sums), B, config.programs, D, dtype=torch.float32)
     ln_modulate_bwd_kernel[(B, config.programs)](
@@ -84,7 +84,7 @@ def gate_residual_fwd(
     x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, out_RD: Tensor
 ) -> None:
     (R, D), B = x_RD.shape, gate_BD.shape[0]
-    config = thin_config(D, B, R // B, **tuned("gate_residual_fwd", x_RD, columns(D)))
+    config = chosen(thin_config, "gate_residual_fwd", x_RD, columns(D), D, B, R // B)
     gate_residual_fwd_kernel[(B, config.programs)](
         x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, R // B, D, gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
@@ -96,7 +96,7 @@ def gate_residual_bwd(
     y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, dout_RD: Tensor, dy_RD: Tensor, dgate_BD: Tensor
 ) -> None:
     (R, D), B = y_RD.shape, gate_BD.shape[0]
-    config = thin_config(D, B, R // B, **tuned("gate_residual_bwd", y_RD, columns(D)))
+    config = chosen(thin_config, "gate_residual_bwd", y_RD, columns(D), D, B, R // B)
     parts_BPD = y_RD.new_empty(B, config.programs, D, dtype=torch.float32)
     gate_residual_bwd_kernel[(B, config.programs)](
         y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,

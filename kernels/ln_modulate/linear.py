@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..linear.op import input_gradient, product, weight_gradient
+from ..registry import applied
+from ..rows import as_before, as_rows
 from ..sums import sum_rows
 from . import reference
 from .op import check, columns_together, gate_residual_ln_modulate, ln_modulate, serves
@@ -64,11 +66,11 @@ def residual_ln_modulate_linear(
     if checks.plain_only():
         normal = ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps)
         return x_BLD, F.linear(normal, weight_OD, bias_O)
-    residual, out = _Linear.apply(
-        _rows(x_BLD), None, None, columns_together(shift_BD), columns_together(scale_BD), weight_OD, bias_O,
-        offsets, eps, dtype, recompute,
+    residual, out = applied(
+        _Linear, as_rows(x_BLD), None, None, columns_together(shift_BD), columns_together(scale_BD),
+        weight_OD, bias_O, offsets, eps, dtype, recompute,
     )  # fmt: skip
-    return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight_OD.shape[0])
+    return as_before(residual, x_BLD), as_before(out, x_BLD)
 
 
 def gate_residual_ln_modulate_linear(
@@ -98,11 +100,11 @@ def gate_residual_ln_modulate_linear(
             x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets=offsets, eps=eps
         )
         return residual, F.linear(normal, weight_OD, bias_O)
-    residual, out = _Linear.apply(
-        _rows(x_BLD), _rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)), weight_OD, bias_O,
-        offsets, eps, dtype, recompute,
+    residual, out = applied(
+        _Linear, as_rows(x_BLD), as_rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)),
+        weight_OD, bias_O, offsets, eps, dtype, recompute,
     )  # fmt: skip
-    return residual.view_as(x_BLD), out.view(*x_BLD.shape[:-1], weight_OD.shape[0])
+    return as_before(residual, x_BLD), as_before(out, x_BLD)
 
 
 class _Linear(torch.autograd.Function):
@@ -169,7 +171,3 @@ def _dtype(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> torch.dtype:
     """What the layer's products are computed in."""
     checks.shape("weight", weight_OD, "O", x.shape[-1])
     return checks.layer(x, weight_OD, bias_O)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()

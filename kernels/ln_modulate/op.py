@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import uses_csrc, uses_triton
+from ..rows import as_before, as_rows
 from . import reference
 from .config import MAX_D
 from .registered import gate_residual_fwd, ln_modulate_fwd
@@ -57,8 +58,8 @@ def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, *, offsets: Ten
     checks.floating_on("y", y_BLD, x_BLD)
     if not serves(x_BLD, y_BLD, gate_BD):
         return reference.gate_residual(x_BLD, y_BLD, gate_BD, offsets)
-    x_RD, y_RD = (a.reshape(-1, a.shape[-1]).contiguous() for a in (x_BLD, y_BLD))
-    return gate_residual_fwd(x_RD, y_RD, columns_together(gate_BD), offsets).view_as(x_BLD)
+    rows = gate_residual_fwd(as_rows(x_BLD), as_rows(y_BLD), columns_together(gate_BD), offsets)
+    return as_before(rows, x_BLD)
 
 
 def _kernel(
@@ -70,12 +71,11 @@ def _kernel(
     offsets: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    D = x.shape[-1]
-    y_RD = None if y is None else y.reshape(-1, D).contiguous()
+    y_RD = None if y is None else as_rows(y)
     # A modulation is one sixth of a wider tensor's columns: rows may be apart, columns may not.
     gate = None if gate is None else columns_together(gate)
     residual_RD, out_RD, _, _ = ln_modulate_fwd(
-        x.reshape(-1, D).contiguous(),
+        as_rows(x),
         y_RD,
         gate,
         columns_together(shift),
@@ -84,7 +84,7 @@ def _kernel(
         eps,
         x.dtype,
     )
-    return residual_RD.view_as(x) if y is not None else x, out_RD.view_as(x)
+    return as_before(residual_RD, x) if y is not None else x, as_before(out_RD, x)
 
 
 def serves(x: Tensor, *others: Tensor | None) -> bool:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends import uses_triton
+from ..registry import registered
 
 
-@torch.library.custom_op("mdt_fast::ln_modulate", mutates_args=())
+@registered("mdt_fast::ln_modulate")
 def ln_modulate_fwd(
     x_RD: Tensor,
     y_RD: Tensor | None,
@@ -32,7 +33,7 @@ def ln_modulate_fwd(
     return outputs
 
 
-@torch.library.custom_op("mdt_fast::ln_modulate_bwd", mutates_args=())
+@registered("mdt_fast::ln_modulate_bwd")
 def ln_modulate_bwd(
     x_RD: Tensor,
     y_RD: Tensor | None,
@@ -64,7 +65,7 @@ def ln_modulate_bwd(
     return gradients
 
 
-@torch.library.custom_op("mdt_fast::gate_residual", mutates_args=())
+@registered("mdt_fast::gate_residual")
 def gate_residual_fwd(x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None) -> Tensor:
     """``x + gate * y`` in the dtype of ``x``."""
     out_RD = torch.empty_like(x_RD)
@@ -73,7 +74,7 @@ def gate_residual_fwd(x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tens
     return out_RD
 
 
-@torch.library.custom_op("mdt_fast::gate_residual_bwd", mutates_args=())
+@registered("mdt_fast::gate_residual_bwd")
 def gate_residual_bwd(
     y_RD: Tensor, gate_BD: Tensor, offsets: Tensor | None, dout_RD: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
 """The Triton kernels as registered ops. B images, K tokens of each, D width, P = C p p numbers of a patch."""
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launches import columns, tuned
+from ..launches import cdiv, chosen, columns
+from ..registry import registered
 from ..sums.launch import total
 from ..tokens.move_op import gather_tokens_bwd
 from .config import LaunchConfig, launch_config
 from .kernel import patch_embed_bwd_kernel, patch_embed_fwd_kernel
 
 
-@torch.library.custom_op("mdt_fast::patch_embed", mutates_args=())
+@registered("mdt_fast::patch_embed")
 def patch_embed_fwd(
     x_BCSS: Tensor,
     weight_DCpp: Tensor,
@@ -26,7 +26,7 @@ def patch_embed_fwd(
     out_BKD = x_BCSS.new_empty(B, K, D, dtype=dtype)
     if out_BKD.numel():
         config = _config("patch_embed_fwd", out_BKD, weight_DCpp)
-        patch_embed_fwd_kernel[(triton.cdiv(B * K, config.block_r), triton.cdiv(D, config.block_d))](
+        patch_embed_fwd_kernel[(cdiv(B * K, config.block_r), cdiv(D, config.block_d))](
             x_BCSS, weight_DCpp, bias_D, pos_1LD, x_BCSS if ids_BK is None else ids_BK, out_BKD,
             B * K, L, K, C, S // p, D, p=p, IDS=ids_BK is not None, BLOCK_R=config.block_r,
             BLOCK_J=config.block_j, BLOCK_D=config.block_d,
@@ -35,7 +35,7 @@ def patch_embed_fwd(
     return out_BKD
 
 
-@torch.library.custom_op("mdt_fast::patch_embed_bwd", mutates_args=())
+@registered("mdt_fast::patch_embed_bwd")
 def patch_embed_bwd(
     dout_BKD: Tensor,
     x_BCSS: Tensor,
@@ -51,11 +51,11 @@ def patch_embed_bwd(
         dbias_D = weight_DCpp.new_zeros(D)
         return dx_BCSS.zero_(), torch.zeros_like(weight_DCpp), dbias_D, torch.zeros_like(pos_1LD)
     config = _config("patch_embed_bwd", dout_BKD, weight_DCpp)
-    blocks, numbers, parts = triton.cdiv(K, config.block_r), C * p * p, config.parts
+    blocks, numbers, parts = cdiv(K, config.block_r), C * p * p, config.parts
     dweight = x_BCSS.new_empty(blocks * parts, D, numbers, dtype=torch.float32)
     dbias = x_BCSS.new_empty(blocks * parts, D, dtype=torch.float32)
     dpos = x_BCSS.new_empty(parts if ids_BK is None else 0, L, D, dtype=torch.float32)
-    columns = triton.cdiv(D, config.block_d) * triton.cdiv(numbers, config.block_j)
+    columns = cdiv(D, config.block_d) * cdiv(numbers, config.block_j)
     patch_embed_bwd_kernel[(blocks, parts, columns)](
         x_BCSS, x_BCSS if ids_BK is None else ids_BK, dout_BKD,
         dweight, dbias, dpos if ids_BK is None else dbias, B, L, K, C, x_BCSS.shape[2] // p, D,
@@ -76,7 +76,7 @@ def patch_embed_bwd(
 
 def _config(kernel: str, tokens_BKD: Tensor, weight_DCpp: Tensor) -> LaunchConfig:
     (B, K, D), numbers = tokens_BKD.shape, weight_DCpp[0].numel()
-    return launch_config(numbers, B, K, D, **tuned(kernel, tokens_BKD, columns(numbers)))
+    return chosen(launch_config, kernel, tokens_BKD, columns(numbers), numbers, B, K, D)
 
 
 def _fold(patches_BLP: Tensor, x_BCSS: Tensor, p: int) -> Tensor:

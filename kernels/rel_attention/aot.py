@@ -131,7 +131,7 @@ def _case(
 def _dtype(name: str, dtype: str) -> str:
     if name in ("q_pos_ptr", "k_pos_ptr", "pos_ptr"):
         return "*i64"
-    if name.endswith(("offsets_ptr", "slots_ptr", "missing_ptr")):
+    if name.endswith(("offsets_ptr", "slots_ptr", "placed_ptr")):
         return "*i32"
     if name in ("lse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr", "table_ptr", "dtable_ptr"):
         return "*fp32"

@@ -1,12 +1,11 @@
 """What one call of attention is about, apart from the tensors that carry gradients."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Side:
+class Side(NamedTuple):
     """Where queries or keys stand: ``pos`` [B, length] or [R], or None for the whole grid in order; with
     ``offsets`` (int32 [B + 1]) samples differ in length, and the longest has ``length`` tokens at most."""
 
@@ -16,8 +15,7 @@ class Side:
     batch: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
+class Call(NamedTuple):
     """Both sides, G, the factor of q k^T, and the Triton kernels' ways (``config.py``)."""
 
     queries: Side

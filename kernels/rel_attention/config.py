@@ -5,6 +5,7 @@ was found faster on a GPU.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, get_args
 
 from ..launches import Entry, shape_class, tuned_for
@@ -144,6 +145,7 @@ def _widest(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 80 if head_dim <= 80 else MAX_HEAD_DIM
 
 
+@cache
 def split_head(head_dim: int) -> tuple[int, int]:
     """Head size as two tile widths, 72 as 64 + 16: a power of two from 16 on, and one for the rest (or 0)."""
     first = max(16, 1 << (head_dim.bit_length() - 1))

@@ -15,10 +15,10 @@ from .kernel import LOG2E, _bias, _dot, _head, _key_term, _load, _query_term, _s
 
 @triton.jit
 def rel_attention_slots_kernel(
-    pos_ptr, offsets_ptr, slots_ptr, missing_ptr, length, RAGGED: tl.constexpr, G: tl.constexpr,
+    pos_ptr, offsets_ptr, slots_ptr, placed_ptr, length, RAGGED: tl.constexpr, G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``slots`` of one sample; ``missing`` [B] counts tokens that found their place taken or outside."""
+    """``slots`` of one sample; ``placed`` [B] is 0 where a token found its place taken or outside, else 1."""
     i_b = tl.program_id(0).to(tl.int64)
     row, length = _sample(offsets_ptr, i_b, length, RAGGED)
     slots_ptr += i_b * (G * G)
@@ -36,7 +36,7 @@ def rel_attention_slots_kernel(
         o = start + tl.arange(0, BLOCK)
         slot = tl.load(slots_ptr + o, mask=o < G * G, other=-1)
         missing -= tl.sum((slot >= 0).to(tl.int32), 0)
-    tl.store(missing_ptr + i_b, missing)
+    tl.store(placed_ptr + i_b, (missing == 0).to(tl.int32))
 
 
 @triton.jit

@@ -1,6 +1,5 @@
 """Launching the Triton kernels. q, k, v and their gradients are [B, H, rows, d] by strides."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..backends import INTERPRETING
-from ..launches import architecture
+from ..launches import architecture, cdiv, remembered
 from . import config
 from .call import Call, Side
 from .kernel import DENSE, LOG2E, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
@@ -34,14 +33,14 @@ def forward(
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
     lse = q_BHMd.new_empty(H, rows, dtype=torch.float32)
     launch = _configs(q_BHMd).forward
-    n_blocks = triton.cdiv(call.queries.length, launch.block_m)
+    n_blocks = cdiv(call.queries.length, launch.block_m)
     if B * H * n_blocks and rows:
         bias, bias_size, form = _bias(q_BHMd, table_RH, call)
+        strides = _strides(q_BHMd, k_BHNd, v_BHNd, out_BHMd)
         rel_attention_fwd_kernel[(B * H * n_blocks,)](
             q_BHMd, k_BHNd, v_BHNd, *_scene(q_BHMd, bias, call), out_BHMd, lse,
-            H, call.queries.length, call.keys.length, rows, n_blocks, bias_size, call.scale,
-            *_strides(q_BHMd, k_BHNd, v_BHNd, out_BHMd),
-            BIAS=form, **_constants(call, q_BHMd, k_BHNd, v_BHNd, out_BHMd), **_blocks(launch),
+            H, call.queries.length, call.keys.length, rows, n_blocks, bias_size, call.scale, *strides,
+            BIAS=form, **_constants(call, q_BHMd, strides), **_blocks(launch),
         )  # fmt: skip
     return lse
 
@@ -75,51 +74,53 @@ def backward(
     # Whether dq is made of the stored dS, too.
     queries = store and config.gathers_queries(q_BHMd.element_size() == 2, call.grid_size)
 
-    n_blocks = triton.cdiv(lengths[0], configs.q.block_m)
+    n_blocks = cdiv(lengths[0], configs.q.block_m)
     if queries:
-        constants = _constants(call, out_BHMd, dout_BHMd)
+        strides = _strides(dout_BHMd)
+        constants = _constants(call, dout_BHMd, strides)
         rel_attention_bwd_delta_kernel[(B * H * n_blocks,)](
             out_BHMd, dout_BHMd, _or(call.queries.offsets, q_BHMd), delta,
-            H, lengths[0], rows, n_blocks, *_strides(dout_BHMd),
+            H, lengths[0], rows, n_blocks, *strides,
             **{name: constants[name] for name in ("RAGGED", "D", "D0", "D1", "ALIGN")},
             BLOCK_M=configs.q.block_m, num_warps=4,
         )  # fmt: skip
     else:
+        strides = _strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd)
         rel_attention_bwd_q_kernel[(B * H * n_blocks,)](
             q_BHMd, k_BHNd, v_BHNd, *scene, out_BHMd, dout_BHMd, lse, delta, dq_BHMd,
-            H, *lengths, rows, n_blocks, bias_size, call.scale,
-            *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd),
-            BIAS=form, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd),
-            **_blocks(configs.q),
+            H, *lengths, rows, n_blocks, bias_size, call.scale, *strides,
+            BIAS=form, **_constants(call, q_BHMd, strides), **_blocks(configs.q),
         )  # fmt: skip
 
     chunk, ds = B, q_BHMd
     if store:
         L, gather = call.grid_size**2, config.gather_blocks(configs, queries, call.grid_size)
-        n_rows = triton.cdiv(L, gather.block_m)
+        n_rows = cdiv(L, gather.block_m)
         row = n_rows * gather.block_m
         chunk = max(1, min(B, config.DS_BYTES // (H * lengths[1] * row * q_BHMd.element_size())))
         ds = q_BHMd.new_empty(chunk, H, lengths[1], row)
-        parts = config.gather_parts(chunk, n_rows * triton.cdiv(L, gather.block_n) * H)
+        parts = config.gather_parts(chunk, n_rows * cdiv(L, gather.block_n) * H)
         sums = q_BHMd.new_empty(parts, H, L * L, dtype=torch.float32)
         slots = _slots(call, B)
     kv = config.kv_blocks(configs, store, q_BHMd.shape[3], q_BHMd.element_size() == 2)
-    n_blocks = triton.cdiv(lengths[1], kv.block_n)
+    n_blocks = cdiv(lengths[1], kv.block_n)
+    strides = _strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd)
+    constants = _constants(call, q_BHMd, strides)
     for first in range(0, B, chunk):
         samples = min(chunk, B - first)
         rel_attention_bwd_kv_kernel[(samples * H * n_blocks,)](
             q_BHMd, k_BHNd, v_BHNd, *scene, dout_BHMd, lse, delta, dk_BHNd, dv_BHNd, ds,
-            first, H, *lengths, rows, n_blocks, bias_size, call.scale,
-            *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd), ds.stride(1), ds.stride(2),
-            BIAS=form, STORE=store, **_constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dk_BHNd, dv_BHNd),
-            **_blocks(kv),
+            first, H, *lengths, rows, n_blocks, bias_size, call.scale, *strides, ds.stride(1), ds.stride(2),
+            BIAS=form, STORE=store, **constants, **_blocks(kv),
         )  # fmt: skip
         if store:
             _gather(ds, k_BHNd, slots, call, first, samples, gather, dq_BHMd if queries else None, sums)
     if store and dtable_RH is not None:
         _table(sums, dtable_RH, 0, call)
     elif dtable_RH is not None and table_RH is not None:
-        _recompute(dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, delta, call, dtable_RH)
+        if form != LOOKUP:
+            bias, bias_size, _ = _bias(q_BHMd, table_RH, call._replace(bias_form="lookup"))
+        _recompute(dout_BHMd, q_BHMd, k_BHNd, v_BHNd, bias, bias_size, lse, delta, call, dtable_RH)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -140,23 +141,24 @@ def _recompute(
     q_BHMd: Tensor,
     k_BHNd: Tensor,
     v_BHNd: Tensor,
-    table_RH: Tensor,
+    bias: Tensor,
+    bias_size: int,
     lse: Tensor,
     delta: Tensor,
     call: Call,
     dtable_RH: Tensor,
 ) -> None:
-    """The table's gradient, some heads at a time."""
+    """The table's gradient, some heads at a time; ``bias`` in its form for looking up."""
     B, H, L = call.queries.batch, q_BHMd.shape[1], call.grid_size**2
     launch = _configs(q_BHMd).bias
-    n_blocks = triton.cdiv(L, launch.block_n)
-    tiles = n_blocks * triton.cdiv(L, launch.block_m)
+    n_blocks = cdiv(L, launch.block_n)
+    tiles = n_blocks * cdiv(L, launch.block_m)
     parts = config.bias_parts(B, tiles * H)
     heads = max(1, min(H, config.DBIAS_BYTES // (4 * parts * L * L)))
     sums = q_BHMd.new_empty(parts, heads, L * L, dtype=torch.float32)
-    bias, bias_size, _ = _bias(q_BHMd, table_RH, replace(call, bias_form="lookup"))
     q_slots, k_slots = _slots(call, B)
-    constants = _constants(call, q_BHMd, k_BHNd, v_BHNd, dout_BHMd)
+    strides = _strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd)
+    constants = _constants(call, q_BHMd, strides)
     del constants["Q_POSITIONS"], constants["K_POSITIONS"]
     for first in range(0, H, heads):
         some = min(heads, H - first)
@@ -164,7 +166,7 @@ def _recompute(
             q_BHMd, k_BHNd, v_BHNd, bias, _or(q_slots, q_BHMd), _or(k_slots, q_BHMd),
             _or(call.queries.offsets, q_BHMd), _or(call.keys.offsets, q_BHMd), dout_BHMd, lse, delta, sums,
             B, first, some, call.queries.length, call.keys.length, lse.shape[1], n_blocks, bias_size,
-            call.scale, *_strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd),
+            call.scale, *strides,
             Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, **constants, **_blocks(launch),
         )  # fmt: skip
         _table(sums.flatten(0, 1)[: parts * some].view(parts, some, -1), dtable_RH, first, call)
@@ -183,13 +185,14 @@ def _gather(
 ) -> None:
     """Add ``samples`` of stored dS, from ``first`` on, to ``sums``; their gradients of q, if asked for."""
     H, L, (q_slots, k_slots) = ds.shape[1], call.grid_size**2, slots
-    n_blocks, dq = triton.cdiv(L, launch.block_n), k_BHNd if dq_BHMd is None else dq_BHMd
-    constants = _constants(call, k_BHNd, dq)
+    n_blocks, dq = cdiv(L, launch.block_n), k_BHNd if dq_BHMd is None else dq_BHMd
+    strides = _strides(k_BHNd, dq)
+    constants = _constants(call, k_BHNd, strides)
     del constants["Q_POSITIONS"], constants["K_POSITIONS"], constants["DIRECT"]
-    rel_attention_bwd_gather_kernel[(n_blocks * triton.cdiv(L, launch.block_m), H, len(sums))](
+    rel_attention_bwd_gather_kernel[(n_blocks * cdiv(L, launch.block_m), H, len(sums))](
         ds, k_BHNd, _or(q_slots, ds), _or(k_slots, ds), _or(call.queries.offsets, ds),
         _or(call.keys.offsets, ds), dq, sums, first, samples, H, call.queries.length, call.keys.length,
-        n_blocks, call.scale, ds.stride(1), ds.stride(2), *_strides(k_BHNd, dq),
+        n_blocks, call.scale, ds.stride(1), ds.stride(2), *strides,
         Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, QUERIES=dq_BHMd is not None,
         **constants, **_blocks(launch),
     )  # fmt: skip
@@ -217,7 +220,7 @@ def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, 
     L = call.grid_size**2
     # Float32: in half types it would save bytes, but 4-byte loads are what the pipeline can bring in ahead.
     bias_HLL = q_BHMd.new_empty(H, L, L, dtype=torch.float32)
-    grid = (triton.cdiv(L, 128), triton.cdiv(L, 16), H)
+    grid = (cdiv(L, 128), cdiv(L, 16), H)
     rel_attention_bias_kernel[grid](
         table_HR, bias_HLL, R, G=call.grid_size, BLOCK_M=16, BLOCK_N=128, num_warps=4
     )
@@ -236,15 +239,15 @@ def _slots_of(side: Side, G: int, batch: int) -> Tensor | None:
     if side.pos is None:
         return None
     slots = side.pos.new_empty(batch, G * G, dtype=torch.int32)
-    missing = side.pos.new_empty(batch, dtype=torch.int32)
+    placed = side.pos.new_empty(batch, dtype=torch.int32)
     rel_attention_slots_kernel[(batch,)](
-        side.pos, _or(side.offsets, side.pos), slots, missing, side.length,
+        side.pos, _or(side.offsets, side.pos), slots, placed, side.length,
         RAGGED=side.offsets is not None, G=G,
         BLOCK=min(1024, triton.next_power_of_2(G * G)), num_warps=4,
     )  # fmt: skip
     # Does not wait for the device; a CPU tensor was checked before.
     torch._assert_async(
-        ~missing.any(), "q_pos, k_pos: two tokens of a sample stand at one position, or outside"
+        placed.all(), "q_pos, k_pos: two tokens of a sample stand at one position, or outside"
     )
     return slots
 
@@ -261,18 +264,23 @@ def _or(x: Tensor | None, unused: Tensor) -> Tensor:
 
 def _strides(*tensors_BHRd: Tensor) -> list[int]:
     """Of each the first three; 0 where there is but one row, whose stride means nothing."""
-    return [step if n > 1 else 0 for x in tensors_BHRd for step, n in zip(x.stride()[:3], x.shape)]
+    steps = []
+    for x in tensors_BHRd:
+        (B, H, R, _), (sample, head, row, _) = x.shape, x.stride()
+        steps += [sample if B > 1 else 0, head if H > 1 else 0, row if R > 1 else 0]
+    return steps
 
 
-def _constants(call: Call, *tensors_BHRd: Tensor) -> dict[str, Any]:
-    head_dim = tensors_BHRd[0].shape[3]
+def _constants(call: Call, x_BHRd: Tensor, strides: list[int]) -> dict[str, Any]:
+    """Of a launch on tensors like ``x`` with these strides."""
+    head_dim = x_BHRd.shape[3]
     first, rest = config.split_head(head_dim)
-    aligned = head_dim % 8 == 0 and all(stride % 8 == 0 for stride in _strides(*tensors_BHRd))
+    aligned = head_dim % 8 == 0 and not any(stride % 8 for stride in strides)
     return {
         "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
         "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,
         "ALIGN": 8 if aligned else 1, "PRECISION": "ieee",
-        "DIRECT": tensors_BHRd[0].is_cuda and torch.version.hip is None and not INTERPRETING,
+        "DIRECT": x_BHRd.is_cuda and torch.version.hip is None and not INTERPRETING,
     }  # fmt: skip
 
 
@@ -284,7 +292,10 @@ def _blocks(launch: config.LaunchConfig) -> dict[str, int]:
 
 
 def _configs(q_BHMd: Tensor) -> config.LaunchConfigs:
-    return config.launch_configs(_architecture(q_BHMd), q_BHMd.shape[3], half=q_BHMd.element_size() == 2)
+    return _configs_of(_architecture(q_BHMd), q_BHMd.shape[3], q_BHMd.element_size() == 2)
+
+
+_configs_of = remembered(config.launch_configs)
 
 
 def _architecture(x: Tensor) -> str:

@@ -4,7 +4,7 @@ B samples, H heads, M queries, N keys, L tokens, R rows of all samples, d head s
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -140,13 +140,11 @@ def _call(
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)} or None")
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"scale: got {scale!r}, allowed are finite numbers or None")
-    call = Call(
-        queries=queries,
-        keys=keys,
-        grid_size=grid_size,
-        scale=head_dim**-0.5 if scale is None else float(scale),
-    )
-    return replace(call, bias_form=bias_form or call.bias_form, table_grad=table_grad or call.table_grad)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    call = Call(queries=queries, keys=keys, grid_size=grid_size, scale=scale)
+    if bias_form is not None:
+        call = call._replace(bias_form=bias_form)
+    return call if table_grad is None else call._replace(table_grad=table_grad)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

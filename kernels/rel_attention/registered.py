@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..backends import uses_triton
+from ..registry import registered
 from . import samples
 from .call import Call, Side
 
 
-@torch.library.custom_op("mdt_fast::rel_attention", mutates_args=())
+@registered("mdt_fast::rel_attention")
 def rel_attention_fwd(
     q_BHMd: Tensor,
     k_BHNd: Tensor,
@@ -43,7 +44,7 @@ def rel_attention_fwd(
     )
 
 
-@torch.library.custom_op("mdt_fast::rel_attention_bwd", mutates_args=())
+@registered("mdt_fast::rel_attention_bwd")
 def rel_attention_bwd(
     dout_BMHd: Tensor,
     q_BHMd: Tensor,
@@ -78,7 +79,7 @@ def rel_attention_bwd(
     return dq, dk, dv, dtable
 
 
-@torch.library.custom_op("mdt_fast::rel_attention_qkvpacked", mutates_args=())
+@registered("mdt_fast::rel_attention_qkvpacked")
 def rel_attention_qkvpacked_fwd(
     qkv_BL3Hd: Tensor,
     table_RH: Tensor | None,
@@ -97,7 +98,7 @@ def rel_attention_qkvpacked_fwd(
     return out_BLHd, _kernels(q).forward(q, k, v, table_RH, call, out_BLHd.transpose(1, 2))
 
 
-@torch.library.custom_op("mdt_fast::rel_attention_qkvpacked_bwd", mutates_args=())
+@registered("mdt_fast::rel_attention_qkvpacked_bwd")
 def rel_attention_qkvpacked_bwd(
     dout_BLHd: Tensor,
     qkv_BL3Hd: Tensor,

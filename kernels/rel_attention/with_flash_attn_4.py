@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registry import registered
 from . import reference
 from .call import Call, Side
 
@@ -29,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor, call: Call) -> Ten
     return out if call.ragged else out.transpose(1, 2)
 
 
-@torch.library.custom_op("mdt_fast::rel_attention_flash_attn_4", mutates_args=())
+@registered("mdt_fast::rel_attention_flash_attn_4")
 def rel_attention_flash_attn_4(
     q: Tensor,
     k: Tensor,

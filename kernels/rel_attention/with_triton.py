@@ -29,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call)
         *heads_first, table_RH, queries.pos, keys.pos, queries.offsets, keys.offsets,
         queries.length, keys.length, call.grid_size, call.scale, call.bias_form, call.table_grad,
     )[0]  # fmt: skip
-    return out[0] if call.ragged else out.transpose(1, 2)
+    return out.squeeze(0) if call.ragged else out.transpose(1, 2)
 
 
 def attend_packed(qkv: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
@@ -41,7 +41,7 @@ def attend_packed(qkv: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
         qkv[None] if call.ragged else qkv, table_RH, side.pos, side.offsets, side.length,
         call.grid_size, call.scale, call.bias_form, call.table_grad,
     )[0]  # fmt: skip
-    return out[0] if call.ragged else out
+    return out.squeeze(0) if call.ragged else out
 
 
 def _too_narrow(x: Tensor) -> bool:

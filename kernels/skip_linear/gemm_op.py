@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..linear.op import weight_gradient_into
+from ..registry import registered
 from ..sums import sum_rows
 
 
@@ -16,7 +17,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return skip_linear_fwd(*rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("mdt_fast::skip_linear", mutates_args=())
+@registered("mdt_fast::skip_linear")
 def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: Tensor) -> Tensor:
     """[R, O] in the dtype of ``x`` and ``skip``, to which the layer's parameters are cast; the second product
     is added to the first where it lies."""
@@ -25,7 +26,7 @@ def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: T
     return out_RO.addmm_(skip_RD, weight_skip.t())
 
 
-@torch.library.custom_op("mdt_fast::skip_linear_bwd", mutates_args=())
+@registered("mdt_fast::skip_linear_bwd")
 def skip_linear_bwd(
     dout_RO: Tensor, x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

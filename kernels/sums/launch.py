@@ -1,10 +1,9 @@
 """Launching the Triton kernel. R rows, D columns, B sums of P parts each."""
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launches import tuned
+from ..launches import cdiv, chosen
 from .config import ANY, NARROW, LaunchConfig, launch_config
 from .kernel import sum_chunks_kernel
 
@@ -12,7 +11,7 @@ from .kernel import sum_chunks_kernel
 def sum_rows(x_RD: Tensor, out_D: Tensor) -> None:
     """The sum of all rows."""
     R, D = x_RD.shape
-    config = launch_config(R, D, **tuned("sum_chunks", x_RD, ANY))
+    config = chosen(launch_config, "sum_chunks", x_RD, ANY, R, D)
     if config.chunks == 1:
         return _sum(x_RD, [out_D], R, R, config)
     rows = -(-R // config.chunks)
@@ -32,13 +31,13 @@ def total(parts: Tensor, like: Tensor) -> Tensor:
 def sum_parts(parts_KBPD: Tensor, outs: list[Tensor]) -> None:
     """Partial sums [K, B, P, D] in float32 into ``outs``: K (1 to 3) contiguous tensors [B, D]."""
     _, B, P, D = parts_KBPD.shape
-    _sum(parts_KBPD, outs, B * P, P, launch_config(P, D, **tuned("sum_chunks", parts_KBPD, ANY)))
+    _sum(parts_KBPD, outs, B * P, P, chosen(launch_config, "sum_chunks", parts_KBPD, ANY, P, D))
 
 
 def _sum(x: Tensor, outs: list[Tensor], R: int, P: int, config: LaunchConfig) -> None:
     D = x.shape[-1]
     first, second, third = (*outs, outs[-1], outs[-1])[:3]
-    sum_chunks_kernel[(-(-R // P), triton.cdiv(D, config.block_d), len(outs))](
+    sum_chunks_kernel[(-(-R // P), cdiv(D, config.block_d), len(outs))](
         x, first, second, third, R, P, D,
         BLOCK_P=config.block_p, BLOCK_D=config.block_d, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import uses_triton
+from ..registry import registered
 from . import reference
 
 
@@ -24,7 +25,7 @@ def sum_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return sum_rows_fwd(x.contiguous(), dtype)
 
 
-@torch.library.custom_op("mdt_fast::sum_rows", mutates_args=())
+@registered("mdt_fast::sum_rows")
 def sum_rows_fwd(x_RD: Tensor, dtype: torch.dtype) -> Tensor:
     """[D]."""
     out_D = x_RD.new_empty(x_RD.shape[1], dtype=dtype)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..launches import columns, tuned
+from ..launches import chosen, columns
+from ..registry import registered
 from .config import row_config
 from .kernel import (
     gather_tokens_bwd_kernel,
@@ -13,20 +14,20 @@ from .kernel import (
 )
 
 
-@torch.library.custom_op("mdt_fast::gather_tokens", mutates_args=())
+@registered("mdt_fast::gather_tokens")
 def gather_tokens_fwd(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | None) -> Tensor:
     """Tokens [B, K, D]; ``ids_restore`` is for the backward pass alone."""
     (B, L, D), K = x_BLD.shape, ids_BK.shape[1]
     out_BKD = x_BLD.new_empty(B, K, D)
     if out_BKD.numel():
-        config = row_config(D, **tuned("gather_tokens_fwd", x_BLD, columns(D)))
+        config = chosen(row_config, "gather_tokens_fwd", x_BLD, columns(D), D)
         gather_tokens_fwd_kernel[(B * K,)](
             x_BLD, ids_BK, out_BKD, L, K, D, BLOCK_D=config.block_d, num_warps=config.num_warps
         )
     return out_BKD
 
 
-@torch.library.custom_op("mdt_fast::gather_tokens_bwd", mutates_args=())
+@registered("mdt_fast::gather_tokens_bwd")
 def gather_tokens_bwd(dout_BKD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | None, tokens: int) -> Tensor:
     """Gradient of x [B, ``tokens``, D]."""
     (B, K, D), L = dout_BKD.shape, tokens
@@ -34,7 +35,7 @@ def gather_tokens_bwd(dout_BKD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor |
     if not K:
         return dx_BLD.zero_()
     if dx_BLD.numel():
-        config = row_config(D, **tuned("gather_tokens_bwd", dout_BKD, columns(D)))
+        config = chosen(row_config, "gather_tokens_bwd", dout_BKD, columns(D), D)
         gather_tokens_bwd_kernel[(B * L,)](
             dout_BKD, ids_BK, ids_BK if ids_restore_BL is None else ids_restore_BL, dx_BLD, L, K, D,
             RESTORE=ids_restore_BL is not None, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
@@ -43,13 +44,13 @@ def gather_tokens_bwd(dout_BKD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor |
     return dx_BLD
 
 
-@torch.library.custom_op("mdt_fast::merge_tokens", mutates_args=())
+@registered("mdt_fast::merge_tokens")
 def merge_tokens_fwd(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
     """Tokens [B, L, D]."""
     (B, L, D), N = x_BLD.shape, computed_BND.shape[1]
     out_BLD = torch.empty_like(x_BLD)
     if out_BLD.numel():
-        config = row_config(D, **tuned("merge_tokens_fwd", x_BLD, columns(D)))
+        config = chosen(row_config, "merge_tokens_fwd", x_BLD, columns(D), D)
         merge_tokens_fwd_kernel[(B * L,)](
             x_BLD, computed_BND if N else x_BLD, ids_restore_BL, out_BLD, L, N, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
@@ -57,13 +58,13 @@ def merge_tokens_fwd(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor
     return out_BLD
 
 
-@torch.library.custom_op("mdt_fast::merge_tokens_bwd", mutates_args=())
+@registered("mdt_fast::merge_tokens_bwd")
 def merge_tokens_bwd(dout_BLD: Tensor, ids_restore_BL: Tensor, masked: int) -> tuple[Tensor, Tensor]:
     """Gradients of x [B, L, D] and of the computed tokens [B, ``masked``, D]."""
     B, L, D = dout_BLD.shape
     dx_BLD, dcomputed_BND = torch.empty_like(dout_BLD), dout_BLD.new_empty(B, masked, D)
     if dx_BLD.numel():
-        config = row_config(D, **tuned("merge_tokens_bwd", dout_BLD, columns(D)))
+        config = chosen(row_config, "merge_tokens_bwd", dout_BLD, columns(D), D)
         merge_tokens_bwd_kernel[(B * L,)](
             dout_BLD, ids_restore_BL, dx_BLD, dcomputed_BND if masked else dx_BLD, L, masked, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..launches import columns, tuned
+from ..launches import chosen, columns
+from ..registry import registered
 from ..sums.launch import total
 from .config import launch_config
 from .kernel import unmask_tokens_bwd_kernel, unmask_tokens_fwd_kernel
 
 
-@torch.library.custom_op("mdt_fast::unmask_tokens", mutates_args=())
+@registered("mdt_fast::unmask_tokens")
 def unmask_tokens_fwd(
     x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor
 ) -> Tensor:
@@ -17,7 +18,7 @@ def unmask_tokens_fwd(
     (B, K, D), L = x_BKD.shape, ids_restore_BL.shape[1]
     out_BLD = x_BKD.new_empty(B, L, D)
     if out_BLD.numel():
-        config = launch_config(D, B, L, **tuned("unmask_tokens_fwd", x_BKD, columns(D)))
+        config = chosen(launch_config, "unmask_tokens_fwd", x_BKD, columns(D), D, B, L)
         unmask_tokens_fwd_kernel[(L, config.parts)](
             x_BKD if K else mask_token_11D, mask_token_11D, pos_1LD, ids_restore_BL, out_BLD, B, L, K, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
@@ -25,7 +26,7 @@ def unmask_tokens_fwd(
     return out_BLD
 
 
-@torch.library.custom_op("mdt_fast::unmask_tokens_bwd", mutates_args=())
+@registered("mdt_fast::unmask_tokens_bwd")
 def unmask_tokens_bwd(
     dout_BLD: Tensor, ids_restore_BL: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, len_keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def unmask_tokens_bwd(
     dx_BKD = dout_BLD.new_empty(B, len_keep, D)
     if not dout_BLD.numel():
         return dx_BKD, torch.zeros_like(mask_token_11D), torch.zeros_like(pos_1LD)
-    config = launch_config(D, B, L, **tuned("unmask_tokens_bwd", dout_BLD, columns(D)))
+    config = chosen(launch_config, "unmask_tokens_bwd", dout_BLD, columns(D), D, B, L)
     parts_2PLD = dout_BLD.new_empty(2, config.parts, L, D, dtype=torch.float32)
     unmask_tokens_bwd_kernel[(L, config.parts)](
         dout_BLD, ids_restore_BL, dx_BKD if len_keep else dout_BLD, parts_2PLD[0], parts_2PLD[1],

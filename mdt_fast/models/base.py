@@ -156,7 +156,13 @@ class Transformer(Pretrained):
         return embedder.drop(y) if self.training and embedder.dropout_prob > 0 else y
 
     def every_block(self) -> Iterator[Block]:
-        return (module for module in self.modules() if isinstance(module, Block))
+        """In the order of ``modules()``, of which there are hundreds: this is called in every step."""
+        stacks = (stack for stack in self.children() if isinstance(stack, nn.ModuleList))
+        for block in (block for stack in stacks for block in stack):
+            if isinstance(block, Block):
+                yield block
+            else:  # wrapped
+                yield from (module for module in block.modules() if isinstance(module, Block))
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
         """One block."""

@@ -57,7 +57,7 @@ def test_tuned_data_is_read_and_what_it_does_not_say_stays(monkeypatch: pytest.M
     monkeypatch.setattr(launches, "table", lambda: table)
     assert launches.tuned_for(("ln_modulate_fwd", "2048 half"), "sm_90") == {"each": 8}
     assert launches.tuned_for(("ln_modulate_fwd", "2048 half"), "sm_80") == {}
-    assert launches.tuned("ln_modulate_fwd", torch.zeros(1, dtype=torch.float16), 2048) == {}
+    assert launches.chosen(dict, "ln_modulate_fwd", torch.zeros(1, dtype=torch.float16), 2048) == {}
     (tuned, *_), (default, *_) = (
         candidates.cases(("ln_modulate_fwd", "2048 half"), arch, {}) for arch in ("sm_90", "sm_80")
     )

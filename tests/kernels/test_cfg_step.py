@@ -256,7 +256,7 @@ def test_opcheck() -> None:
     from mdt_fast.kernels.cfg_step.triton_op import cfg_step_fwd
 
     args = arguments(2, 4, 8, torch.float32, True)
-    torch.library.opcheck(cfg_step_fwd, (*args.values(), torch.ones(1), 3, "ddpm", "epsilon", False))
+    torch.library.opcheck(cfg_step_fwd.overload, (*args.values(), torch.ones(1), 3, "ddpm", "epsilon", False))
 
 
 @pytest.mark.parametrize("eta", [None, 0.5])

@@ -93,7 +93,7 @@ def test_opcheck_and_compile() -> None:
     from mdt_fast.kernels.linear.onednn import linear_fwd
 
     args = [torch.randn(70, 8), torch.randn(4, 8), torch.randn(4)]
-    torch.library.opcheck(linear_fwd, tuple(a.requires_grad_() for a in args))
+    torch.library.opcheck(linear_fwd.overload, tuple(a.requires_grad_() for a in args))
     same(linear, torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True), args)
 
 

@@ -271,9 +271,9 @@ def test_opcheck() -> None:
     q, k, v, table = (x.requires_grad_() for x in heads(2, 2, 9, 9, 16, 4))
     pos = kept(2, 4, 9)
     settings = (9, 9, 4, 0.25, "lookup", "recompute")
-    torch.library.opcheck(rel_attention_fwd, (q, k, v, table, pos, pos, None, None, *settings))
+    torch.library.opcheck(rel_attention_fwd.overload, (q, k, v, table, pos, pos, None, None, *settings))
     qkv = torch.randn(2, 9, 3, 2, 16, requires_grad=True)
-    torch.library.opcheck(rel_attention_qkvpacked_fwd, (qkv, table, pos, None, *settings[1:]))
+    torch.library.opcheck(rel_attention_qkvpacked_fwd.overload, (qkv, table, pos, None, *settings[1:]))
 
 
 def _compiled(op: Callable[..., Any]) -> Callable[..., Any]:

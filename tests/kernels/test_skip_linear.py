@@ -41,7 +41,7 @@ def test_nothing(op, B: int, L: int) -> None:
 
 def test_opcheck_compile_and_checkpoint() -> None:
     args = [a.requires_grad_() for a in arguments(1, 6, 8, 8)]
-    torch.library.opcheck(skip_linear_fwd, (args[0][0], args[1][0], args[2], args[3]))
+    torch.library.opcheck(skip_linear_fwd.overload, (args[0][0], args[1][0], args[2], args[3]))
     same(in_place, torch.compile(in_place, fullgraph=True, backend="aot_eager"), args)
     same(in_place, lambda *a: torch.utils.checkpoint.checkpoint(in_place, *a, use_reentrant=False), args)
 

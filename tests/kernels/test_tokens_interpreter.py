@@ -112,12 +112,12 @@ def test_opcheck() -> None:
 
     where = plan(2, 9, 4)
     x, computed = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 5, 8, requires_grad=True)
-    torch.library.opcheck(gather_tokens_fwd, (x, where.ids_keep, None))
-    torch.library.opcheck(gather_tokens_fwd, (x, where.ids_keep, where.ids_restore))
-    torch.library.opcheck(merge_tokens_fwd, (x, computed, where.ids_restore))
+    torch.library.opcheck(gather_tokens_fwd.overload, (x, where.ids_keep, None))
+    torch.library.opcheck(gather_tokens_fwd.overload, (x, where.ids_keep, where.ids_restore))
+    torch.library.opcheck(merge_tokens_fwd.overload, (x, computed, where.ids_restore))
     args = [a.requires_grad_() for a in embedding(2, 4, 2, 3, 8)]
-    torch.library.opcheck(patch_embed_fwd, (*args, None, torch.float32))
-    torch.library.opcheck(patch_embed_fwd, (*args, where.ids_keep, torch.float32))
+    torch.library.opcheck(patch_embed_fwd.overload, (*args, None, torch.float32))
+    torch.library.opcheck(patch_embed_fwd.overload, (*args, where.ids_keep, torch.float32))
 
 
 def _compiled(op: Callable[..., Any]) -> Callable[..., Any]:

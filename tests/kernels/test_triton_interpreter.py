@@ -103,7 +103,7 @@ def test_bias_gelu_opcheck_and_compile() -> None:
     from mdt_fast.kernels.bias_gelu.registered import bias_gelu_fwd
 
     args = [torch.randn(5, 24, requires_grad=True), torch.randn(24, requires_grad=True)]
-    torch.library.opcheck(bias_gelu_fwd, tuple(args))
+    torch.library.opcheck(bias_gelu_fwd.overload, tuple(args))
     compiled = torch.compile(kernels.bias_gelu, fullgraph=True, backend="aot_eager")
     same(kernels.bias_gelu, compiled, args)
 
@@ -126,7 +126,7 @@ def test_unmask_tokens_opcheck_and_compile() -> None:
 
     plan = MaskPlan.from_noise(torch.rand(2, 9), 4)
     args = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 8), (1, 1, 8), (1, 9, 8))]
-    torch.library.opcheck(unmask_tokens_fwd, (*args, plan.ids_restore))
+    torch.library.opcheck(unmask_tokens_fwd.overload, (*args, plan.ids_restore))
     op = partial(kernels.unmask_tokens, ids_restore_BL=plan.ids_restore)
     same(op, torch.compile(op, fullgraph=True, backend="aot_eager"), args)
 
@@ -137,7 +137,7 @@ def test_opcheck(gated: bool) -> None:
 
     x, y, gate, shift, scale = (a.requires_grad_() for a in arguments((6,), 2, 24, True))
     optional = (y, gate) if gated else (None, None)
-    torch.library.opcheck(ln_modulate_fwd, (x, *optional, shift, scale, None, 1e-6, torch.float32))
+    torch.library.opcheck(ln_modulate_fwd.overload, (x, *optional, shift, scale, None, 1e-6, torch.float32))
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -1,0 +1,146 @@
+"""Operators that are plain calls where nothing looks at them."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdt_fast.kernels import launches
+from mdt_fast.kernels.registry import Op, applied, registered
+
+CALLS: list[str] = []
+
+
+@registered("mdt_fast::tests_cube")
+def cube(x: Tensor, factor: float) -> Tensor:
+    CALLS.append("cube")
+    return factor * x * x * x
+
+
+@registered("mdt_fast::tests_cube_bwd")
+def cube_bwd(dout: Tensor, x: Tensor, factor: float) -> Tensor:
+    return 3 * factor * x * x * dout
+
+
+cube.register_fake(lambda x, factor: torch.empty_like(x))
+cube_bwd.register_fake(lambda dout, x, factor: torch.empty_like(x))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[0])
+    ctx.factor = inputs[1]
+
+
+def _backward(ctx, dout):  # type: ignore[no-untyped-def]
+    return cube_bwd(dout, *ctx.saved_tensors, ctx.factor), None
+
+
+cube.register_autograd(_backward, setup_context=_setup_context)
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which ops went through the dispatcher."""
+    seen: list[str] = []
+    for op in (cube, cube_bwd):
+
+        def call(*args: object, op: Op = op, overload: object = op.overload, **kwargs: object) -> object:
+            seen.append(op.name.partition("::")[2])
+            return overload(*args, **kwargs)  # type: ignore[operator]
+
+        monkeypatch.setattr(op, "overload", call)
+    return seen
+
+
+def test_eager_code_calls_the_function(dispatched: list[str]) -> None:
+    x = torch.randn(3, requires_grad=True)
+    out = cube(x, 2.0)
+    out.sum().backward()
+    assert torch.equal(out, 2 * x * x * x)
+    assert torch.equal(x.grad, 6 * x * x)
+    with torch.no_grad():
+        assert cube(x, 2.0).grad_fn is None
+    assert not dispatched
+
+
+def test_what_looks_at_operators_sees_them(dispatched: list[str]) -> None:
+    x = torch.randn(3)
+    with FlopCounterMode(display=False):
+        cube(x, 2.0)
+    torch.func.vmap(lambda row: cube(row, 2.0))(torch.randn(2, 3))
+    torch._vmap_internals._vmap(lambda row: cube(row, 2.0))(torch.randn(2, 3))
+    torch.jit.trace(lambda x: cube(x, 2.0), (x,), check_trace=False)
+    cube(x, factor=2.0)
+    assert dispatched == ["tests_cube"] * 5
+
+
+def test_tensors_without_numbers_are_not_computed_with() -> None:
+    CALLS.clear()
+    assert cube(torch.empty(3, device="meta"), 2.0).device.type == "meta"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(torch.randn(3))
+    assert cube(fake, 2.0).shape == (3,)
+    assert not CALLS
+
+
+def test_a_subclass_is_not_taken_for_its_memory(dispatched: list[str]) -> None:
+    class Marked(Tensor):
+        pass
+
+    cube(torch.randn(3).as_subclass(Marked), 2.0)
+    cube(torch.nn.Parameter(torch.randn(3)), 2.0)
+    assert dispatched == ["tests_cube"]
+
+
+def test_compiled_and_checked_as_an_operator() -> None:
+    x = torch.randn(3, requires_grad=True)
+    compiled = torch.compile(lambda x: cube(x, 2.0) + 1, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert torch.equal(gradient, 6 * x * x)
+    torch.library.opcheck(cube.overload, (x, 2.0))
+
+
+def test_no_second_derivative() -> None:
+    x = torch.randn(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cube(x, 2.0).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="tests_cube_bwd: has no derivative"):
+        cube_bwd(x, x, 2.0)
+
+
+def test_a_step_of_autograd_without_gradients_is_its_forward_pass() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x)
+            ctx.note = "kept for the backward pass"
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dout):  # type: ignore[no-untyped-def]
+            return 2 * dout
+
+    x = torch.randn(3, requires_grad=True)
+    assert applied(Double, x).grad_fn is not None
+    assert torch.equal(applied(Double, x.detach()), 2 * x)
+    with torch.no_grad():
+        assert torch.equal(applied(Double, x), 2 * x)
+
+
+def test_launch_choices_are_looked_up_once_and_again_for_the_tuner() -> None:
+    made: list[int] = []
+
+    def make(rows: int, *, block: int = 16) -> int:
+        made.append(rows)
+        return rows // block
+
+    x = torch.zeros(1)
+    assert [launches.chosen(make, "any", x, 64, 32) for _ in range(3)] == [2, 2, 2]
+    with launches.forced(("any", "64 float32"), {"block": 8}):
+        assert launches.chosen(make, "any", x, 64, 32) == 4
+    assert launches.chosen(make, "any", x, 64, 32) == 2
+    assert made == [32, 32, 32]
