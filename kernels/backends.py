@@ -39,17 +39,20 @@ WITH_TRITON = (
     "cfg_step",
 )
 
-WITH_CPP = (
-    "ln_modulate",
-    "gate_residual_ln_modulate",
-    "gate_residual",
-    "ln_modulate_linear",
-    "gate_residual_ln_modulate_linear",
-    "residual_ln_modulate_linear",
-    "bias_gelu",
-    "gelu_linear",
-)
-"""Of these, what ``csrc/`` serves on a CPU."""
+WITH_CPP = {
+    "ln_modulate": 0,
+    "gate_residual_ln_modulate": 0,
+    "gate_residual": 0,
+    "ln_modulate_linear": 0,
+    "gate_residual_ln_modulate_linear": 0,
+    "residual_ln_modulate_linear": 0,
+    "bias_gelu": 0,
+    "gelu_linear": 0,
+    "rel_attention": 256,
+    "rel_attention_qkvpacked": 256,
+}
+"""Of these, what ``csrc/`` serves on a CPU, with the narrowest vectors (in bits): with narrower ones,
+attention's products are slower than PyTorch's."""
 
 NATIVE = ("mask_plan", "grad_sumsq", "adan_step", "adamw_step")
 
@@ -103,10 +106,6 @@ def _backend(op: str) -> Backend:
     plain = "PyTorch reference"
     if op.startswith("rel_attention"):
         plain = "scaled_dot_product_attention with the bias as its mask"
-        if MISSING["cpu"] is None:
-            plain += (
-                " (with gradients, ragged rows or 64 tokens and more: C++, one head of one sample at a time)"
-            )
     if op not in WITH_TRITON:
         return Backend(
             op, "pytorch", f"{plain}: serves every device; this version has no kernel of its own for it"
@@ -114,8 +113,7 @@ def _backend(op: str) -> Backend:
     if INTERPRETING:
         return Backend(op, "triton", "TRITON_INTERPRET=1: the kernel runs in Triton's interpreter, slowly")
     if not torch.cuda.is_available():
-        if op in WITH_CPP and MISSING["cpu"] is None:
-            bits = vector_bits()
+        if op in WITH_CPP and MISSING["cpu"] is None and (bits := vector_bits()) >= WITH_CPP[op]:
             vectors = f" in vectors of {bits} bits" if bits else ""
             return Backend(op, "csrc", f"no CUDA device, where the Triton kernel would serve; C++{vectors}")
         return Backend(op, "pytorch", f"{plain}: no CUDA device, where the Triton kernel would serve")

@@ -18,7 +18,9 @@ R = TypeVar("R")
 PLAIN = (Tensor, torch.nn.Parameter)
 """Whose memory is what it seems to be; a subclass may be a shard, or have none."""
 
-_SEEING = tuple(map(torch._C._dispatch_key_parse, ("FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")))
+_FUNC, _VMAP, _TRACER = map(
+    torch._C._dispatch_key_parse, ("FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")
+)
 
 
 class Op(Generic[R]):
@@ -95,13 +97,22 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 def watched(args: tuple[Any, ...]) -> bool:
     """Whether anything looks at operators here, or there are no numbers: a mode, a transform of torch.func, a
     tracer, a subclass, the meta device."""
-    if torch._C._len_torch_dispatch_stack():
+    included = torch._C._dispatch_tls_is_dispatch_key_included
+    if torch._C._len_torch_dispatch_stack() or included(_FUNC) or included(_VMAP) or included(_TRACER):
         return True
-    if any(map(torch._C._dispatch_tls_is_dispatch_key_included, _SEEING)):
-        return True
-    return any(isinstance(arg, Tensor) and (type(arg) not in PLAIN or arg.is_meta) for arg in args)
+    for arg in args:
+        if type(arg) in PLAIN:
+            if arg.is_meta:
+                return True
+        elif isinstance(arg, Tensor):
+            return True
+    return False
 
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
     """Whether the gradient of one of these is asked for."""
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False

@@ -5,6 +5,7 @@ B samples, H heads, M queries, N keys, d head size, T table rows, G grid side. q
 [B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d].
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,17 +63,25 @@ def _rest(table_TH: Tensor | None, call: Call) -> tuple[Any, ...]:
     """The places of queries and keys, whose sums are rows of the table; offsets; scale."""
     places: tuple[Tensor | None, Tensor | None] = None, None
     if table_TH is not None:
-        G = call.grid_size
-        places = (
-            (len(table_TH) - 1 - center(G) - _coordinates(call.queries, G)).int(),
-            _coordinates(call.keys, G).int(),
-        )
+        G, last = call.grid_size, len(table_TH) - 1
+        places = _places(call.queries, G, last), _places(call.keys, G)
     return *places, call.queries.offsets, call.keys.offsets, call.scale
 
 
-def _coordinates(side: Side, G: int) -> Tensor:
-    """[B, length], or [1, R] with offsets."""
+def _places(side: Side, G: int, last: int | None = None) -> Tensor:
+    """int32 [B, length], or [1, R] with offsets; of queries, with the table's ``last`` row."""
     if side.pos is None:
-        return coordinates(torch.arange(G * G), G).expand(side.batch, -1)
-    u = coordinates(side.pos, G)
-    return u if side.offsets is None else u[None]
+        return _whole(G, last).expand(side.batch, -1)
+    places = _placed(side.pos, G, last)
+    return places if side.offsets is None else places[None]
+
+
+def _placed(positions: Tensor, G: int, last: int | None) -> Tensor:
+    u = coordinates(positions, G)
+    return (u if last is None else last - center(G) - u).int()
+
+
+@cache
+def _whole(G: int, last: int | None) -> Tensor:
+    """Of all positions of a grid in order."""
+    return _placed(torch.arange(G * G, device="cpu"), G, last)

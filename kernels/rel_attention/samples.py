@@ -8,15 +8,12 @@ gradient in float32 (float64 for float64); PyTorch's products in the dtype of q.
 
 from torch import Tensor
 
-from ..backends import uses_csrc
+from ..backends import WITH_CPP, uses_csrc
 from ..native import vector_bits
 from . import native
 from .call import Call
 from .groups import groups, wide
 from .scores import Scores
-
-MIN_BITS = 256
-"""Of the processor's vectors: with narrower ones, products of ``csrc/`` are slower than PyTorch's."""
 
 SCORES_BYTES = 1 << 20
 """A group's scores, at most: about what a core's own cache holds."""
@@ -24,7 +21,7 @@ SCORES_BYTES = 1 << 20
 
 def by_csrc(q: Tensor) -> bool:
     """Whether ``csrc/`` computes attention of such queries."""
-    return uses_csrc(q) and vector_bits() >= MIN_BITS
+    return uses_csrc(q) and vector_bits() >= WITH_CPP["rel_attention"]
 
 
 def forward(

@@ -7,9 +7,6 @@ from .call import Call
 from .samples import by_csrc
 from .with_triton import attend, attend_packed
 
-MIN_SCORES = 64 * 64
-"""Of one head of the longest sample: with fewer, what surrounds the kernel takes longer than it saves."""
-
 __all__ = ["attend", "attend_packed", "better", "refusal"]
 
 
@@ -28,4 +25,4 @@ def better(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> 
         return False
     if call.ragged or (needs_grad and table_RH is not None and table_RH.requires_grad):
         return True
-    return call.queries.length * call.keys.length >= MIN_SCORES and by_csrc(q)
+    return by_csrc(q)

@@ -44,7 +44,7 @@ def packed_plain(qkv: Tensor, table_RH: Tensor, pos: Tensor, offsets: Tensor, le
 def _whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By ``csrc/`` where it can, or by PyTorch with so many samples at a time."""
     if request.param:
-        monkeypatch.setattr(samples, "MIN_BITS", 1000)
+        monkeypatch.setitem(samples.WITH_CPP, "rel_attention", 1000)
         monkeypatch.setattr(samples, "SCORES_BYTES", request.param * H * (G * G) ** 2 * 4)
 
 
@@ -84,12 +84,13 @@ def test_queries_that_are_a_subset(dtype: torch.dtype, M: int, N: int) -> None:
     compare(ours, partial(plain, call=call), args, dtype)
 
 
-def test_it_serves_what_needs_it() -> None:
+def test_it_serves_what_needs_it_and_all_where_csrc_does() -> None:
     q, side = torch.randn(1, H, 25, 8), Side(pos=None, offsets=None, length=25, batch=1)
     call = Call(queries=side, keys=side, grid_size=G, scale=1.0)
     assert backends.choose("auto", q, table().requires_grad_(), call, True) == "samples"
-    assert backends.choose("auto", q, table(), call, True) == "sdpa"
-    assert backends.choose("auto", q, table().requires_grad_(), call, False) == "sdpa"
+    others = "samples" if samples.by_csrc(q) else "sdpa"
+    assert backends.choose("auto", q, table(), call, True) == others
+    assert backends.choose("auto", q, table().requires_grad_(), call, False) == others
     with pytest.raises(ValueError, match="'samples' cannot serve this call: it serves the CPU; got meta"):
         backends.choose("samples", q.to("meta"), None, call, False)
 
@@ -122,7 +123,7 @@ def test_compiled_with_every_length() -> None:
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["no gradient", "gradients"])
 @pytest.mark.parametrize("with_table", [False, True], ids=["no table", "table"])
 def test_compiled_whole_grids(with_table: bool, needs_grad: bool) -> None:
-    """Of 64 tokens, from which on who serves is asked of the processor."""
+    """Who serves is asked of the processor."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     qkv = torch.randn(2, 64, 3, H, 8, requires_grad=needs_grad)
