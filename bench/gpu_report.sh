@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
-#   build tests sanitize races kernels attention flex small middle large compiled compiled4 official account training
-#   breakdown switches sampling sampling_compiled tune learning report
+#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 official account
+#   training breakdown switches sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then `survey` and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
@@ -15,7 +15,7 @@ OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
-STAGES=(build tests sanitize races kernels attention flex small middle large compiled compiled4 official account
+STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 official account
     training breakdown switches sampling sampling_compiled tune learning report)
 
 asked=("$@")
@@ -103,6 +103,10 @@ large() { # float32 too: what the published models were trained in
         --time-limit 250
     bench throughput xl2_f32 --model MDTv2_XL_2 --batch 32 --mode train --dtype float32 \
         --providers reference,fast --time-limit 150
+}
+host() { # what calling takes, with kernels that take nothing
+    bench throughput host --model narrow --batch 2 --mode train --dtype bfloat16 \
+        --providers reference,fast,fast-compiled,fast-graphs --time-limit 200
 }
 compiled() {
     bench throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \

@@ -21,7 +21,10 @@ SWITCHES = [field.name for field in dataclasses.fields(Switches)]
 def parser() -> argparse.ArgumentParser:
     p = command.Parser(prog="throughput", description="Throughput of training and sampling.")
     p.add_argument("--mode", help="train, sample or both, by comma (default: both; train with --account)")
-    p.add_argument("--model", help="factory (MDTv2_XL_2, DiT_B_4, ...) or preset (digits); several by comma")
+    p.add_argument(
+        "--model",
+        help="factory (MDTv2_XL_2, DiT_B_4, ...), preset (digits) or narrow (XL/2 for the host alone)",
+    )
     p.add_argument("--batch", help="images per step; several by comma")
     p.add_argument(
         "--dtype", help="float32, bfloat16 (autocast) or both, by comma (default: float32; on a GPU bfloat16)"
