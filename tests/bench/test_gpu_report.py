@@ -20,7 +20,7 @@ from providers import NAMES, model_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_report.sh"
 STAGES = [
-    "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large",
+    "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large", "host",
     "compiled", "compiled4", "official", "account", "training", "breakdown", "switches", "sampling",
     "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
