@@ -80,7 +80,7 @@ def test_all_stages(start: Callable, tmp_path: Path) -> None:
         if path.stem == "attention":
             assert set(args.providers.split(",")) <= set(attention.PROVIDERS)
     assert seen == set(PARSERS)
-    assert models == {"MDTv2_S_2", "MDTv2_B_2", "MDTv2_L_2", "MDTv2_XL_2", "DiT_XL_2"}
+    assert models == {"MDTv2_S_2", "MDTv2_B_2", "MDTv2_L_2", "MDTv2_XL_2", "DiT_XL_2", "narrow"}
     assert "a checkout" in next(line for line in asked if "--official" in line)
     assert (tmp_path / "out" / "kernels_xl.log").exists()
 
