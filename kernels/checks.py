@@ -1,5 +1,8 @@
 """Checks of arguments that several rooms share. Each raises a one-line ``ValueError``."""
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -62,6 +65,13 @@ def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
             raise ValueError(f"{name}: runs from {first} to {last}, expected 0 to {rows.shape[0]} (rows)")
         if (offsets.diff() < 0).any():
             raise ValueError(f"{name}: is not ascending")
+
+
+def whole(value: Any) -> Any:
+    """NumPy's or a tensor's whole number as Python's own, which kernels take; others as they are."""
+    if isinstance(value, int | float | str | torch.SymInt) or value is None or torch.compiler.is_compiling():
+        return value
+    return operator.index(value) if hasattr(value, "__index__") else value
 
 
 def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -7,7 +7,7 @@ what it does not say stays as ``config.py`` has it. Nothing is tried at import o
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ _memories: list[Any] = []
 
 def remembered(function: Callable[..., Config]) -> Callable[..., Config]:
     """``function``, called once for the same arguments: a launch has no time for reading tables."""
-    memory = cache(function)
+    memory = lru_cache(4096)(function)  # lengths may go on being new
     _memories.append(memory)
     return memory
 

@@ -2,16 +2,16 @@
 
 What looks at operators sees one: ``torch.compile``, fake tensors, checkpointing by operator, counters of
 FLOPs. Eager code has no use for the way through the dispatcher, which takes longer than many a kernel: there
-an op is a call of its function.
+an op is a call of its function, of which the profiler sees the kernels alone.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 R = TypeVar("R")
 
@@ -36,13 +36,14 @@ class Op(Generic[R]):
         self.formula: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
-        if torch.compiler.is_compiling() or kwargs or watched(args):
+        if torch.compiler.is_compiling() or kwargs:
             return self.overload(*args, **kwargs)
-        if not needs_grad(args):
-            return self.function(*args)
-        if self.formula is None:
-            raise RuntimeError(f"{self.name}: has no derivative (where it is one, there is no second)")
-        return self.formula.apply(*args)
+        gradients = needs_grad(args)
+        if gradients and self.formula is None:
+            raise RuntimeError(f"{self.name}: has no derivative")
+        if watched(args):
+            return self.overload(*args)
+        return self.formula.apply(*args) if gradients and self.formula else self.function(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What the outputs look like, from tensors without numbers."""
@@ -50,24 +51,18 @@ class Op(Generic[R]):
         return function
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """As ``torch.library.register_autograd``, for the operator and for its function."""
+        """As ``torch.library.register_autograd``, for the operator and for its function. There is no second
+        derivative: asking for one is an error."""
+        backward = once(backward)
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
-        run = self.function
 
-        class Formula(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                output = run(*args)
-                setup_context(ctx, args, output)
-                return output
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.function(*args)
+            setup_context(ctx, args, output)
+            return output
 
-            @staticmethod
-            @once_differentiable
-            def backward(ctx: Any, *gradients: Any) -> Any:
-                return backward(ctx, *gradients)
-
-        Formula.__name__ = self.name.replace("::", "_")
-        self.formula = Formula
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.formula = type(self.name.replace("::", "_"), (torch.autograd.Function,), methods)
 
 
 def registered(name: str) -> Callable[[Callable[..., R]], Op[R]]:
@@ -77,6 +72,25 @@ def registered(name: str) -> Callable[[Callable[..., R]], Op[R]]:
     looks at operators, it is the function itself.
     """
     return lambda function: Op(name, function)
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that cannot be differentiated: whoever tries gets an error, and never a gradient that
+    lacks its part (as PyTorch's ``once_differentiable`` gives it where the incoming gradient is constant)."""
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        several = results if isinstance(results, tuple) else (results,)
+        error = torch._C._functions.DelayedError(
+            "mdt_fast: there is no second derivative of its kernels", len(several)
+        )
+        return error(*(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in several))
+
+    return run
 
 
 class _Nothing:
@@ -95,14 +109,14 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def watched(args: tuple[Any, ...]) -> bool:
-    """Whether anything looks at operators here, or there are no numbers: a mode, a transform of torch.func, a
-    tracer, a subclass, the meta device."""
+    """Whether anything looks at operators here, or memory does not hold the numbers: a dispatch mode, a
+    transform of torch.func, a tracer, a subclass, the meta device, a lazy sign."""
     included = torch._C._dispatch_tls_is_dispatch_key_included
     if torch._C._len_torch_dispatch_stack() or included(_FUNC) or included(_VMAP) or included(_TRACER):
         return True
     for arg in args:
         if type(arg) in PLAIN:
-            if arg.is_meta:
+            if arg.is_meta or arg.is_neg() or arg._is_zerotensor():
                 return True
         elif isinstance(arg, Tensor):
             return True

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends import uses_csrc, uses_triton
 from ..linear.op import input_gradient, product, weight_gradient
-from ..registry import applied
+from ..registry import applied, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
 from . import reference
@@ -59,7 +58,7 @@ class _Linear(torch.autograd.Function):
         return product(activation, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
         (x, bias_F, weight, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()

@@ -49,6 +49,7 @@ def cfg_step(
     for name, value, allowed in names:
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
+    guided_channels = checks.whole(guided_channels)
     scale_n = _check(output, x, noise, scale, guided_channels)
     coefficients_BK = _rows(coefficients, x, kind)
     serve: Callable[..., tuple[Tensor, Tensor]] = reference.cfg_step
@@ -85,7 +86,7 @@ def _check(
         return None
     if B % 2:
         raise ValueError(f"x: {B} samples, guidance needs an even number (conditional, then unconditional)")
-    if not 0 <= guided_channels <= C:
+    if not isinstance(guided_channels, int | torch.SymInt) or not 0 <= guided_channels <= C:
         raise ValueError(f"guided_channels: got {guided_channels}, allowed are 0 to {C}")
     if not isinstance(scale, Tensor):
         return torch.full((1,), float(scale), device=x.device).expand(B // 2)

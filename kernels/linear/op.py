@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
-from ..registry import applied
+from ..registry import applied, once
 from ..rows import as_before
 from ..sums import sum_rows
 from . import onednn, reference
@@ -55,7 +54,7 @@ class Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
         (x, weight), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()

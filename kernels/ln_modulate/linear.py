@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..linear.op import input_gradient, product, weight_gradient
-from ..registry import applied
+from ..registry import applied, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
 from . import reference
@@ -123,7 +122,7 @@ class _Linear(torch.autograd.Function):
         return x if y is None else residual, product(normal, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
         x, y, gate, shift, scale, offsets, mean, rstd, weight, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes

@@ -27,8 +27,8 @@ def ln_modulate_fwd(
     outputs = residual_RD, out_RD, mean_R, rstd_R = _outputs(x_RD, y_RD, dtype)
     if len(x_RD):
         _kernels(x_RD).ln_modulate_fwd(
-            x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, eps, None if y_RD is None else residual_RD,
-            out_RD, mean_R, rstd_R,
+            x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, float(eps),
+            None if y_RD is None else residual_RD, out_RD, mean_R, rstd_R,
         )  # fmt: skip
     return outputs
 

@@ -71,6 +71,7 @@ def rel_attention(
     Source: MDT (arXiv:2303.14389), section 3; the table's form is BEiT's (arXiv:2106.08254).
     """
     checks.floating("q", q_BHMd)
+    grid_size = checks.whole(grid_size)
     ragged = q_offsets is not None
     _check_layout(q_BHMd, k_BHNd, v_BHNd, ragged)
     if ragged:
@@ -110,6 +111,7 @@ def rel_attention_qkvpacked(
     d]. All else as :func:`rel_attention`.
     """
     checks.floating("qkv", qkv_BL3Hd)
+    grid_size = checks.whole(grid_size)
     ragged = offsets is not None
     sizes: tuple[int | str, ...] = ("R", 3, "H", "d") if ragged else ("B", "L", 3, "H", "d")
     checks.shape("qkv", qkv_BL3Hd, *sizes)
@@ -194,7 +196,7 @@ def _side(
     grid_size: int,
 ) -> Side:
     """Queries or keys [B, H, rows, d] or [R, H, d], checked."""
-    looking = torch.compiler.is_compiling() or x.is_cuda
+    looking, longest = torch.compiler.is_compiling() or x.is_cuda, checks.whole(longest)
     if offsets is None:
         batch, length = x.shape[0], x.shape[2]
         if longest is not None:
@@ -209,7 +211,7 @@ def _side(
                     f"{names.longest}: got {longest}, but {names.offsets} has a sample of {most}"
                 )
             longest = most if longest is None else longest
-        if longest is None or longest < 0:
+        if not isinstance(longest, int | torch.SymInt) or longest < 0:
             raise ValueError(
                 f"{names.longest}: got {longest}; with {names.offsets} it must be given on CUDA and under "
                 "torch.compile, and be 0 or more"

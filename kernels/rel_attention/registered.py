@@ -205,6 +205,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dout_BMHd, _dlse):  # type: ignore[no-untyped-def]
+    if dout_BMHd is None:
+        return (None,) * 14
     needs_table = ctx.needs_input_grad[3]
     gradients = rel_attention_bwd(dout_BMHd.contiguous(), *ctx.saved_tensors, *ctx.settings, needs_table)
     dq, dk, dv = (x.transpose(1, 2) for x in gradients[:3])
@@ -219,6 +221,8 @@ def _setup_context_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyp
 
 
 def _backward_packed(ctx, dout_BLHd, _dlse):  # type: ignore[no-untyped-def]
+    if dout_BLHd is None:
+        return (None,) * 9
     needs_table = ctx.needs_input_grad[1]
     dqkv, dtable = rel_attention_qkvpacked_bwd(
         dout_BLHd.contiguous(), *ctx.saved_tensors, *ctx.settings, needs_table

@@ -157,12 +157,7 @@ class Transformer(Pretrained):
 
     def every_block(self) -> Iterator[Block]:
         """In the order of ``modules()``, of which there are hundreds: this is called in every step."""
-        stacks = (stack for stack in self.children() if isinstance(stack, nn.ModuleList))
-        for block in (block for stack in stacks for block in stack):
-            if isinstance(block, Block):
-                yield block
-            else:  # wrapped
-                yield from (module for module in block.modules() if isinstance(module, Block))
+        return iter(dict.fromkeys(_blocks_in(self)))
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
         """One block."""
@@ -244,6 +239,14 @@ class Transformer(Pretrained):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.kwargs().items())
+
+
+def _blocks_in(module: nn.Module) -> Iterator[Block]:
+    for child in module.children():
+        if isinstance(child, Block):
+            yield child
+        else:
+            yield from _blocks_in(child)
 
 
 def _separate_index(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:

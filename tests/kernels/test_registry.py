@@ -1,11 +1,21 @@
 """Operators that are plain calls where nothing looks at them."""
 
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdt_fast.kernels import launches
+from mdt_fast.kernels import (
+    gelu_linear,
+    launches,
+    ln_modulate_linear,
+    rel_attention,
+    rel_attention_qkvpacked,
+)
 from mdt_fast.kernels.registry import Op, applied, registered
 
 CALLS: list[str] = []
@@ -102,13 +112,74 @@ def test_compiled_and_checked_as_an_operator() -> None:
     torch.library.opcheck(cube.overload, (x, 2.0))
 
 
-def test_no_second_derivative() -> None:
+@pytest.mark.parametrize("mode", [nullcontext, lambda: FlopCounterMode(display=False)], ids=["plain", "mode"])
+@pytest.mark.parametrize("linear", [True, False], ids=["constant gradient", "gradient"])
+def test_a_second_derivative_is_an_error_and_never_left_out(mode: Any, linear: bool) -> None:
     x = torch.randn(3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(cube(x, 2.0).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
-    with pytest.raises(RuntimeError, match="tests_cube_bwd: has no derivative"):
-        cube_bwd(x, x, 2.0)
+    with mode():
+        out = cube(x, 2.0)
+        loss = out.sum() if linear else out.square().sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (loss + gradient.square().sum()).backward()
+        with pytest.raises(RuntimeError, match="tests_cube_bwd: has no derivative"):
+            cube_bwd(x, x, 2.0)
+
+
+@pytest.mark.parametrize("op", ["linear", "attention", "gelu"])
+def test_no_second_derivative_of_any_room(op: str) -> None:
+    x, weight = torch.randn(2, 16, 3, 2, 8, requires_grad=True), torch.randn(4, 8)
+    bias, flat = torch.zeros(8), torch.randn(5, 8, requires_grad=True)
+    calls = {
+        "linear": lambda: (flat, ln_modulate_linear(flat[None], bias[None], bias[None], weight)),
+        "attention": lambda: (x, rel_attention_qkvpacked(x, attention_backend="samples")),
+        "gelu": lambda: (flat, gelu_linear(flat, bias, weight)),
+    }
+    leaf, out = calls[op]()
+    (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (out.sum() + gradient.square().sum()).backward()
+
+
+def test_attention_whose_output_has_no_gradient() -> None:
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dout):  # type: ignore[no-untyped-def]
+            return None
+
+    x = torch.randn(2, 16, 3, 2, 8, requires_grad=True)
+    out = rel_attention_qkvpacked(x, attention_backend="samples")
+    (Ends.apply(out).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    q = torch.randn(2, 2, 16, 8, requires_grad=True)
+    (Ends.apply(rel_attention(q, q, q, attention_backend="samples")).sum() + q.sum()).backward()
+    assert torch.equal(q.grad, torch.ones_like(q))
+
+
+def test_names_in_traces() -> None:
+    assert cube(torch.randn(3, requires_grad=True), 2.0).grad_fn.name() == "mdt_fast_tests_cubeBackward"
+
+
+def test_a_lazy_sign_is_not_overlooked(dispatched: list[str]) -> None:
+    x = torch.randn(3)
+    assert torch.equal(cube(torch._neg_view(x), 2.0), 2.0 * (-x) ** 3)
+    assert dispatched == ["tests_cube"]
+
+
+def test_whole_numbers_of_other_libraries() -> None:
+    qkv, pos = torch.randn(7, 3, 2, 8), torch.arange(7) % 4
+    offsets, table = torch.tensor([0, 4, 7], dtype=torch.int32), torch.randn(12, 2)
+    expected, *others = (
+        rel_attention_qkvpacked(qkv, table, grid_size=kind(2), pos=pos, offsets=offsets, max_length=kind(4))
+        for kind in (int, np.int64, torch.tensor)
+    )
+    assert all(torch.equal(other, expected) for other in others)
+    with pytest.raises(ValueError, match="max_length: got"):
+        rel_attention_qkvpacked(qkv, table, grid_size=2, pos=pos, offsets=offsets, max_length=4.0)
 
 
 def test_a_step_of_autograd_without_gradients_is_its_forward_pass() -> None:
