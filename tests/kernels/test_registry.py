@@ -36,12 +36,12 @@ cube.register_fake(lambda x, factor: torch.empty_like(x))
 cube_bwd.register_fake(lambda dout, x, factor: torch.empty_like(x))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.factor = inputs[1]
 
 
-def _backward(ctx, dout):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
     return cube_bwd(dout, *ctx.saved_tensors, ctx.factor), None
 
 
@@ -54,9 +54,9 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for op in (cube, cube_bwd):
 
-        def call(*args: object, op: Op = op, overload: object = op.overload, **kwargs: object) -> object:
+        def call(*args: Any, op: Op = op, overload: Any = op.overload, **kwargs: Any) -> Any:
             seen.append(op.name.partition("::")[2])
-            return overload(*args, **kwargs)  # type: ignore[operator]
+            return overload(*args, **kwargs)
 
         monkeypatch.setattr(op, "overload", call)
     return seen
@@ -144,11 +144,11 @@ def test_no_second_derivative_of_any_room(op: str) -> None:
 def test_attention_whose_output_has_no_gradient() -> None:
     class Ends(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):  # type: ignore[no-untyped-def]
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
-        def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        def backward(ctx: Any, dout: Tensor) -> None:
             return None
 
     x = torch.randn(2, 16, 3, 2, 8, requires_grad=True)
@@ -183,16 +183,19 @@ def test_whole_numbers_of_other_libraries() -> None:
 
 
 def test_a_step_of_autograd_without_gradients_is_its_forward_pass() -> None:
+    contexts: list[bool] = []
+
     class Double(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):  # type: ignore[no-untyped-def]
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            contexts.append(isinstance(ctx, torch.autograd.function.FunctionCtx))
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(x)
             ctx.note = "kept for the backward pass"
             return 2 * x
 
         @staticmethod
-        def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        def backward(ctx: Any, dout: Tensor) -> Tensor:
             return 2 * dout
 
     x = torch.randn(3, requires_grad=True)
@@ -200,6 +203,7 @@ def test_a_step_of_autograd_without_gradients_is_its_forward_pass() -> None:
     assert torch.equal(applied(Double, x.detach()), 2 * x)
     with torch.no_grad():
         assert torch.equal(applied(Double, x), 2 * x)
+    assert contexts == [True, False, False]
 
 
 def test_launch_choices_are_looked_up_once_and_again_for_the_tuner() -> None:
