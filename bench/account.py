@@ -109,6 +109,7 @@ def count(case: Case, line: Line, len_keep: int | None) -> None:
     counted = flops.train_step(case.config, len_keep, implementation, case.batch, unpacked)
     step = _turned(line)
     step(0)  # the optimiser's state is there from now on
+    line.step.forget()
     line.found |= {
         "flops": counted.flops,
         "saved_bytes": saved_bytes(line.step),
@@ -140,7 +141,7 @@ def saved_bytes(owner: TrainStep) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        losses = owner.losses(0, owner.y)  # alive, so that no storage is used twice
+        losses = [*owner.losses(0, owner.y)]  # alive, so that no storage is used twice
     del losses
     return storage_bytes(kept.values())
 

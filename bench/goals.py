@@ -5,9 +5,11 @@ Figures of one machine are compared with figures of the same machine. Rates in i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from measure import MIN_ROUNDS
 from plots import RATES
+from providers import NAMES
 from rows import Row
 from steps import SAMPLING_STEPS
 
@@ -16,7 +18,7 @@ Found = tuple[float, str] | None
 Measure = Callable[["Rows"], Found]
 
 XL, S = "MDTv2_XL_2", "MDTv2_S_2"
-OURS, COMPILED = ("fast", "fast-compiled", "fast-graphs"), ("reference-compiled",)
+OURS, COMPILED = tuple(name for name in NAMES if name.startswith("fast")), ("reference-compiled",)
 ADALN = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate")
 TOKENS = ("gather_tokens", "unmask_tokens", "merge_tokens")
 OPTIMIZERS = ("adan_step", "adamw_step")
@@ -95,7 +97,7 @@ def against(
     model: str, mode: str, batch: int | None, theirs: Sequence[str], metric: str, dtypes: tuple[str, str]
 ) -> Measure:
     """Our best over their best at one batch: img/s, or the least memory over the least memory."""
-    pick = min if metric == "peak_bytes" else max
+    pick, value = min if metric == "peak_bytes" else max, itemgetter("p50")
 
     def measure(rows: Rows) -> Found:
         common = {"bench": "throughput", "metric": metric, "model": model, "mode": mode}
@@ -107,8 +109,8 @@ def against(
         if not batches:
             return None
         at = max(batches)
-        a, b = (pick(row["p50"] for row in some if row["batch"] == at) for some in (ours, other))
-        return a / b, f"batch {at}"
+        a, b = (pick((row for row in some if row["batch"] == at), key=value) for some in (ours, other))
+        return a["p50"] / b["p50"], f"{a['provider']}, batch {at}"
 
     return measure
 

@@ -253,6 +253,12 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def pool_bytes(pool: tuple[int, int]) -> int:
+    """Bytes that the CUDA graphs of a pool hold."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] == pool)
+
+
 def peak_bytes(step: Callable[[int], object], device: torch.device) -> int:
     """Bytes that one call of ``step`` adds to what was allocated before it, at its highest point."""
     if device.type == "cuda":

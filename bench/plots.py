@@ -16,6 +16,9 @@ COLORS = {
     "fast": "#3b82c4",
     "fast-compiled": "#1d4f8c",
     "fast-graphs": "#2e7d4f",
+    "fast-in-turn": "#00a0a0",
+    "fast-in-turn-compiled": "#007878",
+    "fast-in-turn-graphs": "#66b388",
     "official": "#d08a3c",
     "diffusers": "#8a6fb0",
 }

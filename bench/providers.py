@@ -2,8 +2,9 @@
 
 ``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
 ``torch.compile`` (the whole forward), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA
-graph (``train.cuda_graphs``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
-A provider and its compiled and graphed forms share one module.
+graph (``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
+(``train.passes``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+A provider and its other forms share one module.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,10 @@ from mdt_fast.errors import UserError, nearest
 from mdt_fast.models import zoo
 from mdt_fast.presets import PRESETS
 
-NAMES = ("reference", "reference-compiled", "fast", "fast-compiled", "fast-graphs", "official", "diffusers")
+NAMES = (
+    "reference", "reference-compiled", "fast", "fast-compiled", "fast-graphs",
+    "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs", "official", "diffusers",
+)  # fmt: skip
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
 """Where the published recipe differs from the constructor's default."""
@@ -136,6 +140,10 @@ class Provider:
         return self.name.endswith("-graphs")
 
     @property
+    def in_turn(self) -> bool:
+        return "-in-turn" in self.name
+
+    @property
     def implementation(self) -> str:
         return implementation(self.name)
 
@@ -147,7 +155,8 @@ def make(name: str, modules: Modules) -> Provider:
     if name.endswith("-graphs") and modules.device.type != "cuda":
         raise Skip("CUDA graphs need a GPU")
     module = modules.get(implementation(name))
-    calls = [module, module.forward_with_cfg, getattr(module, "training_step_outputs", None)]
+    both = None if "-in-turn" in name else getattr(module, "training_step_outputs", None)
+    calls = [module, module.forward_with_cfg, both]
     if name.endswith("-compiled"):
         calls = [None if call is None else torch.compile(call) for call in calls]
     return Provider(name, module, *calls)
@@ -155,7 +164,7 @@ def make(name: str, modules: Modules) -> Provider:
 
 def implementation(name: str) -> str:
     """Whose module a provider runs."""
-    return name.removesuffix("-compiled").removesuffix("-graphs")
+    return name.removesuffix("-compiled").removesuffix("-graphs").removesuffix("-in-turn")
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -267,6 +267,7 @@ class Session:
 
     def memory(self, case: Case, step: Step, one: Result) -> None:
         try:
+            step.forget()
             one.peak_bytes = step.own_bytes() + peak_bytes(step, case.device)
         except Exception as error:
             one.notes.append(f"peak memory unknown: {one_line(error)}")

@@ -5,7 +5,7 @@ optimiser, the moving average, the drawing of masks, noise and timesteps (inside
 that depend on the step's number only).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from mdt_fast.masking import MaskPlan
 from mdt_fast.training.objective import Draws
 from mdt_fast.training.optim import Ema, build_optimizer
 from mdt_fast.training.passes import GraphedPasses, Passes
-from measure import module_tensors, storage_bytes
+from measure import module_tensors, pool_bytes, storage_bytes
 from providers import Provider, Skip, implementation
 
 TRAIN_STEP = {
@@ -120,6 +120,9 @@ class Step:
         """Weights and whatever else this provider keeps between steps."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Release what the last call has left behind and the next one would."""
+
 
 class TrainStep(Step):
     """The objective, its gradients, the optimiser's step and the moving average."""
@@ -151,16 +154,23 @@ class TrainStep(Step):
         self.gradients(index, self.y)
         self.optimizer.step()
 
-    def losses(self, index: int, y: Tensor) -> list[Tensor]:
-        """Loss per image [B] of each pass. Both use the same timesteps; the noise is fresh in each."""
+    def losses(self, index: int, y: Tensor) -> Iterator[list[Tensor]]:
+        """Loss per image [B] of each pass, together what is to have one backward pass before it goes on.
+
+        Both passes use the same timesteps; the noise is fresh in each."""
         t = self.times(index)
         len_keep = self.len_keeps[index % len(self.len_keeps)]
         if len_keep is not None and self.provider.both is not None:
-            return self.both_passes(index, t, y, len_keep, self.provider.both)
+            yield self.both_passes(index, t, y, len_keep, self.provider.both)
+            return
         passes = [self.one_pass(2 * index, t, y, None)]
+        if self.provider.in_turn:
+            yield passes
+            passes = []
         if len_keep is not None:
             passes.append(self.one_pass(2 * index + 1, t, y, len_keep))
-        return passes
+        if passes:
+            yield passes
 
     def times(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
@@ -201,7 +211,7 @@ class TrainStep(Step):
         return noise, self.plan(tokens, len_keep)
 
     def plan(self, noise_BL: Tensor, len_keep: int) -> MaskPlan:
-        plan = MaskPlan.from_noise(noise_BL, len_keep, ascending=self.provider.both is not None)
+        plan = MaskPlan.from_noise(noise_BL, len_keep, ascending=self.provider.implementation == "fast")
         if self.provider.compiled:  # one graph for all lengths, from the first call on
             for ids in (plan.ids_keep, plan.ids_mask):
                 torch._dynamo.maybe_mark_dynamic(ids, 1)
@@ -218,15 +228,20 @@ class TrainStep(Step):
     def gradients(self, index: int, y: Tensor) -> list[Tensor]:
         """Left in the parameters; returns the loss per image [B] of each pass."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(index, y)
-        torch.stack(losses).mean(1).sum().backward()
-        return losses
+        found: list[Tensor] = []
+        for losses in self.losses(index, y):
+            torch.stack(losses).mean(1).sum().backward()
+            found += (loss.detach() for loss in losses)
+        return found
 
     def found(self, losses: Tensor) -> tuple[Tensor, ...]:
         """Losses [passes, B] and the norm of the gradients."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return losses.detach().flatten().cpu(), norm.cpu()[None]
+
+    def forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def own_bytes(self) -> int:
         state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
@@ -238,7 +253,7 @@ class GraphedTrainStep(TrainStep):
 
     def __init__(self, case: Case, provider: Provider, *args: Any):
         super().__init__(case, provider, *args)
-        settings = TrainConfig(dtype=case.dtype_name)
+        settings = TrainConfig(dtype=case.dtype_name, passes="in_turn" if provider.in_turn else "together")
         module: Any = self.module
         self.passes = GraphedPasses(Passes(module, self.diffusion, settings, False, case.device))
 
@@ -256,6 +271,9 @@ class GraphedTrainStep(TrainStep):
             return Draws(t, noise, drops)
         noise_masked, plan = self.draws(2 * index + 1, len_keep)
         return Draws(t, noise, drops, noise_masked, self.module.drop_labels(y) != y, plan)
+
+    def own_bytes(self) -> int:
+        return super().own_bytes() + pool_bytes(self.passes.graphed.pool)
 
 
 class SampleStep(Step):
@@ -300,6 +318,8 @@ def step_of(
 ) -> Step:
     """The step that the case is about; ``share``: whose optimiser and average it uses. Raises ``Skip``."""
     if case.mode == "sample":
+        if provider.in_turn:
+            raise Skip("passes in turn are a way to train")
         if provider.graphed:
             raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
         return SampleStep(case, provider, inputs)

@@ -46,6 +46,6 @@ def mark(x: Tensor, rows: Rows, plan: MaskPlan) -> None:
     """Declare the sizes that follow the number of kept tokens, so that the first compilation serves all."""
     if torch.compiler.is_compiling():
         return
-    for tensor, dim in ((x, 0), (rows.positions, 0), (plan.ids_keep, 1), (plan.ids_mask, 1)):
+    for tensor, dim in ((x, x.ndim - 2), (rows.positions, -1), (plan.ids_keep, 1), (plan.ids_mask, 1)):
         if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            torch._dynamo.maybe_mark_dynamic(tensor, dim % tensor.ndim)

@@ -52,7 +52,10 @@ class MaskedTransformer(Transformer):
 
     def from_tokens(self, tokens: Tensor, skip: Skip, c: Conditioning, plan: MaskPlan | None) -> Tensor:
         """What :meth:`embed` gave -> [B, O, S, S]."""
-        tokens = self.encode(tokens, c, rows.kept(plan))
+        where = rows.kept(plan)
+        if plan is not None:
+            self.mark_lengths(tokens, where, plan)
+        tokens = self.encode(tokens, c, where)
         tokens = self.join(tokens, c, plan)
         return self.image(self.decode(tokens, c, skip), c)
 

@@ -3,7 +3,9 @@
 B samples of the whole batch, [C, S, S] each, L tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +82,19 @@ def losses_of(
     )  # fmt: skip
 
 
+def losses_by_pass(
+    model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws
+) -> list[Callable[[], dict[str, Tensor]]]:
+    """Calls that give the terms of :func:`losses_of`, one for each pass: a backward pass can come between."""
+    full = partial(losses_of, model, diffusion, x, y, replace(draws, plan=None))
+    if draws.plan is None:
+        return [full]
+    labels = drop(y, draws.dropped_masked, model.num_classes)
+    kwargs = {"y": labels, "drop_labels": False, "enable_mask": True, "mask_plan": draws.plan}
+    masked = partial(diffusion.training_losses, model, x, draws.t, kwargs, draws.noise_masked)
+    return [full, lambda: _as_masked(masked())]
+
+
 def two_pass_losses(
     model: nn.Module, diffusion: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor
 ) -> dict[str, Tensor]:
@@ -89,11 +104,14 @@ def two_pass_losses(
     if hasattr(model, "training_step_outputs"):
         return diffusion.two_pass_losses(model, x, t, y)
     terms = diffusion.training_losses(model, x, t, {"y": y})
-    masked = diffusion.training_losses(model, x, t, {"y": y, "enable_mask": True})
-    return terms | {f"m_{name}": values for name, values in masked.items()}
+    return terms | _as_masked(diffusion.training_losses(model, x, t, {"y": y, "enable_mask": True}))
+
+
+def _as_masked(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"m_{name}": values for name, values in terms.items()}
 
 
 def total_loss(terms: dict[str, Tensor]) -> Tensor:
-    """The sum, not the average, of the passes' mean losses."""
-    loss = terms["loss"].mean()
-    return loss + terms["m_loss"].mean() if "m_loss" in terms else loss
+    """The sum, not the average, of the mean losses of the passes that ``terms`` are of."""
+    first, *second = (terms[name].mean() for name in ("loss", "m_loss") if name in terms)
+    return first + second[0] if second else first

@@ -3,7 +3,7 @@
 b rows, [C, S, S] each. Gradients are added up in the parameters from ``zero_grad`` on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,8 +16,8 @@ from ..diffusion import GaussianDiffusion
 from ..errors import UserError
 from ..masking import TENSORS, MaskPlan
 from ..models.base import Transformer
-from .objective import Draws, losses_of, total_loss
-from .parallelize import autocasting
+from .objective import Draws, losses_by_pass, losses_of, total_loss
+from .parallelize import autocasting, reduce_gradients
 
 DRAWN = tuple(field.name for field in fields(Draws) if field.name != "plan")
 
@@ -35,14 +35,27 @@ class Passes:
     def zero_grad(self) -> None:
         self.model.zero_grad()
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None) -> dict[str, Tensor]:
+    def __call__(
+        self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None, last: bool = True
+    ) -> dict[str, Tensor]:
         """The loss terms [b] of model inputs x [b, C, S, S] with labels y [b]; their gradients are those of
-        ``scale`` (float16's) times the step's share of these rows."""
-        with autocasting(self.settings, self.sharded, self.device):
-            terms = losses_of(self.model, self.diffusion, x, y, draws)
-            loss = total_loss(terms) / self.settings.accumulate
-        (loss if scale is None else loss * scale).backward()
-        return {name: values.detach() for name, values in terms.items()}
+        ``scale`` (float16's) times the step's share of these rows. ``last`` False: more rows come."""
+        terms: dict[str, Tensor] = {}
+        calls = self.forward_passes(x, y, draws)
+        for number, call in enumerate(calls, 1):
+            reduce_gradients(self.model, self.sharded, now=last and number == len(calls))
+            with autocasting(self.settings, self.sharded, self.device):
+                found = call()
+                loss = total_loss(found) / self.settings.accumulate
+            (loss if scale is None else loss * scale).backward()
+            terms |= {name: values.detach() for name, values in found.items()}
+        return terms
+
+    def forward_passes(self, x: Tensor, y: Tensor, draws: Draws) -> list[Callable[[], dict[str, Tensor]]]:
+        """What is run before each backward pass."""
+        if self.settings.passes == "in_turn":
+            return losses_by_pass(self.model, self.diffusion, x, y, draws)
+        return [lambda: losses_of(self.model, self.diffusion, x, y, draws)]
 
 
 class GraphedPasses:
@@ -69,7 +82,9 @@ class GraphedPasses:
         if known:
             torch._foreach_zero_(known)
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None) -> dict[str, Tensor]:
+    def __call__(
+        self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None, last: bool = True
+    ) -> dict[str, Tensor]:
         plan = draws.plan
         self.ascending = plan is not None and plan.ascending
         masked = [None if plan is None else getattr(plan, name) for name in TENSORS]

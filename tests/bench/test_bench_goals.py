@@ -56,14 +56,18 @@ def test_models() -> None:
     rows += models("reference-compiled", 200, 10) + models("fast", 290, 5) + models("fast-compiled", 370, 4)
     rows += models("fast", 500, batch=64)
     assert "| 500 img/s (fast, batch 64) | met |" in said(rows, "train XL/2, bfloat16, one H200")
-    assert "| 12.33x (batch 32) | met |" in said(rows, "train XL/2 over eager float32")
-    assert "| 3.70x (batch 32) | met |" in said(rows, "train XL/2 over eager bfloat16")
-    assert "| 1.85x (batch 32) | met |" in said(rows, "train XL/2 over compiled bfloat16")
-    assert "| 0.40x (batch 32) | met |" in said(rows, "peak memory, XL/2, batch 32, over compiled")
+    assert "| 12.33x (fast-compiled, batch 32) | met |" in said(rows, "train XL/2 over eager float32")
+    assert "| 3.70x (fast-compiled, batch 32) | met |" in said(rows, "train XL/2 over eager bfloat16")
+    assert "| 1.85x (fast-compiled, batch 32) | met |" in said(rows, "train XL/2 over compiled bfloat16")
+    assert "| 0.40x (fast-compiled, batch 32) | met |" in said(
+        rows, "peak memory, XL/2, batch 32, over compiled"
+    )
     assert said(rows, "train XL/2 at batch 4 over compiled").endswith("| not measured | |")
     rows += models("fast", 10, 9, batch=4) + models("reference-compiled", 5, batch=4)
-    assert "| 2.00x (batch 4) | **missed** | a GPU |" in said(rows, "train XL/2 at batch 4 over compiled")
-    assert "| 2.00x (batch 4) |" in said(
+    assert "| 2.00x (fast, batch 4) | **missed** | a GPU |" in said(
+        rows, "train XL/2 at batch 4 over compiled"
+    )
+    assert "| 2.00x (fast, batch 4) |" in said(
         rows + models("fast", 10, batch=4), "train XL/2 at batch 4 over compiled"
     )
     assert said(rows, "CPU, train S/2 over eager, float32").endswith("| not measured | |")

@@ -48,6 +48,21 @@ def test_all_lengths_of_training(scope: str, most: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("scope", "most"), [("model", 3), ("block", 3 * KINDS)])
+def test_all_lengths_of_passes_in_turn(scope: str, most: int) -> None:
+    """Whole grids are one compilation more."""
+    torch._dynamo.reset()
+    compiled, counter = model(), CompileCounterWithBackend("aot_eager")
+    compile_for_training(compiled, scope, backend=counter)
+    x, x_masked, t, y, _ = inputs(32)
+    for len_keep in range(179, 127, -3):
+        compiled(x, t, y, drop_labels=False)
+        plan = MaskPlan.from_noise(torch.rand(2, 256), len_keep, ascending=True)
+        compiled(x_masked, t, y, enable_mask=True, mask_plan=plan, drop_labels=False)
+    assert 0 < counter.frame_count <= most
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "checkpointing"),
     [("model", "none"), ("block", "none"), ("block", "selective"), ("block", "full")],

@@ -68,6 +68,7 @@ def same_losses(run: Path, other: Path, tolerance: float = 1e-6) -> None:
 CASES = {
     "mdtv2-adan": ["--set=train.optimizer=adan"],
     "mdt-accumulated": ["--accumulate=2", "--set=model.family=mdt", "--set=model.decode_layer=1"],
+    "mdt-in-turn": ["--set=train.passes=in_turn", "--set=model.family=mdt", "--set=model.decode_layer=1"],
     "dit-hybrid": ["--set=model.family=dit", "--set=train.parallel=hybrid"],
 }
 
@@ -96,7 +97,7 @@ def carried_on(eight_steps: tuple[Path, str]) -> Path:
     """Each case's run of the other number of processes too, and the broken run, all of them resumed."""
     root, _ = eight_steps
     for name, options in CASES.items():
-        single = [option for option in options if "accumulate" not in option]
+        single = [option for option in options if "accumulate" not in option and "in_turn" not in option]
         alone(root / name / "one", "--steps=8", *single)
         same_losses(root / name / "two", root / name / "one")
         alone(root / name / "two", "--resume=auto", "--steps=12", "--accumulate=1", *single)

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from mdt_fast.config import RunConfig
+from mdt_fast.diffusion import create_diffusion
 from mdt_fast.errors import UserError
+from mdt_fast.models.zoo import build_model
 from mdt_fast.training import passes, run, train
 from mdt_fast.training.metrics import read_rows
+from mdt_fast.training.objective import draw
 from replayed import Replayed
 from tiny import tensors_of, tiny
 
@@ -24,7 +28,13 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("mdtv2", {}), ("mdtv2", {"accumulate": 2}), ("mdtv2", {"dtype": "float16"}), ("dit", {})],
+    [
+        ("mdtv2", {}),
+        ("mdtv2", {"accumulate": 2}),
+        ("mdtv2", {"dtype": "float16"}),
+        ("mdtv2", {"passes": "in_turn"}),
+        ("dit", {}),
+    ],
     ids=str,
 )
 def test_graphs_train_to_the_same_bits(
@@ -60,3 +70,51 @@ def test_refusals(tmp_path: Path) -> None:
     made = passes.Passes(None, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))
     with pytest.raises(UserError, match=r"train.cuda_graphs: for one process, got 2"):
         passes.passes_of(made, 2)
+
+
+@pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_passes_in_turn_have_the_same_gradients(family: str, accumulate: int) -> None:
+    """And hold less at once: what one pass keeps is gone before the next."""
+    config = of_family(tiny(accumulate=accumulate), family)
+    found = []
+    for name in ("together", "in_turn"):
+        torch.manual_seed(0)
+        model = build_model(config.model).double().train()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
+        diffusion, kept = create_diffusion(), Kept()
+        draws = draw(model, diffusion, 6, torch.device("cpu"))
+        settings = replace(config.train, passes=name)
+        one = passes.Passes(model, diffusion, settings, False, torch.device("cpu"))
+        with kept:
+            terms = one(x, y, draws, torch.tensor(64.0, dtype=torch.float64))
+        found.append((terms, [p.grad for p in model.parameters()], kept.most))
+    (terms, gradients, most), (terms_in_turn, gradients_in_turn, most_in_turn) = found
+    assert terms.keys() == terms_in_turn.keys()
+    for a, e in zip(
+        [*terms_in_turn.values(), *gradients_in_turn], [*terms.values(), *gradients], strict=True
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+    assert most_in_turn == most if family == "dit" else most_in_turn < 0.7 * most
+
+
+class Kept(saved_tensors_hooks):
+    """``most``: bytes that the backward pass needs, at the highest point."""
+
+    def __init__(self) -> None:
+        self.held = self.most = 0
+        super().__init__(self.pack, lambda kept: kept.tensor)
+
+    def pack(self, tensor: torch.Tensor) -> "Kept.One":
+        return Kept.One(self, tensor)
+
+    class One:
+        def __init__(self, of: "Kept", tensor: torch.Tensor):
+            self.of, self.tensor = of, tensor
+            of.held += tensor.numel() * tensor.element_size()
+            of.most = max(of.most, of.held)
+
+        def __del__(self) -> None:
+            self.of.held -= self.tensor.numel() * self.tensor.element_size()
