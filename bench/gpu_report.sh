@@ -142,6 +142,7 @@ breakdown() { # by class of kernel; the reference apart, as both need the memory
 switches() { # of the fast model, in a step that does not wait for the host
     local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16 --mode train --providers fast-graphs)
     rows throughput switches "${step[@]}" --batch 32,128
+    rows throughput switches "${step[@]/fast-graphs/fast-in-turn-graphs}" --batch 32,128
     rows throughput switches "${step[@]}" --batch 32 --turn stored_scores
     rows throughput switches "${step[@]}" --batch 32 --turn recompute
     rows throughput switches "${step[@]}" --batch 32,128 --turn stored_scores,recompute

@@ -256,7 +256,7 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
 def pool_bytes(pool: tuple[int, int]) -> int:
     """Bytes that the CUDA graphs of a pool hold."""
     segments = torch.cuda.memory_snapshot()
-    return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] == pool)
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == pool)
 
 
 def peak_bytes(step: Callable[[int], object], device: torch.device) -> int:

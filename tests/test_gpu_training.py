@@ -11,6 +11,7 @@ from torch import Tensor
 from mdt_fast.cuda_graphs import Graphed
 from mdt_fast.training import passes, train
 from mdt_fast.training.metrics import read_rows
+from measure import pool_bytes
 from tiny import tiny
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.gpu
         {"dtype": "float16", "accumulate": 2},
         {"dtype": "bfloat16", "checkpointing": "selective"},
         {"dtype": "bfloat16", "compile": "block"},
+        {"dtype": "bfloat16", "passes": "in_turn"},
     ],
     ids=str,
 )
@@ -76,3 +78,4 @@ def test_graphs_of_several_shapes_share_their_memory() -> None:
             assert torch.cuda.max_memory_reserved() <= before + 512 * 2**20
         torch.testing.assert_close(values, step(x), rtol=1e-4, atol=0)
     assert len(graphed.captured) == 3
+    assert 2**30 <= pool_bytes(graphed.pool) <= torch.cuda.memory_reserved()
