@@ -6,7 +6,7 @@ must come to the reference's picture; predictions are clipped, as with untrained
 hundreds. ``reference`` is the published loop around the plain model, ``forward_with_cfg`` and the update in
 separate operations; ``diffusers`` is its DiTTransformer2DModel of equal size in the same loop, with weights
 of its own. Ops: what torch dispatched, views apart. Peak: bytes at the highest point beyond what the run
-found.
+found, weights that are cast once included.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from inputs import Inputs
 from mdt_fast.config import DiffusionConfig, SampleConfig, SampleSwitches
 from mdt_fast.sampling import Sampler, sampling_diffusion
 from mdt_fast.sampling.generate import PerImageNoise
-from measure import Spread, peak_bytes, ratios, spread, take_turns
+from measure import Spread, peak_bytes, ratios, spread, storage_bytes, take_turns
 from providers import Modules, Skip, make
 from rows import RowFile
 from steps import CFG_SCALE, Case
@@ -42,10 +42,12 @@ Draw = Callable[[int], object]
 
 @dataclass
 class Line:
-    """A way to draw the batch; ``off`` by so much, relative, from the reference's picture."""
+    """A way to draw the batch, with bytes ``kept`` between batches; ``off`` by so much, relative, from the
+    reference's picture."""
 
     name: str
     draw: Draw
+    kept: int
     switches: dict[str, bool]
     off: float | None = None
     found: dict[str, float] = field(default_factory=dict)
@@ -76,17 +78,17 @@ def run(
         try:
             provider = make(name, modules)
             provider.module.eval()  # or labels would be dropped
-            lines.append(Line(name, published(case, provider.forward_with_cfg, config, labels), {}))
+            lines.append(Line(name, published(case, provider.forward_with_cfg, config, labels), 0, {}))
         except Skip as skip:
             missing.append(f"{name}: {skip}")
     lines += [
-        Line(name, drawing(modules.get("fast"), one, labels, switches), dataclasses.asdict(switches))
+        Line(name, *drawing(modules.get("fast"), one, labels, switches), dataclasses.asdict(switches))
         for name, one, switches in settings(config)
     ]
     if case.config.family == "dit":
         try:
             _, model = diffusers_dit(case)
-            lines.append(Line("diffusers", published(case, model, config, labels), {}))
+            lines.append(Line("diffusers", published(case, model, config, labels), 0, {}))
         except ImportError as error:
             missing.append(f"diffusers: {one_line(error)}")
     expected: Any = lines[0].draw(0)
@@ -101,7 +103,7 @@ def run(
             lines.remove(line)
             missing.append(f"{line.name}: disagrees with the reference's picture by {line.off:.1e}")
             continue
-        line.found["peak_bytes"] = peak_bytes(line.draw, case.device)
+        line.found["peak_bytes"] = line.kept + peak_bytes(line.draw, case.device)
     say(f"{case.title}: timing {len(lines)} lines in turns")
     turns = {line.name: line.draw for line in lines}
     timings = take_turns(turns, case.device, repeats=repeats, deadline=deadline)
@@ -131,6 +133,8 @@ def settings(config: SampleConfig) -> list[tuple[str, SampleConfig, SampleSwitch
     names = [f.name for f in dataclasses.fields(SampleSwitches)]
     if not torch.cuda.is_available():
         names.remove("cuda_graph")
+    if config.dtype == "float32":  # nothing is cast
+        names.remove("cast_once")
     return [
         ("fast", config, every),
         *((f"fast without {name}", config, replace(every, **{name: False})) for name in names),
@@ -139,11 +143,14 @@ def settings(config: SampleConfig) -> list[tuple[str, SampleConfig, SampleSwitch
     ]
 
 
-def drawing(module: Any, config: SampleConfig, labels: list[int], switches: SampleSwitches) -> Draw:
-    """What it keeps between batches, such as a captured graph, it has from the first on."""
+def drawing(
+    module: Any, config: SampleConfig, labels: list[int], switches: SampleSwitches
+) -> tuple[Draw, int]:
+    """And the bytes of its cast weights. A captured graph it has from the first batch on."""
     diffusion = sampling_diffusion(module.config, DiffusionConfig(), config)
     sampler = Sampler(module, diffusion, config, clip_denoised=True, switches=switches)
-    return lambda index: sampler(labels)
+    casts = sampler.model.casts
+    return lambda index: sampler(labels), storage_bytes(casts.cast) if casts else 0
 
 
 def published(case: Case, forward_with_cfg: Any, config: SampleConfig, labels: list[int]) -> Draw:

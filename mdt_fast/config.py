@@ -274,7 +274,8 @@ class SampleSwitches:
     ``batched_modulations``: those of a chunk of steps by one product per layer, once for each class.
     ``shared_embedding``: both halves' patches are embedded once. ``fused_step``: guidance and the step in one
     kernel (ddpm, ddim). ``skip_unit``: the unconditional half is left out where the weight is 1.
-    ``cuda_graph``: on a GPU, a step is one graph.
+    ``cuda_graph``: on a GPU, a step is one graph. ``cast_once``: in half types the blocks' weights are cast
+    for a batch and not for every step; for so long they are in memory twice.
     """
 
     batched_modulations: bool = True
@@ -282,6 +283,7 @@ class SampleSwitches:
     fused_step: bool = True
     skip_unit: bool = True
     cuda_graph: bool = True
+    cast_once: bool = True
 
     @classmethod
     def none(cls) -> "SampleSwitches":

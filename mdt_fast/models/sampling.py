@@ -4,7 +4,8 @@ n images, B rows: n, or 2n with guidance (n with their classes, then n with the 
 labels, D width, W numbers of all modulations of a row.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -15,6 +16,7 @@ from ..masking import MaskPlan
 from .base import Transformer
 from .blocks import both_skips
 from .conditioning import FINAL, Conditioning
+from .ops import is_plain
 
 CHUNK_BYTES = 2**28
 """Memory for the modulations of a chunk of steps."""
@@ -53,6 +55,49 @@ def guided_pass(
     if guided and shared:
         tokens, skip = torch.cat([tokens, tokens]), both_skips(skip, skip)
     return parts.from_tokens(tokens, skip, c, both)
+
+
+class CastWeights:
+    """``model``: a copy of the given one that gives the same numbers. Its blocks have their linear layers'
+    weights in ``dtype``, autocast's, as they were at the latest :meth:`refresh`; all else is shared."""
+
+    def __init__(self, model: Transformer, dtype: torch.dtype):
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.whole: list[Tensor] = []
+        self.cast: list[Tensor] = []
+        for layer in _layers_of_steps(model):
+            if layer.weight.dtype != dtype and memo[id(layer.weight)] is layer.weight:
+                cast = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
+                memo[id(layer.weight)] = nn.Parameter(cast, requires_grad=False)
+                self.whole.append(layer.weight)
+                self.cast.append(cast)
+        self.model: Transformer = copy.deepcopy(model, memo)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """From the weights as they are now."""
+        torch._foreach_copy_(self.cast, self.whole)
+
+    @staticmethod
+    def serve(model: Transformer, device: torch.device) -> bool:
+        """Whether a copy is the same model: nothing but its weights says what it computes."""
+        if any(type(p) is not nn.Parameter or p.device != device for p in model.parameters()):
+            return False
+        return not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or "forward" in vars(module)
+            or module._compiled_call_impl is not None
+            for module in model.modules()
+        )
+
+
+def _layers_of_steps(model: Transformer) -> Iterator[nn.Linear]:
+    """Linear layers that every step runs: modulations can be computed for many steps at once."""
+    for block in model.every_block():
+        for name, layer in block.named_modules():
+            if is_plain(layer) and "adaLN_modulation" not in name:
+                yield layer
 
 
 class StepModulations:

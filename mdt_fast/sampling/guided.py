@@ -16,7 +16,7 @@ from ..cuda_graphs import Graphed
 from ..diffusion import GaussianDiffusion, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..masking import MaskPlan
-from ..models.sampling import StepModulations, guided_pass, is_open
+from ..models.sampling import CastWeights, StepModulations, guided_pass, is_open
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class GuidedModel:
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
         self.parts = model if is_open(model) else None
+        self.casts: CastWeights | None = None
+        cast = switches.cast_once and config.dtype != "float32"
+        if cast and self.parts is not None and CastWeights.serve(self.parts, self.device):
+            self.casts = CastWeights(self.parts, getattr(torch, config.dtype))
+            self.parts = self.casts.model
         self.fused = switches.fused_step and config.sampler in ("ddpm", "ddim")
         if isinstance(diffusion, Walk):
             self.fused = False
@@ -95,7 +100,9 @@ class GuidedModel:
         self.plan: MaskPlan | None = None
 
     def begin(self, labels: Sequence[int]) -> None:
-        """A new batch, of these n classes."""
+        """A new batch, of these n classes, with the weights as they are now."""
+        if self.casts is not None:
+            self.casts.refresh()
         null = [self.num_classes] * len(labels)
         self.labels = torch.tensor([*labels, *null], device=self.device)
         if self.switches.batched_modulations and self.parts is not None:

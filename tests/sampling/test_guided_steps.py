@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches
 from mdt_fast.diffusion import GaussianDiffusion
 from mdt_fast.models import sampling
 from mdt_fast.models.sampling import StepModulations, is_open
 from mdt_fast.models.zoo import build_model
-from mdt_fast.sampling import sample, sampling_diffusion
+from mdt_fast.sampling import Sampler, sample, sampling_diffusion
 from mdt_fast.sampling.guided import guidance_weights
 from tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -191,3 +192,62 @@ def test_half_types_are_near(dtype: Any) -> None:
         got = draw(model, replace(CONFIG, dtype=dtype), switches)
         assert got.dtype == torch.float32
         assert 0 < relative_error(got, exact) < 0.03
+
+
+@pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_cast_once_give_the_same_bits(family: Family, dtype: Any) -> None:
+    """In fewer operations, and the model is left as it was."""
+    model = made(family, torch.float32).eval()
+    config, before = replace(CONFIG, dtype=dtype), [p.clone() for p in model.parameters()]
+    pictures, counts = [], []
+    for once in (True, False):
+        with _Casts() as casts:
+            pictures.append(draw(model, config, SampleSwitches(cast_once=once)))
+        counts.append(casts.number)
+    assert torch.equal(*pictures)
+    blocks = model.depth
+    assert counts[1] - counts[0] > 5 * 3 * blocks
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, was)
+
+
+def test_a_batch_has_the_weights_as_they_are_when_it_begins() -> None:
+    model = made("mdtv2", torch.float32).eval()
+    config = replace(CONFIG, dtype="bfloat16")
+    diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
+    sampler = Sampler(model, diffusion, config)
+    first = sampler(LABELS)
+    with torch.no_grad():
+        model.en_inblocks[0].mlp.fc1.weight.mul_(2)
+    assert not torch.equal(sampler(LABELS), first)
+    assert torch.equal(sampler(LABELS), Sampler(model, diffusion, config)(LABELS))
+
+
+def test_whose_weights_are_not_copied() -> None:
+    """A hook, another forward or a compiled block may hold on to the model that it was made for."""
+    config = replace(CONFIG, dtype="bfloat16")
+
+    def copied(model: nn.Module) -> bool:
+        diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
+        return Sampler(model, diffusion, config).model.casts is not None
+
+    model = made("dit", torch.float32).eval()
+    assert copied(model)
+    handle = model.blocks[0].register_forward_hook(lambda *_: None)
+    assert not copied(model)
+    handle.remove()
+    assert copied(model)
+    model.blocks[1].compile(backend="eager")
+    assert not copied(model)
+
+
+class _Casts(TorchDispatchMode):
+    """``number`` of weights that are cast, one at a time."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+        return func(*args, **(kwargs or {}))
