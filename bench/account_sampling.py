@@ -150,6 +150,8 @@ def drawing(
     diffusion = sampling_diffusion(module.config, DiffusionConfig(), config)
     sampler = Sampler(module, diffusion, config, clip_denoised=True, switches=switches)
     casts = sampler.model.casts
+    if casts:
+        casts.refresh()
     return lambda index: sampler(labels), storage_bytes(casts.cast) if casts else 0
 
 

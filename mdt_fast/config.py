@@ -275,7 +275,7 @@ class SampleSwitches:
     ``shared_embedding``: both halves' patches are embedded once. ``fused_step``: guidance and the step in one
     kernel (ddpm, ddim). ``skip_unit``: the unconditional half is left out where the weight is 1.
     ``cuda_graph``: on a GPU, a step is one graph. ``cast_once``: in half types the blocks' weights are cast
-    for a batch and not for every step; for so long they are in memory twice.
+    for a batch and not for every step; the sampler keeps them.
     """
 
     batched_modulations: bool = True

@@ -4,8 +4,8 @@ n images, B rows: n, or 2n with guidance (n with their classes, then n with the 
 labels, D width, W numbers of all modulations of a row.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masking import MaskPlan
+from .attention import Attention
 from .base import Transformer
-from .blocks import both_skips
+from .blocks import Block, Mlp, both_skips
 from .conditioning import FINAL, Conditioning
 from .ops import is_plain
 
@@ -58,46 +59,67 @@ def guided_pass(
 
 
 class CastWeights:
-    """``model``: a copy of the given one that gives the same numbers. Its blocks have their linear layers'
-    weights in ``dtype``, autocast's, as they were at the latest :meth:`refresh`; all else is shared."""
+    """The weights of the blocks' linear layers in ``dtype``, autocast's, instead of the float32 ones.
+
+    Those that :meth:`refresh` finds are cast there, once; in the layers they are :meth:`within` a pass alone.
+    """
 
     def __init__(self, model: Transformer, dtype: torch.dtype):
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.whole: list[Tensor] = []
-        self.cast: list[Tensor] = []
-        for layer in _layers_of_steps(model):
-            if layer.weight.dtype != dtype and memo[id(layer.weight)] is layer.weight:
-                cast = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
-                memo[id(layer.weight)] = nn.Parameter(cast, requires_grad=False)
-                self.whole.append(layer.weight)
-                self.cast.append(cast)
-        self.model: Transformer = copy.deepcopy(model, memo)
+        self.model, self.dtype = model, dtype
+        self.layers: list[nn.Linear] = []
+        self.whole: list[nn.Parameter] = []
+        self.cast: list[nn.Parameter] = []
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """From the weights as they are now."""
-        torch._foreach_copy_(self.cast, self.whole)
+    def refresh(self) -> bool:
+        """From the weights as they are now. Whether they are in other memory than those before."""
+        aside = {id(block) for block in getattr(self.model, "sideblocks", ())}  # for masked passes
+        blocks = (block for block in self.model.every_block() if id(block) not in aside)
+        layers = [layer for block in blocks for layer in _layers_of_steps(block)]
+        whole: list[Any] = [layer.weight for layer in layers]
+        same = [(id(m), m.weight.shape, m.weight.device) for m in layers] == [
+            (id(m), cast.shape, cast.device) for m, cast in zip(self.layers, self.cast, strict=True)
+        ]
+        if not same:
+            with torch.inference_mode(False):  # they outlive the one that may be on here
+                empty = [torch.empty_like(weight, dtype=self.dtype) for weight in whole]
+                self.cast = [nn.Parameter(tensor, requires_grad=False) for tensor in empty]
+        self.layers, self.whole = layers, whole
+        if whole:
+            torch._foreach_copy_([*self.cast], [*whole])
+        return not same
 
-    @staticmethod
-    def serve(model: Transformer, device: torch.device) -> bool:
-        """Whether a copy is the same model: nothing but its weights says what it computes."""
-        if any(type(p) is not nn.Parameter or p.device != device for p in model.parameters()):
-            return False
-        return not any(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or "forward" in vars(module)
-            or module._compiled_call_impl is not None
-            for module in model.modules()
-        )
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Here the layers have the cast weights, but for those that were given others since."""
+        self._exchange(self.whole, self.cast)
+        try:
+            yield
+        finally:
+            self._exchange(self.cast, self.whole)
+
+    def _exchange(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
+        for layer, before, after in zip(self.layers, old, new, strict=True):
+            if layer._parameters["weight"] is before:
+                layer._parameters["weight"] = after
 
 
-def _layers_of_steps(model: Transformer) -> Iterator[nn.Linear]:
-    """Linear layers that every step runs: modulations can be computed for many steps at once."""
-    for block in model.every_block():
-        for name, layer in block.named_modules():
-            if is_plain(layer) and "adaLN_modulation" not in name:
-                yield layer
+def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
+    """Those whose float32 weights nothing but a step's products reads. Modulations are none of them: they can
+    be computed for many steps at once."""
+    modules: tuple[nn.Module, ...] = block, block.attn, block.mlp
+    if tuple(map(type, modules)) != (Block, Attention, Mlp):
+        return
+    if any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m._compiled_call_impl is not None
+        for m in modules
+    ):
+        return
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.skip_linear):
+        if layer is None or not is_plain(layer):
+            continue
+        if type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32:
+            yield layer
 
 
 class StepModulations:

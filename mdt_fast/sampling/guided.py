@@ -5,6 +5,7 @@ steps, K coefficients.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +72,8 @@ class GuidedModel:
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
         self.parts = model if is_open(model) else None
         self.casts: CastWeights | None = None
-        cast = switches.cast_once and config.dtype != "float32"
-        if cast and self.parts is not None and CastWeights.serve(self.parts, self.device):
+        if self.parts is not None and config.dtype != "float32" and switches.cast_once:
             self.casts = CastWeights(self.parts, getattr(torch, config.dtype))
-            self.parts = self.casts.model
         self.fused = switches.fused_step and config.sampler in ("ddpm", "ddim")
         if isinstance(diffusion, Walk):
             self.fused = False
@@ -101,8 +100,8 @@ class GuidedModel:
 
     def begin(self, labels: Sequence[int]) -> None:
         """A new batch, of these n classes, with the weights as they are now."""
-        if self.casts is not None:
-            self.casts.refresh()
+        if self.casts is not None and self.casts.refresh() and isinstance(self.compute, Graphed):
+            self.compute = Graphed(self._compute, self.device)  # what was captured reads other memory
         null = [self.num_classes] * len(labels)
         self.labels = torch.tensor([*labels, *null], device=self.device)
         if self.switches.batched_modulations and self.parts is not None:
@@ -141,7 +140,7 @@ class GuidedModel:
         n, guided = len(x), self.guided(index)
         B = 2 * n if guided else n
         weight = self.weights_T[index].expand(n) if guided else None
-        with torch.autocast(**self.autocast):
+        with torch.autocast(**self.autocast), self.casts.within() if self.casts else nullcontext():
             if self.modulations is not None and self.plan is None:
                 modulations = self.modulations(index, self.rows[:B])
                 return self.compute(x, None, None, modulations, weight, noise, row)

@@ -1,5 +1,6 @@
 """What makes sampling fast gives the same pictures; guidance is left out where it is said to be."""
 
+import copy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches
+from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches, Switches
 from mdt_fast.diffusion import GaussianDiffusion
 from mdt_fast.models import sampling
+from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.sampling import StepModulations, is_open
 from mdt_fast.models.zoo import build_model
 from mdt_fast.sampling import Sampler, sample, sampling_diffusion
@@ -225,22 +227,86 @@ def test_a_batch_has_the_weights_as_they_are_when_it_begins() -> None:
     assert torch.equal(sampler(LABELS), Sampler(model, diffusion, config)(LABELS))
 
 
-def test_whose_weights_are_not_copied() -> None:
-    """A hook, another forward or a compiled block may hold on to the model that it was made for."""
+def test_whose_weights_are_not_cast() -> None:
+    """Whatever a hook, a compiled block or another module reads them for."""
     config = replace(CONFIG, dtype="bfloat16")
 
-    def copied(model: nn.Module) -> bool:
+    def cast(model: nn.Module) -> int:
         diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
-        return Sampler(model, diffusion, config).model.casts is not None
+        sampler = Sampler(model, diffusion, config)
+        assert sampler(LABELS).isfinite().all()
+        return len(sampler.model.casts.cast)
 
     model = made("dit", torch.float32).eval()
-    assert copied(model)
+    assert cast(model) == 4 * 4
     handle = model.blocks[0].register_forward_hook(lambda *_: None)
-    assert not copied(model)
+    assert cast(model) == 3 * 4
     handle.remove()
-    assert copied(model)
     model.blocks[1].compile(backend="eager")
-    assert not copied(model)
+    model.blocks[2].mlp.fc1 = nn.Sequential(model.blocks[2].mlp.fc1)
+    assert cast(model) == 2 * 4 + 3
+    assert cast(made("mdtv2", torch.float32).eval()) == 4 * 4 + 3  # long skips; no side block
+    assert cast(made("mdtv2", torch.bfloat16).eval()) == 0
+    in_float8 = made("dit", torch.float32).eval()
+    use_float8(in_float8, emulate=True)
+    assert cast(in_float8) == 0
+
+
+def test_float64_is_not_cast() -> None:
+    model, config = made("dit").eval(), replace(CONFIG, dtype="bfloat16")
+    pictures = [draw(model, config, SampleSwitches(cast_once=once)) for once in (True, False)]
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("change", ["assign", "parameter", "layer", "hook", "switches"])
+def test_whatever_is_changed_between_batches_counts(change: str) -> None:
+    model, other = made("dit", torch.float32).eval(), made("dit", torch.float32).eval()
+    config = replace(CONFIG, dtype="bfloat16")
+    diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
+    sampler = Sampler(model, diffusion, config)
+    first = sampler(LABELS)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    block, theirs = model.blocks[0], other.blocks[0]
+    if change == "assign":
+        model.load_state_dict(other.state_dict(), assign=True)
+    elif change == "parameter":
+        block.attn.proj.weight = theirs.attn.proj.weight
+    elif change == "layer":
+        block.attn.proj = theirs.attn.proj
+    elif change == "hook":
+        block.register_forward_hook(lambda module, args, output: output * 1.5)
+    else:
+        model.set_switches(Switches.none())
+    assert not torch.equal(sampler(LABELS), first)
+    assert torch.equal(sampler(LABELS), Sampler(model, diffusion, config)(LABELS))
+
+
+def test_samplers_are_copied_and_made_where_nothing_is_recorded() -> None:
+    model, config = made("mdtv2", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
+    diffusion = sampling_diffusion(model.config, DiffusionConfig(), config)
+    with torch.inference_mode():
+        sampler = Sampler(model, diffusion, config)
+        inside = sampler(LABELS)
+    assert torch.equal(sampler(LABELS), inside)
+    with torch.no_grad():
+        copied = copy.deepcopy(sampler)
+        copied.model.model.en_inblocks[0].mlp.fc1.weight.mul_(2)
+    assert not torch.equal(copied(LABELS), inside)
+    assert torch.equal(sampler(LABELS), inside)
+
+
+def test_a_pass_that_fails_leaves_the_weights_whole() -> None:
+    model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
+    sampler = Sampler(model, sampling_diffusion(model.config, DiffusionConfig(), config), config)
+    sampler(LABELS)
+    before = list(model.parameters())
+    handle = model.final_layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampler(LABELS)
+    handle.remove()
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
 
 
 class _Casts(TorchDispatchMode):
