@@ -195,7 +195,7 @@ class TrainConfig:
 
     ``batch_size``: images in an update, of all processes and ``accumulate`` parts together. ``passes``: both
     passes of the objective as one batch, or ``in_turn``, each with its backward pass before the next one:
-    nearly half of what is kept for it, in a few percent more time. ``dtype``: what
+    three fifths of the activations at a time, in a few percent more time. ``dtype``: what
     is computed in; weights, statistics and optimiser states are float32. ``float8``: the blocks' products by
     torchao, on GPUs that have them. ``keep``: the last so many
     checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
