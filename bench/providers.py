@@ -141,7 +141,7 @@ class Provider:
 
     @property
     def in_turn(self) -> bool:
-        return "-in-turn" in self.name
+        return in_turn(self.name)
 
     @property
     def implementation(self) -> str:
@@ -155,7 +155,7 @@ def make(name: str, modules: Modules) -> Provider:
     if name.endswith("-graphs") and modules.device.type != "cuda":
         raise Skip("CUDA graphs need a GPU")
     module = modules.get(implementation(name))
-    both = None if "-in-turn" in name else getattr(module, "training_step_outputs", None)
+    both = None if in_turn(name) else getattr(module, "training_step_outputs", None)
     calls = [module, module.forward_with_cfg, both]
     if name.endswith("-compiled"):
         calls = [None if call is None else torch.compile(call) for call in calls]
@@ -165,6 +165,11 @@ def make(name: str, modules: Modules) -> Provider:
 def implementation(name: str) -> str:
     """Whose module a provider runs."""
     return name.removesuffix("-compiled").removesuffix("-graphs").removesuffix("-in-turn")
+
+
+def in_turn(name: str) -> bool:
+    """Whether each pass of a training step has its own backward pass."""
+    return "-in-turn" in name
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -101,3 +101,8 @@ def test_half_types_in_a_graph(dtype: Any) -> None:
     assert got.dtype == torch.float32
     assert 0 < relative_error(got, exact) < 0.05
     assert torch.equal(draw(LABELS), got)
+    with torch.no_grad():
+        model.en_inblocks[0].mlp.fc1.weight.mul_(2)
+    changed = draw(LABELS)
+    assert not torch.equal(changed, got)
+    assert torch.equal(changed, sampler(model, replace(CONFIG, dtype=dtype), SampleSwitches())(LABELS))

@@ -5,7 +5,8 @@ B samples of the whole batch, [C, S, S] each, L tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -113,5 +114,4 @@ def _as_masked(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def total_loss(terms: dict[str, Tensor]) -> Tensor:
     """The sum, not the average, of the mean losses of the passes that ``terms`` are of."""
-    first, *second = (terms[name].mean() for name in ("loss", "m_loss") if name in terms)
-    return first + second[0] if second else first
+    return reduce(add, (terms[name].mean() for name in ("loss", "m_loss") if name in terms))

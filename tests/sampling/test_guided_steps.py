@@ -15,7 +15,7 @@ from mdt_fast.models import sampling
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.sampling import StepModulations, is_open
 from mdt_fast.models.zoo import build_model
-from mdt_fast.sampling import Sampler, sample, sampling_diffusion
+from mdt_fast.sampling import Sampler, guided, sample, sampling_diffusion
 from mdt_fast.sampling.guided import guidance_weights
 from tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -295,6 +295,32 @@ def test_samplers_are_copied_and_made_where_nothing_is_recorded() -> None:
         copied.model.model.en_inblocks[0].mlp.fc1.weight.mul_(2)
     assert not torch.equal(copied(LABELS), inside)
     assert torch.equal(sampler(LABELS), inside)
+
+
+def test_graphs_are_captured_anew_for_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for that alone: new numbers are where the old ones were."""
+
+    class Graph:
+        def __init__(self, function: Any, device: torch.device):
+            self.function = function
+
+        def __call__(self, *args: Any) -> Tensor:
+            return self.function(*args)
+
+    monkeypatch.setattr(guided, "Graphed", Graph)
+    model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
+    seen = Sampler(model, sampling_diffusion(model.config, DiffusionConfig(), config), config).model
+    seen.compute = Graph(seen._compute, seen.device)
+    seen.begin(LABELS)
+    first, addresses = seen.compute, [cast.data_ptr() for cast in seen.casts.cast]
+    block = model.blocks[0]
+    block.attn.proj.weight = nn.Parameter(2 * block.attn.proj.weight)
+    seen.begin(LABELS)
+    assert seen.compute is first
+    assert addresses == [cast.data_ptr() for cast in seen.casts.cast]
+    block.attn.proj = copy.deepcopy(block.attn.proj)
+    seen.begin(LABELS)
+    assert seen.compute is not first
 
 
 def test_a_pass_that_fails_leaves_the_weights_whole() -> None:
