@@ -73,6 +73,26 @@ def test_models() -> None:
     assert said(rows, "CPU, train S/2 over eager, float32").endswith("| not measured | |")
 
 
+def test_runs_are_told_apart() -> None:
+    """On a CPU nothing is compared with what another run measured."""
+
+    def on_a_cpu(command: str, provider: str, img_per_s: float, gib: float = 1.0) -> list[dict[str, Any]]:
+        made = models(provider, img_per_s, gib, model="MDTv2_S_2", batch=8, dtype="float32")
+        return [row | {"device": "a CPU", "driver": None, "command": command} for row in made]
+
+    speed, peak = "CPU, train S/2 over eager, float32", "CPU, peak memory of S/2 over eager, float32"
+    rows = [*on_a_cpu("first", "reference", 10), *on_a_cpu("first", "fast", 14, 0.7)]
+    assert "| 1.40x (fast, batch 8) | met |" in said(rows, speed)
+    rows += on_a_cpu("second", "reference", 10)
+    assert said(rows, speed).endswith("| not measured | |")
+    rows += on_a_cpu("second", "fast-compiled", 13, 0.5)
+    assert "| 1.30x (fast-compiled, batch 8) | met |" in said(rows, speed)
+    assert "| 0.50x (fast-compiled, batch 8) | met |" in said(rows, peak)
+    rows = [*models("reference-compiled", 200), *(r | {"command": "other"} for r in models("fast", 300))]
+    expected = "| 1.50x (fast, batch 32; of two runs) | met |"
+    assert expected in said(rows, "train XL/2 over compiled bfloat16")
+
+
 def test_a_step_by_itself_counts_and_says_so() -> None:
     step = {"bench": "breakdown", "metric": "ms", "model": "MDTv2_XL_2", "dtype": "bfloat16"}
     rows = rows_of(
