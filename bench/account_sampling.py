@@ -10,7 +10,7 @@ found, weights that are cast once included.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,17 +64,17 @@ def run(
     *,
     repeats: int,
     deadline: float,
-    compiled: bool = True,
+    compiled: Sequence[str] = ("reference-compiled",),
 ) -> tuple[list[Line], list[str]]:
-    """All lines of one case, and why some are missing; without ``compiled`` not that of the compiled
-    reference, which on a GPU takes a minute."""
+    """All lines of one case, and why some are missing; ``compiled``: forms of the reference to have beside,
+    which take a minute on a GPU."""
     labels = inputs.labels_B.tolist()
     config = SampleConfig(
         steps=STEPS, sampler=case.sampler, cfg_scale=CFG_SCALE, dtype=case.dtype_name, batch_size=len(labels),
         scale_pow=None if case.config.family == "dit" else 4.0,
     )  # fmt: skip
     lines, missing = [], []
-    for name in ("reference", "reference-compiled")[: 1 + compiled]:
+    for name in ("reference", *compiled):
         try:
             provider = make(name, modules)
             provider.module.eval()  # or labels would be dropped

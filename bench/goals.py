@@ -18,7 +18,8 @@ Found = tuple[float, str] | None
 Measure = Callable[["Rows"], Found]
 
 XL, S = "MDTv2_XL_2", "MDTv2_S_2"
-OURS, COMPILED = tuple(name for name in NAMES if name.startswith("fast")), ("reference-compiled",)
+OURS = tuple(name for name in NAMES if name.startswith("fast"))
+COMPILED = tuple(name for name in NAMES if name.startswith("reference-"))
 ADALN = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate")
 TOKENS = ("gather_tokens", "unmask_tokens", "merge_tokens")
 OPTIMIZERS = ("adan_step", "adamw_step")

@@ -58,7 +58,7 @@ rows() { # SCRIPT FILE OPTIONS...: the same without a picture
 
 ROOF=sdpa-no-bias
 TRITON=triton-lookup-recompute,triton-lookup-store,triton-dense-recompute,triton-dense-store,triton-packed
-COMPILED=reference,reference-compiled,fast,fast-compiled
+COMPILED=reference,reference-blocks-compiled,reference-compiled,fast,fast-blocks-compiled
 
 build() { run build env MDT_FAST_CUDA=1 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .; }
 gpu_tests() { # NAME FILE...

@@ -13,8 +13,10 @@ from rows import Row
 COLORS = {
     "reference": "#9a9a9a",
     "reference-compiled": "#6b6b6b",
+    "reference-blocks-compiled": "#505050",
     "fast": "#3b82c4",
     "fast-compiled": "#1d4f8c",
+    "fast-blocks-compiled": "#5a7db0",
     "fast-graphs": "#2e7d4f",
     "fast-in-turn": "#00a0a0",
     "fast-in-turn-compiled": "#007878",

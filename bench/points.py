@@ -47,6 +47,9 @@ BURSTS = 3
 """Of matmuls after each point that has FLOPs, besides the probe before the first."""
 REPEATS = {"cpu": 20, "cuda": 50}
 
+ROUND_SECONDS = 2.0
+"""For timing, also where compiling has taken all of a point's share of the time."""
+
 BUSY_LOAD = 0.7
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -206,7 +209,7 @@ def measure(points: Sequence[Point], request: Request, rows: RowFile) -> bool:
             for point in group:
                 status.update(f"{title} · {point.mode}")
                 now = time.monotonic()
-                results += session.run(point, now + (end - now) / (len(points) - done))
+                results += session.run(point, now + (end - now) / (len(points) - done), end)
                 roofs += [f"roof of {point.mode}: {session.roof}"] if session.roof else []
                 done += 1
             tables.show_points(console, title, roofs, results, points[0].base, told)
@@ -224,9 +227,9 @@ class Session:
         self.matmuls: dict[torch.dtype, Matmul] = {}
         self.roof = ""
 
-    def run(self, point: Point, deadline: float) -> list[Result]:
-        """Measure the providers asked for and write their rows. A point that comes after ``deadline`` is
-        skipped."""
+    def run(self, point: Point, deadline: float, end: float) -> list[Result]:
+        """Measure the providers asked for and write their rows. A point that comes after ``deadline``, its
+        share of the time until ``end``, is skipped."""
         names = [
             name for name in self.request.providers if point.providers is None or name in point.providers
         ]
@@ -239,7 +242,7 @@ class Session:
         torch._dynamo.reset()
         calls = self.agreeing(point, names, found, deadline)
         if calls:
-            self.time(point, calls, found, deadline)
+            self.time(point, calls, found, max(deadline, min(end, time.monotonic() + ROUND_SECONDS)))
         del calls
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,14 +1,17 @@
 """Providers: the same model, made by different code, on the same weights.
 
 ``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
-``torch.compile`` (the whole forward), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA
-graph (``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
+``torch.compile`` (the whole forward), ``*-blocks-compiled`` with each block behind it (equal blocks are
+compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA graph
+(``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
 (``train.passes``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
-A provider and its other forms share one module.
+A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,13 @@ import official
 from mdt_fast import doctor
 from mdt_fast.config import ModelConfig, Switches
 from mdt_fast.errors import UserError, nearest
-from mdt_fast.models import zoo
+from mdt_fast.models import Transformer, compile_for_training, zoo
+from mdt_fast.models.compiling import RECOMPILE_LIMIT
 from mdt_fast.presets import PRESETS
 
 NAMES = (
-    "reference", "reference-compiled", "fast", "fast-compiled", "fast-graphs",
+    "reference", "reference-compiled", "reference-blocks-compiled",
+    "fast", "fast-compiled", "fast-blocks-compiled", "fast-graphs",
     "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs", "official", "diffusers",
 )  # fmt: skip
 MASK_RATIO = 0.3
@@ -157,14 +162,41 @@ def make(name: str, modules: Modules) -> Provider:
     module = modules.get(implementation(name))
     both = None if in_turn(name) else getattr(module, "training_step_outputs", None)
     calls = [module, module.forward_with_cfg, both]
-    if name.endswith("-compiled"):
+    if name.endswith("-blocks-compiled"):
+        twin = blocks_compiled(module)
+        calls = [twin, twin.forward_with_cfg, both and twin.training_step_outputs]
+        calls = [call and partial(_alike, module, twin, call) for call in calls]
+    elif name.endswith("-compiled"):
         calls = [None if call is None else torch.compile(call) for call in calls]
     return Provider(name, module, *calls)
 
 
+def blocks_compiled(module: nn.Module) -> Any:
+    """A module on the same parameters whose blocks are compiled, one by one."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    twin = copy.deepcopy(module, shared)
+    if isinstance(twin, Transformer):
+        compile_for_training(twin, "block")
+        return twin
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    for block in [block for some in twin.modules() if isinstance(some, nn.ModuleList) for block in some]:
+        block.compile(fullgraph=True)
+    return twin
+
+
+def _alike(module: nn.Module, twin: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``twin``'s ``call``, in training where ``module`` is."""
+    if twin.training != module.training:
+        twin.train(module.training)
+    return call(*args, **kwargs)
+
+
 def implementation(name: str) -> str:
     """Whose module a provider runs."""
-    return name.removesuffix("-compiled").removesuffix("-graphs").removesuffix("-in-turn")
+    for suffix in ("-compiled", "-blocks", "-graphs", "-in-turn"):
+        name = name.removesuffix(suffix)
+    return name
 
 
 def in_turn(name: str) -> bool:

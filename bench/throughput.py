@@ -12,6 +12,7 @@ step and the moving average; a sampling step is one guided denoising step. All p
 weights, images, masks and noise, must agree with the reference before they are timed, and then take turns.
 """
 
+import re
 import shlex
 import sys
 import time
@@ -94,10 +95,11 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                         console, case, account.run(case, made[case.model], images, rows, status.update)
                     )
                 else:
+                    asked = ["reference-compiled"] if request.providers is None else request.providers
                     found = account_sampling.run(
                         case, made[case.model], images, rows, status.update,
                         repeats=request.repeats or account_sampling.ROUNDS, deadline=deadline,
-                        compiled=request.providers is None or "reference-compiled" in request.providers,
+                        compiled=[name for name in asked if re.fullmatch("reference.*-compiled", name)],
                     )  # fmt: skip
                     account_sampling.show(console, case, *found)
                 continue

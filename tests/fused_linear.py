@@ -37,6 +37,11 @@ def plain_gated(
     return residual, F.linear(normal, w, b)
 
 
+def plain_activated(*args: Any, **offsets: Any) -> tuple[Tensor, Tensor]:
+    residual, out = plain_gated(*args, **offsets)
+    return residual, F.gelu(out, approximate="tanh")
+
+
 def plain_residual(x: Tensor, *args: Tensor, offsets: Any = None) -> tuple[Tensor, Tensor]:
     return x, plain_ln(x, *args, offsets=offsets)
 
@@ -98,6 +103,20 @@ def test_gate_residual_ln_modulate_linear(
 
 
 @DTYPES
+@pytest.mark.parametrize("lengths", [None, (0, 5), (0, 0)], ids=str)
+def test_activated_with_gradients_and_without(lengths: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+    args, offsets = inputs(lengths, 24, gated=True)
+    args += layer(24)
+    ours = partial(kernels.gate_residual_ln_modulate_linear, **offsets, gelu=True)
+    plain = partial(plain_activated, **offsets)
+    compare(ours, plain, args, dtype)
+    args = [a.to(dtype) for a in args]
+    with_gradients = run(ours, args)[:2]
+    for a, e in zip(ours(*args), with_gradients, strict=True):
+        assert relative_error(a, e) <= FLOAT32
+
+
+@DTYPES
 @RAGGED
 @pytest.mark.parametrize("D", [1, 72])
 def test_gate_residual(lengths: tuple[int, ...] | None, D: int, dtype: torch.dtype) -> None:
@@ -122,6 +141,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool | None]] = {
     "ln": (kernels.ln_modulate_linear, plain_ln, False),
     "residual": (kernels.residual_ln_modulate_linear, plain_residual, False),
     "gated": (kernels.gate_residual_ln_modulate_linear, plain_gated, True),
+    "activated": (partial(kernels.gate_residual_ln_modulate_linear, gelu=True), plain_activated, True),
     "gelu": (kernels.gelu_linear, plain_gelu, None),
 }
 FORMS |= {

@@ -56,6 +56,30 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("B", "L", "D"), [(1, 1, 8), (3, 153, 72), (4, 256, 384), (0, 9, 8)])
+def test_gelu_in_the_product(B: int, L: int, D: int, compiled: bool, dtype: torch.dtype) -> None:
+    """Without gradients it is the product's epilogue, and no less exact than after it."""
+    torch.manual_seed(0)
+    x, m = torch.randn(2, B, L, D, device="cuda"), torch.randn(B, 3 * D, device="cuda").chunk(3, dim=1)
+    layer = torch.randn(4 * D, D, device="cuda") * D**-0.5, torch.randn(4 * D, device="cuda")
+    args = [a.to(dtype) for a in (*x, *m, *layer)]
+
+    def plain(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *layer: Tensor) -> Tensor:
+        normal = plain_ln.gate_residual_ln_modulate(x, y, gate, shift, scale, None, 1e-6)[1]
+        return F.gelu(F.linear(normal, *layer), approximate="tanh")
+
+    op = partial(kernels.gate_residual_ln_modulate_linear, gelu=True)
+    with torch.no_grad():
+        ours = (torch.compile(op, fullgraph=True) if compiled else op)(*args)[1]
+    exact = plain(*(a.double() for a in args))
+    assert (ours.dtype, ours.shape) == (dtype, exact.shape)
+    if ours.numel():
+        allowed = FLOAT32 if dtype == torch.float32 else HALF_FACTOR * relative_error(plain(*args), exact)
+        assert relative_error(ours, exact) <= allowed
+
+
+@DTYPES
 @pytest.mark.parametrize(("R", "D"), [(1, 8), (129, 300), (13088, 3456), (64, 6912)])
 def test_sum_rows(R: int, D: int, dtype: torch.dtype) -> None:
     compare(kernels.sum_rows, lambda x: x.sum(0), [torch.randn(R, D, device="cuda").to(dtype)], dtype)

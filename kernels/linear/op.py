@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
@@ -40,6 +41,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (uses_onednn(x, weight) or (bias is not None and _in_bfloat16(x, weight))):
         return reference.linear(x, weight, bias)
     return linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU (tanh form) of :func:`product`, for passes without gradients: nothing is kept. On a GPU half types
+    get it as the product's epilogue, before anything is rounded. x [R, D]."""
+    if bias is not None and x.is_cuda and torch.version.hip is None and x.element_size() == 2 and x.numel():
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return F.gelu(product(x, weight, bias), approximate="tanh")
 
 
 class Linear(torch.autograd.Function):

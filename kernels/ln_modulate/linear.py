@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..linear.op import input_gradient, product, weight_gradient
-from ..registry import applied, once
+from ..linear.op import input_gradient, product, product_gelu, weight_gradient
+from ..registry import applied, needs_grad, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
 from . import reference
@@ -67,7 +67,7 @@ def residual_ln_modulate_linear(
         return x_BLD, F.linear(normal, weight_OD, bias_O)
     residual, out = applied(
         _Linear, as_rows(x_BLD), None, None, columns_together(shift_BD), columns_together(scale_BD),
-        weight_OD, bias_O, offsets, eps, dtype, recompute,
+        weight_OD, bias_O, offsets, eps, dtype, recompute, False,
     )  # fmt: skip
     return as_before(residual, x_BLD), as_before(out, x_BLD)
 
@@ -84,8 +84,10 @@ def gate_residual_ln_modulate_linear(
     offsets: Tensor | None = None,
     eps: float = 1e-6,
     recompute: bool = True,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``.
+    """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``,
+    with ``gelu`` activated (tanh form), which is for passes without gradients: there a GPU's products do it.
 
     Arguments as in :func:`gate_residual_ln_modulate` and :func:`ln_modulate_linear`; kept for the backward
     pass are ``x`` and ``y``. Raises ``ValueError`` for what does not fit.
@@ -98,20 +100,26 @@ def gate_residual_ln_modulate_linear(
         residual, normal = gate_residual_ln_modulate(
             x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, offsets=offsets, eps=eps
         )
-        return residual, F.linear(normal, weight_OD, bias_O)
+        out = F.linear(normal, weight_OD, bias_O)
+        return residual, F.gelu(out, approximate="tanh") if gelu else out
+    tensors = x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, weight_OD, bias_O
+    at_once = gelu and not needs_grad(tensors)
     residual, out = applied(
         _Linear, as_rows(x_BLD), as_rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)),
-        weight_OD, bias_O, offsets, eps, dtype, recompute,
+        weight_OD, bias_O, offsets, eps, dtype, recompute, at_once,
     )  # fmt: skip
+    if gelu and not at_once:
+        out = F.gelu(out, approximate="tanh")
     return as_before(residual, x_BLD), as_before(out, x_BLD)
 
 
 class _Linear(torch.autograd.Function):
     """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> residual [R, D] (x, without y) and the layer's
-    [R, O] in ``dtype``, to which its parameters are cast here."""
+    [R, O] in ``dtype``, to which its parameters are cast here; with ``gelu``, whose gradients it does not
+    have, activated."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute, gelu):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)  # nobody may use the residual
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
@@ -119,7 +127,8 @@ class _Linear(torch.autograd.Function):
         residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, dtype)
         kept = None if recompute else normal
         ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight, kept)
-        return x if y is None else residual, product(normal, weight, bias)
+        out = product_gelu(normal, weight, bias) if gelu else product(normal, weight, bias)
+        return x if y is None else residual, out
 
     @staticmethod
     @once
@@ -128,7 +137,7 @@ class _Linear(torch.autograd.Function):
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
             if y is None:
-                return dresidual, *(None,) * 10
+                return dresidual, *(None,) * 11
             dout = weight.new_zeros(len(x), len(weight))
         dout, dresidual = dout.contiguous(), None if dresidual is None else dresidual.contiguous()
         dx, dy, dgate, dshift, dscale, normal = _backward(
@@ -147,7 +156,7 @@ class _Linear(torch.autograd.Function):
         normal = normal if kept is None else kept
         dweight = weight_gradient(dout, normal, weight_dtype) if needs[5] else None
         dbias = sum_rows(dout, bias_dtype) if needs[6] else None
-        return dx, dy, dgate, dshift, dscale, dweight, dbias, None, None, None, None
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, *(None,) * 5
 
 
 def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-untyped-def]

@@ -1,7 +1,6 @@
 """Attention by xformers' ``memory_efficient_attention``, with the bias spelt out, gradients included.
 
-Written from the source of xformers 0.0.35. Not run on a GPU yet: that version's wheel brought no CUDA kernels
-for the GPU, torch 2.11 and CUDA 13 that were there.
+Written from the source of xformers 0.0.35, whose wheel on PyPI needs CUDA 12's runtime to be loaded.
 """
 
 from functools import cache
@@ -37,9 +36,11 @@ def installed() -> str | None:
 def built() -> bool:
     """Whether it came with CUDA kernels that load here: its wheels do for one version of torch and CUDA."""
     try:
+        from xformers import _cpp_lib
         from xformers.ops.fmha import cutlass
 
-        return bool(cutlass.FwOp.is_available())
+        # The kernel is PyTorch's own, but xformers takes it only where its extension was loaded.
+        return bool(cutlass.FwOp.is_available() and _cpp_lib._built_with_cuda)
     except (ImportError, AttributeError, OSError, RuntimeError):
         return False
 

@@ -55,8 +55,10 @@ class Mlp(nn.Module):
         """Whether :meth:`forward` adds the first layer's bias."""
         return self.switches.fused_mlp and is_plain(self.fc1) and is_plain(self.fc2)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """From what the first layer gave, with its bias unless ``fused``."""
+    def forward(self, hidden: Tensor, activated: bool = False) -> Tensor:
+        """From what the first layer gave, ``activated``, or with its bias unless ``fused``."""
+        if activated:
+            return apply_linear(self.fc2, hidden)
         if self.fused:
             weight, bias = self.fc2.weight, self.fc2.bias
             return gelu_linear(hidden, self.fc1.bias, weight, bias, recompute=self.switches.recompute)
@@ -121,10 +123,10 @@ class Block(nn.Module):
             q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
             kv = norm_linear(whole, shift_a, scale_a, qkv, **how, outputs=slice(D, 3 * D))
             attended = self.attn.chosen(q, kv, masked.ids_mask)
-        x, hidden = gated_norm_linear(
-            x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, with_bias=not self.mlp.fused, **how
-        )
-        x = gated(x, self.mlp(hidden), gate_m, offsets=rows.offsets, fused=fused)
+        gelu = x.is_cuda and self.mlp.fused and not torch.is_grad_enabled()  # the product's epilogue there
+        how["with_bias"] = gelu or not self.mlp.fused
+        x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, **how, gelu=gelu)
+        x = gated(x, self.mlp(hidden, gelu), gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
 
     def mix(self, x: Tensor, skip: Tensor | Embedded, layer: nn.Linear) -> Tensor:

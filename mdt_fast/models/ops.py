@@ -6,6 +6,7 @@ normal for the backward pass.
 
 from typing import TypeGuard
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
@@ -100,20 +101,24 @@ def gated_norm_linear(
     fused: bool,
     recompute: bool,
     with_bias: bool = True,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + gate * y``, and ``layer`` (a plain one also without its bias) on the modulated norm of r."""
+    """``r = x + gate * y``, and ``layer`` (a plain one also without its bias, or activated) on the modulated
+    norm of r."""
     plain = is_plain(layer)
     if fused and plain:
         bias = layer.bias if with_bias else None
         return gate_residual_ln_modulate_linear(
-            x, y, gate, shift, scale, layer.weight, bias, offsets=offsets, eps=EPS, recompute=recompute
-        )
+            x, y, gate, shift, scale, layer.weight, bias,
+            offsets=offsets, eps=EPS, recompute=recompute, gelu=gelu,
+        )  # fmt: skip
     r, normal = (
         gate_residual_ln_modulate(x, y, gate, shift, scale, offsets=offsets, eps=EPS)
         if fused
         else reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, EPS)
     )
-    return r, linear(normal, layer.weight) if plain and not with_bias else apply_linear(layer, normal)
+    out = linear(normal, layer.weight) if plain and not with_bias else apply_linear(layer, normal)
+    return r, F.gelu(out, approximate="tanh") if gelu else out
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor, *, offsets: Tensor | None, fused: bool) -> Tensor:
