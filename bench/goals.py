@@ -45,7 +45,7 @@ KEYS = ("bench", "op", "model", "mode", "batch", "shape", "dtype", "provider", "
 
 
 class Rows:
-    """The measured rows of one device, of each case the latest."""
+    """The measured rows of one device, of each case the latest (that has rounds enough, if one has)."""
 
     def __init__(self, rows: Sequence[Row]):
         self.latest: dict[tuple[str, ...], Row] = {}
@@ -53,7 +53,9 @@ class Rows:
             if row["p50"] is None or row.get("op") in RATES:
                 continue
             keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there it names the line
-            self.latest[tuple(str(row.get(key)) for key in keys)] = row
+            case = tuple(str(row.get(key)) for key in keys)
+            if not (few(row) and case in self.latest and not few(self.latest[case])):
+                self.latest[case] = row
 
     def of(self, **wanted: object) -> list[Row]:
         """Rows whose keys have these values, or one of them where a tuple is given."""
@@ -72,10 +74,15 @@ def run(row: Row) -> tuple[str, str]:
     return row["commit"], row["command"]
 
 
-def named(row: Row, text: str) -> str:
-    """A case, and what speaks against its row."""
-    few = "; too few rounds" if row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS else ""
-    return text + few + ("; of files that no commit holds" if row["commit"].endswith("-dirty") else "")
+def few(row: Row) -> bool:
+    return bool(row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS)
+
+
+def named(text: str, *rows: Row) -> str:
+    """A case, and what speaks against its rows."""
+    text += "; too few rounds" if any(map(few, rows)) else ""
+    dirty = any(row["commit"].endswith("-dirty") for row in rows)
+    return text + ("; of files that no commit holds" if dirty else "")
 
 
 def rate(model: str, mode: str, **more: object) -> Measure:
@@ -84,16 +91,16 @@ def rate(model: str, mode: str, **more: object) -> Measure:
     def measure(rows: Rows) -> Found:
         common = {"model": model, "mode": mode, "provider": OURS, **more}
         found = [
-            (row["p50"], named(row, f"{row['provider']}, batch {row['batch']}"))
+            (row["p50"], named(f"{row['provider']}, batch {row['batch']}", row))
             for row in rows.of(bench="throughput", metric="img_per_s", **common)
         ]
         steps = 1 if mode == "train" else SAMPLING_STEPS
         for row in rows.of(bench="breakdown", metric="ms", **common):
             case = f"{row['provider']}, batch {row['batch']}, one step over and over"
-            found.append((1e3 * row["batch"] / row["p50"] / steps, named(row, case)))
+            found.append((1e3 * row["batch"] / row["p50"] / steps, named(case, row)))
         for row in rows.of(bench="account", metric="ms", note="fast", **common) if mode == "sample" else []:
             case = f"{row['provider']}, batch {row['batch']}, by ten steps"
-            found.append((1e3 * row["batch"] / row["p50"] / steps, named(row, case)))
+            found.append((1e3 * row["batch"] / row["p50"] / steps, named(case, row)))
         return max(found, default=None)
 
     return measure
@@ -123,7 +130,8 @@ def against(
             return None
         a = pick(beside, key=value)
         apart = "" if run(a) == run(b) else "; of two runs"
-        return a["p50"] / b["p50"], f"{a['provider']}, batch {at}{apart}"
+        over = f" over {b['provider']}" if len(theirs) > 1 else ""
+        return a["p50"] / b["p50"], named(f"{a['provider']}{over}, batch {at}{apart}", a, b)
 
     return measure
 
@@ -142,7 +150,7 @@ def attention(other: str, *modes: str) -> Measure:
         for case, by in by_case.items():
             ours = [row["p50"] for name, row in by.items() if name.startswith("triton")]
             if ours and other in by:
-                found.append((by[other]["p50"] / min(ours), named(by[other], case)))
+                found.append((by[other]["p50"] / min(ours), named(case, by[other])))
         return min(found, default=None)
 
     return measure
@@ -153,7 +161,7 @@ def roof(ops: tuple[str, ...]) -> Measure:
 
     def measure(rows: Rows) -> Found:
         shares = rows.of(bench="kernels", metric="roof_share", provider="fast", op=ops)
-        return min(((row["p50"], named(row, f"{row['op']} {row['mode']}")) for row in shares), default=None)
+        return min(((row["p50"], named(f"{row['op']} {row['mode']}", row)) for row in shares), default=None)
 
     return measure
 

@@ -58,18 +58,21 @@ def test_models() -> None:
     assert "| 500 img/s (fast, batch 64) | met |" in said(rows, "train XL/2, bfloat16, one H200")
     assert "| 12.33x (fast-compiled, batch 32) | met |" in said(rows, "train XL/2 over eager float32")
     assert "| 3.70x (fast-compiled, batch 32) | met |" in said(rows, "train XL/2 over eager bfloat16")
-    assert "| 1.85x (fast-compiled, batch 32) | met |" in said(rows, "train XL/2 over compiled bfloat16")
-    assert "| 0.40x (fast-compiled, batch 32) | met |" in said(
-        rows, "peak memory, XL/2, batch 32, over compiled"
+    assert "| 1.85x (fast-compiled over reference-compiled, batch 32) | met |" in said(
+        rows, "train XL/2 over compiled bfloat16"
     )
+    expected = "| 0.40x (fast-compiled over reference-compiled, batch 32) | met |"
+    assert expected in said(rows, "peak memory, XL/2, batch 32, over compiled")
     assert said(rows, "train XL/2 at batch 4 over compiled").endswith("| not measured | |")
     rows += models("fast", 10, 9, batch=4) + models("reference-compiled", 5, batch=4)
-    assert "| 2.00x (fast, batch 4) | **missed** | a GPU |" in said(
-        rows, "train XL/2 at batch 4 over compiled"
+    expected, goal = (
+        "| 2.00x (fast over reference-compiled, batch 4) |",
+        "train XL/2 at batch 4 over compiled",
     )
-    assert "| 2.00x (fast, batch 4) |" in said(
-        rows + models("fast", 10, batch=4), "train XL/2 at batch 4 over compiled"
-    )
+    assert f"{expected} **missed** | a GPU |" in said(rows, goal)
+    assert expected in said(rows + models("fast", 10, batch=4), goal)
+    rows += models("reference-blocks-compiled", 8, batch=4)
+    assert "| 1.25x (fast over reference-blocks-compiled, batch 4) |" in said(rows, goal)
     assert said(rows, "CPU, train S/2 over eager, float32").endswith("| not measured | |")
 
 
@@ -89,8 +92,17 @@ def test_runs_are_told_apart() -> None:
     assert "| 1.30x (fast-compiled, batch 8) | met |" in said(rows, speed)
     assert "| 0.50x (fast-compiled, batch 8) | met |" in said(rows, peak)
     rows = [*models("reference-compiled", 200), *(r | {"command": "other"} for r in models("fast", 300))]
-    expected = "| 1.50x (fast, batch 32; of two runs) | met |"
+    expected = "| 1.50x (fast over reference-compiled, batch 32; of two runs) | met |"
     assert expected in said(rows, "train XL/2 over compiled bfloat16")
+
+
+def test_few_rounds_say_so_and_replace_no_more() -> None:
+    goal = "train XL/2 over eager bfloat16"
+    rows = [*models("reference", 100), *models("fast", 390)]
+    again = [row | {"rounds": 1} for row in (*models("reference", 100), *models("fast", 420))]
+    assert "| 4.20x (fast, batch 32; too few rounds) |" in said(again, goal)
+    assert "| 3.90x (fast, batch 32) |" in said(rows + again, goal)
+    assert "| 3.90x (fast, batch 32; too few rounds) |" in said([*again[:2], *rows[2:]], goal)
 
 
 def test_a_step_by_itself_counts_and_says_so() -> None:
