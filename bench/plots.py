@@ -181,10 +181,9 @@ def finish(axis: Any, label: str) -> None:
 def save(figure: Any, rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    any_row = rows[0]
-    figure.suptitle(
-        f"{any_row['device']} · torch {any_row['torch']} · commit {any_row['commit']}", fontsize=9
-    )
+    any_row, commits = rows[0], list(dict.fromkeys(str(row["commit"]) for row in rows))
+    said = f"commit {commits[0]}" if len(commits) == 1 else f"commits {commits[0]} to {commits[-1]}"
+    figure.suptitle(f"{any_row['device']} · torch {any_row['torch']} · {said}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
