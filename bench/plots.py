@@ -141,7 +141,8 @@ def draw_attention(rows: Sequence[Row], path: Path) -> bool:
         axis.set_ylim(bottom=0)
         axis.set_ylabel("TFLOP/s", fontsize=8)
         finish(axis, "tokens (rings: of which 60% are kept)")
-    axes[0].legend(fontsize=6, frameon=False)
+    fullest, _ = max(zip(axes, panels.values()), key=lambda pair: len(pair[1]))
+    fullest.legend(fontsize=6, frameon=False)
     save(figure, rows, path)
     return True
 

@@ -49,7 +49,6 @@ REPEATS = {"cpu": 20, "cuda": 50}
 
 ROUND_SECONDS = 2.0
 """For timing, also where compiling has taken all of a point's share of the time."""
-
 BUSY_LOAD = 0.7
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
