@@ -5,7 +5,7 @@ from itertools import product
 
 from ..aot import Case
 from ..launches import shape_class, tuned_for
-from .config import ANY, NARROW, launch_config
+from .config import ANY, CHUNKS, launch_config
 from .kernel import sum_chunks_kernel
 
 COLUMNS = (384, 768, 1024, 1152, 3456, 4608)
@@ -16,7 +16,7 @@ def cases(arch: str) -> Iterator[Case]:
     types = [*product(COLUMNS, ("bf16",)), (max(COLUMNS), "fp32")]
     for D, dtype, narrow in [*((D, dtype, False) for D, dtype in types), (max(COLUMNS), "fp32", True)]:
         entry = None if narrow else ("sum_chunks", shape_class(ANY, dtype == "bf16"))
-        choice = {"widest": NARROW} if entry is None else tuned_for(entry, arch)
+        choice = CHUNKS if entry is None else tuned_for(entry, arch)
         config = launch_config(64 * 205, D, **choice)
         pointers = dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), "*fp32")
         yield Case(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 ANY = 0
 """The shape class of every width: one choice serves all."""
 
-NARROW = 32
-"""Columns of a block where chunks are added up: few rows, to be shared by many multiprocessors."""
+CHUNKS = {"widest": 16, "block_p": 128}
+"""Where chunks are added up: few rows, all of them on their way at once, shared by many multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True)

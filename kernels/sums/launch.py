@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..launches import cdiv, chosen
-from .config import ANY, NARROW, LaunchConfig, launch_config
+from .config import ANY, CHUNKS, LaunchConfig, launch_config
 from .kernel import sum_chunks_kernel
 
 
@@ -14,10 +14,10 @@ def sum_rows(x_RD: Tensor, out_D: Tensor) -> None:
     config = chosen(launch_config, "sum_chunks", x_RD, ANY, R, D)
     if config.chunks == 1:
         return _sum(x_RD, [out_D], R, R, config)
-    rows = -(-R // config.chunks)
+    rows = cdiv(cdiv(R, config.chunks), config.block_p) * config.block_p  # whole blocks
     parts_CD = x_RD.new_empty(-(-R // rows), D, dtype=torch.float32)
     _sum(x_RD, [parts_CD], R, rows, config)
-    chunks = launch_config(len(parts_CD), D, widest=NARROW)
+    chunks = launch_config(len(parts_CD), D, **CHUNKS)
     return _sum(parts_CD, [out_D], len(parts_CD), len(parts_CD), chunks)
 
 
