@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
-#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 official account
-#   training breakdown switches sampling sampling_compiled tune learning report
+#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole official
+#   account training breakdown switches sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then `survey` and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
@@ -15,8 +15,8 @@ OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
-STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 official account
-    training breakdown switches sampling sampling_compiled tune learning report)
+STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole official
+    account training breakdown switches sampling sampling_compiled tune learning report)
 
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
@@ -58,7 +58,7 @@ rows() { # SCRIPT FILE OPTIONS...: the same without a picture
 
 ROOF=sdpa-no-bias
 TRITON=triton-lookup-recompute,triton-lookup-store,triton-dense-recompute,triton-dense-store,triton-packed
-COMPILED=reference,reference-blocks-compiled,reference-compiled,fast,fast-blocks-compiled
+COMPILED=reference,reference-blocks-compiled,fast,fast-blocks-compiled
 
 build() { run build env MDT_FAST_CUDA=1 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .; }
 gpu_tests() { # NAME FILE...
@@ -106,15 +106,19 @@ large() { # float32 too: what the published models were trained in
 }
 host() { # what calling takes, with kernels that take nothing
     bench throughput host --model narrow --batch 2 --mode train --dtype bfloat16 \
-        --providers reference,fast,fast-compiled,fast-graphs --time-limit 200
+        --providers reference,fast,fast-blocks-compiled,fast-graphs --time-limit 200
 }
-compiled() {
+compiled() { # block by block, which on a slow host takes a minute and a half for each
     bench throughput xl2_compiled --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
-        --providers "$COMPILED" --time-limit 420
+        --providers "$COMPILED,fast-graphs" --time-limit 420
 }
 compiled4() {
     bench throughput xl2_compiled4 --model MDTv2_XL_2 --batch 4 --mode train --dtype bfloat16 \
         --providers "$COMPILED,fast-graphs" --time-limit 420
+}
+whole() { # the reference compiled as a whole: more than six minutes on a slow host
+    bench throughput xl2_whole --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
+        --providers reference,reference-compiled,fast-graphs --lengths 2 --time-limit 420
 }
 official() {
     if [[ -z $OFFICIAL ]]; then
@@ -143,13 +147,11 @@ switches() { # of the fast model, in a step that does not wait for the host
     local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16 --mode train --providers fast-graphs)
     rows throughput switches "${step[@]}" --batch 32,128
     rows throughput switches "${step[@]/fast-graphs/fast-in-turn-graphs}" --batch 32,128
-    rows throughput switches "${step[@]}" --batch 32 --turn stored_scores
-    rows throughput switches "${step[@]}" --batch 32 --turn recompute
-    rows throughput switches "${step[@]}" --batch 32,128 --turn stored_scores,recompute
+    rows throughput switches "${step[@]}" --batch 32,128 --turn recompute
 }
 sampling() { # item by item
     rows throughput sampling --account --mode sample --model MDTv2_S_2,MDTv2_XL_2,DiT_XL_2 --batch 1,32 \
-        --dtype bfloat16 --time-limit 420
+        --dtype bfloat16 --providers reference,reference-blocks-compiled,fast --time-limit 420
 }
 sampling_compiled() {
     bench throughput sampling_compiled --model MDTv2_XL_2 --batch 1,32 --mode sample --dtype bfloat16 \
@@ -178,10 +180,10 @@ first() { # the least that says how things stand: the tests, where XL/2's step g
 }
 
 survey() { # every model, batch, mode, provider and switch in one go, as far as eight minutes go
-    bench throughput survey --model MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2 --batch 4,32,128 --dtype bfloat16 \
-        --providers reference,fast,fast-graphs --repeats 6 --time-limit 290
+    bench throughput survey --model MDTv2_XL_2,MDTv2_S_2,MDTv2_B_2,MDTv2_L_2 --batch 4,32,128 --dtype bfloat16 \
+        --providers reference,fast,fast-graphs --lengths 2 --repeats 6 --time-limit 290
     bench throughput survey_compiled --model MDTv2_S_2 --batch 4 --dtype bfloat16 --providers "$COMPILED" \
-        --repeats 6 --time-limit 60
+        --lengths 2 --repeats 6 --time-limit 60
     rows throughput account --account --model MDTv2_S_2 --batch 4,32 --dtype bfloat16
 }
 

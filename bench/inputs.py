@@ -19,6 +19,9 @@ from mdt_fast.config import RATIO_RANGE, DataConfig, ModelConfig
 from mdt_fast.data.images import open_images
 from mdt_fast.errors import UserError
 
+PERIOD = 16
+"""Numbers of kept tokens before they repeat, unless the user says."""
+
 
 @dataclass(frozen=True)
 class Inputs:

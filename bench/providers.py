@@ -28,8 +28,8 @@ from mdt_fast.models.compiling import RECOMPILE_LIMIT
 from mdt_fast.presets import PRESETS
 
 NAMES = (
-    "reference", "reference-compiled", "reference-blocks-compiled",
-    "fast", "fast-compiled", "fast-blocks-compiled", "fast-graphs",
+    "reference", "reference-blocks-compiled", "reference-compiled",
+    "fast", "fast-blocks-compiled", "fast-compiled", "fast-graphs",
     "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs", "official", "diffusers",
 )  # fmt: skip
 MASK_RATIO = 0.3

@@ -10,6 +10,7 @@ import command
 import inputs
 import providers
 from command import DTYPES
+from inputs import PERIOD
 from mdt_fast.config import Switches
 from mdt_fast.errors import UserError
 
@@ -33,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--official", type=Path, metavar="PATH", help="checkout of the official code")
     p.add_argument("--repeats", type=int, help="rounds in which each provider takes a turn")
     p.add_argument("--steps", type=int, help="steps per turn (default: 1; on a GPU as many as last 0.1 s)")
+    p.add_argument(
+        "--lengths",
+        type=int,
+        help=f"numbers of kept tokens that take turns, each a CUDA graph of its own (default: {PERIOD})",
+    )
     p.add_argument(
         "--time-limit",
         type=float,
@@ -74,6 +80,7 @@ class Request:
         for option, value in (
             ("--threads", args.threads),
             ("--repeats", args.repeats),
+            ("--lengths", args.lengths),
             ("--steps", args.steps),
         ):
             command.at_least_one(option, value)
@@ -103,6 +110,7 @@ class Request:
         if args.batch is not None:
             self.batches = [command.whole("--batch", text) for text in command.listed("--batch", args.batch)]
         self.repeats, self.inner, self.time_limit = args.repeats, args.steps, args.time_limit
+        self.lengths = args.lengths or PERIOD
         self.account, self.breakdown = args.account, args.breakdown
         self.data = args.data
         if self.data not in ("digits", "synthetic"):

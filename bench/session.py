@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from formats import one_line
-from inputs import Inputs, len_keeps
+from inputs import PERIOD, Inputs, len_keeps
 from mdt_fast.models import flops
 from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
 from providers import Modules, Provider, Skip, make
@@ -18,8 +18,6 @@ WARM_UP = 2
 """Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
 
 MAX_INNER_SECONDS = 0.1
-PERIOD = 16
-"""Numbers of kept tokens before they repeat."""
 
 
 @dataclass
@@ -52,8 +50,10 @@ class CaseResult:
 class Session:
     """What all cases of a run share."""
 
-    def __init__(self, rows: RowFile, say: Callable[[str], None], probe: Matmul | None = None):
-        self.rows, self.say = rows, say
+    def __init__(
+        self, rows: RowFile, say: Callable[[str], None], probe: Matmul | None = None, lengths: int = PERIOD
+    ):
+        self.rows, self.say, self.lengths = rows, say, lengths
         self.matmuls = {} if probe is None else {probe.dtype: probe}
 
     def run(
@@ -171,7 +171,7 @@ class Session:
 
     def step(self, case: Case, provider: Provider, inputs: Inputs, others: dict[str, Step]) -> Step:
         share = next((s for s in others.values() if s.provider.module is provider.module), None)
-        return step_of(case, provider, inputs, len_keeps(case.config, PERIOD), share)
+        return step_of(case, provider, inputs, len_keeps(case.config, self.lengths), share)
 
     def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> float:
         """Run every step a few times; those that fail leave ``steps``. Seconds of the slowest one's last."""
@@ -179,7 +179,7 @@ class Session:
         for name in list(steps):
             start = time.perf_counter()
             # Each number of kept tokens is captured when it is met first, which must not be timed.
-            repeats = PERIOD if steps[name].provider.graphed else WARM_UP
+            repeats = max(WARM_UP, self.lengths) if steps[name].provider.graphed else WARM_UP
             timing = take_turns({name: steps[name]}, case.device, repeats=repeats)[name]
             if timing.error is not None:
                 self.give_up(case, found[name], "failed", one_line(timing.error))

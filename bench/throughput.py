@@ -74,7 +74,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
     broken_down = False
     made: dict[str, providers.Modules] = {}
     with Console(stderr=True).status("starting") as status:
-        session = Session(rows, status.update, picked.probe)
+        session = Session(rows, status.update, picked.probe, request.lengths)
         for number, case in enumerate(cases):
             if case.model not in made:
                 made = {

@@ -289,3 +289,42 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--turn: not together with --account" in capsys.readouterr().err
     assert throughput.main([*FLAGS, "--providers", "reference", "--turn", "packed"]) == 2
     assert "--turn: for the fast model, which none of --providers is" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+def test_blocks_are_compiled_one_by_one_on_the_same_weights(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[int] = []
+
+    def compiled(function, **options):  # type: ignore[no-untyped-def]
+        return compile_(function, **options, backend=lambda module, _: graphs.append(1) or module.forward)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    modules = providers.Modules(TINY, torch.device("cpu"), None)
+    plain = providers.make(implementation, modules)
+    ours = providers.make(f"{implementation}-blocks-compiled", modules)
+    assert ours.implementation == implementation
+    assert ours.compiled
+    for mode in ("train", "sample"):
+        case = steps.Case("tiny", TINY, mode, 2, torch.float32, torch.device("cpu"))
+        inputs = throughput.inputs.load("synthetic", TINY, 2)
+        expected = steps.step_of(case, plain, inputs, [10]).outcome()
+        graphs.clear()
+        assert steps.disagreement(steps.step_of(case, ours, inputs, [10]), expected)[1] is None
+        assert len(graphs) >= 2  # whole and kept, encoder and decoder: more than one, and none per block
+    assert not any(m._compiled_call_impl for m in ours.module.modules())  # the others' own blocks are plain
+
+
+def test_numbers_of_kept_tokens_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(providers, "model_config", lambda name: TINY)
+    draw = steps.MaskPlan.from_noise
+    monkeypatch.setattr(
+        steps.MaskPlan, "from_noise", lambda noise, n, **more: seen.append(n) or draw(noise, n, **more)
+    )
+    assert throughput.main([*FLAGS, "--mode", "train", "--providers", "fast", "--lengths", "1"]) == 0
+    assert len(set(seen)) == 1
+    assert throughput.main([*FLAGS, "--mode", "train", "--providers", "fast", "--lengths", "0"]) == 2

@@ -21,7 +21,7 @@ from providers import NAMES, model_config
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_report.sh"
 STAGES = [
     "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large", "host",
-    "compiled", "compiled4", "official", "account", "training", "breakdown", "switches", "sampling",
+    "compiled", "compiled4", "whole", "official", "account", "training", "breakdown", "switches", "sampling",
     "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
 STAND_IN = """#!/bin/sh
