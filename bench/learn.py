@@ -26,6 +26,7 @@ from mdt_fast.config import ModelConfig, RunConfig, to_dict
 from mdt_fast.data import Loader
 from mdt_fast.diffusion import GaussianDiffusion, create_diffusion
 from mdt_fast.files import aside
+from mdt_fast.masking import MaskPlan, len_keeps
 from mdt_fast.models import flops
 from mdt_fast.models.zoo import build_model
 from mdt_fast.sampling import sample
@@ -34,6 +35,7 @@ from mdt_fast.training.loop import STEP
 from mdt_fast.training.objective import Draws, draw, drop, losses_of, total_loss
 from mdt_fast.training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
 from mdt_fast.training.parallelize import autocasting, parallelize
+from mdt_fast.training.passes import GraphedPasses, Passes, passes_of
 from mdt_fast.training.run import INIT, derive_seed
 
 SHOWN = 10  # samples kept of each evaluation, to be looked at
@@ -163,37 +165,57 @@ class Learner:
             diffusion_steps=settings.diffusion.diffusion_steps,
             min_snr_gamma=settings.diffusion.min_snr_gamma,
         )
+        self.passes: Passes | GraphedPasses | None = None  # as the product trains
+        if job.variant.implementation == "fast" and job.variant.passes == "both":
+            self.passes = passes_of(Passes(self.model, self.diffusion, settings.train, False, device), 1)
 
     def warm_up(self, data: Any, batch: tuple[Tensor, Tensor]) -> None:
-        """Compile, and touch memory for the first time, without learning from it."""
+        """Compile, capture all graphs, and touch memory for the first time, without learning from it."""
         self._gradients(data, batch)
-        self.optimizer.zero_grad()
+        config = self.job.settings.model
+        if isinstance(self.passes, GraphedPasses) and config.family == "mdtv2":
+            for len_keep in len_keeps(config.grid_size**2, config.mask_ratio or 0.0):
+                self.zero_grad()
+                self._gradients(data, batch, len_keep)
+        self.zero_grad()
         self.kept.clear()
+
+    def zero_grad(self) -> None:
+        (self.passes or self.optimizer).zero_grad()
 
     def step(self, data: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         """One update; returns the loss over all tokens (over kept ones, where there is no other pass)."""
         settings = self.job.settings.train
-        self.optimizer.zero_grad()
+        self.zero_grad()
         loss = self._gradients(data, batch)
         set_learning_rate(self.optimizer, learning_rate(settings, self.done))
         self.optimizer.step()
         self.done += 1
         return loss
 
-    def _gradients(self, data: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _gradients(self, data: Any, batch: tuple[Tensor, Tensor], len_keep: int | None = None) -> Tensor:
+        """``len_keep``: so many kept tokens instead of as many as are drawn."""
         settings, B = self.job.settings.train, len(batch[0])
         x, y = (part.to(self.device, non_blocking=True) for part in batch)
         torch.manual_seed(derive_seed(self.job.seed, STEP, self.done))
         draws = draw(self.drawing, self.diffusion, B, self.device)
+        if draws.plan is not None and len_keep is not None:
+            noise_BL = torch.rand(B, self.job.settings.model.grid_size**2, device=self.device)
+            plan = MaskPlan.from_noise(noise_BL, len_keep, ascending=draws.plan.ascending)
+            draws = replace(draws, plan=plan)
         noise = None
         if data.stage.random:
             generator = torch.Generator(self.device).manual_seed(derive_seed(self.job.seed, NOISE, self.done))
             shape = B, data.stage.channels, data.stage.size, data.stage.size
             noise = torch.randn(shape, generator=generator, device=self.device)
-        with autocasting(settings, False, self.device):
-            terms = losses(self.model, self.diffusion, data.stage(x, noise), y, draws, self.job.variant)
-            loss = total_loss(terms)
-        loss.backward()
+        x = data.stage(x, noise)
+        if self.passes is not None:
+            terms = self.passes(x, y, draws, None)
+        else:
+            with autocasting(settings, False, self.device):
+                terms = losses(self.model, self.diffusion, x, y, draws, self.job.variant)
+                loss = total_loss(terms)
+            loss.backward()
         self.kept.append(None if draws.plan is None else draws.plan.len_keep)
         return terms["loss"].detach().mean()
 
@@ -221,11 +243,9 @@ class Learner:
 def losses(
     model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws, variant: Variant
 ) -> dict[str, Tensor]:
-    """Loss terms [B] of the passes that the variant makes."""
+    """Loss terms [B] of the passes that the variant makes, where they are not those of a product's step."""
     if variant.passes == "all":
         return losses_of(model, diffusion, x, y, replace(draws, plan=None))
-    if variant.passes == "both" and variant.implementation == "fast":
-        return losses_of(model, diffusion, x, y, draws)
     if variant.passes == "twice":
         assert draws.noise_masked is not None
         second = replace(draws, noise=draws.noise_masked, dropped=draws.dropped_masked, plan=None)

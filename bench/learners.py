@@ -111,8 +111,8 @@ SIZES: dict[str, RunConfig] = {
         model=replace(_DIGITS.model, input_size=32, patch_size=2, **SHAPES["S"]),
         data=replace(_DIGITS.data, image_size=32),
         train=replace(
-            _DIGITS.train, steps=4000, batch_size=128, lr=3e-4, warmup_steps=200, ema_decay=0.999,
-            device="cuda", dtype="bfloat16", compile="block",
+            _DIGITS.train, steps=2000, batch_size=128, lr=3e-4, warmup_steps=100, ema_decay=0.998,
+            device="cuda", dtype="bfloat16", cuda_graphs=True,
         ),
     ),
     "imagenet": RunConfig(

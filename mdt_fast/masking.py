@@ -147,6 +147,12 @@ class MaskPlan:
         return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
 
 
+def len_keeps(num_tokens: int, mask_ratio: float) -> range:
+    """All that :func:`draw_len_keep` can give, ascending."""
+    least, most = (int(num_tokens * (1 - ratio)) for ratio in torch.tensor([1, 0]) * RATIO_RANGE + mask_ratio)
+    return range(least, most + 1)
+
+
 def draw_len_keep(num_tokens: int, mask_ratio: float) -> int:
     """MDTv2's number of kept tokens: one uniform draw for the whole batch (spec: float32, truncated).
 

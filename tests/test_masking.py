@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdt_fast import MaskPlan, UserError
-from mdt_fast.masking import draw_len_keep
+from mdt_fast.masking import draw_len_keep, len_keeps
 
 
 @settings(max_examples=100, deadline=None)
@@ -58,3 +58,13 @@ def test_lengths_at_256_tokens() -> None:
 def test_refusals(call: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("tokens", "ratio"), [(256, 0.3), (16, 0.3), (1024, 0.5), (4, 0.1)])
+def test_all_numbers_of_kept_tokens(tokens: int, ratio: float) -> None:
+    torch.manual_seed(0)
+    drawn = {draw_len_keep(tokens, ratio) for _ in range(3000)}
+    known = set(len_keeps(tokens, ratio))
+    assert drawn <= known
+    assert len(known - drawn) <= 1  # the lower end itself has no probability
+    assert len(len_keeps(256, 0.3)) == 52

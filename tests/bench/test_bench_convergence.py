@@ -20,6 +20,8 @@ import learning_report
 from learners import STUDIES, Variant
 from mdt_fast.config import RunConfig
 from mdt_fast.data.first_stage import FirstStage
+from mdt_fast.training import passes
+from replayed import Replayed
 from rows import KEYS, RowFile, machine, read
 
 FLAGS = ["--steps=2", "--points=2", "--seeds=2", "--samples=20", "--batch=4"]
@@ -92,9 +94,8 @@ def test_scales_and_a_judge_that_came_with_results(
     (made,) = out.glob("judge-*")
     made.rename(results / made.name)
     document = tmp_path / "text.md"
-    document.write_text(
-        "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("tokens", "scales"))
-    )
+    marked = [f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("tokens", "scales")]
+    document.write_text("".join(marked))
     assert run(f"--out={out}", "--study=updates,tokens", "--seeds=1", f"--readme={document}") == 0
     printed = capsys.readouterr().out
     assert "4 learners, of which 2 are complete" in printed  # before the same judge they are the same
@@ -166,6 +167,22 @@ def test_the_fast_path_learns_as_the_reference_does(tiny: RunConfig, files: Path
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
         assert ours.frechet == pytest.approx(theirs.frechet, rel=1e-2)
     assert fast[-1].flops < plain[-1].flops
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("models, DiT", 1), ("models, MDTv2", 4)])
+def test_graphs_learn_the_same(
+    name: str, graphs: int, tiny: RunConfig, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit; every number of kept tokens is captured before the clock starts."""
+    ours, captured, clock = job(tiny, files, VARIANTS[name]), [], learn.Clock
+    expected = [replace(point, seconds=0.0) for point in learn.learn(ours)]
+    number = lambda: len(Replayed.made[0].captured)  # noqa: E731
+    monkeypatch.setattr(passes, "Graphed", Replayed)
+    monkeypatch.setattr(Replayed, "made", [])
+    monkeypatch.setattr(learn, "passes_of", lambda made, processes: passes.GraphedPasses(made))
+    monkeypatch.setattr(learn, "Clock", lambda device: captured.append(number()) or clock(device))
+    assert [replace(point, seconds=0.0) for point in learn.learn(ours)] == expected
+    assert captured == [graphs, graphs]
 
 
 def test_a_learner_is_another_before_another_judge(tiny: RunConfig, files: Path, tmp_path: Path) -> None:
