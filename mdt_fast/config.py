@@ -137,7 +137,7 @@ class Switches:
     blocks by one product, from a copy of all their weights (off: it pays where launches cost more than that
     copy). ``stored_scores``: on a GPU the gradients of attention's scores are stored, and those of queries
     and bias table made of them, instead of scores being computed again for each (off: on an H200 it paid at
-    64 tokens, not at 256 or more).
+    64 tokens, and cost up to twice the time with some of 256).
     """
 
     packed: bool = True

@@ -58,9 +58,16 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("B", "L", "D"), [(1, 1, 8), (3, 153, 72), (4, 256, 384), (0, 9, 8)])
-def test_gelu_in_the_product(B: int, L: int, D: int, compiled: bool, dtype: torch.dtype) -> None:
+def test_gelu_in_the_product(
+    B: int, L: int, D: int, compiled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without gradients it is the product's epilogue, and no less exact than after it."""
     torch.manual_seed(0)
+    seen, epilogue = [], torch._addmm_activation
+    if not compiled:
+        monkeypatch.setattr(
+            torch, "_addmm_activation", lambda *a, **k: seen.append(dtype) or epilogue(*a, **k)
+        )
     x, m = torch.randn(2, B, L, D, device="cuda"), torch.randn(B, 3 * D, device="cuda").chunk(3, dim=1)
     layer = torch.randn(4 * D, D, device="cuda") * D**-0.5, torch.randn(4 * D, device="cuda")
     args = [a.to(dtype) for a in (*x, *m, *layer)]
@@ -74,6 +81,7 @@ def test_gelu_in_the_product(B: int, L: int, D: int, compiled: bool, dtype: torc
         ours = (torch.compile(op, fullgraph=True) if compiled else op)(*args)[1]
     exact = plain(*(a.double() for a in args))
     assert (ours.dtype, ours.shape) == (dtype, exact.shape)
+    assert bool(seen) == (not compiled and dtype != torch.float32 and B > 0)
     if ours.numel():
         allowed = FLOAT32 if dtype == torch.float32 else HALF_FACTOR * relative_error(plain(*args), exact)
         assert relative_error(ours, exact) <= allowed

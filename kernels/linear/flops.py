@@ -6,7 +6,7 @@ It stands apart because torch's counter imports Triton, which ``import mdt_fast`
 from math import prod
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onednn as onednn  # registers the ops
 
@@ -24,3 +24,11 @@ def _(dout_shape, x_shape, weight_shape, needs_x, needs_weight, **_):  # type: i
 @register_flop_formula(torch.ops.mdt_fast.weight_gradient)
 def _(dout_shape, x_shape, **_):  # type: ignore[no-untyped-def]
     return 2 * prod(dout_shape) * x_shape[1]
+
+
+def _addmm_activation(bias_shape, x_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * prod(x_shape) * weight_shape[1]
+
+
+if torch.ops.aten._addmm_activation not in flop_registry:  # torch's own op, which it has no formula for
+    register_flop_formula(torch.ops.aten._addmm_activation)(_addmm_activation)

@@ -15,7 +15,15 @@ from ..masking import MaskPlan
 from ..reference.layers import unpatchify
 from .attention import Attention
 from .checkpointing import checkpointed
-from .ops import apply_linear, gated, gated_norm_linear, is_plain, norm_linear, residual_norm_linear
+from .ops import (
+    apply_linear,
+    gated,
+    gated_norm_linear,
+    gelu_in_product,
+    is_plain,
+    norm_linear,
+    residual_norm_linear,
+)
 from .rows import WHOLE, Rows
 
 
@@ -55,10 +63,14 @@ class Mlp(nn.Module):
         """Whether :meth:`forward` adds the first layer's bias."""
         return self.switches.fused_mlp and is_plain(self.fc1) and is_plain(self.fc2)
 
-    def forward(self, hidden: Tensor, activated: bool = False) -> Tensor:
-        """From what the first layer gave, ``activated``, or with its bias unless ``fused``."""
-        if activated:
-            return apply_linear(self.fc2, hidden)
+    def takes_gelu(self, x: Tensor) -> bool:
+        """Whether the first layer's product is to have GELU as its epilogue, with nothing but ``fc2`` left to
+        do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
+        surrounded = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        return gelu_in_product(x) and self.fused and type(self) is Mlp and not surrounded
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """From what the first layer gave, with its bias unless ``fused``."""
         if self.fused:
             weight, bias = self.fc2.weight, self.fc2.bias
             return gelu_linear(hidden, self.fc1.bias, weight, bias, recompute=self.switches.recompute)
@@ -123,10 +135,11 @@ class Block(nn.Module):
             q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
             kv = norm_linear(whole, shift_a, scale_a, qkv, **how, outputs=slice(D, 3 * D))
             attended = self.attn.chosen(q, kv, masked.ids_mask)
-        gelu = x.is_cuda and self.mlp.fused and not torch.is_grad_enabled()  # the product's epilogue there
-        how["with_bias"] = gelu or not self.mlp.fused
-        x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, **how, gelu=gelu)
-        x = gated(x, self.mlp(hidden, gelu), gate_m, offsets=rows.offsets, fused=fused)
+        gelu = self.mlp.takes_gelu(x)
+        how |= {"with_bias": gelu or not self.mlp.fused, "gelu": gelu}
+        x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, **how)
+        y = apply_linear(self.mlp.fc2, hidden) if gelu else self.mlp(hidden)
+        x = gated(x, y, gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
 
     def mix(self, x: Tensor, skip: Tensor | Embedded, layer: nn.Linear) -> Tensor:

@@ -6,6 +6,7 @@ normal for the backward pass.
 
 from typing import TypeGuard
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,12 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer`` on x."""
     return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
+
+
+def gelu_in_product(x: Tensor) -> bool:
+    """Whether a product gives GELU of what it sums up for nothing: a GPU's, where the backward pass, which
+    would need what was before it, will not come."""
+    return x.is_cuda and not torch.is_grad_enabled()
 
 
 def norm_linear(

@@ -1,11 +1,15 @@
 """Turns, quantiles, memory."""
 
+import argparse
 import time
+from typing import Any
 
 import pytest
 import torch
 
+import points
 from measure import Copy, Matmul, WarmClock, op_clock, peak_bytes, rates, spread, storage_bytes, take_turns
+from rows import RowFile
 
 CPU = torch.device("cpu")
 
@@ -126,3 +130,29 @@ def test_matmul_rate_is_the_best_of_the_bursts_in_its_time(monkeypatch: pytest.M
 def test_speed_of_a_small_matmul(benchmark) -> None:
     a = torch.randn(64, 64)
     benchmark(torch.mm, a, a)
+
+
+def test_compiling_takes_no_rounds_away() -> None:
+    """A point whose share of the time is gone before it is timed still has its rounds, until the end."""
+
+    def prepare(device: torch.device) -> dict[str, Any]:
+        time.sleep(0.05)
+        call = lambda: [torch.ones(1)]  # noqa: E731
+        return {"eager": lambda: call, "fast": lambda: call}
+
+    point = points.Point(
+        bench="kernels", op="op", mode="fwd", shape={"D": 1}, dtype=torch.float32, prepare=prepare,
+        base="eager", oracle="eager",
+    )  # fmt: skip
+    args = argparse.Namespace(
+        device="cpu", mode="fwd", dtype="float32", providers="eager,fast", repeats=7, threads=None,
+        time_limit=None,
+    )  # fmt: skip
+    request = points.Request(args, ("eager", "fast"), time_limits={"cpu": 60.0})
+    rounds = []
+    for wait in (60.0, 0.02):
+        rows = RowFile(None, {})
+        now = time.monotonic()
+        points.Session(rows, request).run(point, now + 0.01, now + wait)
+        rounds.append({row["rounds"] for row in rows.rows if row["metric"] == "ms"})
+    assert rounds == [{7}, {1}]

@@ -1,6 +1,8 @@
 """Each attention backend against the reference where it can run; what each refuses; how it is chosen."""
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,19 @@ def test_flash_attn_4_forward_of_different_lengths() -> None:
     exact = op(qkv.double(), table.double(), attention_backend="sdpa")
     plain_error = relative_error(op(qkv, table, attention_backend="sdpa"), exact)
     assert relative_error(op(qkv, table, attention_backend="flash_attn"), exact) <= 2 * plain_error
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_xformers_without_its_extension_is_not_there(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel is PyTorch's own, which xformers takes for available, and refuses in the call."""
+    cutlass = SimpleNamespace(FwOp=SimpleNamespace(is_available=lambda: True))
+    stand = {
+        "xformers": SimpleNamespace(_cpp_lib=SimpleNamespace(_built_with_cuda=loaded)),
+        "xformers.ops": SimpleNamespace(), "xformers.ops.fmha": SimpleNamespace(cutlass=cutlass),
+    }  # fmt: skip
+    for name, module in stand.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert with_xformers.built.__wrapped__() == loaded
 
 
 def refused(message: str, **change: Any) -> None:
