@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
+"""What is computed with; float8 only holds numbers."""
+
+
+def tensor(name: str, x: Any) -> None:
+    """``x`` must be one."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: got {type(x).__name__}, allowed is a tensor")
+
 
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
     """``x`` must have these sizes; a string names a size that may be anything (it is shown in the error)."""
+    tensor(name, x)
     fits = x.ndim == len(sizes)
     if fits:
         for n, s in zip(x.shape, sizes, strict=True):
@@ -20,13 +30,15 @@ def shape(name: str, x: Tensor, *sizes: int | str) -> None:
 
 def floating(name: str, x: Tensor) -> None:
     """``x`` must hold floating-point numbers."""
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: dtype {x.dtype}, allowed are floating-point dtypes")
+    tensor(name, x)
+    if x.dtype not in FLOATING:
+        raise ValueError(f"{name}: dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
 
 
 def floating_on(name: str, x: Tensor, other: Tensor) -> None:
     """``x`` must hold floating-point numbers on the device of ``other``."""
-    if not x.is_floating_point() or x.device != other.device:
+    tensor(name, x)
+    if x.dtype not in FLOATING or x.device != other.device:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected floating-point on {other.device}")
 
 

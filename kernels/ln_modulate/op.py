@@ -110,6 +110,8 @@ def check(x: Tensor, offsets: Tensor | None, **modulation_BD: Tensor) -> None:
         checks.shape("x", x, "R", "D")
         checks.offsets("offsets", offsets, x)
         batch = offsets.shape[0] - 1
+    if x.shape[-1] == 0:
+        raise ValueError("x: width 0, expected 1 or more")
     for name, m_BD in modulation_BD.items():
         checks.shape(name, m_BD, batch, x.shape[-1])
         checks.floating_on(name, m_BD, x)

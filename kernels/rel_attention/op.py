@@ -142,6 +142,8 @@ def _call(
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)} or None")
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"scale: got {scale!r}, allowed are finite numbers or None")
+    if head_dim == 0:
+        raise ValueError("q: head size 0, expected 1 or more")
     scale = head_dim**-0.5 if scale is None else float(scale)
     call = Call(queries=queries, keys=keys, grid_size=grid_size, scale=scale)
     if bias_form is not None:
@@ -180,7 +182,7 @@ def _check_strides(name: str, x: Tensor) -> None:
 def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int) -> None:
     if table_RH is None:
         return
-    if isinstance(grid_size, float | str) or not 1 <= grid_size <= MAX_GRID:
+    if grid_size is None or isinstance(grid_size, float | str) or not 1 <= grid_size <= MAX_GRID:
         raise ValueError(f"grid_size: got {grid_size!r}, a table needs a whole number from 1 to {MAX_GRID}")
     checks.floating_on("table", table_RH, x)
     checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, heads)

@@ -1,9 +1,13 @@
 """Plain PyTorch, any device and dtype. L tokens, D width, O output width, P numbers of a patch."""
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..checks import plain_only
 
 Product = Callable[..., Tensor]
 """What multiplies: as ``F.linear``."""
@@ -11,7 +15,7 @@ Product = Callable[..., Tensor]
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, product: Product = F.linear) -> Tensor:
     weight_x, weight_skip = weight.chunk(2, dim=1)
-    return product(x, weight_x, bias).add_(product(skip, weight_skip))
+    return _sum(product(x, weight_x, bias), product(skip, weight_skip))
 
 
 def patch_skip_linear(
@@ -27,4 +31,13 @@ def patch_skip_linear(
     weight_x, weight_skip = weight.chunk(2, dim=1)
     thin_OP = weight_skip @ embed_weight_DP
     shared_1LO = F.linear(embed_bias_D + pos_1LD, weight_skip, bias)  # the same for every sample
-    return product(x_BLD, weight_x).add_(F.linear(patches_BLP, thin_OP)).add_(shared_1LO)
+    return _sum(product(x_BLD, weight_x), F.linear(patches_BLP, thin_OP), shared_1LO)
+
+
+def _sum(first: Tensor, *others: Tensor) -> Tensor:
+    """Added up in ``first``, but where a transform of torch.func may have made others wider."""
+    if plain_only():
+        return reduce(add, others, first)
+    for other in others:
+        first.add_(other)
+    return first

@@ -278,7 +278,10 @@ GOOD: dict[str, Any] = {
     ("change", "message"),
     [
         ({"output": torch.zeros(2, 6, 4, 4)}, r"output: shape \[2, 6, 4, 4\], expected \[2, 8, 4, 4\]"),
-        ({"x": torch.zeros(2, 4, 4, 4).int()}, "x: dtype torch.int32, allowed are floating-point dtypes"),
+        (
+            {"x": torch.zeros(2, 4, 4, 4).int()},
+            "x: dtype torch.int32, allowed are float16, bfloat16, float32 and float64",
+        ),
         ({"noise": torch.zeros(1, 4, 4, 4)}, r"noise: shape \[1, 4, 4, 4\], expected \[2, 4, 4, 4\]"),
         ({"coefficients": torch.zeros(5)}, r"coefficients: shape \[5\], expected \[7\]"),
         ({"coefficients": torch.zeros(3, 7)}, r"coefficients: shape \[3, 7\], expected \[2, 7\]"),

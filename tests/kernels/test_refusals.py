@@ -1,0 +1,68 @@
+"""What several ops refuse alike: no tensors, float8, no width; and transforms of torch.func, which they serve."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdt_fast import kernels
+from tolerances import FLOAT32, relative_error
+
+R = torch.randn
+F8 = R(2, 3, 4).to(torch.float8_e4m3fn)
+WIDTH = "x: width 0, expected 1 or more"
+FLOATS = "x: dtype torch.float8_e4m3fn, allowed are float16, bfloat16, float32 and float64"
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a list": (lambda: kernels.bias_gelu([1.0], R(1)), "x: got list, allowed is a tensor"),  # type: ignore[arg-type]
+    "no bias": (
+        lambda: kernels.bias_gelu(R(2, 3), None), "bias: got NoneType, allowed is a tensor"  # type: ignore[arg-type]
+    ),
+    "no skip's bias": (
+        lambda: kernels.skip_linear(R(3, 2), R(3, 2), R(5, 4), None),  # type: ignore[arg-type]
+        "bias: got NoneType, allowed is a tensor",
+    ),
+    "float8 rows": (lambda: kernels.sum_rows(F8[0]), FLOATS),
+    "float8 norm": (lambda: kernels.ln_modulate(F8, R(2, 4), R(2, 4)), FLOATS),
+    "no width": (lambda: kernels.ln_modulate(R(2, 3, 0), R(2, 0), R(2, 0)), WIDTH),
+    "no width before a layer": (
+        lambda: kernels.ln_modulate_linear(R(2, 3, 0), R(2, 0), R(2, 0), R(4, 0), R(4)), WIDTH
+    ),
+    "no width, gated": (
+        lambda: kernels.gate_residual_ln_modulate(R(2, 3, 0), R(2, 3, 0), *R(3, 2, 0)), WIDTH
+    ),
+    "no head size": (
+        lambda: kernels.rel_attention_qkvpacked(R(2, 4, 3, 2, 0)), "q: head size 0, expected 1 or more"
+    ),
+    "no grid": (
+        lambda: kernels.rel_attention(*R(3, 1, 2, 4, 8), R(12, 2), grid_size=None),  # type: ignore[arg-type]
+        "grid_size: got None, a table needs a whole number from 1 to",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    call, message = REFUSED[what]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_skips_under_vmap_over_any_argument() -> None:
+    B, L, D, P, O = 2, 5, 6, 3, 4  # noqa: E741
+    ops: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+        (kernels.skip_linear, [R(B, L, D), R(B, L, D), R(O, 2 * D), R(O)]),
+        (
+            kernels.patch_skip_linear,
+            [R(B, L, D), R(B, L, P), R(D, P), R(D), R(1, L, D), R(O, 2 * D), R(O)],
+        ),
+    ]
+    for op, args in ops:
+        for i, arg in enumerate(args):
+            several = torch.stack([arg, 2 * arg])
+            dims = tuple(0 if j == i else None for j in range(len(args)))
+            ours = torch.func.vmap(op, in_dims=dims)(*(several if j == i else a for j, a in enumerate(args)))
+            one_by_one = [op(*(x if j == i else a for j, a in enumerate(args))) for x in several]
+            assert relative_error(ours, torch.stack(one_by_one)) <= FLOAT32
