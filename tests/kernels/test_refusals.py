@@ -1,4 +1,4 @@
-"""What several ops refuse alike: no tensors, float8, no width; and transforms of torch.func, which they serve."""
+"""What several ops refuse alike: no tensors, float8, no width; and torch.func, which they serve."""
 
 import re
 from collections.abc import Callable
