@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import exporting, plain_only
+from .checks import plain_only
 from .native import MISSING, vector_bits
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,10 +79,15 @@ def backends() -> list[Backend]:
     return [_backend(op) for op in OPS]
 
 
-def uses_triton(x: Tensor) -> bool:
-    """Whether an op that has a Triton kernel runs it on ``x``."""
+def on_triton(x: Tensor) -> bool:
+    """Whether a registered op that has a Triton kernel, once it is called, runs that on ``x``."""
     here = INTERPRETING or (x.is_cuda and HAS_TRITON)
-    return here and x.dtype in DTYPES and not exporting()
+    return here and x.dtype in DTYPES
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether ``x`` is to be given to such an op: not where plain PyTorch has to be seen."""
+    return on_triton(x) and not plain_only()
 
 
 def uses_csrc(*tensors: Tensor | None) -> bool:

@@ -1,6 +1,7 @@
 """Checks of arguments that several rooms share. Each raises a one-line ``ValueError``."""
 
 import operator
+from math import inf
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ def floating_on(name: str, x: Tensor, other: Tensor) -> None:
     tensor(name, x)
     if x.dtype not in FLOATING or x.device != other.device:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected floating-point on {other.device}")
+
+
+def eps(value: Any) -> None:
+    """What is added to a variance."""
+    if not isinstance(value, int | float) or not 0 <= value < inf:
+        raise ValueError(f"eps: got {value!r}, allowed are finite numbers of 0 or more")
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -1,11 +1,13 @@
 """Tokens of all samples one after the other, as most kernels take them. R rows, D or O numbers each."""
 
+from math import prod
+
 from torch import Tensor
 
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` [..., D] as rows [R, D], side by side in memory."""
-    return (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    return (x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])).contiguous()
 
 
 def as_before(rows: Tensor, x: Tensor) -> Tensor:

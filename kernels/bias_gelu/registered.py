@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import uses_triton
+from ..backends import on_triton
 from ..registry import registered
 
 
@@ -40,7 +40,7 @@ class _Native:
 
 
 def _kernels(x: Tensor) -> Any:
-    if not uses_triton(x):
+    if not on_triton(x):
         return _Native()
     from . import launch  # here: not every machine has Triton
 

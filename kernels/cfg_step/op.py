@@ -50,7 +50,7 @@ def cfg_step(
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
     guided_channels = checks.whole(guided_channels)
-    scale_n = _check(output, x, noise, scale, guided_channels)
+    scale_n = _check(output, x, noise, coefficients, scale, guided_channels)
     coefficients_BK = _rows(coefficients, x, kind)
     serve: Callable[..., tuple[Tensor, Tensor]] = reference.cfg_step
     if uses_triton(x) and uses_triton(output):
@@ -63,7 +63,12 @@ def cfg_step(
 
 
 def _check(
-    output: Tensor, x: Tensor, noise: Tensor | None, scale: Tensor | float | None, guided_channels: int
+    output: Tensor,
+    x: Tensor,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    scale: Tensor | float | None,
+    guided_channels: int,
 ) -> Tensor | None:
     """The guidance weights as float32 [n]."""
     checks.floating("x", x)
@@ -79,7 +84,8 @@ def _check(
         checks.shape("noise", noise, *x.shape)
         checks.floating_on("noise", noise, x)
     if torch.is_grad_enabled():
-        for name, tensor in (("output", output), ("x", x), ("noise", noise), ("scale", scale)):
+        tensors = {"output": output, "x": x, "noise": noise, "coefficients": coefficients, "scale": scale}
+        for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise ValueError(f"{name}: needs a gradient, a sampling step has none; use torch.no_grad()")
     if scale is None:
@@ -89,6 +95,10 @@ def _check(
     if not isinstance(guided_channels, int | torch.SymInt) or not 0 <= guided_channels <= C:
         raise ValueError(f"guided_channels: got {guided_channels}, allowed are 0 to {C}")
     if not isinstance(scale, Tensor):
+        if not isinstance(scale, int | float):
+            raise ValueError(
+                f"scale: got {type(scale).__name__}, allowed are a number and a tensor [{B // 2}]"
+            )
         return torch.full((1,), float(scale), device=x.device).expand(B // 2)
     checks.shape("scale", scale, B // 2)
     checks.floating_on("scale", scale, x)

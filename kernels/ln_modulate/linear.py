@@ -61,6 +61,7 @@ def residual_ln_modulate_linear(
     are added as the backward kernel writes them.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
+    checks.eps(eps)
     dtype = _dtype(x_BLD, weight_OD, bias_O)
     if checks.plain_only():
         normal = ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps)
@@ -93,6 +94,7 @@ def gate_residual_ln_modulate_linear(
     pass are ``x`` and ``y``. Raises ``ValueError`` for what does not fit.
     """
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
+    checks.eps(eps)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
     dtype = _dtype(x_BLD, weight_OD, bias_O)

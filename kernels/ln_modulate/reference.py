@@ -9,7 +9,13 @@ def per_row(m_BD: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
     """A modulation in a shape that broadcasts over the rows: [B, 1, D], or [R, D] for ragged samples."""
     if offsets is None:
         return m_BD[:, None]
-    return m_BD.repeat_interleave(offsets.diff(), dim=0, output_size=rows)
+    return m_BD.index_select(0, samples_of(offsets, rows))
+
+
+def samples_of(offsets: Tensor, rows: int) -> Tensor:
+    """Which sample each row is of; one of them also where nobody has checked ``offsets``."""
+    row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.bucketize(row, offsets[1:].contiguous(), right=True).clamp_max(max(len(offsets) - 2, 0))
 
 
 def ln_modulate(x: Tensor, shift_BD: Tensor, scale_BD: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
@@ -107,7 +113,6 @@ class _Rows:
         if self.offsets is None:
             L = self.R // max(self.B, 1)
             return x_RD.view(self.B, L, x_RD.shape[1]).sum(1).to(like_BD.dtype)
-        samples = torch.arange(self.B, device=x_RD.device)
-        samples = samples.repeat_interleave(self.offsets.diff(), output_size=self.R)
+        samples = samples_of(self.offsets, self.R)
         total = x_RD.new_zeros(self.B, x_RD.shape[1])
         return total.index_add_(0, samples, x_RD).to(like_BD.dtype)

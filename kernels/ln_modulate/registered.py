@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import uses_triton
+from ..backends import on_triton
 from ..registry import registered
 
 
@@ -27,7 +27,7 @@ def ln_modulate_fwd(
     outputs = residual_RD, out_RD, mean_R, rstd_R = _outputs(x_RD, y_RD, dtype)
     if len(x_RD):
         _kernels(x_RD).ln_modulate_fwd(
-            x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, float(eps),
+            x_RD, y_RD, gate_BD, shift_BD, scale_BD, _together(offsets), float(eps),
             None if y_RD is None else residual_RD, out_RD, mean_R, rstd_R,
         )  # fmt: skip
     return outputs
@@ -58,7 +58,7 @@ def ln_modulate_bwd(
         return gradients
     gated = y_RD is not None
     _kernels(x_RD).ln_modulate_bwd(
-        x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R, dresidual_RD, dout_RD,
+        x_RD, y_RD, gate_BD, shift_BD, scale_BD, _together(offsets), mean_R, rstd_R, dresidual_RD, dout_RD,
         dx_RD, dy_RD if gated else None, dgate_BD if gated else None, dshift_BD, dscale_BD,
         out_RD if recompute else None,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def gate_residual_fwd(x_RD: Tensor, y_RD: Tensor, gate_BD: Tensor, offsets: Tens
     """``x + gate * y`` in the dtype of ``x``."""
     out_RD = torch.empty_like(x_RD)
     if len(x_RD):
-        _kernels(x_RD).gate_residual_fwd(x_RD, y_RD, gate_BD, offsets, out_RD)
+        _kernels(x_RD).gate_residual_fwd(x_RD, y_RD, gate_BD, _together(offsets), out_RD)
     return out_RD
 
 
@@ -82,8 +82,13 @@ def gate_residual_bwd(
     dy_RD, dgate_BD = torch.empty_like(y_RD), gate_BD.new_empty(gate_BD.shape)
     if not len(y_RD):
         return dy_RD, dgate_BD.zero_()
-    _kernels(y_RD).gate_residual_bwd(y_RD, gate_BD, offsets, dout_RD, dy_RD, dgate_BD)
+    _kernels(y_RD).gate_residual_bwd(y_RD, gate_BD, _together(offsets), dout_RD, dy_RD, dgate_BD)
     return dy_RD, dgate_BD
+
+
+def _together(offsets: Tensor | None) -> Tensor | None:
+    """Side by side in memory, as the kernels read them."""
+    return None if offsets is None else offsets.contiguous()
 
 
 class _Native:
@@ -94,7 +99,7 @@ class _Native:
 
 
 def _kernels(x: Tensor) -> Any:
-    if not uses_triton(x):
+    if not on_triton(x):
         return _Native()
     from . import launch  # here: not every machine has Triton
 

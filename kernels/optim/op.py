@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..native import library
 from . import reference
 
@@ -204,6 +205,7 @@ def _check(
         *((f"steps[{i}]", s, (torch.float32,)) for i, s in enumerate(steps)),
         *scalars,
     ):
+        checks.tensor(name, scalar)
         fits = scalar.ndim == 0 and scalar.dtype in dtypes
         if not fits or (params and scalar.device != params[0].device):
             raise ValueError(
@@ -223,6 +225,7 @@ def _list(
     if len(tensors) != n:
         raise ValueError(f"{name}: {len(tensors)} tensors, expected {n}")
     for i, (tensor, param) in enumerate(zip(tensors, params)):
+        checks.tensor(f"{name}[{i}]", tensor)
         if tensor.shape != param.shape:
             raise ValueError(f"{name}[{i}]: shape {list(tensor.shape)}, expected {list(param.shape)}")
         if tensor.device != params[0].device:

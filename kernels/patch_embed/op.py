@@ -37,7 +37,7 @@ def patch_embed(
     autocast = x_BCSS.device.type != "meta" and torch.is_autocast_enabled(x_BCSS.device.type)
     for name, parameter in (("weight", weight_DCpp), ("bias", bias_D)):
         checks.floating_on(name, parameter, x_BCSS)
-        if not autocast:
+        if not autocast or torch.float64 in (parameter.dtype, x_BCSS.dtype):
             checks.alike(name, parameter, "x", x_BCSS)
     checks.floating_on("pos", pos_1LD, x_BCSS)
     if ids_BK is not None:

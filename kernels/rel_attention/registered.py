@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import uses_triton
+from ..backends import on_triton
 from ..registry import registered
 from . import samples
 from .call import Call, Side
@@ -127,7 +127,7 @@ def rel_attention_qkvpacked_bwd(
 
 
 def _kernels(q: Tensor) -> Any:
-    if not uses_triton(q):
+    if not on_triton(q):
         return samples
     from . import launch  # here: not every machine has Triton
 

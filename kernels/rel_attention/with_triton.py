@@ -4,12 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import uses_triton
+from ..checks import plain_only
 from .call import Call
 from .config import EIGHT, MAX_HEAD_DIM
 from .registered import rel_attention_fwd, rel_attention_qkvpacked_fwd
 
 
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
+    if plain_only():
+        return "transforms of torch.func, forward-mode derivatives and torch.export do not see into it"
     if not uses_triton(q):
         dtypes = "float32, float16 or bfloat16"
         return f"it needs a CUDA device, Triton and {dtypes}; got {q.dtype} on {q.device}"

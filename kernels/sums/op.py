@@ -20,7 +20,7 @@ def sum_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = x.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}, allowed are floating-point dtypes")
-    if not uses_triton(x) or checks.plain_only():
+    if not uses_triton(x):
         return reference.sum_rows(x, dtype)
     return sum_rows_fwd(x.contiguous(), dtype)
 

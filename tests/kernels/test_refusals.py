@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no head size": (
         lambda: kernels.rel_attention_qkvpacked(R(2, 4, 3, 2, 0)), "q: head size 0, expected 1 or more"
     ),
+    "eps that is no number": (
+        lambda: kernels.ln_modulate(R(2, 3, 4), R(2, 4), R(2, 4), eps=float("nan")),
+        "eps: got nan, allowed are finite numbers of 0 or more",
+    ),
+    "guidance by an array": (
+        lambda: kernels.cfg_step(R(2, 8, 2), R(1, 4, 2), R(1, 4, 2), R(12), scale=np.ones(1)),  # type: ignore[arg-type]
+        "scale: got ndarray, allowed are a number and a tensor [1]",
+    ),
+    "coefficients that are learnt": (
+        lambda: kernels.cfg_step(R(1, 8, 2), R(1, 4, 2), R(1, 4, 2), R(12).requires_grad_()),
+        "coefficients: needs a gradient",
+    ),
     "no grid": (
         lambda: kernels.rel_attention(*R(3, 1, 2, 4, 8), R(12, 2), grid_size=None),  # type: ignore[arg-type]
         "grid_size: got None, a table needs a whole number from 1 to",
@@ -66,3 +79,16 @@ def test_skips_under_vmap_over_any_argument() -> None:
             ours = torch.func.vmap(op, in_dims=dims)(*(several if j == i else a for j, a in enumerate(args)))
             one_by_one = [op(*(x if j == i else a for j, a in enumerate(args))) for x in several]
             assert relative_error(ours, torch.stack(one_by_one)) <= FLOAT32
+
+
+@pytest.mark.parametrize("double", ["x", "weight"])
+def test_float64_under_autocast_is_named(double: str) -> None:
+    args = {"x": R(1, 3, 4, 4), "weight": R(8, 3, 2, 2)}
+    args[double] = args[double].double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"weight: torch\.float"):
+        kernels.patch_embed(args["x"], args["weight"], R(8), R(1, 4, 8))
+
+
+def test_no_width_before_an_activation() -> None:
+    assert kernels.bias_gelu(R(2, 3, 0), R(0)).shape == (2, 3, 0)
+    assert kernels.gelu_linear(R(2, 3, 0), R(0), R(4, 0), R(4)).shape == (2, 3, 4)
