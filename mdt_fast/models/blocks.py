@@ -66,8 +66,9 @@ class Mlp(nn.Module):
     def takes_gelu(self, x: Tensor) -> bool:
         """Whether the first layer's product is to have GELU as its epilogue, with nothing but ``fc2`` left to
         do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
-        surrounded = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
-        return gelu_in_product(x) and self.fused and type(self) is Mlp and not surrounded
+        if not (gelu_in_product(x) and self.fused and type(self) is Mlp):
+            return False
+        return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From what the first layer gave, with its bias unless ``fused``."""
