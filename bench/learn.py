@@ -33,7 +33,7 @@ from mdt_fast.sampling import sample
 from mdt_fast.training.distributed import World
 from mdt_fast.training.loop import STEP
 from mdt_fast.training.objective import Draws, draw, drop, losses_of, total_loss
-from mdt_fast.training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
+from mdt_fast.training.optim import learning_rate, optimize, set_learning_rate
 from mdt_fast.training.parallelize import autocasting, parallelize
 from mdt_fast.training.passes import GraphedPasses, Passes, passes_of
 from mdt_fast.training.run import INIT, derive_seed
@@ -155,9 +155,7 @@ class Learner:
         else:
             self.model.y_embedder.dropout_prob = 0.0  # labels come dropped
             self.drawing = build_model(settings.model).to(device)
-        self.ema = Ema(self.model, settings.train.ema_decay)
-        self.optimizer = build_optimizer(self.model.parameters(), settings.train)
-        self.ema.attach(self.optimizer)
+        self.optimizer, self.ema, _ = optimize(self.model, settings.train)
         self.diffusion = create_diffusion(
             noise_schedule=settings.diffusion.noise_schedule,
             predict_xstart=settings.diffusion.predict_xstart,

@@ -83,6 +83,10 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
     "precision": (
         Variant(name="float32", train={"dtype": "float32"}),
         Variant(name="bfloat16", train={"dtype": "bfloat16"}),
+        Variant(
+            name="bfloat16, weights and moments, too",
+            train={"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"},
+        ),
         Variant(name="float8", train={"dtype": "bfloat16", "float8": True}),
     ),
     "path": (MDTV2, Variant(name="MDTv2, reference", implementation="reference")),

@@ -4,7 +4,8 @@
 ``torch.compile`` (the whole forward), ``*-blocks-compiled`` with each block behind it (equal blocks are
 compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA graph
 (``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
-(``train.passes``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+(``train.passes``), ``fast-lean`` one with weights and moments in bfloat16 and float32 weights in the optimiser
+(``train.weights``, ``train.moments``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
 A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 
@@ -30,7 +31,9 @@ from mdt_fast.presets import PRESETS
 NAMES = (
     "reference", "reference-blocks-compiled", "reference-compiled",
     "fast", "fast-blocks-compiled", "fast-compiled", "fast-graphs",
-    "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs", "official", "diffusers",
+    "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs",
+    "fast-lean", "fast-lean-compiled", "fast-lean-graphs", "fast-lean-in-turn", "fast-lean-in-turn-graphs",
+    "official", "diffusers",
 )  # fmt: skip
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
@@ -81,8 +84,8 @@ def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]
 
 
 class Modules:
-    """One module per implementation, made when first asked for, on ``device``, with the shared weights;
-    ``switches`` are the fast one's."""
+    """One module per implementation (and one for its lean forms), made when first asked for, on ``device``,
+    with the shared weights; ``switches`` are the fast one's."""
 
     def __init__(
         self,
@@ -96,12 +99,14 @@ class Modules:
         self.weights = make_weights(config, device)
         self._made: dict[str, nn.Module] = {}
 
-    def get(self, implementation: str) -> nn.Module:
+    def get(self, implementation: str, lean: bool = False) -> nn.Module:
         """The module, its weights set back to the shared ones. Raises ``Skip`` if it cannot exist here."""
-        if implementation not in self._made:
+        key = implementation + "-lean" * lean
+        if key not in self._made:
             with self.device:  # drawn there, which for large models takes seconds less
-                self._made[implementation] = self._build(implementation).to(self.device)
-        module = self._made[implementation]
+                module = self._build(implementation).to(self.device)
+            self._made[key] = module.bfloat16() if lean else module
+        module = self._made[key]
         module.load_state_dict(self.weights)
         return module
 
@@ -149,6 +154,10 @@ class Provider:
         return in_turn(self.name)
 
     @property
+    def lean(self) -> bool:
+        return lean(self.name)
+
+    @property
     def implementation(self) -> str:
         return implementation(self.name)
 
@@ -159,7 +168,7 @@ def make(name: str, modules: Modules) -> Provider:
         raise Skip(reason)
     if name.endswith("-graphs") and modules.device.type != "cuda":
         raise Skip("CUDA graphs need a GPU")
-    module = modules.get(implementation(name))
+    module = modules.get(implementation(name), lean(name))
     both = None if in_turn(name) else getattr(module, "training_step_outputs", None)
     calls = [module, module.forward_with_cfg, both]
     if name.endswith("-blocks-compiled"):
@@ -194,7 +203,7 @@ def _alike(module: nn.Module, twin: nn.Module, call: Callable[..., Any], *args: 
 
 def implementation(name: str) -> str:
     """Whose module a provider runs."""
-    for suffix in ("-compiled", "-blocks", "-graphs", "-in-turn"):
+    for suffix in ("-compiled", "-blocks", "-graphs", "-in-turn", "-lean"):
         name = name.removesuffix(suffix)
     return name
 
@@ -202,6 +211,11 @@ def implementation(name: str) -> str:
 def in_turn(name: str) -> bool:
     """Whether each pass of a training step has its own backward pass."""
     return "-in-turn" in name
+
+
+def lean(name: str) -> bool:
+    """Whether weights and the optimiser's moments are bfloat16."""
+    return "-lean" in name
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -18,7 +18,7 @@ from mdt_fast.diffusion import create_diffusion
 from mdt_fast.diffusion.loss import losses_from_output
 from mdt_fast.masking import MaskPlan
 from mdt_fast.training.objective import Draws
-from mdt_fast.training.optim import Ema, build_optimizer
+from mdt_fast.training.optim import optimize
 from mdt_fast.training.passes import GraphedPasses, Passes
 from measure import module_tensors, pool_bytes, storage_bytes
 from providers import Provider, Skip, implementation
@@ -145,10 +145,9 @@ class TrainStep(Step):
         if share is not None:
             self.optimizer, self.ema = share.optimizer, share.ema
             return
-        recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5)
-        self.optimizer = build_optimizer(self.module.parameters(), recipe)
-        self.ema = Ema(self.module, recipe.ema_decay)
-        self.ema.attach(self.optimizer)
+        kept: dict[str, Any] = {"weights": "bfloat16", "moments": "bfloat16"} if provider.lean else {}
+        recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5, **kept)
+        self.optimizer, self.ema, _ = optimize(self.module, recipe)
 
     def __call__(self, index: int) -> None:
         self.gradients(index, self.y)
@@ -245,7 +244,7 @@ class TrainStep(Step):
 
     def own_bytes(self) -> int:
         state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return storage_bytes([*module_tensors(self.module), *module_tensors(self.ema.model), *state])
+        return storage_bytes([*module_tensors(self.module), *self.ema.tensors.values(), *state])
 
 
 class GraphedTrainStep(TrainStep):
@@ -317,9 +316,11 @@ def step_of(
     share: TrainStep | None = None,
 ) -> Step:
     """The step that the case is about; ``share``: whose optimiser and average it uses. Raises ``Skip``."""
+    if provider.lean and case.dtype != torch.bfloat16:
+        raise Skip("its weights are bfloat16, for computing in bfloat16")
     if case.mode == "sample":
-        if provider.in_turn:
-            raise Skip("passes in turn are a way to train")
+        if provider.in_turn or provider.lean:
+            raise Skip("a way to train")
         if provider.graphed:
             raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
         return SampleStep(case, provider, inputs)

@@ -197,7 +197,9 @@ class TrainConfig:
     ``batch_size``: images in an update, of all processes and ``accumulate`` parts together. ``passes``: both
     passes of the objective as one batch, or ``in_turn``, each with its backward pass before the next one:
     three fifths of the activations at a time, in a few percent more time. ``dtype``: what
-    is computed in; weights, statistics and optimiser states are float32. ``float8``: the blocks' products by
+    is computed in; statistics are float32. ``weights``: bfloat16 keeps what the network reads, its gradients
+    and what runs through its blocks in that dtype; the optimiser has the float32 weights, which are what is
+    saved (one process). ``moments``: those of the optimiser. ``float8``: the blocks' products by
     torchao, on GPUs that have them. ``keep``: the last so many
     checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
     or a gradient that is not finite are left out; after more than so many in a row the run stops.
@@ -229,6 +231,8 @@ class TrainConfig:
     keep_every: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    weights: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["float32", "bfloat16"] = "float32"
     float8: bool = False
     parallel: Literal["fsdp", "hybrid"] = "fsdp"
     compile: Literal["none", "block", "model"] = "none"

@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
-from .loading import check_state, restore
+from .loading import check_copies, check_state, restore
 from .shards import laid_out, local, split
 
 NUMBERS = {2: "two", 3: "three"}
 
 OWN = ("max_grad_norm", "clip_norm", "moments_dtype", "process_group", "grad_norm", "skipped_steps",
-       "_averages", "_decays")  # fmt: skip
+       "_averages", "_decays", "_masters")  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -47,10 +47,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     - ``process_group``: the ranks among which whole parameters are split; their squares are added up. What
       DTensor shards is known from its placements and needs none.
 
-    Parameters are float32, bfloat16 (with a float32 ``master`` in the state, made in the first step) or
-    float64 (plain PyTorch); ``lr`` is a number, or a 0-dim tensor that is read on the device. After a step
-    ``grad_norm`` is the norm before clipping (0-dim float64) and ``skipped_steps`` (0-dim int64) counts the
-    steps left out so far; both are on the device.
+    Parameters are float32, bfloat16 (with a float32 ``master`` in the state, made in the first step or given
+    by :meth:`set_masters`) or float64 (plain PyTorch); ``lr`` is a number, or a 0-dim tensor that is read on
+    the device. After a step ``grad_norm`` is the norm before clipping (0-dim float64) and ``skipped_steps``
+    (0-dim int64) counts the steps left out so far; both are on the device.
     """
 
     op: str  # of kernels.optim
@@ -80,15 +80,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
         self._averages: list[list[Tensor]] = []
         self._decays: list[float] = []
+        self._masters: list[Tensor] = []
         self._rates: dict[tuple[int, torch.dtype], tuple[float, Tensor]] = {}
         super().__init__(params, {**defaults, **self.fixed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. ``UserError`` for values and dtypes that are not served, and after ``add_ema``."""
-        if self._averages:
-            raise UserError(
-                "add_param_group: the averages of add_ema would lack its parameters; add it first"
-            )
+        """As torch's. ``UserError`` for values and dtypes that are not served, and after ``add_ema`` or
+        ``set_masters``."""
+        if self._averages or self._masters:
+            given = "averages of add_ema" if self._averages else "masters of set_masters"
+            raise UserError(f"add_param_group: the {given} would lack its parameters; add it first")
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -107,21 +108,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
             raise UserError(f"decay: must be in [0, 1), got {decay}")
-        if len(average) != len(own):
-            raise UserError(f"params: {len(average)} tensors to average {len(own)} parameters")
-        for i, (ema, p) in enumerate(zip(average, own)):
-            allowed = (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
-            if ema.shape != p.shape or ema.device != p.device or ema.dtype not in allowed:
-                raise UserError(
-                    f"params[{i}]: {ema.dtype} {list(ema.shape)} on {ema.device}, "
-                    f"expected {allowed[0]} {list(p.shape)} on {p.device}"
-                )
-            if local(p).numel() and _memory(ema) == _memory(p):
-                raise UserError(f"params[{i}]: is the parameter itself or shares its memory; make a copy")
-            if local(ema).shape != local(p).shape:
-                raise UserError(f"params[{i}]: is not sharded as its parameter is")
+        check_copies("params", average, own)
         self._averages.append([ema.detach() for ema in average])
         self._decays.append(float(decay))
+
+    def set_masters(self, masters: Iterable[Tensor]) -> None:
+        """Have ``masters`` be what bfloat16 parameters are roundings of, and move them in every step.
+
+        ``masters``: one float32 tensor for each parameter, in the optimiser's order, of its shape and on its
+        device; all parameters are bfloat16. Without this, a master begins as what its parameter has been
+        rounded to. ``UserError`` for others, and where the optimiser has masters already.
+        """
+        given, own = list(masters), list(self._all())
+        for i, p in enumerate(own):
+            if p.dtype != torch.bfloat16:
+                raise UserError(f"masters[{i}]: of a parameter in {p.dtype}; only bfloat16 ones have masters")
+            if self._masters or "master" in self.state.get(p, {}):
+                raise UserError("set_masters: there are masters already; call it once, before the first step")
+        check_copies("masters", given, own)
+        self._masters = [master.detach() for master in given]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -170,7 +175,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             given.update(loaded)
 
         def after(_: torch.optim.Optimizer) -> None:
-            restore(given, list(self._all()), self.state, self.moments, self.moments_dtype)
+            own = list(self._all())
+            restore(given, own, self.state, self.moments, self.moments_dtype)
+            for master, p in zip(self._masters, own):
+                if "master" in self.state.get(p, {}):
+                    self.state[p]["master"] = master.copy_(self.state[p]["master"])
 
         hooks = [
             self.register_load_state_dict_pre_hook(before),
@@ -279,7 +288,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     del self.state[p]
                     continue
             if p.dtype == torch.bfloat16 and "master" not in self.state[p]:
-                self.state[p]["master"] = p.detach().float()
+                self.state[p]["master"] = self._master(item.place, p).detach().float()
             served.append(item)
         return served
 
@@ -331,14 +340,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if self._averages else []
         if not others:
             return
+        whole = [self._master(i, p) for i, p in others]
         for average, decay in zip(self._averages, self._decays):
             emas = [local(average[i]) for i, _ in others]
-            values = [
-                local(self.state.get(p, {}).get("master", p)).to(e.dtype) for (_, p), e in zip(others, emas)
-            ]
+            values = [local(value).to(e.dtype) for value, e in zip(whole, emas)]
             change = torch._foreach_sub(values, emas)
             torch._foreach_mul_(change, finite * (1 - decay))
             torch._foreach_add_(emas, change)
+
+    def _master(self, place: int, p: Tensor) -> Tensor:
+        """The float32 weight that a bfloat16 parameter has, if it has one yet; else the parameter."""
+        return self._masters[place] if self._masters else self.state.get(p, {}).get("master", p)
 
     def _moments_dtype(self, p: Tensor) -> torch.dtype:
         return self.moments_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
@@ -372,7 +384,3 @@ class FusedOptimizer(torch.optim.Optimizer):
 def _check_rate(lr: float) -> None:
     if not 0 <= lr <= torch.finfo(torch.float32).max:
         raise UserError(f"lr: must be at least 0 and finite, got {lr}")
-
-
-def _memory(tensor: Tensor) -> int:
-    return local(tensor).untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Optimiser states from elsewhere: what must be in them, and how it comes into the optimiser."""
+"""Tensors from elsewhere, states and copies of parameters: what they must be, and how states come in."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +11,27 @@ from ..errors import UserError
 from .shards import laid_out, local
 
 UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed is put back
+
+
+def check_copies(name: str, copies: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """``UserError`` unless there is a float32 tensor (float64 where the parameter may be that) for each."""
+    if len(copies) != len(params):
+        raise UserError(f"{name}: {len(copies)} tensors for {len(params)} parameters")
+    for i, (copy, p) in enumerate(zip(copies, params)):
+        allowed = (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
+        if copy.shape != p.shape or copy.device != p.device or copy.dtype not in allowed:
+            raise UserError(
+                f"{name}[{i}]: {copy.dtype} {list(copy.shape)} on {copy.device}, "
+                f"expected {allowed[0]} {list(p.shape)} on {p.device}"
+            )
+        if local(p).numel() and _memory(copy) == _memory(p):
+            raise UserError(f"{name}[{i}]: is the parameter itself or shares its memory; make a copy")
+        if local(copy).shape != local(p).shape:
+            raise UserError(f"{name}[{i}]: is not sharded as its parameter is")
+
+
+def _memory(tensor: Tensor) -> int:
+    return local(tensor).untyped_storage().data_ptr()
 
 
 def check_state(loaded: dict[str, Any], params: list[Tensor], moments: Sequence[str]) -> None:

@@ -20,7 +20,28 @@ def build_optimizer(params: Iterable[Tensor], config: TrainConfig) -> FusedAdan 
             raise UserError(f"train.{name}: must be at least 0 and finite, got {value}")
     trained = [p for p in params if p.requires_grad]
     cls: type[FusedAdan | FusedAdamW] = FusedAdan if config.optimizer == "adan" else FusedAdamW
-    return cls(trained, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+    return cls(
+        trained, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        moments_dtype=torch.bfloat16 if config.moments == "bfloat16" else None,
+    )  # fmt: skip
+
+
+def optimize(
+    model: nn.Module, config: TrainConfig
+) -> tuple[FusedAdan | FusedAdamW, "Ema", dict[str, Tensor]]:
+    """The optimiser of ``model`` and the average that it moves. Where ``config.weights`` says so the model's
+    weights are bfloat16 from now on, and those that they are roundings of, in float32, come third by name."""
+    ema = Ema(model, config.ema_decay)
+    parameters = dict(model.named_parameters())
+    masters: dict[str, Tensor] = {}
+    if config.weights == "bfloat16":
+        for name, p in parameters.items():
+            masters[name], p.data = p.data.float(), p.data.bfloat16()
+    optimizer = build_optimizer(parameters.values(), config)
+    if masters:
+        optimizer.set_masters(masters[name] for name, p in parameters.items() if p.requires_grad)
+    ema.attach(optimizer)
+    return optimizer, ema, masters
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -57,15 +78,18 @@ def unripe(decay: float, step: int) -> str | None:
 class Ema:
     """An exponential moving average of a model's parameters: ``ema = decay * ema + (1 - decay) * param``.
 
-    ``tensors`` by name, laid out and sharded as the parameters are; they start as copies. The optimiser it is
-    attached to moves them, in every step that is not skipped.
+    ``tensors`` by name, laid out and sharded as the parameters are; they start as copies (of bfloat16 ones
+    in float32). The optimiser it is attached to moves them, in every step that is not skipped.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise UserError(f"train.ema_decay: must be in [0, 1), got {decay}")
         self.decay, self.model = decay, model
-        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.tensors = {
+            name: p.detach().float() if p.dtype == torch.bfloat16 else p.detach().clone()
+            for name, p in model.named_parameters()
+        }
 
     def attach(self, optimizer: FusedAdan | FusedAdamW) -> None:
         """Have ``optimizer``, which is over parameters of the model, move the copies of those parameters."""
@@ -91,6 +115,9 @@ class Ema:
             self.model.reshard()
         for name, parameter in self.model.named_parameters():
             own, average = local(parameter), local(self.tensors[name])
+            if own.dtype != average.dtype:
+                parameter.data, self.tensors[name] = average, parameter.data
+                continue
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import RunConfig, SampleConfig, to_dict
 from ..data import FirstStage, ImageSet, Loader, check_classes, open_first_stage, open_images
@@ -23,7 +24,7 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .distributed import World, launched
 from .metrics import Metrics, img_per_s, plot_losses
-from .optim import Ema, LossScale, build_optimizer
+from .optim import Ema, LossScale, optimize
 from .parallelize import parallelize, rows_of
 from .passes import GraphedPasses, Passes, passes_of
 from .saving import Saver
@@ -38,7 +39,8 @@ PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 10, 10, 20
 
 @dataclass
 class Run:
-    """Everything the loop works with; ``step`` updates are done."""
+    """Everything the loop works with; ``step`` updates are done. ``masters``: the float32 weights of a model
+    that has roundings of them, by name (``train.weights``)."""
 
     config: RunConfig
     out: Path
@@ -51,6 +53,7 @@ class Run:
     device: torch.device
     model: Transformer
     sharded: bool
+    masters: dict[str, Tensor]
     ema: Ema
     optimizer: FusedAdan | FusedAdamW
     loss_scale: LossScale | None
@@ -194,16 +197,14 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     model: Any = build_model(config.model)
     model.to(device).train()
     sharded = parallelize(model, config.train, world, device)
-    weights = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     if start is not None:
-        start.fill(checkpoint.MODEL, {name: p.detach() for name, p in weights.items()}, world)
-    ema = Ema(model, config.train.ema_decay)
-    optimizer = build_optimizer(weights.values(), config.train)
-    ema.attach(optimizer)
+        start.fill(checkpoint.MODEL, {name: p.detach() for name, p in parameters.items()}, world)
+    optimizer, ema, masters = optimize(model, config.train)
     loss_scale = LossScale(device) if config.train.dtype == "float16" else None
     if start is not None:
         start.fill(checkpoint.EMA, ema.tensors, world)
-        restore_optimizer(start, optimizer, loss_scale, weights, world)
+        restore_optimizer(start, optimizer, loss_scale, parameters, world)
     diffusion = create_diffusion(
         noise_schedule=config.diffusion.noise_schedule,
         predict_xstart=config.diffusion.predict_xstart,
@@ -218,7 +219,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
             images, config.data, batch_size=config.train.batch_size, seed=config.train.seed, rows=rows,
             pinned=device.type == "cuda",
         ),
-        model=model, sharded=sharded, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
+        model=model, sharded=sharded, masters=masters, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
         diffusion=diffusion, passes=passes_of(
             Passes(model, diffusion, config.train, sharded, device), world.size
         ),

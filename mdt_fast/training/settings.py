@@ -47,6 +47,8 @@ def check_settings(config: RunConfig) -> None:
             f"diffusion.diffusion_steps: allowed are 1 to {MOST_DIFFUSION_STEPS}, "
             f"got {config.diffusion.diffusion_steps}"
         )
+    if settings.weights == "bfloat16" and settings.dtype != "bfloat16":
+        raise UserError(f"train.weights: bfloat16 goes with train.dtype bfloat16, got {settings.dtype}")
     if settings.float8 and settings.dtype != "bfloat16":
         raise UserError(f"train.float8: goes with train.dtype bfloat16, got {settings.dtype}")
     if not config.data.conditional and config.model.num_classes != 1:

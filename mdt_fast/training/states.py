@@ -21,6 +21,7 @@ from .optim import LossScale
 if TYPE_CHECKING:
     from .run import Run
 
+MASTER = "master"
 SKIPPED, SCALE = "counters/skipped_steps", "counters/loss_scale"
 
 
@@ -29,7 +30,7 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
 
     ``UserError`` if a weight is not finite: nothing is to be saved then.
     """
-    weights = {name: p.detach() for name, p in run.model.named_parameters()}
+    weights = run.masters or {name: p.detach() for name, p in run.model.named_parameters()}
     parts = {MODEL: weights, EMA: dict(run.ema.tensors)}
     for part, tensors in parts.items():
         if not all(run.world.everyones(all_finite(tensors))):
@@ -40,6 +41,7 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
         f"{names[index]}/{entry}": tensor
         for index, state in packed["state"].items()
         for entry, tensor in state.items()
+        if entry != MASTER  # one of the weights
     }
     entries[SKIPPED] = run.optimizer.skipped_steps
     if run.loss_scale is not None:
