@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -180,7 +181,7 @@ def jobs_of(
         for seed in range(args.seeds):
             for variant in STUDIES[name]:
                 own = variant.settings(settings)
-                if own.train.float8 and torch.device(own.train.device).type != "cuda":
+                if own.train.float8 and not find_spec("torchao"):
                     continue
                 yield Job(
                     study=name, variant=variant, settings=own, seed=seed,

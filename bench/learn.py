@@ -22,12 +22,13 @@ from torch import Tensor
 from formats import one_line
 from judge import NOISE, Data, Judge, load_judge, open_data
 from learners import Variant
-from mdt_fast.config import ModelConfig, RunConfig, to_dict
+from mdt_fast.config import ModelConfig, RunConfig, TrainConfig, to_dict
 from mdt_fast.data import Loader
 from mdt_fast.diffusion import GaussianDiffusion, create_diffusion
 from mdt_fast.files import aside
 from mdt_fast.masking import MaskPlan, len_keeps
 from mdt_fast.models import flops
+from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.zoo import build_model
 from mdt_fast.sampling import sample
 from mdt_fast.training.distributed import World
@@ -151,7 +152,7 @@ class Learner:
         # What is random is drawn by a fast model, and so are pictures, whatever the implementation.
         self.drawing = self.model
         if job.variant.implementation == "fast":
-            parallelize(self.model, settings.train, World(), device)
+            prepare(self.model, settings.train, device)
         else:
             self.model.y_embedder.dropout_prob = 0.0  # labels come dropped
             self.drawing = build_model(settings.model).to(device)
@@ -236,6 +237,15 @@ class Learner:
                 clip_denoised=data.stage.clip,
             )  # fmt: skip
         return drawn, labels
+
+
+def prepare(model: Any, settings: TrainConfig, device: torch.device) -> None:
+    """As the product does; float8 on a CPU is emulated: the same roundings, which is what learning depends
+    on, and no time won."""
+    if settings.float8 and device.type != "cuda":
+        use_float8(model, emulate=True)
+        settings = replace(settings, float8=False)
+    parallelize(model, settings, World(), device)
 
 
 def losses(

@@ -21,6 +21,11 @@ COLORS = {
     "fast-in-turn": "#00a0a0",
     "fast-in-turn-compiled": "#007878",
     "fast-in-turn-graphs": "#66b388",
+    "fast-lean": "#a04c9a",
+    "fast-lean-compiled": "#7a3a76",
+    "fast-lean-graphs": "#c77fc2",
+    "fast-lean-in-turn": "#b06a86",
+    "fast-lean-in-turn-graphs": "#d9a3b8",
     "official": "#d08a3c",
     "diffusers": "#8a6fb0",
 }

@@ -4,8 +4,9 @@
 ``torch.compile`` (the whole forward), ``*-blocks-compiled`` with each block behind it (equal blocks are
 compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA graph
 (``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
-(``train.passes``), ``fast-lean`` one with weights and moments in bfloat16 and float32 weights in the optimiser
-(``train.weights``, ``train.moments``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+(``train.passes``), ``fast-lean`` one with weights and moments in bfloat16, and float32 weights in the
+optimiser (``train.weights``, ``train.moments``), ``official`` the code of a checkout, ``diffusers`` that
+library's DiT.
 A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 

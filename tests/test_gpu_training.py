@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
         {"dtype": "bfloat16", "checkpointing": "selective"},
         {"dtype": "bfloat16", "compile": "block"},
         {"dtype": "bfloat16", "passes": "in_turn"},
+        {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"},
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ from torch import nn
 from mdt_fast.config import TrainConfig
 from mdt_fast.errors import UserError
 from mdt_fast.optim import FusedAdamW, FusedAdan
-from mdt_fast.training.optim import Ema, LossScale, build_optimizer, learning_rate
+from mdt_fast.training.optim import Ema, LossScale, build_optimizer, learning_rate, optimize
 
 
 @pytest.mark.parametrize(("name", "cls"), [("adan", FusedAdan), ("adamw", FusedAdamW)])
@@ -47,6 +47,42 @@ def test_the_average_in_the_model_and_back() -> None:
     assert model.training
     assert all(map(torch.equal, model.parameters(), own))
     assert all(map(torch.equal, ema.tensors.values(), moved))
+
+
+def test_the_average_of_bfloat16_weights_is_float32_and_comes_and_goes_whole() -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    ema = Ema(model, 0.9)
+    own = [p.detach().clone() for p in model.parameters()]
+    for average in ema.tensors.values():
+        average.add_(1e-3)
+    moved = [average.clone() for average in ema.tensors.values()]
+    with ema.in_model():
+        assert all(map(torch.equal, model.parameters(), moved))
+        assert model(torch.ones(1, 3)).dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(map(torch.equal, model.parameters(), own))
+    assert all(map(torch.equal, ema.tensors.values(), moved))
+
+
+@pytest.mark.parametrize("name", ["adan", "adamw"])
+def test_float32_weights_of_a_bfloat16_model(name: str) -> None:
+    """They are those it began with, to the bit, and those that are not trained are among them."""
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    began = {key: p.detach().clone() for key, p in model.named_parameters()}
+    settings = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
+    optimizer, ema, masters = optimize(model, TrainConfig(optimizer=name, ema_decay=0.5, **settings))
+    assert all(torch.equal(masters[key], value) for key, value in began.items())
+    model(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    for key, p in model.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, masters[key].bfloat16())
+        torch.testing.assert_close(ema.tensors[key], 0.5 * began[key] + 0.5 * masters[key])
+    assert not torch.equal(masters["weight"], began["weight"])
+    assert optimizer.state[model.weight]["exp_avg"].dtype == torch.bfloat16
+    whole = optimize(nn.Linear(3, 2), TrainConfig(moments="bfloat16"))
+    assert whole[2] == {}
 
 
 def test_loss_scale() -> None:
