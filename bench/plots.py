@@ -26,6 +26,9 @@ COLORS = {
     "fast-lean-graphs": "#c77fc2",
     "fast-lean-in-turn": "#b06a86",
     "fast-lean-in-turn-graphs": "#d9a3b8",
+    "fast-float8": "#c9a227",
+    "fast-float8-blocks-compiled": "#a07f14",
+    "fast-float8-graphs": "#e0c25a",
     "official": "#d08a3c",
     "diffusers": "#8a6fb0",
 }

@@ -5,8 +5,8 @@
 compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA graph
 (``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
 (``train.passes``), ``fast-lean`` one with weights and moments in bfloat16, and float32 weights in the
-optimiser (``train.weights``, ``train.moments``), ``official`` the code of a checkout, ``diffusers`` that
-library's DiT.
+optimiser (``train.weights``, ``train.moments``), ``fast-float8`` one with the blocks' products in float8
+(``train.float8``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
 A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 
@@ -27,6 +27,7 @@ from mdt_fast.config import ModelConfig, Switches
 from mdt_fast.errors import UserError, nearest
 from mdt_fast.models import Transformer, compile_for_training, zoo
 from mdt_fast.models.compiling import RECOMPILE_LIMIT
+from mdt_fast.models.float8 import use_float8
 from mdt_fast.presets import PRESETS
 
 NAMES = (
@@ -34,8 +35,9 @@ NAMES = (
     "fast", "fast-blocks-compiled", "fast-compiled", "fast-graphs",
     "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs",
     "fast-lean", "fast-lean-compiled", "fast-lean-graphs", "fast-lean-in-turn", "fast-lean-in-turn-graphs",
-    "official", "diffusers",
+    "fast-float8", "fast-float8-blocks-compiled", "fast-float8-graphs", "official", "diffusers",
 )  # fmt: skip
+PRECISIONS = "lean", "float8"
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
 """Where the published recipe differs from the constructor's default."""
@@ -85,8 +87,8 @@ def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]
 
 
 class Modules:
-    """One module per implementation (and one for its lean forms), made when first asked for, on ``device``,
-    with the shared weights; ``switches`` are the fast one's."""
+    """One module per implementation and precision, made when first asked for, on ``device``, with the shared
+    weights; ``switches`` are the fast one's."""
 
     def __init__(
         self,
@@ -100,18 +102,26 @@ class Modules:
         self.weights = make_weights(config, device)
         self._made: dict[str, nn.Module] = {}
 
-    def get(self, implementation: str, lean: bool = False) -> nn.Module:
-        """The module, its weights set back to the shared ones. Raises ``Skip`` if it cannot exist here."""
-        key = implementation + "-lean" * lean
+    def get(self, implementation: str, precision: str = "") -> nn.Module:
+        """The module, its weights set back to the shared ones; ``precision``: nothing, ``lean`` or
+        ``float8``. Raises ``Skip`` if it cannot exist here."""
+        key = f"{implementation}-{precision}"
         if key not in self._made:
             with self.device:  # drawn there, which for large models takes seconds less
                 module = self._build(implementation).to(self.device)
-            self._made[key] = module.bfloat16() if lean else module
+            if precision == "lean":
+                module.bfloat16()
+            elif precision == "float8":
+                try:
+                    use_float8(module)
+                except UserError as error:
+                    raise Skip(str(error)) from None
+            self._made[key] = module
         module = self._made[key]
         module.load_state_dict(self.weights)
         return module
 
-    def _build(self, implementation: str) -> nn.Module:
+    def _build(self, implementation: str) -> Any:
         if implementation == "diffusers":
             try:
                 return diffusers_dit.build(self.config)
@@ -155,8 +165,8 @@ class Provider:
         return in_turn(self.name)
 
     @property
-    def lean(self) -> bool:
-        return lean(self.name)
+    def precision(self) -> str:
+        return precision(self.name)
 
     @property
     def implementation(self) -> str:
@@ -169,7 +179,7 @@ def make(name: str, modules: Modules) -> Provider:
         raise Skip(reason)
     if name.endswith("-graphs") and modules.device.type != "cuda":
         raise Skip("CUDA graphs need a GPU")
-    module = modules.get(implementation(name), lean(name))
+    module = modules.get(implementation(name), precision(name))
     both = None if in_turn(name) else getattr(module, "training_step_outputs", None)
     calls = [module, module.forward_with_cfg, both]
     if name.endswith("-blocks-compiled"):
@@ -204,7 +214,7 @@ def _alike(module: nn.Module, twin: nn.Module, call: Callable[..., Any], *args: 
 
 def implementation(name: str) -> str:
     """Whose module a provider runs."""
-    for suffix in ("-compiled", "-blocks", "-graphs", "-in-turn", "-lean"):
+    for suffix in ("-compiled", "-blocks", "-graphs", "-in-turn", *(f"-{each}" for each in PRECISIONS)):
         name = name.removesuffix(suffix)
     return name
 
@@ -214,9 +224,10 @@ def in_turn(name: str) -> bool:
     return "-in-turn" in name
 
 
-def lean(name: str) -> bool:
-    """Whether weights and the optimiser's moments are bfloat16."""
-    return "-lean" in name
+def precision(name: str) -> str:
+    """``lean``: weights and the optimiser's moments are bfloat16; ``float8``: the blocks' products are; or
+    nothing."""
+    return next((each for each in PRECISIONS if f"-{each}" in name), "")
 
 
 def compile_obstacle(device: torch.device) -> str | None:

@@ -145,7 +145,8 @@ class TrainStep(Step):
         if share is not None:
             self.optimizer, self.ema = share.optimizer, share.ema
             return
-        kept: dict[str, Any] = {"weights": "bfloat16", "moments": "bfloat16"} if provider.lean else {}
+        lean = provider.precision == "lean"
+        kept: dict[str, Any] = {"weights": "bfloat16", "moments": "bfloat16"} if lean else {}
         recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5, **kept)
         self.optimizer, self.ema, _ = optimize(self.module, recipe)
 
@@ -316,10 +317,10 @@ def step_of(
     share: TrainStep | None = None,
 ) -> Step:
     """The step that the case is about; ``share``: whose optimiser and average it uses. Raises ``Skip``."""
-    if provider.lean and case.dtype != torch.bfloat16:
-        raise Skip("its weights are bfloat16, for computing in bfloat16")
+    if provider.precision and case.dtype != torch.bfloat16:
+        raise Skip("for computing in bfloat16")
     if case.mode == "sample":
-        if provider.in_turn or provider.lean:
+        if provider.in_turn or provider.precision:
             raise Skip("a way to train")
         if provider.graphed:
             raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")

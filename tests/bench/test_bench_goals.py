@@ -76,6 +76,12 @@ def test_models() -> None:
     assert said(rows, "CPU, train S/2 over eager, float32").endswith("| not measured | |")
 
 
+def test_float8_has_a_goal_of_its_own() -> None:
+    rows = models("fast-float8-graphs", 490) + models("fast-lean-graphs", 370)
+    assert "| 370 img/s (fast-lean-graphs, batch 32) | met |" in said(rows, "train XL/2, bfloat16, one H200")
+    assert "| 490 img/s (fast-float8-graphs, batch 32) | met |" in said(rows, "train XL/2, float8, one H200")
+
+
 def test_runs_are_told_apart() -> None:
     """On a CPU nothing is compared with what another run measured."""
 

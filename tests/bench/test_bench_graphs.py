@@ -1,6 +1,7 @@
 """The training step's other forms, with a stand-in for CUDA's graphs: the numbers of the plain one."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import providers
 import steps
 from inputs import load
+from mdt_fast.models.float8 import use_float8
 from mdt_fast.presets import PRESETS
 from mdt_fast.training import passes
 from measure import peak_bytes
@@ -42,6 +44,60 @@ def test_every_form_of_a_step_is_the_plain_one(family: str, monkeypatch: pytest.
     for other in found[1:]:
         for ours, plain in zip(other, found[0], strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["lean", "lean-graphs", "lean-in-turn", "float8", "float8-graphs"])
+def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the reference, by the bench's own bounds, before and after steps of the other forms."""
+    if form.startswith("float8"):
+        pytest.importorskip("torchao", reason="torchao is not installed")
+        monkeypatch.setattr(providers, "use_float8", partial(use_float8, emulate=True))
+    monkeypatch.setattr(passes, "Graphed", Replayed)
+    small = {"hidden_size": 32, "depth": 2, "num_heads": 2, "decode_layer": 0}
+    config, device = replace(PRESETS["digits"].model, **small), torch.device("cpu")
+    case = steps.Case("small", config, "train", 4, torch.bfloat16, device)
+    modules, inputs = providers.Modules(config, device, None), load("digits", config, 4)
+    expected = steps.TrainStep(case, providers.make("reference", modules), inputs, (11, 8), None).outcome()
+    name = f"fast-{form}"
+    provider = replace(providers.make(name.removesuffix("-graphs"), modules), name=name)
+    assert provider.implementation == "fast"
+    assert provider.in_turn == ("in-turn" in form)
+    assert provider.module is not providers.make("fast", modules).module
+    kind = steps.GraphedTrainStep if provider.graphed else steps.TrainStep
+    step = kind(case, provider, inputs, (11, 8), None)
+    difference, problem = steps.disagreement(step, expected)
+    assert problem is None
+    assert difference > 0
+    for index in range(3):
+        step(index)
+    again = kind(case, provider, inputs, (11, 8), step)
+    assert (again.optimizer, again.ema) == (step.optimizer, step.ema)
+    weights = [p for p in step.module.parameters() if p.requires_grad]
+    assert {p.dtype for p in weights} == {torch.bfloat16 if provider.precision == "lean" else torch.float32}
+    states = [step.optimizer.state[p] for p in weights]
+    if provider.precision == "lean":
+        assert {state["exp_avg"].dtype for state in states} == {torch.bfloat16}
+        for p, state in zip(weights, states, strict=True):
+            assert torch.equal(p, state["master"].bfloat16())
+    kept = 4 + 4 + 4 * 4 if provider.precision == "float8" else 2 + 4 + 4 + 4 * 2
+    numbers = sum(p.numel() for p in weights)
+    frozen = sum(p.numel() for p in step.module.parameters()) - numbers
+    assert steps.TrainStep.own_bytes(step) - numbers * kept <= 16 * frozen + 20_000  # the index of positions
+
+
+def test_where_other_precisions_are_left_out() -> None:
+    config, device = PRESETS["digits"].model, torch.device("cpu")
+    inputs = load("digits", config, 2)
+    for mode, dtype, why in (
+        ("train", torch.float32, "for computing in bfloat16"),
+        ("sample", torch.bfloat16, "a way to train"),
+    ):
+        case = steps.Case("digits", config, mode, 2, dtype, device)
+        provider = providers.make("fast-lean", providers.Modules(config, device, None))
+        with pytest.raises(providers.Skip, match=why):
+            steps.step_of(case, provider, inputs, (11,), None)
+    with pytest.raises(providers.Skip, match="float8: needs "):
+        providers.make("fast-float8", providers.Modules(config, device, None))
 
 
 def test_memory_is_the_same_whoever_ran_before() -> None:
