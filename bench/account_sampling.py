@@ -37,6 +37,9 @@ OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 BOUND = 1e-3
 """Of ``skip_below``: with the power-cosine schedule a third of 250 steps."""
 
+LEAN = "fast with bfloat16 weights"
+"""A model that is bfloat16 itself, and so is what runs through its blocks."""
+
 Draw = Callable[[int], object]
 
 
@@ -85,6 +88,9 @@ def run(
         Line(name, *drawing(modules.get("fast"), one, labels, switches), dataclasses.asdict(switches))
         for name, one, switches in settings(config)
     ]
+    if case.dtype == torch.bfloat16:
+        drawn = drawing(modules.get("fast", "lean"), config, labels, SampleSwitches())
+        lines.append(Line(LEAN, *drawn, dataclasses.asdict(SampleSwitches())))
     if case.config.family == "dit":
         try:
             _, model = diffusers_dit(case)
