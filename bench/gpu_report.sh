@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
-#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole official
-#   account training breakdown switches sampling sampling_compiled tune learning report
+#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
+#   official account training breakdown switches sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then `survey` and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
@@ -15,8 +15,8 @@ OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
-STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole official
-    account training breakdown switches sampling sampling_compiled tune learning report)
+STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
+    official account training breakdown switches sampling sampling_compiled tune learning report)
 
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
@@ -120,6 +120,12 @@ whole() { # the reference compiled as a whole: more than six minutes on a slow h
     bench throughput xl2_whole --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
         --providers reference,reference-compiled,fast-graphs --lengths 2 --time-limit 420
 }
+precisions() { # bfloat16 weights and moments; float8, compiled last, as that takes a minute or more
+    bench throughput xl2_precisions --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
+        --providers reference,fast-graphs,fast-lean-graphs,fast-lean-in-turn-graphs --time-limit 200
+    bench throughput xl2_float8 --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
+        --providers reference,fast-float8-graphs,fast-float8-blocks-compiled --time-limit 250
+}
 official() {
     if [[ -z $OFFICIAL ]]; then
         echo "no checkout of the official code given (OFFICIAL=PATH)"
@@ -143,9 +149,10 @@ breakdown() { # by class of kernel; the reference apart, as both need the memory
     rows throughput breakdown "${step[@]}" --batch 32 --mode train --providers reference
     rows throughput breakdown "${step[@]}" --batch 32 --mode sample --providers fast,reference
 }
-switches() { # of the fast model, in a step that does not wait for the host
+switches() { # of the fast model, and its other forms, in a step that does not wait for the host
     local step=(--breakdown --model MDTv2_XL_2 --dtype bfloat16 --mode train --providers fast-graphs)
     rows throughput switches "${step[@]}" --batch 32,128
+    rows throughput switches "${step[@]/fast-graphs/fast-lean-graphs}" --batch 32,128
     rows throughput switches "${step[@]/fast-graphs/fast-in-turn-graphs}" --batch 32,128
     rows throughput switches "${step[@]}" --batch 32,128 --turn recompute
 }
