@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import tables
 from formats import number, one_line
 from inputs import Inputs, len_keeps
-from measure import WallClock, synchronize
+from measure import WallClock, release, synchronize
 from providers import Modules, Skip, make
 from rows import RowFile
 from steps import Case, Step, step_of
@@ -74,10 +74,10 @@ def run(
     for name in names:
         say(f"{case.title}: {name}")
         torch._dynamo.reset()
+        release(case.device)
         line = Line(name)
         try:
-            step = step_of(case, make(name, modules), inputs, len_keeps(case.config, 1))
-            measure(line, step, case.device)
+            measure(line, step_of(case, make(name, modules), inputs, len_keeps(case.config, 1)), case.device)
         except Skip as reason:
             line.note = f"skipped: {reason}"
         except Exception as error:

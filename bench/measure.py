@@ -13,11 +13,13 @@ held before, as the resident set size would.
 """
 
 import contextlib
+import gc
 import os
 import random
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,10 +177,27 @@ def take_turns(
                 timings[name].seconds.append(clock(partial(_each, step, indices)) / inner)
             except Exception as error:
                 timings[name].error = error
+                let_go(error)
                 continue
             timings[name].indices.append(r * inner)
             timings[name].late += clock.late
     return timings
+
+
+def release(device: torch.device) -> None:
+    """Give back what is not in use any more: captured graphs are held in cycles, and a GPU that is short of
+    memory does not make Python look for those."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def let_go(error: BaseException | None) -> None:
+    """Release what the frames that raised ``error`` hold: it would be there as long as the error is, and a
+    step that found no memory would leave none to the others."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _each(step: Callable[[int], object], indices: range) -> None:

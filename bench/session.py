@@ -9,7 +9,18 @@ import torch
 from formats import one_line
 from inputs import PERIOD, Inputs, len_keeps
 from mdt_fast.models import flops
-from measure import MIN_ROUNDS, Matmul, Spread, Timing, peak_bytes, rates, ratios, spread, take_turns
+from measure import (
+    MIN_ROUNDS,
+    Matmul,
+    Spread,
+    Timing,
+    peak_bytes,
+    rates,
+    ratios,
+    release,
+    spread,
+    take_turns,
+)  # fmt: skip
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
 from steps import SAMPLING_STEPS, Case, Step, TrainStep, disagreement, step_of
@@ -70,6 +81,7 @@ class Session:
     ) -> CaseResult:
         """Measure ``names`` and write their rows. ``skipped``: those left out beforehand, with the reason."""
         torch._dynamo.reset()
+        release(case.device)
         found = {name: Result(name) for name in (*names, *skipped)}
         for name, reason in skipped.items():
             self.give_up(case, found[name], "skipped", reason)
@@ -116,6 +128,7 @@ class Session:
         for name, step in steps.items():
             if timings[name].error is not None:
                 self.give_up(case, found[name], "failed", one_line(timings[name].error))
+                step.forget()
                 continue
             result.repeats = len(timings[name].seconds)
             self.evaluate(case, step, timings, inner, result, found[name])
@@ -183,7 +196,7 @@ class Session:
             timing = take_turns({name: steps[name]}, case.device, repeats=repeats)[name]
             if timing.error is not None:
                 self.give_up(case, found[name], "failed", one_line(timing.error))
-                del steps[name]
+                steps.pop(name).forget()
                 continue
             if found[name].compile_s is not None:
                 found[name].compile_s += time.perf_counter() - start - repeats * timing.seconds[-1]

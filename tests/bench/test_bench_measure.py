@@ -2,6 +2,7 @@
 
 import argparse
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -31,6 +32,34 @@ def test_shuffled_turns_follow_each_other_in_every_order() -> None:
     assert len(rounds) == 6
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert all(len(timing.seconds) == 20 for timing in timings.values())
+
+
+def test_a_step_that_fails_keeps_nothing_from_the_others() -> None:
+    """Neither what its frames hold nor what those of the error do that it came from."""
+    held: list[weakref.ref] = []
+
+    def inner() -> None:
+        mine = torch.empty(10)
+        held.append(weakref.ref(mine))
+        raise ValueError("no memory")
+
+    def failing(index: int) -> None:
+        mine = torch.empty(10)
+        held.append(weakref.ref(mine))
+        try:
+            inner()
+        except ValueError:
+            raise RuntimeError("no memory, either") from None
+
+    seen: list[int] = []
+
+    def other(index: int) -> None:
+        seen.append(sum(reference() is not None for reference in held))
+
+    timings = take_turns({"failing": failing, "other": other}, CPU, repeats=2)
+    assert isinstance(timings["failing"].error, RuntimeError)
+    assert len(held) == 2
+    assert seen == [0, 0]
 
 
 def test_an_op_on_a_cpu_is_timed_by_its_second_call() -> None:
