@@ -1,8 +1,8 @@
-"""Markdown tables from rows, printed or put into a README between its two markers.
+"""Markdown tables from rows, printed or put into a document between its two markers.
 
     python bench/report.py bench/results/cpu.jsonl
     python bench/report.py --bench kernels,attention
-    python bench/report.py --readme README.md
+    python bench/report.py bench/results/cpu.jsonl --readme docs/cpu.md
     python bench/report.py --goals         what the package sets out to reach: met, missed, not measured
     python bench/report.py --plots DIR     the pictures as well, of all rows together
 
