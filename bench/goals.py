@@ -112,7 +112,7 @@ def against(
     *, one_run: bool = False,
 ) -> Measure:  # fmt: skip
     """Our best over their best at one batch: img/s, or the least memory over the least memory. ``one_run``:
-    ours of the same run alone, where one run differs from another, as on a CPU."""
+    ours of the same run alone, where one run differs from another: times on a CPU, what memory counts."""
     pick, value = min if metric == "peak_bytes" else max, itemgetter("p50")
 
     def measure(rows: Rows) -> Found:
@@ -198,7 +198,7 @@ GOALS = (
          against(XL, "train", 32, COMPILED, "img_per_s", BF16)),
     Goal("train XL/2 at batch 4 over compiled", 3, "x", against(XL, "train", 4, COMPILED, "img_per_s", BF16)),
     Goal("peak memory, XL/2, batch 32, over compiled", 0.45, "x",
-         against(XL, "train", 32, COMPILED, "peak_bytes", BF16), most=True),
+         against(XL, "train", 32, COMPILED, "peak_bytes", BF16, one_run=True), most=True),
     Goal("sample XL/2, 250 steps, one H200", 4, "img/s", rate(XL, "sample", dtype="bfloat16")),
     Goal("sample XL/2, batch 1, over compiled", 2, "x",
          against(XL, "sample", 1, COMPILED, "img_per_s", BF16)),

@@ -122,9 +122,10 @@ whole() { # the reference compiled as a whole: more than six minutes on a slow h
 }
 precisions() { # bfloat16 weights and moments; float8, compiled last, as that takes a minute or more
     bench throughput xl2_precisions --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
-        --providers reference,fast-graphs,fast-lean-graphs,fast-lean-in-turn-graphs --time-limit 200
+        --providers reference,reference-blocks-compiled,fast-graphs,fast-lean,fast-lean-graphs,fast-lean-in-turn \
+        --time-limit 260
     bench throughput xl2_float8 --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
-        --providers reference,fast-float8-graphs,fast-float8-blocks-compiled --time-limit 250
+        --providers reference,fast-float8-graphs,fast-float8-blocks-compiled --time-limit 200
 }
 official() {
     if [[ -z $OFFICIAL ]]; then

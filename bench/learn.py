@@ -152,7 +152,7 @@ class Learner:
         # What is random is drawn by a fast model, and so are pictures, whatever the implementation.
         self.drawing = self.model
         if job.variant.implementation == "fast":
-            prepare(self.model, settings.train, device)
+            parallelized(self.model, settings.train, device)
         else:
             self.model.y_embedder.dropout_prob = 0.0  # labels come dropped
             self.drawing = build_model(settings.model).to(device)
@@ -239,7 +239,7 @@ class Learner:
         return drawn, labels
 
 
-def prepare(model: Any, settings: TrainConfig, device: torch.device) -> None:
+def parallelized(model: Any, settings: TrainConfig, device: torch.device) -> None:
     """As the product does; float8 on a CPU is emulated: the same roundings, which is what learning depends
     on, and no time won."""
     if settings.float8 and device.type != "cuda":

@@ -198,8 +198,9 @@ class TrainConfig:
     passes of the objective as one batch, or ``in_turn``, each with its backward pass before the next one:
     three fifths of the activations at a time, in a few percent more time. ``dtype``: what
     is computed in; statistics are float32. ``weights``: bfloat16 keeps what the network reads, its gradients
-    and what runs through its blocks in that dtype; the optimiser has the float32 weights, which are what is
-    saved (one process). ``moments``: those of the optimiser. ``float8``: the blocks' products by
+    (with ``accumulate``, their sum is float32) and what runs through its blocks in that dtype; the optimiser
+    has the float32 weights, which are what is saved (``dtype`` bfloat16, one process). ``moments``: those of
+    the optimiser; bfloat16 needs ``csrc/``. ``float8``: the blocks' products by
     torchao, on GPUs that have them. ``keep``: the last so many
     checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
     or a gradient that is not finite are left out; after more than so many in a row the run stops.

@@ -325,6 +325,19 @@ def test_masters_and_states(cls: Any) -> None:
     optimizer.load_state_dict(state)
     assert optimizer.state[params[0]]["master"].data_ptr() == masters[0].data_ptr()
     assert all(map(torch.equal, masters, before))
+    other = cls(copied[1])
+    other.add_ema([master.clone() for master in masters], 0.9)
+    for given, message in (
+        ([master + 1 for master in masters], r"masters\[0\]: rounded to bfloat16 it is not its parameter"),
+        (other._averages[0], r"masters\[0\]: is a tensor that the optimiser has already; make a copy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other.set_masters(given)
+    with pytest.raises(UserError, match=r"params\[0\]: is a tensor that the optimiser has already"):
+        optimizer.add_ema(masters, 0.9)
+    twice = cls([nn.Parameter(torch.ones(2)) for _ in range(2)])
+    with pytest.raises(UserError, match=r"params\[1\]: is a tensor that the optimiser has already"):
+        twice.add_ema([torch.ones(2)] * 2, 0.9)
     with pytest.raises(UserError, match="set_masters: there are masters already"):
         optimizer.set_masters(masters)
     with pytest.raises(UserError, match="add_param_group: the masters of set_masters would lack its param"):

@@ -7,6 +7,7 @@ A step in which a gradient is not finite changes nothing and is counted in ``ski
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
             raise UserError(f"decay: must be in [0, 1), got {decay}")
-        check_copies("params", average, own)
+        check_copies("params", average, own, self._copies())
         self._averages.append([ema.detach() for ema in average])
         self._decays.append(float(decay))
 
@@ -116,8 +117,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Have ``masters`` be what bfloat16 parameters are roundings of, and move them in every step.
 
         ``masters``: one float32 tensor for each parameter, in the optimiser's order, of its shape and on its
-        device; all parameters are bfloat16. Without this, a master begins as what its parameter has been
-        rounded to. ``UserError`` for others, and where the optimiser has masters already.
+        device, of which it is the rounding; all parameters are bfloat16. Without this, a master begins as
+        what its parameter has been rounded to. ``UserError`` for others, and where there are masters already.
         """
         given, own = list(masters), list(self._all())
         for i, p in enumerate(own):
@@ -125,7 +126,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise UserError(f"masters[{i}]: of a parameter in {p.dtype}; only bfloat16 ones have masters")
             if self._masters or "master" in self.state.get(p, {}):
                 raise UserError("set_masters: there are masters already; call it once, before the first step")
-        check_copies("masters", given, own)
+        check_copies("masters", given, own, self._copies())
+        for i, (master, p) in enumerate(zip(given, own)):
+            if p.device.type != "meta" and not torch.equal(local(p), local(master).to(p.dtype)):
+                raise UserError(f"masters[{i}]: rounded to bfloat16 it is not its parameter")
         self._masters = [master.detach() for master in given]
 
     @torch.no_grad()
@@ -226,6 +230,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _all(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+    def _copies(self) -> Iterator[Tensor]:
+        """Of parameters, that were given."""
+        return chain(self._masters, *self._averages)
 
     def _gather(self) -> tuple[list[list[Item]], dict[Any, list[Tensor]]]:
         """Parameters and gradients of each group; the gradients also by the ranks that hold other parts."""

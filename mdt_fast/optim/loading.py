@@ -1,6 +1,6 @@
 """Tensors from elsewhere, states and copies of parameters: what they must be, and how states come in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,12 @@ from .shards import laid_out, local
 UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed is put back
 
 
-def check_copies(name: str, copies: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """``UserError`` unless there is a float32 tensor (float64 where the parameter may be that) for each."""
+def check_copies(
+    name: str, copies: Sequence[Tensor], params: Sequence[Tensor], others: Iterable[Tensor]
+) -> None:
+    """``UserError`` unless there is a float32 tensor (float64 where the parameter may be that) for each, with
+    memory that is not another's nor of ``others``."""
+    taken = {local(other).data_ptr() for other in others}
     if len(copies) != len(params):
         raise UserError(f"{name}: {len(copies)} tensors for {len(params)} parameters")
     for i, (copy, p) in enumerate(zip(copies, params)):
@@ -28,6 +32,10 @@ def check_copies(name: str, copies: Sequence[Tensor], params: Sequence[Tensor]) 
             raise UserError(f"{name}[{i}]: is the parameter itself or shares its memory; make a copy")
         if local(copy).shape != local(p).shape:
             raise UserError(f"{name}[{i}]: is not sharded as its parameter is")
+        if local(p).numel() and local(p).device.type != "meta":
+            if local(copy).data_ptr() in taken:
+                raise UserError(f"{name}[{i}]: is a tensor that the optimiser has already; make a copy")
+            taken.add(local(copy).data_ptr())
 
 
 def _memory(tensor: Tensor) -> int:

@@ -132,7 +132,7 @@ def packed_optimizer(opened: Checkpoint) -> dict[str, Any]:
     for key, tensor in opened.tensors(OPTIMIZER).items():
         name, _, entry = key.rpartition("/")
         if name not in ("counters", METRICS):
-            state.setdefault(index[name], {})[entry] = tensor.float()
+            state.setdefault(index[name], {})[entry] = tensor.float()  # as the official optimiser's are
     (group,) = opened.state["optimizer_groups"]
     group = {**group, "betas": tuple(group["betas"]), "lr": next_rate(config.train, opened.step)}
     if config.train.optimizer == "adan":

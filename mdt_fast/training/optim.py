@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..config import TrainConfig
 from ..errors import UserError
+from ..kernels.native import MISSING, library
 from ..optim import FusedAdamW, FusedAdan
 from ..optim.shards import local
 
@@ -30,13 +31,22 @@ def optimize(
     model: nn.Module, config: TrainConfig
 ) -> tuple[FusedAdan | FusedAdamW, "Ema", dict[str, Tensor]]:
     """The optimiser of ``model`` and the average that it moves. Where ``config.weights`` says so the model's
-    weights are bfloat16 from now on, and those that they are roundings of, in float32, come third by name."""
+    weights are bfloat16 from now on, and those that they are roundings of, in float32, come third by name.
+    ``UserError`` for bfloat16 moments where nothing rounds them at random."""
+    device = next(model.parameters()).device.type
+    if config.moments == "bfloat16" and not library(device):
+        raise UserError(
+            "train.moments: 'bfloat16' needs the op of csrc, which rounds at random (to the nearest, a "
+            f"second moment hardly falls); on {device} it is {MISSING.get(device, 'not there')}"
+        )
     ema = Ema(model, config.ema_decay)
     parameters = dict(model.named_parameters())
     masters: dict[str, Tensor] = {}
     if config.weights == "bfloat16":
         for name, p in parameters.items():
             masters[name], p.data = p.data.float(), p.data.bfloat16()
+            if config.accumulate > 1:
+                p.grad_dtype = torch.float32  # many parts would be lost in a bfloat16 sum
     optimizer = build_optimizer(parameters.values(), config)
     if masters:
         optimizer.set_masters(masters[name] for name, p in parameters.items() if p.requires_grad)

@@ -8,8 +8,8 @@ from ..sampling import check_sampling, sampling_diffusion
 
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.save_every", "train.keep", "train.device", "train.accumulate",
-    "train.passes", "train.parallel", "train.compile", "train.cuda_graphs", "train.checkpointing",
-    "train.max_skips", "train.async_save", "train.tensorboard", "train.wandb",
+    "train.passes", "train.weights", "train.moments", "train.parallel", "train.compile", "train.cuda_graphs",
+    "train.checkpointing", "train.max_skips", "train.async_save", "train.tensorboard", "train.wandb",
     "data.source", "data.workers", "data.on_unreadable", "sample.",
 )  # fmt: skip
 """What may differ from the checkpoint when a run goes on; everything else decides the numbers (these at most

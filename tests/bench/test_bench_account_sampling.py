@@ -13,13 +13,14 @@ from rows import read
 from steps import Case
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_item_has_a_line_and_the_same_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
     file = tmp_path / "rows.jsonl"
     flags = ["--account", "--mode", "sample", "--model", "digits", "--batch", "2", "--device", "cpu"]
-    assert throughput.main([*flags, "--repeats", "1", "--json", str(file)]) == 0
+    assert throughput.main([*flags, "--dtype", dtype, "--repeats", "1", "--json", str(file)]) == 0
     table = capsys.readouterr().out
     found: dict[str, dict[str, float]] = {}
     for row in read([file]):
@@ -27,15 +28,19 @@ def test_every_item_has_a_line_and_the_same_picture(
         found.setdefault(row["note"], {})[row["metric"]] = row["p50"]
     assert all(name in table for name in found)
     assert "reference-compiled: not in this test" in table
-    items = ("batched_modulations", "shared_embedding", "fused_step", "skip_unit")
+    half = dtype == "bfloat16"
+    items = ("batched_modulations", "shared_embedding", "fused_step", "skip_unit", *["cast_once"] * half)
     assert set(found) == {
         "reference", "fast", *(f"fast without {item}" for item in items), "fast without any",
-        "fast with skip_below 0.001",
+        "fast with skip_below 0.001", *["fast with bfloat16 weights"] * half,
     }  # fmt: skip
     fast = found["fast"]
     assert fast["ops"] < found["fast without fused_step"]["ops"] < found["fast without any"]["ops"]
     assert fast["ops"] < found["fast without batched_modulations"]["ops"] < found["reference"]["ops"]
-    assert all(line["off"] < 1e-3 and line["ms"] > 0 for line in found.values())
+    assert all(line["off"] < (1e-2 if half else 1e-3) and line["ms"] > 0 for line in found.values())
+    if half:
+        assert found["fast with bfloat16 weights"]["ops"] < fast["ops"]
+        assert found["fast with bfloat16 weights"]["off"] > found["reference"]["off"]
 
 
 def test_diffusers_transformer_is_of_the_same_size() -> None:

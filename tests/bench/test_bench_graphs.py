@@ -82,7 +82,8 @@ def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch
     kept = 4 + 4 + 4 * 4 if provider.precision == "float8" else 2 + 4 + 4 + 4 * 2
     numbers = sum(p.numel() for p in weights)
     frozen = sum(p.numel() for p in step.module.parameters()) - numbers
-    assert steps.TrainStep.own_bytes(step) - numbers * kept <= 16 * frozen + 20_000  # the index of positions
+    more = steps.TrainStep.own_bytes(step) - numbers * kept  # what is not trained and its average; an index
+    assert 6 * frozen <= more <= 8 * frozen + 20_000
 
 
 def test_where_other_precisions_are_left_out() -> None:

@@ -21,8 +21,8 @@ from providers import NAMES, model_config
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_report.sh"
 STAGES = [
     "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large", "host",
-    "compiled", "compiled4", "whole", "official", "account", "training", "breakdown", "switches", "sampling",
-    "sampling_compiled", "tune", "learning", "report",
+    "compiled", "compiled4", "whole", "precisions", "official", "account", "training", "breakdown",
+    "switches", "sampling", "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
 STAND_IN = """#!/bin/sh
 { printf '%s\\037' "$@"; echo; } >> "$RECORD"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mdt_fast.errors import UserError
+from mdt_fast.kernels.native import MISSING
 from mdt_fast.models.base import Transformer
 from mdt_fast.models.blocks import Block
 from mdt_fast.models.zoo import build_model
@@ -39,8 +40,8 @@ LEAN = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
 
 @pytest.mark.parametrize("optimizer", ["adan", "adamw"])
 def test_bfloat16_weights_follow_float32(optimizer: str, tmp_path: Path) -> None:
-    """What is saved is float32 but for the moments, and twice less of it; halves of the run equal the whole,
-    bit for bit, moments that are rounded at random included."""
+    """What is saved is float32 but for the moments; halves of the run equal the whole, bit for bit, moments
+    that are rounded at random included."""
     settings = {"log_every": 1, "lr": 1e-2, "warmup_steps": 0, "optimizer": optimizer}
     config = tiny(**settings, **LEAN)
     train(tiny(**settings), tmp_path / "float32")
@@ -81,6 +82,9 @@ def test_the_network_has_what_the_optimiser_has_rounded(
         for name, p in run.model.named_parameters():
             assert p.dtype == torch.bfloat16
             assert torch.equal(p, run.masters[name].bfloat16())
+            assert p.grad is None or p.grad.dtype == (
+                torch.float32 if "accumulate" in more else torch.bfloat16
+            )
         save(run, metrics)
 
     def saw(block: Block, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -88,37 +92,84 @@ def test_the_network_has_what_the_optimiser_has_rounded(
             passed.update((args[0].dtype, out.dtype))
 
     monkeypatch.setattr(Run, "save", looked_at)
-    monkeypatch.setattr(run_module, "parallelize", lambda model, *_: hooked(model, saw))
+
+    def hooked(model: Transformer, *args: Any) -> bool:
+        for block in model.every_block():
+            block.register_forward_hook(saw)
+        return parallelize(model, *args)
+
+    monkeypatch.setattr(run_module, "parallelize", hooked)
     train(tiny(**LEAN, **more, steps=4, save_every=2), tmp_path / "run")
     assert len(runs) == 2
     assert len(list((tmp_path / "run" / "samples").iterdir())) >= 1
     assert passed == {torch.bfloat16}
 
 
-def hooked(model: Transformer, hook: Any) -> bool:
-    for block in model.every_block():
-        block.register_forward_hook(hook)
-    return False
+def test_a_step_left_out_leaves_the_weights_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses that are no numbers in the second and the fifth step; a run that is halved at the third."""
+    losses = passes.losses_of
+
+    def broken(model: Any, diffusion: Any, x: Tensor, y: Tensor, draws: Any) -> dict[str, Tensor]:
+        bad = float(draws.noise[0, 0, 0, 0]) in worst
+        return {
+            name: values * float("nan") if bad else values
+            for name, values in losses(model, diffusion, x, y, draws).items()
+        }
+
+    seen: list[float] = []
+    monkeypatch.setattr(
+        passes, "losses_of", lambda *args: seen.append(float(args[4].noise[0, 0, 0, 0])) or losses(*args)
+    )
+    config = tiny(**LEAN, steps=6, save_every=3, log_every=1)
+    train(config, tmp_path / "seen")
+    worst = {seen[1], seen[4]}
+    monkeypatch.setattr(passes, "losses_of", broken)
+    train(config, tmp_path / "whole")
+    assert read_rows(tmp_path / "whole" / "metrics.jsonl")[-1]["skipped"] == 2
+    train(replace(config, train=replace(config.train, steps=3)), tmp_path / "halves")
+    train(config, tmp_path / "halves", resume="auto")
+    step = Path("checkpoints", "step_0000006")
+    assert tensors_of(tmp_path / "halves" / step) == tensors_of(tmp_path / "whole" / step)
+    assert tensors_of(tmp_path / "seen" / step) != tensors_of(tmp_path / "whole" / step)
 
 
-def test_what_bfloat16_weights_do_not_go_with(tmp_path: Path) -> None:
+def test_a_run_may_go_on_with_other_weights_and_moments(tmp_path: Path) -> None:
+    """The checkpoint's weights are float32, whoever goes on; what was rounded stays so."""
+    forms: list[dict[str, Any]] = [{}, {"weights": "bfloat16"}, {"moments": "bfloat16"}, {}]
+    for number, form in enumerate(forms, 1):
+        config = tiny(dtype="bfloat16", log_every=1, save_every=2, steps=2 * number, **form)
+        train(config, tmp_path / "run", resume="auto" if number > 1 else None)
+        opened = open_checkpoint(tmp_path / "run")
+        assert opened.step == 2 * number
+        assert {t.dtype for t in opened.tensors("model").values()} == {torch.float32}
+        moments = {t.dtype for name, t in opened.tensors("optimizer").items() if name.endswith("exp_avg")}
+        assert moments == {torch.bfloat16 if form.get("moments") else torch.float32}
+    train(tiny(dtype="bfloat16", log_every=1, steps=8), tmp_path / "whole")
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+    for expected, row in zip(*rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+
+
+def test_what_bfloat16_weights_do_not_go_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in ("float32", "float16"):
         with pytest.raises(
             UserError, match=f"train.weights: bfloat16 goes with train.dtype bfloat16, got {dtype}"
         ):
             train(tiny(dtype=dtype, weights="bfloat16"), tmp_path / "out")
+    monkeypatch.setitem(MISSING, "cpu", "not built")
+    with pytest.raises(
+        UserError, match=r"train.moments: 'bfloat16' needs the op of csrc, .* on cpu it is not b"
+    ):
+        train(tiny(moments="bfloat16"), tmp_path / "out")
+    monkeypatch.undo()
     two, cpu = SimpleNamespace(size=2), torch.device("cpu")
     model = build_model(tiny().model)
     with pytest.raises(
         UserError, match=r"train.weights: 'bfloat16' is for one process; several keep shards in"
     ):
         parallelize(model, tiny(**LEAN).train, two, cpu)  # type: ignore[arg-type]
-    train(tiny(steps=1), tmp_path / "out")
-    for name in ("weights", "moments"):
-        with pytest.raises(
-            UserError, match=rf"train.{name}: cannot change when a run goes on; it has 'float32'"
-        ):
-            train(tiny(dtype="float32", **{name: "bfloat16"}), tmp_path / "out", resume="auto")
 
 
 def test_float16_steps_that_overflow_are_skipped_and_the_scale_falls(
