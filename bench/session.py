@@ -20,7 +20,7 @@ from measure import (
     release,
     spread,
     take_turns,
-)  # fmt: skip
+)
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
 from steps import SAMPLING_STEPS, Case, Step, TrainStep, disagreement, step_of
