@@ -318,10 +318,10 @@ def step_of(
 ) -> Step:
     """The step that the case is about; ``share``: whose optimiser and average it uses. Raises ``Skip``."""
     if provider.precision and case.dtype != torch.bfloat16:
-        raise Skip("for computing in bfloat16")
+        raise Skip("for computing in bfloat16: --dtype bfloat16")
     if case.mode == "sample":
         if provider.in_turn or provider.precision:
-            raise Skip("a way to train")
+            raise Skip("a way to train: --mode train")
         if provider.graphed:
             raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
         return SampleStep(case, provider, inputs)

@@ -224,34 +224,6 @@ def test_bfloat16_parameters_are_rounded_masters(cls: Any) -> None:
 
 
 @BOTH
-def test_masters_that_are_given_move_and_are_not_rounded_first(cls: Any) -> None:
-    """The same as float32 parameters with these gradients, averages and those without a gradient included."""
-    wide = parameters()
-    params = [nn.Parameter(p.detach().bfloat16()) for p in wide]
-    masters = [p.detach().clone() for p in wide]
-    optimizer, other = cls(params, lr=1e-3), cls(wide, lr=1e-3)
-    optimizer.set_masters(masters)
-    averages = [[p.detach().clone() for p in masters] for _ in range(2)]
-    optimizer.add_ema(averages[0], 0.5)
-    other.add_ema(averages[1], 0.5)
-    for step in range(4):
-        set_grads(params, step)
-        params[0].grad = None
-        for p, q in zip(wide, params):
-            p.grad = None if q.grad is None else q.grad.float()
-        optimizer.step()
-        other.step()
-    for p, q, master in zip(params, wide, masters):
-        torch.testing.assert_close(master, q.detach(), rtol=1e-6, atol=1e-6)
-        assert torch.equal(p, master.bfloat16())
-    assert all(
-        optimizer.state[p]["master"].data_ptr() == m.data_ptr() for p, m in zip(params[1:], masters[1:])
-    )
-    for ours, theirs in zip(*averages):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-@BOTH
 def test_float32_gradients_of_bfloat16_parameters(cls: Any) -> None:
     params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
     optimizer, other = cls(params), cls(others)

@@ -298,54 +298,6 @@ def test_bad_gradients_and_averages_are_named(cls: Any) -> None:
         optimizer.add_param_group({"params": parameters()})
 
 
-@BOTH
-def test_masters_and_states(cls: Any) -> None:
-    """A loaded master is written into the one that was given; a copy has its own; what does not fit is
-    named."""
-    params = parameters(torch.bfloat16)
-    masters = [p.detach().float() for p in params]
-    optimizer = cls(params)
-    for given, message in (
-        (masters[1:], rf"masters: {len(params) - 1} tensors for {len(params)} parameters"),
-        ([p.detach() for p in params], r"masters\[0\]: torch.bfloat16 .*, expected torch.float32"),
-    ):
-        with pytest.raises(UserError, match=message):
-            optimizer.set_masters(given)
-    optimizer.set_masters(masters)
-    run(optimizer, params, 1)
-    state = copy.deepcopy(optimizer.state_dict())
-    copied = copy.deepcopy((optimizer, params))
-    before = [master.clone() for master in masters]
-    run(*copied, 1, 1)
-    assert all(map(torch.equal, masters, before))
-    (copied_master, *_), own = copied[0]._masters, copied[0].state[copied[1][0]]["master"]
-    assert own.data_ptr() == copied_master.data_ptr() != masters[0].data_ptr()
-    run(optimizer, params, 1, 1)
-    assert not torch.equal(masters[0], before[0])
-    optimizer.load_state_dict(state)
-    assert optimizer.state[params[0]]["master"].data_ptr() == masters[0].data_ptr()
-    assert all(map(torch.equal, masters, before))
-    other = cls(copied[1])
-    other.add_ema([master.clone() for master in masters], 0.9)
-    for given, message in (
-        ([master + 1 for master in masters], r"masters\[0\]: rounded to bfloat16 it is not its parameter"),
-        (other._averages[0], r"masters\[0\]: is a tensor that the optimiser has already; make a copy"),
-    ):
-        with pytest.raises(UserError, match=message):
-            other.set_masters(given)
-    with pytest.raises(UserError, match=r"params\[0\]: is a tensor that the optimiser has already"):
-        optimizer.add_ema(masters, 0.9)
-    twice = cls([nn.Parameter(torch.ones(2)) for _ in range(2)])
-    with pytest.raises(UserError, match=r"params\[1\]: is a tensor that the optimiser has already"):
-        twice.add_ema([torch.ones(2)] * 2, 0.9)
-    with pytest.raises(UserError, match="set_masters: there are masters already"):
-        optimizer.set_masters(masters)
-    with pytest.raises(UserError, match="add_param_group: the masters of set_masters would lack its param"):
-        optimizer.add_param_group({"params": parameters()})
-    with pytest.raises(UserError, match=r"masters\[0\]: of a parameter in torch.float32"):
-        cls(parameters()).set_masters(masters)
-
-
 def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     params = parameters()
     optimizer, adamw = FusedAdan(params), FusedAdamW(parameters())

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
-from .loading import check_copies, check_state, restore
+from .loading import check_copies, check_state, restore, tie_masters
 from .shards import laid_out, local, split
 
 NUMBERS = {2: "two", 3: "three"}
@@ -118,7 +118,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         ``masters``: one float32 tensor for each parameter, in the optimiser's order, of its shape and on its
         device, of which it is the rounding; all parameters are bfloat16. Without this, a master begins as
-        what its parameter has been rounded to. ``UserError`` for others, and where there are masters already.
+        what its parameter has been rounded to. A loaded state's masters are written into them; without such,
+        a parameter that has got other weights gives its own. ``UserError`` for tensors that do not fit, and
+        where there are masters already.
         """
         given, own = list(masters), list(self._all())
         for i, p in enumerate(own):
@@ -181,9 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         def after(_: torch.optim.Optimizer) -> None:
             own = list(self._all())
             restore(given, own, self.state, self.moments, self.moments_dtype)
-            for master, p in zip(self._masters, own):
-                if "master" in self.state.get(p, {}):
-                    self.state[p]["master"] = master.copy_(self.state[p]["master"])
+            tie_masters(self._masters, own, self.state)
 
         hooks = [
             self.register_load_state_dict_pre_hook(before),
@@ -201,6 +201,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._rates = {}
+        if state.get("_masters"):  # unpickled: those of parameters that have a state are in it, too
+            self._masters = [
+                self.state.get(p, {}).get("master", m) for m, p in zip(self._masters, self._all())
+            ]
         for group in self.param_groups:
             for key, value in self.fixed.items():
                 group.setdefault(key, value)

@@ -22,6 +22,9 @@ def check_copies(
     if len(copies) != len(params):
         raise UserError(f"{name}: {len(copies)} tensors for {len(params)} parameters")
     for i, (copy, p) in enumerate(zip(copies, params)):
+        if not isinstance(copy, Tensor) or copy.layout != torch.strided:
+            what = f"a {copy.layout} tensor" if isinstance(copy, Tensor) else f"a {type(copy).__name__}"
+            raise UserError(f"{name}[{i}]: {what}, expected a dense tensor")
         allowed = (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
         if copy.shape != p.shape or copy.device != p.device or copy.dtype not in allowed:
             raise UserError(
@@ -33,6 +36,8 @@ def check_copies(
         if local(copy).shape != local(p).shape:
             raise UserError(f"{name}[{i}]: is not sharded as its parameter is")
         if local(p).numel() and local(p).device.type != "meta":
+            if any(n > 1 and not stride for n, stride in zip(copy.shape, copy.stride())):
+                raise UserError(f"{name}[{i}]: is expanded, its elements share memory; make a copy")
             if local(copy).data_ptr() in taken:
                 raise UserError(f"{name}[{i}]: is a tensor that the optimiser has already; make a copy")
             taken.add(local(copy).data_ptr())
@@ -75,9 +80,24 @@ def restore(
         kept = {name: _fit(_moment(entries, name), p, moments_dtype or wide) for name in moments}
         if "step" in entries:
             kept["step"] = torch.tensor(float(entries["step"]), device=local(p).device)
-        if p.dtype == torch.bfloat16 and "master" in entries:
-            kept["master"] = _fit(entries["master"], p, torch.float32)
+        master = entries.get("master")
+        if p.dtype == torch.bfloat16 and master is not None and master.dtype != torch.bfloat16:
+            # (In bfloat16 a plain optimiser has carried it along, and not moved it.)
+            kept["master"] = _fit(master, p, torch.float32)
         state[p] = {**{name: state[p][name] for name in entries if name not in UNUSED}, **kept}
+
+
+def tie_masters(
+    masters: Sequence[Tensor], params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]
+) -> None:
+    """Write what was loaded into ``masters``, which the state has from then on. Where nothing was, a
+    parameter that is not the rounding of its master any more has been given other weights: those count."""
+    for master, p in zip(masters, params):
+        loaded = state.get(p, {}).get("master")
+        if loaded is not None:
+            state[p]["master"] = master.copy_(loaded)
+        elif not torch.equal(local(p), local(master).to(p.dtype)):
+            master.copy_(p)
 
 
 def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:

@@ -35,8 +35,8 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
         raise UserError("train.compile: 'model' is for one process; several need 'block' (or 'none')")
     if config.weights == "bfloat16" and world.size > 1:
         raise UserError(
-            "train.weights: 'bfloat16' is for one process; several keep shards in float32, and gather them "
-            "in train.dtype"
+            "train.weights: 'bfloat16' is for one process; with 'float32', which a run may go on with, "
+            "several keep shards in that and gather them in train.dtype"
         )
     if config.compile != "none":
         compile_for_training(model, config.compile)

@@ -90,8 +90,8 @@ def test_where_other_precisions_are_left_out() -> None:
     config, device = PRESETS["digits"].model, torch.device("cpu")
     inputs = load("digits", config, 2)
     for mode, dtype, why in (
-        ("train", torch.float32, "for computing in bfloat16"),
-        ("sample", torch.bfloat16, "a way to train"),
+        ("train", torch.float32, "for computing in bfloat16: --dtype bfloat16"),
+        ("sample", torch.bfloat16, "a way to train: --mode train"),
     ):
         case = steps.Case("digits", config, mode, 2, dtype, device)
         provider = providers.make("fast-lean", providers.Modules(config, device, None))

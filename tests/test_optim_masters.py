@@ -1,0 +1,133 @@
+"""Float32 weights given to an optimiser of bfloat16 parameters: moved, saved, copied, and refused."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused import BOTH, parameters, run, set_grads
+from fused import served as served  # a fixture
+from mdt_fast.errors import UserError
+from mdt_fast.optim import FusedAdamW
+
+pytestmark = pytest.mark.usefixtures("served")
+
+
+@BOTH
+def test_masters_that_are_given_move_and_are_not_rounded_first(cls: Any) -> None:
+    """The same as float32 parameters with these gradients, averages and those without a gradient included."""
+    wide = parameters()
+    params = [nn.Parameter(p.detach().bfloat16()) for p in wide]
+    masters = [p.detach().clone() for p in wide]
+    optimizer, other = cls(params, lr=1e-3), cls(wide, lr=1e-3)
+    optimizer.set_masters(masters)
+    averages = [[p.detach().clone() for p in masters] for _ in range(2)]
+    optimizer.add_ema(averages[0], 0.5)
+    other.add_ema(averages[1], 0.5)
+    for step in range(4):
+        set_grads(params, step)
+        params[0].grad = None
+        for p, q in zip(wide, params):
+            p.grad = None if q.grad is None else q.grad.float()
+        optimizer.step()
+        other.step()
+    for p, q, master in zip(params, wide, masters):
+        torch.testing.assert_close(master, q.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(p, master.bfloat16())
+    assert all(
+        optimizer.state[p]["master"].data_ptr() == m.data_ptr() for p, m in zip(params[1:], masters[1:])
+    )
+    for ours, theirs in zip(*averages):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@BOTH
+def test_masters_and_states(cls: Any) -> None:
+    """A loaded master is written into the one that was given; a copy has its own; what does not fit is
+    named."""
+    params = parameters(torch.bfloat16)
+    masters = [p.detach().float() for p in params]
+    optimizer = cls(params)
+    for given, message in (
+        (masters[1:], rf"masters: {len(params) - 1} tensors for {len(params)} parameters"),
+        ([p.detach() for p in params], r"masters\[0\]: torch.bfloat16 .*, expected torch.float32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            optimizer.set_masters(given)
+    optimizer.set_masters(masters)
+    run(optimizer, params, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    copied = copy.deepcopy((optimizer, params))
+    before = [master.clone() for master in masters]
+    run(*copied, 1, 1)
+    assert all(map(torch.equal, masters, before))
+    (copied_master, *_), own = copied[0]._masters, copied[0].state[copied[1][0]]["master"]
+    assert own.data_ptr() == copied_master.data_ptr() != masters[0].data_ptr()
+    run(optimizer, params, 1, 1)
+    assert not torch.equal(masters[0], before[0])
+    optimizer.load_state_dict(state)
+    assert optimizer.state[params[0]]["master"].data_ptr() == masters[0].data_ptr()
+    assert all(map(torch.equal, masters, before))
+    other = cls(copied[1])
+    other.add_ema([master.clone() for master in masters], 0.9)
+    for given, message in (
+        ([master + 1 for master in masters], r"masters\[0\]: rounded to bfloat16 it is not its parameter"),
+        (other._averages[0], r"masters\[0\]: is a tensor that the optimiser has already; make a copy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other.set_masters(given)
+    for given, message in (
+        ([torch.zeros(()).expand(p.shape) for p in params], r"masters\[0\]: is expanded, its elements share"),
+        ([[1.0]] * len(params), r"masters\[0\]: a list, expected a dense tensor"),
+        ([master.to_sparse() for master in masters], r"masters\[0\]: a torch.sparse_coo tensor, expected a"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cls(copied[1]).set_masters(given)
+    with pytest.raises(UserError, match=r"params\[0\]: is a tensor that the optimiser has already"):
+        optimizer.add_ema(masters, 0.9)
+    twice = cls([nn.Parameter(torch.ones(2)) for _ in range(2)])
+    with pytest.raises(UserError, match=r"params\[1\]: is a tensor that the optimiser has already"):
+        twice.add_ema([torch.ones(2)] * 2, 0.9)
+    with pytest.raises(UserError, match="set_masters: there are masters already"):
+        optimizer.set_masters(masters)
+    with pytest.raises(UserError, match="add_param_group: the masters of set_masters would lack its param"):
+        optimizer.add_param_group({"params": parameters()})
+    with pytest.raises(UserError, match=r"masters\[0\]: of a parameter in torch.float32"):
+        cls(parameters()).set_masters(masters)
+
+
+@BOTH
+def test_masters_follow_weights_that_are_loaded_and_come_out_of_a_pickle(cls: Any) -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = cls(params)
+    optimizer.set_masters([p.detach().float() for p in params])
+    run(optimizer, params, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for entries in state["state"].values():
+        del entries["master"]
+    others = [p + 1 for p in parameters(torch.bfloat16)]
+    for p, other in zip(params, others):
+        p.data.copy_(other)
+    optimizer.load_state_dict(state)
+    masters = [optimizer._master(i, p) for i, p in enumerate(params)]
+    assert all(torch.equal(master, other.float()) for master, other in zip(masters, others))
+    run(optimizer, params, 1, 2)
+    back = pickle.loads(pickle.dumps(optimizer))
+    own = back.param_groups[0]["params"]
+    run(back, own, 1, 3)
+    assert all(back.state[p]["master"] is master for p, master in zip(own, back._masters))
+
+
+def test_a_master_that_a_plain_optimiser_has_carried_along_is_stale() -> None:
+    params = parameters(torch.bfloat16)
+    ours, theirs = FusedAdamW(params, lr=1e-2), torch.optim.AdamW(params, lr=1e-2)
+    run(ours, params, 2)
+    theirs.load_state_dict(ours.state_dict())
+    run(theirs, params, 20, 2)
+    ours.load_state_dict(theirs.state_dict())
+    before = [p.detach().clone() for p in params]
+    run(ours, params, 1, 22)
+    assert all(((p - b).abs() < 0.03).all() for p, b in zip(params, before))
