@@ -222,6 +222,8 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--npz="], "--npz: a name is needed"),
         (["sample", "RUN", "--grid="], "--grid: a name is needed"),
         (["sample", "RUN", "--png="], "--png: a name is needed"),
+        (["sample", "RUN", "--out=new.png"], "--out: a folder, got 'new.png'; --grid FILE is one picture"),
+        (["sample", "RUN", "--png=new.JPG"], "--png: a folder, got 'new.JPG'; --grid FILE is one picture"),
         (["sample", "RUN", "--npz=same", "--grid=./same"], "--npz and --grid need different names"),
         (["sample", "RUN", "--png=new", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),
         (["sample", "RUN", "--cfg-scale=inf"], "--cfg-scale: must be finite, got inf"),

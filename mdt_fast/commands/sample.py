@@ -40,6 +40,8 @@ from ..training.states import whole_state
 from .known import Known, check_known, digest_of, read_known
 from .shared import refuse_empty, set_threads
 
+FILES = (".png", ".jpg", ".jpeg", ".npz")
+"""What ends like this is meant to be a file."""
 OPTIONS = ("num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", "dtype", "seed", "batch_size")
 
 
@@ -211,7 +213,12 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
     if len({path.resolve() for path in targets.values()}) < len(targets):
         raise UserError(f"sample: {_listed([f'--{name}' for name in targets])} need different names")
     for name, path in targets.items():
-        check_writable(path, folder=name in ("png", "out"))
+        folder = name in ("png", "out")
+        if folder and path.suffix.lower() in FILES and not path.is_dir():
+            raise UserError(
+                f"--{name}: a folder, got {str(path)!r}; --grid FILE is one picture, --npz FILE has arrays"
+            )
+        check_writable(path, folder=folder)
     if "npz" in targets and targets["npz"].suffix != ".npz":
         raise UserError(f"--npz: a name that ends in .npz is needed, got {args.npz!r}")
     return targets
