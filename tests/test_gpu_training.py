@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mdt_fast.cuda_graphs import Graphed
+from mdt_fast.kernels.native import library
 from mdt_fast.training import passes, train
 from mdt_fast.training.metrics import read_rows
 from measure import pool_bytes
-from tiny import tiny
+from tiny import LEAN, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.gpu
         {"dtype": "bfloat16", "checkpointing": "selective"},
         {"dtype": "bfloat16", "compile": "block"},
         {"dtype": "bfloat16", "passes": "in_turn"},
-        {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"},
+        pytest.param(
+            LEAN, marks=pytest.mark.skipif(not library("cuda"), reason="csrc is not built for CUDA")
+        ),
     ],
     ids=str,
 )

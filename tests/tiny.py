@@ -4,12 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors import deserialize
 
 from mdt_fast.config import RunConfig
+from mdt_fast.kernels.native import MISSING, library
 from mdt_fast.presets import PRESETS
 
 MODEL = {"hidden_size": 16, "depth": 2, "num_heads": 2, "decode_layer": 0, "patch_size": 4}
+LEAN = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
+"""Training settings: as much as goes in bfloat16, for which the ops of ``csrc/`` are needed."""
+needs_csrc = pytest.mark.skipif(not library("cpu"), reason=f"the C++ ops are {MISSING['cpu']}")
 ARGUMENTS = [f"--set=model.{key}={value}" for key, value in MODEL.items()]
 """Command-line options that make ``mdt-fast train --preset digits`` tiny."""
 

@@ -20,6 +20,7 @@ import learning_report
 from learners import STUDIES, Variant
 from mdt_fast.config import RunConfig
 from mdt_fast.data.first_stage import FirstStage
+from mdt_fast.kernels.native import MISSING, library
 from mdt_fast.training import passes
 from replayed import Replayed
 from rows import KEYS, RowFile, machine, read
@@ -138,6 +139,8 @@ VARIANTS = {
 def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
     """The loss is finite, what takes part moves, what is left out stays."""
     variant = VARIANTS[name]
+    if variant.train.get("moments") and not library("cpu"):
+        pytest.skip(f"the C++ ops are {MISSING['cpu']}")
     if variant.train.get("float8"):
         pytest.importorskip("torchao", reason="torchao is not installed")
     learner = learn.Learner(job(tiny, files, variant), torch.device("cpu"))

@@ -15,6 +15,7 @@ import torch
 
 import several_runs
 from mdt_fast.cli import main
+from mdt_fast.kernels.native import library
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
 from mdt_fast.training.run import equal_share
 from tiny import ARGUMENTS
@@ -73,6 +74,9 @@ CASES = {
 }
 
 
+MOMENTS = ("float32", "bfloat16") if library("cpu") else ("float32",)
+
+
 @pytest.fixture(scope="module")
 def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Of two processes: each case, an unbroken run, one of four steps only, and one whose pictures fail.
@@ -84,8 +88,14 @@ def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (root / "pictures" / "samples").write_text("in the way")
     done = on_two(
         *((root / name / "two", ["--steps=8", *options]) for name, options in CASES.items()),
-        (root / "whole", ["--steps=8"]),
-        (root / "halves", ["--steps=4"]),
+        *(
+            (root / f"whole-{moments}", ["--steps=8", f"--set=train.moments={moments}"])
+            for moments in MOMENTS
+        ),
+        *(
+            (root / f"halves-{moments}", ["--steps=4", f"--set=train.moments={moments}"])
+            for moments in MOMENTS
+        ),
         (root / "pictures", ["--steps=8"]),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,7 +113,7 @@ def carried_on(eight_steps: tuple[Path, str]) -> Path:
         alone(root / name / "two", "--resume=auto", "--steps=12", "--accumulate=1", *single)
     done = on_two(
         *((root / name / "one", ["--resume=auto", "--steps=12", *CASES[name]]) for name in CASES),
-        (root / "halves", ["--resume=auto", "--steps=8"]),
+        *((root / f"halves-{moments}", ["--resume=auto", "--steps=8"]) for moments in MOMENTS),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return root
@@ -111,8 +121,8 @@ def carried_on(eight_steps: tuple[Path, str]) -> Path:
 
 def test_one_process_prints(eight_steps: tuple[Path, str]) -> None:
     root, printed = eight_steps
-    assert printed.count("8 steps done") == len(CASES) + 2
-    assert printed.count("4 steps done") == 1
+    assert printed.count("8 steps done") == len(CASES) + len(MOMENTS) + 1
+    assert printed.count("4 steps done") == len(MOMENTS)
     for name in CASES:
         assert (root / name / "two" / "samples.png").stat().st_size > 100
 
@@ -124,8 +134,9 @@ def test_two_processes_are_one(case: str, carried_on: Path) -> None:
     same_losses(carried_on / case / "two", carried_on / case / "one")
 
 
-def test_resumed_on_two_processes_it_is_the_unbroken_run_bit_for_bit(carried_on: Path) -> None:
-    ours, theirs = open_checkpoint(carried_on / "halves"), open_checkpoint(carried_on / "whole")
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_resumed_on_two_processes_it_is_the_unbroken_run_bit_for_bit(moments: str, carried_on: Path) -> None:
+    ours, theirs = (open_checkpoint(carried_on / f"{name}-{moments}") for name in ("halves", "whole"))
     assert ours.step == theirs.step == 8
     for part in PARTS:
         a, b = ours.tensors(part), theirs.tensors(part)

@@ -21,7 +21,7 @@ from mdt_fast.presets import PRESETS
 from mdt_fast.training import train
 from mdt_fast.training.checkpoint import open_checkpoint
 from mdt_fast.training.official_files import find_files
-from tiny import tensors_of, tiny
+from tiny import LEAN, needs_csrc, tensors_of, tiny
 
 REFERENCE = {"mdtv2": reference.MDTv2, "mdt": reference.MDT, "dit": reference.DiT}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,11 +64,10 @@ def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-LEAN = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
-
-
 @pytest.mark.parametrize(
-    ("family", "settings"), [*((family, {}) for family in SHAPES), ("mdtv2", LEAN)], ids=str
+    ("family", "settings"),
+    [*((family, {}) for family in SHAPES), pytest.param("mdtv2", LEAN, marks=needs_csrc)],
+    ids=str,
 )
 def test_to_official_files_and_back(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """All tensors are the same bits, and so are those of the run that goes on from the files (where moments

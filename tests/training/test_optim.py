@@ -8,6 +8,7 @@ from mdt_fast.config import TrainConfig
 from mdt_fast.errors import UserError
 from mdt_fast.optim import FusedAdamW, FusedAdan
 from mdt_fast.training.optim import Ema, LossScale, build_optimizer, learning_rate, optimize
+from tiny import LEAN, needs_csrc
 
 
 @pytest.mark.parametrize(("name", "cls"), [("adan", FusedAdan), ("adamw", FusedAdamW)])
@@ -64,14 +65,14 @@ def test_the_average_of_bfloat16_weights_is_float32_and_comes_and_goes_whole() -
     assert all(map(torch.equal, ema.tensors.values(), moved))
 
 
+@needs_csrc
 @pytest.mark.parametrize("name", ["adan", "adamw"])
 def test_float32_weights_of_a_bfloat16_model(name: str) -> None:
     """They are those it began with, to the bit, and those that are not trained are among them."""
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     began = {key: p.detach().clone() for key, p in model.named_parameters()}
-    settings = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
-    optimizer, ema, masters = optimize(model, TrainConfig(optimizer=name, ema_decay=0.5, **settings))
+    optimizer, ema, masters = optimize(model, TrainConfig(optimizer=name, ema_decay=0.5, **LEAN))
     assert all(torch.equal(masters[key], value) for key, value in began.items())
     model(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()

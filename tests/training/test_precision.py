@@ -20,7 +20,7 @@ from mdt_fast.training.checkpoint import open_checkpoint
 from mdt_fast.training.metrics import Metrics, read_rows
 from mdt_fast.training.parallelize import parallelize
 from mdt_fast.training.run import Run
-from tiny import tensors_of, tiny
+from tiny import LEAN, needs_csrc, tensors_of, tiny
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -35,9 +35,7 @@ def test_half_types_follow_float32(dtype: str, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-LEAN = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
-
-
+@needs_csrc
 @pytest.mark.parametrize("optimizer", ["adan", "adamw"])
 def test_bfloat16_weights_follow_float32(optimizer: str, tmp_path: Path) -> None:
     """What is saved is float32 but for the moments; halves of the run equal the whole, bit for bit, moments
@@ -66,6 +64,7 @@ def test_bfloat16_weights_follow_float32(optimizer: str, tmp_path: Path) -> None
     assert tensors_of(tmp_path / "halves" / step) == tensors_of(tmp_path / "whole" / step)
 
 
+@needs_csrc
 @pytest.mark.parametrize(
     "more", [{}, {"passes": "in_turn"}, {"accumulate": 2}, {"checkpointing": "full"}], ids=str
 )
@@ -105,6 +104,7 @@ def test_the_network_has_what_the_optimiser_has_rounded(
     assert passed == {torch.bfloat16}
 
 
+@needs_csrc
 def test_a_step_left_out_leaves_the_weights_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +135,7 @@ def test_a_step_left_out_leaves_the_weights_as_they_are(
     assert tensors_of(tmp_path / "seen" / step) != tensors_of(tmp_path / "whole" / step)
 
 
+@needs_csrc
 def test_a_run_may_go_on_with_other_weights_and_moments(tmp_path: Path) -> None:
     """The checkpoint's weights are float32, whoever goes on; what was rounded stays so."""
     forms: list[dict[str, Any]] = [{}, {"weights": "bfloat16"}, {"moments": "bfloat16"}, {}]
@@ -152,6 +153,7 @@ def test_a_run_may_go_on_with_other_weights_and_moments(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-2)
 
 
+@needs_csrc
 def test_what_bfloat16_weights_do_not_go_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in ("float32", "float16"):
         with pytest.raises(
