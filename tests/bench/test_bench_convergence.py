@@ -20,10 +20,10 @@ import learning_report
 from learners import STUDIES, Variant
 from mdt_fast.config import RunConfig
 from mdt_fast.data.first_stage import FirstStage
-from mdt_fast.kernels.native import MISSING, library
 from mdt_fast.training import passes
 from replayed import Replayed
 from rows import KEYS, RowFile, machine, read
+from tiny import needs_csrc
 
 FLAGS = ["--steps=2", "--points=2", "--seeds=2", "--samples=20", "--batch=4"]
 
@@ -135,12 +135,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_csrc if v.train.get("moments") else ()) for n, v in VARIANTS.items()]
+)
 def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
     """The loss is finite, what takes part moves, what is left out stays."""
     variant = VARIANTS[name]
-    if variant.train.get("moments") and not library("cpu"):
-        pytest.skip(f"the C++ ops are {MISSING['cpu']}")
     if variant.train.get("float8"):
         pytest.importorskip("torchao", reason="torchao is not installed")
     learner = learn.Learner(job(tiny, files, variant), torch.device("cpu"))
