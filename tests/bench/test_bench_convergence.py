@@ -130,9 +130,7 @@ def job(tiny: RunConfig, files: Path, variant: Variant, **changes: Any) -> learn
     )  # fmt: skip
 
 
-VARIANTS = {
-    f"{study}, {variant.name}": variant for study, variants in STUDIES.items() for variant in variants
-}
+VARIANTS = {f"{study}, {one.name}": one for study, some in STUDIES.items() for one in some}
 
 
 @pytest.mark.parametrize(
