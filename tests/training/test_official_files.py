@@ -77,6 +77,8 @@ def test_to_official_files_and_back(family: str, settings: dict[str, Any], tmp_p
     step_3, step_5 = (tmp_path / "whole" / "checkpoints" / f"step_000000{step}" for step in (3, 5))
     convert(step_3, tmp_path / "official", "--official")
     assert saved(tmp_path / "official") == ["ema_0.995_000002.pt", "model000002.pt", "opt000002.pt"]
+    packed = torch.load(tmp_path / "official" / "opt000002.pt", weights_only=True)
+    assert {t.dtype for entries in packed["state"].values() for t in entries.values()} == {torch.float32}
     convert(tmp_path / "official", tmp_path / "run", "--config", as_yaml(tmp_path, config))
     back = tmp_path / "run" / "checkpoints"
     found, wanted = (tensors_of(folder) for folder in (back / "step_0000003", step_3))
