@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from . import onednn as onednn  # registers the ops
 
 
-@register_flop_formula(torch.ops.mdt_fast.linear)
+@register_flop_formula([torch.ops.mdt_fast.linear, torch.ops.mdt_fast.linear_gelu])
 def _(x_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]
     return 2 * prod(x_shape) * weight_shape[0]
 

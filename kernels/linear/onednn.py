@@ -22,6 +22,14 @@ def linear_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor
     return _product(x_RD, weight_OD, bias_O)
 
 
+@registered("mdt_fast::linear_gelu")
+def linear_gelu_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """GELU (tanh form) of the product, [R, O]; no gradients."""
+    if not torch.backends.mkldnn.enabled or not worthwhile(x_RD.numel(), len(weight_OD)):
+        return F.gelu(F.linear(x_RD, weight_OD, bias_O), approximate="tanh")
+    return _pointwise(x_RD, weight_OD, bias_O, "gelu", "tanh")
+
+
 @registered("mdt_fast::linear_bwd")
 def linear_bwd(
     dout_RO: Tensor, x_RD: Tensor, weight_OD: Tensor, needs_x: bool, needs_weight: bool
@@ -63,13 +71,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ours = bias is not None or x.dtype == torch.float32
     if not ours or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
         return F.linear(x, weight, bias)
+    return _pointwise(x, weight, bias, "none", "")
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, form: str) -> Tensor:
     bias = None if bias is None else bias.contiguous()  # it is read as if it were
     # For a part of a wider matrix oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, function, [], form)
 
 
 @linear_fwd.register_fake
+@linear_gelu_fwd.register_fake
 def _(x_RD, weight_OD, bias_O):  # type: ignore[no-untyped-def]
     return x_RD.new_empty(x_RD.shape[0], weight_OD.shape[0])
 

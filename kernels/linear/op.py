@@ -12,7 +12,7 @@ from ..registry import applied, once
 from ..rows import as_before
 from ..sums import sum_rows
 from . import onednn, reference
-from .onednn import linear_fwd, worthwhile
+from .onednn import linear_fwd, linear_gelu_fwd, worthwhile
 
 ONEDNN = torch.backends.mkldnn.is_available()
 BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -43,12 +43,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
+def gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
+    """Whether their product activates what it sums up, by GELU, for next to nothing: cuBLASLt does on a GPU,
+    oneDNN on a CPU, where there is enough of it."""
+    if x.device.type != "cpu":
+        return x.is_cuda
+    return _onednn_knows(x.dtype) and _enough(x, weight)
+
+
 def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU (tanh form) of :func:`product`, for passes without gradients: nothing is kept. On a GPU half types
-    get it as the product's epilogue, before anything is rounded. x [R, D]."""
+    """GELU (tanh form) of :func:`product`, for passes without gradients. Half types on a GPU,
+    float32 and bfloat16 on a CPU get it as the product's epilogue, before anything is rounded. x [R, D]."""
     if bias is not None and x.is_cuda and torch.version.hip is None and x.element_size() == 2 and x.numel():
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    if x.device.type == "cpu" and x.dtype == weight.dtype and _onednn_knows(x.dtype):
+        return linear_gelu_fwd(x, weight, bias)
     return F.gelu(product(x, weight, bias), approximate="tanh")
+
+
+def _onednn_knows(dtype: torch.dtype) -> bool:
+    return ONEDNN and (dtype == torch.float32 or (BFLOAT16 and dtype == torch.bfloat16))
 
 
 class Linear(torch.autograd.Function):
@@ -120,5 +134,9 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.numel() < MIN_ROWS * x.shape[-1] or x.shape[-1] == 0:
         return False
+    return _enough(x, weight)
+
+
+def _enough(x: Tensor, weight: Tensor) -> bool:
     # A graph for any number of rows must not be compiled again at the threshold: there the op itself decides.
     return torch.compiler.is_compiling() or worthwhile(x.numel(), weight.shape[0])

@@ -19,6 +19,7 @@ from ..kernels import (
     ln_modulate_linear,
     residual_ln_modulate_linear,
 )
+from ..kernels.linear.op import gelu_epilogue
 from ..kernels.ln_modulate import reference
 
 EPS = 1e-6
@@ -38,10 +39,10 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
 
 
-def gelu_in_product(x: Tensor) -> bool:
-    """Whether a product gives GELU of what it sums up for nothing: a GPU's, where the backward pass, which
-    would need what was before it, will not come."""
-    return x.is_cuda and not torch.is_grad_enabled()
+def gelu_in_product(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether ``layer``'s product is to activate, by GELU, what it sums up: where it can, and where the
+    backward pass, which would need what was before it, will not come."""
+    return not torch.is_grad_enabled() and gelu_epilogue(x, layer.weight)
 
 
 def norm_linear(

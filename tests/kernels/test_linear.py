@@ -97,6 +97,52 @@ def test_opcheck_and_compile() -> None:
     same(linear, torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True), args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7), (70, 24), (0, 8), (70, 1)], ids=str)
+@pytest.mark.parametrize("bias", ["side by side", "apart", None])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_gelu_as_the_epilogue(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    bias: str | None,
+    size: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "MIN_FLOPS", 0 if size == "large" else 1e8)
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(20, 2 * shape[1]).to(dtype)[:, shape[1] :]
+    added = None if bias is None else torch.randn(40).to(dtype)[::2]
+    added = added.contiguous() if added is not None and bias == "side by side" else added
+    double = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    expected = F.gelu(double, approximate="tanh")
+    tolerance = {torch.float64: 1e-12, torch.float32: FLOAT32}.get(dtype, 8e-3)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled), torch.no_grad():
+            out = op.product_gelu(x, weight, added)
+        assert out.dtype == dtype
+        assert relative_error(out, expected) < tolerance
+
+
+@ONEDNN
+def test_who_activates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "MIN_FLOPS", 2 * 64 * 8 * 4)
+    x, weight = torch.randn(64, 8), torch.randn(4, 8)
+    assert op.gelu_epilogue(x, weight)
+    assert not op.gelu_epilogue(x[:63], weight)
+    assert not op.gelu_epilogue(x.double(), weight.double())
+    assert not op.gelu_epilogue(x.to("meta"), weight.to("meta"))
+
+
+@ONEDNN
+def test_opcheck_and_compile_of_the_epilogue() -> None:
+    from mdt_fast.kernels.linear.onednn import linear_gelu_fwd
+
+    args = [torch.randn(70, 8), torch.randn(4, 8), torch.randn(4)]
+    torch.library.opcheck(linear_gelu_fwd.overload, tuple(args))
+    compiled = torch.compile(op.product_gelu, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert relative_error(compiled(*args), op.product_gelu(*args)) < FLOAT32
+
+
 def test_wrong_arguments() -> None:
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
     with pytest.raises(ValueError, match=r"weight: shape \[4, 8\], expected \[O, 7\]"):

@@ -1,5 +1,4 @@
-"""GELU as the epilogue of the product before it, where no gradients are asked for, on a CPU that says it has
-one."""
+"""GELU as the epilogue of the product before it, where no gradients are asked for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mdt_fast.kernels.linear.flops  # noqa: F401 (formulas)
 from mdt_fast import MaskPlan, Switches
 from mdt_fast.config import ModelConfig
-from mdt_fast.kernels.linear import op
+from mdt_fast.kernels.linear import onednn, op
 from mdt_fast.models import blocks
 from mdt_fast.models.zoo import build_model
 from tolerances import FLOAT32, relative_error
@@ -33,9 +32,9 @@ def made(family: str, **switches: bool) -> Any:
 
 @pytest.fixture
 def epilogues(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes that it was asked for, here as on a GPU."""
+    """The shapes that it was asked for, whether this CPU has it or only says so."""
     asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(blocks, "gelu_in_product", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(blocks, "gelu_in_product", lambda *_: not torch.is_grad_enabled())
     from mdt_fast.kernels.ln_modulate import linear
 
     def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,8 +87,27 @@ def test_what_looks_at_the_mlp_sees_what_it_always_saw(how: str, epilogues: list
     assert len(epilogues) == SHAPE["depth"] - 1
 
 
-def test_its_flops_are_counted() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", ["autocast", "weights"])
+def test_in_every_dtype(dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's own answer to whether it has one, for small products, too."""
+    monkeypatch.setattr(onednn, "MIN_FLOPS", 0)
+    model = made("mdtv2")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2])
+    expected = model(x, t, y).detach()
+    if where == "weights":
+        model, x = model.to(dtype), x.to(dtype)
+    cast = torch.autocast("cpu", dtype, enabled=where == "autocast" and dtype != torch.float32)
+    with torch.no_grad(), cast:
+        assert relative_error(model(x, t, y), expected) <= (FLOAT32 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["oneDNN", "cuBLASLt"])
+def test_its_flops_are_counted(ours: bool) -> None:
     x, weight, bias = torch.randn(5, 8), torch.randn(12, 8), torch.randn(12)
     with FlopCounterMode(display=False) as counter:
-        torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        if ours:
+            op.product_gelu(x, weight, bias)
+        else:
+            torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     assert counter.get_total_flops() == 2 * 5 * 8 * 12
