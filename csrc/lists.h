@@ -36,7 +36,7 @@ struct Lists {
   std::vector<Pointers> parameters;
   std::vector<float*> emas;
   std::vector<float*> steps;  // one for all parameters, or one each
-  std::vector<float> ema_decays;
+  std::vector<float> ema_weights;  // 1 - decay, which float32 has not in 1 - float(decay)
   int moments;
   bool grads_bfloat16 = false, moments_bfloat16 = false;
 };
@@ -109,7 +109,7 @@ inline Lists make_lists(
     lists.parameters.push_back(pointers);
   }
   for (const Tensor& ema : emas) lists.emas.push_back(static_cast<float*>(ema.data_ptr()));
-  for (double decay : ema_decays) lists.ema_decays.push_back(float(decay));
+  for (double decay : ema_decays) lists.ema_weights.push_back(float(1 - decay));
   return lists;
 }
 

@@ -98,8 +98,8 @@ void run(const Lists& lists, const Settings& settings, double lr, double norm, c
             moments[j], static_cast<uint16_t*>(parameter.moments[j]) + begin, length,
             seed_of(*parameter.step, i, j), begin);
       if (parameter.half) narrow(p, parameter.half + begin, length);
-      for (size_t e = 0; e < lists.ema_decays.size(); ++e)
-        ema_chunk(p, lists.emas[e * lists.parameters.size() + i] + begin, 1 - lists.ema_decays[e], length);
+      for (size_t e = 0; e < lists.ema_weights.size(); ++e)
+        ema_chunk(p, lists.emas[e * lists.parameters.size() + i] + begin, lists.ema_weights[e], length);
     }
   });
 }

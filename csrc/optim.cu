@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_moment(
 
 template <bool kAdan, int V>
 __device__ __forceinline__ void update(
-    const uint64_t* words, const Forms& forms, const float* decays, const Factors& f, uint32_t step,
+    const uint64_t* words, const Forms& forms, const float* weights, const Factors& f, uint32_t step,
     int parameter, int64_t i) {
   constexpr int kCount = kAdan ? 4 : 2;
   float p[V], g[V], moments[kCount][V];
@@ -109,21 +109,21 @@ __device__ __forceinline__ void update(
     float ema[V];
     load(reinterpret_cast<const void*>(words[kMoments + kCount + e]), false, i, ema);
 #pragma unroll
-    for (int j = 0; j < V; ++j) ema[j] += (1 - decays[e]) * (p[j] - ema[j]);
+    for (int j = 0; j < V; ++j) ema[j] += weights[e] * (p[j] - ema[j]);
     store(reinterpret_cast<float*>(words[kMoments + kCount + e]), i, ema);
   }
 }
 
 constexpr int kMostEmas = 64;
 
-struct Decays {
+struct Weights {
   float of[kMostEmas];
 };
 
 template <bool kAdan>
 __global__ __launch_bounds__(kThreads) void step_kernel(
     const __grid_constant__ Table table, const Settings settings, const Forms forms,
-    const __grid_constant__ Decays decays, const float* lr, const double* grad_norm, int first_parameter) {
+    const __grid_constant__ Weights weights, const float* lr, const double* grad_norm, int first_parameter) {
   __shared__ Factors shared;
   const double norm = *grad_norm;
   if (!isfinite(norm)) return;
@@ -141,9 +141,9 @@ __global__ __launch_bounds__(kThreads) void step_kernel(
   const int64_t vectors_end = words[table.width - 1] & kUnaligned ? begin : end - (end - begin) % kVector;
   const int parameter = first_parameter + record;
   for (int64_t i = begin + threadIdx.x * kVector; i < vectors_end; i += kThreads * kVector)
-    update<kAdan, kVector>(words, forms, decays.of, f, uint32_t(step), parameter, i);
+    update<kAdan, kVector>(words, forms, weights.of, f, uint32_t(step), parameter, i);
   for (int64_t i = vectors_end + threadIdx.x; i < end; i += kThreads)
-    update<kAdan, 1>(words, forms, decays.of, f, uint32_t(step), parameter, i);
+    update<kAdan, 1>(words, forms, weights.of, f, uint32_t(step), parameter, i);
 }
 
 // Counts the step, once per counter, unless the gradient is not finite.
@@ -271,15 +271,15 @@ Tensor grad_sumsq(Tensors grads) {
 
 template <bool kAdan>
 void run(const Lists& lists, const Settings& settings, const Tensor& lr, const Tensor& grad_norm) {
-  const size_t n = lists.parameters.size(), emas = lists.ema_decays.size();
+  const size_t n = lists.parameters.size(), emas = lists.ema_weights.size();
   STD_TORCH_CHECK(emas <= kMostEmas, "ema_decays: ", emas, ", allowed are up to ", kMostEmas);
   if (!n) return;
   const torch::stable::accelerator::DeviceGuard guard(lr.get_device_index());
   const cudaStream_t stream = current_stream(lr);
   const auto* rate = static_cast<const float*>(lr.data_ptr());
   const auto* norm = static_cast<const double*>(grad_norm.data_ptr());
-  Decays decays = {};
-  std::copy(lists.ema_decays.begin(), lists.ema_decays.end(), decays.of);
+  Weights weights = {};
+  std::copy(lists.ema_weights.begin(), lists.ema_weights.end(), weights.of);
   const Forms forms{lists.grads_bfloat16, lists.moments_bfloat16, int(emas)};
 
   Table counters;
@@ -293,7 +293,7 @@ void run(const Lists& lists, const Settings& settings, const Tensor& lr, const T
     }
   }
   Batches batches(kMoments + lists.moments + int(emas) + 2, [&](const Table& table, unsigned blocks, int first) {
-    step_kernel<kAdan><<<blocks, kThreads, 0, stream>>>(table, settings, forms, decays, rate, norm, first);
+    step_kernel<kAdan><<<blocks, kThreads, 0, stream>>>(table, settings, forms, weights, rate, norm, first);
     check_launch("optimiser step");
   });
   for (size_t i = 0; i < n; ++i) {

@@ -27,10 +27,10 @@ class Op(Generic[R]):
     """``function``, registered as ``name``; see :func:`registered`."""
 
     def __init__(self, name: str, function: Callable[..., R]) -> None:
-        self.function, self.name = function, name
+        self.function, self.name = on_their_device(function), name
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(name, schema, tags=[torch.Tag.pt2_compliant_tag])
-        torch.library.impl(name, "CompositeExplicitAutograd")(_disable_dynamo(function))
+        torch.library.impl(name, "CompositeExplicitAutograd")(_disable_dynamo(self.function))
         namespace, _, op = name.partition("::")
         self.overload = getattr(getattr(torch.ops, namespace), op).default
         self.formula: type[torch.autograd.Function] | None = None
@@ -72,6 +72,22 @@ def registered(name: str) -> Callable[[Callable[..., R]], Op[R]]:
     looks at operators, it is the function itself.
     """
     return lambda function: Op(name, function)
+
+
+def on_their_device(function: Callable[..., R]) -> Callable[..., R]:
+    """``function`` with the GPU of its tensors as the current one, which is where Triton launches kernels."""
+
+    @wraps(function)
+    def run(*args: Any) -> R:
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if not arg.is_cuda or arg.device.index == torch.cuda.current_device():
+                    break
+                with torch.cuda.device(arg.device):
+                    return function(*args)
+        return function(*args)
+
+    return run
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mdt_fast
@@ -161,3 +162,19 @@ def test_misspelt_names_are_answered_with_the_nearest() -> None:
             getattr(mdt_fast, name)
     with pytest.raises(AttributeError, match=r"no attribute '_zzz'$"):
         mdt_fast._zzz  # noqa: B018
+
+
+@pytest.mark.parametrize("where", ["sample", "decode"])
+def test_a_picture_without_memory_does_not_end_the_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    place = {"sample": "training.run.sample", "decode": "data.first_stage.FirstStage.decode"}[where]
+    monkeypatch.setattr(f"mdt_fast.{place}", full)
+    assert main([*TRAIN, "--steps=2", "--set=train.save_every=1", f"--out={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: no picture") >= 1
+    assert "has no memory left" in printed
+    assert "2 steps done" in printed

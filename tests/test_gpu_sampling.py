@@ -54,7 +54,7 @@ def test_a_graph_gives_the_same_pictures(family: Family, name: Any) -> None:
         eager = sampler(model, config, replace(switches, cuda_graph=False))
         for labels in (LABELS, [7, 8, 9, 0], [2, 2]):
             assert relative_error(graphed(labels), eager(labels)) <= FLOAT32
-        assert len(graphed.model.compute.captured) == 4  # two sizes, with guidance and without
+        assert len(graphed.model.graphs.captured) == 4  # two sizes, with guidance and without
 
 
 def test_what_a_batch_gave_stays_when_the_next_is_drawn() -> None:

@@ -24,7 +24,9 @@ def _gate(b_z):
 
 @triton.jit
 def bias_gelu_fwd_kernel(x_ptr, bias_ptr, out_ptr, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
-    o_f, p_tile, m_tile = _tile(tl.program_id(1), tl.program_id(0), R, F, BLOCK_R, BLOCK_F)
+    blocks_f = tl.cdiv(F, BLOCK_F)  # one axis for all tiles: the others end at 65,535
+    i_r, i_f = tl.program_id(0) // blocks_f, tl.program_id(0) % blocks_f
+    o_f, p_tile, m_tile = _tile(i_r, i_f, R, F, BLOCK_R, BLOCK_F)
     b_bias = tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     b_z = tl.load(x_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_bias[None, :]
     b_out = b_z * _gate(b_z)

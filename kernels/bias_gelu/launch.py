@@ -12,8 +12,7 @@ from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
 def bias_gelu_fwd(x_RF: Tensor, bias_1F: Tensor, out_RF: Tensor) -> None:
     R, F = x_RF.shape
     config = chosen(launch_config, "bias_gelu_fwd", x_RF, columns(F), R, F)
-    grid = (cdiv(F, config.block_f), cdiv(R, config.block_r))
-    bias_gelu_fwd_kernel[grid](
+    bias_gelu_fwd_kernel[(cdiv(F, config.block_f) * cdiv(R, config.block_r),)](
         x_RF, bias_1F, out_RF, R, F,
         BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
     )  # fmt: skip

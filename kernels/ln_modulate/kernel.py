@@ -16,7 +16,7 @@ def _tokens_of(offsets_ptr, i_b, L, OFFSETS: tl.constexpr):
         start = tl.load(offsets_ptr + i_b).to(tl.int64)
         length = tl.load(offsets_ptr + i_b + 1).to(tl.int64) - start
     else:
-        start = i_b.to(tl.int64) * L
+        start = i_b * L
         length = L
     return start, length
 
@@ -33,7 +33,7 @@ def ln_modulate_fwd_kernel(
     L, D, stride_gate, stride_shift, stride_scale, eps,
     GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_shift = _row(shift_ptr, i_b * stride_shift + o_d, m_d)
@@ -71,7 +71,7 @@ def ln_modulate_bwd_kernel(
     RESIDUAL: ``dresidual`` is added to its gradient. RECOMPUTE: the forward pass's output is written again,
     to ``out``. Everything of a row is read before anything is written: a load that stands behind a store or a
     sum waits for it."""
-    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_scale = 1.0 + _row(scale_ptr, i_b * stride_scale + o_d, m_d)
@@ -111,7 +111,7 @@ def ln_modulate_bwd_kernel(
             b_dgate += b_y * b_dx
             tl.store(dy_ptr + p_row, (b_gate * b_dx).to(dy_ptr.dtype.element_ty), mask=m_d)
         tl.store(dx_ptr + p_row, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)
-    p_part = (i_b * P + i_p).to(tl.int64) * D + o_d
+    p_part = (i_b * P + i_p) * D + o_d
     tl.store(dshift_ptr + p_part, b_dshift, mask=m_d)
     tl.store(dscale_ptr + p_part, b_dscale, mask=m_d)
     if GATED:
@@ -124,7 +124,7 @@ def gate_residual_fwd_kernel(
     L, D, stride_gate,
     OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
@@ -142,7 +142,7 @@ def gate_residual_bwd_kernel(
     OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``dgate``: partial sums [B, P, D]. The gradient of x is that of the output."""
-    i_b, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_gate = _row(gate_ptr, i_b * stride_gate + o_d, m_d)
@@ -154,5 +154,5 @@ def gate_residual_bwd_kernel(
         b_y = _row(y_ptr, p_row, m_d)
         b_dgate += b_y * b_dout
         tl.store(dy_ptr + p_row, (b_gate * b_dout).to(dy_ptr.dtype.element_ty), mask=m_d)
-    p_part = (i_b * P + i_p).to(tl.int64) * D + o_d
+    p_part = (i_b * P + i_p) * D + o_d
     tl.store(dgate_ptr + p_part, b_dgate, mask=m_d)

@@ -31,6 +31,7 @@ def _sample(offsets_ptr, i_b, length, RAGGED: tl.constexpr):
 @triton.jit
 def _head(i_b, i_h, row, stride_b, stride_h, stride_r, RAGGED: tl.constexpr, ALIGN: tl.constexpr):
     """Where head ``i_h`` of a sample begins. At head size 72 it divides by 8, which Triton cannot see."""
+    i_h = i_h.to(tl.int64)
     if RAGGED:
         return tl.multiple_of(row * stride_r + i_h * stride_h, ALIGN)
     return tl.multiple_of(i_b * stride_b + i_h * stride_h, ALIGN)

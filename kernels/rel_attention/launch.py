@@ -124,11 +124,14 @@ def backward(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x``, in half types with rows that begin at multiples of 16 bytes: a copy where its do not.
+    """``x``, in half types with rows that begin at multiples of 16 bytes: a copy where its do not, or where
+    a head's rows lie too far apart.
 
-    Without that, shared memory is not filled ahead, and what ptxas 12.8 (of Triton 3.6 and 3.7) then makes
-    of a head's narrow part on Hopper is wrong: it reads a descriptor that was never written.
+    Without the alignment, shared memory is not filled ahead, and what ptxas 12.8 (of Triton 3.6 and 3.7) then
+    makes of a head's narrow part on Hopper is wrong: it reads a descriptor that was never written.
     """
+    if (x.shape[2] - 1) * x.stride(2) >= 2**31:  # rows of a head are addressed by 32 bits
+        return x.clone(memory_format=torch.contiguous_format)
     if x.element_size() != 2:
         return x
     if any(step % config.EIGHT for step, n in zip(x.stride(), x.shape[:-1]) if n > 1):

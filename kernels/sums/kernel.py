@@ -10,9 +10,10 @@ def sum_chunks_kernel(
     R, P, D,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x [K, R, D] -> a tensor [ceil(R / P), D] for each of at most three K: program (chunk, column block, k)
-    sums one chunk of rows, STAGES blocks of which are on their way at a time."""
-    i_c, i_d, i_k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """x [K, R, D] -> a tensor [ceil(R / P), D] for each of at most three K: program (chunk and column block,
+    k) sums one chunk of rows, STAGES blocks of which are on their way at a time."""
+    chunks, i_k = tl.cdiv(R, P), tl.program_id(1)  # the second axis and the third end at 65,535
+    i_c, i_d = (tl.program_id(0) % chunks).to(tl.int64), tl.program_id(0) // chunks
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     start = i_c * P

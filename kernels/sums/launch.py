@@ -37,7 +37,7 @@ def sum_parts(parts_KBPD: Tensor, outs: list[Tensor]) -> None:
 def _sum(x: Tensor, outs: list[Tensor], R: int, P: int, config: LaunchConfig) -> None:
     D = x.shape[-1]
     first, second, third = (*outs, outs[-1], outs[-1])[:3]
-    sum_chunks_kernel[(-(-R // P), cdiv(D, config.block_d), len(outs))](
+    sum_chunks_kernel[(cdiv(R, P) * cdiv(D, config.block_d), len(outs))](
         x, first, second, third, R, P, D,
         BLOCK_P=config.block_p, BLOCK_D=config.block_d, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip

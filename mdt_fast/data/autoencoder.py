@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..errors import UserError
 
+DECODED_AT_ONCE = 16 * 256**2
+"""Pixels: of 16 images of this size a decoder's activations are some 4 GiB in float32."""
+
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
 
 
@@ -86,10 +89,15 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, c, h, w] as the model has them -> pixels [B, C, H, W] float32, about [-1, 1]."""
+        """latents [B, c, h, w] as the model has them -> pixels [B, C, H, W] float32, about [-1, 1].
+
+        In memory for a few images at a time, however many there are.
+        """
         weight = next(self.model.parameters())
         z = latents.float() / self.scale + self.shift
-        return self.model.decode(z.to(weight.device, weight.dtype)).sample.float()
+        at_once = max(1, DECODED_AT_ONCE // (self.factor**2 * z.shape[-2] * z.shape[-1]))
+        parts = z.to(weight.device, weight.dtype).split(at_once)
+        return torch.cat([self.model.decode(part).sample.float() for part in parts])
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:

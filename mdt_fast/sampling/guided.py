@@ -4,9 +4,11 @@ n images of C channels, O output channels, B rows: n, or 2n with guidance (class
 steps, K coefficients.
 """
 
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -85,14 +87,15 @@ class GuidedModel:
                 else ddim_coefficients(a, config.eta)
             )
             self.table_TK = table.to(self.device)
-        graphs = switches.cuda_graph and self.parts is not None and self.device.type == "cuda"
-        self.compute: Any = Graphed(self._compute, self.device) if graphs else self._compute
+        self.graphed = switches.cuda_graph and self.parts is not None and self.device.type == "cuda"
+        self.graphs: Graphed | None = None
+        self.addresses: list[int] = []
         # Casts that autocast keeps would be gone when the graph is replayed.
         self.autocast = {
             "device_type": self.device.type,
             "dtype": getattr(torch, config.dtype),
             "enabled": config.dtype != "float32",
-            "cache_enabled": not graphs,
+            "cache_enabled": not self.graphed,
         }
         self.labels = self.rows = torch.empty(0)
         self.modulations: StepModulations | None = None
@@ -100,8 +103,9 @@ class GuidedModel:
 
     def begin(self, labels: Sequence[int]) -> None:
         """A new batch, of these n classes, with the weights as they are now."""
-        if self.casts is not None and self.casts.refresh() and isinstance(self.compute, Graphed):
-            self.compute = Graphed(self._compute, self.device)  # what was captured reads other memory
+        moved = self.casts is not None and self.casts.refresh()
+        if self.graphed:
+            self._look_for_graphs(moved)
         null = [self.num_classes] * len(labels)
         self.labels = torch.tensor([*labels, *null], device=self.device)
         if self.switches.batched_modulations and self.parts is not None:
@@ -141,12 +145,25 @@ class GuidedModel:
         B = 2 * n if guided else n
         weight = self.weights_T[index].expand(n) if guided else None
         with torch.autocast(**self.autocast), self.casts.within() if self.casts else nullcontext():
+            # A plan is not what a graph takes, nor is its side-interpolater among the modulations.
+            compute = self._compute if self.graphs is None or self.plan is not None else self.graphs
             if self.modulations is not None and self.plan is None:
                 modulations = self.modulations(index, self.rows[:B])
-                return self.compute(x, None, None, modulations, weight, noise, row)
-            # The side-interpolater is not among those modulations, nor a plan what a graph takes.
-            compute = self.compute if self.plan is None else self._compute
+                return compute(x, None, None, modulations, weight, noise, row)
             return compute(x, self.times_T[index].expand(B), self.labels[:B], None, weight, noise, row)
+
+    def _look_for_graphs(self, moved: bool) -> None:
+        """New ones where those there are read other memory than the weights are in now."""
+        cast = set() if self.casts is None else {id(weight) for weight in self.casts.whole}
+        numbers = chain(self.model.parameters(), self.model.buffers())
+        before, self.addresses = self.addresses, [x.data_ptr() for x in numbers if id(x) not in cast]
+        if self.graphs is None or moved or self.addresses != before:
+            # If they held this object, which holds them, their memory would stay until garbage is collected.
+            itself = weakref.proxy(self)
+            self.graphs = Graphed(lambda *args: itself._compute(*args), self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "graphs": None}  # a copy captures its own
 
     def _compute(
         self,

@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -110,7 +110,8 @@ def joined(device: torch.device) -> Iterator[World]:
     """
     rank, size = launched()
     if size == 1:
-        yield World()
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield World()
         return
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))

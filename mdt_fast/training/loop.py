@@ -197,6 +197,10 @@ class Pictures:
                         self.sinks.picture(*picture)
                 except (UserError, OSError) as error:
                     self.bar.say(f"warning: no picture: {error}")
+                except torch.OutOfMemoryError:
+                    if self.run.world.size > 1:  # the others wait for this one
+                        raise
+                    self.bar.say("warning: no picture: the GPU has no memory left for it")
         finally:
             self.run.world.settle()
         self._finished = time.perf_counter()

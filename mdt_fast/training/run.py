@@ -167,8 +167,12 @@ class Run:
             )  # fmt: skip
         drawn = torch.cat(self.world.together(latents.cpu()))[: len(labels)]
         if self.world.main:
+            try:
+                images = self.first_stage.decode(drawn)
+            except torch.OutOfMemoryError:
+                raise UserError(f"{path.name}: the GPU has no memory left to decode it") from None
             path.parent.mkdir(exist_ok=True)
-            save_picture(path, grid(to_uint8(self.first_stage.decode(drawn)), labels, self.images.classes))
+            save_picture(path, grid(to_uint8(images), labels, self.images.classes))
 
 
 def equal_share(labels: list[int], rank: int, size: int) -> tuple[int, list[int]]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autoencoders import save_tiny_vae
-from mdt_fast.data import Autoencoder, sample_posterior
+from mdt_fast.data import Autoencoder, autoencoder, sample_posterior
 from mdt_fast.errors import UserError
 
 
@@ -74,6 +74,19 @@ def test_decode_is_that_of_diffusers(vae: Autoencoder, shift: float) -> None:
     pixels = shifted.decode(latents)
     assert torch.equal(pixels, expected)
     assert (pixels.shape, pixels.dtype, pixels.requires_grad) == ((2, 3, 10, 8), torch.float32, False)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_as_many_as_fit_are_decoded_at_once(
+    images: int, vae: Autoencoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, decode, sizes = torch.randn(images, 4, 5, 4), vae.model.decode, []
+    with torch.no_grad():
+        expected = decode(latents / 0.18215).sample
+    monkeypatch.setattr(vae.model, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    monkeypatch.setattr(autoencoder, "DECODED_AT_ONCE", 2 * 10 * 8 + 7)
+    assert torch.allclose(vae.decode(latents), expected, atol=1e-5)
+    assert sizes == {1: [1], 5: [2, 2, 1]}[images]
 
 
 def test_half_precision_computes_in_it_and_answers_in_float32(vae: Autoencoder, tiny_vae: Path) -> None:

@@ -46,6 +46,17 @@ def changed(values: dict[str, Any]) -> list[Tensor]:
     return [x.clone() for tensors in lists for x in tensors if isinstance(x, Tensor)]
 
 
+@pytest.mark.parametrize("decay", [0.9999, 0.999999, 0.99999999])
+@pytest.mark.parametrize("name", STEPS)
+def test_an_average_moves_by_what_its_decay_leaves(name: str, decay: float) -> None:
+    """1 - decay, which is no longer there once the decay is rounded to float32."""
+    values = arguments(name) | {"ema_decays": [decay], "max_grad_norm": 0.0, "weight_decay": 0.0}
+    values["emas"] = [torch.zeros_like(p) for p in values["params"]]
+    STEPS[name](**values)
+    for average, parameter in zip(values["emas"], values["params"], strict=True):
+        assert torch.allclose(average.double(), (1 - decay) * parameter.double(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("serve", ["native", "reference"])
 @pytest.mark.parametrize("steps", [1, len(SHAPES)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

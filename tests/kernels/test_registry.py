@@ -1,6 +1,7 @@
 """Operators that are plain calls where nothing looks at them."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mdt_fast.kernels import (
     rel_attention,
     rel_attention_qkvpacked,
 )
-from mdt_fast.kernels.registry import Op, applied, registered
+from mdt_fast.kernels.registry import Op, applied, on_their_device, registered
 
 CALLS: list[str] = []
 
@@ -102,6 +103,29 @@ def test_a_subclass_is_not_taken_for_its_memory(dispatched: list[str]) -> None:
     cube(torch.randn(3).as_subclass(Marked), 2.0)
     cube(torch.nn.Parameter(torch.randn(3)), 2.0)
     assert dispatched == ["tests_cube"]
+
+
+def test_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another GPU than the current one: Triton launches on the current one, whatever it is given."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    current = [0]
+
+    @contextmanager
+    def device(there: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], there.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen = on_their_device(lambda *args: current[0])
+    mode = FakeTensorMode()
+    on = [FakeTensor(mode, torch.empty(3, device="meta"), torch.device("cuda", i)) for i in (0, 1, 1)]
+    assert seen(None, 2.0, on[0]) == 0
+    assert seen(None, 2.0, on[1], on[2]) == 1
+    assert seen(torch.randn(3)) == seen(2.0) == current[0] == 0
+    assert cube.function.__name__ == "cube"
 
 
 def test_compiled_and_checked_as_an_operator() -> None:

@@ -1,6 +1,9 @@
 """What makes sampling fast gives the same pictures; guidance is left out where it is said to be."""
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -297,8 +300,9 @@ def test_samplers_are_copied_and_made_where_nothing_is_recorded() -> None:
     assert torch.equal(sampler(LABELS), inside)
 
 
-def test_graphs_are_captured_anew_for_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And for that alone: new numbers are where the old ones were."""
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sampler]:
+    """A sampler that replays, on a CPU, where a replay is a call."""
 
     class Graph:
         def __init__(self, function: Any, device: torch.device):
@@ -308,19 +312,65 @@ def test_graphs_are_captured_anew_for_other_memory(monkeypatch: pytest.MonkeyPat
             return self.function(*args)
 
     monkeypatch.setattr(guided, "Graphed", Graph)
+
+    def build(model: nn.Module, config: SampleConfig) -> Sampler:
+        sampler = Sampler(model, sampling_diffusion(model.config, DiffusionConfig(), config), config)
+        sampler.model.graphed = True
+        return sampler
+
+    return build
+
+
+def test_graphs_end_with_what_made_them(graphed: Callable[..., Sampler]) -> None:
+    sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
+    sampler(LABELS)
+    graphs = weakref.ref(sampler.model.graphs)
+    gc.disable()
+    try:
+        del sampler
+        assert graphs() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_has_graphs_of_its_own(graphed: Callable[..., Sampler]) -> None:
+    sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
+    before = sampler(LABELS)
+    copied = copy.deepcopy(sampler)
+    with torch.no_grad():
+        copied.model.model.blocks[0].mlp.fc1.weight.mul_(2)
+    assert not torch.equal(copied(LABELS), before)
+    assert torch.equal(sampler(LABELS), before)
+
+
+def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sampler]) -> None:
+    """And for that alone: new numbers are where the old ones were."""
     model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
-    seen = Sampler(model, sampling_diffusion(model.config, DiffusionConfig(), config), config).model
-    seen.compute = Graph(seen._compute, seen.device)
+    seen = graphed(model, config).model
     seen.begin(LABELS)
-    first, addresses = seen.compute, [cast.data_ptr() for cast in seen.casts.cast]
+    first, addresses = seen.graphs, [cast.data_ptr() for cast in seen.casts.cast]
     block = model.blocks[0]
     block.attn.proj.weight = nn.Parameter(2 * block.attn.proj.weight)
     seen.begin(LABELS)
-    assert seen.compute is first
+    assert seen.graphs is first
     assert addresses == [cast.data_ptr() for cast in seen.casts.cast]
     block.attn.proj = copy.deepcopy(block.attn.proj)
     seen.begin(LABELS)
-    assert seen.compute is not first
+    assert seen.graphs is not first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_came_in_the_place_of_others(dtype: str, graphed: Callable[..., Sampler]) -> None:
+    model = made("mdtv2", torch.float32).eval()
+    seen = graphed(model, replace(CONFIG, dtype=dtype)).model
+    seen.begin(LABELS)
+    first = seen.graphs
+    model.load_state_dict({name: weight + 0 for name, weight in model.state_dict().items()})
+    seen.begin(LABELS)
+    assert seen.graphs is first
+    model.load_state_dict({name: weight + 0 for name, weight in model.state_dict().items()}, assign=True)
+    seen.begin(LABELS)
+    assert seen.graphs is not first
 
 
 def test_a_pass_that_fails_leaves_the_weights_whole() -> None:
