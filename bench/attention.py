@@ -216,7 +216,7 @@ def _parser() -> command.Parser:
     parser.add_argument("--head-dim", help="head sizes, by comma (default: 64,72)")
     parser.add_argument("--heads", help="numbers of heads, by comma (default: 16; on a CPU 2,6)")
     parser.add_argument("--batch", help=f"samples (default: {GPU_TOKENS} tokens in all; on a CPU 2)")
-    parser.add_argument("--masked", help="no, yes or both, by comma (default: both)")
+    parser.add_argument("--masked", help="no or yes, or both by a comma (default: no,yes)")
     points.add_options(parser, PROVIDERS)
     command.add_output_options(parser)
     return parser

@@ -144,7 +144,7 @@ def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 def add_options(parser: argparse.ArgumentParser, providers: Sequence[str]) -> None:
-    parser.add_argument("--mode", help="fwd, fwd+bwd or both, by comma (default: both)")
+    parser.add_argument("--mode", help="fwd or fwd+bwd, or both by a comma (default: fwd,fwd+bwd)")
     parser.add_argument("--dtype", help="of float32, float16, bfloat16 (default: float32; on a GPU bfloat16)")
     parser.add_argument("--providers", help=f"some of {', '.join(providers)}, by comma")
     parser.add_argument("--repeats", type=int, help="rounds in which each provider takes a turn")

@@ -21,14 +21,17 @@ SWITCHES = [field.name for field in dataclasses.fields(Switches)]
 
 def parser() -> argparse.ArgumentParser:
     p = command.Parser(prog="throughput", description="Throughput of training and sampling.")
-    p.add_argument("--mode", help="train, sample or both, by comma (default: both; train with --account)")
+    p.add_argument(
+        "--mode", help="train or sample, or both by a comma (default: train,sample; train with --account)"
+    )
     p.add_argument(
         "--model",
         help="factory (MDTv2_XL_2, DiT_B_4, ...), preset (digits) or narrow (XL/2 for the host alone)",
     )
     p.add_argument("--batch", help="images per step; several by comma")
     p.add_argument(
-        "--dtype", help="float32, bfloat16 (autocast) or both, by comma (default: float32; on a GPU bfloat16)"
+        "--dtype",
+        help="float32 or bfloat16 (autocast), or both by a comma (default: float32; on a GPU bfloat16)",
     )
     p.add_argument("--providers", help=f"some of {', '.join(providers.NAMES)}, by comma")
     p.add_argument("--official", type=Path, metavar="PATH", help="checkout of the official code")

@@ -287,7 +287,7 @@ class Tuner:
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog="tune", description="Launch choices of the Triton kernels.")
     parser.add_argument("--ops", help="kernels, ops or rooms, by comma (default: all)")
-    parser.add_argument("--dtype", default="half", help="half, float32 or both, by comma (default: half)")
+    parser.add_argument("--dtype", default="half", help="half or float32, or both by a comma (default: half)")
     parser.add_argument("--sizes", help="shape classes, or their numbers, by comma (default: all)")
     parser.add_argument("--batch", default="32", help="samples (default: 32)")
     parser.add_argument("--top", default="24", help="choices of an entry that are timed (default: 24)")

@@ -36,6 +36,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return [known for known in __dir__() if known != "__version__"]
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     models = import_module(".models", __name__) if not name.startswith("_") else None

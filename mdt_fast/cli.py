@@ -246,7 +246,7 @@ def _add_recipe(add: Any, preset: str, data: str) -> None:
     add(
         "--vae", metavar="PATH|NAME", help="autoencoder: train on latents of the images, encoded as they come"
     )
-    add("--unconditional", action="store_true", help="ignore the labels")
+    add("--unconditional", action="store_true", help="images without classes; labels are ignored")
     add("--model", metavar="FACTORY", help="a published shape, such as MDTv2_S_2 or DiT_B_4")
     add(
         "--set",
@@ -314,6 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return run(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # whoever read this has what was wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         if os.environ.get("MDT_FAST_TRACEBACK"):
             raise
@@ -329,17 +332,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _by_option(message: str, argv: Sequence[str]) -> str:
     """``message`` with what it names as the Python functions do (``eta: ...``) called by its option's name.
 
-    Where ``--set`` can give any setting, ``train.lr`` keeps its name, and ``data`` is a section of them.
+    Where ``--set`` can give any setting, ``train.lr`` keeps its name unless ``--lr`` was used, and ``data``
+    is a section of them.
     """
     command = build_parser()[1].get(argv[0]) if argv else None
     found = re.match(r"(\w+\.)?(\w+)(?=: )", message)
     if command is None or found is None:
         return message
     options = command.option_names()
+    for setting, name in _settings().items():
+        used = any(word.partition("=")[0] == name for word in argv)
+        if used and message.startswith(f"{setting}: "):
+            return message.replace(setting, name, 1)
     option = f"--{found[2].replace('_', '-')}"
     if option not in options or ("--set" in options and (found[1] or found[2] in ("data", "model"))):
         return message
     return option + message[found.end() :]
+
+
+def _settings() -> dict[str, str]:
+    """Settings (``train.lr``) that have an option of their own, and it."""
+    from .commands.train import OPTIONS
+
+    return {".".join(path): f"--{name.replace('_', '-')}" for name, path in OPTIONS.items()}
 
 
 def _refuse(message: str) -> int:

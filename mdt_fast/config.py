@@ -313,21 +313,29 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: Any, where: str = "config") -> Any:
+def from_dict(cls: type, values: Any, where: str = "") -> Any:
     """Nested dicts back into ``cls``; ``UserError`` names an unknown key or a value of the wrong type."""
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a table of settings, got {type(values).__name__}")
+        raise UserError(f"{where or 'config'}: expected a table of settings, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     made = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, hints)}; allowed: {', '.join(hints)}")
-        hint = hints[key]
+            raise UserError(
+                f"{where or 'config'}: unknown key {key!r}{nearest(key, hints)}; allowed: {', '.join(hints)}"
+            )
+        hint, path = hints[key], f"{where}.{key}" if where else key
         if dataclasses.is_dataclass(hint):
-            made[key] = from_dict(typing.cast(type, hint), value, f"{where}.{key}")
+            made[key] = from_dict(typing.cast(type, hint), value, path)
         else:
-            made[key] = _checked(hint, value, f"{where}.{key}")
+            made[key] = _checked(hint, value, path)
     return cls(**made)
+
+
+def allowed_words(cls: type, section: str, key: str) -> tuple[Any, ...]:
+    """The values of a setting that has but these; of others none."""
+    hint = typing.get_type_hints(typing.get_type_hints(cls)[section])[key]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def check_types(config: Any) -> None:

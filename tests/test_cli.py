@@ -199,7 +199,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["train", "--out=x", "--preset=digit"], "'digit' is not known (did you mean 'digits'?)"),
         ([*DIGITS, "--stpes=3"], "unknown argument '--stpes' (did you mean '--steps'?)"),
         ([*DIGITS, "--steps=many"], "argument --steps: invalid int value: 'many'"),
-        ([*DIGITS, "--steps=0"], "train.steps: must be at least 1, got 0"),
+        ([*DIGITS, "--steps=0"], "--steps: must be at least 1, got 0"),
         ([*DIGITS, "--model=MDTv2_S_3"], "unknown (did you mean 'MDTv2_S_2'?)"),
         ([*DIGITS, "--set=model.dept=3"], "no key 'dept' in model (did you mean 'depth'?)"),
         ([*DIGITS, "--set=modl.depth=3"], "no section 'modl' (did you mean 'model'?)"),
@@ -261,7 +261,7 @@ def test_mistakes(
 def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "already holds a run; go on with --resume auto" in error(capsys, *TINY, f"--out={run}")
     changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--lr=1", "--steps=6")
-    assert "train.lr: cannot change when a run goes on" in changed
+    assert "--lr: cannot change when a run goes on" in changed
 
 
 def test_checkpoints_are_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

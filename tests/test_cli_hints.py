@@ -1,5 +1,8 @@
 """What the commands say unasked: hints, notes and help."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +181,72 @@ def test_a_picture_without_memory_does_not_end_the_run(
     assert printed.count("warning: no picture") >= 1
     assert "has no memory left" in printed
     assert "2 steps done" in printed
+
+
+@pytest.mark.parametrize("setting", ["train.compile=none", "train.checkpointing=none", "train.wandb=none"])
+def test_none_is_a_word_where_it_is_one(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main([*TRAIN, "--dry-run", f"--out={tmp_path / 'x'}", f"--set={setting}"]) == 0
+    name = setting.partition("=")[0].partition(".")[2]
+    assert f"  {name}: {'null' if name == 'wandb' else 'none'}\n" in capsys.readouterr().out
+
+
+def test_a_run_with_nothing_to_do_is_no_new_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, own = f"--out={tmp_path / 'new'}", f"--out={trained}"
+    before = (trained / "config.json").read_bytes()
+    for arguments, least in (
+        ([new, f"--resume={trained}"], 5),
+        ([new, f"--resume={trained}", "--steps=3"], 5),
+        ([own, "--resume=auto", "--steps=3"], 4),
+    ):
+        said = error(capsys, "train", *arguments)
+        assert "steps: 4 are done in" in said
+        assert f"at least {least} are needed" in said
+    assert not (tmp_path / "new").exists()
+    assert (trained / "config.json").read_bytes() == before
+    assert main(["train", own, "--resume=auto"]) == 0  # as a job that is started again does
+    assert main(["train", new, f"--resume={trained}", "--steps=5", "--set=sample.steps=2"]) == 0
+    assert (tmp_path / "new" / "checkpoints" / "step_0000005").is_dir()
+
+
+def test_images_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
+    arguments = ["train", f"--data={folder}", "--image-size=8", f"--out={tmp_path / 'run'}", *ARGUMENTS]
+    assert "for images without classes train takes --unconditional" in error(capsys, *arguments)
+    assert main([*arguments, "--unconditional", "--dry-run"]) == 0
+    assert "4 images in 1 classes" in capsys.readouterr().out
+
+
+def test_pictures_of_two_calls_are_not_mixed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pngs"
+    sample = ["sample", str(trained), "--steps=2", f"--png={folder}"]
+    assert main([*sample, "--num-samples=3"]) == 0
+    assert main([*sample, "--num-samples=3", "--seed=1"]) == 0  # in place of those
+    said = error(capsys, *sample, "--num-samples=2")
+    assert said.startswith("--png: ")
+    assert "holds 1 other pictures, such as '2_000002.png'" in said
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_settings_go_by_the_option_that_was_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"--out={tmp_path / 'x'}"
+    assert error(capsys, *TRAIN, out, "--dtype=half").startswith("--dtype: 'half' is not one of")
+    assert error(capsys, *TRAIN, out, "--set=train.dtype=half").startswith("train.dtype: 'half' is not")
+    assert error(capsys, "train", "--data=nowhere", out).startswith("--data: no folder 'nowhere'")
+    assert "wandb: cannot be imported" in error(capsys, *TRAIN, out, "--set=train.wandb=x", "--dry-run")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mdt_fast doctor --json 2>{tmp_path / 'err'} | head -c 1 > {os.devnull}"
+    subprocess.run(["bash", "-c", command], check=True, timeout=120)
+    assert "Broken pipe" not in (tmp_path / "err").read_text()

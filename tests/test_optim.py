@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fused import BOTH, assert_near, bits, parameters, run, same, set_grads, strided
 from fused import served as served  # a fixture
+from mdt_fast.errors import UserError
 from mdt_fast.optim import FusedAdamW, FusedAdan
 
 pytestmark = pytest.mark.usefixtures("served")
@@ -76,6 +77,27 @@ def test_adan_is_its_definition(no_prox: bool, clip: float, dtype: torch.dtype) 
     optimizer = FusedAdan(params, lr=1e-2, weight_decay=0.1, no_prox=no_prox, max_grad_norm=clip)
     run(optimizer, params, 100)
     assert_near(list(params), expected, 1e-10 if dtype == torch.float64 else 2e-5)
+
+
+@BOTH
+def test_averages_in_any_order_by_name(cls: Any) -> None:
+    """Of groups, whose order is not the model's, with parameters of one shape."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    average = copy.deepcopy(model)
+    named = list(model.named_parameters())
+    groups = [{"params": named[2:]}, {"params": named[:2], "weight_decay": 0.0}]
+    optimizer = cls(groups, lr=1e-2)
+    optimizer.add_ema(average.named_parameters(), 0.0)
+    set_grads([p for _, p in named], 0)
+    optimizer.step()
+    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match=r"params: '1.bias' is not in params"):
+        optimizer.add_ema(list(copy.deepcopy(model).named_parameters())[:3], 0.5)
+    with pytest.raises(UserError, match=r"params: 'x' is not in the optimiser"):
+        optimizer.add_ema([*copy.deepcopy(model).named_parameters(), ("x", torch.zeros(1))], 0.5)
+    with pytest.raises(UserError, match=r"params: has names, the optimiser's parameters have none"):
+        cls(model.parameters(), lr=1e-2).add_ema(copy.deepcopy(model).named_parameters(), 0.5)
 
 
 @BOTH

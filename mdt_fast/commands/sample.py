@@ -22,10 +22,12 @@ from ..sampling import (
     Inpainter,
     SampleFolder,
     Sampler,
+    check_alone,
     check_inpainting,
     check_sampling,
     check_writable,
     grid,
+    png_names,
     sampling_diffusion,
     save_npz,
     save_picture,
@@ -59,6 +61,8 @@ def sample(args: argparse.Namespace) -> int:
         raise UserError("--labels: the run was trained without labels; leave it out")
     chosen = chosen_labels(args.labels, opened.classes, model_config.num_classes)
     labels = [chosen[i % len(chosen)] for i in range(config.num_samples)]
+    if "png" in targets:
+        check_alone(targets["png"], png_names(labels, opened.classes))
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
     device = resolve_device(args.device)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
@@ -178,12 +182,12 @@ def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: boo
 
 
 def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) -> list[int]:
-    """The classes that ``text`` lists by index or name ("3,7", "cat,dog"), or all that the data had."""
+    """The classes that ``text`` lists by index or name ("3,7", "cat,zebra, striped"), or all that the data
+    had."""
     if text is None:
         return list(range(len(classes)))
     chosen = []
-    for word in text.split(","):
-        name = word.strip()
+    for name in _words(text, classes):
         if re.fullmatch(r"-?\d+", name):
             label = int(name)
             if not 0 <= label < num_classes:
@@ -197,6 +201,16 @@ def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) ->
             )
         chosen.append(label)
     return chosen
+
+
+def _words(text: str, classes: Sequence[str]) -> Iterator[str]:
+    """What stands between the commas of ``text``, but for those that are part of a class's name."""
+    pieces = text.split(",")
+    while pieces:
+        ends = (n for n in range(len(pieces), 1, -1) if ",".join(pieces[:n]).strip() in classes)
+        end = next(ends, 1)
+        yield ",".join(pieces[:end]).strip()
+        pieces = pieces[end:]
 
 
 def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:

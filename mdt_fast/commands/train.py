@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import DataConfig, RunConfig, from_dict, to_dict
+from ..config import DataConfig, RunConfig, allowed_words, from_dict, to_dict
 from ..data import open_first_stage, open_images
 from ..data.latents import LatentSet, is_encoded
 from ..errors import UserError, nearest
@@ -152,6 +152,8 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
         raise UserError(
             f"--set: no key {key!r} in {section}{nearest(key, keys)}; there are {', '.join(keys)}"
         )
+    if word in allowed_words(RunConfig, section, key):  # "none" is one for some
+        return section, key, word
     try:
         return section, key, json.loads({"none": "null", "None": "null"}.get(word, word))
     except (ValueError, RecursionError):

@@ -127,7 +127,8 @@ class ImageFolder:
     def __init__(self, config: DataConfig):
         self.root = Path(config.source)
         self.paths = list_images(self.root)
-        names = [class_name(path.relative_to(self.root)) for path in self.paths]
+        within = (path.relative_to(self.root) for path in self.paths)
+        names = [class_name(path) if config.conditional else "images" for path in within]
         self.classes = tuple(sorted(set(names)))
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in names], dtype=np.int64)
@@ -197,7 +198,8 @@ def class_name(relative: Path) -> str:
     if not underscore:
         raise UserError(
             f"data.source: cannot tell the class of {str(relative)!r}; use class folders "
-            "(CLASS/image.png) or names like ClassID_ImgID.png"
+            "(CLASS/image.png) or names like ClassID_ImgID.png; for images without classes train takes "
+            "--unconditional, and one folder in it for all is one class"
         )
     return name
 

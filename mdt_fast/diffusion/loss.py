@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .noise import NoiseSource, draw
 from .process import GaussianProcess, Model
 
@@ -56,8 +57,14 @@ def two_pass_losses(
     are not given. With ``y_masked``, the labels of the masked pass, no label is dropped. A model with
     ``training_step_outputs`` runs both as one batch. The order of draws, and so every number drawn on a
     CPU, is that of two passes, one after the other.
+
+    ``model``: an MDT of this package. Its forward is not what is called, so a wrapper does not see the step:
+    for several processes take FSDP2 (``fully_shard``, then ``register_fsdp_forward_method(model,
+    "training_step_outputs")``), not ``DistributedDataParallel``. ``UserError`` for other models, and for
+    labels that are none.
     """
     diffusion.check_timesteps(t, x_start)
+    _check_two_passes(model, x_start, y)
     drop = model.drop_labels if y_masked is None else _as_it_is
     noise, y_full = draw(None, x_start) if noise is None else noise, drop(y)
     noise_masked = draw(None, x_start) if noise_masked is None else noise_masked
@@ -71,6 +78,21 @@ def two_pass_losses(
         for output, x, n in zip(outputs, (x_full, x_masked), (noise, noise_masked), strict=True)
     )
     return full | {f"m_{name}": values for name, values in masked.items()}
+
+
+def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
+    if not hasattr(model, "training_step_outputs"):
+        wrapped = hasattr(getattr(model, "module", None), "training_step_outputs")
+        advice = (
+            "what wraps the model would not see the step: shard it with fully_shard and "
+            "register_fsdp_forward_method(model, 'training_step_outputs'), or take training_losses twice"
+            if wrapped
+            else "only MDT and MDTv2 have a masked pass; for others there is training_losses"
+        )
+        raise UserError(f"model: a {type(model).__name__} has no training_step_outputs; {advice}")
+    if not isinstance(y, Tensor) or y.shape != x_start.shape[:1]:
+        got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise UserError(f"y: expected the labels [{len(x_start)}] themselves, got {got}")
 
 
 def _as_it_is(y: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from .base import Transformer
 from .zoo import CLASSES
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the names of a model's weights."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What weights may be."""
 
@@ -39,7 +41,8 @@ def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[st
     path = Path(path)
     state = read_saved(path, mmap=mmap)
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
-        raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name)")
+        held = f", but {', '.join(map(repr, list(state)[:6]))}" if isinstance(state, dict) and state else ""
+        raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name){held}")
     return dict(state)
 
 
@@ -128,6 +131,9 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
         ),
     ]
     if differences:
+        put_before = next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None)
+        if put_before is not None:
+            differences.append(f"all names begin with {put_before!r}, which a wrapper put there: take it off")
         raise UserError(f"{source}: weights of another model: {'; '.join(differences)}")
 
 
@@ -266,6 +272,11 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def _check_suffix(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder, a file is needed ({', '.join(SUFFIXES)}); mdt-fast convert makes one of a "
+            "run, and MDTPipeline.from_run reads the run itself"
+        )
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: ends in {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
 

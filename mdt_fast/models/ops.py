@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 from ..kernels import (
     gate_residual,
@@ -26,10 +27,11 @@ EPS = 1e-6
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether ``layer`` is a linear layer whose weights say all: no hooks, and no other module or function in
-    its place (float8, adapters), whose own forward has to run."""
+    """Whether ``layer`` is a linear layer whose weights say all: no hooks, no other module or function in its
+    place (float8, adapters), whose own forward has to run, and no weight of other tensors (torchao's numbers
+    and scales), which a whole product alone can read."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or is_wrapper(layer.weight):
         return False
     return not any(getattr(layer, name) for name in hooks)
 

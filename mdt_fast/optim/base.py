@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
-from .loading import check_copies, check_state, restore, tie_masters
+from .loading import check_copies, check_state, in_order, restore, tie_masters
 from .shards import laid_out, local, split
 
 NUMBERS = {2: "two", 3: "three"}
@@ -98,13 +98,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def add_ema(self, params: Iterable[Tensor], decay: float) -> None:
+    def add_ema(self, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], decay: float) -> None:
         """Move ``params`` in every step: ``ema = decay * ema + (1 - decay) * parameter``, in the same sweep.
 
-        ``params``: one float32 tensor (float64 where the parameter is) for each parameter, in the optimiser's
-        order, of its shape and on its device. Every parameter's is moved, with a gradient or without.
+        ``params``: one float32 tensor (float64 where the parameter is) for each parameter, of its shape and
+        on its device, in the optimiser's order: that of its groups, one after the other. Or in any order with
+        names, as ``named_parameters()`` gives them, if the optimiser was made of named parameters. Every
+        parameter's is moved, with a gradient or without.
         """
-        average, own = list(params), list(self._all())
+        average, own = in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
@@ -113,16 +115,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._averages.append([ema.detach() for ema in average])
         self._decays.append(float(decay))
 
-    def set_masters(self, masters: Iterable[Tensor]) -> None:
+    def set_masters(self, masters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Have ``masters`` be what bfloat16 parameters are roundings of, and move them in every step.
 
-        ``masters``: one float32 tensor for each parameter, in the optimiser's order, of its shape and on its
-        device, of which it is the rounding; all parameters are bfloat16. Without this, a master begins as
+        ``masters``: one float32 tensor for each parameter, in the optimiser's order or by name (see
+        :meth:`add_ema`), of its shape and on its device, of which it is the rounding; all parameters are
+        bfloat16. Without this, a master begins as
         what its parameter has been rounded to. A loaded state's masters are written into them; without such,
         a parameter that has got other weights gives its own. ``UserError`` for tensors that do not fit, and
         where there are masters already.
         """
-        given, own = list(masters), list(self._all())
+        given, own = in_order("masters", masters, self.param_groups), list(self._all())
         for i, p in enumerate(own):
             if p.dtype != torch.bfloat16:
                 raise UserError(f"masters[{i}]: of a parameter in {p.dtype}; only bfloat16 ones have masters")

@@ -13,6 +13,24 @@ from .shards import laid_out, local
 UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed is put back
 
 
+def in_order(what: str, given: Iterable[Any], groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """``given``, with names or without, as the parameters of an optimiser's ``groups`` stand. ``UserError`` for
+    other names."""
+    items = list(given)
+    if not items or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
+        return items
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if not names:
+        raise UserError(
+            f"{what}: has names, the optimiser's parameters have none; give it named_parameters(), too"
+        )
+    tensors = dict(items)
+    if odd := sorted(tensors.keys() ^ set(names)):
+        where = "the optimiser" if odd[0] in tensors else what
+        raise UserError(f"{what}: {odd[0]!r} is not in {where}")
+    return [tensors[name] for name in names]
+
+
 def check_copies(
     name: str, copies: Sequence[Tensor], params: Sequence[Tensor], others: Iterable[Tensor]
 ) -> None:
@@ -29,7 +47,7 @@ def check_copies(
         if copy.shape != p.shape or copy.device != p.device or copy.dtype not in allowed:
             raise UserError(
                 f"{name}[{i}]: {copy.dtype} {list(copy.shape)} on {copy.device}, "
-                f"expected {allowed[0]} {list(p.shape)} on {p.device}"
+                f"expected {allowed[0]} {list(p.shape)} on {p.device}, as the optimiser's parameter {i}"
             )
         if local(p).numel() and _memory(copy) == _memory(p):
             raise UserError(f"{name}[{i}]: is the parameter itself or shares its memory; make a copy")

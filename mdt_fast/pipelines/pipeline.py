@@ -66,9 +66,8 @@ class MDTPipeline(DiffusionPipeline):
         names = checked_names(id2label, transformer.num_classes)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label={str(key): names[key] for key in sorted(names)} or None)
-        self.labels = dict(
-            sorted((name.strip(), key) for key, text in names.items() for name in text.split(","))
-        )
+        of_parts = ((name.strip(), key) for key, text in names.items() for name in text.split(","))
+        self.labels = dict(sorted(of_parts)) | {text.strip(): key for key, text in names.items()}
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:

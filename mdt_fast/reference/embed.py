@@ -61,7 +61,10 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(next(self.mlp.parameters()).dtype))
+        weight = next(self.mlp.parameters(), None)  # quantised layers have none
+        return self.mlp(
+            timestep_embedding(t).to(torch.get_default_dtype() if weight is None else weight.dtype)
+        )
 
 
 class LabelEmbedder(nn.Module):

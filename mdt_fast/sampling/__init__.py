@@ -3,7 +3,7 @@
 from .export import export_step, read_description, run_exported
 from .folder import SampleFolder, assembled_in
 from .generate import Sampler, check_sampling, sample, sampling_diffusion
-from .images import check_writable, grid, save_picture, save_pngs, shown, to_uint8
+from .images import check_alone, check_writable, grid, png_names, save_picture, save_pngs, shown, to_uint8
 from .inpainting import Inpainter, check_inpainting, inpaint
 from .npz import adm_name, save_npz
 
@@ -13,12 +13,14 @@ __all__ = [
     "Sampler",
     "adm_name",
     "assembled_in",
+    "check_alone",
     "check_inpainting",
     "check_sampling",
     "check_writable",
     "export_step",
     "grid",
     "inpaint",
+    "png_names",
     "read_description",
     "run_exported",
     "sample",

@@ -83,9 +83,27 @@ def save_pngs(
 ) -> None:
     """One file per image, ``CLASS_000012.png``: a folder that ``mdt-fast train --data`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (pixels, label) in enumerate(zip(images_NHWC, labels), first_index):
-        name = (classes[label] if label < len(classes) else str(label)).replace("_", "-").replace("/", "-")
-        save_picture(folder / f"{name}_{i:06d}.png", _picture(pixels))
+    for name, pixels in zip(png_names(labels, classes, first_index), images_NHWC):
+        save_picture(folder / name, _picture(pixels))
+
+
+def png_names(labels: Sequence[int], classes: Sequence[str], first_index: int = 0) -> list[str]:
+    """The files of :func:`save_pngs`."""
+    names = [classes[label] if label < len(classes) else str(label) for label in labels]
+    plain = (name.replace("_", "-").replace("/", "-") for name in names)
+    return [f"{name}_{i:06d}.png" for i, name in enumerate(plain, first_index)]
+
+
+def check_alone(folder: Path, names: Sequence[str]) -> None:
+    """``UserError`` if ``folder`` holds pictures that these would not replace: together they would be taken
+    for one set."""
+    others = sorted(path.name for path in folder.glob("*.png") if path.is_file()) if folder.is_dir() else []
+    others = sorted({*others} - {*names})
+    if others:
+        raise UserError(
+            f"--png: {str(folder)!r} holds {len(others)} other pictures, such as {others[0]!r}; choose "
+            "another folder, or remove them"
+        )
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

@@ -190,6 +190,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     start = None if start is None else open_or_advise(start, world=world)
     if start is not None:
         check_resumable(start.config, config)
+        check_steps_left(start, config, out)
     check_settings(config)
     rows = rows_of(world, config.train)
     device = resolve_device(config.train.device)
@@ -233,6 +234,17 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
         ),
         start=start, notes=notes,
     )  # fmt: skip
+
+
+def check_steps_left(start: Checkpoint, config: RunConfig, out: Path) -> None:
+    """``UserError`` if a run that is further, or a new one, would have no step to do."""
+    steps, elsewhere = config.train.steps, start.run.resolve() != out.resolve()
+    if start.step > steps or (elsewhere and start.step == steps):
+        least = start.step + 1 if elsewhere else start.step
+        raise UserError(
+            f"train.steps: {start.step} are done in {str(start.path)!r}; at least {least} are needed to go "
+            f"on from it, got {steps}"
+        )
 
 
 def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, world: World) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from ..config import RunConfig, to_dict
 from ..errors import UserError
 from ..sampling import check_sampling, sampling_diffusion
+from .sinks import imported_wandb
 
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.save_every", "train.keep", "train.device", "train.accumulate",
@@ -47,6 +48,8 @@ def check_settings(config: RunConfig) -> None:
             f"diffusion.diffusion_steps: allowed are 1 to {MOST_DIFFUSION_STEPS}, "
             f"got {config.diffusion.diffusion_steps}"
         )
+    if settings.wandb is not None:
+        imported_wandb()
     if settings.weights == "bfloat16" and settings.dtype != "bfloat16":
         raise UserError(f"train.weights: bfloat16 goes with train.dtype bfloat16, got {settings.dtype}")
     if settings.float8 and settings.dtype != "bfloat16":

@@ -103,6 +103,17 @@ class TensorBoardSink:
         self._writer.close()
 
 
+def imported_wandb() -> Any:
+    """The module. ``UserError`` if it cannot be imported."""
+    try:
+        import wandb
+
+        wandb.init  # a folder of that name, which wandb leaves where it ran, imports too  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"wandb: cannot be imported ({error}); pip install wandb") from None
+    return wandb
+
+
 class WandbSink:
     """A run on Weights & Biases. Its id is kept in ``folder``, so that a resumed run goes on in the same one.
 
@@ -113,12 +124,7 @@ class WandbSink:
     name = "wandb"
 
     def __init__(self, folder: Path, project: str, name: str, config: dict[str, Any]):
-        try:
-            import wandb
-
-            wandb.init  # a folder of that name, which wandb leaves where it ran, imports too  # noqa: B018
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"wandb: cannot be imported ({error}); pip install wandb") from None
+        wandb = imported_wandb()
         self._wandb, self._error = wandb, None
         kept = folder / WANDB_ID
         known = _read_id(kept)

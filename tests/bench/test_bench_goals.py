@@ -12,7 +12,7 @@ import roofline
 from rows import RowFile, machine
 
 GPU = machine(torch.device("cpu"), "python bench/throughput.py") | {
-    "device": "a GPU", "driver": "999", "commit": "0123456789",
+    "device": "an H200", "driver": "999", "commit": "0123456789",
 }  # fmt: skip
 SHAPE = {"B": 32, "H": 16, "L": 256}
 
@@ -69,7 +69,7 @@ def test_models() -> None:
         "| 2.00x (fast over reference-compiled, batch 4) |",
         "train XL/2 at batch 4 over compiled",
     )
-    assert f"{expected} **missed** | a GPU |" in said(rows, goal)
+    assert f"{expected} **missed** | an H200 |" in said(rows, goal)
     assert expected in said(rows + models("fast", 10, batch=4), goal)
     rows += models("reference-blocks-compiled", 8, batch=4)
     assert "| 1.25x (fast over reference-blocks-compiled, batch 4) |" in said(rows, goal)
@@ -118,12 +118,11 @@ def test_a_step_by_itself_counts_and_says_so() -> None:
         {"provider": "fast-graphs", "mode": "train", "batch": 128, "p50": 320.0},
         **step,
     )
+    goal, case = "train XL/2, bfloat16, one H200", "fast-graphs, batch 128, one step over and over"
+    assert f"| 400 img/s ({case}) |" in said(rows, goal)
     rows[1]["commit"] += "-dirty"
-    case = "fast-graphs, batch 128, one step over and over; of files that no commit holds"
-    assert f"| 400 img/s ({case}) |" in said(rows, "train XL/2, bfloat16, one H200")
-    assert "| 320 img/s (fast-graphs, batch 32, one step over and over) |" in (
-        said(rows[:1], "train XL/2, bfloat16, one H200")
-    )
+    assert f"| 400 img/s ({case}; of files that no commit holds) |" in said(rows[1:], goal)
+    assert "| 320 img/s (fast-graphs, batch 32, one step over and over) |" in said(rows, goal)
     lines = [("fast", 32.0), ("fast with skip_below 0.001", 10.0)]
     common = step | {"bench": "account", "mode": "sample", "provider": "fast", "batch": 32}
     rows = rows_of(*({"note": note, "p50": ms} for note, ms in lines), **common)
@@ -131,6 +130,12 @@ def test_a_step_by_itself_counts_and_says_so() -> None:
     assert "| 4 img/s (fast, batch 32, by ten steps; too few rounds) | met |" in said(
         rows, "sample XL/2, 250 steps, one H200"
     )
+
+
+def test_a_rate_is_asked_of_the_gpu_that_it_was_set_for() -> None:
+    rows = [row | {"device": "NVIDIA H100"} for row in (*models("reference", 100), *models("fast", 500))]
+    assert "| not measured |" in said(rows, "train XL/2, bfloat16, one H200")
+    assert "| 5.00x (fast, batch 32) | met | NVIDIA H100 |" in said(rows, "train XL/2 over eager bfloat16")
 
 
 def test_attention_by_its_worst_case() -> None:
@@ -201,7 +206,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert not roofline.draw_head_sizes(attention("triton-packed", 1.0), tmp_path / "none.png")
     others = [row | {"device": "another GPU"} for row in rows]
     assert {path.name for path in report.pictures([*models("fast", 1), *others], tmp_path)} >= {
-        "throughput-a-gpu.png", "throughput-another-gpu.png", "roofline-another-gpu.png",
+        "throughput-an-h200.png", "throughput-another-gpu.png", "roofline-another-gpu.png",
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from golden_files import load, meta
 from mdt_fast.diffusion import GaussianDiffusion, create_diffusion
 from mdt_fast.diffusion.loss import discretized_gaussian_log_likelihood, min_snr_weight
+from mdt_fast.errors import UserError
 from tolerances import FLOAT32, relative_error
 
 # The loss each variant of the golden file trains with, said in the test's name.
@@ -33,6 +34,22 @@ def _variant(tag: str, version: str = "v2") -> tuple[GaussianDiffusion, dict[str
     diffusion = create_diffusion(**kwargs, min_snr_gamma=GAMMA[version])
     output = golden["in/model_output"]
     return diffusion, golden, output if kwargs.get("learn_sigma", True) else output[:, :4].clone()
+
+
+def test_two_passes_of_what_has_none() -> None:
+    from mdt_fast import DiT, MDTv2
+
+    shape = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    mdt, diffusion = MDTv2(**shape, decode_layer=2, num_classes=3, mask_ratio=0.3), create_diffusion()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2])
+    assert diffusion.two_pass_losses(mdt, x, t, y)["m_loss"].shape == (2,)
+    with pytest.raises(UserError, match=r"model: a DiT has no training_step_outputs; only MDT and MDTv2"):
+        diffusion.two_pass_losses(DiT(**shape, num_classes=3), x, t, y)
+    with pytest.raises(UserError, match=r"model: a DataParallel has no .*: shard it with fully_shard"):
+        diffusion.two_pass_losses(torch.nn.DataParallel(mdt), x, t, y)
+    for labels, got in (({"y": y}, "a dict"), (y[:1], r"\[1\]"), (y[:, None], r"\[2, 1\]")):
+        with pytest.raises(UserError, match=rf"y: expected the labels \[2\] themselves, got {got}"):
+            diffusion.two_pass_losses(mdt, x, t, labels)
 
 
 def test_all_golden_losses_are_tested() -> None:

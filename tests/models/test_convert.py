@@ -114,6 +114,9 @@ def test_another_models_weights_are_named_and_nothing_changes() -> None:
         load_weights(model, other.state_dict(), source="w.pt")
     with pytest.raises(UserError, match=r"other shape \(.*instead of"):
         load_weights(model, MDTv2(**{**TINY, "hidden_size": 32}).state_dict())
+    for wrapped, prefix in ((nn.DataParallel(other), "module."), (torch.compile(other), "_orig_mod.")):
+        with pytest.raises(UserError, match=rf"all names begin with '{prefix}', which a wrapper put there"):
+            load_weights(model, wrapped.state_dict())
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
@@ -151,6 +154,12 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save(odd, f"odd{number}.pt")
         with pytest.raises(UserError, match=r"holds no state_dict"):
             read_weights(f"odd{number}.pt")
+    torch.save({"model": state, "ema": state}, "training.pt")
+    with pytest.raises(UserError, match=r"holds no state_dict .*, but 'model', 'ema'$"):
+        read_weights("training.pt")
+    Path("run").mkdir()
+    with pytest.raises(UserError, match=r"run: is a folder, a file is needed .*; mdt-fast convert makes one"):
+        read_weights("run")
     torch.save([1, 2], "list.pt")
     with pytest.raises(UserError, match=r"list.pt: holds no state_dict"):
         read_weights("list.pt")

@@ -150,6 +150,10 @@ def test_unknown_names() -> None:
         _ = mdt_fast.MDTv3
     assert mdt_fast.MDTv2_XL_2 is models.FACTORIES["MDTv2_XL_2"]
     assert "MDTv2_XL_2" in dir(mdt_fast)
+    everything: dict[str, object] = {}
+    exec("from mdt_fast import *", everything)
+    assert everything["MDTv2_XL_2"] is mdt_fast.MDTv2_XL_2
+    assert everything["Switches"] is mdt_fast.Switches
 
 
 @pytest.mark.parametrize("batch", [0, 1])

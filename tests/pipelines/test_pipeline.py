@@ -270,6 +270,7 @@ def test_names_of_classes() -> None:
     pipe = piped(made(), id2label=NAMES)
     assert pipe.get_label_ids(["white shark", "Tinca tinca", "tench"]) == [2, 0, 0]
     assert pipe.get_label_ids("goldfish") == [1]
+    assert pipe.get_label_ids([NAMES[0], "tench"]) == [0, 0]
     with pytest.raises(UserError, match=r"label: 'goldfsh' is no class \(did you mean 'goldfish'\?\)"):
         pipe.get_label_ids(["goldfsh"])
     with pytest.raises(UserError, match="has no names of classes"):

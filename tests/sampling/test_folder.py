@@ -216,6 +216,17 @@ def test_classes_by_name(
         chosen_labels("5", classes, 5)
 
 
+def test_names_with_commas_are_names() -> None:
+    from mdt_fast.commands.sample import chosen_labels
+
+    classes = ("cat", "zebra", "zebra, striped", "tench, Tinca tinca, fish")
+    assert chosen_labels("zebra, striped", classes, 4) == [2]
+    assert chosen_labels("cat,zebra, striped,zebra", classes, 4) == [0, 2, 1]
+    assert chosen_labels("tench, Tinca tinca, fish,2", classes, 4) == [3, 2]
+    with pytest.raises(UserError, match="'striped' is no class"):
+        chosen_labels("striped,zebra", classes, 4)
+
+
 def test_a_run_without_labels_is_not_guided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train = ["train", "--preset=digits", "--unconditional", *ARGUMENTS, "--batch-size=4", "--steps=1"]
