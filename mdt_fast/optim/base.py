@@ -102,9 +102,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Move ``params`` in every step: ``ema = decay * ema + (1 - decay) * parameter``, in the same sweep.
 
         ``params``: one float32 tensor (float64 where the parameter is) for each parameter, of its shape and
-        on its device, in the optimiser's order: that of its groups, one after the other. Or in any order with
-        names, as ``named_parameters()`` gives them, if the optimiser was made of named parameters. Every
-        parameter's is moved, with a gradient or without.
+        on its device, in the optimiser's order, of its groups one after the other; or in any order with
+        names (``named_parameters()``), if the optimiser was made so. All are moved, with gradients or without.
         """
         average, own = in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:

@@ -14,8 +14,8 @@ UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed i
 
 
 def in_order(what: str, given: Iterable[Any], groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """``given``, with names or without, as the parameters of an optimiser's ``groups`` stand. ``UserError`` for
-    other names."""
+    """``given``, with names or without, in the order of an optimiser's ``groups``. ``UserError`` for other
+    names."""
     items = list(given)
     if not items or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return items
