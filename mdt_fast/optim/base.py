@@ -103,7 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         ``params``: one float32 tensor (float64 where the parameter is) for each parameter, of its shape and
         on its device, in the optimiser's order, of its groups one after the other; or in any order with
-        names (``named_parameters()``), if the optimiser was made so. All are moved, with gradients or without.
+        names (``named_parameters()``), if the optimiser was made so. All move, with gradients or without.
         """
         average, own = in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:
