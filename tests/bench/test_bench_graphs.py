@@ -115,10 +115,10 @@ def test_memory_is_the_same_whoever_ran_before() -> None:
     session, found = Session(RowFile(None, {}), print), [Result("fast"), Result("fast")]
     for one in found:
         session.memory(case, step, one)
-    whole = found[0].peak_bytes
-    assert whole is not None
-    assert whole == found[1].peak_bytes
-    assert peak_bytes(step, device) < whole - step.own_bytes()  # what it looks like otherwise
+    whole, again = (one.peak_bytes for one in found)
+    assert whole is not None and again is not None
+    assert abs(whole - again) <= 64  # the optimiser's scalars
+    assert peak_bytes(step, device) < whole - step.own_bytes() - 2**20  # what it looks like otherwise
 
 
 def test_without_a_gpu_it_is_left_out() -> None:
