@@ -1,0 +1,90 @@
+"""Training loops of one's own on several processes, as the README has them: FSDP2, and DDP by two passes."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mdt_fast import MaskPlan, MDTv2, create_diffusion
+from ranks import spawn
+from tolerances import FLOAT32
+
+pytestmark = pytest.mark.slow
+
+SHAPE = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+Loss = Callable[[nn.Module, slice], Tensor]
+
+
+def losses() -> tuple[Loss, Loss]:
+    """Of some rows of one batch: both passes of the objective as one step, and one after the other."""
+    draw, diffusion = torch.Generator().manual_seed(1), create_diffusion()
+    x, noise, noise_masked = (torch.randn(4, 4, 8, 8, generator=draw) for _ in range(3))
+    t, y = torch.tensor([3, 700, 5, 900]), torch.tensor([0, 2, 1, 1])
+    order = torch.rand(4, 16, generator=draw)
+
+    def together(model: nn.Module, rows: slice) -> Tensor:
+        plan = MaskPlan.from_noise(order[rows], 9, ascending=True)
+        terms = diffusion.two_pass_losses(
+            model, x[rows], t[rows], y[rows], y[rows],
+            noise=noise[rows], noise_masked=noise_masked[rows], mask_plan=plan,
+        )  # fmt: skip
+        return (terms["loss"] + terms["m_loss"]).mean()
+
+    def one_by_one(model: nn.Module, rows: slice) -> Tensor:
+        masked = {
+            "enable_mask": True,
+            "mask_plan": MaskPlan.from_noise(order[rows], 9, ascending=True),
+            "y": y[rows],
+        }
+        full = diffusion.training_losses(model, x[rows], t[rows], {"y": y[rows]}, noise[rows])
+        terms = diffusion.training_losses(model, x[rows], t[rows], masked, noise_masked[rows])
+        return (full["loss"] + terms["loss"]).mean()
+
+    return together, one_by_one
+
+
+def same_gradients(ours: Sequence[nn.Parameter], theirs: Sequence[nn.Parameter]) -> None:
+    for p, q in zip(ours, theirs, strict=True):
+        if q.grad is None:
+            assert p.grad is None
+            continue
+        gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        assert gradient is not None
+        assert (gradient - q.grad).norm() <= FLOAT32 * q.grad.norm() + 1e-7
+
+
+def on_two(rank: int) -> None:
+    torch.manual_seed(0)
+    plain = MDTv2(**SHAPE, decode_layer=2, mask_ratio=0.3, class_dropout_prob=0.1).eval()
+    for parameter in plain.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1)
+    together, one_by_one = losses()
+    together(plain, slice(0, 4)).backward()
+    mine = slice(2 * rank, 2 * rank + 2)
+
+    sharded, mesh = copy.deepcopy(plain), init_device_mesh("cpu", (2,))
+    sharded.zero_grad()
+    for block in sharded.every_block():
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    register_fsdp_forward_method(sharded, "training_step_outputs")
+    together(sharded, mine).backward()
+    same_gradients(list(sharded.parameters()), list(plain.parameters()))
+
+    replicated = DistributedDataParallel(copy.deepcopy(plain))
+    replicated.zero_grad()
+    one_by_one(replicated, mine).backward()
+    same_gradients(list(replicated.module.parameters()), list(plain.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_gradients_are_those_of_the_whole_batch_on_one(tmp_path: Path) -> None:
+    spawn(tmp_path, on_two)
