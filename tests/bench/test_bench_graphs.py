@@ -116,7 +116,8 @@ def test_memory_is_the_same_whoever_ran_before() -> None:
     for one in found:
         session.memory(case, step, one)
     whole, again = (one.peak_bytes for one in found)
-    assert whole is not None and again is not None
+    assert whole is not None
+    assert again is not None
     assert abs(whole - again) <= 64  # the optimiser's scalars
     assert peak_bytes(step, device) < whole - step.own_bytes() - 2**20  # what it looks like otherwise
 
