@@ -237,7 +237,7 @@ def test_every_process_has_an_equal_share_of_the_pictures() -> None:
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     mistakes = {
-        "--batch-size=7": "train.batch_size: 7 does not divide by 2 processes; the nearest that does is 8",
+        "--batch-size=7": "--batch-size: 7 does not divide by 2 processes; the nearest that does is 8",
         "--set=train.compile=model": "train.compile: 'model' is for one process",
     }
     for option, message in mistakes.items():
