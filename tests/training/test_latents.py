@@ -117,11 +117,11 @@ def test_refusals(
 ) -> None:
     out = f"--out={tmp_path / 'run'}"
     message = refusal(capsys, f"--data={photos}", f"--vae={tiny_vae}", "--image-size=15", out, *FAST)
-    assert "data.image_size: 15 does not divide by 2, the pixels per latent" in message
+    assert "--image-size: 15 does not divide by 2, the pixels per latent" in message
     message = refusal(capsys, f"--data={latents}", out, *FAST, "--set=model.in_channels=3")
     assert "model.in_channels: 3, but the data has 4" in message
     message = refusal(capsys, f"--data={latents}", out, *FAST, "--image-size=32")
-    assert "data.image_size" in message
+    assert "--image-size" in message
     assert not (tmp_path / "run").exists()
 
 
