@@ -39,7 +39,7 @@ class Curve:
                 before = self.places[i - 1]
                 if math.isinf(best) or distance == 0:  # no line of logarithms leads there
                     return place
-                # ``best`` was reached at or before ``before``: counted from there, never too early.
+                # From ``best``, as if it had been reached at ``before``: a rise in between makes it no later.
                 part = math.log(best / target) / math.log(best / distance)
                 return before * (place / before) ** part
             best = min(best, distance)

@@ -174,6 +174,10 @@ def files(tmp_path: Path) -> None:
     np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.eye(3) * np.nan)
     np.savez(tmp_path / "negative.npz", mu=np.zeros(3), sigma=-np.eye(3))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
+    np.savez(tmp_path / "flipped.npz", mu=np.zeros(300), sigma=np.eye(300))
+    flipped = bytearray((tmp_path / "flipped.npz").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(flipped)
     (tmp_path / "torn.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:500])
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     (tmp_path / "text.txt").touch()
@@ -194,6 +198,7 @@ REFUSED = [
     ("one.npz", [], "SAMPLES: at least 2 images are needed, 'one.npz' has 1"),
     ("good.npz", ["--reference=large.npz"], "'large.npz' are 9x9 RGB, those in 'good.npz' are 8x8 RGB"),
     ("good.npz", ["--reference=half.npz"], "--reference: 'half.npz' has mu; both mu and sigma are needed"),
+    ("good.npz", ["--reference=flipped.npz"], "cannot read sigma in 'flipped.npz': Bad CRC-32"),
     ("good.npz", ["--reference=odd.npz"], "in 'odd.npz' mu is [3] and sigma [4, 4]; [D] and [D, D]"),
     ("good.npz", ["--reference=nan.npz"], "sigma in 'nan.npz' has values that are not finite"),
     ("good.npz", ["--reference=negative.npz"], "their covariance has the eigenvalue -1; none may be below 0"),

@@ -250,3 +250,22 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m mdt_fast doctor --json 2>{tmp_path / 'err'} | head -c 1 > {os.devnull}"
     subprocess.run(["bash", "-c", command], check=True, timeout=120)
     assert "Broken pipe" not in (tmp_path / "err").read_text()
+
+
+def test_numbers_beyond_all_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"--out={tmp_path / 'x'}"
+    assert error(capsys, *TRAIN, out, f"--batch-size={10**20}").startswith("--batch-size: must be below 2^63")
+    said = error(capsys, *TRAIN, out, "--set=diffusion.min_snr_gamma=1e308")
+    assert "min_snr_gamma: must be None or above 0, and a float32" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_named(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["mdt_fast.commands.sample"], "save_npz", full)
+    said = error(capsys, "sample", str(trained), "--steps=2", f"--npz={tmp_path / 'x.npz'}")
+    assert said == f"--npz: cannot write '{tmp_path / 'x.npz'}': No space left on device"

@@ -269,7 +269,12 @@ def _write(
     known: Known | None,
 ) -> list[str]:
     if "npz" in targets:
-        save_npz(targets["npz"], images, labels)
+        try:
+            save_npz(targets["npz"], images, labels)
+        except OSError as error:
+            raise UserError(
+                f"--npz: cannot write {str(targets['npz'])!r}: {error.strerror or error}"
+            ) from None
     if "grid" in targets:
         save_picture(targets["grid"], grid(images, labels, classes, _before(known)))
     if "png" in targets:

@@ -5,6 +5,8 @@
 the choice of timesteps in training.
 """
 
+import torch
+
 from ..errors import UserError
 from . import loss, sampler
 from .guidance import guide, power_cosine_scale
@@ -75,8 +77,8 @@ def create_diffusion(
 
     Raises ``UserError`` for an unknown schedule and for respacings that do not exist.
     """
-    if min_snr_gamma is not None and not min_snr_gamma > 0:
-        raise UserError(f"min_snr_gamma: must be None or above 0, got {min_snr_gamma}")
+    if min_snr_gamma is not None and not 0 < min_snr_gamma <= torch.finfo(torch.float32).max:
+        raise UserError(f"min_snr_gamma: must be None or above 0, and a float32, got {min_snr_gamma}")
     loss_type: LossType = "rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse"
     var_type: VarType = "learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large"
     return GaussianDiffusion(

@@ -1,6 +1,7 @@
 """``.npz`` files read member by member: headers first, images in parts, nothing unpickled."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import IO
 import numpy as np
 
 from ..errors import UserError
+
+DAMAGED = ValueError, EOFError, zipfile.BadZipFile, zlib.error
+"""What is raised where a file is not what it was when it was written."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Npz:
                         if info.file_size - member.tell() != size:
                             raise ValueError(f"{info.filename} is not as long as its header says")
                     self.headers[info.filename.removesuffix(".npy")] = header
-        except (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        except (*DAMAGED, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{what}: cannot read {str(path)!r} as .npz: {error}") from None
 
     def array(self, name: str, ndim: int) -> np.ndarray:
@@ -46,8 +50,11 @@ class Npz:
                 f"{self.what}: {name} in {str(self.path)!r} is {header.dtype} {list(header.shape)}; numbers "
                 f"of {ndim} dimension{'s' * (ndim > 1)} are needed"
             )
-        with np.load(self.path, allow_pickle=False) as arrays:
-            values = arrays[name].astype(np.float64)
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                values = arrays[name].astype(np.float64)
+        except DAMAGED as error:
+            raise UserError(f"{self.what}: cannot read {name} in {str(self.path)!r}: {error}") from None
         if not np.isfinite(values).all():
             raise UserError(f"{self.what}: {name} in {str(self.path)!r} has values that are not finite")
         return values
@@ -63,7 +70,7 @@ class Npz:
                     count = min(rows, header.shape[0] - start)
                     part = np.frombuffer(member.read(count * stride), header.dtype)
                     yield part.reshape(count, *header.shape[1:])
-        except (ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except DAMAGED as error:
             raise UserError(f"{self.what}: {name} in {str(self.path)!r} is damaged: {error}") from None
 
 

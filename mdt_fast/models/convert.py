@@ -72,15 +72,15 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
     """Write a state_dict as ``.pt`` or ``.safetensors`` (by the name's ending; ``metadata`` with the latter).
 
     Written aside, flushed to disk and renamed: a file of that name is whole, old or new, at every moment.
-    Raises ``UserError`` for another ending, a folder that does not exist, and (or an ``OSError``) for a full
-    disk or a missing permission; a file that was there before stays.
+    Raises ``UserError`` for another ending, a folder that does not exist, a full disk or a missing
+    permission; a file that was there before stays.
     """
     path = Path(path)
     _check_suffix(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: folder {path.parent} does not exist")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    with aside(path) as file, full_disk_named(path):
+    with full_disk_named(path), aside(path) as file:
         if path.suffix == ".safetensors":
             # safetensors refuses tensors that share memory (views of one tensor do).
             separate = {key: value.clone() for key, value in tensors.items()}
@@ -92,9 +92,11 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """What safetensors and torch raise where a disk is full becomes a ``UserError`` that names ``path``."""
+    """What is raised where a disk is full becomes a ``UserError`` that names ``path``."""
     try:
         yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0][:160]}") from error
 

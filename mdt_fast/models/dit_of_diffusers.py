@@ -45,6 +45,10 @@ def config_of_diffusers(values: Mapping[str, Any], file: Path) -> ModelConfig:
             raise UserError(f"{file}: {name} is {values[name]!r}; a DiT has {value!r}")
     heads, size = values.get("num_attention_heads", 16), values.get("attention_head_dim", 72)
     channels = values.get("in_channels", 4)
+    numbers = {"num_attention_heads": heads, "attention_head_dim": size, "in_channels": channels}
+    for name, value in numbers.items():
+        if type(value) is not int:
+            raise UserError(f"{file}: {name} is {value!r}; a whole number is needed")
     outputs = values.get("out_channels") or channels
     if outputs not in (channels, 2 * channels):
         raise UserError(f"{file}: out_channels is {outputs}; a DiT has {channels} or {2 * channels}")

@@ -291,7 +291,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def _lock(file: TextIO) -> bool:
-    """Whether the file is ours until it is closed; always on platforms without such locks."""
+    """Whether the file is ours until it is closed; always where there are no such locks."""
     try:
         import fcntl
     except ImportError:
@@ -300,6 +300,8 @@ def _lock(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a network's file system that has none
+        return True
     return True
 
 

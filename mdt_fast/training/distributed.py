@@ -168,6 +168,17 @@ def first_to_report() -> bool:
     return True
 
 
+def warnings_of_launch() -> list[str]:
+    """What is wrong with how several machines' processes were started, as far as it shows."""
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if not several or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return []
+    return [
+        "warning: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not 1: after a restart that not all machines have "
+        "counted, their processes will not find each other; export it on all of them"
+    ]
+
+
 def _attempt() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def make_run(
         try:
             saver.save(files.step, parts, state)
         except UserError:
-            (run / "checkpoints").rmdir()  # it is empty, and the folder was no run before
+            with suppress(OSError):
+                (run / "checkpoints").rmdir()  # if it is there and empty: the folder was no run before
             raise
         finally:
             saver.close()

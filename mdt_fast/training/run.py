@@ -22,7 +22,7 @@ from ..optim import FusedAdamW, FusedAdan
 from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .distributed import World, launched
+from .distributed import World, launched, warnings_of_launch
 from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, optimize
 from .parallelize import parallelize, rows_of
@@ -197,7 +197,8 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     images = open_images(config.data)
     first_stage = open_first_stage(config.data, images, device)
     check_data(config, images, first_stage, world)
-    notes = [] if start is None else check_same_data(start, images, first_stage)
+    notes = warnings_of_launch()
+    notes += [] if start is None else check_same_data(start, images, first_stage)
     torch.manual_seed(derive_seed(config.train.seed, INIT))
     model: Any = build_model(config.model)
     model.to(device).train()

@@ -38,6 +38,9 @@ def check_settings(config: RunConfig) -> None:
     ):  # fmt: skip
         if not getattr(settings, name) >= lowest:
             raise UserError(f"train.{name}: must be at least {lowest}, got {getattr(settings, name)}")
+    for name in ("steps", "batch_size", "seed"):
+        if getattr(settings, name) >= 2**63:
+            raise UserError(f"train.{name}: must be below 2^63, got {getattr(settings, name)}")
     if settings.lr_anneal_steps and settings.steps > settings.lr_anneal_steps:
         raise UserError(
             f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "

@@ -106,6 +106,7 @@ def test_impossible_respacings_are_refused(respacing: object, message: str) -> N
         ({"diffusion_steps": 20}, "diffusion_steps: the linear schedule needs at least 21, got 20"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma: must be None or above 0"),
         ({"min_snr_gamma": math.nan}, "min_snr_gamma: must be None or above 0"),
+        ({"min_snr_gamma": 1e308}, "min_snr_gamma: must be None or above 0, and a float32, got 1e.308"),
     ],
 )
 def test_impossible_schedules_are_refused(kwargs: dict, message: str) -> None:

@@ -179,7 +179,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"w.pt: cannot be written: No space left"):
         write_weights(path, {"a": torch.zeros(1)})
     assert torch.equal(read_weights(path)["a"], torch.ones(1))
     assert list(tmp_path.iterdir()) == [path]

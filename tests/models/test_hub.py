@@ -264,6 +264,14 @@ def test_dit_of_diffusers(tmp_path: Path) -> None:
     assert same(DiT.from_pretrained(tmp_path / "ours"), ours)
 
 
+@pytest.mark.parametrize("name", ["num_attention_heads", "attention_head_dim", "in_channels"])
+def test_a_number_that_is_none(name: str, tmp_path: Path) -> None:
+    small_dit().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**values, name: None}))
+    refused(f"{name} is None; a whole number is needed", tmp_path)
+
+
 def test_other_models_of_diffusers_are_refused(tmp_path: Path) -> None:
     small_dit().save_pretrained(tmp_path)
     refused("the class is DiT, not MDTv2", tmp_path, MDTv2)

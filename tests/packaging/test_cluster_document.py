@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from mdt_fast.training.distributed import warnings_of_launch
+
 TEXT = (Path(__file__).parents[2] / "docs/cluster.md").read_text()
 FENCED = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 SHELL = [block for language, block in FENCED if language == "sh"]
@@ -53,6 +55,28 @@ def test_all_of_them_are_found() -> None:
 def test_scripts_parse(script: str) -> None:
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_machines_do_not_meet_in_torchruns_store() -> None:
+    """Where there are several: it would count restarts by the machine."""
+    several = [
+        script for script in SCRIPTS if re.search(r"--rdzv-backend|^\s*torchrun -m", script, re.MULTILINE)
+    ]
+    assert len(several) == 1 + 1 + 3
+    assert all("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\n" in script for script in several)
+
+
+@pytest.mark.parametrize(
+    ("machines", "shared", "warns"), [("2", "True", True), ("2", "False", False), ("1", "True", False)]
+)
+def test_the_trainer_warns_where_they_would(
+    machines: str, shared: str, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    said = warnings_of_launch()
+    assert len(said) == warns
+    assert all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in line for line in said)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
