@@ -314,10 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:  # whoever read this has what was wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 128 + signal.SIGPIPE
         if os.environ.get("MDT_FAST_TRACEBACK"):
             raise
         return _refuse(_by_option(str(error), sys.argv[1:] if argv is None else argv))
@@ -327,6 +326,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"out of memory; a smaller model or batch needs less ({error})")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _unread() -> bool:
+    """Whether whoever read what is printed has gone, with what was wanted; the rest is for nobody then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _by_option(message: str, argv: Sequence[str]) -> str:
