@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _unread():
-            return 128 + signal.SIGPIPE
+            return 141  # as a shell says of SIGPIPE
         if os.environ.get("MDT_FAST_TRACEBACK"):
             raise
         return _refuse(_by_option(str(error), sys.argv[1:] if argv is None else argv))
@@ -331,11 +332,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _unread() -> bool:
     """Whether whoever read what is printed has gone, with what was wanted; the rest is for nobody then."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        printed = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # it is no file
+        return False
+    poll = select.poll()
+    poll.register(printed, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, printed)
+        os.close(nowhere)
+    return gone
 
 
 def _by_option(message: str, argv: Sequence[str]) -> str:

@@ -231,13 +231,19 @@ def test_pictures_of_two_calls_are_not_mixed(
     sample = ["sample", str(trained), "--steps=2", f"--png={folder}"]
     assert main([*sample, "--num-samples=3"]) == 0
     assert main([*sample, "--num-samples=3", "--seed=1"]) == 0  # in place of those
+    for _ in range(2):  # a grid among them is no other picture
+        assert main([*sample, "--num-samples=3", f"--grid={folder / 'grid.png'}"]) == 0
+    (folder / "grid.png").unlink()
     said = error(capsys, *sample, "--num-samples=2")
     assert said.startswith("--png: ")
     assert "holds 1 other pictures, such as '2_000002.png'" in said
     assert len(list(folder.iterdir())) == 3
 
 
-def test_settings_go_by_the_option_that_was_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_go_by_the_option_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
     out = f"--out={tmp_path / 'x'}"
     assert error(capsys, *TRAIN, out, "--dtype=half").startswith("--dtype: 'half' is not one of")
     assert error(capsys, *TRAIN, out, "--set=train.dtype=half").startswith("train.dtype: 'half' is not")
@@ -250,6 +256,16 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m mdt_fast doctor --json 2>{tmp_path / 'err'} | head -c 1 > {os.devnull}"
     subprocess.run(["bash", "-c", command], check=True, timeout=120)
     assert "Broken pipe" not in (tmp_path / "err").read_text()
+
+
+def test_another_pipe_that_breaks_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(json: bool) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("mdt_fast.doctor.main", broken)
+    assert error(capsys, "doctor") == "[Errno 32] Broken pipe"
 
 
 def test_numbers_beyond_all_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

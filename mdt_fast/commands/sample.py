@@ -62,7 +62,8 @@ def sample(args: argparse.Namespace) -> int:
     chosen = chosen_labels(args.labels, opened.classes, model_config.num_classes)
     labels = [chosen[i % len(chosen)] for i in range(config.num_samples)]
     if "png" in targets:
-        check_alone(targets["png"], png_names(labels, opened.classes))
+        beside = [path.name for path in targets.values() if path.parent == targets["png"]]
+        check_alone(targets["png"], [*png_names(labels, opened.classes), *beside])
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
     device = resolve_device(args.device)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
@@ -205,12 +206,14 @@ def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) ->
 
 def _words(text: str, classes: Sequence[str]) -> Iterator[str]:
     """What stands between the commas of ``text``, but for those that are part of a class's name."""
-    pieces = text.split(",")
-    while pieces:
-        ends = (n for n in range(len(pieces), 1, -1) if ",".join(pieces[:n]).strip() in classes)
-        end = next(ends, 1)
-        yield ",".join(pieces[:end]).strip()
-        pieces = pieces[end:]
+    pieces, names, at = text.split(","), {*classes}, 0
+    most = 1 + max((name.count(",") for name in names), default=0)
+    while at < len(pieces):
+        longest = min(most, len(pieces) - at)
+        ends = (n for n in range(longest, 1, -1) if ",".join(pieces[at : at + n]).strip() in names)
+        end = at + next(ends, 1)
+        yield ",".join(pieces[at:end]).strip()
+        at = end
 
 
 def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:

@@ -66,7 +66,9 @@ class Mlp(nn.Module):
     def takes_gelu(self, x: Tensor) -> bool:
         """Whether the first layer's product is to have GELU as its epilogue, with nothing but ``fc2`` left to
         do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
-        if not (self.fused and type(self) is Mlp and gelu_in_product(x, self.fc1)):
+        if torch.is_grad_enabled() or not (self.fused and type(self) is Mlp):
+            return False
+        if not gelu_in_product(x, self.fc1):
             return False
         return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 

@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 from ..kernels import (
@@ -22,6 +23,7 @@ from ..kernels import (
 )
 from ..kernels.linear.op import gelu_epilogue
 from ..kernels.ln_modulate import reference
+from ..kernels.registry import PLAIN
 
 EPS = 1e-6
 
@@ -31,9 +33,13 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     place (float8, adapters), whose own forward has to run, and no weight of other tensors (torchao's numbers
     and scales), which a whole product alone can read."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or is_wrapper(layer.weight):
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or not _is_readable(layer.weight):
         return False
     return not any(getattr(layer, name) for name in hooks)
+
+
+def _is_readable(weight: Tensor) -> bool:
+    return type(weight) in PLAIN or isinstance(weight, DTensor) or not is_wrapper(weight)
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:

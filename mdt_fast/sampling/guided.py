@@ -5,7 +5,7 @@ steps, K coefficients.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import SampleConfig, SampleSwitches
 from ..cuda_graphs import Graphed
 from ..diffusion import GaussianDiffusion, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
+from ..kernels.registry import PLAIN
 from ..masking import MaskPlan
 from ..models.sampling import CastWeights, StepModulations, guided_pass, is_open
 
@@ -42,6 +44,16 @@ def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig) 
             low, high = low * steps, high * steps
         weights = weights.where((times >= low) & (times <= high), torch.ones(()))
     return weights.where((weights - 1).abs() >= config.skip_below, torch.ones(()))
+
+
+def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:
+    """Where the numbers are; of a tensor that is made of others (quantised weights), theirs."""
+    for tensor in tensors:
+        if type(tensor) not in PLAIN and is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            yield from _addresses(getattr(tensor, name) for name in names)
+        else:
+            yield tensor.data_ptr()
 
 
 class GuidedModel:
@@ -156,7 +168,7 @@ class GuidedModel:
         """New ones where those there are read other memory than the weights are in now."""
         cast = set() if self.casts is None else {id(weight) for weight in self.casts.whole}
         numbers = chain(self.model.parameters(), self.model.buffers())
-        before, self.addresses = self.addresses, [x.data_ptr() for x in numbers if id(x) not in cast]
+        before, self.addresses = self.addresses, [*_addresses(x for x in numbers if id(x) not in cast)]
         if self.graphs is None or moved or self.addresses != before:
             # If they held this object, which holds them, their memory would stay until garbage is collected.
             itself = weakref.proxy(self)

@@ -125,7 +125,7 @@ def test_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen(None, 2.0, on[0]) == 0
     assert seen(None, 2.0, on[1], on[2]) == 1
     assert seen(torch.randn(3)) == seen(2.0) == current[0] == 0
-    assert cube.function.__name__ == "cube"
+    assert cube.function.__wrapped__.__name__ == "cube"  # type: ignore[attr-defined]
 
 
 def test_compiled_and_checked_as_an_operator() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mdt_fast import MDT, DiT, MDTv2, SampleConfig, create_diffusion, reference, sample
+from mdt_fast.sampling.guided import _addresses
 from tolerances import relative_error
 
 SHAPE = {
@@ -43,6 +44,11 @@ def test_int8_by_torchao(family: str, config: str) -> None:
         assert 0 < relative_error(model(*INPUTS), plain(*INPUTS)) < 0.1
     pictures = sample(model, create_diffusion("3"), [1, 2], SampleConfig(steps=3, cfg_scale=2.0))
     assert pictures.isfinite().all()
+    (block, *_), addresses = model.every_block(), lambda: [*_addresses(model.parameters())]
+    before = addresses()
+    block.attn.proj.weight = copy.deepcopy(block.attn.proj.weight)
+    assert addresses() != before
+    assert len(addresses()) > len(list(model.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -223,6 +223,8 @@ def test_names_with_commas_are_names() -> None:
     assert chosen_labels("zebra, striped", classes, 4) == [2]
     assert chosen_labels("cat,zebra, striped,zebra", classes, 4) == [0, 2, 1]
     assert chosen_labels("tench, Tinca tinca, fish,2", classes, 4) == [3, 2]
+    many = [f"{i}, of {i}" for i in range(2000)]
+    assert chosen_labels(",".join(many), many, 2000) == [*range(2000)]
     with pytest.raises(UserError, match="'striped' is no class"):
         chosen_labels("striped,zebra", classes, 4)
 

@@ -337,6 +337,7 @@ def test_a_copy_has_graphs_of_its_own(graphed: Callable[..., Sampler]) -> None:
     sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
     before = sampler(LABELS)
     copied = copy.deepcopy(sampler)
+    assert copied.model.graphs is None  # a captured one cannot be copied
     with torch.no_grad():
         copied.model.model.blocks[0].mlp.fc1.weight.mul_(2)
     assert not torch.equal(copied(LABELS), before)

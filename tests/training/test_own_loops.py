@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mdt_fast import MaskPlan, MDTv2, create_diffusion
+from mdt_fast.models.blocks import Embedded
 from ranks import spawn
 from tolerances import FLOAT32
 
@@ -76,7 +77,11 @@ def on_two(rank: int) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     register_fsdp_forward_method(sharded, "training_step_outputs")
+    embed, skips = sharded.embed, []
+    sharded.embed = lambda *args: skips.append(embed(*args)) or skips[-1]
     together(sharded, mine).backward()
+    # The embedded input is mixed in without being spelt out, with weights that are still shards then.
+    assert [type(skip) for _, skip in skips] == [Embedded, Embedded]
     same_gradients(list(sharded.parameters()), list(plain.parameters()))
 
     replicated = DistributedDataParallel(copy.deepcopy(plain))
