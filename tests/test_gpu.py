@@ -3,6 +3,7 @@
 Half types are judged by the rule of ``tolerances.py``: against plain PyTorch in the same dtype.
 """
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdt_fast import MaskPlan, from_reference, kernels, reference
+from mdt_fast import MaskPlan, SampleConfig, from_reference, kernels, reference, sample
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.kernels.backends import WITH_TRITON, backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
@@ -213,7 +214,32 @@ def test_the_same_seed_gives_the_same_bits() -> None:
         out = fast(x, t, y, enable_mask=True)
         out.float().square().mean().backward()
         runs.append([out.detach(), *(p.grad.clone() for p in fast.parameters() if p.grad is not None)])
-    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_gpu_than_the_current_one() -> None:
+    """Forward and backward, by operations and compiled; then the guided steps of a sampler, with graphs."""
+    _, fast = models(torch.float32, hidden_size=128, num_heads=2)
+    x, t, y = batch(torch.float32)
+    expected = fast(x, t, y)
+    expected.square().mean().backward()
+    there = copy.deepcopy(fast).to("cuda:1")
+    there.zero_grad()
+    assert torch.cuda.current_device() == 0
+    elsewhere = [tensor.to("cuda:1") for tensor in (x, t, y)]
+    out = there(*elsewhere)
+    out.square().mean().backward()
+    assert relative_error(out.cpu(), expected.detach().cpu()) <= FLOAT32
+    for ours, theirs in zip(there.parameters(), fast.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None and theirs.grad is not None and theirs.grad.norm() > 1e-6:
+            assert relative_error(ours.grad.cpu(), theirs.grad.cpu()) <= 10 * FLOAT32
+    compiled = torch.compile(there)(*elsewhere)
+    assert relative_error(compiled.detach().cpu(), expected.detach().cpu()) <= FLOAT32
+    how = SampleConfig(steps=3, cfg_scale=2.0, batch_size=2)
+    pictures = [sample(m.eval(), create_diffusion("3"), [1, 2], how).cpu() for m in (there, fast)]
+    assert relative_error(*pictures) <= 10 * FLOAT32
 
 
 def test_triton_serves_its_ops() -> None:

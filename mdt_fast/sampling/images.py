@@ -97,8 +97,7 @@ def png_names(labels: Sequence[int], classes: Sequence[str], first_index: int = 
 def check_alone(folder: Path, names: Sequence[str]) -> None:
     """``UserError`` if ``folder`` holds pictures that these would not replace: together they would be taken
     for one set."""
-    others = sorted(path.name for path in folder.glob("*.png") if path.is_file()) if folder.is_dir() else []
-    others = sorted({*others} - {*names})
+    others = sorted({path.name for path in folder.glob("*.png") if path.is_file()} - {*names})
     if others:
         raise UserError(
             f"--png: {str(folder)!r} holds {len(others)} other pictures, such as {others[0]!r}; choose "
