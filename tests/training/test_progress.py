@@ -7,13 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from mdt_fast.training import progress
+from mdt_fast.training.loop import Interrupts, Pictures
 from mdt_fast.training.progress import Rate, TrainingProgress, clock, describe_loss, describe_speed, summary
+from mdt_fast.training.sinks import Sinks
 
 ROW: dict[str, Any] = {
     "step": 10, "loss": 0.1234, "m_loss": 0.2345, "lr": 3e-4, "img_per_s": 5123.4, "tflop_per_s": 412.3,
@@ -272,3 +276,22 @@ def test_summary_of_nothing() -> None:
         "images seen  56",
         "time         0:00",
     ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_picture_without_memory(processes: int) -> None:
+    """It is left out by one process; of several the others wait in the middle of theirs."""
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said: list[str] = []
+    world = SimpleNamespace(size=processes, settle=lambda: None)
+    run, bar = SimpleNamespace(world=world), SimpleNamespace(say=said.append)
+    pictures = Pictures(bar, run, Sinks([], said.append), Interrupts())  # type: ignore[arg-type]
+    if processes == 1:
+        pictures.draw(full)
+        assert said == ["warning: no picture: the GPU has no memory left for it"]
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            pictures.draw(full)
