@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Switches
 from ..kernels import gather_tokens, gelu_linear, merge_tokens, patch_skip_linear, skip_linear
+from ..kernels.linear.op import gelu_epilogue
 from ..masking import MaskPlan
 from ..reference.layers import unpatchify
 from .attention import Attention
@@ -19,7 +20,6 @@ from .ops import (
     apply_linear,
     gated,
     gated_norm_linear,
-    gelu_in_product,
     is_plain,
     norm_linear,
     residual_norm_linear,
@@ -66,9 +66,9 @@ class Mlp(nn.Module):
     def takes_gelu(self, x: Tensor) -> bool:
         """Whether the first layer's product is to have GELU as its epilogue, with nothing but ``fc2`` left to
         do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
-        if torch.is_grad_enabled() or not (self.fused and type(self) is Mlp):
+        if torch.is_grad_enabled():  # the backward pass needs what was before it
             return False
-        if not gelu_in_product(x, self.fc1):
+        if not (self.fused and type(self) is Mlp and gelu_epilogue(x, self.fc1.weight)):
             return False
         return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 

@@ -6,7 +6,6 @@ normal for the backward pass.
 
 from typing import TypeGuard
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,7 +20,6 @@ from ..kernels import (
     ln_modulate_linear,
     residual_ln_modulate_linear,
 )
-from ..kernels.linear.op import gelu_epilogue
 from ..kernels.ln_modulate import reference
 from ..kernels.registry import PLAIN
 
@@ -45,12 +43,6 @@ def _is_readable(weight: Tensor) -> bool:
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer`` on x."""
     return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
-
-
-def gelu_in_product(x: Tensor, layer: nn.Linear) -> bool:
-    """Whether ``layer``'s product is to activate, by GELU, what it sums up: where it can, and where the
-    backward pass, which would need what was before it, will not come."""
-    return not torch.is_grad_enabled() and gelu_epilogue(x, layer.weight)
 
 
 def norm_linear(
