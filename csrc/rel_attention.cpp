@@ -273,7 +273,7 @@ void forward(const Call& call, const Heads& out) {
 
 struct Gradients {
   Heads q, k, v;
-  float* table;  // [H, T], added to; or none
+  float* table;  // [T, H], added to; or none
 };
 
 template <class Format>
@@ -329,8 +329,9 @@ void backward(const Call& call, const Heads& douts, const Gradients& gradients) 
       }
     }
   });
-  for (int64_t piece = 0; piece < pieces; ++piece)
-    for (int64_t t = 0; t < T; ++t) gradients.table[piece % H * T + t] += parts[piece * T + t];
+  for (int64_t first = 0; first < pieces * T; first += H * T)  // of one sample after the other
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t h = 0; h < H; ++h) gradients.table[t * H + h] += parts[first + call.bias.at(t, h)];
 }
 
 void rel_attention_fwd(
@@ -349,7 +350,7 @@ void rel_attention_bwd(
   const Call call(q, k, v, table, q_places, k_places, q_offsets, k_offsets, scale, lse);
   STD_TORCH_CHECK(
       !dtable || (table && dtable->scalar_type() == ScalarType::Float && dtable->dim() == 2 &&
-                  dtable->size(0) == call.H && dtable->size(1) == table->size(1) && dtable->is_contiguous()),
+                  dtable->size(0) == table->size(0) && dtable->size(1) == call.H && dtable->is_contiguous()),
       "dtable: expected as the table");
   const Heads douts("dout", dout, q);
   const Gradients gradients{

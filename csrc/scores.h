@@ -78,7 +78,8 @@ MDT_TARGETS inline void score_gradient(
   for (int64_t i = 0; i < length; ++i) dp[i] = p[i] * (dp[i] - delta);
 }
 
-// The bias of each score: the row of the table at its query's place and its key's, added.
+// The bias of each score: the row of the table at its query's place and its key's, added, counted from the last one:
+// so keys side by side read numbers side by side of a head's table, which is made here.
 class Bias {
  public:
   Bias(const Optional& table, const Optional& q_places, const Optional& k_places, int64_t H,
@@ -88,10 +89,13 @@ class Bias {
     STD_TORCH_CHECK(queries.size() == keys.size(), "k_offsets: expected as many samples as q_offsets");
     if (!table) return;
     STD_TORCH_CHECK(
-        table->scalar_type() == ScalarType::Float && table->dim() == 2 && table->size(0) == H && table->is_contiguous(),
-        "table: expected float32 [", H, ", T]");
-    table_ = static_cast<const float*>(table->data_ptr());
-    rows_ = table->size(1);
+        table->scalar_type() == ScalarType::Float && table->dim() == 2 && table->size(1) == H && table->is_contiguous(),
+        "table: expected float32 [T, ", H, "]");
+    rows_ = table->size(0);
+    const float* row = static_cast<const float*>(table->data_ptr());
+    table_.resize(H * rows_);
+    for (int64_t t = 0; t < rows_; ++t, row += H)
+      for (int64_t h = 0; h < H; ++h) table_[at(t, h)] = row[h];
     queries_ = places_of("q_places", *q_places, queries), keys_ = places_of("k_places", *k_places, keys);
     for (size_t b = 0; b < keys.size(); ++b) {
       STD_TORCH_CHECK(
@@ -103,10 +107,13 @@ class Bias {
 
   int64_t rows() const { return rows_; }
 
+  // Where the number of row t, head h stands among those of all heads.
+  int64_t at(int64_t t, int64_t h) const { return h * rows_ + rows_ - 1 - t; }
+
   // x = scale * x + bias, the scores [N] of query m of sample b, head h.
   void add(float* x, float scale, int64_t b, int64_t h, int64_t m, int64_t N) const {
-    if (!table_) return multiply(x, scale, N);
-    const float* row = table_ + h * rows_ + queries_[b][m];
+    if (!rows_) return multiply(x, scale, N);
+    const float* row = table_.data() + h * rows_ + queries_[b][m];
     if (runs_[b].empty()) add_bias(x, scale, row, keys_[b], N);
     else add_bias(x, scale, row, runs_[b].data(), runs_[b].size());
   }
@@ -151,7 +158,7 @@ class Bias {
   }
 
   int64_t rows_ = 0;
-  const float* table_ = nullptr;
+  std::vector<float> table_;  // [H, T], its last row first
   Places queries_, keys_;
   std::vector<std::vector<Run>> runs_;
 };

@@ -21,12 +21,19 @@ def tensor(name: str, x: Any) -> None:
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
     """``x`` must have these sizes; a string names a size that may be anything (it is shown in the error)."""
     tensor(name, x)
-    fits = x.ndim == len(sizes)
-    if fits:
-        for n, s in zip(x.shape, sizes, strict=True):
-            fits = fits and (not isinstance(s, int) or n == s)
-    if not fits:
+    if not _fits(x.shape, sizes):
         raise ValueError(f"{name}: shape {list(x.shape)}, expected [{', '.join(map(str, sizes))}]")
+
+
+def _fits(shape: torch.Size, sizes: tuple[int | str, ...]) -> bool:
+    if not torch.compiler.is_compiling() and shape == sizes:  # the usual case, and a call of C's
+        return True
+    if len(shape) != len(sizes):
+        return False
+    for n, s in zip(shape, sizes, strict=True):  # noqa: SIM110 - a generator takes longer
+        if not isinstance(s, str) and n != s:
+            return False
+    return True
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -96,18 +103,32 @@ def whole(value: Any) -> Any:
 def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the products of a linear layer, ``weight`` [O, D] and ``bias`` [O], on ``x``: autocast's
     where that is on (float64 stays), else the dtype of ``x``, which they must have."""
-    # The meta device has no autocast and must not be asked.
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    parameters = [weight] if bias is None else [weight, bias]
-    for name, parameter in zip(("weight", "bias"), parameters, strict=False):
-        floating_on(name, parameter, x)
-        if not autocast or torch.float64 in (parameter.dtype, x.dtype):
-            alike(name, parameter, "x", x)
+    autocast = autocasts(x)
+    parameter("weight", weight, x, autocast)
     if bias is not None:
+        parameter("bias", bias, x, autocast)
         shape("bias", bias, weight.shape[0])
     if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is."""
+    # The meta device has no autocast and must not be asked.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def parameter(name: str, p: Tensor, x: Tensor, autocast: bool) -> None:
+    """``p`` must have the dtype of ``x``, or any floating one under autocast (which leaves float64 alone)."""
+    floating_on(name, p, x)
+    if p.dtype != x.dtype and (not autocast or torch.float64 in (p.dtype, x.dtype)):
+        alike(name, p, "x", x)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which takes the host ten times as long to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def plain_only() -> bool:

@@ -6,6 +6,7 @@ They are looked for beside this file, or in ``MDT_FAST_NATIVE`` if that names a 
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,3 +54,18 @@ def vector_bits() -> int:
 
 _VECTOR_BITS: int = torch.ops.mdt_fast.vector_bits() if library("cpu") else 0
 """Asked once, for torch.compile's sake: its graphs hold no op that returns a number."""
+
+
+class _Ops:
+    """A library's ops by the names of Triton's launches: ``CPU.bias_gelu_fwd`` is ``bias_gelu_fwd_cpu``."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.mdt_fast, f"{name}_{self._device}").default
+        setattr(self, name, op)  # found at once from now on
+        return op
+
+
+CPU = _Ops("cpu")

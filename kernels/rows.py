@@ -1,13 +1,16 @@
 """Tokens of all samples one after the other, as most kernels take them. R rows, D or O numbers each."""
 
-from math import prod
-
 from torch import Tensor
 
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` [..., D] as rows [R, D], side by side in memory."""
-    return (x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])).contiguous()
+    return in_rows(x).contiguous()
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """``x`` [..., D] as rows [R, D], wherever they lie."""
+    return x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x[None]
 
 
 def as_before(rows: Tensor, x: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute):  # type: ignore[no-untyped-def]
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        activation = _forward(x, bias_F).to(dtype)
+        weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
+        activation = checks.cast(_forward(x, bias_F), dtype)
         ctx.save_for_backward(x, bias_F, weight, None if recompute else activation)
         return product(activation, weight, bias)
 

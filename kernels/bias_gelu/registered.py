@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..backends import on_triton
 from ..registry import registered
 
@@ -32,16 +33,9 @@ def bias_gelu_bwd(
     return gradients
 
 
-class _Native:
-    """The same calls, of ``csrc/``."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.mdt_fast, f"{name}_cpu")
-
-
 def _kernels(x: Tensor) -> Any:
     if not on_triton(x):
-        return _Native()
+        return native.CPU
     from . import launch  # here: not every machine has Triton
 
     return launch

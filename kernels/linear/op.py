@@ -1,6 +1,5 @@
 """Checks and dispatch. D input width, O output width."""
 
-from math import prod
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from ..registry import applied, once
-from ..rows import as_before
+from ..rows import as_before, in_rows
 from ..sums import sum_rows
 from . import onednn, reference
 from .onednn import linear_fwd, linear_gelu_fwd, worthwhile
@@ -31,9 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.shape("weight", weight, "O", x.shape[-1] if x.ndim else "D")
     dtype = checks.layer(x, weight, bias)
     if x.is_cuda and not checks.plain_only():
-        rows = x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
-        return as_before(applied(Linear, rows, weight, bias, dtype), x)
-    return product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return as_before(applied(Linear, in_rows(x), weight, bias, dtype), x)
+    return product(x, checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,7 +70,8 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, dtype):  # type: ignore[no-untyped-def]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight = checks.cast(x, dtype), checks.cast(weight, dtype)
+        bias = None if bias is None else checks.cast(bias, dtype)
         ctx.save_for_backward(x, weight)
         return product(x, weight, bias)
 
@@ -130,7 +129,7 @@ def _in_bfloat16(x: Tensor, weight: Tensor) -> bool:
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
-    if not ONEDNN or x.device.type != "cpu" or checks.plain_only():
+    if not ONEDNN or not x.is_cpu or checks.plain_only():
         return False
     if x.numel() < MIN_ROWS * x.shape[-1] or x.shape[-1] == 0:
         return False

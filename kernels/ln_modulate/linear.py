@@ -125,7 +125,7 @@ class _Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # nobody may use the residual
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
         residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, dtype)
         kept = None if recompute else normal
         ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight, kept)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..backends import on_triton
 from ..registry import registered
 
@@ -91,16 +92,9 @@ def _together(offsets: Tensor | None) -> Tensor | None:
     return None if offsets is None else offsets.contiguous()
 
 
-class _Native:
-    """The same calls, of ``csrc/``."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.mdt_fast, f"{name}_cpu")
-
-
 def _kernels(x: Tensor) -> Any:
     if not on_triton(x):
-        return _Native()
+        return native.CPU
     from . import launch  # here: not every machine has Triton
 
     return launch

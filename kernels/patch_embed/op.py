@@ -33,12 +33,9 @@ def patch_embed(
         raise ValueError(f"x: image side {S} does not divide by the patch side {p}")
     checks.shape("bias", bias_D, D)
     checks.shape("pos", pos_1LD, 1, (S // p) ** 2, D)
-    # The meta device has no autocast and must not be asked.
-    autocast = x_BCSS.device.type != "meta" and torch.is_autocast_enabled(x_BCSS.device.type)
-    for name, parameter in (("weight", weight_DCpp), ("bias", bias_D)):
-        checks.floating_on(name, parameter, x_BCSS)
-        if not autocast or torch.float64 in (parameter.dtype, x_BCSS.dtype):
-            checks.alike(name, parameter, "x", x_BCSS)
+    autocast = checks.autocasts(x_BCSS)
+    checks.parameter("weight", weight_DCpp, x_BCSS, autocast)
+    checks.parameter("bias", bias_D, x_BCSS, autocast)
     checks.floating_on("pos", pos_1LD, x_BCSS)
     if ids_BK is not None:
         checks.shape("ids", ids_BK, B, "K")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import cast
+from ..native import CPU
 from .call import Call, Side
 from .reference import center, coordinates
 
@@ -25,9 +27,7 @@ def forward(
     lse: Tensor,
 ) -> None:
     """Write ``out``, and into ``lse`` [H, all rows of q] log(sum(exp(score)))."""
-    torch.ops.mdt_fast.rel_attention_fwd_cpu(
-        q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), out_BHMd, lse
-    )
+    CPU.rel_attention_fwd(q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), out_BHMd, lse)
 
 
 def backward(
@@ -43,24 +43,24 @@ def backward(
     dv_BHNd: Tensor,
     dtable_TH: Tensor | None,
 ) -> None:
-    """Write the gradients of q, k, v, and of the table where ``dtable`` is given."""
-    table_HT = _table(table_TH)
-    dtable_HT = None if table_HT is None or dtable_TH is None else torch.zeros_like(table_HT)
-    torch.ops.mdt_fast.rel_attention_bwd_cpu(
-        dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_HT, *_rest(table_TH, call), lse, dq_BHMd, dk_BHNd, dv_BHNd,
-        dtable_HT,
+    """Write the gradients of q, k, v, and of the table into zeros ``dtable`` where they are given."""
+    sums_TH = dtable_TH
+    if sums_TH is not None and (sums_TH.dtype != torch.float32 or not sums_TH.is_contiguous()):
+        sums_TH = torch.zeros(sums_TH.shape, device="cpu")
+    CPU.rel_attention_bwd(
+        dout_BHMd, q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), lse, dq_BHMd, dk_BHNd,
+        dv_BHNd, sums_TH,
     )  # fmt: skip
-    if dtable_TH is not None and dtable_HT is not None:
-        dtable_TH.copy_(dtable_HT.t().flip(0))
+    if dtable_TH is not None and sums_TH is not None and sums_TH is not dtable_TH:
+        dtable_TH.copy_(sums_TH)
 
 
 def _table(table_TH: Tensor | None) -> Tensor | None:
-    """Its last row first: with :func:`_rest`'s places, keys side by side read rows side by side."""
-    return None if table_TH is None else table_TH.flip(0).t().float().contiguous()
+    return None if table_TH is None else cast(table_TH, torch.float32).contiguous()
 
 
 def _rest(table_TH: Tensor | None, call: Call) -> tuple[Any, ...]:
-    """The places of queries and keys, whose sums are rows of the table; offsets; scale."""
+    """The places of queries and keys, whose sums are rows of the table from its last one; offsets; scale."""
     places: tuple[Tensor | None, Tensor | None] = None, None
     if table_TH is not None:
         G, last = call.grid_size, len(table_TH) - 1

@@ -81,8 +81,8 @@ def rel_attention(
     if max_k is None and k_offsets is q_offsets:
         max_k = max_q
     _check_table(table_RH, q_BHMd, grid_size, q_BHMd.shape[1])
-    queries = _side(_Q, q_BHMd, q_pos, q_offsets, max_q, table_RH, grid_size)
-    keys = _side(_K, k_BHNd, k_pos, k_offsets, max_k, table_RH, grid_size)
+    queries = _side(_Q, q_BHMd, q_BHMd.shape[2], q_pos, q_offsets, max_q, table_RH, grid_size)
+    keys = _side(_K, k_BHNd, k_BHNd.shape[2], k_pos, k_offsets, max_k, table_RH, grid_size)
     if ragged and keys.batch != queries.batch:
         raise ValueError(f"k_offsets: {keys.batch} samples, but q_offsets has {queries.batch}")
     call = _call(queries, keys, grid_size, q_BHMd.shape[-1], scale, bias_form, table_grad)
@@ -119,7 +119,7 @@ def rel_attention_qkvpacked(
     H, d = qkv_BL3Hd.shape[-2:]
     _check_table(table_RH, qkv_BL3Hd, grid_size, H)
     q = qkv_BL3Hd.select(-3, 0)
-    side = _side(_QKV, q if ragged else q.transpose(1, 2), pos, offsets, max_length, table_RH, grid_size)
+    side = _side(_QKV, qkv_BL3Hd, qkv_BL3Hd.shape[1], pos, offsets, max_length, table_RH, grid_size)
     call = _call(side, side, grid_size, d, scale, bias_form, table_grad)
     backend = backends.choose(attention_backend, q, table_RH, call, _needs_grad(qkv_BL3Hd, table_RH))
     return backends.attend_packed(backend, qkv_BL3Hd, table_RH, call)
@@ -191,16 +191,17 @@ def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int)
 def _side(
     names: _Side,
     x: Tensor,
+    length: int,
     pos: Tensor | None,
     offsets: Tensor | None,
     longest: int | None,
     table_RH: Tensor | None,
     grid_size: int,
 ) -> Side:
-    """Queries or keys [B, H, rows, d] or [R, H, d], checked."""
+    """Queries or keys ``x``, [B, ...] of ``length`` tokens each, or with offsets [R, ...], checked."""
     looking, longest = torch.compiler.is_compiling() or x.is_cuda, checks.whole(longest)
     if offsets is None:
-        batch, length = x.shape[0], x.shape[2]
+        batch = x.shape[0]
         if longest is not None:
             raise ValueError(f"{names.longest}: given without {names.offsets}")
     else:
@@ -229,7 +230,8 @@ def _side(
     elif offsets is not None or length != grid_size**2:
         what = "samples of different lengths" if offsets is not None else f"{length} tokens"
         raise ValueError(f"{names.pos}: needed for {what} (a whole grid has {grid_size**2})")
-    pos, offsets = (None if x is None else x.contiguous() for x in (pos, offsets))
+    pos = None if pos is None else pos.contiguous()
+    offsets = None if offsets is None else offsets.contiguous()
     return Side(pos=pos, offsets=offsets, length=length, batch=batch)
 
 

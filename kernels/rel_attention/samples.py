@@ -57,7 +57,7 @@ def backward(
     dv_BHNd: Tensor,
     dtable_RH: Tensor | None,
 ) -> None:
-    """Write the gradients of q, k, v, and of the table where ``dtable`` is given."""
+    """Write the gradients of q, k, v, and of the table into zeros ``dtable`` where they are given."""
     if by_csrc(q_BHMd):
         native.backward(
             dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, call, dq_BHMd, dk_BHNd, dv_BHNd, dtable_RH

@@ -63,9 +63,6 @@ def patch_skip_linear(
 
 
 def _check_dtypes(x: Tensor, **others: Tensor) -> None:
-    # The meta device has no autocast and must not be asked.
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    autocast = checks.autocasts(x)
     for name, other in others.items():
-        checks.floating_on(name, other, x)
-        if not autocast or torch.float64 in (other.dtype, x.dtype):
-            checks.alike(name, other, "x", x)
+        checks.parameter(name, other, x, autocast)

@@ -30,8 +30,8 @@ call = torch.ops.mdt_fast
 def case(
     dtype: torch.dtype, B: int, H: int, M: int, N: int, d: int, runs: int | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """dout, q [B, H, M, d] and k, v [B, H, N, d], not contiguous; table [H, T], places of queries [B, M] and
-    of keys [B, N], distinct in a sample."""
+    """dout, q [B, H, M, d] and k, v [B, H, N, d], not contiguous; table [T, H], places of queries [B, M] and
+    of keys [B, N], distinct in a sample, which add up to rows counted from the table's last one."""
     torch.manual_seed(0)
     dout, q = torch.randn(B, M, 2, H, d).to(dtype).transpose(1, 3).unbind(2)
     k, v = torch.randn(B, N, 2, H, d).to(dtype).transpose(1, 3).unbind(2)
@@ -39,7 +39,7 @@ def case(
         return [dout, q, k, v], [None, None, None]
     starts = torch.stack([torch.randperm(N) for _ in range(B)]) if B else torch.empty(0, N).long()
     k_places = (torch.arange(N) if runs > 1 else 2 * starts).expand(B, -1)
-    return [dout, q, k, v], [torch.randn(H, 9 + 2 * N), torch.randint(9, (B, M)).int(), k_places.int()]
+    return [dout, q, k, v], [torch.randn(9 + 2 * N, H), torch.randint(9, (B, M)).int(), k_places.int()]
 
 
 def exact(tensors: list[Tensor], places: list[Tensor | None]) -> list[Tensor]:
@@ -51,7 +51,7 @@ def exact(tensors: list[Tensor], places: list[Tensor | None]) -> list[Tensor]:
     if table is not None and q_places is not None and k_places is not None:
         leaves.append(table.double().requires_grad_())
         index = q_places[:, :, None].long() + k_places[:, None, :]
-        scores = scores + leaves[-1][:, index].transpose(0, 1)
+        scores = scores + leaves[-1].flip(0)[index].movedim(3, 1)
     out, lse = scores.softmax(-1) @ v, scores.logsumexp(-1).transpose(0, 1).flatten(1)
     return [out, lse, *torch.autograd.grad(out, leaves, dout)]
 
@@ -136,7 +136,8 @@ def test_what_does_not_fit_is_refused_by_the_op_itself() -> None:
     for place, wrong in (
         (0, q.double()), (0, q[:, :2]), (0, q.mT.contiguous().mT), (1, k.bfloat16()), (1, k[..., :4]),
         (2, v[:, :, :4]),
-        (3, table.double()), (3, table[:2]), (3, None), (4, None), (4, m.long()), (4, m[:1]), (4, m[:, :3]),
+        (3, table.double()), (3, table[:, :2].clone()),
+        (3, None), (4, None), (4, m.long()), (4, m[:1]), (4, m[:, :3]),
         (4, m + 11), (5, n - 9), (5, n[:, :2]), (6, ends), (7, ends), (9, out[:1]), (9, out.bfloat16()),
         (10, lse[:2]), (10, lse.double()),
     ):  # fmt: skip
@@ -147,7 +148,7 @@ def test_what_does_not_fit_is_refused_by_the_op_itself() -> None:
     call.rel_attention_bwd_cpu(*good)
     for place, wrong in (
         (0, dout[:1]), (11, rest[0][:1]), (12, rest[1].half()), (13, rest[2][:, :2]),
-        (14, table.double()), (14, torch.zeros(3, 30)),
+        (14, table.double()), (14, torch.zeros(30, 3)),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="expected"):
             call.rel_attention_bwd_cpu(*good[:place], wrong, *good[place + 1 :])
