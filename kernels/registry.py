@@ -21,6 +21,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 _FUNC, _VMAP, _TRACER = map(
     torch._C._dispatch_key_parse, ("FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")
 )
+_included, _modes = torch._C._dispatch_tls_is_dispatch_key_included, torch._C._len_torch_dispatch_stack
 
 
 class Op(Generic[R]):
@@ -101,12 +102,25 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
         several = results if isinstance(results, tuple) else (results,)
-        error = torch._C._functions.DelayedError(
-            "mdt_fast: there is no second derivative of its kernels", len(several)
-        )
-        return error(*(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in several))
+        given = [x for x in several if isinstance(x, Tensor)]
+        # Of what they follow from, too: autograd looks at nothing that the inputs asked for do not reach.
+        sources = [x for x in (*ctx.saved_tensors, *gradients) if isinstance(x, Tensor)]
+        once_alone = iter(_OnceAlone.apply(len(given), *given, *sources))
+        return tuple(next(once_alone) if isinstance(x, Tensor) else x for x in several)
 
     return run
+
+
+class _OnceAlone(torch.autograd.Function):
+    """The first ``number`` tensors, which all of them would be differentiated for."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int, *tensors: Tensor) -> Any:
+        return tuple(x.detach() for x in tensors[:number])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("mdt_fast: there is no second derivative of its kernels")
 
 
 class _Nothing:
@@ -127,8 +141,7 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 def watched(args: tuple[Any, ...]) -> bool:
     """Whether anything looks at operators here, or memory does not hold the numbers: a dispatch mode, a
     transform of torch.func, a tracer, a subclass, the meta device, a lazy sign."""
-    included = torch._C._dispatch_tls_is_dispatch_key_included
-    if torch._C._len_torch_dispatch_stack() or included(_FUNC) or included(_VMAP) or included(_TRACER):
+    if _modes() or _included(_FUNC) or _included(_VMAP) or _included(_TRACER):
         return True
     for arg in args:
         if type(arg) in PLAIN:
