@@ -166,7 +166,7 @@ class Learner:
         )
         self.passes: Passes | GraphedPasses | None = None  # as the product trains
         if job.variant.implementation == "fast" and job.variant.passes == "both":
-            self.passes = passes_of(Passes(self.model, self.diffusion, settings.train, False, device), 1)
+            self.passes = passes_of(Passes(self.model, self.diffusion, settings.train, False, device))
 
     def warm_up(self, data: Any, batch: tuple[Tensor, Tensor]) -> None:
         """Compile, capture all graphs, and touch memory for the first time, without learning from it."""

@@ -199,15 +199,17 @@ class TrainConfig:
     three fifths of the activations at a time, in a few percent more time. ``dtype``: what
     is computed in; statistics are float32. ``weights``: bfloat16 keeps what the network reads, its gradients
     (with ``accumulate``, their sum is float32) and what runs through its blocks in that dtype; the optimiser
-    has the float32 weights, which are what is saved (``dtype`` bfloat16, one process). ``moments``: those of
+    has the float32 weights, which are what is saved (``dtype`` bfloat16, not sharded). ``moments``: those of
     the optimiser; bfloat16 needs ``csrc/``. ``float8``: the blocks' products by
     torchao, on GPUs that have them. ``keep``: the last so many
     checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
     or a gradient that is not finite are left out; after more than so many in a row the run stops.
 
     ``parallel``: of several processes each keeps a part of the weights: among all of them (``fsdp``), or
-    among those of a machine (``hybrid``). ``compile``: each ``block``, the whole ``model`` (one process), or
-    nothing. ``cuda_graphs``: a step's passes are one launch, on one GPU (an H100 at batch 32: half the time).
+    among those of a machine (``hybrid``); or each has all of them, and gradients are averaged behind the
+    passes (``ddp``). ``compile``: each ``block``, the whole ``model`` (not sharded), or nothing.
+    ``cuda_graphs``: a step's passes are one launch, of weights that are not sharded (an H100 at batch 32:
+    half the time).
     ``checkpointing``: what is computed again in the backward pass, see ``set_checkpointing``.
     ``async_save``: a checkpoint is written while the training goes on. ``tensorboard`` None: where it is
     installed. ``wandb``: the project to report to.
@@ -235,7 +237,7 @@ class TrainConfig:
     weights: Literal["float32", "bfloat16"] = "float32"
     moments: Literal["float32", "bfloat16"] = "float32"
     float8: bool = False
-    parallel: Literal["fsdp", "hybrid"] = "fsdp"
+    parallel: Literal["fsdp", "hybrid", "ddp"] = "fsdp"
     compile: Literal["none", "block", "model"] = "none"
     cuda_graphs: bool = False
     checkpointing: Literal["none", "selective", "full"] = "none"

@@ -26,7 +26,7 @@ from .distributed import joined, launched, losses_named
 from .metrics import Metrics
 from .objective import draw
 from .optim import learning_rate, set_learning_rate, unripe
-from .parallelize import split
+from .parallelize import split, sum_gradients
 from .progress import TrainingProgress, summary
 from .run import Run, derive_seed, prepare, resolve_device
 from .sinks import TENSORBOARD_FOLDER, WANDB_ID, Sinks
@@ -69,6 +69,8 @@ def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
     for part in parts:
         x = run.first_stage(batch[part], None if posterior is None else posterior[part])
         terms.append(run.passes(x, y[part], draws.rows(part), scale, last=part is parts[-1]))
+    if run.replicas > 1:
+        sum_gradients(run.model.parameters())
     if run.loss_scale is not None:
         run.loss_scale.unscale(run.optimizer)
     set_learning_rate(run.optimizer, learning_rate(settings, run.step))

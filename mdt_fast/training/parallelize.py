@@ -1,10 +1,12 @@
 """A model made ready for training: checkpointing, then compilation, then FSDP2, block by block."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
@@ -19,6 +21,8 @@ from .distributed import World
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("training_step_outputs", "forward_with_cfg")
 """What is called beside ``forward``, and needs the parameters gathered as well."""
+ALONE_BYTES, BUCKET_BYTES = 2**20, 2**25
+"""Gradients of the first size and more are summed where they are, smaller ones together, up to the second."""
 
 
 def parallelize(model: Transformer, config: TrainConfig, world: World, device: torch.device) -> bool:
@@ -26,21 +30,26 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
 
     Of several processes each keeps a part of every parameter, in float32, and gathers a block's when it is
     due, in ``config.dtype``; gradients are averaged in float32. ``hybrid`` shards among the processes of a
-    machine and keeps a replica on each. Raises ``UserError`` for settings that do not go together.
+    machine and keeps a replica on each. With ``ddp`` each has a replica, and :func:`sum_gradients` is to be
+    called. Raises ``UserError`` for settings that do not go together.
     """
     if config.float8:
         use_float8(model)
     model.set_checkpointing(config.checkpointing)
-    if config.compile == "model" and world.size > 1:
-        raise UserError("train.compile: 'model' is for one process; several need 'block' (or 'none')")
-    if config.weights == "bfloat16" and world.size > 1:
+    sharded = world.size > 1 and config.parallel != "ddp"
+    if config.compile == "model" and sharded:
         raise UserError(
-            "train.weights: 'bfloat16' is for one process; with 'float32', which a run may go on with, "
-            "several keep shards in that and gather them in train.dtype"
+            "train.compile: 'model' is for one process, or for train.parallel ddp; shards need 'block' "
+            "(or 'none')"
+        )
+    if config.weights == "bfloat16" and sharded:
+        raise UserError(
+            "train.weights: 'bfloat16' is for one process, or for train.parallel ddp; with 'float32', which "
+            "a run may go on with, several keep shards in that and gather them in train.dtype"
         )
     if config.compile != "none":
         compile_for_training(model, config.compile)
-    if world.size == 1:
+    if not sharded:
         return False
     # It warns of blocks that return views, which are not to be written to: nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
@@ -96,6 +105,55 @@ def reduce_gradients(model: Any, sharded: bool, now: bool) -> None:
     """Whether the next backward pass ends with the gradients' reduction: only the last of several does."""
     if sharded:
         model.set_requires_gradient_sync(now)
+
+
+def replicas(config: TrainConfig, world: World) -> int:
+    """How many processes have all the weights, and a part of every batch."""
+    return world.size if config.parallel == "ddp" else 1
+
+
+@torch.no_grad()
+def same_weights(model: Any) -> None:
+    """Those of process 0 on all: replicas that differ once would go on differing."""
+    for parameter in model.parameters():
+        dist.broadcast(parameter, src=0)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Of all replicas, in place and in float32: small ones together, and those of half types, which are
+    rounded once, where there is room for them.
+
+    The same parameters must have gradients everywhere; the sums are the same bits everywhere.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    alone = [g for g in gradients if g.nbytes >= ALONE_BYTES and _in_place(g)]
+    works = [dist.all_reduce(gradient, async_op=True) for gradient in alone]
+    for bucket in _buckets([g for g in gradients if g.nbytes < ALONE_BYTES or not _in_place(g)]):
+        flat = torch.cat([gradient.reshape(-1).float() for gradient in bucket])
+        dist.all_reduce(flat)
+        sums = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [s.view(g.shape) for s, g in zip(sums, bucket, strict=True)])
+    for work in works:
+        work.wait()
+
+
+def _in_place(gradient: Tensor) -> bool:
+    return gradient.dtype == torch.float32 and gradient.is_contiguous()
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Of ``BUCKET_BYTES`` at most, in float32, or of one gradient."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and size + 4 * gradient.numel() > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += 4 * gradient.numel()
+    if bucket:
+        yield bucket
 
 
 def split(rows: slice, parts: int) -> list[slice]:

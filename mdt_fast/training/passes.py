@@ -24,13 +24,15 @@ DRAWN = tuple(field.name for field in fields(Draws) if field.name != "plan")
 
 @dataclass(frozen=True)
 class Passes:
-    """One operation after the other. ``sharded``: by FSDP."""
+    """One operation after the other. ``sharded``: by FSDP. ``replicas``: processes whose gradients are added
+    to these, which are divided by their number."""
 
     model: Transformer
     diffusion: GaussianDiffusion
     settings: TrainConfig
     sharded: bool
     device: torch.device
+    replicas: int = 1
 
     def zero_grad(self) -> None:
         self.model.zero_grad()
@@ -46,7 +48,7 @@ class Passes:
             reduce_gradients(self.model, self.sharded, now=last and number == len(calls))
             with autocasting(self.settings, self.sharded, self.device):
                 found = call()
-                loss = total_loss(found) / self.settings.accumulate
+                loss = total_loss(found) / (self.settings.accumulate * self.replicas)
             (loss if scale is None else loss * scale).backward()
             terms |= {name: values.detach() for name, values in found.items()}
         return terms
@@ -119,14 +121,14 @@ class GraphedPasses:
             parameter.grad = gradient
 
 
-def passes_of(passes: Passes, processes: int) -> Passes | GraphedPasses:
+def passes_of(passes: Passes) -> Passes | GraphedPasses:
     """As ``train.cuda_graphs`` says; ``UserError`` where that cannot be."""
     if not passes.settings.cuda_graphs:
         return passes
     if passes.device.type != "cuda":
         raise UserError(f"train.cuda_graphs: for a CUDA device, got {str(passes.device)!r}")
-    if processes > 1:
+    if passes.sharded:
         raise UserError(
-            f"train.cuda_graphs: for one process, got {processes}: FSDP gathers on the host's word"
+            "train.cuda_graphs: for one process, or for train.parallel ddp: FSDP gathers on the host's word"
         )
     return GraphedPasses(passes)

@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .distributed import World, launched, warnings_of_launch
 from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, optimize
-from .parallelize import parallelize, rows_of
+from .parallelize import parallelize, replicas, rows_of, same_weights
 from .passes import GraphedPasses, Passes, passes_of
 from .saving import Saver
 from .settings import check_resumable, check_settings
@@ -125,6 +125,11 @@ class Run:
         parts, state = training_state(self, metrics)
         self.saver.save(self.step, parts, state)
 
+    @property
+    def replicas(self) -> int:
+        """How many processes have all the weights."""
+        return replicas(self.config.train, self.world)
+
     def draw_preview(self) -> tuple[str, Path, int]:
         """``samples/step_....png``: ten images of each of the first ten classes, in few steps."""
         config = replace(
@@ -188,8 +193,9 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     world = world or World()
     start = world.from_main(_starting_path(out, resume) if world.main else None)
     start = None if start is None else open_or_advise(start, world=world)
+    notes = warnings_of_launch()
     if start is not None:
-        check_resumable(start.config, config)
+        notes += check_resumable(start.config, config)
         check_steps_left(start, config, out)
     check_settings(config)
     rows = rows_of(world, config.train)
@@ -197,7 +203,6 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     images = open_images(config.data)
     first_stage = open_first_stage(config.data, images, device)
     check_data(config, images, first_stage, world)
-    notes = warnings_of_launch()
     notes += [] if start is None else check_same_data(start, images, first_stage)
     torch.manual_seed(derive_seed(config.train.seed, INIT))
     model: Any = build_model(config.model)
@@ -206,6 +211,8 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     parameters = dict(model.named_parameters())
     if start is not None:
         start.fill(checkpoint.MODEL, {name: p.detach() for name, p in parameters.items()}, world)
+    if replicas(config.train, world) > 1:
+        same_weights(model)
     optimizer, ema, masters = optimize(model, config.train)
     loss_scale = LossScale(device) if config.train.dtype == "float16" else None
     if start is not None:
@@ -227,7 +234,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
         ),
         model=model, sharded=sharded, masters=masters, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
         diffusion=diffusion, passes=passes_of(
-            Passes(model, diffusion, config.train, sharded, device), world.size
+            Passes(model, diffusion, config.train, sharded, device, replicas(config.train, world))
         ),
         saver=Saver(
             out, world, keep=config.train.keep, keep_every=config.train.keep_every,

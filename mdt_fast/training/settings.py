@@ -15,17 +15,22 @@ MAY_CHANGE = (
 )  # fmt: skip
 """What may differ from the checkpoint when a run goes on; everything else decides the numbers (these at most
 their rounding)."""
+RATES = "train.lr", "train.lr_anneal_steps"
+"""What decides the numbers, and may change all the same: it is said then."""
 
 
 MOST_DIFFUSION_STEPS = 100_000
 
 
-def check_resumable(saved: RunConfig, wanted: RunConfig) -> None:
-    """``UserError`` if a setting that decides the numbers is not the checkpoint's."""
+def check_resumable(saved: RunConfig, wanted: RunConfig) -> list[str]:
+    """What there is to say of learning rates that are others from here on. ``UserError`` if another setting
+    that decides the numbers is not the checkpoint's."""
     before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
     for key, value in after.items():
-        if before[key] != value and not key.startswith(MAY_CHANGE):
+        if before[key] != value and key not in RATES and not key.startswith(MAY_CHANGE):
             raise UserError(f"{key}: cannot change when a run goes on; it has {before[key]!r}, got {value!r}")
+    changed = [key for key in RATES if before[key] != after[key]]
+    return [f"{key}: {after[key]} from here on, {before[key]} before" for key in changed]
 
 
 def check_settings(config: RunConfig) -> None:
@@ -44,7 +49,7 @@ def check_settings(config: RunConfig) -> None:
     if settings.lr_anneal_steps and settings.steps > settings.lr_anneal_steps:
         raise UserError(
             f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "
-            "where the learning rate is 0"
+            "where the published run ends"
         )
     if not 1 <= config.diffusion.diffusion_steps <= MOST_DIFFUSION_STEPS:
         raise UserError(

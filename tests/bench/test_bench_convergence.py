@@ -179,7 +179,7 @@ def test_graphs_learn_the_same(
     number = lambda: len(Replayed.made[0].captured)  # noqa: E731
     monkeypatch.setattr(passes, "Graphed", Replayed)
     monkeypatch.setattr(Replayed, "made", [])
-    monkeypatch.setattr(learn, "passes_of", lambda made, processes: passes.GraphedPasses(made))
+    monkeypatch.setattr(learn, "passes_of", passes.GraphedPasses)
     monkeypatch.setattr(learn, "Clock", lambda device: captured.append(number()) or clock(device))
     assert [replace(point, seconds=0.0) for point in learn.learn(ours)] == expected
     assert captured == [graphs, graphs]

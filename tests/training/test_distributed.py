@@ -71,6 +71,7 @@ CASES = {
     "mdt-accumulated": ["--accumulate=2", "--set=model.family=mdt", "--set=model.decode_layer=1"],
     "mdt-in-turn": ["--set=train.passes=in_turn", "--set=model.family=mdt", "--set=model.decode_layer=1"],
     "dit-hybrid": ["--set=model.family=dit", "--set=train.parallel=hybrid"],
+    "mdtv2-ddp": ["--set=train.parallel=ddp", "--accumulate=2"],
 }
 
 
@@ -238,7 +239,7 @@ def test_every_process_has_an_equal_share_of_the_pictures() -> None:
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     mistakes = {
         "--batch-size=7": "--batch-size: 7 does not divide by 2 processes; the nearest that does is 8",
-        "--set=train.compile=model": "train.compile: 'model' is for one process",
+        "--set=train.compile=model": "train.compile: 'model' is for one process, or for train.parallel ddp",
     }
     for option, message in mistakes.items():
         done = on_two((tmp_path / "run", [option]))

@@ -22,7 +22,7 @@ from tiny import tensors_of, tiny
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "Graphed", Replayed)
-    monkeypatch.setattr(run, "passes_of", lambda made, processes: passes.GraphedPasses(made))
+    monkeypatch.setattr(run, "passes_of", passes.GraphedPasses)
     monkeypatch.setattr(Replayed, "made", [])
 
 
@@ -68,8 +68,8 @@ def test_refusals(tmp_path: Path) -> None:
         train(tiny(cuda_graphs=True), tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     made = passes.Passes(None, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))
-    with pytest.raises(UserError, match=r"train.cuda_graphs: for one process, got 2"):
-        passes.passes_of(made, 2)
+    with pytest.raises(UserError, match=r"train.cuda_graphs: for one process, or for train.parallel ddp"):
+        passes.passes_of(made)
 
 
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])

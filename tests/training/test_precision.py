@@ -169,7 +169,7 @@ def test_what_bfloat16_weights_do_not_go_with(tmp_path: Path, monkeypatch: pytes
     two, cpu = SimpleNamespace(size=2), torch.device("cpu")
     model = build_model(tiny().model)
     with pytest.raises(
-        UserError, match=r"train.weights: 'bfloat16' is for one process; with 'float32', which a"
+        UserError, match=r"train.weights: 'bfloat16' is for one process, or for train.parallel ddp"
     ):
         parallelize(model, tiny(**LEAN).train, two, cpu)  # type: ignore[arg-type]
 
