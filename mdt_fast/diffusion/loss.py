@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .noise import NoiseSource, draw
-from .process import GaussianProcess, Model
+from .process import GaussianProcess, Model, widened
 
 
 def training_losses(
@@ -90,9 +90,20 @@ def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
             else "only MDT and MDTv2 have a masked pass; for others there is training_losses"
         )
         raise UserError(f"model: a {type(model).__name__} has no training_step_outputs; {advice}")
+    owners = [_owner(type(model), name) for name in ("forward", "training_step_outputs")]
+    if None not in owners and owners[0] is not owners[1] and issubclass(*owners):
+        raise UserError(
+            f"model: a {type(model).__name__} has a forward of its own, which its training_step_outputs does "
+            "not call; give it that, too, or take training_losses twice"
+        )
     if not isinstance(y, Tensor) or y.shape != x_start.shape[:1]:
         got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise UserError(f"y: expected the labels [{len(x_start)}] themselves, got {got}")
+
+
+def _owner(cls: type, name: str) -> Any:
+    """The class that a method of ``cls`` comes from."""
+    return next((owner for owner in cls.__mro__ if name in vars(owner)), None)
 
 
 def _as_it_is(y: Tensor) -> Tensor:
@@ -102,7 +113,9 @@ def _as_it_is(y: Tensor) -> Tensor:
 def losses_from_output(
     diffusion: GaussianProcess, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
-    """:func:`training_losses` of an ``output`` that the model has already given for ``x_t``."""
+    """:func:`training_losses` of an ``output`` that the model has already given for ``x_t``; of half types
+    in float32."""
+    output, x_start, x_t, noise = map(widened, (output, x_start, x_t, noise))
     if diffusion.loss_type == "rescaled_kl":
         bound, _ = vb_term(diffusion, output, x_start, x_t, t)
         return {"loss": bound * diffusion.num_timesteps}
@@ -148,6 +161,7 @@ def vb_term(
     t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). t = 0: -log p(x_0 | x_1), with ``x_start`` taken as
     8-bit pixels in [-1, 1] (also where it is a latent and is not).
     """
+    output, x_start, x_t = map(widened, (output, x_start, x_t))
     true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
     p = diffusion.p_from_output(output, x_t, t, clip_denoised=clip_denoised)
     kl = bits_per_dim(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]))

@@ -8,6 +8,7 @@ Source: Ho et al. 2020 equations 4 to 7 and 15; Nichol and Dhariwal 2021 equatio
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -19,6 +20,11 @@ VarType = Literal["learned_range", "fixed_large", "fixed_small"]
 LossType = Literal["mse", "rescaled_mse", "rescaled_kl"]
 Model = Callable[..., Tensor]
 DenoisedFn = Callable[[Tensor], Tensor]
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half types as float32: between the variances that v chooses from there is less than they can tell."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GaussianProcess(Schedule):
@@ -131,6 +137,7 @@ class GaussianProcess(Schedule):
         denoised_fn: DenoisedFn | None = None,
     ) -> dict[str, Tensor]:
         """``p_mean_variance`` for an ``output`` that the model has already given."""
+        output, x = widened(output), widened(x)
         if self.var_type == "learned_range":
             output, v = output.chunk(2, dim=1)
             lower = self.lookup("posterior_log_variance_clipped", t, x)

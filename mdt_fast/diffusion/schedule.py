@@ -86,6 +86,8 @@ def space_timesteps(num_timesteps: int, respacing: Respacing) -> list[int]:
 def _section_counts(respacing: str | int | Sequence[int]) -> list[int]:
     parts = respacing.split(",") if isinstance(respacing, str) else respacing
     try:
+        if isinstance(parts, bool):
+            raise TypeError
         if isinstance(parts, int):
             parts = [parts]
         counts = [int(part) if isinstance(part, str) else operator.index(part) for part in parts]

@@ -63,6 +63,11 @@ def test_respacing_keeps_the_asked_counts(data: st.DataObject) -> None:
         start += size
 
 
+def test_a_truth_value_is_no_number_of_steps() -> None:
+    with pytest.raises(UserError, match=r"timestep_respacing: cannot read True; allowed are '250'"):
+        create_diffusion(True)  # type: ignore[arg-type]
+
+
 @given(st.integers(1, 1000), st.integers(1, 1000))
 def test_ddim_respacing_has_one_stride_or_is_refused(steps: int, count: int) -> None:
     if any(len(range(0, steps, stride)) == count for stride in range(1, steps + 1)):
