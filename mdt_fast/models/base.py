@@ -161,11 +161,11 @@ class Transformer(Pretrained):
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
         """One block."""
-        return block(x, c.c, rows, modulation=c.modulations.get(block.index), **kwargs)
+        return block(x, c.given_to(block), rows, modulation=c.modulations.get(block.index), **kwargs)
 
     def image(self, x: Tensor, c: Conditioning) -> Tensor:
         """Tokens [B, L, D] -> [B, O, S, S]."""
-        patches = self.final_layer(x, c.c, c.modulations.get(FINAL))
+        patches = self.final_layer(x, c.given_to(self.final_layer), c.modulations.get(FINAL))
         return unpatchify(patches, self.patch_size, self.out_channels)
 
     def forward_with_cfg(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..config import Switches
 from ..kernels import gather_tokens, gelu_linear, merge_tokens, patch_skip_linear, skip_linear
@@ -20,7 +21,9 @@ from .ops import (
     apply_linear,
     gated,
     gated_norm_linear,
+    is_itself,
     is_plain,
+    modulation_from,
     norm_linear,
     residual_norm_linear,
 )
@@ -102,7 +105,7 @@ class Block(nn.Module):
         masked: MaskPlan | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:
-        """x and conditioning c [B, D], activated (SiLU) -> like x.
+        """x and conditioning c [B, D], activated (SiLU) if ``adaLN_modulation`` takes that -> like x.
 
         ``skip``: like x, or the embedded input. ``masked``: only the masked tokens of whole grids x [B, L, D]
         are computed, the others stay. ``modulation`` [B, 6D]: this block's, if it is known already.
@@ -124,8 +127,7 @@ class Block(nn.Module):
         if self.skip_linear is not None and skip is not None:
             x = self.mix(x, skip, self.skip_linear)
         if modulation is None:
-            # [0], the SiLU, has been applied once for all.
-            modulation = apply_linear(self.adaLN_modulation[1], c)
+            modulation = modulation_from(self.adaLN_modulation, c)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
         how: dict[str, Any] = {"offsets": rows.offsets, "fused": fused, "recompute": recompute}
@@ -154,8 +156,18 @@ class Block(nn.Module):
         return layer(torch.cat([x, skip], dim=-1))
 
 
+def chooses_tokens(block: nn.Module) -> bool:
+    """Whether ``block`` may be run for some tokens alone: not where something (but FSDP, which changes no
+    numbers) looks at it or at the attention of all, or stands in its place."""
+    hooked = block._forward_hooks or block._forward_pre_hooks
+    if not isinstance(block, Block) or (hooked and not isinstance(block, FSDPModule)):
+        return False
+    return is_itself(block.attn, Attention) and is_plain(block.attn.qkv)
+
+
 class FinalLayer(nn.Module):
-    """Tokens [B, L, D] and conditioning [B, D], activated (SiLU), to patches [B, L, p*p*O]."""
+    """Tokens [B, L, D] and conditioning [B, D], activated (SiLU) if ``adaLN_modulation`` takes that, to
+    patches [B, L, p*p*O]."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -166,7 +178,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, modulation: Tensor | None = None) -> Tensor:
         """``modulation`` [B, 2D]: this layer's, if it is known already."""
         if modulation is None:
-            modulation = apply_linear(self.adaLN_modulation[1], c)
+            modulation = modulation_from(self.adaLN_modulation, c)
         shift, scale = modulation.chunk(2, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
         return norm_linear(x, shift, scale, self.linear, offsets=None, fused=fused, recompute=recompute)

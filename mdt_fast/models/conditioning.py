@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .blocks import Block
-from .ops import is_plain
+from .ops import is_plain, takes_activated
 
 FINAL = -1
 """The last layer's key among the modulations."""
@@ -17,25 +18,32 @@ FINAL = -1
 
 @dataclass(frozen=True)
 class Conditioning:
-    """``c`` [B, D], activated (SiLU); ``modulations`` [B, 6D] of those blocks, by index, that have been
-    computed already, and [B, 2D] of the last layer."""
+    """``plain`` [B, D], and ``activated`` (SiLU); ``modulations`` [B, 6D] of those blocks, by index, that
+    have been computed already, and [B, 2D] of the last layer."""
 
-    c: Tensor
+    plain: Tensor
+    activated: Tensor
     modulations: Mapping[int, Tensor] = field(default_factory=dict)
 
     def of(self, samples: slice) -> "Conditioning":
         """For some samples."""
-        return Conditioning(self.c[samples], {i: m[samples] for i, m in self.modulations.items()})
+        modulations = {i: m[samples] for i, m in self.modulations.items()}
+        return Conditioning(self.plain[samples], self.activated[samples], modulations)
+
+    def given_to(self, module: Any) -> Tensor:
+        """What a block or the last layer takes."""
+        return self.activated if takes_activated(getattr(module, "adaLN_modulation", None)) else self.plain
 
 
 def conditioning(c: Tensor, blocks: Sequence[Block], *, batched: bool) -> Conditioning:
     """From times and labels, embedded [B, D]; ``batched``: all blocks' modulations by one product."""
-    c = F.silu(c)
+    activated = F.silu(c)
     if not batched or not blocks:
-        return Conditioning(c)
-    layers = [block.adaLN_modulation[1] for block in blocks]
-    if not all(map(is_plain, layers)):
+        return Conditioning(c, activated)
+    layers = [block.adaLN_modulation[-1] for block in blocks]
+    if not all(takes_activated(block.adaLN_modulation) for block in blocks) or not all(map(is_plain, layers)):
         raise UserError("switches: batched_adaln needs plain linear layers (no float8, adapters or hooks)")
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    parts = F.linear(c, weight, bias).chunk(len(layers), dim=1)
-    return Conditioning(c, {block.index: part for block, part in zip(blocks, parts, strict=True)})
+    parts = F.linear(activated, weight, bias).chunk(len(layers), dim=1)
+    by_index = {block.index: part for block, part in zip(blocks, parts, strict=True)}
+    return Conditioning(c, activated, by_index)

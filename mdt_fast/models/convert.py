@@ -27,6 +27,8 @@ from .zoo import CLASSES
 SUFFIXES = (".pt", ".pth", ".safetensors")
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before the names of a model's weights."""
+ENTRIES = ("ema", "model", "state_dict")
+"""What trainings call the weights among other things; as in DiT's code, the average comes first."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What weights may be."""
 
@@ -34,16 +36,26 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Tensor]:
     """The state_dict in a ``.pt`` (or ``.pth``) or ``.safetensors`` file, on the CPU.
 
-    ``mmap``: a ``.pt`` file's tensors are read when they are used, and take no memory of their own.
-    Raises ``UserError`` naming the file where it is missing, truncated, of another kind, holds anything
-    but tensors under names, or would need code from the file to be executed.
+    Of a training's file that holds it among other things, as ``{"model": ..., "ema": ..., ...}``, it is
+    ``ema``, else ``model`` or ``state_dict``. What a wrapper (``DistributedDataParallel``, ``torch.compile``)
+    has put before all names is taken off. ``mmap``: a ``.pt`` file's tensors are read when they are used, and
+    take no memory of their own. Raises ``UserError`` naming the file where it is missing, truncated, of
+    another kind, holds anything but tensors under names, or would need code from the file to be executed.
     """
     path = Path(path)
     state = read_saved(path, mmap=mmap)
-    if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
+    if isinstance(state, dict):
+        state = next((state[name] for name in ENTRIES if _is_state(state.get(name))), state)
+    if not _is_state(state):
         held = f", but {', '.join(map(repr, list(state)[:6]))}" if isinstance(state, dict) and state else ""
         raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name){held}")
+    while wrapper := next((p for p in WRAPPERS if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return dict(state)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_is_weight, value, value.values()))
 
 
 def read_saved(path: Path, *, mmap: bool = False) -> Any:

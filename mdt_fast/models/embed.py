@@ -7,6 +7,7 @@ from ..kernels import patch_embed
 from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from ..reference.embed import LabelEmbedder, TimestepEmbedder
+from .ops import is_itself, is_plain
 
 __all__ = ["LabelEmbedder", "PatchEmbed", "TimestepEmbedder"]
 
@@ -22,8 +23,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, pos_embed: Tensor, plan: MaskPlan | None = None) -> Tensor:
         """With a plan only the tokens that it keeps: [B, K, D]."""
-        weight, bias = self.proj.weight, self.proj.bias
-        if self.switches.fused_tokens:
+        if self.switches.fused_tokens and is_plain(self.proj, nn.Conv2d):
+            weight, bias = self.proj.weight, self.proj.bias
             return patch_embed(x, weight, bias, pos_embed, None if plan is None else plan.ids_keep)
         tokens = self.proj(x).flatten(2).transpose(1, 2) + pos_embed
         return tokens if plan is None else reference.gather_tokens(tokens, plan.ids_keep)
+
+
+def embeds_plainly(embedder: nn.Module) -> bool:
+    """Whether its convolution's parameters say all of what a call gives."""
+    return is_itself(embedder, PatchEmbed) and is_plain(embedder.get_submodule("proj"), nn.Conv2d)

@@ -15,8 +15,9 @@ from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from . import rows
 from .base import Transformer
-from .blocks import Embedded, Skip, both_skips
+from .blocks import Embedded, Skip, both_skips, chooses_tokens
 from .conditioning import Conditioning
+from .embed import embeds_plainly
 from .ops import is_plain
 from .rows import Rows
 
@@ -108,9 +109,10 @@ class MaskedTransformer(Transformer):
             return x + self.decoder_pos_embed
         unmask = unmask_tokens if self.switches.fused_tokens else reference.unmask_tokens
         full = unmask(x, self.mask_token, self.decoder_pos_embed, plan.ids_restore)
-        if self.switches.masked_side:
-            return self.run(self.sideblocks[0], full, c, masked=plan)
-        side = self.run(self.sideblocks[0], full, c)
+        block = self.sideblocks[0]
+        if self.switches.masked_side and chooses_tokens(block):
+            return self.run(block, full, c, masked=plan)
+        side = self.run(block, full, c)
         return side.where(plan.mask[:, :, None] > 0, full)
 
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
@@ -169,8 +171,9 @@ class MDTv2(MaskedTransformer):
 
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
         layers = [block.get_submodule("skip_linear") for block in self.de_blocks]
+        plain = embeds_plainly(self.x_embedder) and all(map(is_plain, layers))
         # Of one sample alone it would be no less work: a part of it is done once for the batch.
-        if self.switches.thin_skip and x.shape[0] > 1 and all(map(is_plain, layers)):
+        if self.switches.thin_skip and x.shape[0] > 1 and plain:
             weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias
             assert bias is not None
             skip = Embedded(patchify(x, self.patch_size), weight.flatten(1), bias, self.pos_embed)

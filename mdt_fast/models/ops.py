@@ -26,14 +26,42 @@ from ..kernels.registry import PLAIN
 EPS = 1e-6
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether ``layer`` is a linear layer whose weights say all: no hooks, no other module or function in its
-    place (float8, adapters), whose own forward has to run, and no weight of other tensors (torchao's numbers
-    and scales), which a whole product alone can read."""
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or not _is_readable(layer.weight):
+def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` is the forward pass of ``kind`` and nothing besides: no class of its own,
+    no hooks, no function in its place."""
+    own = vars(module)  # a module's attributes take seven times as long, and a block asks for eight layers
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return type(module) is kind and not hooked and "forward" not in own
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
+    """Whether ``layer`` is a linear layer (or convolution) with a bias whose parameters say all: no hooks, no
+    other module or function in its place (float8, adapters), whose own forward has to run, and no weight of
+    other tensors (torchao's numbers and scales), which a whole product alone can read."""
+    if not is_itself(layer, kind):
         return False
-    return not any(getattr(layer, name) for name in hooks)
+    parameters = vars(layer)["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or bias is None:  # FSDP's first version keeps both as attributes
+        weight, bias = layer.weight, layer.bias
+    return bias is not None and _is_readable(weight)
+
+
+def takes_activated(modulation: nn.Module | None) -> bool:
+    """Whether ``modulation`` is SiLU and a layer, so that what conditions can be activated once for all."""
+    if modulation is None:  # of a module in a block's place
+        return True
+    parts = vars(modulation)["_modules"]
+    return is_itself(modulation, nn.Sequential) and len(parts) == 2 and is_itself(parts["0"], nn.SiLU)
+
+
+def modulation_from(modulation: nn.Module, c: Tensor) -> Tensor:
+    """From c [B, D], activated if ``modulation`` takes that."""
+    if not takes_activated(modulation):
+        result: Tensor = modulation(c)
+        return result
+    return apply_linear(vars(modulation)["_modules"]["1"], c)
 
 
 def _is_readable(weight: Tensor) -> bool:

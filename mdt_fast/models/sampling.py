@@ -17,7 +17,7 @@ from .attention import Attention
 from .base import Transformer
 from .blocks import Block, Mlp, both_skips
 from .conditioning import FINAL, Conditioning
-from .ops import is_plain
+from .ops import is_plain, takes_activated
 
 CHUNK_BYTES = 2**28
 """Memory for the modulations of a chunk of steps."""
@@ -26,12 +26,19 @@ CHUNK_BYTES = 2**28
 def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     """Whether a pass may be put together from the model's parts.
 
-    Not where something of its own surrounds the whole forward pass: hooks (FSDP's, too), another ``forward``
-    put in front of it (accelerate's, which brings weights to the GPU) or ``torch.compile``.
+    Not where something of its own surrounds the whole forward pass: hooks (FSDP's, too), another ``forward``,
+    of a subclass or put in front of it (accelerate's, which brings weights to the GPU), or ``torch.compile``;
+    nor where modulations are more than SiLU and a layer.
     """
     hooks = model._forward_hooks or model._forward_pre_hooks
     surrounded = hooks or "forward" in vars(model) or model._compiled_call_impl is not None
-    return isinstance(model, Transformer) and not surrounded
+    if not isinstance(model, Transformer) or surrounded:
+        return False
+    ours = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    if not ours.__module__.startswith(f"{__package__}."):
+        return False
+    modulated = *model.every_block(), model.final_layer
+    return all(takes_activated(module.adaLN_modulation) for module in modulated)
 
 
 def guided_pass(
@@ -158,7 +165,8 @@ class StepModulations:
     def conditioning(self, modulations: Tensor) -> Conditioning:
         """[B, W] as the blocks take it."""
         parts = modulations.split(self.widths, dim=1)
-        return Conditioning(modulations[:, :0], dict(zip(self.keys, parts, strict=True)))
+        nothing = modulations[:, :0]
+        return Conditioning(nothing, nothing, dict(zip(self.keys, parts, strict=True)))
 
     def _compute(self, first: int, end: int) -> None:
         self.values = self.values[:0]  # before the next chunk needs the memory

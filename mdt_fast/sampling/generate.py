@@ -108,6 +108,16 @@ def sample(
     return sampler.draw(labels, first_index, on_batch, on_step)
 
 
+def config_of(model: nn.Module) -> ModelConfig:
+    """``UserError`` for what is no model of this package, or wraps one."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        return config  # type: ignore[no-any-return]
+    inside = hasattr(getattr(model, "module", None), "config")
+    advice = "what it wraps is its .module" if inside else "models of this package have"
+    raise UserError(f"model: a {type(model).__name__} has no config; {advice}")
+
+
 def respaced(
     model: nn.Module,
     diffusion: GaussianDiffusion | DiffusionConfig,
@@ -116,7 +126,7 @@ def respaced(
 ) -> GaussianDiffusion:
     """What ``sample`` was given as its diffusion, respaced."""
     if isinstance(diffusion, DiffusionConfig):
-        return sampling_diffusion(model.config, diffusion, config)  # type: ignore[arg-type]
+        return sampling_diffusion(config_of(model), diffusion, config)
     if diffusion_steps != diffusion.original_num_steps:
         raise UserError(
             f"diffusion_steps: the diffusion has {diffusion.original_num_steps}, got {diffusion_steps}"
@@ -136,7 +146,7 @@ class Sampler:
         clip_denoised: bool | None = None,
         switches: SampleSwitches = ALL,
     ):
-        self.about: ModelConfig = model.config  # type: ignore[assignment]
+        self.about = config_of(model)
         check_sampling(self.about, config)
         if next(model.parameters()).device.type == "meta":
             raise UserError("model: its weights are on the meta device, there is nothing to draw with")
@@ -249,7 +259,8 @@ class PerImageNoise:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Noise like ``like``; its numbers are float32's also where that is float64."""
-        rows = torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators])
+        shape, dtype = like.shape[1:], torch.float32  # whatever torch's default is
+        rows = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in self.generators])
         if like.device.type == "cuda":  # the copy is made while the next numbers are drawn
             return rows.pin_memory().to(like.device, like.dtype, non_blocking=True)
         return rows.to(like)

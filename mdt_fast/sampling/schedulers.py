@@ -24,7 +24,7 @@ def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
     The last step goes from the smallest of them to x_0, by a solver of first order. The respacing of ``ddpm``
     and ``ddim`` ends at 0: that evaluation changes nothing that can be seen, and before it a solver of second
     order would leap over the three quarters of the way in log signal-to-noise that lie between the last two
-    timesteps. On Gaussian data, 10 steps and the cosine schedule, the error is 0.031 this way, 0.134 that
+    timesteps. On Gaussian data, 10 steps and the cosine schedule, the error is 0.032 this way, 0.131 that
     way, and 0.071 with DDIM.
     """
     return np.linspace(0, num_timesteps - 1, steps + 1).round().astype(int)[1:].tolist()

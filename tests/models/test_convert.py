@@ -120,6 +120,22 @@ def test_another_models_weights_are_named_and_nothing_changes() -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
+def test_files_of_other_trainings(tmp_path: Path) -> None:
+    """As DiT's: the average first. And of wrapped models."""
+    torch.manual_seed(0)
+    model, ema = (MDTv2(**TINY) for _ in range(2))
+    saved = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": {"state": {}}, "steps": 3}
+    for names, expected in ((("model", "ema"), ema), (("model",), model), (("state_dict",), model)):
+        kept = {name: saved.get(name, model.state_dict()) for name in names}
+        torch.save({**kept, "opt": saved["opt"], "steps": 3}, tmp_path / "training.pt")
+        found = read_weights(tmp_path / "training.pt")
+        assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
+    wrapped = nn.DataParallel(torch.compile(model))  # type: ignore[arg-type]
+    torch.save({"model": wrapped.state_dict()}, tmp_path / "wrapped.pt")
+    load_weights(ema, read_weights(tmp_path / "wrapped.pt"))
+    assert all(torch.equal(ema.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("executed",)
@@ -154,8 +170,8 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save(odd, f"odd{number}.pt")
         with pytest.raises(UserError, match=r"holds no state_dict"):
             read_weights(f"odd{number}.pt")
-    torch.save({"model": state, "ema": state}, "training.pt")
-    with pytest.raises(UserError, match=r"holds no state_dict .*, but 'model', 'ema'$"):
+    torch.save({"net": state, "step": 3}, "training.pt")
+    with pytest.raises(UserError, match=r"holds no state_dict .*, but 'net', 'step'$"):
         read_weights("training.pt")
     Path("run").mkdir()
     with pytest.raises(UserError, match=r"run: is a folder, a file is needed .*; mdt-fast convert makes one"):

@@ -1,0 +1,215 @@
+"""Hooks, subclasses and modules of one's own in a model: what they do is done, whatever is fused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, create_diffusion, sample
+from mdt_fast.config import SampleSwitches
+from mdt_fast.errors import UserError
+from mdt_fast.models import Transformer
+from mdt_fast.reference import MDTv2 as ReferenceMDTv2
+from tolerances import FLOAT32, relative_error
+
+SHAPE: dict[str, Any] = {
+    "input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10,
+}  # fmt: skip
+OF_MDT: dict[str, Any] = {"decode_layer": 2, "mask_ratio": 0.3}
+Change = Callable[[nn.Module], Any]
+
+
+def made(cls: type[nn.Module] = MDTv2) -> Any:
+    torch.manual_seed(0)
+    model = cls(**SHAPE, **({} if issubclass(cls, DiT) else OF_MDT)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, 8, 8, generator=generator)
+    return x, torch.arange(batch) * 200, torch.arange(batch) % 10
+
+
+def passes(model: nn.Module) -> list[Tensor]:
+    """All tokens, and the kept ones of one mask."""
+    torch.manual_seed(2)
+    return [model(*inputs()), model(*inputs(), enable_mask=True)]
+
+
+class Adapted(nn.Module):
+    """A layer with something beside it, as adapters have: its parameters are the layer's."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 1.5
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.layer.bias
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def double_patches(model: Any) -> None:
+    layer = Doubled(3, 32, 2, 2)
+    layer.load_state_dict(model.x_embedder.proj.state_dict())
+    model.x_embedder.proj = layer
+
+
+def without_biases(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.bias = None
+
+
+def hooked(name: str) -> Change:
+    def change(model: nn.Module) -> None:
+        model.get_submodule(name).register_forward_hook(lambda module, given, out: out * 1.5)
+
+    return change
+
+
+def adapted(name: str) -> Change:
+    def change(model: nn.Module) -> None:
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, Adapted(model.get_submodule(name)))
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    **{
+        f"hook on {name}": hooked(name)
+        for name in (
+            "x_embedder.proj", "de_blocks.0.adaLN_modulation", "en_inblocks.0.adaLN_modulation.0",
+            "final_layer.adaLN_modulation", "final_layer.adaLN_modulation.1", "sideblocks.0.attn",
+            "sideblocks.0.attn.qkv", "sideblocks.0", "de_blocks.0.skip_linear", "en_outblocks.0.mlp",
+        )
+    },
+    **{
+        f"adapter at {name}": adapted(name)
+        for name in ("x_embedder.proj", "de_blocks.1.adaLN_modulation.1", "sideblocks.0.attn.qkv")
+    },
+    "a convolution of one's own": double_patches,
+    "another activation": lambda model: model.de_blocks[0].adaLN_modulation.__setitem__(0, nn.Tanh()),
+    "one more layer": lambda model: model.de_blocks[0].adaLN_modulation.append(nn.Tanh()),
+    "no biases": without_biases,
+    "spectral norm": lambda model: nn.utils.parametrizations.spectral_norm(model.x_embedder.proj).eval(),
+    "weight norm, classic": lambda model: nn.utils.weight_norm(model.x_embedder.proj),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_alike_it_is_the_reference(change: str) -> None:
+    ours, theirs = made(), made(ReferenceMDTv2)
+    before = passes(ours)
+    for model in (ours, theirs):
+        torch.manual_seed(3)  # some draw
+        CHANGES[change](model)
+    found, expected = passes(ours), passes(theirs)
+    assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) <= 2 * FLOAT32
+    norm_alone = "norm" in change and "spectral" not in change  # changes how a weight is kept
+    assert norm_alone or not all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
+
+
+def test_a_layer_is_run_once_in_a_masked_pass() -> None:
+    model, seen = made(), []
+    qkv = model.sideblocks[0].attn.qkv
+    qkv.register_forward_hook(lambda module, given, out: seen.append(tuple(out.shape)))
+    model(*inputs(), enable_mask=True)
+    assert seen == [(4, 16, 96)]
+
+
+def test_what_stands_on_the_embedder_does_not_depend_on_the_batch() -> None:
+    model = made()
+    model.x_embedder.register_forward_hook(lambda module, given, out: out * 2)
+    x, t, y = inputs()
+    alone = [model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(4)]
+    assert relative_error(model(x, t, y), torch.cat(alone)) <= FLOAT32
+
+
+class ZeroDiT(DiT):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 0 * super().forward(*args, **kwargs)
+
+
+class ZeroMDT(MDTv2):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 0 * super().forward(*args, **kwargs)
+
+
+def test_a_subclass_has_its_own_forward_in_sampling_and_training() -> None:
+    config, diffusion = SampleConfig(steps=3), create_diffusion("ddim3", learn_sigma=True)
+    drawn = sample(made(ZeroDiT), DiffusionConfig(), [1, 2], config, clip_denoised=False)
+    start = sample(made(DiT), DiffusionConfig(), [1, 2], config, clip_denoised=False)
+    assert not torch.equal(drawn, start)
+    plain = type("Plain", (MDTv2,), {})  # with nothing of its own it is as fast
+    assert torch.equal(passes(made(plain))[0], passes(made())[0])
+    x, _, y = inputs()
+    with pytest.raises(UserError, match=r"model: a ZeroMDT has a forward of its own, .* give it that, too"):
+        diffusion.two_pass_losses(made(ZeroMDT), x, torch.zeros(4).long(), y)
+    assert diffusion.two_pass_losses(made(plain), x, torch.zeros(4).long(), y)["loss"].shape == (4,)
+
+
+@pytest.mark.parametrize("change", ["hook on de_blocks.0.adaLN_modulation", "another activation"])
+def test_modulations_of_ones_own_are_in_the_pictures(change: str) -> None:
+    model, config = made(), SampleConfig(steps=3)
+    before = sample(model, DiffusionConfig(), [1, 2], config, clip_denoised=False)
+    CHANGES[change](model)
+    drawn, plainly = (
+        sample(model, DiffusionConfig(), [1, 2], config, clip_denoised=False, switches=switches)
+        for switches in (SampleSwitches(), SampleSwitches.none())
+    )
+    assert relative_error(drawn, plainly) <= 10 * FLOAT32
+    assert relative_error(drawn, before) > 1e-3
+
+
+def test_wrapped_models_are_named() -> None:
+    for wrapper, advice in (
+        (
+            torch.optim.swa_utils.AveragedModel(made()),
+            "AveragedModel has no config; what it wraps is its .mod",
+        ),
+        (nn.Linear(2, 2), "Linear has no config; models of this package have"),
+    ):
+        with pytest.raises(UserError, match=advice):
+            sample(wrapper, DiffusionConfig(), [1], SampleConfig(steps=2))
+
+
+@pytest.mark.parametrize("cls", [DiT, MDTv2])
+def test_second_derivatives_are_refused_whatever_is_asked_for(cls: type[Transformer]) -> None:
+    """Also where autograd is asked for some gradients alone, and would leave out what does not reach them."""
+    model, (x, t, y) = made(cls), inputs()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    z = x.clone().requires_grad_()
+    loss = model(z, t, y).square().mean()
+    (slope,) = torch.autograd.grad(loss, z, create_graph=True)
+    penalty = loss + slope.square().sum()
+    functional = torch.autograd.functional
+    for ask in (
+        lambda: torch.autograd.grad(penalty, parameters, retain_graph=True, allow_unused=True),
+        lambda: penalty.backward(inputs=parameters, retain_graph=True),
+        lambda: penalty.backward(retain_graph=True),
+        lambda: functional.hvp(lambda x: model(x, t, y).square().sum(), x, torch.ones_like(x)),
+        lambda: functional.jvp(lambda x: model(x, t, y).square().sum(), x, torch.ones_like(x)),
+    ):
+        with pytest.raises(RuntimeError, match="there is no second derivative"):
+            ask()
+    assert torch.equal(torch.autograd.grad(loss, z, retain_graph=True)[0], slope)
