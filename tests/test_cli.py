@@ -260,8 +260,20 @@ def test_mistakes(
 
 def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "already holds a run; go on with --resume auto" in error(capsys, *TINY, f"--out={run}")
-    changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--lr=1", "--steps=6")
-    assert "--lr: cannot change when a run goes on" in changed
+    changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--seed=1", "--steps=6")
+    assert "--seed: cannot change when a run goes on" in changed
+
+
+def test_a_learning_rate_may_be_lowered(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["train", f"--out={run}", "--resume=auto", "--steps=6", "--lr=1e-9"]
+    assert main(again) == 0
+    assert "train.lr: 1e-09 from here on, 0.003 before" in capsys.readouterr().out
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(1e-9 * 6 / 50)
+    (tmp_path / "file").write_text("")
+    in_the_way = error(capsys, *TINY, f"--out={tmp_path / 'file' / 'run'}")
+    assert f"--out: '{tmp_path / 'file'}' is a file; a folder is needed" in in_the_way
 
 
 def test_checkpoints_are_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,3 +81,38 @@ def test_another_preset_than_the_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["train", f"--out={tmp_path}", *options]) == 0
     assert main(["train", f"--out={tmp_path}", "--preset=dit-s4", "--resume=auto"]) == 2
     assert "--preset: 'dit-s4' has model.family=dit, the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "expected"),
+    [
+        ("dit-s2", "MDTv2_S_2", {"mask_ratio": 0.3, "min_snr_gamma": 5.0, "scale_pow": 4.0}),
+        ("mdtv2-s2", "DiT_S_2", {"mask_ratio": None, "min_snr_gamma": None, "scale_pow": None}),
+        ("mdtv2-s2", "MDT_S_2", {"mask_ratio": 0.3, "min_snr_gamma": None, "scale_pow": 4.0}),
+        ("mdtv2-s2", "MDTv2_B_2", {"mask_ratio": 0.3, "min_snr_gamma": 5.0, "scale_pow": 4.0}),
+        ("images", "MDT_S_2", {"mask_ratio": 0.3, "min_snr_gamma": None, "scale_pow": None}),
+    ],
+    ids=str,
+)
+def test_another_familys_shape_brings_its_objective(
+    preset: str,
+    model: str,
+    expected: dict[str, float | None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """And not half of what another model was published with."""
+    options = [f"--preset={preset}", f"--model={model}", "--data=digits", "--image-size=8", "--dry-run"]
+    more = ["--set=data.vae=none", "--set=data.channels=1", "--set=train.dtype=float32"]
+    assert main(["train", f"--out={tmp_path / 'x'}", *options, *more]) == 0
+    printed = capsys.readouterr().out
+    for key, value in expected.items():
+        assert f"  {key}: {'null' if value is None else value}\n" in printed
+
+
+def test_what_is_set_by_hand_wins_over_the_familys(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--preset=digits", "--model=DiT_S_2", "--set=diffusion.min_snr_gamma=3", "--dry-run"]
+    assert main(["train", f"--out={tmp_path / 'x'}", *options]) == 0
+    assert "  min_snr_gamma: 3.0\n" in capsys.readouterr().out

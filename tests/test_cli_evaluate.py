@@ -187,7 +187,7 @@ def files(tmp_path: Path) -> None:
 REFUSED = [
     ("absent.npz", [], "SAMPLES: no file or folder 'absent.npz'"),
     ("text.txt", [], "SAMPLES: 'text.txt' is no .npz, no .safetensors of features and no folder of images"),
-    ("none", [], "SAMPLES: no images (jpg, jpeg, png, gif) in 'none'"),
+    ("none", [], "SAMPLES: no images (jpg, jpeg, png, gif, webp, bmp, tif, tiff, ppm, pgm) in 'none'"),
     ("empty.npz", [], "SAMPLES: 'empty.npz' holds nothing; arr_0 (images, uint8 [N, H, W, C]) or mu [D]"),
     ("named.npz", [], "'named.npz' holds arr0, labels (did you mean 'arr0'?); arr_0 (images"),
     ("float.npz", [], "arr_0 in 'float.npz' is float32 [9, 8, 8, 3]; images are uint8 [N, H, W, C]"),

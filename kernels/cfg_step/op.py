@@ -32,8 +32,8 @@ def cfg_step(
     ``output`` [B, 2C, ...], what the model predicts and its variance's place between its bounds, or [B, C,
     ...] for a fixed variance; ``x`` and ``noise`` [B, C, ...] (``noise`` None: none is added); each
     floating. ``coefficients``: float32, a row of ``ddpm_coefficients`` or ``ddim_coefficients`` for the
-    whole batch, or [B, K] with a row for each sample; on the device, so that a captured graph can be
-    replayed for every step.
+    whole batch, or as many rows as ``x`` has samples; on the device, so that a captured graph can be replayed
+    for every step.
 
     ``scale``: the guidance weight, a number or floating [n]: B is 2n then, n conditional samples and the
     same n unconditional ones. In both halves the first ``guided_channels`` channels become uncond + scale *

@@ -13,7 +13,7 @@ from ..data import open_first_stage, open_images
 from ..data.latents import LatentSet, is_encoded
 from ..errors import UserError, nearest
 from ..models import zoo
-from ..presets import PRESETS, decode_layer
+from ..presets import PRESETS, decode_layer, published
 from ..training import train as run_training
 from ..training.checkpoint import Checkpoint
 from ..training.distributed import launched
@@ -163,11 +163,7 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
 def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand: Settings) -> None:
     """Size, channels and classes follow from the data; ``--model`` names a published shape."""
     if args.model is not None:
-        family, shape = zoo.shape_of(args.model)
-        values["model"].update(family=family, **shape)
-        values["model"]["decode_layer"] = decode_layer(family, args.model.split("_")[1])
-        if family != "mdtv2":
-            values["diffusion"]["min_snr_gamma"] = None
+        _give_shape(values, args.model)
     fit_to_encoded(values)
     put(values, by_hand)
     images = open_images(from_dict(DataConfig, values["data"], "data"))
@@ -177,6 +173,20 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
     if not values["data"]["conditional"]:
         values["model"].update(class_dropout_prob=0.0)
         values["sample"].update(cfg_scale=1.0)
+
+
+def _give_shape(values: dict[str, Any], name: str) -> None:
+    """A factory's shape; where it is of another family, too, what makes its objective and guidance."""
+    before, (family, shape) = values["model"]["family"], zoo.shape_of(name)
+    size = name.split("_")[1]
+    values["model"].update(family=family, **shape, decode_layer=decode_layer(family, size))
+    if family == before:
+        return
+    recipe = published(family, size, shape["patch_size"])
+    values["model"]["mask_ratio"] = recipe.model.mask_ratio
+    values["diffusion"]["min_snr_gamma"] = recipe.diffusion.min_snr_gamma
+    if "dit" in (family, before):
+        values["sample"]["scale_pow"] = recipe.sample.scale_pow
 
 
 def fit_to_encoded(values: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from ..config import DataConfig
 from ..errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_ASPECT = 100  # long side / short side; scaling the short side up makes anything longer fill the memory
 
 
@@ -150,7 +150,7 @@ class ImageFolder:
 
 
 def list_images(root: Path, what: str = "data.source") -> list[Path]:
-    """Every jpg, jpeg, png and gif below ``root`` (any case), sorted; hidden ones are left out.
+    """Every image below ``root`` by its ending (``SUFFIXES``, any case), sorted; hidden ones are left out.
 
     Links are followed. ``UserError``, which begins with ``what``, names a folder that cannot be read and a
     link that leads nowhere: what lies there may be a whole class.

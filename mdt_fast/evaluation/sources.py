@@ -60,7 +60,7 @@ class NpzImages:
 
 
 class FolderImages:
-    """Every jpg, jpeg, png and gif below a folder, sorted by path.
+    """Every image below a folder (:func:`list_images`), sorted by path.
 
     ``image_size``: the short side is scaled to it and the centre square cut out, as for training; without,
     all images must be of the first one's size. They are grey if the first one is.

@@ -142,9 +142,10 @@ class MDTPipeline(DiffusionPipeline):
         (``DiTPipeline`` has all). ``eta``: DDIM's noise. ``generator``: one for all images, or a list with
         one for each. ``latents`` [n, C, S, S]: the noise to start from.
 
-        ``output_type``: "pil" pictures, "np" float32 [n, H, W, 3] in [0, 1], "pt" the same as a tensor
-        [n, 3, H, W], "latent" what the transformer drew, [n, C, S, S]. Noise and steps are float32 whatever
-        the weights are (of a float64 model float64). Raises ``UserError`` for arguments out of range.
+        ``output_type``: "pil" pictures, "np" float32 [n, H, W, 3] in [0, 1] (1 for grey ones), "pt" the same
+        as a tensor [n, 3, H, W], "latent" what the transformer drew, [n, C, S, S]. Noise and steps are
+        float32 whatever the weights are (of a float64 model float64). Raises ``UserError`` for arguments out
+        of range.
         """
         transformer = self.transformer.eval()
         about: ModelConfig = transformer.config

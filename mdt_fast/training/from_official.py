@@ -1,7 +1,7 @@
 """A run that goes on from the files of the official training loop, or starts from published weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from .saving import Saver
 from .settings import check_settings
 from .states import SKIPPED, all_finite, described
 
+TABLE, INITIAL_SPREAD = "y_embedder.embedding_table.weight", 0.02
 OPTIONS = ("betas", "eps", "no_prox", "step", "caution", "amsgrad", "maximize", "decoupled_weight_decay")
 """What is taken of a group of the optimiser; learning rate and weight decay are the configuration's."""
 
@@ -109,7 +110,7 @@ def make_run(
             saver.close()
         with aside(run / "config.json") as file:
             file.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    return list(_remarks(config, files, packed))
+    return list(_remarks(config, files, packed, images.classes))
 
 
 def refuse_used(run: Path) -> None:
@@ -118,7 +119,9 @@ def refuse_used(run: Path) -> None:
         raise UserError(f"{str(run)!r} already holds a run; choose another folder")
 
 
-def _remarks(config: RunConfig, files: OfficialFiles, packed: PackedOptimizer | None) -> Any:
+def _remarks(
+    config: RunConfig, files: OfficialFiles, packed: PackedOptimizer | None, classes: Sequence[str]
+) -> Any:
     if files.label is not None:
         if config.train.ema_decay not in files.averages:
             yield (
@@ -135,6 +138,11 @@ def _remarks(config: RunConfig, files: OfficialFiles, packed: PackedOptimizer | 
             f"{packed.path.name} has counted {packed.updates} updates, the label says {files.step}: the "
             "official loop counts one less each time it is resumed"
         )
+    if len(classes) < config.model.num_classes:
+        yield (
+            f"the data has {len(classes)} classes, the weights {config.model.num_classes}: the first rows of "
+            f"the label table are theirs; --set model.num_classes={len(classes)} begins it anew"
+        )
     if files.step >= config.train.steps:
         yield f"train.steps is {config.train.steps}: pass --steps N with a larger one to train on"
 
@@ -143,11 +151,24 @@ def _parameters(config: ModelConfig, state: Mapping[str, Tensor], path: Path) ->
     """The parameters in float32, without the buffers. ``UserError`` unless they are such a model's."""
     with torch.device("meta"):
         model = build_model(config)
+    state = _of_classes(config, state)
     check_weights(model.state_dict(), state, str(path))
     found = {name: state[name].float().contiguous() for name, _ in model.named_parameters()}
     if not all_finite(found):
         raise UserError(f"{path}: has weights that are not finite")
     return found
+
+
+def _of_classes(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """With a label table that begins anew where these weights have other classes, but for the null class."""
+    table, null = state.get(TABLE), config.class_dropout_prob > 0
+    rows = config.num_classes + null
+    if table is None or table.ndim != 2 or len(table) == rows:
+        return state
+    fresh = INITIAL_SPREAD * torch.randn(rows, table.shape[1], generator=torch.Generator().manual_seed(0))
+    if null:
+        fresh[-1] = table[-1]
+    return {**state, TABLE: fresh}
 
 
 def _optimizer(

@@ -12,7 +12,7 @@ from PIL import Image
 from golden_files import load
 from mdt_fast.config import DataConfig
 from mdt_fast.data import check_classes, open_images
-from mdt_fast.data.images import center_crop, list_images, random_crop, read_image
+from mdt_fast.data.images import SUFFIXES, center_crop, list_images, random_crop, read_image
 from mdt_fast.errors import UserError
 
 FOLDER = DataConfig(source="", image_size=8, channels=3)
@@ -33,12 +33,30 @@ def test_crops_of_golden_data(i: int) -> None:
     np.testing.assert_array_equal(random_crop(image, len(center), rng), saved[f"crop{i}/random"])
 
 
-def test_listing_is_recursive_sorted_and_knows_four_endings(tmp_path: Path) -> None:
-    for name in ("b/2.PNG", "a/x.jpg", "a/deep/y.JPEG", "c.gif", "notes.txt", ".hidden/z.png", "a/.z.png"):
+def test_listing_is_recursive_sorted_and_knows_what_torchvision_reads(tmp_path: Path) -> None:
+    for name in (
+        "b/2.PNG",
+        "a/x.jpg",
+        "a/deep/y.JPEG",
+        "c.gif",
+        "d/1.webp",
+        "d/2.tif",
+        "notes.txt",
+        ".hidden/z.png",
+        "a/.z.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)]
-    assert found == ["a/deep/y.JPEG", "a/x.jpg", "b/2.PNG", "c.gif"]
+    assert found == ["a/deep/y.JPEG", "a/x.jpg", "b/2.PNG", "c.gif", "d/1.webp", "d/2.tif"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_listed_ending_is_read(suffix: str, tmp_path: Path) -> None:
+    pixels = np.full((9, 7), 200, dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"x{suffix}")
+    assert list_images(tmp_path) == [tmp_path / f"x{suffix}"]
+    assert np.abs(np.asarray(read_image(tmp_path / f"x{suffix}", 1)).astype(int) - 200).max() <= 3
 
 
 def test_classes_are_folders_or_prefixes_in_string_order(tmp_path: Path) -> None:

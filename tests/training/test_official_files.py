@@ -222,6 +222,27 @@ def test_published_weights_start_a_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert train(config, tmp_path / "fine", resume="auto").steps == 2
 
 
+def test_published_weights_learn_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The label table begins anew, but for the null class; without that being asked for it is said."""
+    config = config_of("mdtv2", steps=1)
+    torch.manual_seed(0)
+    weights = REFERENCE["mdtv2"](**{**config.model.kwargs(), "num_classes": 12}).state_dict()
+    torch.save(weights, tmp_path / "twelve.pt")
+    yaml = as_yaml(tmp_path, replace(config, model=replace(config.model, num_classes=12)))
+    convert(tmp_path / "twelve.pt", tmp_path / "kept", "--config", yaml)
+    assert "the data has 10 classes, the weights 12" in capsys.readouterr().out
+    convert(tmp_path / "twelve.pt", tmp_path / "new", "--config", yaml, "--set=model.num_classes=10")
+    assert "the label table begins anew, but for the null class" in capsys.readouterr().out
+    name = "y_embedder.embedding_table.weight"
+    kept, new = (open_checkpoint(tmp_path / folder).tensors("ema") for folder in ("kept", "new"))
+    assert torch.equal(kept[name], weights[name])
+    assert new[name].shape == (11, 16)
+    assert torch.equal(new[name][-1], weights[name][-1])
+    assert new[name][:-1].std().item() == pytest.approx(0.02, rel=0.3)
+    assert all(torch.equal(new[key], kept[key]) for key in kept if key != name)
+    assert train(open_checkpoint(tmp_path / "new").config, tmp_path / "new", resume="auto").steps == 1
+
+
 def test_an_optimiser_that_counted_more_and_one_that_is_done(
     official: tuple[Path, Any, Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
