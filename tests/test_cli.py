@@ -270,7 +270,9 @@ def test_a_learning_rate_may_be_lowered(
     again = ["train", f"--out={run}", "--resume=auto", "--steps=6", "--lr=1e-9"]
     assert main(again) == 0
     assert "train.lr: 1e-09 from here on, 0.003 before" in capsys.readouterr().out
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(1e-9 * 6 / 50)
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(
+        1e-9 * 6 / 50
+    )
     (tmp_path / "file").write_text("")
     in_the_way = error(capsys, *TINY, f"--out={tmp_path / 'file' / 'run'}")
     assert f"--out: '{tmp_path / 'file'}' is a file; a folder is needed" in in_the_way

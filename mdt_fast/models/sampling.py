@@ -37,7 +37,7 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     ours = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
     if not ours.__module__.startswith(f"{__package__}."):
         return False
-    modulated = *model.every_block(), model.final_layer
+    modulated: list[Any] = [*model.every_block(), model.final_layer]
     return all(takes_activated(module.adaLN_modulation) for module in modulated)
 
 

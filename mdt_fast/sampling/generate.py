@@ -112,7 +112,7 @@ def config_of(model: nn.Module) -> ModelConfig:
     """``UserError`` for what is no model of this package, or wraps one."""
     config = getattr(model, "config", None)
     if config is not None:
-        return config  # type: ignore[no-any-return]
+        return config
     inside = hasattr(getattr(model, "module", None), "config")
     advice = "what it wraps is its .module" if inside else "models of this package have"
     raise UserError(f"model: a {type(model).__name__} has no config; {advice}")
