@@ -268,16 +268,6 @@ def test_another_pipe_that_breaks_is_one(
     assert error(capsys, "doctor") == "[Errno 32] Broken pipe"
 
 
-def test_another_pipe_that_breaks_is_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(json: bool) -> int:
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr("mdt_fast.doctor.main", broken)
-    assert error(capsys, "doctor") == "[Errno 32] Broken pipe"
-
-
 def test_numbers_beyond_all_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"--out={tmp_path / 'x'}"
     assert error(capsys, *TRAIN, out, f"--batch-size={10**20}").startswith("--batch-size: must be below 2^63")
