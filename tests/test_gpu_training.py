@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mdt_fast.cuda_graphs import Graphed
 from mdt_fast.kernels.native import library
 from mdt_fast.training import passes, train
 from mdt_fast.training.metrics import read_rows
+from mdt_fast.training.run import Run
 from measure import pool_bytes
 from tiny import LEAN, tiny
 
@@ -56,6 +58,38 @@ def test_graphs_train_to_the_same_numbers(
     for expected, row in zip(*rows, strict=True):
         for key in ("loss", "m_loss", "grad_norm"):
             assert row[key] == pytest.approx(expected[key], rel=allowed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "float16", "accumulate": 2},
+        pytest.param(
+            LEAN, marks=pytest.mark.skipif(not library("cuda"), reason="csrc is not built for CUDA")
+        ),
+    ],
+    ids=str,
+)
+def test_nccl_sums_gradients_in_the_memory_of_graphs(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among one process, which changes no number."""
+    config = tiny(device="cuda", log_every=1, lr=1e-2, steps=8, cuda_graphs=True, **settings)
+    config = replace(config, model=replace(config.model, hidden_size=64, patch_size=2))
+    train(config, tmp_path / "alone")
+    file = f"file://{tmp_path / 'rendezvous'}"
+    dist.init_process_group("nccl", init_method=file, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(Run, "replicas", property(lambda self: 2))
+        train(config, tmp_path / "summed")
+    finally:
+        dist.destroy_process_group()
+    alone, summed = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("alone", "summed"))
+    for expected, row in zip(alone, summed, strict=True):
+        assert {key: row[key] for key in ("loss", "m_loss", "grad_norm")} == {
+            key: expected[key] for key in ("loss", "m_loss", "grad_norm")
+        }
 
 
 def test_graphs_of_several_shapes_share_their_memory() -> None:
