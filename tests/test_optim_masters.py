@@ -121,6 +121,29 @@ def test_masters_follow_weights_that_are_loaded_and_come_out_of_a_pickle(cls: An
     assert all(back.state[p]["master"] is master for p, master in zip(own, back._masters))
 
 
+@BOTH
+@pytest.mark.parametrize("given", [False, True])
+def test_masters_follow_a_model_that_is_loaded_between_two_steps(cls: Any, given: bool) -> None:
+    """A roll-back: what was loaded is what is trained, and weights that were not keep what is not rounded."""
+    model, other = (nn.Linear(5, 3).bfloat16() for _ in range(2))
+    optimizer = cls(model.parameters(), lr=1e-3)
+    masters = [p.detach().float() for p in model.parameters()]
+    if given:
+        optimizer.set_masters(masters)
+    params = list(model.parameters())
+    run(optimizer, params, 3)
+    kept = [optimizer.state[p]["master"].clone() for p in params]
+    model.load_state_dict(model.state_dict())  # the same: nothing of the masters is lost
+    model.load_state_dict({"bias": other.bias}, strict=False)
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, params, 1, 3)
+    weight, bias = (optimizer.state[p]["master"] for p in params)
+    assert torch.equal(weight, kept[0])
+    assert not torch.equal(weight, model.weight.float())
+    assert torch.equal(bias, other.bias.float())
+    assert torch.equal(model.bias, other.bias)
+
+
 def test_a_master_that_a_plain_optimiser_has_carried_along_is_stale() -> None:
     params = parameters(torch.bfloat16)
     ours, theirs = FusedAdamW(params, lr=1e-2), torch.optim.AdamW(params, lr=1e-2)

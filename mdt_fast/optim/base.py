@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
-from .loading import check_copies, check_state, in_order, restore, tie_masters
+from .loading import check_copies, check_rate, check_state, follow, in_order, restore, tie_masters
 from .shards import laid_out, local, split
 
 NUMBERS = {2: "two", 3: "three"}
@@ -83,6 +83,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._decays: list[float] = []
         self._masters: list[Tensor] = []
         self._rates: dict[tuple[int, torch.dtype], tuple[float, Tensor]] = {}
+        self._versions: dict[int, int] = {}  # of bfloat16 parameters, by place, as the last step left them
         super().__init__(params, {**defaults, **self.fixed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -145,7 +146,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):
-                _check_rate(group["lr"])
+                check_rate(group["lr"])
         groups, squares = self._gather()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()
@@ -159,6 +160,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 last = number == len(batches) - 1
                 self._update(index, dtype, native, batch, self._of(steps, batch, last), norm)
         self._average_others({item.place for items in groups for item in items}, finite)
+        own = (item for items in groups for item in items if item.param.dtype == torch.bfloat16)
+        self._versions = {item.place: item.param._version for item in own}
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rates = {}
+        self._rates, self._versions = {}, {}
         if state.get("_masters"):  # unpickled: those of parameters that have a state are in it, too
             self._masters = [
                 self.state.get(p, {}).get("master", m) for m, p in zip(self._masters, self._all())
@@ -303,6 +306,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
             if p.dtype == torch.bfloat16 and "master" not in self.state[p]:
                 self.state[p]["master"] = self._master(item.place, p).detach().float()
+            elif self._versions.get(item.place, p._version) != p._version:  # written to since
+                follow(self.state[p]["master"], p)
             served.append(item)
         return served
 
@@ -378,7 +383,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if value.numel() != 1:
                     raise UserError(f"lr: a tensor of shape {list(value.shape)}, expected a single number")
             elif name == "lr":
-                _check_rate(value)
+                check_rate(value)
             elif not 0 <= value < math.inf:
                 raise UserError(f"{name}: must be at least 0 and finite, got {value}")
         betas = group["betas"]
@@ -393,8 +398,3 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, value in self.fixed.items():
             if name in self.refused and group.get(name, value) != value:
                 raise UserError(f"{name}: {group[name]} is not served, only {value}")
-
-
-def _check_rate(lr: float) -> None:
-    if not 0 <= lr <= torch.finfo(torch.float32).max:
-        raise UserError(f"lr: must be at least 0 and finite, got {lr}")

@@ -118,6 +118,17 @@ def tie_masters(
             master.copy_(p)
 
 
+def follow(master: Tensor, p: Tensor) -> None:
+    """Where ``p`` is not the rounding of its master any more it has been given other weights: those count."""
+    own, whole = local(p).detach(), local(master)
+    whole.copy_(torch.where(own == whole.to(own.dtype), whole, own.to(whole.dtype)))
+
+
+def check_rate(lr: float) -> None:
+    if not 0 <= lr <= torch.finfo(torch.float32).max:
+        raise UserError(f"lr: must be at least 0 and finite, got {lr}")
+
+
 def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
     ids = [i for group in loaded["param_groups"] for i in group["params"]]
     if len(ids) == len(params):  # if not, load_state_dict itself says so
