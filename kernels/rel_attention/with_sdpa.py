@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..checks import exporting, plain_only
 from . import reference
 from .call import Call
 
@@ -18,6 +19,9 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
+    if plain_only() and not exporting():
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no derivatives there, or not the bias's
+            return reference.rel_attention(q, k, v, table_RH, call)
     if not q.is_cuda:
         return reference.rel_attention(q, k, v, table_RH, call)
     return _pinned(q, k, v, table_RH, call)

@@ -213,3 +213,27 @@ def test_second_derivatives_are_refused_whatever_is_asked_for(cls: type[Transfor
         with pytest.raises(RuntimeError, match="there is no second derivative"):
             ask()
     assert torch.equal(torch.autograd.grad(loss, z, retain_graph=True)[0], slope)
+
+
+def test_an_ensemble_by_vmap_has_each_models_gradients() -> None:
+    models, (x, t, y) = [made(), made()], inputs()
+    for parameter in models[1].parameters():
+        parameter.data.mul_(1.1)
+    stacked, buffers = torch.func.stack_module_state(models)
+    base = made()
+
+    def outputs(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(base, (parameters, buffers), (x, t, y))
+        return result
+
+    found = torch.func.vmap(outputs, (0, 0, None))(stacked, buffers, x)
+    found.square().sum().backward()
+    for i, model in enumerate(models):
+        expected = model(x, t, y)
+        expected.square().sum().backward()
+        assert relative_error(found[i], expected) <= FLOAT32
+        for name, parameter in model.named_parameters():
+            if (
+                parameter.grad is not None and "attn.qkv.bias" not in name
+            ):  # of keys it is nothing but rounding
+                assert relative_error(stacked[name].grad[i], parameter.grad) <= 10 * FLOAT32, name
