@@ -121,6 +121,16 @@ class GraphedPasses:
             parameter.grad = gradient
 
 
+def hints(passes: Passes) -> list[str]:
+    """What would make the passes faster here."""
+    if passes.device.type != "cuda" or passes.sharded or passes.settings.cuda_graphs:
+        return []
+    return [
+        "hint: a step launches its kernels one by one, which may take longer than they do; --set "
+        "train.cuda_graphs=true launches them at once (an H200 at batch 32 took half the time)"
+    ]
+
+
 def passes_of(passes: Passes) -> Passes | GraphedPasses:
     """As ``train.cuda_graphs`` says; ``UserError`` where that cannot be."""
     if not passes.settings.cuda_graphs:

@@ -26,7 +26,7 @@ from .distributed import World, launched, warnings_of_launch
 from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, optimize
 from .parallelize import parallelize, replicas, rows_of, same_weights
-from .passes import GraphedPasses, Passes, passes_of
+from .passes import GraphedPasses, Passes, hints, passes_of
 from .saving import Saver
 from .settings import check_resumable, check_settings
 from .sinks import Sink, open_sinks
@@ -225,6 +225,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
         diffusion_steps=config.diffusion.diffusion_steps,
         min_snr_gamma=config.diffusion.min_snr_gamma,
     )
+    passes = Passes(model, diffusion, config.train, sharded, device, replicas(config.train, world))
     return Run(
         config=config, out=out, world=world, step=start.step if start else 0,
         images=images, first_stage=first_stage, rows=rows, device=device,
@@ -233,14 +234,12 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
             pinned=device.type == "cuda",
         ),
         model=model, sharded=sharded, masters=masters, ema=ema, optimizer=optimizer, loss_scale=loss_scale,
-        diffusion=diffusion, passes=passes_of(
-            Passes(model, diffusion, config.train, sharded, device, replicas(config.train, world))
-        ),
+        diffusion=diffusion, passes=passes_of(passes),
         saver=Saver(
             out, world, keep=config.train.keep, keep_every=config.train.keep_every,
             asynchronous=config.train.async_save,
         ),
-        start=start, notes=notes,
+        start=start, notes=notes + hints(passes),
     )  # fmt: skip
 
 

@@ -72,6 +72,16 @@ def test_refusals(tmp_path: Path) -> None:
         passes.passes_of(made)
 
 
+def test_graphs_are_hinted_at_where_they_go_and_are_not() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for graphs, sharded, device, hinted in (
+        (False, False, gpu, True), (True, False, gpu, False), (False, True, gpu, False),
+        (False, False, cpu, False),
+    ):  # fmt: skip
+        made = passes.Passes(None, None, tiny(cuda_graphs=graphs).train, sharded, device)  # type: ignore[arg-type]
+        assert [hint.startswith("hint: ") for hint in passes.hints(made)] == [True] * hinted
+
+
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_passes_in_turn_have_the_same_gradients(family: str, accumulate: int) -> None:
