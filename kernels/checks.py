@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .last import of_the_last
+
 FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
 """What is computed with; float8 only holds numbers."""
 
@@ -72,9 +74,14 @@ def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
         raise ValueError(f"{name}: on {ids.device}, but the tokens are on {like.device}")
     # Reading the values of a CUDA tensor would wait for the device.
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-        low, top = int(ids.min()), int(ids.max())
-        if low < 0 or top >= high:
-            raise ValueError(f"{name}: values {low}..{top}, allowed are 0..{high - 1}")
+        _within(name, ids, high)
+
+
+@of_the_last
+def _within(name: str, ids: Tensor, high: int) -> None:
+    low, top = int(ids.min()), int(ids.max())
+    if low < 0 or top >= high:
+        raise ValueError(f"{name}: values {low}..{top}, allowed are 0..{high - 1}")
 
 
 def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
@@ -86,11 +93,16 @@ def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
             f"expected torch.int32 [B + 1] on {rows.device}"
         )
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        if offsets[0] != 0 or offsets[-1] != rows.shape[0]:
-            first, last = int(offsets[0]), int(offsets[-1])
-            raise ValueError(f"{name}: runs from {first} to {last}, expected 0 to {rows.shape[0]} (rows)")
-        if (offsets.diff() < 0).any():
-            raise ValueError(f"{name}: is not ascending")
+        _ascending(name, offsets, rows.shape[0])
+
+
+@of_the_last
+def _ascending(name: str, offsets: Tensor, rows: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != rows:
+        first, last = int(offsets[0]), int(offsets[-1])
+        raise ValueError(f"{name}: runs from {first} to {last}, expected 0 to {rows} (rows)")
+    if (offsets.diff() < 0).any():
+        raise ValueError(f"{name}: is not ascending")
 
 
 def whole(value: Any) -> Any:

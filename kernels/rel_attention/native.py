@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import cast
+from ..last import of_the_last
 from ..native import CPU
 from .call import Call, Side
 from .reference import center, coordinates
@@ -63,25 +64,30 @@ def _rest(table_TH: Tensor | None, call: Call) -> tuple[Any, ...]:
     """The places of queries and keys, whose sums are rows of the table from its last one; offsets; scale."""
     places: tuple[Tensor | None, Tensor | None] = None, None
     if table_TH is not None:
-        G, last = call.grid_size, len(table_TH) - 1
-        places = _places(call.queries, G, last), _places(call.keys, G)
+        places = _places(call, call.grid_size, len(table_TH) - 1)
     return *places, call.queries.offsets, call.keys.offsets, call.scale
 
 
-def _places(side: Side, G: int, last: int | None = None) -> Tensor:
-    """int32 [B, length], or [1, R] with offsets; of queries, with the table's ``last`` row."""
+def _places(call: Call, G: int, last: int) -> tuple[Tensor, Tensor]:
+    """Of queries, which bring the table's ``last`` row, and of keys."""
+    of_queries, of_keys = _placed(call.queries.pos, call.keys.pos, G, last)
+    return _laid_out(of_queries, call.queries), _laid_out(of_keys, call.keys)
+
+
+def _laid_out(places: Tensor, side: Side) -> Tensor:
+    """int32 [B, length], or [1, R] with offsets."""
     if side.pos is None:
-        return _whole(G, last).expand(side.batch, -1)
-    places = _placed(side.pos, G, last)
+        return places.expand(side.batch, -1)
     return places if side.offsets is None else places[None]
 
 
-def _placed(positions: Tensor, G: int, last: int | None) -> Tensor:
-    u = coordinates(positions, G)
-    return (u if last is None else last - center(G) - u).int()
+@of_the_last
+def _placed(q_pos: Tensor | None, k_pos: Tensor | None, G: int, last: int) -> tuple[Tensor, Tensor]:
+    """None: all positions of a grid in order."""
+    u, v = (_whole(G) if pos is None else coordinates(pos, G) for pos in (q_pos, k_pos))
+    return (last - center(G) - u).int(), v.int()
 
 
 @cache
-def _whole(G: int, last: int | None) -> Tensor:
-    """Of all positions of a grid in order."""
-    return _placed(torch.arange(G * G, device="cpu"), G, last)
+def _whole(G: int) -> Tensor:
+    return coordinates(torch.arange(G * G, device="cpu"), G)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..last import of_the_last
 from . import backends
 from .call import Call, Side
 from .config import BIAS_FORMS, MAX_GRID, TABLE_GRADS, BiasForm, TableGrad
@@ -208,7 +209,7 @@ def _side(
         checks.offsets(names.offsets, offsets, x)
         batch = len(offsets) - 1
         if not looking:
-            most = int(offsets.diff().max()) if batch else 0
+            most = _longest(offsets) if batch else 0
             if longest is not None and longest < most:
                 raise ValueError(
                     f"{names.longest}: got {longest}, but {names.offsets} has a sample of {most}"
@@ -235,6 +236,12 @@ def _side(
     return Side(pos=pos, offsets=offsets, length=length, batch=batch)
 
 
+@of_the_last
+def _longest(offsets: Tensor) -> int:
+    return int(offsets.diff().max())
+
+
+@of_the_last
 def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None, positions: int) -> None:
     if offsets is None:
         samples = torch.arange(len(pos), device=pos.device)[:, None]
