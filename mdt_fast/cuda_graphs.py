@@ -67,7 +67,8 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.warmed_up()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # Other threads load images, write checkpoints and watch NCCL meanwhile: that is no error.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             output = self.function(*inputs)
         return graph, inputs, output
 
