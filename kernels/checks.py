@@ -33,9 +33,16 @@ def _fits(shape: torch.Size, sizes: tuple[int | str, ...]) -> bool:
     if len(shape) != len(sizes):
         return False
     for n, s in zip(shape, sizes, strict=True):  # noqa: SIM110 - a generator takes longer
-        if not isinstance(s, str) and n != s:
+        if isinstance(s, int) and n != s:
             return False
     return True
+
+
+def width(name: str, x: Tensor) -> int:
+    """How many numbers a row of ``x`` has, which is [..., D]."""
+    if not x.ndim:
+        raise ValueError(f"{name}: shape [], expected [..., D]")
+    return x.shape[-1]
 
 
 def floating(name: str, x: Tensor) -> None:

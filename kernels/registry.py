@@ -97,30 +97,50 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ctx = _ReadOnce(ctx) if again else ctx
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not again:
             return results
         several = results if isinstance(results, tuple) else (results,)
         given = [x for x in several if isinstance(x, Tensor)]
         # Of what they follow from, too: autograd looks at nothing that the inputs asked for do not reach.
-        sources = [x for x in (*ctx.saved_tensors, *gradients) if isinstance(x, Tensor)]
-        once_alone = iter(_OnceAlone.apply(len(given), *given, *sources))
+        sources = [x for x in (*ctx.saved_tensors, *gradients) if isinstance(x, Tensor) and x.requires_grad]
+        once_alone = iter(_OnceAlone.apply(len(given), *(sources or [_nowhere()]), *given))
         return tuple(next(once_alone) if isinstance(x, Tensor) else x for x in several)
 
     return run
 
 
+class _ReadOnce:
+    """A context of autograd whose saved tensors are asked for once, as checkpointing has it."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._ctx, name)
+        if name == "saved_tensors":
+            self.saved_tensors = value
+        return value
+
+
 class _OnceAlone(torch.autograd.Function):
-    """The first ``number`` tensors, which all of them would be differentiated for."""
+    """The last ``number`` tensors, which all of them would be differentiated for."""
 
     @staticmethod
     def forward(ctx: Any, number: int, *tensors: Tensor) -> Any:
-        return tuple(x.detach() for x in tensors[:number])
+        return tuple(x.detach() for x in tensors[len(tensors) - number :])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError("mdt_fast: there is no second derivative of its kernels")
+
+
+def _nowhere() -> Tensor:
+    """A tensor whose gradient may be asked for, of whom nobody knows."""
+    return torch.empty(0, requires_grad=True)
 
 
 class _Nothing:

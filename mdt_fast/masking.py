@@ -66,7 +66,7 @@ class MaskPlan:
         is ordered by token number. Raises ``UserError`` for a noise that is not [B, L] or has NaN (on
         the CPU), and for a ``len_keep`` that is no whole number in 0..L.
         """
-        if isinstance(len_keep, bool) or not hasattr(len_keep, "__index__"):
+        if isinstance(len_keep, bool | float):
             raise UserError(f"len_keep: got {len_keep!r}, allowed are whole numbers")
         if noise.ndim != 2 or not noise.is_floating_point():
             raise UserError(f"noise: expected floats [batch, tokens], got {noise.dtype} {list(noise.shape)}")

@@ -110,6 +110,19 @@ def test_another_familys_shape_brings_its_objective(
         assert f"  {key}: {'null' if value is None else value}\n" in printed
 
 
+@pytest.mark.parametrize("way", ["config", "set"])
+def test_a_family_that_is_named_as_well_changes_nothing(
+    way: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text("model: {family: dit}\n")
+    named = {"config": f"--config={tmp_path / 'c.yaml'}", "set": "--set=model.family=dit"}[way]
+    options = ["--preset=digits", "--model=DiT_S_2", named, "--dry-run"]
+    assert main(["train", f"--out={tmp_path / 'x'}", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "  min_snr_gamma: null\n" in printed
+    assert "  mask_ratio: null\n" in printed
+
+
 def test_what_is_set_by_hand_wins_over_the_familys(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

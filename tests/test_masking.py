@@ -70,3 +70,13 @@ def test_all_numbers_of_kept_tokens(tokens: int, ratio: float) -> None:
     assert drawn <= known
     assert len(known - drawn) <= 1  # the lower end itself has no probability
     assert len(len_keeps(256, 0.3)) == 52
+
+
+def test_lengths_follow_each_other_in_one_graph() -> None:
+    """On a device whose numbers nobody reads; the second length makes it any."""
+    torch._dynamo.reset()
+    plan = torch.compile(
+        lambda noise, K: MaskPlan.from_noise(noise, K).ids_keep, fullgraph=True, backend="eager"
+    )
+    noise = torch.rand(2, 9, device="meta")
+    assert [plan(noise, K).shape[1] for K in (5, 6, 7)] == [5, 6, 7]

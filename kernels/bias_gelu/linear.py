@@ -34,7 +34,7 @@ def gelu_linear(
     do not fit.
     """
     checks.floating("x", x)
-    features = x.shape[-1] if x.ndim else "F"
+    features = checks.width("x", x)
     checks.shape("bias_F", bias_F, features)
     checks.floating_on("bias_F", bias_F, x)
     checks.shape("weight", weight_OF, "O", features)

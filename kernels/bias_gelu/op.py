@@ -18,7 +18,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """
     checks.floating("x", x)
     checks.floating_on("bias", bias, x)
-    checks.shape("bias", bias, x.shape[-1] if x.ndim else "F")
+    checks.shape("bias", bias, checks.width("x", x))
     if not (uses_triton(x) or uses_csrc(x, bias)):
         return reference.bias_gelu(x, bias)
     return as_before(bias_gelu_fwd(as_rows(x), bias.contiguous()), x)

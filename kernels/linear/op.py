@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     layer). Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
-    checks.shape("weight", weight, "O", x.shape[-1] if x.ndim else "D")
+    checks.shape("weight", weight, "O", checks.width("x", x))
     dtype = checks.layer(x, weight, bias)
     if x.is_cuda and not checks.plain_only():
         return as_before(applied(Linear, in_rows(x), weight, bias, dtype), x)
@@ -70,15 +70,15 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, dtype):  # type: ignore[no-untyped-def]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        x, weight = checks.cast(x, dtype), checks.cast(weight, dtype)
+        own, x, weight = weight, checks.cast(x, dtype), checks.cast(weight, dtype)
         bias = None if bias is None else checks.cast(bias, dtype)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, own)  # the last for who asks for a second derivative, and is refused
         return product(x, weight, bias)
 
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, weight), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, weight, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
         dx = input_gradient(dout, weight).to(x_dtype) if needs[0] else None
         dweight = weight_gradient(dout, x, weight_dtype) if needs[1] else None

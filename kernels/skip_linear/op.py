@@ -16,10 +16,9 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
-    if not x.ndim:
-        raise ValueError("x: shape [], expected [..., D]")
+    width = checks.width("x", x)
     checks.shape("skip", skip, *x.shape)
-    checks.shape("weight", weight, "O", 2 * x.shape[-1])
+    checks.shape("weight", weight, "O", 2 * width)
     checks.shape("bias", bias, weight.shape[0])
     _check_dtypes(x, skip=skip, weight=weight, bias=bias)
     # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.

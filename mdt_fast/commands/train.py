@@ -79,10 +79,10 @@ def train_config(args: argparse.Namespace) -> RunConfig:
         values = to_dict(read_saved_config(begun))
     else:
         values = to_dict(_preset(args, name, given))
-    by_hand = set_by_hand(args, given, values)
+    by_hand, family = set_by_hand(args, given, values), values["model"]["family"]
     put(values, by_hand)
     if start is None or args.model is not None:
-        _fit_model_to_data(values, args, by_hand)
+        _fit_model_to_data(values, args, by_hand, family)
         put(values, by_hand)  # what was set by hand wins over what follows from the data
     return from_dict(RunConfig, values)
 
@@ -160,10 +160,13 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
         return section, key, word
 
 
-def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand: Settings) -> None:
-    """Size, channels and classes follow from the data; ``--model`` names a published shape."""
+def _fit_model_to_data(
+    values: dict[str, Any], args: argparse.Namespace, by_hand: Settings, family: str
+) -> None:
+    """Size, channels and classes follow from the data; ``--model`` names a published shape. ``family``: that
+    of the preset, or of the run that goes on."""
     if args.model is not None:
-        _give_shape(values, args.model)
+        _give_shape(values, args.model, family)
     fit_to_encoded(values)
     put(values, by_hand)
     images = open_images(from_dict(DataConfig, values["data"], "data"))
@@ -175,9 +178,10 @@ def _fit_model_to_data(values: dict[str, Any], args: argparse.Namespace, by_hand
         values["sample"].update(cfg_scale=1.0)
 
 
-def _give_shape(values: dict[str, Any], name: str) -> None:
-    """A factory's shape; where it is of another family, too, what makes its objective and guidance."""
-    before, (family, shape) = values["model"]["family"], zoo.shape_of(name)
+def _give_shape(values: dict[str, Any], name: str, before: str) -> None:
+    """A factory's shape; where the family is not the one before, too, what makes its objective and
+    guidance."""
+    family, shape = zoo.shape_of(name)
     size = name.split("_")[1]
     values["model"].update(family=family, **shape, decode_layer=decode_layer(family, size))
     if family == before:

@@ -90,8 +90,8 @@ def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
             else "only MDT and MDTv2 have a masked pass; for others there is training_losses"
         )
         raise UserError(f"model: a {type(model).__name__} has no training_step_outputs; {advice}")
-    owners = [_owner(type(model), name) for name in ("forward", "training_step_outputs")]
-    if None not in owners and owners[0] is not owners[1] and issubclass(*owners):
+    forward, both = (_owner(type(model), name) for name in ("forward", "training_step_outputs"))
+    if forward < both:
         raise UserError(
             f"model: a {type(model).__name__} has a forward of its own, which its training_step_outputs does "
             "not call; give it that, too, or take training_losses twice"
@@ -101,9 +101,9 @@ def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
         raise UserError(f"y: expected the labels [{len(x_start)}] themselves, got {got}")
 
 
-def _owner(cls: type, name: str) -> Any:
-    """The class that a method of ``cls`` comes from."""
-    return next((owner for owner in cls.__mro__ if name in vars(owner)), None)
+def _owner(cls: type, name: str) -> int:
+    """The place, among ``cls`` and its bases, of the one that a method comes from; 0: of no class."""
+    return next((place for place, owner in enumerate(cls.__mro__) if name in vars(owner)), 0)
 
 
 def _as_it_is(y: Tensor) -> Tensor:

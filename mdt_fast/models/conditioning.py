@@ -40,8 +40,9 @@ def conditioning(c: Tensor, blocks: Sequence[Block], *, batched: bool) -> Condit
     activated = F.silu(c)
     if not batched or not blocks:
         return Conditioning(c, activated)
-    layers = [block.adaLN_modulation[-1] for block in blocks]
-    if not all(takes_activated(block.adaLN_modulation) for block in blocks) or not all(map(is_plain, layers)):
+    plain = all(takes_activated(block.adaLN_modulation) for block in blocks)
+    layers = [block.adaLN_modulation[-1] for block in blocks] if plain else []
+    if not layers or not all(map(is_plain, layers)):
         raise UserError("switches: batched_adaln needs plain linear layers (no float8, adapters or hooks)")
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     parts = F.linear(activated, weight, bias).chunk(len(layers), dim=1)

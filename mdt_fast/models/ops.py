@@ -52,8 +52,8 @@ def takes_activated(modulation: nn.Module | None) -> bool:
     """Whether ``modulation`` is SiLU and a layer, so that what conditions can be activated once for all."""
     if modulation is None:  # of a module in a block's place
         return True
-    parts = vars(modulation)["_modules"]
-    return is_itself(modulation, nn.Sequential) and len(parts) == 2 and is_itself(parts["0"], nn.SiLU)
+    parts = [*vars(modulation)["_modules"].values()]
+    return is_itself(modulation, nn.Sequential) and len(parts) == 2 and is_itself(parts[0], nn.SiLU)
 
 
 def modulation_from(modulation: nn.Module, c: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ def modulation_from(modulation: nn.Module, c: Tensor) -> Tensor:
     if not takes_activated(modulation):
         result: Tensor = modulation(c)
         return result
-    return apply_linear(vars(modulation)["_modules"]["1"], c)
+    _, layer = vars(modulation)["_modules"].values()
+    return apply_linear(layer, c)
 
 
 def _is_readable(weight: Tensor) -> bool:

@@ -38,7 +38,8 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     if not ours.__module__.startswith(f"{__package__}."):
         return False
     modulated: list[Any] = [*model.every_block(), model.final_layer]
-    return all(takes_activated(module.adaLN_modulation) for module in modulated)
+    own = [getattr(module, "adaLN_modulation", None) for module in modulated]
+    return None not in own and all(map(takes_activated, own))
 
 
 def guided_pass(

@@ -141,7 +141,9 @@ def _remarks(
     if len(classes) < config.model.num_classes:
         yield (
             f"the data has {len(classes)} classes, the weights {config.model.num_classes}: the first rows of "
-            f"the label table are theirs; --set model.num_classes={len(classes)} begins it anew"
+            "the label table are theirs"
+            + f"; --set model.num_classes={len(classes)} begins it anew"
+            * (packed is None)
         )
     if files.step >= config.train.steps:
         yield f"train.steps is {config.train.steps}: pass --steps N with a larger one to train on"

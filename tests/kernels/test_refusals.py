@@ -25,6 +25,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.skip_linear(R(3, 2), R(3, 2), R(5, 4), None),  # type: ignore[arg-type]
         "bias: got NoneType, allowed is a tensor",
     ),
+    **{
+        f"no row for {name}": (call, "x: shape [], expected [..., D]")
+        for name, call in {
+            "linear": lambda: kernels.linear(R(()), R(2, 3)),
+            "bias_gelu": lambda: kernels.bias_gelu(R(()), R(3)),
+            "gelu_linear": lambda: kernels.gelu_linear(R(()), R(3), R(2, 3)),
+            "skip_linear": lambda: kernels.skip_linear(R(()), R(()), R(2, 6), R(2)),
+        }.items()
+    },
     "float8 rows": (lambda: kernels.sum_rows(F8[0]), FLOATS),
     "float8 norm": (lambda: kernels.ln_modulate(F8, R(2, 4), R(2, 4)), FLOATS),
     "no width": (lambda: kernels.ln_modulate(R(2, 3, 0), R(2, 0), R(2, 0)), WIDTH),

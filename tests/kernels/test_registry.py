@@ -18,6 +18,7 @@ from mdt_fast.kernels import (
     rel_attention,
     rel_attention_qkvpacked,
 )
+from mdt_fast.kernels.linear.op import Linear
 from mdt_fast.kernels.registry import Op, applied, on_their_device, registered
 
 CALLS: list[str] = []
@@ -164,6 +165,33 @@ def test_no_second_derivative_of_any_room(op: str) -> None:
     (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         (out.sum() + gradient.square().sum()).backward()
+
+
+def test_a_second_derivative_of_what_was_cast_is_no_constant() -> None:
+    """Under autocast a GPU's product saves roundings of its inputs, which know nothing of them."""
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    out = Linear.apply(x, weight, None, torch.bfloat16)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    for ask in (
+        lambda: (slope.square().sum() + weight.square().sum()).backward(retain_graph=True),
+        lambda: torch.autograd.grad(slope.square().sum() + weight.square().sum(), weight),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            ask()
+
+
+def test_saved_tensors_are_unpacked_once() -> None:
+    x, weight, bias = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8), torch.zeros(8)
+    unpacked: list[int] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        unpacked.append(id(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        out = gelu_linear(x, bias, weight)
+    torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert len(unpacked) == len(set(unpacked)) > 0
 
 
 def test_attention_whose_output_has_no_gradient() -> None:

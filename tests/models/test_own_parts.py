@@ -1,5 +1,6 @@
 """Hooks, subclasses and modules of one's own in a model: what they do is done, whatever is fused."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, create_diffusion, sample
-from mdt_fast.config import SampleSwitches
+from mdt_fast.config import SampleSwitches, Switches
 from mdt_fast.errors import UserError
 from mdt_fast.models import Transformer
 from mdt_fast.reference import MDTv2 as ReferenceMDTv2
@@ -145,6 +146,37 @@ def test_what_stands_on_the_embedder_does_not_depend_on_the_batch() -> None:
     assert relative_error(model(x, t, y), torch.cat(alone)) <= FLOAT32
 
 
+def test_names_of_a_modulations_parts_do_not_matter() -> None:
+    model, other = made(), made()
+    for block in model.every_block():
+        activation, layer = block.adaLN_modulation
+        block.adaLN_modulation = nn.Sequential(OrderedDict(act=activation, lin=layer))
+    assert all(torch.equal(a, b) for a, b in zip(passes(model), passes(other), strict=True))
+    model.set_switches(Switches(batched_adaln=True))
+    assert relative_error(model(*inputs()), other(*inputs())) <= FLOAT32
+    model.de_blocks[0].adaLN_modulation = Adapted(model.de_blocks[0].adaLN_modulation)
+    with pytest.raises(UserError, match="switches: batched_adaln needs plain linear layers"):
+        model(*inputs())
+
+
+class Forwarded(nn.Module):
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args: Any) -> Tensor:
+        result: Tensor = self.inside(*args)
+        return result
+
+
+def test_a_module_in_the_last_layers_place_is_sampled_with() -> None:
+    model, config = made(), SampleConfig(steps=3)
+    before = sample(model, DiffusionConfig(), [1, 2], config, clip_denoised=False)
+    model.final_layer = Forwarded(model.final_layer)
+    after = sample(model, DiffusionConfig(), [1, 2], config, clip_denoised=False)
+    assert relative_error(after, before) <= 10 * FLOAT32
+
+
 class ZeroDiT(DiT):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return 0 * super().forward(*args, **kwargs)
@@ -153,6 +185,15 @@ class ZeroDiT(DiT):
 class ZeroMDT(MDTv2):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return 0 * super().forward(*args, **kwargs)
+
+
+class Silent:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(1)
+
+
+class MixedMDT(Silent, MDTv2):  # type: ignore[misc]
+    pass
 
 
 def test_a_subclass_has_its_own_forward_in_sampling_and_training() -> None:
@@ -165,6 +206,8 @@ def test_a_subclass_has_its_own_forward_in_sampling_and_training() -> None:
     x, _, y = inputs()
     with pytest.raises(UserError, match=r"model: a ZeroMDT has a forward of its own, .* give it that, too"):
         diffusion.two_pass_losses(made(ZeroMDT), x, torch.zeros(4).long(), y)
+    with pytest.raises(UserError, match=r"model: a MixedMDT has a forward of its own"):
+        diffusion.two_pass_losses(made(MixedMDT), x, torch.zeros(4).long(), y)
     assert diffusion.two_pass_losses(made(plain), x, torch.zeros(4).long(), y)["loss"].shape == (4,)
 
 
@@ -213,6 +256,19 @@ def test_second_derivatives_are_refused_whatever_is_asked_for(cls: type[Transfor
         with pytest.raises(RuntimeError, match="there is no second derivative"):
             ask()
     assert torch.equal(torch.autograd.grad(loss, z, retain_graph=True)[0], slope)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_a_first_derivative_that_may_be_differentiated_goes_with_checkpointing(checkpointing: str) -> None:
+    slopes = []
+    for mode in ("none", checkpointing):
+        model, (x, t, y) = made(), inputs()
+        model.set_checkpointing(mode)
+        z = x.clone().requires_grad_()
+        slopes.append(torch.autograd.grad(model(z, t, y).sum(), z, create_graph=True)[0])
+    assert relative_error(slopes[1].detach(), slopes[0].detach()) <= FLOAT32
+    with pytest.raises(RuntimeError, match="there is no second derivative"):
+        slopes[1].square().sum().backward()
 
 
 def test_an_ensemble_by_vmap_has_each_models_gradients() -> None:

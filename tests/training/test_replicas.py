@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.models.zoo import build_model
-from mdt_fast.training import passes
+from mdt_fast.training import passes, run
+from mdt_fast.training.distributed import World
 from mdt_fast.training.objective import draw
 from mdt_fast.training.parallelize import ALONE_BYTES, BUCKET_BYTES, same_weights, sum_gradients
 from ranks import spawn
@@ -84,12 +85,26 @@ def step(rows: slice, replicas: int, graphed: bool, changes: dict[str, Any]) -> 
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def prepare_as_another(rank: int, folder: Path) -> None:
+    """A replica that begins otherwise, by another library say, has the first one's weights."""
+    derive = run.derive_seed
+    run.derive_seed = lambda *parts: derive(*parts) + rank
+    world = World(rank, 2, rank, 2, dist.group.WORLD, dist.group.WORLD)
+    config = tiny(parallel="ddp", batch_size=8)
+    weights = run.prepare(config, folder / "run", None, world).model.state_dict()
+    run.derive_seed = derive
+    everyones: list[Any] = [None, None]
+    dist.all_gather_object(everyones, weights)
+    assert all(torch.equal(everyones[0][name], everyones[1][name]) for name in weights)
+
+
 CHANGES: tuple[dict[str, Any], ...] = ({}, {"passes": "in_turn"})
 
 
 def work_of_two(rank: int, folder: Path) -> None:
     """Gradients are summed where they lie; a step's are the same bits on both, as graphs and without."""
     sum_by_two(rank)
+    prepare_as_another(rank, folder)
     passes.Graphed = Replayed  # type: ignore[assignment,misc]
     rows, found = slice(4 * rank, 4 * rank + 4), []
     for changes in CHANGES:
