@@ -9,7 +9,11 @@ from torch.distributions import Normal, kl_divergence
 
 from golden_files import load, meta
 from mdt_fast.diffusion import GaussianDiffusion, create_diffusion
-from mdt_fast.diffusion.loss import discretized_gaussian_log_likelihood, min_snr_weight
+from mdt_fast.diffusion.loss import (
+    discretized_gaussian_log_likelihood,
+    losses_from_output,
+    min_snr_weight,
+)
 from mdt_fast.errors import UserError
 from tolerances import FLOAT32, relative_error
 
@@ -192,6 +196,10 @@ def test_half_outputs_are_losses_in_float32(dtype: torch.dtype, loss_type: dict[
         for given in (output.detach(), output.detach().float())
     ]
     assert all(torch.equal(p[0][name], p[1][name]) for name in p[1])
+    halves = [a.detach().to(dtype) for a in (output, x, x + noise)]
+    ours = losses_from_output(diffusion, *halves, t, noise.to(dtype))
+    floats = losses_from_output(diffusion, *(a.float() for a in halves), t, noise.to(dtype).float())
+    assert all(torch.equal(ours[name], floats[name]) for name in floats)
 
 
 def test_min_snr_weight() -> None:
