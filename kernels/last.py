@@ -9,40 +9,45 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .registry import PLAIN
+from .registry import PLAIN, modes
 
 R = TypeVar("R")
 
 
 def of_the_last(function: Callable[..., R]) -> Callable[..., R]:
     """``function`` of tensors, numbers and names, not called again with what it was last called with, unless
-    a tensor was written to since (by ``.data`` or a NumPy array of its memory is not seen). What it raises is
-    not kept."""
+    a tensor was written to since (by ``.data`` or a NumPy array of its memory is not seen). The answer goes
+    with the first of the tensors that does; what is raised is not kept, nor what a dispatch mode looks at,
+    such as checkpointing, which has to see the same operations twice."""
     last: tuple[tuple[Any, ...], Any] | None = None
+
+    def forget(_: Any) -> None:
+        nonlocal last
+        last = None
+
+    def noted(arg: Any) -> Any:
+        return (weakref.ref(arg, forget), arg._version) if isinstance(arg, Tensor) else arg
 
     @wraps(function)
     def run(*args: Any) -> R:
         nonlocal last
         if torch.compiler.is_compiling() or not _can_be_noted(args):
             return function(*args)
-        if last is not None and all(map(_is_noted, last[0], args)):
-            known: R = last[1]
+        kept = last  # another thread may forget it
+        if kept is not None and all(map(_is_noted, kept[0], args)):
+            known: R = kept[1]
             return known
         result = function(*args)
-        last = tuple(map(_noted, args)), result
+        last = tuple(map(noted, args)), result
         return result
 
     return run
 
 
 def _can_be_noted(args: tuple[Any, ...]) -> bool:
-    if torch.is_inference_mode_enabled():  # what is made there is of no use outside
+    if torch.is_inference_mode_enabled() or modes():  # what is made in the first is of no use outside
         return False
     return all(type(arg) in PLAIN and not arg.is_inference() for arg in args if isinstance(arg, Tensor))
-
-
-def _noted(arg: Any) -> Any:
-    return (weakref.ref(arg), arg._version) if isinstance(arg, Tensor) else arg
 
 
 def _is_noted(noted: Any, arg: Any) -> bool:

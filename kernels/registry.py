@@ -21,7 +21,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 _FUNC, _VMAP, _TRACER = map(
     torch._C._dispatch_key_parse, ("FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")
 )
-_included, _modes = torch._C._dispatch_tls_is_dispatch_key_included, torch._C._len_torch_dispatch_stack
+_included, modes = torch._C._dispatch_tls_is_dispatch_key_included, torch._C._len_torch_dispatch_stack
 
 
 class Op(Generic[R]):
@@ -161,7 +161,7 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 def watched(args: tuple[Any, ...]) -> bool:
     """Whether anything looks at operators here, or memory does not hold the numbers: a dispatch mode, a
     transform of torch.func, a tracer, a subclass, the meta device, a lazy sign."""
-    if _modes() or _included(_FUNC) or _included(_VMAP) or _included(_TRACER):
+    if modes() or _included(_FUNC) or _included(_VMAP) or _included(_TRACER):
         return True
     for arg in args:
         if type(arg) in PLAIN:

@@ -1,11 +1,13 @@
 """Answers that are kept for the tensors that were last asked about: given again, and only where they hold."""
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdt_fast.kernels import checks
 from mdt_fast.kernels.last import of_the_last
@@ -58,6 +60,45 @@ def test_nothing_is_kept_alive_nor_taken_for_what_is_gone() -> None:
         del x
         gc.collect()
     assert len(calls) == 50
+
+
+def test_an_answer_goes_with_its_tensors() -> None:
+    made: list[Any] = []
+
+    @of_the_last
+    def doubled(x: Tensor, y: Tensor) -> Tensor:
+        result = 2 * x
+        made.append(weakref.ref(result))
+        return result
+
+    x, y = torch.arange(4), torch.ones(1)
+    doubled(x, y)
+    gc.collect()
+    assert made[-1]() is not None
+    del y
+    gc.collect()
+    assert made[-1]() is None
+    y = torch.ones(1)
+    assert doubled(x, y).tolist() == [0, 2, 4, 6]
+    doubled(torch.arange(3), y)  # whose tensors were kept by nobody
+    assert made[-1]() is None
+    doubled(x, y)
+    assert made[-1]() is not None
+
+
+def test_what_looks_at_operations_sees_them_each_time() -> None:
+    ids, rows, seen = torch.tensor([[0, 5]]), torch.randn(2, 1), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    checks.token_ids("ids", ids, 6, rows)
+    for _ in range(2):
+        with Watching():
+            checks.token_ids("ids", ids, 6, rows)
+    assert seen.count(torch.ops.aten.min.default) == 2
 
 
 def test_errors_and_inference_tensors_are_not_kept() -> None:

@@ -86,8 +86,8 @@ def test_another_runs_checkpoint_starts_a_new_run_from_it(tmp_path: Path) -> Non
 
 def test_settings_that_decide_the_numbers_cannot_change(tmp_path: Path) -> None:
     train(tiny(steps=4), tmp_path / "run")
-    with pytest.raises(UserError, match=r"train.lr: cannot change.* has 0\.\d+, got 0\.5"):
-        train(tiny(lr=0.5), tmp_path / "run", resume="auto")
+    with pytest.raises(UserError, match=r"train.weight_decay: cannot change.* has 0\.0, got 0\.5"):
+        train(tiny(weight_decay=0.5), tmp_path / "run", resume="auto")
     assert latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_0000004"
 
 
