@@ -41,7 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, stand in (
         ("graph_pool_handle", lambda: POOL), ("Stream", Stand), ("current_stream", Stand),
         ("stream", nullcontext), ("device", nullcontext), ("CUDAGraph", Stand), ("current_device", lambda: 0),
-        ("graph", lambda graph, **how: nullcontext()), ("empty_cache", lambda: done.append("empty")),
+        ("graph", lambda graph, pool, stream, capture_error_mode: nullcontext()),
+        ("empty_cache", lambda: done.append("empty")),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand)
     for name in ("beginAllocateCurrentThreadToPool", "endAllocateToPool", "releasePool"):

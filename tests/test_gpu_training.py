@@ -18,6 +18,9 @@ from measure import pool_bytes
 from tiny import LEAN, tiny
 
 pytestmark = pytest.mark.gpu
+LEAN_BY_CSRC = pytest.param(
+    LEAN, marks=pytest.mark.skipif(not library("cuda"), reason="csrc is not built for CUDA")
+)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +32,7 @@ pytestmark = pytest.mark.gpu
         {"dtype": "bfloat16", "checkpointing": "selective"},
         {"dtype": "bfloat16", "compile": "block"},
         {"dtype": "bfloat16", "passes": "in_turn"},
-        pytest.param(
-            LEAN, marks=pytest.mark.skipif(not library("cuda"), reason="csrc is not built for CUDA")
-        ),
+        LEAN_BY_CSRC,
     ],
     ids=str,
 )
@@ -65,9 +66,7 @@ def test_graphs_train_to_the_same_numbers(
     [
         {"dtype": "bfloat16"},
         {"dtype": "float16", "accumulate": 2},
-        pytest.param(
-            LEAN, marks=pytest.mark.skipif(not library("cuda"), reason="csrc is not built for CUDA")
-        ),
+        LEAN_BY_CSRC,
     ],
     ids=str,
 )

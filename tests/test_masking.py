@@ -47,7 +47,7 @@ def test_lengths_at_256_tokens() -> None:
     [
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), 5), "len_keep: got 5, allowed are 0..4"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), -1), "len_keep: got -1"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, allowed are whole numbers"),  # type: ignore[arg-type]
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, allowed are whole numbers"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, allowed are whole"),
         (lambda: MaskPlan.from_noise(torch.rand(4), 2), r"noise: expected floats \[batch, tokens\]"),
         (lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2), "noise: expected floats"),

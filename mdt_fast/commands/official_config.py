@@ -51,17 +51,20 @@ def official_config(
     put(values, by_hand)
     dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
     shape["num_classes"] = rows - dropped
-    if hand.get(("model", "num_classes"), rows - dropped) != rows - dropped and packed is None:
-        shape["num_classes"] = hand["model", "num_classes"]
+    wanted = hand.get(("model", "num_classes"), rows - dropped)
+    if wanted != rows - dropped and packed is None:
+        shape["num_classes"] = wanted
+        but = ", but for the null class" if dropped else ""
         notes.append(
-            f"model.num_classes: {shape['num_classes']}, the weights have {rows - dropped}: the label table "
-            "begins anew" + ", but for the null class" * dropped
+            f"model.num_classes: {wanted}, the weights have {rows - dropped}: the label table begins "
+            f"anew{but}"
         )
     for key, value in shape.items():
         if hand.get(("model", key), value) != value:
+            others = "; without the optimiser's state there may be others" if key == "num_classes" else ""
             raise UserError(
-                f"model.{key}: {hand['model', key]!r}, but the weights in {files.model} have {value!r}"
-                + "; without the optimiser's state there may be others" * (key == "num_classes")
+                f"model.{key}: {hand['model', key]!r}, but the weights in {files.model} have "
+                f"{value!r}{others}"
             )
     if values["model"]["family"] != shape["family"]:
         raise UserError(

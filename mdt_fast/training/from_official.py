@@ -139,11 +139,10 @@ def _remarks(
             "official loop counts one less each time it is resumed"
         )
     if len(classes) < config.model.num_classes:
+        anew = "" if packed else f"; --set model.num_classes={len(classes)} begins it anew"
         yield (
             f"the data has {len(classes)} classes, the weights {config.model.num_classes}: the first rows of "
-            "the label table are theirs"
-            + f"; --set model.num_classes={len(classes)} begins it anew"
-            * (packed is None)
+            f"the label table are theirs{anew}"
         )
     if files.step >= config.train.steps:
         yield f"train.steps is {config.train.steps}: pass --steps N with a larger one to train on"

@@ -127,9 +127,8 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     The same parameters must have gradients everywhere; the sums are the same bits everywhere.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    alone = [g for g in gradients if g.nbytes >= ALONE_BYTES and _in_place(g)]
-    works = [dist.all_reduce(gradient, async_op=True) for gradient in alone]
-    for bucket in _buckets([g for g in gradients if g.nbytes < ALONE_BYTES or not _in_place(g)]):
+    works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients if _alone(gradient)]
+    for bucket in _buckets([gradient for gradient in gradients if not _alone(gradient)]):
         flat = torch.cat([gradient.reshape(-1).float() for gradient in bucket])
         dist.all_reduce(flat)
         sums = flat.split([gradient.numel() for gradient in bucket])
@@ -138,8 +137,9 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         work.wait()
 
 
-def _in_place(gradient: Tensor) -> bool:
-    return gradient.dtype == torch.float32 and gradient.is_contiguous()
+def _alone(gradient: Tensor) -> bool:
+    wide = gradient.dtype == torch.float32 and gradient.is_contiguous()
+    return wide and gradient.nbytes >= ALONE_BYTES
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

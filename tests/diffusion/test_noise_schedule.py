@@ -65,7 +65,7 @@ def test_respacing_keeps_the_asked_counts(data: st.DataObject) -> None:
 
 def test_a_truth_value_is_no_number_of_steps() -> None:
     with pytest.raises(UserError, match=r"timestep_respacing: cannot read True; allowed are '250'"):
-        create_diffusion(True)  # type: ignore[arg-type]
+        create_diffusion(True)
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))

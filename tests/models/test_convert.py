@@ -130,7 +130,7 @@ def test_files_of_other_trainings(tmp_path: Path) -> None:
         torch.save({**kept, "opt": saved["opt"], "steps": 3}, tmp_path / "training.pt")
         found = read_weights(tmp_path / "training.pt")
         assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
-    wrapped = nn.DataParallel(torch.compile(model))  # type: ignore[arg-type]
+    wrapped = nn.DataParallel(torch.compile(model))
     torch.save({"model": wrapped.state_dict()}, tmp_path / "wrapped.pt")
     load_weights(ema, read_weights(tmp_path / "wrapped.pt"))
     assert all(torch.equal(ema.state_dict()[key], value) for key, value in model.state_dict().items())

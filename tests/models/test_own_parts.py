@@ -192,7 +192,7 @@ class Silent:
         return torch.zeros(1)
 
 
-class MixedMDT(Silent, MDTv2):  # type: ignore[misc]
+class MixedMDT(Silent, MDTv2):
     pass
 
 

@@ -78,7 +78,7 @@ def test_graphs_are_hinted_at_where_they_go_and_are_not() -> None:
         (False, False, gpu, True), (True, False, gpu, False), (False, True, gpu, False),
         (False, False, cpu, False),
     ):  # fmt: skip
-        made = passes.Passes(None, None, tiny(cuda_graphs=graphs).train, sharded, device)  # type: ignore[arg-type]
+        made = passes.Passes(None, None, tiny(cuda_graphs=graphs).train, sharded, device)
         assert [hint.startswith("hint: ") for hint in passes.hints(made)] == [True] * hinted
 
 

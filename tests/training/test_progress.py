@@ -288,7 +288,7 @@ def test_a_picture_without_memory(processes: int) -> None:
     said: list[str] = []
     world = SimpleNamespace(size=processes, settle=lambda: None)
     run, bar = SimpleNamespace(world=world), SimpleNamespace(say=said.append)
-    pictures = Pictures(bar, run, Sinks([], said.append), Interrupts())  # type: ignore[arg-type]
+    pictures = Pictures(bar, run, Sinks([], said.append), Interrupts())
     if processes == 1:
         pictures.draw(full)
         assert said == ["warning: no picture: the GPU has no memory left for it"]

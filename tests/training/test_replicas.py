@@ -105,7 +105,7 @@ def work_of_two(rank: int, folder: Path) -> None:
     """Gradients are summed where they lie; a step's are the same bits on both, as graphs and without."""
     sum_by_two(rank)
     prepare_as_another(rank, folder)
-    passes.Graphed = Replayed  # type: ignore[assignment,misc]
+    passes.Graphed = Replayed
     rows, found = slice(4 * rank, 4 * rank + 4), []
     for changes in CHANGES:
         plain, graphed = step(rows, 2, False, changes), step(rows, 2, True, changes)
