@@ -19,6 +19,8 @@ from .train import fit_to_encoded, named_preset, put, set_by_hand
 
 RECIPE = ("preset", "config", "data", "image_size", "vae", "unconditional", "model", "set")
 """The options that make a configuration."""
+FREE = ("num_classes", "input_size")
+"""What a run may have otherwise than the weights that it starts from."""
 
 
 def official_config(
@@ -51,17 +53,11 @@ def official_config(
     put(values, by_hand)
     dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
     shape["num_classes"] = rows - dropped
-    wanted = hand.get(("model", "num_classes"), rows - dropped)
-    if wanted != rows - dropped and packed is None:
-        shape["num_classes"] = wanted
-        but = ", but for the null class" if dropped else ""
-        notes.append(
-            f"model.num_classes: {wanted}, the weights have {rows - dropped}: the label table begins "
-            f"anew{but}"
-        )
+    if packed is None:
+        notes += _changed_by_hand(shape, hand, dropped)
     for key, value in shape.items():
         if hand.get(("model", key), value) != value:
-            others = "; without the optimiser's state there may be others" if key == "num_classes" else ""
+            others = "; without the optimiser's state there may be others" if key in FREE else ""
             raise UserError(
                 f"model.{key}: {hand['model', key]!r}, but the weights in {files.model} have "
                 f"{value!r}{others}"
@@ -79,6 +75,21 @@ def official_config(
     said = {key: value for key, value in said.items() if ("train", key) not in hand}
     notes += _changed(values, "train", said, "as in the files")
     return from_dict(RunConfig, values), notes
+
+
+def _changed_by_hand(shape: dict[str, Any], hand: Mapping[tuple[str, str], Any], dropped: bool) -> list[str]:
+    """Put what was set by hand of what weights can be fitted to into the shape; a line for each."""
+    done = {
+        "num_classes": f"the label table begins anew{', but for the null class' if dropped else ''}",
+        "input_size": "position embeddings and bias tables are resized",
+    }
+    notes = []
+    for key in FREE:
+        wanted, there = hand.get(("model", key), shape[key]), shape[key]
+        if wanted != there:
+            shape[key] = wanted
+            notes.append(f"model.{key}: {wanted}, the weights have {there}: {done[key]}")
+    return notes
 
 
 def _said_by_weights(files: OfficialFiles, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:

@@ -6,6 +6,7 @@ from .convert import from_reference, load_weights, read_weights, write_weights
 from .dit import DiT
 from .install import install, uninstall
 from .mdt import MDT, MDTv2
+from .resize import resize_weights
 from .zoo import (
     FACTORIES,
     MDT_B_2,
@@ -83,6 +84,7 @@ __all__ = [
     "make",
     "model_config",
     "read_weights",
+    "resize_weights",
     "uninstall",
     "write_weights",
 ]

@@ -24,9 +24,9 @@ from .attention import share_index
 from .base import Transformer
 from .zoo import CLASSES
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
-WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the names of a model's weights."""
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and Lightning put before the names of a model's weights."""
 ENTRIES = ("ema", "model", "state_dict")
 """What trainings call the weights among other things; as in DiT's code, the average comes first."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,13 +34,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Tensor]:
-    """The state_dict in a ``.pt`` (or ``.pth``) or ``.safetensors`` file, on the CPU.
+    """The state_dict in a ``.pt`` (``.pth``, ``.ckpt``) or ``.safetensors`` file, on the CPU.
 
     Of a training's file that holds it among other things, as ``{"model": ..., "ema": ..., ...}``, it is
-    ``ema``, else ``model`` or ``state_dict``. What a wrapper (``DistributedDataParallel``, ``torch.compile``)
-    has put before all names is taken off. ``mmap``: a ``.pt`` file's tensors are read when they are used, and
-    take no memory of their own. Raises ``UserError`` naming the file where it is missing, truncated, of
-    another kind, holds anything but tensors under names, or would need code from the file to be executed.
+    ``ema``, else ``model`` or ``state_dict``. What a wrapper (``DistributedDataParallel``,
+    ``torch.compile``, a module of Lightning) has put before all names is taken off. ``mmap``: a ``.pt``
+    file's tensors are read when they are used, and take no memory of their own. Raises ``UserError`` naming
+    the file where it is missing, truncated, of another kind, holds anything but tensors under names, or would
+    need code from the file to be executed.
     """
     path = Path(path)
     state = read_saved(path, mmap=mmap)
@@ -59,7 +60,7 @@ def _is_state(value: Any) -> bool:
 
 
 def read_saved(path: Path, *, mmap: bool = False) -> Any:
-    """What a ``.pt`` (or ``.pth``) or ``.safetensors`` file holds, whatever that is; errors as above."""
+    """What a file with one of these endings (``SUFFIXES``) holds, whatever that is; errors as above."""
     _check_suffix(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")

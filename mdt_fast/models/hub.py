@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ class Pretrained(nn.Module):
     """What a :class:`~mdt_fast.models.Transformer` has for folders and for the hub."""
 
     config: ModelConfig
+    mask_ratio: float | None
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +81,8 @@ class Pretrained(nn.Module):
         except OSError as error:
             raise UserError(f"save_pretrained: cannot make the folder {str(folder)!r}: {error}") from None
         remove_leftovers(folder, WEIGHTS, CONFIG, CARD)
-        described = {"_class_name": CLASS_NAMES[self.config.family], **self.config.kwargs()}
+        config = replace(self.config, mask_ratio=self.mask_ratio)  # which may have been set since
+        described = {"_class_name": CLASS_NAMES[config.family], **config.kwargs()}
         write_weights(folder / WEIGHTS, state, **{DIGEST: _digest(described)})
         with aside(folder / CONFIG) as file:
             file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -22,12 +22,17 @@ def sincos_position_table(hidden_size: int, grid_size: int, extra_tokens: int = 
     With ``w_k = 10000^(-k/(D/4))`` and ``e(u) = [sin(u w_k).., cos(u w_k)..]``, the row of the token at
     (row, column) is ``[e(column), e(row)]``: the first half of the channels encodes the column.
     """
+    table = sincos_of_positions(hidden_size, np.arange(grid_size, dtype=np.float64))
+    return torch.from_numpy(np.concatenate([np.zeros((extra_tokens, hidden_size)), table]))
+
+
+def sincos_of_positions(hidden_size: int, positions: np.ndarray) -> np.ndarray:
+    """The same, [G*G, D], of a square grid whose rows, and columns, are at ``positions`` [G] (float64)."""
     # numpy's pow, sin and cos: torch's differ in the last bit of float64.
     frequencies = 1.0 / 10000 ** (np.arange(hidden_size // 4, dtype=np.float64) / (hidden_size / 4.0))
-    angles = np.arange(grid_size, dtype=np.float64)[:, None] * frequencies
+    angles = positions[:, None] * frequencies
     e = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [G, D/2]
-    table = np.concatenate([np.tile(e, (grid_size, 1)), np.repeat(e, grid_size, axis=0)], axis=1)
-    return torch.from_numpy(np.concatenate([np.zeros((extra_tokens, hidden_size)), table]))
+    return np.concatenate([np.tile(e, (len(e), 1)), np.repeat(e, len(e), axis=0)], axis=1)
 
 
 def timestep_embedding(t: Tensor, dim: int = FREQUENCIES, max_period: float = 10000.0) -> Tensor:

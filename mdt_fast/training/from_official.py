@@ -14,7 +14,8 @@ from ..config import ModelConfig, RunConfig, to_dict
 from ..data import open_first_stage, open_images
 from ..errors import UserError
 from ..files import aside
-from ..models.convert import check_weights, read_saved, read_weights
+from ..models.convert import check_weights, read_saved, read_weights, shape_of
+from ..models.resize import resize_weights
 from ..models.zoo import build_model
 from ..optim.loading import check_state
 from . import checkpoint
@@ -92,6 +93,11 @@ def make_run(
     parts[OPTIMIZER], groups = _optimizer(config, packed)
     images = open_images(config.data)
     first_stage = open_first_stage(config.data, images)
+    if packed is None and first_stage.size != config.model.input_size:
+        raise UserError(
+            f"model.input_size: {config.model.input_size}, but the data has {first_stage.size}; "
+            f"--set model.input_size={first_stage.size} resizes position embeddings and bias tables"
+        )
     check_data(config, images, first_stage, World())
     state = {
         **described(config, images, first_stage),
@@ -152,12 +158,21 @@ def _parameters(config: ModelConfig, state: Mapping[str, Tensor], path: Path) ->
     """The parameters in float32, without the buffers. ``UserError`` unless they are such a model's."""
     with torch.device("meta"):
         model = build_model(config)
-    state = _of_classes(config, state)
+    state = _of_classes(config, _of_size(config, state))
     check_weights(model.state_dict(), state, str(path))
     found = {name: state[name].float().contiguous() for name, _ in model.named_parameters()}
     if not all_finite(found):
         raise UserError(f"{path}: has weights that are not finite")
     return found
+
+
+def _of_size(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """For inputs of the configuration's size, if these are weights of such a model in another one."""
+    with suppress(KeyError, ValueError, IndexError, ZeroDivisionError):  # of other weights others say more
+        found = shape_of(state)
+        if found["family"] == config.family and found["patch_size"] == config.patch_size:
+            return resize_weights(state, config.input_size)
+    return state
 
 
 def _of_classes(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -130,10 +130,12 @@ def test_files_of_other_trainings(tmp_path: Path) -> None:
         torch.save({**kept, "opt": saved["opt"], "steps": 3}, tmp_path / "training.pt")
         found = read_weights(tmp_path / "training.pt")
         assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
-    wrapped = nn.DataParallel(torch.compile(model))
-    torch.save({"model": wrapped.state_dict()}, tmp_path / "wrapped.pt")
-    load_weights(ema, read_weights(tmp_path / "wrapped.pt"))
-    assert all(torch.equal(ema.state_dict()[key], value) for key, value in model.state_dict().items())
+    lightning = nn.ModuleDict({"model": model})
+    for name, wrapped in (("w.pt", nn.DataParallel(torch.compile(model))), ("w.ckpt", lightning)):
+        torch.save({"state_dict": wrapped.state_dict(), "epoch": 3}, tmp_path / name)
+        found = read_weights(tmp_path / name)
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
 class Payload:
@@ -181,8 +183,8 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_weights("list.pt")
     with pytest.raises(UserError, match=r"none.pt: no such file"):
         read_weights("none.pt")
-    with pytest.raises(UserError, match=r"ends in '.ckpt', allowed are .pt"):
-        read_weights("w.ckpt")
+    with pytest.raises(UserError, match=r"ends in '.onnx', allowed are .pt"):
+        read_weights("w.onnx")
     with pytest.raises(UserError, match=r"folder nowhere does not exist"):
         write_weights("nowhere/w.pt", state)
 

@@ -62,6 +62,16 @@ def test_a_model_comes_back(name: str, tmp_path: Path) -> None:
     assert len(copies) <= 1  # the layers share one index again
 
 
+def test_a_mask_ratio_that_was_set_since(tmp_path: Path) -> None:
+    model = made()
+    model.mask_ratio = 0.5
+    model.save_pretrained(tmp_path)
+    assert MDTv2.from_pretrained(tmp_path).mask_ratio == 0.5
+    model.mask_ratio = 0.9
+    with pytest.raises(UserError, match=r"^mask_ratio: got 0.9, allowed are 0..0.8 for mdtv2, or None$"):
+        model.save_pretrained(tmp_path)
+
+
 def test_dtypes_are_kept_or_chosen(tmp_path: Path) -> None:
     made().bfloat16().save_pretrained(tmp_path)
     assert MDTv2.from_pretrained(tmp_path).dtype == torch.bfloat16
