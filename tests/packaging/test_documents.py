@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,25 +42,33 @@ def test_commands_of_the_readme_parse(command: str) -> None:
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The drop-in example as printed, but for a small model and three steps."""
+    """The examples as printed, but for small models, three steps of sampling, and nothing compiled."""
     monkeypatch.chdir(tmp_path)
     write_weights("official.pt", MDTv2(mask_ratio=0.3, decode_layer=4, **SMALL).state_dict())
-    code, optimiser = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, loop, optimiser = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     small = "".join(f"{key}={value}, " for key, value in SMALL.items())
-    for printed, run in [
-        ("import MDTv2_XL_2", "import MDTv2"),
-        ("MDTv2_XL_2(", f"MDTv2({small}"),
-        ("250", "3"),
-    ]:
-        assert printed in code
-        code = code.replace(printed, run)
-    names: dict[str, object] = {}
-    exec(code, names)
+    names: dict[str, Any] = {}
+    changes = {"import MDTv2_XL_2": "import MDTv2", "MDTv2_XL_2(": f"MDTv2({small}", "250": "3"}
+    exec(changed(code, changes), names)
     latents = names["latents"]
     assert isinstance(latents, torch.Tensor)
     assert latents.shape == (2, 4, 32, 32)
     assert latents.isfinite().all()
 
+    names = {}
+    uncompiled = {"compile_for_training(model)": "", "decode_layer=6": "decode_layer=4"}
+    changes = {"import MDTv2_S_2": "import MDTv2", "MDTv2_S_2(": f"MDTv2({small}"}
+    exec(changed(loop, {**changes, **uncompiled}), names)
+    assert all(losses.isfinite().all() for losses in names["losses"].values())
+    assert names["optimizer"].grad_norm > 0
+
     exec(optimiser, names)
-    average, trained = (next(names[name].parameters()) for name in ("ema", "model"))  # type: ignore[attr-defined]
+    average, trained = (next(names[name].parameters()) for name in ("ema", "model"))
     assert 0 < (trained - average).abs().max() < 1e-3
+
+
+def changed(code: str, changes: dict[str, str]) -> str:
+    for printed, run in changes.items():
+        assert printed in code
+        code = code.replace(printed, run)
+    return code
