@@ -55,6 +55,7 @@ def official_config(
     shape["num_classes"] = rows - dropped
     if packed is None:
         notes += _changed_by_hand(shape, hand, dropped)
+    shape.update({key: hand["model", key] for key in shape if _makes_the_same(hand, key, shape)})
     for key, value in shape.items():
         if hand.get(("model", key), value) != value:
             others = "; without the optimiser's state there may be others" if key in FREE else ""
@@ -90,6 +91,19 @@ def _changed_by_hand(shape: dict[str, Any], hand: Mapping[tuple[str, str], Any],
             shape[key] = wanted
             notes.append(f"model.{key}: {wanted}, the weights have {there}: {done[key]}")
     return notes
+
+
+def _makes_the_same(hand: Mapping[tuple[str, str], Any], key: str, shape: dict[str, Any]) -> bool:
+    """Whether what was set by hand is not what the weights tell and yet makes a model of their shape: a width
+    that is rounded, or MDTv2's depth with the block that an odd number loses."""
+    wanted, there = hand.get(("model", key), shape[key]), shape[key]
+    if type(wanted) not in (int, float) or wanted == there:
+        return False
+    if key == "mlp_ratio":
+        return int(shape["hidden_size"] * wanted) == int(shape["hidden_size"] * there)
+    return (
+        key == "depth" and "decode_layer" in shape and wanted - (wanted - shape["decode_layer"]) % 2 == there
+    )
 
 
 def _said_by_weights(files: OfficialFiles, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:

@@ -25,7 +25,7 @@ from tiny import LEAN, needs_csrc, tensors_of, tiny
 
 REFERENCE = {"mdtv2": reference.MDTv2, "mdt": reference.MDT, "dit": reference.DiT}
 SHAPES: dict[str, dict[str, Any]] = {
-    "mdtv2": {"depth": 4, "decode_layer": 2},
+    "mdtv2": {"depth": 5, "decode_layer": 2, "mlp_ratio": 2.3},  # a block is lost, and a width rounded
     "mdt": {"depth": 3, "decode_layer": 1},
     "dit": {"depth": 2, "decode_layer": 0, "mask_ratio": None},
 }
