@@ -258,7 +258,8 @@ class SampleConfig:
     UniPC, both of order 2. ``scale_pow`` None: constant guidance; else the power-cosine schedule.
     ``cfg_interval`` (low, high): guidance from original timestep low to high alone, both included; as
     fractions of the steps if high is at most 1. ``skip_below``: where the guidance weight is nearer to 1 than
-    this, it is taken as 1 and half of the work is saved (0: exact). ``dtype``: what the model computes in
+    this, it is taken as 1 and half of the work is saved (0: exact). ``guided_channels``: guidance changes the
+    first so many; None: 3 of 4, as published, else all. ``dtype``: what the model computes in
     (autocast); noise, steps and pictures are float32.
     """
 
@@ -270,6 +271,7 @@ class SampleConfig:
     scale_pow: float | None = 4.0
     cfg_interval: tuple[float, float] | None = None
     skip_below: float = 0.0
+    guided_channels: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 100
     seed: int = 0

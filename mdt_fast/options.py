@@ -58,6 +58,7 @@ def add_sample(commands: Any) -> Any:
         metavar="X",
         help=f"no guidance where its weight is nearer to 1 than X: faster, not exact {OF_RUN}",
     )
+    add("--guided-channels", type=int, metavar="N", help=f"guidance changes the first N channels {OF_RUN}")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -31,10 +31,13 @@ def convert(args: argparse.Namespace) -> int:
     becomes_run = elsewhere and target.suffix not in SUFFIXES and (recipe or not target.suffix)
     if becomes_run and not args.official:
         return _run(args, source, target)
+    if recipe and not source.exists():
+        raise UserError(f"convert: there is no {str(source)!r}")
     if recipe:
+        way = "" if elsewhere else "; a run's own weights are a file by mdt-fast convert RUN FILE.safetensors"
         raise UserError(
             f"--{recipe[0].replace('_', '-')}: is for a run that is made of official files or of weights; "
-            f"from {str(source)!r} to {str(target)!r} there is none to be made"
+            f"from {str(source)!r} to {str(target)!r} there is none to be made{way}"
         )
     return _official_files(source, target) if args.official else _weights_file(args, source, target)
 

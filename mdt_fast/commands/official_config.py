@@ -1,15 +1,16 @@
 """The configuration of a run that goes on from the official loop's files."""
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..config import RunConfig, from_dict, to_dict
+from ..config import ModelConfig, RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..models.convert import label_rows, shape_of
+from ..models.convert import label_rows, read_metadata, shape_of
 from ..models.zoo import shape_of as published_shape
 from ..presets import PRESETS
 from ..training.from_official import PackedOptimizer
@@ -36,8 +37,9 @@ def official_config(
     shape set by hand that is not the weights', and where no preset can be had.
     """
     shape, rows = _said_by_weights(files, weights)
+    written = _written_with(files)
     name, given = named_preset(args)
-    preset = name or _published(shape)
+    preset = name or _published(shape, "images" if written else None)
     values = to_dict(PRESETS[preset])
     notes = [] if name else [f"preset {preset}, by the shape of the weights"]
     hand = {(section, key): value for section, key, value in set_by_hand(args, given, values)}
@@ -45,12 +47,20 @@ def official_config(
         family, sizes = published_shape(args.model)
         hand = {("model", key): value for key, value in {"family": family, **sizes}.items()} | hand
     by_hand = [(section, key, value) for (section, key), value in hand.items()]
+    family = hand.get(("model", "family"), shape["family"] if name is None else values["model"]["family"])
+    if family != shape["family"]:
+        raise UserError(
+            f"--preset: {preset!r} is a recipe for {family}, the weights in {files.model} are of "
+            f"{shape['family']}"
+        )
+    values["model"] |= {"family": family, **written}
     put(values, by_hand)
     fit_to_encoded(values)
     if not values["data"]["conditional"]:
         values["model"].update(class_dropout_prob=0.0)
         values["sample"].update(cfg_scale=1.0)
     put(values, by_hand)
+    shape |= {key: value for key, value in written.items() if key not in ("mask_ratio", "class_dropout_prob")}
     dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
     shape["num_classes"] = rows - dropped
     if packed is None:
@@ -63,11 +73,6 @@ def official_config(
                 f"model.{key}: {hand['model', key]!r}, but the weights in {files.model} have "
                 f"{value!r}{others}"
             )
-    if values["model"]["family"] != shape["family"]:
-        raise UserError(
-            f"--preset: {preset!r} is a recipe for {values['model']['family']}, the weights in {files.model} "
-            f"are of {shape['family']}"
-        )
     notes += _changed(values, "model", shape, f"as in {files.model.name}")
     rate = _rate(files, values["train"]["ema_decay"], ("train", "ema_decay") in hand)
     said = {} if rate is None else {"ema_decay": rate}
@@ -114,13 +119,28 @@ def _said_by_weights(files: OfficialFiles, weights: Mapping[str, Tensor]) -> tup
         raise UserError(f"{files.model}: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
 
 
-def _published(shape: dict[str, Any]) -> str:
-    """The preset of a published model of this shape."""
+def _written_with(files: OfficialFiles) -> dict[str, Any]:
+    """The model's configuration but for its classes, which ``convert`` writes into a file beside the weights;
+    of others nothing."""
+    try:
+        model = (
+            json.loads(read_metadata(files.model)["model"]) if files.model.suffix == ".safetensors" else {}
+        )
+        found = to_dict(from_dict(ModelConfig, model, "model")) if model else {}
+    except (KeyError, ValueError, UserError):  # another's, who has other things to say
+        return {}
+    return {key: value for key, value in found.items() if key != "num_classes"}
+
+
+def _published(shape: dict[str, Any], other: str | None = None) -> str:
+    """The preset of a published model of this shape, or ``other`` of none."""
     wanted = {key: shape[key] for key in ("family", "patch_size", "hidden_size", "depth")}
     for name, preset in PRESETS.items():
         model = to_dict(preset.model)
         if "-" in name and all(model[key] == value for key, value in wanted.items()):
             return name
+    if other is not None:
+        return other
     sizes = ", ".join(f"{key} {value}" for key, value in wanted.items())
     raise UserError(f"--preset: needed, as no published model has the shape of the weights ({sizes})")
 

@@ -44,7 +44,18 @@ from .shared import refuse_empty, set_threads
 
 FILES = (".png", ".jpg", ".jpeg", ".npz")
 """What ends like this is meant to be a file."""
-OPTIONS = ("num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", "dtype", "seed", "batch_size")
+OPTIONS = (
+    "num_samples",
+    "steps",
+    "cfg_scale",
+    "sampler",
+    "eta",
+    "skip_below",
+    "guided_channels",
+    "dtype",
+    "seed",
+    "batch_size",
+)
 
 
 def sample(args: argparse.Namespace) -> int:

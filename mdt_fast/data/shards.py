@@ -34,7 +34,7 @@ class WebDataset:
     in_memory = False
 
     def __init__(self, config: DataConfig):
-        root = Path(config.source)
+        root, self.conditional = Path(config.source), config.conditional
         self.shards = list_shards(root)
         self._files = Files()
         self._names: list[str] = []
@@ -50,7 +50,7 @@ class WebDataset:
         if not labels:
             raise UserError(
                 f"data.source: no images in the {len(self.shards)} .tar shards of {str(root)!r}; each needs "
-                f"KEY{'|'.join(SUFFIXES)} and KEY.cls or KEY.json"
+                f"KEY{'|'.join(SUFFIXES)} and KEY.cls or KEY.json (or data.conditional=false)"
             )
         self._shard, self._spans = np.array(shards, dtype=np.int32), np.array(spans, dtype=np.int64)
         self.labels = np.array(labels, dtype=np.int64)
@@ -86,8 +86,14 @@ class WebDataset:
             elif kind == "cls" or (kind == "json" and key not in classes):
                 classes[key] = member
         for key, member in images.items():
+            if not self.conditional:
+                yield _Sample(member.name, member.offset_data, member.size, 0)
+                continue
             if key not in classes:
-                raise UserError(f"{shard}: {member.name!r} has no class; {key}.cls or {key}.json is needed")
+                raise UserError(
+                    f"{shard}: {member.name!r} has no class; {key}.cls or {key}.json is needed (but for "
+                    "data.conditional=false)"
+                )
             yield _Sample(member.name, member.offset_data, member.size, self._label(shard, classes[key]))
         for key, member in classes.items():
             if key not in images and member.name.lower().endswith(".cls"):

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UserError
 from . import loss, sampler
-from .guidance import guide, power_cosine_scale
+from .guidance import channels_to_guide, guide, power_cosine_scale
 from .noise import NoiseSource
 from .process import GaussianProcess, LossType, VarType
 from .schedule import Respacing, make_betas, space_timesteps
@@ -20,6 +20,7 @@ __all__ = [
     "LossSecondMomentSampler",
     "NoiseSource",
     "UniformSampler",
+    "channels_to_guide",
     "create_diffusion",
     "guide",
     "make_betas",

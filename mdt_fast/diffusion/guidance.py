@@ -9,22 +9,26 @@ from ..errors import UserError
 
 
 def power_cosine_scale(
-    t: Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float | None = 4.0
+    t: Tensor, cfg_scale: float | Tensor, diffusion_steps: int = 1000, scale_pow: float | None = 4.0
 ) -> Tensor:
     """Guidance scale per sample, float32 [B]: 1 at t = ``diffusion_steps``, ``cfg_scale`` at t = 0.
 
     ``1 + (cfg_scale - 1) * (1 - cos(pi * (1 - t / diffusion_steps) ** scale_pow)) / 2``
 
-    ``t`` [B], any dtype: original timesteps, 0..diffusion_steps. A large ``scale_pow`` keeps guidance for
-    the last, cleanest steps; 0.01 is almost full guidance throughout; None is ``cfg_scale`` at every t.
-    Float32 also for float64 ``t``.
+    ``t`` [B], any dtype: original timesteps, 0..diffusion_steps. ``cfg_scale``: a number, or one each, [B].
+    A large ``scale_pow`` keeps guidance for the last, cleanest steps; 0.01 is almost full guidance
+    throughout; None is ``cfg_scale`` at every t. Float32 also for float64 ``t``.
     """
-    if not math.isfinite(cfg_scale):
+    if isinstance(cfg_scale, Tensor) and cfg_scale.ndim:
+        if cfg_scale.shape != t.shape:
+            raise UserError(f"cfg_scale: a number or {list(t.shape)} is needed, got {list(cfg_scale.shape)}")
+        cfg_scale = cfg_scale.float()
+    elif not math.isfinite(cfg_scale):
         raise UserError(f"cfg_scale: must be finite, got {cfg_scale}")
     if diffusion_steps < 1:
         raise UserError(f"diffusion_steps: must be at least 1, got {diffusion_steps}")
     if scale_pow is None:
-        return torch.full(t.shape, float(cfg_scale), device=t.device)
+        return t.new_ones(t.shape, dtype=torch.float32) * cfg_scale
     if not 0 <= scale_pow < math.inf:
         raise UserError(f"scale_pow: must be None, or finite and at least 0, got {scale_pow}")
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
@@ -33,6 +37,11 @@ def power_cosine_scale(
             raise UserError(f"t: allowed are 0 to {diffusion_steps}, got values from {low:g} to {high:g}")
     remaining = 1 - t.float() / diffusion_steps
     return 1 + (cfg_scale - 1) * (1 - torch.cos(remaining**scale_pow * math.pi)) / 2
+
+
+def channels_to_guide(in_channels: int) -> int:
+    """How many of a model's channels guidance changes: 3 of 4, as in the published models, else all."""
+    return 3 if in_channels == 4 else in_channels
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, channels: int) -> Tensor:

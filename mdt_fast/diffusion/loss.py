@@ -90,13 +90,24 @@ def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
             else "only MDT and MDTv2 have a masked pass; for others there is training_losses"
         )
         raise UserError(f"model: a {type(model).__name__} has no training_step_outputs; {advice}")
+    if hasattr(model, "_orig_mod"):
+        raise UserError(
+            "model: what torch.compile made would not be compiled here, where its forward is not called; "
+            "compile_for_training(model) compiles both"
+        )
     forward, both = (_owner(type(model), name) for name in ("forward", "training_step_outputs"))
+    if "forward" in vars(model) and "training_step_outputs" not in vars(model):
+        raise UserError(
+            "model: something stands in place of its forward (accelerate's autocast, for one), which "
+            "training_step_outputs does not call; put it around this call, or take training_losses twice"
+        )
     if forward < both:
         raise UserError(
             f"model: a {type(model).__name__} has a forward of its own, which its training_step_outputs does "
             "not call; give it that, too, or take training_losses twice"
         )
-    if not isinstance(y, Tensor) or y.shape != x_start.shape[:1]:
+    labels = getattr(model, "takes_labels", True)
+    if not isinstance(y, Tensor) or y.shape[: None if labels else 1] != x_start.shape[:1]:
         got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise UserError(f"y: expected the labels [{len(x_start)}] themselves, got {got}")
 

@@ -6,12 +6,12 @@ Source: Ho et al. 2020 equations 4 to 7 and 15; Nichol and Dhariwal 2021 equatio
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .noise import check_same_shape, draw
 from .schedule import Array, Schedule
 
@@ -47,6 +47,10 @@ class GaussianProcess(Schedule):
         min_snr_gamma: float | None = 5.0,
     ) -> None:
         super().__init__(betas, use_timesteps)
+        kinds = {"mean_type": MeanType, "var_type": VarType, "loss_type": LossType}
+        for name, value in (("mean_type", mean_type), ("var_type", var_type), ("loss_type", loss_type)):
+            if value not in (words := get_args(kinds[name])):
+                raise UserError(f"{name}: {value!r} is not one of {', '.join(words)}{nearest(value, words)}")
         self.mean_type = mean_type
         self.var_type = var_type
         self.loss_type = loss_type

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Family, ModelConfig, Switches
-from ..diffusion.guidance import guide, power_cosine_scale
+from ..diffusion.guidance import channels_to_guide, guide, power_cosine_scale
 from ..errors import UserError
 from ..kernels import attention_backends
 from ..kernels.checks import plain_only
@@ -75,7 +75,7 @@ class Transformer(Pretrained):
         self.out_channels, self.learn_sigma = config.out_channels, learn_sigma
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.num_classes = num_classes
-        self.mask_ratio, self.decode_layer = config.mask_ratio, config.decode_layer
+        self.decode_layer = config.decode_layer
         self.make_parameters()
         self.make_blocks()
         self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
@@ -86,6 +86,15 @@ class Transformer(Pretrained):
         share_index(self)
         self.register_state_dict_post_hook(_separate_index)
         self.set_attention_backend(attention_backend)
+
+    @property
+    def mask_ratio(self) -> float | None:
+        """The part of tokens dropped in training. It may be set; ``UserError`` for what is not allowed."""
+        return self.config.mask_ratio
+
+    @mask_ratio.setter
+    def mask_ratio(self, value: float | str | None) -> None:
+        self.config = ModelConfig.of(self.family, **{**self.config.kwargs(), "mask_ratio": value})
 
     def set_attention_backend(self, name: str) -> None:
         """The library that computes attention from now on: ``auto`` (Triton on CUDA, PyTorch elsewhere), or
@@ -144,16 +153,22 @@ class Transformer(Pretrained):
 
     def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
         """Of times and labels [B]; ``drop``: some labels are dropped, as in training."""
-        c = self.t_embedder(t) + self.y_embedder(y, drop)
+        c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y) if drop else y, False)
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
 
     def mark_lengths(self, x: Tensor, rows: Rows, plan: MaskPlan) -> None:
         """Say what follows the number of kept tokens; replaced by ``compile_for_training``."""
 
     def drop_labels(self, y: Tensor) -> Tensor:
-        """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself."""
+        """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself. Where an
+        embedder of one's own is to drop some, it has a ``dropout_prob`` and a method ``drop``."""
         embedder = self.y_embedder
-        return embedder.drop(y) if self.training and embedder.dropout_prob > 0 else y
+        return embedder.drop(y) if self.training and getattr(embedder, "dropout_prob", 0) > 0 else y
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether y are labels [B], and not what an embedder of one's own takes, [B, ...]."""
+        return isinstance(self.y_embedder, LabelEmbedder)
 
     def every_block(self) -> Iterator[Block]:
         """In the order of ``modules()``, of which there are hundreds: this is called in every step."""
@@ -173,17 +188,18 @@ class Transformer(Pretrained):
         x: Tensor,
         t: Tensor,
         y: Tensor,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
         diffusion_steps: int = 1000,
         scale_pow: float | None = 4.0,
     ) -> Tensor:
         """Output under classifier-free guidance: [2n, O, S, S], both halves guided alike.
 
         ``x`` [2n, C, S, S]: its first n samples are used for both halves; ``t`` [2n]; ``y`` [2n]: n classes,
-        then n times the null class. The guidance weight rises with the power-cosine schedule from 1 at
-        ``t = diffusion_steps`` to ``cfg_scale`` at 0, or is constant where ``scale_pow`` is None. The first
-        three channels (all, of fewer) are guided, the rest is each half's own. ``cfg_scale`` None: plain
-        :meth:`forward`. Raises ``UserError`` for an odd batch. Source: MDT (arXiv:2303.14389), section 4.
+        then n times the null class. ``cfg_scale``: a number, or one for each of the n samples [n]; None:
+        plain :meth:`forward`. The guidance weight rises with the power-cosine schedule from 1 at ``t =
+        diffusion_steps`` to ``cfg_scale`` at 0, or is constant where ``scale_pow`` is None. Of four channels
+        the first three are guided and the rest is each half's own, as published; of other numbers all are.
+        Raises ``UserError`` for an odd batch. Source: MDT (arXiv:2303.14389), section 4.
         """
         if cfg_scale is None:
             return self(x, t, y)
@@ -192,7 +208,7 @@ class Transformer(Pretrained):
         half = x[: len(x) // 2]
         cond, uncond = self(torch.cat([half, half]), t, y).chunk(2)
         scale = power_cosine_scale(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
-        return guide(cond, uncond, scale, channels=min(3, self.in_channels))
+        return guide(cond, uncond, scale, channels=channels_to_guide(self.in_channels))
 
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync)."""
@@ -210,20 +226,20 @@ class Transformer(Pretrained):
         if x.device != weight.device:
             raise UserError(f"x: on {x.device}, the model is on {weight.device}")
         for name, v in (("t", t), ("y", y)):
-            if v.shape != x.shape[:1]:
+            if v.shape[: 1 if v is y and not self.takes_labels else None] != x.shape[:1]:
                 raise UserError(
                     f"{name}: shape {list(v.shape)}, expected [{x.shape[0]}] (one per sample of x)"
                 )
             if v.device != x.device:
                 raise UserError(f"{name}: on {v.device}, x is on {x.device}")
-        if y.dtype not in (torch.int64, torch.int32):
+        if self.takes_labels and y.dtype not in (torch.int64, torch.int32):
             raise UserError(f"y: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
         if t.dtype == torch.bool or t.is_complex():
             raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
         if x.device.type != "cpu" or torch.compiler.is_compiling() or plain_only() or not len(x):
             return
-        rows = self.y_embedder.embedding_table.num_embeddings
-        if y.min() < 0 or y.max() >= rows:
+        rows = self.y_embedder.embedding_table.num_embeddings if self.takes_labels else 0
+        if rows and (y.min() < 0 or y.max() >= rows):
             null = " (the last is the null class)" if rows > self.num_classes else ""
             raise UserError(f"y: labels {int(y.min())}..{int(y.max())}, allowed are 0..{rows - 1}{null}")
         if not (t >= 0).all() or not torch.isfinite(t).all():

@@ -112,7 +112,7 @@ class Block(nn.Module):
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, c, rows, skip, masked, modulation)
-        return checkpointed(self.compute, self.checkpointing, x, c, rows, skip, masked, modulation)
+        return checkpointed(self, self.compute, self.checkpointing, x, c, rows, skip, masked, modulation)
 
     def compute(
         self,
@@ -140,10 +140,13 @@ class Block(nn.Module):
             q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
             kv = norm_linear(whole, shift_a, scale_a, qkv, **how, outputs=slice(D, 3 * D))
             attended = self.attn.chosen(q, kv, masked.ids_mask)
-        gelu = self.mlp.takes_gelu(x)
-        how |= {"with_bias": gelu or not self.mlp.fused, "gelu": gelu}
-        x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, **how)
-        y = apply_linear(self.mlp.fc2, hidden) if gelu else self.mlp(hidden)
+        if isinstance(self.mlp, Mlp):
+            gelu = self.mlp.takes_gelu(x)
+            how |= {"with_bias": gelu or not self.mlp.fused, "gelu": gelu}
+            x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, **how)
+            y = apply_linear(self.mlp.fc2, hidden) if gelu else self.mlp(hidden)
+        else:  # one of the user's own, which takes tokens
+            x, y = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp, **how)
         x = gated(x, y, gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
 

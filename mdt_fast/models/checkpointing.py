@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -12,10 +13,26 @@ CHECKPOINTING = ("none", "selective", "full")
 ATTENTION = ("rel_attention", "rel_attention_qkvpacked", "scaled_dot_product", "_flash_attn")
 
 
-def checkpointed(compute: Callable[..., Tensor], mode: str, *args: Any) -> Tensor:
+LAYERS = (nn.Linear, nn.SiLU, nn.Sequential)
+"""What a block is made of, beside this package's modules and torchao's linear layers."""
+
+
+def draws(block: nn.Module) -> bool:
+    """Whether ``block`` may draw random numbers, as dropout does: none of its own parts do."""
+    for module in block.modules():
+        cls = type(module)
+        if module is block and isinstance(module, FSDPModule):
+            continue  # its class is made anew, its hooks move weights
+        ours = cls in LAYERS or cls.__module__.partition(".")[0] in ("mdt_fast", "torchao")
+        if not ours or module._forward_hooks or module._forward_pre_hooks:
+            return True
+    return False
+
+
+def checkpointed(block: nn.Module, compute: Callable[..., Tensor], mode: str, *args: Any) -> Tensor:
     """``compute(*args)`` of a block. In ``selective`` mode the outputs of attention are kept: it costs the
     most time for the bytes it leaves behind. A block does this inside, so that it is compiled around it."""
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a block draws nothing
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws(block)}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(compute, *args, **options)

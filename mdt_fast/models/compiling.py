@@ -39,7 +39,26 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
     step = getattr(type(model), "training_step_outputs", None)
     if step is not None:
         # Not a bound method: a deep copy of the model has to run its own weights.
-        vars(model)["training_step_outputs"] = partial(torch.compile(step, **options), model)
+        vars(model)["training_step_outputs"] = partial(_drawn_first, torch.compile(step, **options), model)
+
+
+def _drawn_first(
+    step: Any,
+    model: Any,
+    x_full: Tensor,
+    x_masked: Tensor,
+    t: Tensor,
+    y: Tensor,
+    y_masked: Tensor | None = None,
+    mask_plan: MaskPlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``training_step_outputs`` by ``step``, which is compiled; what it would draw is drawn before it."""
+    if y_masked is None:
+        y, y_masked = model.drop_labels(y), model.drop_labels(y)
+    if mask_plan is None:
+        mask_plan = model.draw_plan(len(t), x_masked.device)
+    result: tuple[Tensor, Tensor] = step(model, x_full, x_masked, t, y, y_masked, mask_plan)
+    return result
 
 
 def mark(x: Tensor, rows: Rows, plan: MaskPlan) -> None:

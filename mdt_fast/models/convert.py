@@ -3,6 +3,7 @@
 No pickled code is ever executed: ``.pt`` files are read with ``weights_only=True``.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -146,6 +147,9 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
         ),
     ]
     if differences:
+        table = state.get("pos_embed")
+        if table is not None and table.shape != own["pos_embed"].shape and len(differences) == 1:
+            differences.append("resize_weights makes them of another image size")
         put_before = next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None)
         if put_before is not None:
             differences.append(f"all names begin with {put_before!r}, which a wrapper put there: take it off")
@@ -270,7 +274,8 @@ def from_reference(module: nn.Module) -> Transformer:
 def _read_pt(path: Path, mmap: bool) -> Any:
     mmap = mmap and zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training keeps its options so
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: needs code from the file to be executed, or is damaged; only plain tensors are read"

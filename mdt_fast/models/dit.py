@@ -40,7 +40,7 @@ class DiT(Transformer):
         x: Tensor,
         t: Tensor,
         y: Tensor,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
         diffusion_steps: int = 1000,
         scale_pow: float | None = None,
     ) -> Tensor:

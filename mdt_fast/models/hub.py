@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +28,6 @@ class Pretrained(nn.Module):
     """What a :class:`~mdt_fast.models.Transformer` has for folders and for the hub."""
 
     config: ModelConfig
-    mask_ratio: float | None
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +59,19 @@ class Pretrained(nn.Module):
     def save_component(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True) -> None:
         """:meth:`save_pretrained` without the card: a part of a pipeline's folder."""
         from .convert import write_weights
+        from .zoo import CLASSES
 
         if not safe_serialization:
             raise UserError("safe_serialization: got False, but weights are written as safetensors alone")
         state = self.state_dict()
+        with torch.device("meta"):
+            plain: Any = CLASSES["fast"][self.config.family](**self.config.kwargs())
+        other = sorted(state.keys() ^ plain.state_dict().keys())
+        if other and type(self) is type(plain):
+            raise UserError(
+                f"save_pretrained: parts of its own ({', '.join(other[:3])}, ...) make this a model that "
+                "from_pretrained cannot build; take them out or merge them, or save its state_dict"
+            )
         if any(hasattr(value, "full_tensor") for value in state.values()):
             raise UserError(
                 "save_pretrained: each process has a part of the weights; save a checkpoint and use "
@@ -81,8 +88,7 @@ class Pretrained(nn.Module):
         except OSError as error:
             raise UserError(f"save_pretrained: cannot make the folder {str(folder)!r}: {error}") from None
         remove_leftovers(folder, WEIGHTS, CONFIG, CARD)
-        config = replace(self.config, mask_ratio=self.mask_ratio)  # which may have been set since
-        described = {"_class_name": CLASS_NAMES[config.family], **config.kwargs()}
+        described = {"_class_name": CLASS_NAMES[self.config.family], **self.config.kwargs()}
         write_weights(folder / WEIGHTS, state, **{DIGEST: _digest(described)})
         with aside(folder / CONFIG) as file:
             file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -135,7 +141,8 @@ class Pretrained(nn.Module):
     ) -> Self:
         """The model of a folder that :meth:`save_pretrained` wrote, or of a hub's repository, in eval mode.
 
-        ``Transformer.from_pretrained`` takes any of the models, a class of its own only those of that class.
+        ``Transformer.from_pretrained`` takes any of the models, ``MDTv2``, ``MDT`` and ``DiT`` theirs, and
+        what is derived from one of them makes one of its own.
         ``subfolder``: of the folder or repository ("transformer" of a pipeline's). ``dtype``, also under
         diffusers' name ``torch_dtype``: of the weights, float32, float16, bfloat16 or float64, of torch or by
         name; None: as they were saved. The other arguments are those of huggingface_hub's
@@ -161,6 +168,8 @@ class Pretrained(nn.Module):
         other = kind in OTHERS
         config = config_of_diffusers(values, file) if other else _config(values, file)
         found: Any = CLASSES["fast"][config.family]
+        if issubclass(cls, found):  # one of the user's own
+            found = cls
         if not issubclass(found, cls):
             raise UserError(
                 f"{file}: the class is {found.__name__}, not {cls.__name__}; "
@@ -235,7 +244,10 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable config.json: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(values, dict) or not isinstance(values.get("_class_name"), str):
-        raise UserError(f"{file}: names no class (_class_name); a file that save_pretrained wrote is needed")
+        run = "; it is a run's: mdt-fast convert makes files of it" if "train" in values else ""
+        raise UserError(
+            f"{file}: names no class (_class_name); a file that save_pretrained wrote is needed{run}"
+        )
     return values
 
 
@@ -261,6 +273,11 @@ def _local_files(path: Path, subfolder: str) -> Callable[[str], Path] | None:
         if path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
             raise UserError(f"from_pretrained: no folder {str(path)!r}, nor is it a hub name such as me/mdt")
         return None
+    if path.is_file():
+        raise UserError(
+            f"from_pretrained: {str(path)!r} is a file, a folder is needed; "
+            "load_weights(model, read_weights(path)) takes a file of weights"
+        )
     folder = path / subfolder
 
     def get(name: str) -> Path:

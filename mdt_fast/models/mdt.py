@@ -39,9 +39,9 @@ class MaskedTransformer(Transformer):
     ) -> Tensor:
         """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
 
-        ``enable_mask`` drops tokens as in training, by ``mask_plan`` or, without one, by a new plan; it does
-        nothing where the model's ``mask_ratio`` is None. ``drop_labels`` False: in training too, the labels
-        are taken as they are. Raises ``UserError`` for inputs that do not fit.
+        ``mask_plan`` drops the tokens that it says, as in training, and ``enable_mask``, without one, those
+        of a new plan; it does nothing where the model's ``mask_ratio`` is None. ``drop_labels`` False: in
+        training too, the labels are taken as they are. Raises ``UserError`` for inputs that do not fit.
         """
         self.check_inputs(x, t, y)
         c = self.condition(t, y, drop=self.training and drop_labels)

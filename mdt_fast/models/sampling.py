@@ -130,6 +130,11 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
             yield layer
 
 
+def conditions_plainly(model: Transformer) -> bool:
+    """Whether times and labels condition it as they do the published models: not by a method of its own."""
+    return type(model).condition is Transformer.condition and "condition" not in vars(model)
+
+
 class StepModulations:
     """The modulations of all blocks and of the last layer, computed for a chunk of steps at a time.
 
@@ -149,7 +154,8 @@ class StepModulations:
         ]
         self.layers: list[Any] = [block.adaLN_modulation[1] for block in blocks]
         self.keys = [FINAL if block is model.final_layer else int(block.index) for block in blocks]
-        self.widths = [layer.out_features for layer in self.layers]
+        D = model.hidden_size
+        self.widths = [2 * D if key == FINAL else 6 * D for key in self.keys]
         self.model, self.labels = model, labels
         self.times = torch.tensor(times, device=labels.device)
         weight = next(model.parameters())

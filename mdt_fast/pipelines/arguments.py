@@ -95,11 +95,11 @@ def checked_eta(eta: Any, taken: bool) -> float:
     return value
 
 
-def checked_channels(guided_channels: Any, config: ModelConfig) -> int:
+def checked_channels(guided_channels: Any, config: ModelConfig) -> int | None:
     """How many channels are guided."""
     C = config.in_channels
     if guided_channels is None:
-        return 3
+        return None
     if not _is_whole(guided_channels) or not 1 <= guided_channels <= C:
         raise UserError(f"guided_channels: allowed are 1 to {C}, got {guided_channels!r}")
     return int(guided_channels)

@@ -19,6 +19,7 @@ from ..config import ModelConfig, SampleConfig, SampleSwitches
 from ..errors import UserError, nearest
 from ..models import Transformer
 from ..models.hub import floating
+from ..sampling.generate import in_eval
 from ..sampling.guided import GuidedModel, Walk
 from .arguments import (
     Generators,
@@ -138,34 +139,31 @@ class MDTPipeline(DiffusionPipeline):
 
         ``guidance_scale``: classifier-free guidance; 1 and less is none. ``scale_pow``: the power of its
         cosine schedule, None for the same weight at every step; "auto": as published, 4 for MDT and None for
-        DiT. ``guided_channels``: how many channels are guided; None: as published, 3 also where there are 4
-        (``DiTPipeline`` has all). ``eta``: DDIM's noise. ``generator``: one for all images, or a list with
-        one for each. ``latents`` [n, C, S, S]: the noise to start from.
+        DiT. ``guided_channels``: how many channels are guided; None: as published, 3 of 4 (``DiTPipeline``
+        has all), and all of other numbers. ``eta``: DDIM's noise. ``generator``: one for all images, or a
+        list with one for each. ``latents`` [n, C, S, S]: the noise to start from.
 
         ``output_type``: "pil" pictures, "np" float32 [n, H, W, 3] in [0, 1] (1 for grey ones), "pt" the same
         as a tensor [n, 3, H, W], "latent" what the transformer drew, [n, C, S, S]. Noise and steps are
         float32 whatever the weights are (of a float64 model float64). Raises ``UserError`` for arguments out
         of range.
         """
-        transformer = self.transformer.eval()
+        transformer = self.transformer
         about: ModelConfig = transformer.config
         labels = checked_labels(class_labels, about.num_classes)
         own = checked_generator(generator, len(labels))
         config = SampleConfig(
-            cfg_scale=checked_scale(guidance_scale, about), scale_pow=checked_power(scale_pow, about)
+            cfg_scale=checked_scale(guidance_scale, about),
+            scale_pow=checked_power(scale_pow, about),
+            guided_channels=checked_channels(guided_channels, about),
         )
-        channels = checked_channels(guided_channels, about)
         check_output(output_type, about, self.vae is not None)
         if latents is not None:
             check_latents(latents, (len(labels), about.in_channels, about.input_size, about.input_size))
         device = self._execution_device
         steps = ready(self.scheduler, num_inference_steps, device, transformer.learn_sigma)
         walk = Walk(steps.times[::-1], self.scheduler.config.num_train_timesteps)
-        model = GuidedModel(
-            transformer, walk, config, False, SampleSwitches(),
-            guided_channels=channels, device=device,
-        )  # fmt: skip
-        model.begin(labels)
+        model = GuidedModel(transformer, walk, config, False, SampleSwitches(), device=device)
 
         C, scheduler = about.in_channels, steps.scheduler
         known = inspect.signature(scheduler.step).parameters
@@ -174,10 +172,12 @@ class MDTPipeline(DiffusionPipeline):
         # DDIM's noise, of the image that was clamped, as the published sampler has it.
         extra = {"eta": eta, "generator": own, "use_clipped_model_output": True}
         extra = {key: value for key, value in extra.items() if key in known}
-        for i, t in enumerate(self.progress_bar(steps.timesteps)):
-            output = model.prediction(scheduler.scale_model_input(x, t), len(steps.times) - 1 - i)
-            given = output if steps.takes_variance else output[:, :C]
-            x = scheduler.step(given, t, x, **extra, return_dict=False)[0].to(x.dtype)
+        with in_eval(transformer):
+            model.begin(labels)
+            for i, t in enumerate(self.progress_bar(steps.timesteps)):
+                output = model.prediction(scheduler.scale_model_input(x, t), len(steps.times) - 1 - i)
+                given = output if steps.takes_variance else output[:, :C]
+                x = scheduler.step(given, t, x, **extra, return_dict=False)[0].to(x.dtype)
 
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()

@@ -101,14 +101,14 @@ class _Transformer(nn.Module):
         """Guided output for x [2n, C, S, S]: its first n rows are used; y: n classes, n null classes.
 
         The guidance weight rises from 1 at t = diffusion_steps to ``cfg_scale`` at t = 0 (power-cosine),
-        or is constant where ``scale_pow`` is None. The first three channels (all, of
-        fewer) are guided, the rest is raw.
+        or is constant where ``scale_pow`` is None. Of four channels the first three are guided and
+        the rest is raw, of other numbers all are.
         """
         if cfg_scale is None:
             return self(x, t, y)
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
-        channels = min(3, self.config.in_channels)
+        channels = 3 if self.config.in_channels == 4 else self.config.in_channels
         cond, uncond = out[:, :channels].chunk(2)
         if scale_pow is None:
             scale = torch.full_like(t[: len(half)], cfg_scale, dtype=torch.float32)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DiffusionConfig, ModelConfig, SampleConfig, from_dict, to_dict
-from ..diffusion import GaussianDiffusion, make_betas
+from ..diffusion import GaussianDiffusion, channels_to_guide, make_betas
 from ..errors import UserError
 from ..files import flush, folder_aside
 from ..kernels import ddim_coefficients, ddpm_coefficients
@@ -47,12 +47,14 @@ class Step(nn.Module):
     (v + 1) / 2.
     """
 
-    def __init__(self, model: nn.Module, diffusion: DiffusionConfig, *, clip: bool, guided: bool):
+    def __init__(
+        self, model: nn.Module, diffusion: DiffusionConfig, channels: int | None, *, clip: bool, guided: bool
+    ):
         super().__init__()
         self.model, self.clip, self.guided = model, clip, guided
         self.start_x = diffusion.predict_xstart
         config: Any = model.config
-        self.null, self.channels = config.num_classes, min(3, config.in_channels)
+        self.null, self.channels = config.num_classes, channels or channels_to_guide(config.in_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, noise: Tensor, row: Tensor, scale: Tensor) -> Tensor:
         """x and noise float32 [n, C, S, S], t int64 [1] (an original timestep), y int64 [n], row float32 [K],
@@ -127,7 +129,7 @@ def export_step(
     clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
     guided = config.cfg_scale != 1
     description = _describe(model_config, diffusion, config, clip=clip, batch=batch, classes=classes)
-    step = Step(model.eval(), diffusion, clip=clip, guided=guided)
+    step = Step(model.eval(), diffusion, config.guided_channels, clip=clip, guided=guided)
     n, device = batch or 2, next(model.parameters()).device
     C, S = model_config.in_channels, model_config.input_size
     x = torch.zeros(n, C, S, S, device=device)

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,18 +34,24 @@ def sampling_diffusion(
 
     ``UserError`` if ``config.sampler`` cannot take so many.
     """
-    solver, T = config.sampler in SOLVERS, diffusion.diffusion_steps
-    lowest, highest = (ORDER, T - 1) if solver else (1, T)
-    if type(config.steps) is not int or not lowest <= config.steps <= highest:
-        of = f" with {config.sampler}" if solver else ""
-        raise UserError(f"steps: allowed are {lowest} to {highest}{of}, got {config.steps!r}")
+    T = diffusion.diffusion_steps
     return GaussianDiffusion(
         make_betas(diffusion.noise_schedule, T),
-        solver_timesteps(T, config.steps) if solver else space_timesteps(T, config.steps),
+        steps_of(config, T),
         mean_type="start_x" if diffusion.predict_xstart else "epsilon",
         var_type="learned_range" if model.learn_sigma else "fixed_large",
         min_snr_gamma=diffusion.min_snr_gamma,
     )
+
+
+def steps_of(config: SampleConfig, T: int) -> list[int]:
+    """The original timesteps, of T, that ``config.steps`` evenly spread ones are; ``UserError`` as above."""
+    solver = config.sampler in SOLVERS
+    lowest, highest = (ORDER, T - 1) if solver else (1, T)
+    if type(config.steps) is not int or not lowest <= config.steps <= highest:
+        of = f" with {config.sampler}" if solver else ""
+        raise UserError(f"steps: allowed are {lowest} to {highest}{of}, got {config.steps!r}")
+    return solver_timesteps(T, config.steps) if solver else space_timesteps(T, config.steps)
 
 
 def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
@@ -75,6 +82,10 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
         low, high = config.cfg_interval
         if not 0 <= low <= high < math.inf:
             raise UserError(f"cfg_interval: LOW,HIGH with 0 <= LOW <= HIGH is needed, got {low:g},{high:g}")
+    if config.guided_channels is not None and not 1 <= config.guided_channels <= model.in_channels:
+        raise UserError(
+            f"guided_channels: allowed are None and 1 to {model.in_channels}, got {config.guided_channels}"
+        )
     if config.cfg_scale != 1 and model.class_dropout_prob == 0:
         raise UserError("cfg_scale: a model trained without label dropout cannot be guided; use 1")
 
@@ -94,18 +105,32 @@ def sample(
 ) -> Tensor:
     """One image or latent per label: [N, C, S, S] on the CPU, pixels nominally in [-1, 1].
 
-    ``diffusion``: what the model was trained with, or that already respaced (then ``diffusion_steps`` must be
-    the number of original steps). All noise of image i, the start and what the steps add, comes from a
-    generator seeded by (``config.seed``, ``first_index`` + i): a picture does not depend on the batch it is
-    drawn in (up to rounding in the batched products), nor on which process draws it. ``clip_denoised`` clamps
-    the predicted image to [-1, 1], right for pixels and wrong for latents; None: where the model has 1 or 3
-    channels. ``on_batch`` hears how many images are done, ``on_step`` of each batch how many steps, and of
-    how many. The model is put in eval mode. Float32, of a
-    float64 model float64. Raises ``UserError`` for labels out of range and impossible settings.
+    ``diffusion``: what the model was trained with, of which ``config.steps`` are taken, or that respaced
+    already, of which all are (``diffusion_steps`` is the number of its original steps). All noise of image i,
+    the start and what the steps add, comes from a generator seeded by (``config.seed``, ``first_index`` + i):
+    a picture does not depend on the batch it is drawn in (up to rounding in the batched products), nor on
+    which process draws it. ``clip_denoised`` clamps the predicted image to [-1, 1], right for pixels and
+    wrong for latents; None: where the model has 1 or 3 channels. ``on_batch`` hears how many images are done,
+    ``on_step`` of each batch how many steps, and of how many. The model draws in eval mode, and is left in
+    the mode it was in. Float32, of a float64 model float64. Raises ``UserError`` for labels out of range and
+    impossible settings.
     """
     diffusion = respaced(model, diffusion, config, diffusion_steps)
-    sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
-    return sampler.draw(labels, first_index, on_batch, on_step)
+    with in_eval(model):
+        sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
+        return sampler.draw(labels, first_index, on_batch, on_step)
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Here ``model`` is in eval mode; behind it each of its parts is in its own again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def config_of(model: nn.Module) -> ModelConfig:
@@ -131,11 +156,21 @@ def respaced(
         raise UserError(
             f"diffusion_steps: the diffusion has {diffusion.original_num_steps}, got {diffusion_steps}"
         )
-    return diffusion
+    if diffusion.num_timesteps != diffusion.original_num_steps:
+        return diffusion
+    return GaussianDiffusion(
+        diffusion.betas,
+        steps_of(config, diffusion.original_num_steps),
+        mean_type=diffusion.mean_type,
+        var_type=diffusion.var_type,
+        loss_type=diffusion.loss_type,
+        min_snr_gamma=diffusion.min_snr_gamma,
+    )
 
 
 class Sampler:
-    """Draws batches of images; what does not depend on the batch is kept from one to the next."""
+    """Draws batches of images; what does not depend on the batch is kept from one to the next. The model is
+    put in eval mode."""
 
     def __init__(
         self,

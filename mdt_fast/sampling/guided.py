@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import SampleConfig, SampleSwitches
 from ..cuda_graphs import Graphed
-from ..diffusion import GaussianDiffusion, guide, power_cosine_scale
+from ..diffusion import GaussianDiffusion, channels_to_guide, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..kernels.registry import PLAIN
 from ..masking import MaskPlan
-from ..models.sampling import CastWeights, StepModulations, guided_pass, is_open
+from ..models.sampling import CastWeights, StepModulations, conditions_plainly, guided_pass, is_open
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:
 class GuidedModel:
     """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass.
 
-    ``guided_channels``: as many of the first output channels are guided. ``device``: where passes are
-    computed, if that is not where the weights lie between them. ``plan``: which tokens of the n images the
-    encoder sees in the next passes; None: all.
+    ``device``: where passes are computed, if that is not where the weights lie between them. ``plan``: which
+    tokens of the n images the encoder sees in the next passes; None: all.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class GuidedModel:
         clip_denoised: bool,
         switches: SampleSwitches,
         *,
-        guided_channels: int = 3,
         device: torch.device | None = None,
     ):
         self.model, self.diffusion, self.config, self.clip = model, diffusion, config, clip_denoised
@@ -80,7 +78,8 @@ class GuidedModel:
         weight = next(model.parameters())
         self.device, self.dtype = device or weight.device, weight.dtype
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
-        self.channels = min(guided_channels, int(model.in_channels))  # type: ignore[arg-type]
+        C = int(model.in_channels)  # type: ignore[arg-type]
+        self.channels = channels_to_guide(C) if config.guided_channels is None else config.guided_channels
         self.weights = guidance_weights(diffusion, config)
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
@@ -120,13 +119,14 @@ class GuidedModel:
             self._look_for_graphs(moved)
         null = [self.num_classes] * len(labels)
         self.labels = torch.tensor([*labels, *null], device=self.device)
-        if self.switches.batched_modulations and self.parts is not None:
+        parts = self.parts if self.switches.batched_modulations else None
+        if parts is not None and conditions_plainly(parts):
             any_guided = any(self.guided(index) for index in range(len(self.weights)))
             unique = sorted({*labels, *(null if any_guided else ())})
             place = {label: i for i, label in enumerate(unique)}
             self.rows = torch.tensor([place.get(label, 0) for label in [*labels, *null]], device=self.device)
             self.modulations = StepModulations(
-                self.parts, self.diffusion.timestep_map, torch.tensor(unique, device=self.device)
+                parts, self.diffusion.timestep_map, torch.tensor(unique, device=self.device)
             )
 
     def guided(self, index: int) -> bool:

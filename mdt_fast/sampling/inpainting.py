@@ -15,7 +15,7 @@ from ..config import DiffusionConfig, ModelConfig, SampleConfig, SampleSwitches
 from ..diffusion import GaussianDiffusion
 from ..errors import UserError
 from ..masking import MaskPlan
-from .generate import ALL, DEFAULT, OnBatch, OnStep, PerImageNoise, Sampler, respaced
+from .generate import ALL, DEFAULT, OnBatch, OnStep, PerImageNoise, Sampler, in_eval, respaced
 from .schedulers import SOLVERS
 
 KNOWN = 1
@@ -53,12 +53,14 @@ def inpaint(
     with different numbers of hidden tokens are drawn in different batches. Raises ``UserError`` for what does
     not fit.
     """
-    sampler = Inpainter(
-        model, respaced(model, diffusion, config, diffusion_steps), config, image, unknown,
-        hide=hide, resample=resample, first_index=first_index, clip_denoised=clip_denoised, switches=switches,
-    )  # fmt: skip
-    sampler.check_count(len(labels))
-    return sampler.draw(labels, first_index, on_batch, on_step)
+    diffusion = respaced(model, diffusion, config, diffusion_steps)
+    with in_eval(model):
+        sampler = Inpainter(
+            model, diffusion, config, image, unknown, hide=hide, resample=resample,
+            first_index=first_index, clip_denoised=clip_denoised, switches=switches,
+        )  # fmt: skip
+        sampler.check_count(len(labels))
+        return sampler.draw(labels, first_index, on_batch, on_step)
 
 
 class Inpainter(Sampler):

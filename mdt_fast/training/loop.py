@@ -93,7 +93,7 @@ def posterior_noise(run: Run) -> Tensor | None:
 
 
 def train(
-    config: RunConfig, out: Path, *, resume: str | None = None, console: Console | None = None
+    config: RunConfig, out: str | Path, *, resume: str | None = None, console: Console | None = None
 ) -> Result:
     """Train until ``config.train.steps`` updates are done, and leave everything in the folder ``out``.
 
@@ -103,6 +103,11 @@ def train(
     Raises ``UserError`` for bad settings, unreadable images, damaged checkpoints, a full disk, losses that
     stay non-finite and a lost process; it names the last checkpoint. What is saved stays.
     """
+    if not isinstance(config, RunConfig):
+        raise UserError(
+            f"config: got {type(config).__name__}, a RunConfig is needed (mdt_fast.presets has some)"
+        )
+    out = Path(out)
     with joined(resolve_device(config.train.device)) as world, ExitStack() as stack:
         if world.main:
             stack.enter_context(locked(out))

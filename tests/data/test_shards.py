@@ -154,6 +154,14 @@ def test_what_is_no_labelled_image_is_named(
     assert "\n" not in str(caught.value)
 
 
+def test_images_alone_are_enough_without_classes(tmp_path: Path) -> None:
+    members = [("a.png", PNG), ("a.txt", b"a cat"), ("b.png", PNG), ("b.json", b'{"caption": "a dog"}')]
+    write_tar(tmp_path / "0.tar", members)
+    config = DataConfig(source=str(tmp_path), image_size=8, conditional=False)
+    images = open_images(config)
+    assert (images.labels.tolist(), images.classes) == ([0, 0], ("images",))
+
+
 def test_a_truncated_shard_is_named_wherever_it_ends(shards: Path) -> None:
     path = shards / "00001.tar"
     whole = path.read_bytes()

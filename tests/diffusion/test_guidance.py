@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from golden_files import load, meta
+from mdt_fast import MDTv2
 from mdt_fast.diffusion import guide, power_cosine_scale
 from mdt_fast.errors import UserError
 from tolerances import FLOAT32, relative_error
@@ -50,6 +51,25 @@ def test_scale_is_float32_and_takes_any_t() -> None:
     constant = power_cosine_scale(t, 2.0, scale_pow=None)
     assert constant.dtype == torch.float32
     assert constant.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("scale_pow", [None, 4.0])
+def test_a_scale_for_each_sample(scale_pow: float | None) -> None:
+    t, scales = torch.tensor([0, 250, 999]), torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64)
+    found = power_cosine_scale(t, scales, scale_pow=scale_pow)
+    alone = [power_cosine_scale(t[i : i + 1], scales[i].item(), scale_pow=scale_pow) for i in range(3)]
+    assert torch.equal(found, torch.cat(alone))
+    model = MDTv2(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=10, decode_layer=0).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, y = torch.randn(3, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([1, 2, 3, 10, 10, 10])
+    with torch.no_grad():
+        both = model.forward_with_cfg(x, t.repeat(2), y, scales, scale_pow=scale_pow)
+        second = model.forward_with_cfg(x, t.repeat(2), y, 2.5, scale_pow=scale_pow)
+    torch.testing.assert_close(both[1], second[1])
+    assert not torch.allclose(both[0], second[0])
+    with pytest.raises(UserError, match=r"cfg_scale: a number or \[3\] is needed, got \[2\]"):
+        power_cosine_scale(t, scales[:2])
 
 
 def test_guide_leaves_other_channels_to_each_half() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_files import load, meta
-from mdt_fast.diffusion import create_diffusion, make_betas, space_timesteps
+from mdt_fast.diffusion import GaussianDiffusion, create_diffusion, make_betas, space_timesteps
 from mdt_fast.errors import UserError
 from tolerances import FLOAT64, relative_error
 
@@ -171,6 +171,23 @@ def test_one_step_schedule_is_defined(learn_sigma: bool, sigma_small: bool) -> N
     assert torch.equal(sample, expected)
     losses = diffusion.training_losses(lambda x, t: output, x, torch.zeros(2, dtype=torch.int64))
     assert losses["loss"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mean_type", "velocity", "mean_type: 'velocity' is not one of epsilon, start_x"),
+        (
+            "var_type",
+            "fixed_larg",
+            "var_type: 'fixed_larg' is not one of .* \\(did you mean 'fixed_large'\\?\\)",
+        ),
+        ("loss_type", "huber", "loss_type: 'huber' is not one of mse, rescaled_mse, rescaled_kl"),
+    ],
+)
+def test_words_that_say_nothing(name: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GaussianDiffusion(make_betas("linear", 100), range(100), **{name: value})
 
 
 def test_lookup_rounds_float64_to_float32_once() -> None:

@@ -1,5 +1,6 @@
 """Weights in and out, shared storage, and the fast classes in place of the official ones."""
 
+import argparse
 import copy
 import os
 import sys
@@ -136,6 +137,23 @@ def test_files_of_other_trainings(tmp_path: Path) -> None:
         found = read_weights(tmp_path / name)
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+def test_files_of_dits_training(tmp_path: Path) -> None:
+    """Its options are an object: of a class that holds values and does nothing."""
+    saved = {"ema": MDTv2(**TINY).state_dict(), "args": argparse.Namespace(lr=1e-4, model="DiT-XL/2")}
+    torch.save(saved, tmp_path / "0400000.pt")
+    assert read_weights(tmp_path / "0400000.pt").keys() == saved["ema"].keys()
+    torch.save({**saved, "args": Payload()}, tmp_path / "0400000.pt")
+    with pytest.raises(UserError, match=r"needs code from the file to be executed"):
+        read_weights(tmp_path / "0400000.pt")
+
+
+def test_weights_of_another_size_say_what_to_do() -> None:
+    model = MDTv2(**TINY)
+    larger = MDTv2(**{**TINY, "input_size": 2 * TINY["input_size"]})
+    with pytest.raises(UserError, match=r"other shape .*; resize_weights makes them of another image size$"):
+        load_weights(model, larger.state_dict())
 
 
 class Payload:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import mdt_fast
-from mdt_fast import MDT, DiT, MDTv2, Transformer, UserError
+from mdt_fast import MDT, DiT, MDTv2, Transformer, UserError, from_reference
 from mdt_fast.models.hub import CONFIG, WEIGHTS
 
 SHAPE: dict[str, Any] = {
@@ -67,9 +67,14 @@ def test_a_mask_ratio_that_was_set_since(tmp_path: Path) -> None:
     model.mask_ratio = 0.5
     model.save_pretrained(tmp_path)
     assert MDTv2.from_pretrained(tmp_path).mask_ratio == 0.5
-    model.mask_ratio = 0.9
-    with pytest.raises(UserError, match=r"^mask_ratio: got 0.9, allowed are 0..0.8 for mdtv2, or None$"):
-        model.save_pretrained(tmp_path)
+    assert from_reference(model).mask_ratio == model.config.mask_ratio == 0.5
+    for value, why in (
+        (0.9, "got 0.9, allowed are 0..0.8 for mdtv2, or None"),
+        ("x", "got 'x', allowed is a"),
+    ):
+        with pytest.raises(UserError, match=f"^mask_ratio: {why}"):
+            model.mask_ratio = value
+    assert model.mask_ratio == 0.5
 
 
 def test_dtypes_are_kept_or_chosen(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, create_diffusion, sample
+from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, create_diffusion, sample, write_weights
 from mdt_fast.config import SampleSwitches, Switches
 from mdt_fast.errors import UserError
 from mdt_fast.models import Transformer
@@ -293,3 +294,27 @@ def test_an_ensemble_by_vmap_has_each_models_gradients() -> None:
                 parameter.grad is not None and "attn.qkv.bias" not in name
             ):  # of keys it is nothing but rounding
                 assert relative_error(stacked[name].grad[i], parameter.grad) <= 10 * FLOAT32, name
+
+
+def test_a_model_with_parts_of_its_own(tmp_path: Path) -> None:
+    class Mine(MDTv2):
+        pass
+
+    model = made()
+    model.save_pretrained(tmp_path / "plain")
+    assert type(Mine.from_pretrained(tmp_path / "plain")) is Mine
+    assert type(Transformer.from_pretrained(tmp_path / "plain")) is MDTv2
+    model.de_blocks[0].attn.qkv = nn.Sequential(model.de_blocks[0].attn.qkv)
+    with pytest.raises(UserError, match=r"^save_pretrained: parts of its own \(de_blocks.0.attn.qkv.0.bias,"):
+        model.save_pretrained(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_what_is_no_folder_of_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    write_weights(file, made().state_dict())
+    with pytest.raises(UserError, match=r"is a file, a folder is needed; load_weights\(model, read_weights"):
+        MDTv2.from_pretrained(file)
+    (tmp_path / "config.json").write_text('{"model": {}, "train": {}}')
+    with pytest.raises(UserError, match=r"a file that save_pretrained wrote is needed; it is a run's"):
+        MDTv2.from_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """The guided sampler: seeds, batches, guidance, errors. Its numbers are in tests/diffusion."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -170,6 +171,58 @@ def test_the_public_function_takes_what_the_model_was_trained_with(model: nn.Mod
     assert torch.equal(got, sample(model, diffusion, LABELS, config, clip_denoised=True))
     with pytest.raises(UserError, match="diffusion_steps: the diffusion has 1000, got 500"):
         sample(model, diffusion, LABELS, config, diffusion_steps=500)
+
+
+def test_a_process_that_is_not_respaced_is(model: nn.Module) -> None:
+    """``config.steps`` of it are taken; of one that is respaced all are."""
+    steps: list[int] = []
+    listen = {"on_step": lambda done, of: steps.append(of)}
+    for sampler in ("ddim", "unipc"):
+        config = replace(CONFIG, sampler=sampler)
+        got = mdt_fast.sample(model, mdt_fast.create_diffusion(), LABELS, config, **listen)
+        assert torch.equal(got, mdt_fast.sample(model, DiffusionConfig(), LABELS, config))
+    mdt_fast.sample(model, mdt_fast.create_diffusion("7"), [1], CONFIG, **listen)
+    assert steps == [4] * 8 + [7] * 7
+    with pytest.raises(UserError, match="steps: allowed are 1 to 100, got 200"):
+        mdt_fast.sample(
+            model, mdt_fast.create_diffusion(diffusion_steps=100), [1], replace(CONFIG, steps=200),
+            diffusion_steps=100,
+        )  # fmt: skip
+
+
+def test_a_model_in_training_goes_on_with_it(model: nn.Module) -> None:
+    config = replace(CONFIG, steps=1)
+    expected = mdt_fast.sample(model.eval(), DiffusionConfig(), LABELS, config)
+    assert not model.training
+    half = copy.deepcopy(model).train()
+    frozen = half.get_submodule("y_embedder").eval()
+    image, unknown = torch.zeros(1, 8, 8), torch.ones(8, 8, dtype=torch.bool)
+    assert torch.equal(mdt_fast.sample(half, DiffusionConfig(), LABELS, config), expected)
+    mdt_fast.inpaint(half, DiffusionConfig(), LABELS, image, unknown, config)
+    with pytest.raises(UserError):
+        mdt_fast.sample(half, DiffusionConfig(), [10], config)
+    assert half.training
+    assert not any(module.training for module in frozen.modules())
+    assert all(module.training for module in half.children() if module is not frozen)
+
+
+@pytest.mark.parametrize(
+    ("channels", "wanted", "guided"), [(3, None, 3), (4, None, 3), (4, 4, 4), (16, None, 16), (16, 5, 5)]
+)
+def test_which_channels_are_guided(channels: int, wanted: int | None, guided: int) -> None:
+    model = build_model(replace(MODEL, in_channels=channels))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    config = replace(CONFIG, steps=1, scale_pow=None, guided_channels=wanted)
+    one, three = (
+        mdt_fast.sample(model, DiffusionConfig(), [1], replace(config, cfg_scale=s), clip_denoised=False)
+        for s in (1.0, 3.0)
+    )
+    moved = (one - three).abs().amax((0, 2, 3)) > 1e-2  # by more than rounding
+    assert moved.tolist() == [i < guided for i in range(channels)]
+    with pytest.raises(UserError, match=f"guided_channels: allowed are None and 1 to {channels}, got 0"):
+        mdt_fast.sample(model, DiffusionConfig(), [1], replace(config, guided_channels=0))
 
 
 def test_latents_are_not_clipped_and_pixels_are() -> None:

@@ -1,0 +1,228 @@
+"""Models changed for a purpose of one's own: other conditioning, another MLP, dropout in adapters."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdt_fast import (
+    MDT,
+    DiffusionConfig,
+    DiT,
+    MDTv2,
+    SampleConfig,
+    SampleSwitches,
+    Switches,
+    UserError,
+    compile_for_training,
+    create_diffusion,
+    sample,
+)
+from mdt_fast.models.conditioning import Conditioning
+from tolerances import FLOAT32, relative_error
+
+SHAPE: dict[str, Any] = {
+    "input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10,
+}  # fmt: skip
+OF_MDT: dict[str, Any] = {"decode_layer": 2, "mask_ratio": 0.3}
+FAMILIES = (MDTv2, MDT, DiT)
+LATENTS = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+TIMES, LABELS = torch.tensor([1, 20, 300, 900]), torch.arange(4)
+
+
+def made(cls: Any = MDTv2, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = cls(**{**SHAPE, **({} if issubclass(cls, DiT) else OF_MDT), **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def losses(model: Any, y: Tensor = LABELS) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    diffusion = create_diffusion()
+    if isinstance(model, DiT):
+        return diffusion.training_losses(model, LATENTS, TIMES, {"y": y})
+    return diffusion.two_pass_losses(model, LATENTS, TIMES, y)
+
+
+def gradients(model: Any, names: str = "") -> Tensor:
+    model.zero_grad()
+    terms = losses(model)
+    (terms["loss"] + terms.get("m_loss", torch.zeros(4))).mean().backward()
+    found = [p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None and names in name]
+    return torch.cat(found)
+
+
+class LoRA(nn.Module):
+    """A low rank beside a layer, with dropout before it."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.dropout = layer, nn.Dropout(0.3)
+        self.down = nn.Linear(layer.in_features, 4, bias=False)
+        self.up = nn.Linear(4, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(self.dropout(x)))
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_dropout_drops_the_same_when_it_is_computed_again(cls: type, mode: str) -> None:
+    model = made(cls)
+    for block in model.every_block():
+        block.attn.qkv, block.mlp.fc2 = LoRA(block.attn.qkv), LoRA(block.mlp.fc2)
+    expected = gradients(model, "down")
+    model.set_checkpointing(mode)
+    assert torch.equal(gradients(model, "down"), expected)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_random_states_are_kept_for_what_may_draw_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a GPU's is not possible while a graph is captured."""
+    model = made()
+    model.set_checkpointing(mode)
+
+    def read() -> Tensor:
+        raise AssertionError("a random state was read")
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    assert gradients(model).isfinite().all()
+    model.de_blocks[0].mlp.register_forward_hook(lambda module, given, output: F.dropout(output, 0.1))
+    with pytest.raises(AssertionError, match="a random state was read"):
+        losses(model)
+
+
+class OfTwo(MDTv2):
+    """Conditioned by something that is no label."""
+
+    extra = 1.0
+
+    def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
+        c = super().condition(t, y, drop).plain + self.extra
+        return Conditioning(c, F.silu(c))
+
+
+def test_a_condition_of_its_own_is_sampled_with() -> None:
+    model, config = made(OfTwo), SampleConfig(steps=3, cfg_scale=3.0)
+    drawn, one_by_one = (
+        sample(model, DiffusionConfig(), [1, 2], config, switches=switches)
+        for switches in (SampleSwitches(), SampleSwitches.none())
+    )
+    assert relative_error(drawn, one_by_one) < FLOAT32
+    plain = copy.deepcopy(model)
+    plain.extra = 0.0
+    assert relative_error(sample(plain, DiffusionConfig(), [1, 2], config), drawn) > 0.1
+
+
+class OfVectors(nn.Module):
+    """Embeds what is known of an image, [B, 5]; nothing (zeros) in place of what is dropped."""
+
+    dropout_prob = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 32)
+
+    def drop(self, y: Tensor) -> Tensor:
+        return y * (torch.rand(len(y), 1) >= self.dropout_prob)
+
+    def forward(self, y: Tensor, train: bool) -> Tensor:
+        return self.layer(y)
+
+
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_an_embedder_of_vectors(cls: type) -> None:
+    model, y = made(cls), torch.randn(4, 5)
+    model.y_embedder = OfVectors()
+    assert losses(model, y)["loss"].isfinite().all()
+    with pytest.raises(UserError, match=r"^y: "):
+        losses(model, y[:3])
+    packed = losses(model.train(), y)
+    model.set_switches(Switches(packed=False))
+    for name, values in losses(model, y).items():
+        torch.testing.assert_close(values, packed[name], rtol=1e-4, atol=1e-5)
+    never = copy.deepcopy(model)
+    never.y_embedder.dropout_prob = 0.0
+    assert relative_error(losses(never, y)["loss"], packed["loss"]) > 1e-3
+    both = torch.cat([LATENTS[:2], LATENTS[:2]]), torch.tensor([5, 5, 5, 5]), torch.cat([y[:2], 0 * y[:2]])
+    model.eval()
+    with torch.no_grad():
+        cond, uncond = model(*both).chunk(2)
+        guided = model.forward_with_cfg(*both, 3.0, scale_pow=None)
+    expected = uncond + 3 * (cond - uncond)
+    torch.testing.assert_close(guided[:2, :3], expected[:, :3], rtol=1e-4, atol=1e-5)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(32, 128), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.both(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_an_mlp_of_its_own(cls: type) -> None:
+    """By every way the same: fused or not, packed or not, computed again or not."""
+    model = made(cls)
+    for block in model.every_block():
+        block.mlp = SwiGLU()
+    expected = gradients(model)
+    for switches in (Switches(), Switches.none()):
+        model.set_switches(switches)
+        assert relative_error(gradients(model), expected) < FLOAT32
+    model.set_checkpointing("full")
+    assert relative_error(gradients(model), expected) < FLOAT32
+    drawn = sample(model, DiffusionConfig(), [1, 2], SampleConfig(steps=3))
+    assert drawn.isfinite().all()
+
+
+def test_modulations_by_a_layer_that_does_not_say_its_width() -> None:
+    class Doubled(nn.Module):
+        def __init__(self, layer: nn.Linear):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.layer(x)
+
+    model, config = made(), SampleConfig(steps=2)
+    for block in model.every_block():
+        block.adaLN_modulation[1] = Doubled(block.adaLN_modulation[1])
+    drawn, plain = (
+        sample(model, DiffusionConfig(), [1, 2], config, switches=switches)
+        for switches in (SampleSwitches(), SampleSwitches.none())
+    )
+    assert relative_error(drawn, plain) < FLOAT32
+
+
+def test_what_two_passes_would_not_call_is_refused() -> None:
+    model = made()
+    with pytest.raises(UserError, match=r"^model: what torch.compile made would not be compiled here"):
+        losses(torch.compile(model))
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(UserError, match=r"^model: something stands in place of its forward"):
+        losses(model)
+
+
+@pytest.mark.slow
+def test_a_step_compiled_whole_draws_before() -> None:
+    """The same labels and masks as of a step that is not compiled."""
+    torch._dynamo.reset()
+    model = made().train()
+    compiled = copy.deepcopy(model)
+    compile_for_training(compiled, "model", backend="aot_eager")
+    torch.manual_seed(2)
+    expected = model.training_step_outputs(LATENTS, LATENTS, TIMES, LABELS)
+    torch.manual_seed(2)
+    found = compiled.training_step_outputs(LATENTS, LATENTS, TIMES, LABELS)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < FLOAT32

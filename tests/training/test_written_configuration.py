@@ -1,0 +1,68 @@
+"""A file of weights that has the model's configuration beside them, as ``mdt-fast convert`` writes it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdt_fast import write_weights
+from mdt_fast.cli import main
+from mdt_fast.config import ModelConfig, to_dict
+from mdt_fast.models.zoo import build_model
+from mdt_fast.training.checkpoint import open_checkpoint
+from tiny import tiny
+
+DATA = ["--data=digits", "--image-size=8", "--set=data.channels=1"]
+MODELS = {
+    "dit": {"family": "dit", "num_heads": 8, "mask_ratio": None, "decode_layer": 0},
+    "mdt": {"family": "mdt", "depth": 4, "decode_layer": 3},
+    "mdtv2": {"depth": 5, "decode_layer": 2, "mlp_ratio": 2.3, "mask_ratio": 0.5},
+}
+"""What weights do not tell: heads of a DiT, decoder of an MDT, a lost block, a rounded width, a ratio."""
+
+
+def written(folder: Path, name: str) -> tuple[ModelConfig, Path]:
+    config = replace(tiny().model, **MODELS[name])
+    path = folder / "weights.safetensors"
+    write_weights(path, build_model(config).state_dict(), model=to_dict(config))
+    return config, path
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset=digits"]], ids=["no preset", "digits"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_has_the_models_configuration(name: str, preset: list[str], tmp_path: Path) -> None:
+    config, path = written(tmp_path, name)
+    if preset:
+        preset = [*preset, f"--set=model.family={config.family}"]
+    assert main(["convert", str(path), str(tmp_path / "run"), *preset, *DATA]) == 0
+    assert open_checkpoint(tmp_path / "run").config.model == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("num_heads=4", "model.num_heads: 4, but the weights in"), ("class_dropout_prob=0.2", "")],
+)
+def test_what_is_set_by_hand(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would make another function of the weights is refused, what trains them otherwise is taken."""
+    config, path = written(tmp_path, "dit")
+    code = main(["convert", str(path), str(tmp_path / "run"), *DATA, f"--set=model.{setting}"])
+    assert code == (2 if message else 0)
+    assert message in capsys.readouterr().err
+    if not message:
+        assert open_checkpoint(tmp_path / "run").config.model == replace(config, class_dropout_prob=0.2)
+
+
+def test_of_another_program_the_file_is_its_weights(tmp_path: Path) -> None:
+    config = tiny().model
+    write_weights(tmp_path / "w.safetensors", build_model(config).state_dict(), model={"type": "mdt"})
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(json.dumps({"preset": "digits", **to_dict(tiny())}))
+    assert (
+        main(["convert", str(tmp_path / "w.safetensors"), str(tmp_path / "run"), f"--config={settings}"]) == 0
+    )
+    assert open_checkpoint(tmp_path / "run").config == tiny()
+    assert torch.equal(*(open_checkpoint(tmp_path / "run").tensors(p)["pos_embed"] for p in ("ema", "model")))
