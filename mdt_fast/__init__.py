@@ -7,30 +7,46 @@ from importlib import import_module, util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import DataConfig as DataConfig
     from .config import DiffusionConfig as DiffusionConfig
+    from .config import ModelConfig as ModelConfig
+    from .config import RunConfig as RunConfig
     from .config import SampleConfig as SampleConfig
     from .config import SampleSwitches as SampleSwitches
     from .config import Switches as Switches
+    from .config import TrainConfig as TrainConfig
     from .diffusion import create_diffusion as create_diffusion
     from .errors import UserError as UserError
     from .masking import MaskPlan as MaskPlan
     from .models import *  # noqa: F403
+    from .optim import FusedAdamW as FusedAdamW
+    from .optim import FusedAdan as FusedAdan
     from .pipelines import MDTPipeline as MDTPipeline
+    from .presets import PRESETS as PRESETS
     from .sampling import inpaint as inpaint
     from .sampling import sample as sample
+    from .training import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "create_diffusion": ".diffusion",
+    "DataConfig": ".config",
     "DiffusionConfig": ".config",
+    "FusedAdamW": ".optim",
+    "FusedAdan": ".optim",
     "MaskPlan": ".masking",
     "MDTPipeline": ".pipelines",
+    "ModelConfig": ".config",
+    "PRESETS": ".presets",
+    "RunConfig": ".config",
     "inpaint": ".sampling",
     "sample": ".sampling",
     "SampleConfig": ".config",
     "SampleSwitches": ".config",
     "Switches": ".config",
+    "train": ".training",
+    "TrainConfig": ".config",
     "UserError": ".errors",
 }
 

@@ -2,7 +2,7 @@
 
 from .autoencoder import Autoencoder, sample_posterior
 from .first_stage import FirstStage, Latents, described_stage, open_first_stage
-from .images import ImageSet, check_classes, open_images
+from .images import ImageSet, check_classes, checked_set, open_images
 from .latents import LatentSet
 from .loader import Loader
 from .shards import WebDataset
@@ -16,6 +16,7 @@ __all__ = [
     "Loader",
     "WebDataset",
     "check_classes",
+    "checked_set",
     "described_stage",
     "open_first_stage",
     "open_images",

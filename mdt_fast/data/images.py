@@ -39,6 +39,32 @@ class ImageSet(Protocol):
         ...
 
 
+def checked_set(images: ImageSet) -> ImageSet:
+    """A set of one's own, if it is one; ``UserError`` names what it lacks."""
+    for name in ("labels", "classes", "in_memory", "shape", "load"):
+        if not hasattr(images, name):
+            raise UserError(
+                f"images: a {type(images).__name__} has no {name}; mdt_fast.data.ImageSet has all"
+            )
+    labels, classes = np.asarray(images.labels), len(images.classes)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise UserError(
+            f"images.labels: a list of whole numbers is needed, got {labels.dtype} {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"images.labels: allowed are 0 to {classes - 1}, as there are {classes} classes, got "
+            f"{labels.min()} to {labels.max()}"
+        )
+    shape = tuple(images.shape)
+    first = images.load(0, random.Random(0))
+    if len(shape) != 3 or first.shape != shape or first.dtype != np.float32:
+        raise UserError(
+            f"images.load: gave {first.dtype} {list(first.shape)}, images.shape is {list(shape)} (float32)"
+        )
+    return images
+
+
 class SourceSet(ImageSet, Protocol):
     """A set of images as they come: its samples have names and sizes, by which a change is noticed."""
 

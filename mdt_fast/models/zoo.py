@@ -77,6 +77,12 @@ DiT_XL_4 = FACTORIES["DiT_XL_4"]
 DiT_XL_8 = FACTORIES["DiT_XL_8"]
 
 
+DiT_models = {
+    name.replace("_", "-", 1).replace("_", "/"): FACTORIES[name] for name in SHAPES if name[0] == "D"
+}
+"""Those of DiT under the names of its own code: ``DiT_models["DiT-XL/2"]``."""
+
+
 def shape_of(name: str) -> tuple[Family, dict[str, int]]:
     """Family and sizes of a published model; ``UserError`` (with the nearest name) for an unknown one."""
     if name not in SHAPES:

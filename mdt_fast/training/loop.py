@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import RunConfig
+from ..data import ImageSet
 from ..errors import UserError
 from .checkpoint import latest, locked
 from .distributed import joined, launched, losses_named
@@ -93,15 +94,22 @@ def posterior_noise(run: Run) -> Tensor | None:
 
 
 def train(
-    config: RunConfig, out: str | Path, *, resume: str | None = None, console: Console | None = None
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: str | None = None,
+    console: Console | None = None,
+    images: ImageSet | None = None,
 ) -> Result:
     """Train until ``config.train.steps`` updates are done, and leave everything in the folder ``out``.
 
     ``resume``: None starts a run, in a folder that has none; ``"auto"`` goes on from the newest checkpoint
     in ``out``, or starts if there is none; a path goes on from that checkpoint. SIGINT, SIGTERM, SIGUSR1 and
-    SIGHUP save a checkpoint and end the run. Started by torchrun, each process does its part of every batch.
-    Raises ``UserError`` for bad settings, unreadable images, damaged checkpoints, a full disk, losses that
-    stay non-finite and a lost process; it names the last checkpoint. What is saved stays.
+    SIGHUP save a checkpoint and end the run. ``images``: a data set of one's own in place of the one that
+    ``config.data.source`` names; give it again when the run goes on. Started by torchrun, each process does
+    its part of every batch. Raises ``UserError`` for bad settings, unreadable images, damaged checkpoints, a
+    full disk, losses that stay non-finite and a lost process; it names the last checkpoint. What is saved
+    stays.
     """
     if not isinstance(config, RunConfig):
         raise UserError(
@@ -112,7 +120,7 @@ def train(
         if world.main:
             stack.enter_context(locked(out))
         stack.enter_context(losses_named(world))
-        run = prepare(config, out, resume, world)
+        run = prepare(config, out, resume, world, images)
         world.barrier()  # all have looked at the folder before it is written to
         bar = TrainingProgress(run.step, config.train.steps, console, quiet=not world.main)
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig, SampleConfig, to_dict
-from ..data import FirstStage, ImageSet, Loader, check_classes, open_first_stage, open_images
+from ..data import FirstStage, ImageSet, Loader, check_classes, checked_set, open_first_stage, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError
 from ..files import aside, remove_leftovers
@@ -188,8 +188,15 @@ def equal_share(labels: list[int], rank: int, size: int) -> tuple[int, list[int]
     return rank * share, padded[rank * share : (rank + 1) * share]
 
 
-def prepare(config: RunConfig, out: Path, resume: str | None, world: World | None = None) -> Run:
-    """Check everything and build the run; nothing is written. ``UserError`` for whatever does not fit."""
+def prepare(
+    config: RunConfig,
+    out: Path,
+    resume: str | None,
+    world: World | None = None,
+    images: ImageSet | None = None,
+) -> Run:
+    """Check everything and build the run; nothing is written. ``images``: those of ``config.data.source``, if
+    None. ``UserError`` for whatever does not fit."""
     world = world or World()
     start = world.from_main(_starting_path(out, resume) if world.main else None)
     start = None if start is None else open_or_advise(start, world=world)
@@ -200,7 +207,7 @@ def prepare(config: RunConfig, out: Path, resume: str | None, world: World | Non
     check_settings(config)
     rows = rows_of(world, config.train)
     device = resolve_device(config.train.device)
-    images = open_images(config.data)
+    images = open_images(config.data) if images is None else checked_set(images)
     first_stage = open_first_stage(config.data, images, device)
     check_data(config, images, first_stage, world)
     notes += [] if start is None else check_same_data(start, images, first_stage)
@@ -271,7 +278,7 @@ def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, wor
 
 def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
     """``UserError`` if the run cannot go on with these images; a warning if it will go on differently."""
-    if start.classes != images.classes:
+    if start.classes != tuple(images.classes):
         raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}")
     if start.state["num_images"] != len(images.labels):
         return [

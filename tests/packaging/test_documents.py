@@ -67,8 +67,9 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0 < (trained - average).abs().max() < 1e-3
 
 
-def test_python_of_own_models_runs() -> None:
+def test_python_of_own_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of ``docs/own_models.md``, one after the other."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_models.md").read_text(), re.DOTALL):
@@ -76,6 +77,7 @@ def test_python_of_own_models_runs() -> None:
     assert names["drawn"].shape == names["x"].shape == (2, 4, 8, 8)
     assert names["drawn"].isfinite().all()
     assert names["x"].isfinite().all()
+    assert names["result"].steps == 3
     assert names["full"].shape == (4, 16, 64)
     assert names["kept"].shape == (4, names["K"], 64)
 

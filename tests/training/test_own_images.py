@@ -1,0 +1,64 @@
+"""A data set of one's own in the trainer."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mdt_fast import UserError, train
+from mdt_fast.config import DataConfig
+from mdt_fast.data import open_images
+from tiny import tensors_of, tiny
+
+
+class Own:
+    """The digits again, by other means."""
+
+    def __init__(self, **changes: Any):
+        digits = open_images(DataConfig())
+        self.digits, self.labels, self.classes = digits, digits.labels, list(digits.classes)
+        self.shape, self.in_memory = digits.shape, False
+        vars(self).update(changes)
+
+    def load(self, index: int, rng: random.Random, mirror: bool = False) -> Any:
+        return self.digits.load(index, rng, mirror)
+
+
+def test_it_trains_as_the_same_images_do(tmp_path: Path) -> None:
+    config = tiny(steps=4, save_every=2, tensorboard=False)
+    train(config, tmp_path / "known")
+    train(replace(config, train=replace(config.train, steps=2)), str(tmp_path / "own"), images=Own())
+    assert train(config, str(tmp_path / "own"), images=Own(), resume="auto").steps == 4
+    last = Path("checkpoints", "step_0000004")
+    assert tensors_of(tmp_path / "own" / last) == tensors_of(tmp_path / "known" / last)
+    with pytest.raises(UserError, match="its classes are not those of the run"):
+        train(config, tmp_path / "own", images=Own(classes=[*"abcdefghij"]), resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.zeros(3)}, r"images.labels: a list of whole numbers is needed, got float64 \(3,\)"),
+        ({"labels": np.zeros(0, int)}, r"images.labels: a list of whole numbers is needed, got int64 \(0,\)"),
+        ({"labels": np.array([0, 10])}, r"images.labels: allowed are 0 to 9, .*, got 0 to 10"),
+        ({"shape": (1, 8, 9)}, r"images.load: gave float32 \[1, 8, 8\], images.shape is \[1, 8, 9\]"),
+        ({"load": lambda *_: np.zeros((1, 8, 8))}, r"images.load: gave float64"),
+    ],
+    ids=str,
+)
+def test_what_is_no_set_of_images(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        train(tiny(), tmp_path / "run", images=Own(**changes))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_is_nothing_of_the_kind(tmp_path: Path) -> None:
+    images: Any = [1, 2]
+    with pytest.raises(UserError, match=r"images: a list has no labels; mdt_fast.data.ImageSet has all"):
+        train(tiny(), tmp_path / "run", images=images)
+    config: Any = "digits"
+    with pytest.raises(UserError, match=r"config: got str, a RunConfig is needed"):
+        train(config, tmp_path / "run")
