@@ -135,7 +135,10 @@ class _OnceAlone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError("mdt_fast: there is no second derivative of its kernels")
+        raise RuntimeError(
+            "mdt_fast: there is no second derivative of its kernels; the models of mdt_fast.reference have "
+            "one, and so have these under torch.func"
+        )
 
 
 def _nowhere() -> Tensor:

@@ -57,7 +57,8 @@ class Graphed:
     def _capture(
         self, args: tuple[Tensor | None, ...]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
-        inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
+        with torch.inference_mode(False):  # they outlive the one that may be on here
+            inputs = [None if arg is None else _copy(arg) for arg in args]
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream), self._lending():
@@ -88,6 +89,10 @@ class Graphed:
         finally:
             torch._C._cuda_endAllocateToPool(*here)
             torch._C._cuda_releasePool(*here)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def lent(tensor: Tensor) -> Tensor:

@@ -82,10 +82,8 @@ class MaskPlan:
     @classmethod
     def from_keep(cls, ids_keep: Tensor, num_tokens: int) -> "MaskPlan":
         """The plan that keeps ``ids_keep`` [B, K] (int64, distinct within a row, 0..num_tokens-1)."""
-        if ids_keep.ndim != 2 or ids_keep.dtype != torch.int64:
-            raise UserError(
-                f"ids_keep: expected int64 [batch, kept], got {ids_keep.dtype} {list(ids_keep.shape)}"
-            )
+        if not isinstance(ids_keep, Tensor) or ids_keep.ndim != 2 or ids_keep.dtype != torch.int64:
+            raise UserError(f"ids_keep: expected int64 [batch, kept], got {_named(ids_keep)}")
         if ids_keep.numel() and (ids_keep.min() < 0 or ids_keep.max() >= num_tokens):
             low, high = int(ids_keep.min()), int(ids_keep.max())
             raise UserError(f"ids_keep: values {low}..{high}, allowed are 0..{num_tokens - 1}")
@@ -95,6 +93,23 @@ class MaskPlan:
             raise UserError("ids_keep: a token number stands twice in a row; allowed is once")
         ids_mask = torch.argsort(kept, dim=1, stable=True)[:, : num_tokens - ids_keep.shape[1]]
         return cls._from_ids(ids_keep, ids_mask)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "MaskPlan":
+        """The plan that drops the tokens where ``mask`` [B, L] (bool) is True, in ascending order.
+
+        Raises ``UserError`` unless as many are dropped of every sample, which a GPU is waited for to know.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
+            raise UserError(f"mask: expected bool [batch, tokens], got {_named(mask)}")
+        dropped = mask.sum(dim=1).tolist() or [0]
+        if min(dropped) != max(dropped):
+            raise UserError(
+                f"mask: drops {min(dropped)} to {max(dropped)} tokens of a sample, allowed is one number"
+            )
+        ids = mask.byte().argsort(dim=1, stable=True)
+        len_keep = mask.shape[1] - dropped[0]
+        return replace(cls._from_ids(ids[:, :len_keep], ids[:, len_keep:]), ascending=True)
 
     @classmethod
     def _from_ids(cls, ids_keep: Tensor, ids_mask: Tensor) -> "MaskPlan":
@@ -147,6 +162,10 @@ class MaskPlan:
     def rows(self, rows: slice) -> "MaskPlan":
         """The plan of some of the samples."""
         return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
+
+
+def _named(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def len_keeps(num_tokens: int, mask_ratio: float) -> range:

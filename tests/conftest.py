@@ -28,6 +28,18 @@ def _compiled_for_these_alone() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def full_float32() -> Iterator[None]:
+    """Products of float32 in float32. (``monkeypatch`` would delete what these objects make up.)"""
+    where = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flags.allow_tf32 for flags in where]
+    for flags in where:
+        flags.allow_tf32 = False
+    yield
+    for flags, allowed in zip(where, before, strict=True):
+        flags.allow_tf32 = allowed
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of many slow tests first: processes that share the files then end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -50,6 +50,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+def test_a_capture_in_inference_mode_serves_outside_of_it(calls: list[str]) -> None:
+    graphed, x = Graphed(lambda x: x, torch.device("cpu")), torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        graphed(torch.zeros(2))
+    with torch.no_grad():
+        assert graphed(x).tolist() == [1, 1]
+    assert len(graphed.captured) == 1
+
+
 def test_later_captures_borrow_the_graphs_memory(calls: list[str]) -> None:
     threads: list[bool] = []
 

@@ -10,18 +10,13 @@ from torch import Tensor
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
 from parity import compare, run, same
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 WAYS = pytest.mark.parametrize(
     ("bias_form", "table_grad"), [("lookup", "recompute"), ("dense", "store")], ids="-".join
 )
 plain = partial(rel_attention, attention_backend="sdpa")
-
-
-@pytest.fixture(autouse=True)
-def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def heads(B: int, H: int, M: int, N: int, d: int, G: int | None) -> list[Tensor]:

@@ -55,6 +55,10 @@ def test_lengths_at_256_tokens() -> None:
         (lambda: MaskPlan.from_keep(torch.tensor([[0, 4]]), 4), "ids_keep: values 0..4, allowed are 0..3"),
         (lambda: MaskPlan.from_keep(torch.tensor([[1, 1]]), 4), "ids_keep: a token number stands twice"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0.0]]), 4), "ids_keep: expected int64"),
+        (lambda: MaskPlan.from_keep([[0]], 4), r"ids_keep: expected int64 \[batch, kept\], got a list"),
+        (lambda: MaskPlan.from_mask([[True]]), r"mask: expected bool \[batch, tokens\], got a list"),
+        (lambda: MaskPlan.from_mask(torch.ones(2, 4)), r"mask: expected bool .*, got torch.float32 \[2, 4\]"),
+        (lambda: MaskPlan.from_mask(torch.ones(3, 3).tril().bool()), "mask: drops 1 to 3 tokens of a sample"),
     ],
 )
 def test_refusals(call: object, message: str) -> None:

@@ -29,7 +29,8 @@ def forward(
     q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
 ) -> Tensor:
     """Write ``out``; returns log(sum(exp(score))), float32 [H, all rows of q]."""
-    q_BHMd, k_BHNd, v_BHNd = map(aligned, (q_BHMd, k_BHNd, v_BHNd))
+    q_BHMd = aligned(q_BHMd, call.queries.length)
+    k_BHNd, v_BHNd = (aligned(x, call.keys.length) for x in (k_BHNd, v_BHNd))
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
     lse = q_BHMd.new_empty(H, rows, dtype=torch.float32)
     launch = _configs(q_BHMd).forward
@@ -65,7 +66,10 @@ def backward(
     if not rows or not k_BHNd.numel() or not min(lengths):
         dq_BHMd.zero_(), dk_BHNd.zero_(), dv_BHNd.zero_()
         return
-    dout_BHMd, q_BHMd, k_BHNd, v_BHNd = map(aligned, (dout_BHMd, q_BHMd, k_BHNd, v_BHNd))
+    dout_BHMd, q_BHMd = (aligned(x, lengths[0]) for x in (dout_BHMd, q_BHMd))
+    k_BHNd, v_BHNd = (aligned(x, lengths[1]) for x in (k_BHNd, v_BHNd))
+    if out_BHMd.stride() != dout_BHMd.stride():  # kernels read both by the same ones
+        out_BHMd = torch.empty_like(dout_BHMd).copy_(out_BHMd)
     delta = torch.empty_like(lse)
     bias, bias_size, form = _bias(q_BHMd, table_RH, call)
     scene = _scene(q_BHMd, bias, call)
@@ -123,14 +127,15 @@ def backward(
         _recompute(dout_BHMd, q_BHMd, k_BHNd, v_BHNd, bias, bias_size, lse, delta, call, dtable_RH)
 
 
-def aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor, length: int) -> Tensor:
     """``x``, in half types with rows that begin at multiples of 16 bytes: a copy where its do not, or where
-    a head's rows lie too far apart.
+    a head's rows, of which a sample has ``length``, lie too far apart.
 
     Without the alignment, shared memory is not filled ahead, and what ptxas 12.8 (of Triton 3.6 and 3.7) then
     makes of a head's narrow part on Hopper is wrong: it reads a descriptor that was never written.
     """
-    if (x.shape[2] - 1) * x.stride(2) >= 2**31:  # rows of a head are addressed by 32 bits
+    # A sample's rows of a head are addressed by 32 bits, from its first one.
+    if (min(x.shape[2], length) - 1) * x.stride(2) >= 2**31:
         return x.clone(memory_format=torch.contiguous_format)
     if x.element_size() != 2:
         return x

@@ -20,9 +20,9 @@ from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
 from .loading import check_copies, check_rate, check_state, follow, in_order, restore, tie_masters
 from .shards import laid_out, local, split
+from .tracing import untraced
 
 NUMBERS = {2: "two", 3: "three"}
-
 OWN = ("max_grad_norm", "clip_norm", "moments_dtype", "process_group", "grad_norm", "skipped_steps",
        "_averages", "_decays", "_masters")  # fmt: skip
 
@@ -120,10 +120,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         ``masters``: one float32 tensor for each parameter, in the optimiser's order or by name (see
         :meth:`add_ema`), of its shape and on its device, of which it is the rounding; all parameters are
-        bfloat16. Without this, a master begins as
-        what its parameter has been rounded to. A loaded state's masters are written into them; without such,
-        a parameter that has got other weights gives its own. ``UserError`` for tensors that do not fit, and
-        where there are masters already.
+        bfloat16. Without this, a master begins as what its parameter has been rounded to. A loaded state's
+        masters are written into them; without such, a parameter that has got other weights gives its own.
+        ``UserError`` for tensors that do not fit, and where there are masters already.
         """
         given, own = in_order("masters", masters, self.param_groups), list(self._all())
         for i, p in enumerate(own):
@@ -137,6 +136,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise UserError(f"masters[{i}]: rounded to bfloat16 it is not its parameter")
         self._masters = [master.detach() for master in given]
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, by the gradients there are. ``UserError`` for none, and for sparse or partial ones."""

@@ -56,6 +56,13 @@ def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:
             yield tensor.data_ptr()
 
 
+def _around(module: nn.Module) -> tuple[Any, ...]:
+    """What decides how ``module`` is run, beside its weights."""
+    own = vars(module)
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    return type(module), hooks, own.get("forward"), own.get("switches"), own.get("attention_backend")
+
+
 class GuidedModel:
     """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass.
 
@@ -100,7 +107,7 @@ class GuidedModel:
             self.table_TK = table.to(self.device)
         self.graphed = switches.cuda_graph and self.parts is not None and self.device.type == "cuda"
         self.graphs: Graphed | None = None
-        self.addresses: list[int] = []
+        self.captured_of: list[Any] = []
         # Casts that autocast keeps would be gone when the graph is replayed.
         self.autocast = {
             "device_type": self.device.type,
@@ -165,11 +172,14 @@ class GuidedModel:
             return compute(x, self.times_T[index].expand(B), self.labels[:B], None, weight, noise, row)
 
     def _look_for_graphs(self, moved: bool) -> None:
-        """New ones where those there are read other memory than the weights are in now."""
+        """New ones where those there are read other memory than the weights are in now, or do not run what
+        stands around the model's parts now."""
         cast = set() if self.casts is None else {id(weight) for weight in self.casts.whole}
         numbers = chain(self.model.parameters(), self.model.buffers())
-        before, self.addresses = self.addresses, [*_addresses(x for x in numbers if id(x) not in cast)]
-        if self.graphs is None or moved or self.addresses != before:
+        before, self.captured_of = self.captured_of, [
+            *_addresses(x for x in numbers if id(x) not in cast), *map(_around, self.model.modules())
+        ]  # fmt: skip
+        if self.graphs is None or moved or self.captured_of != before:
             # If they held this object, which holds them, their memory would stay until garbage is collected.
             itself = weakref.proxy(self)
             self.graphs = Graphed(lambda *args: itself._compute(*args), self.device)

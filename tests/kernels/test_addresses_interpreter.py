@@ -89,6 +89,33 @@ def test_attention(heads: int, rows: int, strides: tuple[int, ...]) -> None:
     assert relative_error(dq, *torch.autograd.grad(expected, exact, dout.double())) < 2e-3
 
 
+@pytest.mark.parametrize("table_grad", ["recompute", "store"])
+def test_attention_of_rows_that_are_copied(table_grad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where rows lie too far apart: gradients of the output come in another layout than the output."""
+    from mdt_fast.kernels.rel_attention import launch
+
+    monkeypatch.setattr(launch, "aligned", lambda x, length: x.clone(memory_format=torch.contiguous_format))
+    torch.manual_seed(0)
+    tensors = [*torch.randn(3, 2, 3, 9, 16).half(), torch.randn(28, 3).half()]
+    dout = torch.randn(2, 9, 3, 16).half().transpose(1, 2)
+    found = []
+    for how in ({"attention_backend": "triton", "table_grad": table_grad}, {"attention_backend": "sdpa"}):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        out = rel_attention(*leaves, grid_size=3, **how)
+        found.append(torch.autograd.grad(out, leaves, dout))
+    for ours, plain in zip(*found, strict=True):
+        assert relative_error(ours, plain) < 2e-3
+
+
+def test_of_a_packed_batch_its_longest_sample_counts() -> None:
+    """Rows are numbered from a sample's first one, however many samples stand one after the other."""
+    from mdt_fast.kernels.rel_attention.launch import aligned
+
+    packed = far_apart((1, 1, 3, 16), (0, 16, FAR, 1))
+    assert aligned(packed, length=2) is packed
+    assert aligned(packed, length=3).is_contiguous()
+
+
 def test_no_tile_stands_on_an_axis_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a CUDA grid the second axis and the third have 65,535 places: rows and columns are not on them."""
     from mdt_fast.kernels.bias_gelu import launch as gelu

@@ -1,9 +1,6 @@
 """What makes sampling fast gives the same pictures; guidance is left out where it is said to be."""
 
 import copy
-import gc
-import weakref
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,7 +15,7 @@ from mdt_fast.models import sampling
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.sampling import StepModulations, is_open
 from mdt_fast.models.zoo import build_model
-from mdt_fast.sampling import Sampler, guided, sample, sampling_diffusion
+from mdt_fast.sampling import Sampler, sample, sampling_diffusion
 from mdt_fast.sampling.guided import guidance_weights
 from tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -298,82 +295,6 @@ def test_samplers_are_copied_and_made_where_nothing_is_recorded() -> None:
         copied.model.model.en_inblocks[0].mlp.fc1.weight.mul_(2)
     assert not torch.equal(copied(LABELS), inside)
     assert torch.equal(sampler(LABELS), inside)
-
-
-@pytest.fixture
-def graphed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sampler]:
-    """A sampler that replays, on a CPU, where a replay is a call."""
-
-    class Graph:
-        def __init__(self, function: Any, device: torch.device):
-            self.function = function
-
-        def __call__(self, *args: Any) -> Tensor:
-            return self.function(*args)
-
-    monkeypatch.setattr(guided, "Graphed", Graph)
-
-    def build(model: nn.Module, config: SampleConfig) -> Sampler:
-        sampler = Sampler(model, sampling_diffusion(model.config, DiffusionConfig(), config), config)
-        sampler.model.graphed = True
-        return sampler
-
-    return build
-
-
-def test_graphs_end_with_what_made_them(graphed: Callable[..., Sampler]) -> None:
-    sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
-    sampler(LABELS)
-    graphs = weakref.ref(sampler.model.graphs)
-    gc.disable()
-    try:
-        del sampler
-        assert graphs() is None
-    finally:
-        gc.enable()
-
-
-def test_a_copy_has_graphs_of_its_own(graphed: Callable[..., Sampler]) -> None:
-    sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
-    before = sampler(LABELS)
-    copied = copy.deepcopy(sampler)
-    assert copied.model.graphs is None  # a captured one cannot be copied
-    with torch.no_grad():
-        copied.model.model.blocks[0].mlp.fc1.weight.mul_(2)
-    assert not torch.equal(copied(LABELS), before)
-    assert torch.equal(sampler(LABELS), before)
-
-
-def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sampler]) -> None:
-    """And for that alone: new numbers are where the old ones were."""
-    model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
-    seen = graphed(model, config).model
-    seen.begin(LABELS)
-    first, addresses = seen.graphs, [cast.data_ptr() for cast in seen.casts.cast]
-    block = model.blocks[0]
-    block.attn.proj.weight = nn.Parameter(2 * block.attn.proj.weight)
-    seen.begin(LABELS)
-    assert seen.graphs is first
-    assert addresses == [cast.data_ptr() for cast in seen.casts.cast]
-    other = copy.deepcopy(block.attn.proj)
-    other.bias = block.attn.proj.bias  # of what is not cast nothing has moved
-    block.attn.proj = other
-    seen.begin(LABELS)
-    assert seen.graphs is not first
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_that_came_in_the_place_of_others(dtype: str, graphed: Callable[..., Sampler]) -> None:
-    model = made("mdtv2", torch.float32).eval()
-    seen = graphed(model, replace(CONFIG, dtype=dtype)).model
-    seen.begin(LABELS)
-    first = seen.graphs
-    model.load_state_dict({name: weight + 0 for name, weight in model.state_dict().items()})
-    seen.begin(LABELS)
-    assert seen.graphs is first
-    model.load_state_dict({name: weight + 0 for name, weight in model.state_dict().items()}, assign=True)
-    seen.begin(LABELS)
-    assert seen.graphs is not first
 
 
 def test_a_pass_that_fails_leaves_the_weights_whole() -> None:
