@@ -63,16 +63,11 @@ def official_config(
     shape |= {key: value for key, value in written.items() if key not in ("mask_ratio", "class_dropout_prob")}
     dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
     shape["num_classes"] = rows - dropped
+    of_model = {key: value for (section, key), value in hand.items() if section == "model"}
     if packed is None:
-        notes += _changed_by_hand(shape, hand, dropped)
-    shape.update({key: hand["model", key] for key in shape if _makes_the_same(hand, key, shape)})
-    for key, value in shape.items():
-        if hand.get(("model", key), value) != value:
-            others = "; without the optimiser's state there may be others" if key in FREE else ""
-            raise UserError(
-                f"model.{key}: {hand['model', key]!r}, but the weights in {files.model} have "
-                f"{value!r}{others}"
-            )
+        notes += _changed_by_hand(shape, of_model, dropped)
+    shape.update({key: of_model[key] for key in shape if _makes_the_same(of_model, key, shape)})
+    _check_by_hand(shape, of_model, files)
     notes += _changed(values, "model", shape, f"as in {files.model.name}")
     rate = _rate(files, values["train"]["ema_decay"], ("train", "ema_decay") in hand)
     said = {} if rate is None else {"ema_decay": rate}
@@ -83,7 +78,17 @@ def official_config(
     return from_dict(RunConfig, values), notes
 
 
-def _changed_by_hand(shape: dict[str, Any], hand: Mapping[tuple[str, str], Any], dropped: bool) -> list[str]:
+def _check_by_hand(shape: dict[str, Any], hand: Mapping[str, Any], files: OfficialFiles) -> None:
+    """``UserError`` for what was set by hand and is not the weights' shape."""
+    for key, value in shape.items():
+        if hand.get(key, value) != value:
+            others = "; without the optimiser's state there may be others" if key in FREE else ""
+            raise UserError(
+                f"model.{key}: {hand[key]!r}, but the weights in {files.model} have {value!r}{others}"
+            )
+
+
+def _changed_by_hand(shape: dict[str, Any], hand: Mapping[str, Any], dropped: bool) -> list[str]:
     """Put what was set by hand of what weights can be fitted to into the shape; a line for each."""
     done = {
         "num_classes": f"the label table begins anew{', but for the null class' if dropped else ''}",
@@ -91,17 +96,17 @@ def _changed_by_hand(shape: dict[str, Any], hand: Mapping[tuple[str, str], Any],
     }
     notes = []
     for key in FREE:
-        wanted, there = hand.get(("model", key), shape[key]), shape[key]
+        wanted, there = hand.get(key, shape[key]), shape[key]
         if wanted != there:
             shape[key] = wanted
             notes.append(f"model.{key}: {wanted}, the weights have {there}: {done[key]}")
     return notes
 
 
-def _makes_the_same(hand: Mapping[tuple[str, str], Any], key: str, shape: dict[str, Any]) -> bool:
+def _makes_the_same(hand: Mapping[str, Any], key: str, shape: dict[str, Any]) -> bool:
     """Whether what was set by hand is not what the weights tell and yet makes a model of their shape: a width
     that is rounded, or MDTv2's depth with the block that an odd number loses."""
-    wanted, there = hand.get(("model", key), shape[key]), shape[key]
+    wanted, there = hand.get(key, shape[key]), shape[key]
     if type(wanted) not in (int, float) or wanted == there:
         return False
     if key == "mlp_ratio":
