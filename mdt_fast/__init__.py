@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .presets import PRESETS as PRESETS
     from .sampling import inpaint as inpaint
     from .sampling import sample as sample
+    from .training import load_run as load_run
     from .training import train as train
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "PRESETS": ".presets",
     "RunConfig": ".config",
     "inpaint": ".sampling",
+    "load_run": ".training",
     "sample": ".sampling",
     "SampleConfig": ".config",
     "SampleSwitches": ".config",

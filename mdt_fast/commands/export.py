@@ -3,18 +3,15 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..data import described_stage
 from ..errors import UserError
-from ..models import zoo
-from ..models.convert import load_weights
 from ..sampling import check_writable, export_step
 from ..sampling.export import MOST_IMAGES
 from ..sampling.schedulers import SOLVERS
 from ..training.checkpoint import EMA
 from ..training.run import open_or_advise, resolve_device
-from ..training.states import whole_state
+from ..training.states import model_of
 from .shared import set_threads
 
 
@@ -27,16 +24,15 @@ def export(args: argparse.Namespace) -> int:
     batch = _batch(args.batch)
     opened = open_or_advise(Path(args.run), [EMA], "mdt-fast export {}")
     device = resolve_device(args.device)
-    model: Any = zoo.build_model(opened.config.model)
-    load_weights(model, whole_state(opened, EMA), str(opened.path))
     stage = described_stage(opened.state.get("latents"), opened.config.data)
     config = replace(opened.config.sample, dtype="float32")
     if config.sampler in SOLVERS:
         config = replace(config, sampler="ddim")
     if not opened.config.data.conditional:
         config = replace(config, cfg_scale=1.0)
+    model = model_of(opened, EMA).to(device)
     export_step(
-        model.to(device), opened.config.diffusion, target, config, clip_denoised=stage.clip, batch=batch,
+        model, opened.config.diffusion, target, config, clip_denoised=stage.clip, batch=batch,
         aoti=args.aoti, classes=opened.classes,
     )  # fmt: skip
     kind = f"an AOTInductor package for this machine's {device.type}" if args.aoti else "an exported program"

@@ -16,8 +16,6 @@ from ..data import FirstStage, described_stage
 from ..data.encode_folder import Ranks
 from ..data.encode_progress import EncodingProgress
 from ..errors import UserError, nearest
-from ..models import zoo
-from ..models.convert import load_weights
 from ..sampling import (
     Inpainter,
     SampleFolder,
@@ -38,7 +36,7 @@ from ..sampling import (
 from ..training.checkpoint import EMA, Checkpoint
 from ..training.optim import unripe
 from ..training.run import open_or_advise, resolve_device
-from ..training.states import whole_state
+from ..training.states import model_of
 from .known import Known, check_known, digest_of, read_known
 from .shared import refuse_empty, set_threads
 
@@ -103,9 +101,7 @@ def sample(args: argparse.Namespace) -> int:
         console.print(f"{there} of {len(labels)} are there already")
 
     def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
-        model: Any = zoo.build_model(model_config)
-        load_weights(model, whole_state(opened, args.weights), str(opened.path))
-        model = model.to(device)
+        model = model_of(opened, args.weights).to(device)
         sampler = (
             Sampler(model, diffusion, config, clip_denoised=stage.clip)
             if known is None

@@ -6,10 +6,8 @@ from typing import Any
 
 from ..data import Latents, described_stage
 from ..errors import UserError
-from ..models import zoo
-from ..models.convert import load_weights
 from ..training.run import open_or_advise
-from ..training.states import whole_state
+from ..training.states import model_of
 from .schedulers import published_scheduler
 
 
@@ -27,8 +25,6 @@ def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[s
             autoencoder = stage.opened().model
     elif vae is not None:
         raise UserError("vae: the run was trained on pixels, and takes none")
-    model: Any = zoo.build_model(config.model)
-    load_weights(model, whole_state(opened, weights), str(opened.path))
     scheduler = published_scheduler(
         config.diffusion,
         learn_sigma=config.model.learn_sigma,
@@ -36,7 +32,7 @@ def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[s
         sampler=config.sample.sampler,
     )
     return {
-        "transformer": model.eval(),
+        "transformer": model_of(opened, weights),
         "scheduler": scheduler,
         "vae": autoencoder,
         "id2label": dict(enumerate(opened.classes)),

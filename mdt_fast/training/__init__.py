@@ -3,5 +3,6 @@
 from ..optim import FusedAdamW, FusedAdan
 from .loop import Result, train
 from .optim import Ema, build_optimizer
+from .run import load_run
 
-__all__ = ["Ema", "FusedAdamW", "FusedAdan", "Result", "build_optimizer", "train"]
+__all__ = ["Ema", "FusedAdamW", "FusedAdan", "Result", "build_optimizer", "load_run", "train"]

@@ -9,7 +9,9 @@ from torch import Tensor
 from ..config import RunConfig, to_dict
 from ..data import FirstStage, ImageSet
 from ..errors import UserError
-from ..models.zoo import build_model
+from ..models import Transformer, build_model
+from ..models.attention import share_index
+from ..models.convert import check_weights
 from ..optim import FusedAdamW, FusedAdan
 from ..optim.shards import local
 from ..reference.layers import relative_position_index
@@ -117,6 +119,18 @@ def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
     with torch.device("meta"):
         keys = build_model(config).state_dict().keys()
     return {key: tensors[key] if key in tensors else index.clone() for key in keys}
+
+
+def model_of(opened: Checkpoint, part: str) -> Transformer:
+    """The model of a checkpoint, with its ``model`` or ``ema`` weights, on the CPU and in eval mode."""
+    with torch.device("meta"):  # no initial weights are drawn
+        model: Any = build_model(opened.config.model)
+    state = whole_state(opened, part)
+    check_weights(model.state_dict(), state, str(opened.path))
+    model.load_state_dict(state, strict=True, assign=True)
+    share_index(model)
+    loaded: Transformer = model.eval()
+    return loaded
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:
