@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mdt_fast import (
     MDT,
@@ -19,8 +20,11 @@ from mdt_fast import (
     UserError,
     compile_for_training,
     create_diffusion,
+    reference,
     sample,
 )
+from mdt_fast.models.blocks import Block
+from mdt_fast.models.checkpointing import draws
 from mdt_fast.models.conditioning import Conditioning
 from tolerances import FLOAT32, relative_error
 
@@ -96,6 +100,37 @@ def test_random_states_are_kept_for_what_may_draw_alone(mode: str, monkeypatch: 
     model.de_blocks[0].mlp.register_forward_hook(lambda module, given, output: F.dropout(output, 0.1))
     with pytest.raises(AssertionError, match="a random state was read"):
         losses(model)
+
+
+def test_a_sharded_block_draws_no_more_than_another() -> None:
+    """FSDP2 makes a block's class anew, and gives it hooks that move weights."""
+    block = made().de_blocks[0]
+    block.__class__ = type("FSDPBlock", (FSDPModule, Block), {})
+    block.register_forward_pre_hook(lambda module, given: None)
+    assert not draws(block)
+    block.mlp.fc1 = nn.Sequential(block.mlp.fc1, nn.Dropout(0.1))
+    assert draws(block)
+    own = made().de_blocks[0]
+    own.__class__ = type("Own", (Block,), {"__module__": "research"})
+    assert draws(own)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 16])
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_guidance_reaches_three_of_four_channels_and_else_all(cls: Any, channels: int) -> None:
+    """By ``forward_with_cfg``, and the same in the reference model."""
+    model = made(cls, in_channels=channels).eval()
+    plain = getattr(reference, cls.__name__)(**model.config.kwargs()).eval()
+    plain.load_state_dict(model.state_dict())
+    x, t = torch.randn(2, channels, 8, 8).repeat(2, 1, 1, 1), torch.full((4,), 300)
+    y = torch.tensor([1, 2, 10, 10])
+    with torch.no_grad():
+        out, none = (model.forward_with_cfg(x, t, y, scale, scale_pow=None) for scale in (3.0, 1.0))
+        assert relative_error(out, plain.forward_with_cfg(x, t, y, 3.0, scale_pow=None)) < FLOAT32
+    guided = 3 if channels == 4 else channels
+    assert torch.equal(out[:2, :guided], out[2:, :guided])
+    moved = (out - none)[:2, :channels].abs().amax((0, 2, 3)) > 1e-4
+    assert moved.tolist() == [i < guided for i in range(channels)]
 
 
 class OfTwo(MDTv2):
