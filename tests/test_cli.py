@@ -233,6 +233,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--cfg-interval=high"], "--cfg-interval: LOW,HIGH such as 0.1,0.7 or 100,700 is"),
         (["sample", "RUN", "--cfg-interval=0.5,0.1"], "--cfg-interval: LOW,HIGH with 0 <= LOW <= HIGH"),
         (["sample", "RUN", "--skip-below=-1"], "--skip-below: must be at least 0, got -1.0"),
+        (["sample", "RUN", "--guided-channels=2"], "--guided-channels: allowed are None and 1 to 1, got 2"),
         (["sample", "RUN", "--sampler=unicp"], "'unicp' is not known (did you mean 'unipc'?)"),
         (["sample", "RUN", "--sampler=unipc", "--steps=1"], "steps: allowed are 2 to 999 with unipc, got 1"),
         (["sample", "RUN", "--sampler=dpm++", "--eta=0.5"], "eta: only ddim has one; use 0 with dpm++"),

@@ -55,7 +55,10 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     else:
         opened = open_or_advise(source, [args.weights], "mdt-fast convert {}")
         state = whole_state(opened, args.weights)
-        metadata = {"model": to_dict(opened.config.model), "step": opened.step, "weights": args.weights}
+        metadata = {
+            "model": to_dict(opened.config.model), "diffusion": to_dict(opened.config.diffusion),
+            "step": opened.step, "weights": args.weights,
+        }  # fmt: skip
     write_weights(target, state, **metadata)
     print(f"{len(state)} tensors in {target}")
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ModelConfig, RunConfig, from_dict, to_dict
+from ..config import DiffusionConfig, ModelConfig, RunConfig, from_dict, to_dict
 from ..errors import UserError
 from ..models.convert import label_rows, read_metadata, shape_of
 from ..models.zoo import shape_of as published_shape
@@ -22,6 +22,7 @@ RECIPE = ("preset", "config", "data", "image_size", "vae", "unconditional", "mod
 """The options that make a configuration."""
 FREE = ("num_classes", "input_size")
 """What a run may have otherwise than the weights that it starts from."""
+WRITTEN = {"model": ModelConfig, "diffusion": DiffusionConfig}
 
 
 def official_config(
@@ -37,11 +38,14 @@ def official_config(
     shape set by hand that is not the weights', and where no preset can be had.
     """
     shape, rows = _said_by_weights(files, weights)
-    written = _written_with(files)
+    written, process = _written_with(files)
     name, given = named_preset(args)
-    preset = name or _published(shape, "images" if written else None)
+    preset = name or _published(shape, "images" if process else None)
     values = to_dict(PRESETS[preset])
     notes = [] if name else [f"preset {preset}, by the shape of the weights"]
+    if written:
+        notes.append(f"the model{' and its diffusion' if process else ''}: as written in {files.model.name}")
+        values["diffusion"] |= process
     hand = {(section, key): value for section, key, value in set_by_hand(args, given, values)}
     if args.model is not None:
         family, sizes = published_shape(args.model)
@@ -62,6 +66,9 @@ def official_config(
     put(values, by_hand)
     shape |= {key: value for key, value in written.items() if key not in ("mask_ratio", "class_dropout_prob")}
     dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
+    if written and dropped != (written["class_dropout_prob"] > 0) and ("model", "class_dropout_prob") in hand:
+        wanted, null = hand["model", "class_dropout_prob"], "no null class" if dropped else "a null class"
+        raise UserError(f"model.class_dropout_prob: {wanted!r}, but the weights in {files.model} have {null}")
     shape["num_classes"] = rows - dropped
     of_model = {key: value for (section, key), value in hand.items() if section == "model"}
     if packed is None:
@@ -124,17 +131,21 @@ def _said_by_weights(files: OfficialFiles, weights: Mapping[str, Tensor]) -> tup
         raise UserError(f"{files.model}: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
 
 
-def _written_with(files: OfficialFiles) -> dict[str, Any]:
-    """The model's configuration but for its classes, which ``convert`` writes into a file beside the weights;
-    of others nothing."""
+def _written_with(files: OfficialFiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the model's configuration all but its classes, and that of its diffusion process, which ``convert``
+    writes into a file beside a run's weights; of other files nothing."""
+    if files.model.suffix != ".safetensors":
+        return {}, {}
+    beside = read_metadata(files.model)
+    model, process = (_read(beside.get(name), kind) for name, kind in WRITTEN.items())
+    return {key: value for key, value in model.items() if key != "num_classes"}, process if model else {}
+
+
+def _read(text: str | None, kind: type) -> dict[str, Any]:
     try:
-        model = (
-            json.loads(read_metadata(files.model)["model"]) if files.model.suffix == ".safetensors" else {}
-        )
-        found = to_dict(from_dict(ModelConfig, model, "model")) if model else {}
-    except (KeyError, ValueError, UserError):  # another's, who has other things to say
+        return {} if text is None else to_dict(from_dict(kind, json.loads(text)))
+    except (ValueError, UserError):  # another's, who has other things to say
         return {}
-    return {key: value for key, value in found.items() if key != "num_classes"}
 
 
 def _published(shape: dict[str, Any], other: str | None = None) -> str:

@@ -257,6 +257,8 @@ def _settings(
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
     del values["--batch-size"]
+    if config.guided_channels is None and opened.config.model.in_channels > 4:  # folders of before: three
+        values["--guided-channels"] = opened.config.model.in_channels
     return {
         "--weights": None if args.weights == EMA else args.weights,  # folders of before have none
         "checkpoint": f"step {opened.step}, weights {digest[:16]}",

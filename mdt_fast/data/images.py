@@ -39,8 +39,9 @@ class ImageSet(Protocol):
         ...
 
 
-def checked_set(images: ImageSet) -> ImageSet:
-    """A set of one's own, if it is one; ``UserError`` names what it lacks."""
+def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
+    """A set of one's own, if it is one and has images of the configuration's size; ``UserError`` names what
+    it lacks."""
     for name in ("labels", "classes", "in_memory", "shape", "load"):
         if not hasattr(images, name):
             raise UserError(
@@ -56,9 +57,17 @@ def checked_set(images: ImageSet) -> ImageSet:
             f"images.labels: allowed are 0 to {classes - 1}, as there are {classes} classes, got "
             f"{labels.min()} to {labels.max()}"
         )
-    shape = tuple(images.shape)
-    first = images.load(0, random.Random(0))
-    if len(shape) != 3 or first.shape != shape or first.dtype != np.float32:
+    if not all(isinstance(name, str) for name in images.classes):
+        raise UserError("images.classes: names are needed, got " + repr(list(images.classes)[:4]))
+    shape, wanted = tuple(images.shape), (config.channels, config.image_size, config.image_size)
+    if shape != wanted:
+        raise UserError(
+            f"images.shape: {list(shape)}, but {list(wanted)} is configured (data.channels, data.image_size)"
+        )
+    first = images.load(0, random.Random(0), False)
+    if not isinstance(first, np.ndarray):
+        raise UserError(f"images.load: gave a {type(first).__name__}, an array is needed")
+    if first.shape != shape or first.dtype != np.float32:
         raise UserError(
             f"images.load: gave {first.dtype} {list(first.shape)}, images.shape is {list(shape)} (float32)"
         )

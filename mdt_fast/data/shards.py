@@ -50,7 +50,7 @@ class WebDataset:
         if not labels:
             raise UserError(
                 f"data.source: no images in the {len(self.shards)} .tar shards of {str(root)!r}; each needs "
-                f"KEY{'|'.join(SUFFIXES)} and KEY.cls or KEY.json (or data.conditional=false)"
+                f"KEY{'|'.join(SUFFIXES)} and KEY.cls or KEY.json (or, in training, --unconditional)"
             )
         self._shard, self._spans = np.array(shards, dtype=np.int32), np.array(spans, dtype=np.int64)
         self.labels = np.array(labels, dtype=np.int64)
@@ -91,8 +91,8 @@ class WebDataset:
                 continue
             if key not in classes:
                 raise UserError(
-                    f"{shard}: {member.name!r} has no class; {key}.cls or {key}.json is needed (but for "
-                    "data.conditional=false)"
+                    f"{shard}: {member.name!r} has no class; {key}.cls or {key}.json is needed (not so in "
+                    "training with --unconditional)"
                 )
             yield _Sample(member.name, member.offset_data, member.size, self._label(shard, classes[key]))
         for key, member in classes.items():

@@ -90,13 +90,14 @@ def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
             else "only MDT and MDTv2 have a masked pass; for others there is training_losses"
         )
         raise UserError(f"model: a {type(model).__name__} has no training_step_outputs; {advice}")
-    if hasattr(model, "_orig_mod"):
+    by_hand = "training_step_outputs" in vars(model)  # FSDP2's, or what compile_for_training has made
+    if hasattr(model, "_orig_mod") or (getattr(model, "_compiled_call_impl", None) and not by_hand):
         raise UserError(
             "model: what torch.compile made would not be compiled here, where its forward is not called; "
             "compile_for_training(model) compiles both"
         )
     forward, both = (_owner(type(model), name) for name in ("forward", "training_step_outputs"))
-    if "forward" in vars(model) and "training_step_outputs" not in vars(model):
+    if "forward" in vars(model) and not by_hand:
         raise UserError(
             "model: something stands in place of its forward (accelerate's autocast, for one), which "
             "training_step_outputs does not call; put it around this call, or take training_losses twice"

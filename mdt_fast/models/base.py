@@ -95,6 +95,8 @@ class Transformer(Pretrained):
     @mask_ratio.setter
     def mask_ratio(self, value: float | str | None) -> None:
         self.config = ModelConfig.of(self.family, **{**self.config.kwargs(), "mask_ratio": value})
+        if self.family != "dit":
+            self.mask_token.requires_grad_(self.config.mask_ratio is not None)
 
     def set_attention_backend(self, name: str) -> None:
         """The library that computes attention from now on: ``auto`` (Triton on CUDA, PyTorch elsewhere), or
@@ -153,17 +155,20 @@ class Transformer(Pretrained):
 
     def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
         """Of times and labels [B]; ``drop``: some labels are dropped, as in training."""
-        c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y) if drop else y, False)
+        by_itself = drop and not hasattr(self.y_embedder, "drop")
+        c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y) if drop else y, by_itself)
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
 
     def mark_lengths(self, x: Tensor, rows: Rows, plan: MaskPlan) -> None:
         """Say what follows the number of kept tokens; replaced by ``compile_for_training``."""
 
     def drop_labels(self, y: Tensor) -> Tensor:
-        """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself. Where an
-        embedder of one's own is to drop some, it has a ``dropout_prob`` and a method ``drop``."""
+        """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself. An
+        embedder of one's own does so by its ``dropout_prob`` and a method ``drop``; one without is told in
+        :meth:`forward`, as the official one is, that it is training, and drops nothing elsewhere."""
         embedder = self.y_embedder
-        return embedder.drop(y) if self.training and getattr(embedder, "dropout_prob", 0) > 0 else y
+        drops = self.training and hasattr(embedder, "drop") and getattr(embedder, "dropout_prob", 0) > 0
+        return embedder.drop(y) if drops else y
 
     @property
     def takes_labels(self) -> bool:

@@ -18,13 +18,15 @@ LAYERS = (nn.Linear, nn.SiLU, nn.Sequential)
 
 
 def draws(block: nn.Module) -> bool:
-    """Whether ``block`` may draw random numbers, as dropout does: none of its own parts do."""
+    """Whether ``block`` may draw random numbers, as dropout does: none of its own parts do. Its own hooks run
+    outside of what is computed again."""
     for module in block.modules():
-        cls = type(module)
-        if module is block and isinstance(module, FSDPModule):
-            continue  # its class is made anew, its hooks move weights
+        cls, itself = type(module), module is block
+        if itself and isinstance(module, FSDPModule):
+            cls = cls.__mro__[2]  # FSDP's class of this block, FSDPModule, and what it was
         ours = cls in LAYERS or cls.__module__.partition(".")[0] in ("mdt_fast", "torchao")
-        if not ours or module._forward_hooks or module._forward_pre_hooks:
+        hooked = not itself and (module._forward_hooks or module._forward_pre_hooks)
+        if not ours or hooked or "forward" in vars(module):
             return True
     return False
 

@@ -147,13 +147,22 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
         ),
     ]
     if differences:
-        table = state.get("pos_embed")
-        if table is not None and table.shape != own["pos_embed"].shape and len(differences) == 1:
+        if _of_another_size(own, state):
             differences.append("resize_weights makes them of another image size")
         put_before = next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None)
         if put_before is not None:
             differences.append(f"all names begin with {put_before!r}, which a wrapper put there: take it off")
         raise UserError(f"{source}: weights of another model: {'; '.join(differences)}")
+
+
+def _of_another_size(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    """Whether the weights differ in what has a number for each place alone."""
+    other = {key for key in own if key not in state or own[key].shape != state[key].shape}
+    ends = ("pos_embed", "relative_position_bias_table", "relative_position_index")
+    same_width = (
+        "pos_embed" in other & state.keys() and own["pos_embed"].shape[2:] == state["pos_embed"].shape[2:]
+    )
+    return same_width and own.keys() == state.keys() and all(key.endswith(ends) for key in other)
 
 
 def check_sizes(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
@@ -274,7 +283,8 @@ def from_reference(module: nn.Module) -> Transformer:
 def _read_pt(path: Path, mmap: bool) -> Any:
     mmap = mmap and zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training keeps its options so
+        known = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+        with torch.serialization.safe_globals([*known]):  # DiT's training keeps its options so
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(

@@ -179,9 +179,16 @@ class Pretrained(nn.Module):
         state = read_weights(weights)
         if other:
             state = weights_of_diffusers(state, config, weights)
-        check_sizes(config, state, str(weights))
-        with torch.device("meta"):
-            model = found(**config.kwargs())
+        own = found is not CLASSES["fast"][config.family]
+        if not own:  # whose parts are known
+            check_sizes(config, state, str(weights))
+        try:
+            with torch.device("meta"):
+                model = found(**config.kwargs())
+        except TypeError as error:
+            if not own:
+                raise
+            raise UserError(f"from_pretrained: {found.__name__} takes other arguments: {error}") from None
         check_weights(model.state_dict(), state, str(weights))
         if read_metadata(weights).get(DIGEST) not in (None, json.dumps(_digest(values))):
             raise UserError(

@@ -33,9 +33,11 @@ def resize_weights(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
     """
     try:
         shape = shape_of(state)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"state: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
     patch, before = shape["patch_size"], shape["input_size"] // shape["patch_size"]
+    if state["pos_embed"].shape[1] != before**2:
+        raise UserError(f"state: {state['pos_embed'].shape[1]} tokens are no square of them")
     if type(input_size) is not int or input_size < patch or input_size % patch:
         raise UserError(f"input_size: got {input_size!r}, allowed are multiples of the patch size, {patch}")
     after, made = input_size // patch, dict(state)

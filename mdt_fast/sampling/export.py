@@ -188,6 +188,9 @@ def run_exported(
     _check(model, config)
     if config.cfg_scale != 1 and not described["guided"]:
         raise UserError(f"cfg_scale: the step was exported without guidance; use 1, got {config.cfg_scale:g}")
+    channels = described["sample"].get("guided_channels") or channels_to_guide(model.in_channels)
+    if (config.guided_channels or channels_to_guide(model.in_channels)) != channels:
+        raise UserError(f"guided_channels: {channels} were exported, got {config.guided_channels}")
     for label in labels:
         if not 0 <= label < model.num_classes:
             raise UserError(f"labels: allowed are 0 to {model.num_classes - 1}, got {label}")

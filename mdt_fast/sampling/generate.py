@@ -106,14 +106,14 @@ def sample(
     """One image or latent per label: [N, C, S, S] on the CPU, pixels nominally in [-1, 1].
 
     ``diffusion``: what the model was trained with, of which ``config.steps`` are taken, or that respaced
-    already, of which all are (``diffusion_steps`` is the number of its original steps). All noise of image i,
-    the start and what the steps add, comes from a generator seeded by (``config.seed``, ``first_index`` + i):
-    a picture does not depend on the batch it is drawn in (up to rounding in the batched products), nor on
-    which process draws it. ``clip_denoised`` clamps the predicted image to [-1, 1], right for pixels and
-    wrong for latents; None: where the model has 1 or 3 channels. ``on_batch`` hears how many images are done,
-    ``on_step`` of each batch how many steps, and of how many. The model draws in eval mode, and is left in
-    the mode it was in. Float32, of a float64 model float64. Raises ``UserError`` for labels out of range and
-    impossible settings.
+    already (or of a class of one's own), of which all are; ``diffusion_steps`` is the number of its original
+    steps. All noise of image i, the start and what the steps add, comes from a generator seeded by
+    (``config.seed``, ``first_index`` + i): a picture does not depend on the batch it is drawn in (up to
+    rounding in the batched products), nor on which process draws it. ``clip_denoised`` clamps the predicted
+    image to [-1, 1], right for pixels and wrong for latents; None: where the model has 1 or 3 channels.
+    ``on_batch`` hears how many images are done, ``on_step`` of each batch how many steps, and of how many.
+    The model draws in eval mode, and is left in the mode it was in. Float32, of a float64 model float64.
+    Raises ``UserError`` for labels out of range and impossible settings.
     """
     diffusion = respaced(model, diffusion, config, diffusion_steps)
     with in_eval(model):
@@ -156,7 +156,7 @@ def respaced(
         raise UserError(
             f"diffusion_steps: the diffusion has {diffusion.original_num_steps}, got {diffusion_steps}"
         )
-    if diffusion.num_timesteps != diffusion.original_num_steps:
+    if diffusion.num_timesteps != diffusion.original_num_steps or type(diffusion) is not GaussianDiffusion:
         return diffusion
     return GaussianDiffusion(
         diffusion.betas,

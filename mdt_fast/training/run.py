@@ -207,7 +207,7 @@ def prepare(
     check_settings(config)
     rows = rows_of(world, config.train)
     device = resolve_device(config.train.device)
-    images = open_images(config.data) if images is None else checked_set(images)
+    images = open_images(config.data) if images is None else checked_set(images, config.data)
     first_stage = open_first_stage(config.data, images, device)
     check_data(config, images, first_stage, world)
     notes += [] if start is None else check_same_data(start, images, first_stage)

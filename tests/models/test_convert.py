@@ -154,6 +154,25 @@ def test_weights_of_another_size_say_what_to_do() -> None:
     larger = MDTv2(**{**TINY, "input_size": 2 * TINY["input_size"]})
     with pytest.raises(UserError, match=r"other shape .*; resize_weights makes them of another image size$"):
         load_weights(model, larger.state_dict())
+    for state in (
+        MDTv2(**{**TINY, "hidden_size": 32}).state_dict(),
+        {**larger.state_dict(), "y_embedder.embedding_table.weight": torch.zeros(3, 16)},
+        {},
+    ):
+        with pytest.raises(UserError, match="weights of another model") as caught:
+            load_weights(model, state)
+        assert "resize" not in str(caught.value)
+    with pytest.raises(UserError, match="weights of another model: 2 missing"):
+        load_weights(nn.Linear(2, 2), model.state_dict())
+
+
+def test_reading_changes_nothing_of_what_torch_may_read(tmp_path: Path) -> None:
+    torch.save(MDTv2(**TINY).state_dict(), tmp_path / "w.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        read_weights(tmp_path / "w.pt")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+    read_weights(tmp_path / "w.pt")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 class Payload:

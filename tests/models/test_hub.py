@@ -75,6 +75,10 @@ def test_a_mask_ratio_that_was_set_since(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"^mask_ratio: {why}"):
             model.mask_ratio = value
     assert model.mask_ratio == 0.5
+    model.mask_ratio = None
+    assert not model.mask_token.requires_grad
+    model.mask_ratio = 0.3
+    assert model.mask_token.requires_grad
 
 
 def test_dtypes_are_kept_or_chosen(tmp_path: Path) -> None:

@@ -102,6 +102,17 @@ def test_random_states_are_kept_for_what_may_draw_alone(mode: str, monkeypatch: 
         losses(model)
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_draws_in_place_of_a_forward(mode: str) -> None:
+    model = made()
+    for block in model.every_block():
+        layer, plain = block.mlp.fc2, block.mlp.fc2.forward
+        layer.forward = lambda x, plain=plain: F.dropout(plain(x), 0.3)
+    expected = gradients(model)
+    model.set_checkpointing(mode)
+    assert torch.equal(gradients(model), expected)
+
+
 def test_a_sharded_block_draws_no_more_than_another() -> None:
     """FSDP2 makes a block's class anew, and gives it hooks that move weights."""
     block = made().de_blocks[0]
@@ -112,6 +123,8 @@ def test_a_sharded_block_draws_no_more_than_another() -> None:
     assert draws(block)
     own = made().de_blocks[0]
     own.__class__ = type("Own", (Block,), {"__module__": "research"})
+    assert draws(own)
+    own.__class__ = type("FSDPOwn", (FSDPModule, type(own)), {})
     assert draws(own)
 
 
@@ -152,7 +165,11 @@ def test_a_condition_of_its_own_is_sampled_with() -> None:
     assert relative_error(drawn, one_by_one) < FLOAT32
     plain = copy.deepcopy(model)
     plain.extra = 0.0
-    assert relative_error(sample(plain, DiffusionConfig(), [1, 2], config), drawn) > 0.1
+    without = sample(plain, DiffusionConfig(), [1, 2], config)
+    assert relative_error(without, drawn) > 0.1
+    plain = made()
+    plain.condition = model.condition  # of the same weights, put in its place
+    assert relative_error(sample(plain, DiffusionConfig(), [1, 2], config), drawn) < FLOAT32
 
 
 class OfVectors(nn.Module):
@@ -192,6 +209,30 @@ def test_an_embedder_of_vectors(cls: type) -> None:
         guided = model.forward_with_cfg(*both, 3.0, scale_pow=None)
     expected = uncond + 3 * (cond - uncond)
     torch.testing.assert_close(guided[:2, :3], expected[:, :3], rtol=1e-4, atol=1e-5)
+
+
+class TokenDrop(nn.Module):
+    """As the official embedder: it drops labels itself, where it is told that it is training."""
+
+    dropout_prob = 1.0
+
+    def __init__(self, embedder: nn.Module):
+        super().__init__()
+        self.embedding_table = embedder.embedding_table
+
+    def forward(self, y: Tensor, train: bool) -> Tensor:
+        return self.embedding_table(torch.full_like(y, 10) if train else y)
+
+
+def test_an_embedder_that_drops_by_itself() -> None:
+    model, t, y = made(), TIMES, LABELS
+    model.y_embedder = TokenDrop(model.y_embedder)
+    with torch.no_grad():
+        dropped = model.train()(LATENTS, t, y)
+        kept = model(LATENTS, t, y, drop_labels=False)
+        assert torch.equal(dropped, model.eval()(LATENTS, t, torch.full_like(y, 10)))
+        assert torch.equal(kept, model(LATENTS, t, y))
+    assert relative_error(dropped, kept) > 1e-3
 
 
 class SwiGLU(nn.Module):
@@ -243,6 +284,14 @@ def test_what_two_passes_would_not_call_is_refused() -> None:
     model = made()
     with pytest.raises(UserError, match=r"^model: what torch.compile made would not be compiled here"):
         losses(torch.compile(model))
+    compiled = made()
+    compiled.compile(backend="eager")
+    with pytest.raises(UserError, match=r"^model: what torch.compile made would not be compiled here"):
+        losses(compiled)
+    by_hand = made()
+    by_hand.training_step_outputs = by_hand.training_step_outputs  # as FSDP2 and compile_for_training do
+    by_hand.forward = by_hand.forward
+    losses(by_hand)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     with pytest.raises(UserError, match=r"^model: something stands in place of its forward"):
         losses(model)

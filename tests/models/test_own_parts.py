@@ -296,6 +296,21 @@ def test_an_ensemble_by_vmap_has_each_models_gradients() -> None:
                 assert relative_error(stacked[name].grad[i], parameter.grad) <= 10 * FLOAT32, name
 
 
+class OfWide(MDTv2):
+    """With another MLP in its blocks."""
+
+    def blocks_of(self, number: int, skip: bool = False) -> nn.ModuleList:
+        blocks = super().blocks_of(number, skip)
+        for block in blocks:
+            block.mlp = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32))
+        return blocks
+
+
+class OfMore(MDTv2):
+    def __init__(self, more: int, **kwargs: Any):
+        super().__init__(**kwargs)
+
+
 def test_a_model_with_parts_of_its_own(tmp_path: Path) -> None:
     class Mine(MDTv2):
         pass
@@ -304,6 +319,16 @@ def test_a_model_with_parts_of_its_own(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "plain")
     assert type(Mine.from_pretrained(tmp_path / "plain")) is Mine
     assert type(Transformer.from_pretrained(tmp_path / "plain")) is MDTv2
+    larger = OfWide(**SHAPE, **OF_MDT)
+    larger.save_pretrained(tmp_path / "wide")
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(
+            OfWide.from_pretrained(tmp_path / "wide").parameters(), larger.parameters(), strict=True
+        )
+    )
+    with pytest.raises(UserError, match=r"from_pretrained: OfMore takes other arguments: .*required"):
+        OfMore.from_pretrained(tmp_path / "wide")
     model.de_blocks[0].attn.qkv = nn.Sequential(model.de_blocks[0].attn.qkv)
     with pytest.raises(UserError, match=r"^save_pretrained: parts of its own \(de_blocks.0.attn.qkv.0.bias,"):
         model.save_pretrained(tmp_path / "own")

@@ -116,8 +116,11 @@ def test_what_cannot_be_resized() -> None:
     for size in (7, 0, -2, True, 8.0, "16"):
         with pytest.raises(UserError, match=r"^input_size: got .*, allowed are multiples of .* 2$"):
             resize_weights(state, size)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"^state: no weights of an MDT, MDTv2 or DiT \(lacks"):
-        resize_weights({"weight": torch.zeros(3)}, 8)
+    for other in ({"weight": torch.zeros(3)}, model(DiT, 8)):
+        with pytest.raises(UserError, match=r"^state: no weights of an MDT, MDTv2 or DiT \(lacks"):
+            resize_weights(other, 8)
+    with pytest.raises(UserError, match=r"^state: 15 tokens are no square of them$"):
+        resize_weights({**state, "pos_embed": torch.zeros(1, 15, 32)}, 8)
 
 
 def test_a_run_starts_from_weights_of_another_size(

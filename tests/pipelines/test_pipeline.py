@@ -225,6 +225,12 @@ def test_from_the_hub(vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.Mo
     assert {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(asked)
 
 
+def test_a_model_in_training_goes_on_with_it() -> None:
+    model = made().train()
+    piped(model)([1, 2], num_inference_steps=2, output_type="latent")
+    assert all(module.training for module in model.modules())
+
+
 def test_pixels_need_no_autoencoder(tmp_path: Path) -> None:
     pipe = piped(made(in_channels=1), published_scheduler(DiffusionConfig(), clip=True, sampler="ddim"))
     pipe.save_pretrained(tmp_path)

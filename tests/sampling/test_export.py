@@ -106,6 +106,16 @@ def test_other_models_and_a_fixed_batch(
     torch.testing.assert_close(drawn, sample(model, diffusion, LABELS, config), **CLOSE)
 
 
+def test_the_channels_that_were_exported_are_guided(model: nn.Module, tmp_path: Path) -> None:
+    config = replace(CONFIG, guided_channels=4)
+    package = export_step(model, TRAINED, tmp_path / "step.pt2", config)
+    drawn = run_exported(package, LABELS)
+    torch.testing.assert_close(drawn, sample(model, TRAINED, LABELS, config), **CLOSE)
+    for other in (None, 3):
+        with pytest.raises(UserError, match=f"guided_channels: 4 were exported, got {other}"):
+            run_exported(package, LABELS, replace(CONFIG, guided_channels=other))
+
+
 @pytest.mark.slow
 def test_a_compiled_package_gives_the_same_pictures(model: nn.Module, tmp_path: Path) -> None:
     """Slow: its C++ is compiled, a minute on one core."""

@@ -175,12 +175,19 @@ def test_the_public_function_takes_what_the_model_was_trained_with(model: nn.Mod
 
 def test_a_process_that_is_not_respaced_is(model: nn.Module) -> None:
     """``config.steps`` of it are taken; of one that is respaced all are."""
+    model_of_fixed = build_model(replace(MODEL, learn_sigma=False))
+    with torch.no_grad():
+        for parameter in model_of_fixed.parameters():
+            parameter.normal_(std=0.3)
     steps: list[int] = []
     listen = {"on_step": lambda done, of: steps.append(of)}
     for sampler in ("ddim", "unipc"):
         config = replace(CONFIG, sampler=sampler)
         got = mdt_fast.sample(model, mdt_fast.create_diffusion(), LABELS, config, **listen)
         assert torch.equal(got, mdt_fast.sample(model, DiffusionConfig(), LABELS, config))
+    other = {"predict_xstart": True, "learn_sigma": False, "noise_schedule": "squaredcos_cap_v2"}
+    whole, fewer = (mdt_fast.create_diffusion(n, **other, sigma_small=True) for n in ("", "4"))
+    assert torch.equal(*(mdt_fast.sample(model_of_fixed, d, LABELS, CONFIG) for d in (whole, fewer)))
     mdt_fast.sample(model, mdt_fast.create_diffusion("7"), [1], CONFIG, **listen)
     assert steps == [4] * 8 + [7] * 7
     with pytest.raises(UserError, match="steps: allowed are 1 to 100, got 200"):

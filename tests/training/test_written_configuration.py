@@ -9,8 +9,9 @@ import torch
 
 from mdt_fast import write_weights
 from mdt_fast.cli import main
-from mdt_fast.config import ModelConfig, to_dict
+from mdt_fast.config import DiffusionConfig, ModelConfig, to_dict
 from mdt_fast.models.zoo import build_model
+from mdt_fast.training import train
 from mdt_fast.training.checkpoint import open_checkpoint
 from tiny import tiny
 
@@ -20,13 +21,14 @@ MODELS = {
     "mdt": {"family": "mdt", "depth": 4, "decode_layer": 3},
     "mdtv2": {"depth": 5, "decode_layer": 2, "mlp_ratio": 2.3, "mask_ratio": 0.5},
 }
+PROCESS = DiffusionConfig(noise_schedule="squaredcos_cap_v2", predict_xstart=True, min_snr_gamma=None)
 """What weights do not tell: heads of a DiT, decoder of an MDT, a lost block, a rounded width, a ratio."""
 
 
 def written(folder: Path, name: str) -> tuple[ModelConfig, Path]:
     config = replace(tiny().model, **MODELS[name])
     path = folder / "weights.safetensors"
-    write_weights(path, build_model(config).state_dict(), model=to_dict(config))
+    write_weights(path, build_model(config).state_dict(), model=to_dict(config), diffusion=to_dict(PROCESS))
     return config, path
 
 
@@ -37,12 +39,34 @@ def test_a_run_has_the_models_configuration(name: str, preset: list[str], tmp_pa
     if preset:
         preset = [*preset, f"--set=model.family={config.family}"]
     assert main(["convert", str(path), str(tmp_path / "run"), *preset, *DATA]) == 0
-    assert open_checkpoint(tmp_path / "run").config.model == config
+    opened = open_checkpoint(tmp_path / "run").config
+    assert (opened.model, opened.diffusion) == (config, PROCESS)
+
+
+def test_what_convert_writes_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = replace(tiny(steps=1, tensorboard=False), diffusion=PROCESS)
+    train(trained, tmp_path / "old")
+    assert main(["convert", str(tmp_path / "old"), str(tmp_path / "w.safetensors")]) == 0
+    assert main(["convert", str(tmp_path / "w.safetensors"), str(tmp_path / "new"), *DATA]) == 0
+    assert "the model and its diffusion: as written in w.safetensors" in capsys.readouterr().out
+    opened = open_checkpoint(tmp_path / "new").config
+    assert (opened.model, opened.diffusion) == (trained.model, PROCESS)
+
+
+def test_without_the_process_a_preset_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny().model
+    write_weights(tmp_path / "w.safetensors", build_model(config).state_dict(), model=to_dict(config))
+    assert main(["convert", str(tmp_path / "w.safetensors"), str(tmp_path / "run"), *DATA]) == 2
+    assert "--preset: needed, as no published model has the shape" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("num_heads=4", "model.num_heads: 4, but the weights in"), ("class_dropout_prob=0.2", "")],
+    [
+        ("num_heads=4", "model.num_heads: 4, but the weights in"),
+        ("class_dropout_prob=0", "have a null class"),
+        ("class_dropout_prob=0.2", ""),
+    ],
 )
 def test_what_is_set_by_hand(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
