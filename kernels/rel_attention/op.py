@@ -183,7 +183,7 @@ def _check_strides(name: str, x: Tensor) -> None:
 def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int) -> None:
     if table_RH is None:
         return
-    if grid_size is None or not isinstance(grid_size, int | torch.SymInt) or not 1 <= grid_size <= MAX_GRID:
+    if not isinstance(grid_size, int | torch.SymInt) or not 1 <= grid_size <= MAX_GRID:
         raise ValueError(f"grid_size: got {grid_size!r}, a table needs a whole number from 1 to {MAX_GRID}")
     checks.floating_on("table", table_RH, x)
     checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, heads)

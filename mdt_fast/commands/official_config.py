@@ -42,7 +42,8 @@ def official_config(
     name, given = named_preset(args)
     preset = name or _published(shape, "images" if process else None)
     values = to_dict(PRESETS[preset])
-    notes = [] if name else [f"preset {preset}, by the shape of the weights"]
+    why = "by the shape of the weights" if preset != "images" else "as no published model has this shape"
+    notes = [] if name else [f"preset {preset}, {why}"]
     if written:
         notes.append(f"the model{' and its diffusion' if process else ''}: as written in {files.model.name}")
         values["diffusion"] |= process

@@ -43,17 +43,9 @@ from .shared import refuse_empty, set_threads
 FILES = (".png", ".jpg", ".jpeg", ".npz")
 """What ends like this is meant to be a file."""
 OPTIONS = (
-    "num_samples",
-    "steps",
-    "cfg_scale",
-    "sampler",
-    "eta",
-    "skip_below",
-    "guided_channels",
-    "dtype",
-    "seed",
+    "num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", "guided_channels", "dtype", "seed",
     "batch_size",
-)
+)  # fmt: skip
 
 
 def sample(args: argparse.Namespace) -> int:

@@ -94,9 +94,10 @@ class Transformer(Pretrained):
 
     @mask_ratio.setter
     def mask_ratio(self, value: float | str | None) -> None:
+        before = self.config.mask_ratio
         self.config = ModelConfig.of(self.family, **{**self.config.kwargs(), "mask_ratio": value})
-        if self.family != "dit":
-            self.mask_token.requires_grad_(self.config.mask_ratio is not None)
+        if (before is None) != (self.config.mask_ratio is None):
+            self.mask_token.requires_grad_(before is None)
 
     def set_attention_backend(self, name: str) -> None:
         """The library that computes attention from now on: ``auto`` (Triton on CUDA, PyTorch elsewhere), or

@@ -79,6 +79,9 @@ def test_a_mask_ratio_that_was_set_since(tmp_path: Path) -> None:
     assert not model.mask_token.requires_grad
     model.mask_ratio = 0.3
     assert model.mask_token.requires_grad
+    model.mask_token.requires_grad_(False)
+    model.mask_ratio = 0.4  # nor does a schedule thaw it
+    assert not model.mask_token.requires_grad
 
 
 def test_dtypes_are_kept_or_chosen(tmp_path: Path) -> None:
