@@ -53,7 +53,7 @@ def test_it_trains_as_the_same_images_do(tmp_path: Path) -> None:
         ({"classes": range(10)}, r"images.classes: names are needed, got \[0, 1, 2, 3\]"),
         ({"load": lambda *_: np.zeros((1, 8, 8))}, r"images.load: gave float64"),
     ],
-    ids=str,
+    ids=["floats", "none", "no such class", "another size", "another shape", "nothing", "numbers", "float64"],
 )
 def test_what_is_no_set_of_images(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
