@@ -7,27 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches
-from mdt_fast.models.zoo import build_model
+from mdt_fast.config import DiffusionConfig, Family, SampleConfig, SampleSwitches
 from mdt_fast.sampling import Sampler, sampling_diffusion
+from small_models import made
 from tolerances import FLOAT32, relative_error
 
 pytestmark = pytest.mark.gpu
 CONFIG = SampleConfig(steps=12, cfg_scale=3.8, sampler="ddpm")
 LABELS = [3, 1, 3, 5]
-
-
-def made(family: Family) -> nn.Module:
-    config = ModelConfig(
-        family=family, input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=4, num_heads=2,
-        num_classes=10, decode_layer=0 if family == "dit" else 2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.05)
-    return model
+SHAPE: dict[str, Any] = {"input_size": 16, "hidden_size": 128, "std": 0.05}
 
 
 def sampler(model: nn.Module, config: SampleConfig, switches: SampleSwitches) -> Sampler:
@@ -42,7 +30,7 @@ def test_a_graph_gives_the_same_pictures(family: Family, name: Any) -> None:
     """Steps with guidance and without, batches of other classes and of other sizes, each switch off."""
     if name in ("dpm++", "unipc"):
         pytest.importorskip("diffusers")
-    model = made(family).cuda()
+    model = made(family, torch.float32, **SHAPE).cuda()
     config = replace(CONFIG, sampler=name, cfg_interval=(100.0, 700.0))
     for switches in (
         SampleSwitches(),
@@ -58,7 +46,7 @@ def test_a_graph_gives_the_same_pictures(family: Family, name: Any) -> None:
 
 
 def test_what_a_batch_gave_stays_when_the_next_is_drawn() -> None:
-    model = made("mdtv2").cuda()
+    model = made("mdtv2", torch.float32, **SHAPE).cuda()
     draw = sampler(model, CONFIG, SampleSwitches())
     first = draw(LABELS)
     kept = first.clone()
@@ -68,7 +56,7 @@ def test_what_a_batch_gave_stays_when_the_next_is_drawn() -> None:
 
 def test_no_waiting_for_the_device() -> None:
     """Once captured, a whole batch is queued without a synchronisation."""
-    model = made("mdtv2").cuda()
+    model = made("mdtv2", torch.float32, **SHAPE).cuda()
     draw = sampler(model, CONFIG, SampleSwitches())
     draw(LABELS)
     draw.model.begin(LABELS)
@@ -86,7 +74,7 @@ def test_no_waiting_for_the_device() -> None:
 @pytest.mark.parametrize("family", ["mdtv2", "dit"])
 def test_the_same_pictures_as_on_the_cpu(family: Family) -> None:
     """The noise is; twelve steps amplify what products round differently."""
-    model = made(family)
+    model = made(family, torch.float32, **SHAPE)
     on_cpu: Tensor = sampler(model, CONFIG, SampleSwitches())(LABELS)
     on_gpu = sampler(model.cuda(), CONFIG, SampleSwitches())(LABELS)
     assert relative_error(on_gpu.cpu(), on_cpu) <= 1e-3
@@ -94,7 +82,7 @@ def test_the_same_pictures_as_on_the_cpu(family: Family) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types_in_a_graph(dtype: Any) -> None:
-    model = made("mdtv2").cuda()
+    model = made("mdtv2", torch.float32, **SHAPE).cuda()
     exact = sampler(model, CONFIG, SampleSwitches())(LABELS)
     draw = sampler(model, replace(CONFIG, dtype=dtype), SampleSwitches())
     got = draw(LABELS)

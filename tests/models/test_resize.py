@@ -113,9 +113,10 @@ def test_twice_the_size_and_back() -> None:
 
 def test_what_cannot_be_resized() -> None:
     state = model(MDT, 8).state_dict()
-    for size in (7, 0, -2, True, 8.0, "16"):
+    sizes: list[Any] = [7, 0, -2, True, 8.0, "16"]
+    for size in sizes:
         with pytest.raises(UserError, match=r"^input_size: got .*, allowed are multiples of .* 2$"):
-            resize_weights(state, size)  # type: ignore[arg-type]
+            resize_weights(state, size)
     for other in ({"weight": torch.zeros(3)}, model(DiT, 8)):
         with pytest.raises(UserError, match=r"^state: no weights of an MDT, MDTv2 or DiT \(lacks"):
             resize_weights(other, 8)

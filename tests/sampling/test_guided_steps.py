@@ -9,33 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, SampleSwitches, Switches
+from mdt_fast.config import DiffusionConfig, Family, SampleConfig, SampleSwitches, Switches
 from mdt_fast.diffusion import GaussianDiffusion
 from mdt_fast.models import sampling
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.sampling import StepModulations, is_open
-from mdt_fast.models.zoo import build_model
 from mdt_fast.sampling import Sampler, sample, sampling_diffusion
 from mdt_fast.sampling.guided import guidance_weights
+from small_models import made
 from tolerances import FLOAT32, FLOAT64, relative_error
 
 CONFIG = SampleConfig(steps=5, batch_size=3, cfg_scale=3.8)
 LABELS = [3, 1, 3, 5]
 SWITCHES = [field.name for field in fields(SampleSwitches)]
-
-
-def made(family: Family, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
-    """A small model with weights that do something."""
-    config = ModelConfig(
-        family=family, input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2,
-        num_classes=10, decode_layer=0 if family == "dit" else 2, **changes,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model.to(dtype)
 
 
 def draw(model: nn.Module, config: SampleConfig, switches: SampleSwitches, **how: Any) -> Tensor:

@@ -11,26 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdt_fast.config import DiffusionConfig, Family, ModelConfig, SampleConfig, Switches
-from mdt_fast.models.zoo import build_model
+from mdt_fast.config import DiffusionConfig, SampleConfig, Switches
 from mdt_fast.sampling import Sampler, guided, sampling_diffusion
+from small_models import made
 
 CONFIG = SampleConfig(steps=5, batch_size=3, cfg_scale=3.8)
 LABELS = [3, 1, 3, 5]
-
-
-def made(family: Family) -> Any:
-    """A small model with weights that do something."""
-    config = ModelConfig(
-        family=family, input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2,
-        num_classes=10, decode_layer=0 if family == "dit" else 2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model.eval()
 
 
 @pytest.fixture
@@ -55,7 +41,7 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sampler]:
 
 
 def test_graphs_end_with_what_made_them(graphed: Callable[..., Sampler]) -> None:
-    sampler = graphed(made("dit"), CONFIG)
+    sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
     sampler(LABELS)
     graphs = weakref.ref(sampler.model.graphs)
     gc.disable()
@@ -67,7 +53,7 @@ def test_graphs_end_with_what_made_them(graphed: Callable[..., Sampler]) -> None
 
 
 def test_a_copy_has_graphs_of_its_own(graphed: Callable[..., Sampler]) -> None:
-    sampler = graphed(made("dit"), CONFIG)
+    sampler = graphed(made("dit", torch.float32).eval(), CONFIG)
     before = sampler(LABELS)
     copied = copy.deepcopy(sampler)
     assert copied.model.graphs is None  # a captured one cannot be copied
@@ -79,7 +65,7 @@ def test_a_copy_has_graphs_of_its_own(graphed: Callable[..., Sampler]) -> None:
 
 def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sampler]) -> None:
     """And for that alone: new numbers are where the old ones were."""
-    model, config = made("dit"), replace(CONFIG, dtype="bfloat16")
+    model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
     seen = graphed(model, config).model
     seen.begin(LABELS)
     first, addresses = seen.graphs, [cast.data_ptr() for cast in seen.casts.cast]
@@ -97,7 +83,7 @@ def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sample
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_that_came_in_the_place_of_others(dtype: str, graphed: Callable[..., Sampler]) -> None:
-    model = made("mdtv2")
+    model = made("mdtv2", torch.float32).eval()
     seen = graphed(model, replace(CONFIG, dtype=dtype)).model
     seen.begin(LABELS)
     first = seen.graphs
@@ -122,7 +108,7 @@ def test_weights_that_came_in_the_place_of_others(dtype: str, graphed: Callable[
 def test_graphs_are_captured_anew_for_what_is_run_otherwise(
     change: Callable[[Any], Any], graphed: Callable[..., Sampler]
 ) -> None:
-    model = made("dit")
+    model = made("dit", torch.float32).eval()
     seen = graphed(model, CONFIG).model
     seen.begin(LABELS)
     first = seen.graphs
