@@ -231,6 +231,19 @@ def test_the_mask_and_its_rows(pos: Tensor | None, multiple: int) -> None:
     assert mask.stride(-2) % multiple == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_masks_gradient_is_rounded_once(dtype: torch.dtype) -> None:
+    """A row of a half table is read hundreds of times; what comes back is added up in float32."""
+    q, _, _, table = heads(4, 3, 60, 8, 8)
+    pos = kept(4, 8, 60)
+    table, weights = table.to(dtype), torch.randn(4, 3, 60, 60).to(dtype)
+    found = []
+    for t in (table, table.double()):
+        mask = reference.bias_mask(q.to(t.dtype), t.requires_grad_(), call_with(grid_size=8), pos, pos)
+        found.append(torch.autograd.grad(mask, t, weights.to(t.dtype))[0])
+    assert (found[0] == found[1].to(dtype)).float().mean() > 0.99  # float32 sums may lie across a tie
+
+
 @pytest.mark.skipif(CUDA, reason="is about machines without CUDA")
 def test_triton_is_refused_without_cuda() -> None:
     from mdt_fast.kernels.backends import INTERPRETING
