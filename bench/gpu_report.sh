@@ -170,8 +170,8 @@ tune() { # goes on where it was; the winners are written by hand: bench/tune.py 
     run tune_rows "$PYTHON" bench/tune.py --json "$OUT/tune.jsonl" --time-limit 220
 }
 learning() { # goes on where it was: complete learners are kept
-    run learning "$PYTHON" bench/convergence.py --size gpu --device cuda --out "$OUT/learning" \
-        --json "$OUT/convergence.jsonl"
+    run learning "$PYTHON" bench/convergence.py --size gpu --study models,float8 --device cuda \
+        --out "$OUT/learning" --json "$OUT/convergence.jsonl"
 }
 report() {
     run report "$PYTHON" bench/report.py --plots "$OUT" "$OUT"/*.jsonl
@@ -187,22 +187,20 @@ first() { # the least that says how things stand: the tests, where XL/2's step g
     bench kernels first_kernels --model XL --dtype bfloat16 --providers fast,eager --time-limit 60
 }
 
-survey() { # every model, batch, mode, provider and switch in one go; at batch 128 each has the GPU to itself
+survey() { # every model, batch, mode, provider and switch in one go; at batch 128 one provider at a time
     local step=(--dtype bfloat16 --lengths 2 --repeats 6 --mode)
-    local all=reference,fast,fast-graphs,fast-lean-graphs names
+    local all=reference,fast,fast-graphs,fast-lean-graphs
     bench throughput survey_large "${step[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 32,4 --providers "$all" \
         --time-limit 110
-    for names in fast-graphs fast-lean-graphs reference,fast; do
-        bench throughput "survey_128_${names%%,*}" "${step[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 128 \
-            --providers "$names" --time-limit 45
-    done
+    bench throughput survey_128 "${step[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 128 --providers "$all" \
+        --apart --time-limit 70
     bench throughput survey_small "${step[@]}" train --model MDTv2_S_2,MDTv2_B_2 --batch 4,32,128 \
         --providers "$all" --time-limit 60
-    rows throughput account --account --model MDTv2_S_2 --batch 4,32 --dtype bfloat16
+    rows throughput account --account --model MDTv2_S_2 --batch 32 --dtype bfloat16
     bench throughput survey_sample "${step[@]}" sample --model MDTv2_XL_2,MDTv2_L_2,MDTv2_B_2,MDTv2_S_2 \
-        --batch 4,32,128 --providers reference,fast --time-limit 70
-    bench throughput survey_compiled "${step[@]}" train,sample --model MDTv2_S_2 --batch 4 --providers "$COMPILED" \
-        --time-limit 60
+        --batch 4,32,128 --providers reference,fast --time-limit 60
+    bench throughput survey_compiled "${step[@]}" train --model MDTv2_S_2 --batch 4 --providers "$COMPILED" \
+        --time-limit 45
 }
 
 failed=0

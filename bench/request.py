@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="begin no new round after this time (default: 180, or none with --repeats)",
     )
+    p.add_argument(
+        "--apart",
+        action="store_true",
+        help="each provider alone, one after the other, where memory is short: no ratios",
+    )
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument(
@@ -77,6 +82,8 @@ class Request:
     def __init__(self, args: argparse.Namespace):
         if args.account and args.breakdown:
             raise UserError("--breakdown: not together with --account")
+        if args.apart and (args.account or args.breakdown):
+            raise UserError("--apart: not together with --account or --breakdown")
         default = "train" if args.account or args.breakdown else "train,sample"
         self.modes = command.names("--mode", args.mode or default, MODES)
         self.device = command.device(args.device)
@@ -114,7 +121,7 @@ class Request:
             self.batches = [command.whole("--batch", text) for text in command.listed("--batch", args.batch)]
         self.repeats, self.inner, self.time_limit = args.repeats, args.steps, args.time_limit
         self.lengths = args.lengths or PERIOD
-        self.account, self.breakdown = args.account, args.breakdown
+        self.account, self.breakdown, self.apart = args.account, args.breakdown, args.apart
         self.data = args.data
         if self.data not in ("digits", "synthetic"):
             config = next(iter((self.models or {"": providers.model_config("MDTv2_S_2")}).values()))

@@ -103,18 +103,22 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                     )  # fmt: skip
                     account_sampling.show(console, case, *found)
                 continue
-            result = session.run(
-                case,
-                picked.providers[case.mode],
-                made[case.model],
-                images,
-                repeats=picked.repeats,
-                inner=request.inner,
-                deadline=deadline,
-                skipped=picked.skipped[case.mode],
-            )
-            results.append(result)
-            tables.show(console, result, images.what)
+            names = picked.providers[case.mode]
+            groups = [[name] for name in names] if request.apart else [names]
+            for place, group in enumerate(groups):
+                now = time.monotonic()
+                result = session.run(
+                    case,
+                    group,
+                    made[case.model],
+                    images,
+                    repeats=picked.repeats,
+                    inner=request.inner,
+                    deadline=now + max(0.0, deadline - now) / (len(groups) - place),
+                    skipped=picked.skipped[case.mode] if place == 0 else {},
+                )
+                results.append(result)
+                tables.show(console, result, images.what)
     measured = any(one.ms is not None for result in results for one in result.results)
     return request.account or broken_down or measured
 

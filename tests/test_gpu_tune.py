@@ -16,7 +16,7 @@ def test_choices_are_timed_once(tmp_path: Path) -> None:
     before = data.read_text()
     asked = [
         "--ops",
-        "gather_tokens_fwd,rel_attention_bwd_kv",
+        "gather_tokens_fwd,gather_tokens_bwd",
         "--top",
         "2",
         "--repeats",

@@ -292,6 +292,20 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("_tiny")
+def test_providers_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows_file = tmp_path / "rows.jsonl"
+    flags = [*FLAGS, "--mode", "train", "--repeats", "5", "--apart", "--json", str(rows_file)]
+    assert throughput.main([*flags, "--providers", "reference,fast,fast-graphs"]) == 0
+    assert "fast-graphs: skipped: CUDA graphs need a GPU" in capsys.readouterr().out
+    rows = [row for row in read([rows_file]) if row["provider"] in ("reference", "fast")]
+    timed = {row["provider"]: row for row in rows if row["metric"] == "ms"}
+    assert {name: row["rounds"] for name, row in timed.items()} == {"reference": 5, "fast": 5}
+    assert [row["provider"] for row in rows if row["metric"] == "ratio"] == ["reference"]  # to itself
+    assert throughput.main([*flags, "--account"]) == 2
+    assert "--apart: not together with --account or --breakdown" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_tiny")
 @pytest.mark.parametrize("implementation", ["reference", "fast"])
 def test_blocks_are_compiled_one_by_one_on_the_same_weights(
     implementation: str, monkeypatch: pytest.MonkeyPatch
