@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from .optim import FusedAdan as FusedAdan
     from .pipelines import MDTPipeline as MDTPipeline
     from .presets import PRESETS as PRESETS
+    from .sampling import GraphedModel as GraphedModel
     from .sampling import inpaint as inpaint
     from .sampling import sample as sample
+    from .training import TrainingStep as TrainingStep
     from .training import load_run as load_run
     from .training import train as train
 
@@ -41,6 +43,7 @@ _HOMES = {
     "ModelConfig": ".config",
     "PRESETS": ".presets",
     "RunConfig": ".config",
+    "GraphedModel": ".sampling",
     "inpaint": ".sampling",
     "load_run": ".training",
     "sample": ".sampling",
@@ -49,6 +52,7 @@ _HOMES = {
     "Switches": ".config",
     "train": ".training",
     "TrainConfig": ".config",
+    "TrainingStep": ".training",
     "UserError": ".errors",
 }
 

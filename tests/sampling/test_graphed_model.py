@@ -1,0 +1,134 @@
+"""A model's passes as graphs, by a stand-in on a CPU: what is captured when, and when the model is called."""
+
+import copy
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast import GraphedModel
+from mdt_fast.cuda_graphs import key_of
+from mdt_fast.diffusion import create_diffusion
+from mdt_fast.errors import UserError
+from mdt_fast.sampling import graphed
+from small_models import made
+
+
+class Captured:
+    """Keeps the inputs and output of the first call of each key, as a graph does."""
+
+    captures: ClassVar[list[Any]] = []
+
+    def __init__(self, function: Any, device: torch.device):
+        self.function, self.captured = function, {}
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        key = key_of(args)
+        if key not in self.captured:
+            inputs = [arg.clone() for arg in args]
+            self.captured[key] = inputs, self.function(*inputs)
+            self.captures.append(key)
+        inputs, output = self.captured[key]
+        for own, given in zip(inputs, args, strict=True):
+            own.copy_(given)
+        return output.copy_(self.function(*inputs))
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "Graphed", Captured)
+    monkeypatch.setattr(graphed, "on_a_gpu", lambda tensor: True)
+    monkeypatch.setattr(Captured, "captures", [])
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return made("mdtv2", torch.float32, mask_ratio=0.3).eval()
+
+
+def inputs(B: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, 4, 8, 8, generator=generator)
+    return x, torch.randint(1000, (B,), generator=generator), torch.randint(10, (B,), generator=generator)
+
+
+@torch.no_grad()
+def test_outputs_are_the_models_and_stay(model: nn.Module) -> None:
+    quick, kept = GraphedModel(model), []
+    for seed in range(3):
+        x, t, y = inputs(seed=seed)
+        kept.append((quick(x, t, y), model(x, t, y)))
+        kept.append((quick.forward_with_cfg(x, t, y=y, cfg_scale=2.0), model.forward_with_cfg(x, t, y, 2.0)))
+        each = torch.tensor([1.5, 2.0 + seed])
+        kept.append((quick.forward_with_cfg(x, t, y, each), model.forward_with_cfg(x, t, y, each)))
+    assert all(torch.equal(ours, expected) for ours, expected in kept)
+    assert len(Captured.captures) == 3  # a pass, guided by a number, guided by one for each
+    quick(*inputs(6))
+    quick.forward_with_cfg(*inputs(), cfg_scale=3.0)
+    quick.forward_with_cfg(*inputs(), cfg_scale=3.0, scale_pow=None)
+    assert len(Captured.captures) == 6
+
+
+def test_a_loop_of_the_published_kind(model: nn.Module) -> None:
+    diffusion, quick = create_diffusion("5"), GraphedModel(model)
+    pictures = []
+    for each in (model, quick):
+        torch.manual_seed(0)
+        kwargs = {"y": torch.tensor([1, 2, 10, 10]), "cfg_scale": 3.8}
+        pictures.append(
+            diffusion.p_sample_loop(each.forward_with_cfg, (4, 4, 8, 8), model_kwargs=kwargs, device="cpu")
+        )
+    assert torch.equal(*pictures)
+    assert len(Captured.captures) == 1
+    assert quick.in_channels == 4
+    assert quick.eval() is model
+
+
+def test_where_the_model_itself_is_called(model: nn.Module) -> None:
+    quick, (x, t, y) = GraphedModel(model), inputs()
+    assert quick(x, t, y).requires_grad
+    with torch.no_grad():
+        quick(x, t, y, enable_mask=True)
+        quick(x, t, y, mask_plan=model.draw_plan(4, x.device))
+        quick.forward_with_cfg(x, t, y, torch.tensor(2.0))
+        model.train()
+        quick(x, t, y)
+        model.eval()
+        assert not Captured.captures
+        with torch.autocast("cpu", torch.bfloat16):
+            quick(x, t, y, enable_mask=False)
+    assert len(Captured.captures) == 1
+
+
+@torch.no_grad()
+def test_weights_in_place_and_elsewhere(model: nn.Module) -> None:
+    quick, given = GraphedModel(model), inputs()
+    before = quick(*given)
+    model.final_layer.linear.weight.mul_(2)
+    assert torch.equal(quick(*given), model(*given))
+    assert not torch.equal(before, model(*given))
+    assert len(Captured.captures) == 1
+    model.final_layer.linear.weight.data = model.final_layer.linear.weight.data + 1
+    assert torch.equal(quick(*given), model(*given))
+    assert len(Captured.captures) == 2
+    assert not copy.deepcopy(quick).graphs
+
+
+@torch.no_grad()
+def test_not_without_end(model: nn.Module) -> None:
+    quick, (x, t, y) = GraphedModel(model), inputs(2)
+    for i in range(graphed.MOST + 5):
+        scale = 1.0 + i / 8
+        ours = quick.forward_with_cfg(x, t, y, scale)
+        assert torch.equal(ours, model.forward_with_cfg(x, t, y, scale))
+    assert len(Captured.captures) == graphed.MOST
+
+
+def test_refusals(model: nn.Module) -> None:
+    with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
+        GraphedModel(nn.Linear(2, 2))
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        GraphedModel(model).no_such_thing  # noqa: B018
+    with torch.no_grad(), pytest.raises(UserError, match="x: shape"):
+        GraphedModel(model)(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))

@@ -1,0 +1,65 @@
+"""Loops of one's own on a GPU: CUDA graphs give what the same operations give one after the other."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdt_fast import FusedAdan, GraphedModel, TrainingStep, create_diffusion
+from small_models import made
+
+pytestmark = pytest.mark.gpu
+SHAPE: dict[str, Any] = {"hidden_size": 64, "patch_size": 1}  # 64 tokens, for many lengths
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(8, 4, 8, 8, device="cuda"), torch.randint(10, (8,), device="cuda")
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"passes": "in_turn"}], ids=str)
+def test_a_training_loop(settings: dict[str, Any]) -> None:
+    model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().train()
+    plain = copy.deepcopy(model)
+    losses = []
+    for each, graphs in ((plain, False), (model, None)):
+        step = TrainingStep(each, create_diffusion(), dtype="bfloat16", cuda_graphs=graphs, **settings)
+        optimizer, found = FusedAdan(each.named_parameters(), lr=1e-3), []
+        for i in range(12):
+            x, y = batch(i)
+            found.append(torch.stack([value.mean() for value in step(x, y).values()]))
+            if (i + 1) % settings.get("accumulate", 1) == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(torch.stack(found))
+    assert step.graphed
+    assert len(step.passes.graphed.captured) > 1
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-3)
+
+
+def test_a_sampling_loop() -> None:
+    model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().eval()
+    diffusion, quick = create_diffusion("10"), GraphedModel(model)
+    y = torch.tensor([1, 2, 10, 10], device="cuda")
+    for scale in (2.0, torch.tensor([2.0, 3.0], device="cuda")):
+        pictures = []
+        for each in (model, quick):
+            torch.manual_seed(0)
+            with torch.autocast("cuda", torch.bfloat16):
+                picture = diffusion.p_sample_loop(
+                    lambda x, t, each=each, **kwargs: each.forward_with_cfg(x, t, **kwargs).float(),
+                    (4, 4, 8, 8), model_kwargs={"y": y, "cfg_scale": scale}, device="cuda",
+                )  # fmt: skip
+            pictures.append(picture)
+        torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-3, atol=1e-3)
+    assert len(quick.graphs) == 2
+    x, t = torch.randn(4, 4, 8, 8, device="cuda"), torch.arange(4, device="cuda")
+    with torch.inference_mode():
+        kept = quick(x, t, y)
+    with torch.no_grad():
+        torch.testing.assert_close(quick(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-4)
+        model.final_layer.linear.weight.mul_(2)
+        torch.testing.assert_close(quick(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(quick(x, t, y), kept)

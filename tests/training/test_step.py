@@ -1,0 +1,166 @@
+"""A step's passes in a loop of one's own: the objective's gradients, with graphs (a stand-in) and without."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdt_fast import TrainingStep, create_diffusion
+from mdt_fast.errors import UserError
+from mdt_fast.training import passes
+from replayed import Replayed
+from small_models import made
+
+DIFFUSION = create_diffusion()
+CLASSES = 10
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "graphed"])
+def step_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def build(model: nn.Module, **settings: Any) -> TrainingStep:
+        step = TrainingStep(model, DIFFUSION, **settings)
+        if request.param:
+            monkeypatch.setattr(passes, "Graphed", Replayed)
+            step.graphed = True
+        return step
+
+    return build
+
+
+def batch(B: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, 4, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (B,), generator=generator)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["mdt", "mdtv2", "dit"])
+def test_gradients_are_the_objectives(family: Any, step_of: Any) -> None:
+    """At every call anew, whatever was there; timesteps given or drawn, and the rest in the order of two
+    passes."""
+    masked = {} if family == "dit" else {"mask_ratio": 0.3}
+    model = made(family, **masked, class_dropout_prob=0.5).train()
+    step = step_of(model)
+    for seed in range(4):
+        x, y = batch(seed=seed)
+        given = torch.randint(1000, (4,)) if seed % 2 else None
+        torch.manual_seed(seed)
+        terms, found = step(x, y, given), gradients(model)
+        torch.manual_seed(seed)
+        t = torch.randint(1000, (4,))
+        t = t if given is None else given
+        model.zero_grad()
+        noise, full = torch.randn(4, 4, 8, 8), torch.where(torch.rand(4) < 0.5, CLASSES, y)
+        if family == "dit":
+            expected = DIFFUSION.training_losses(model, x, t, {"y": full, "drop_labels": False}, noise)
+        else:
+            noises = {"noise": noise, "noise_masked": torch.randn(4, 4, 8, 8)}
+            masked_y = torch.where(torch.rand(4) < 0.5, CLASSES, y)
+            plan = model.draw_plan(4, x.device)
+            expected = DIFFUSION.two_pass_losses(model, x, t, full, masked_y, **noises, mask_plan=plan)
+        sum(expected[name].mean() for name in ("loss", "m_loss") if name in expected).backward()
+        assert terms.keys() == expected.keys()
+        same([*terms.values()], [value.detach() for value in expected.values()])
+        same(found, gradients(model))
+        assert not any(value.requires_grad for value in terms.values())
+
+
+def test_parts_of_an_update(step_of: Any) -> None:
+    """The whole batch's gradients, whoever calls ``zero_grad``; the next update begins anew."""
+    model = made("mdtv2", mask_ratio=0.3).train()
+    whole, parts = TrainingStep(copy.deepcopy(model), DIFFUSION), step_of(model, accumulate=2)
+    kept = set()
+    for update in range(6):
+        x, y = batch(seed=update)
+        torch.manual_seed(update)
+        terms = whole(x, y)
+        torch.manual_seed(update)
+        halves = [parts(x[rows], y[rows]) for rows in (slice(2), slice(2, 4))]
+        kept.add(parts.draws.plan.len_keep)
+        same(gradients(model), gradients(whole.model))
+        same([torch.cat([half[name] for half in halves]) for name in terms], [*terms.values()])
+        if update % 2:
+            model.zero_grad()
+    assert len(kept) > 1
+    parts(x[:2], y[:2])
+    with pytest.raises(UserError, match="x: batch of 1, the other parts of this update have 2"):
+        parts(x[:1], y[:1])
+
+
+def test_scaled_gradients(step_of: Any) -> None:
+    model = made("dit").train()
+    step, (x, y) = step_of(model), batch()
+    torch.manual_seed(1)
+    terms, plain = step(x, y), gradients(model)
+    torch.manual_seed(1)
+    again = step(x, y, scale=torch.tensor(64.0, dtype=torch.float64))
+    same(gradients(model), [64 * g for g in plain])
+    same([*again.values()], [*terms.values()])
+
+
+def test_it_trains(step_of: Any) -> None:
+    model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.02).train()
+    step, (x, y) = step_of(model, passes="in_turn"), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        losses.append(step(x.float(), y)["mse"].mean().item())
+        optimizer.step()
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_graphs_are_made_anew_for_weights_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "Graphed", Replayed)
+    model = made("dit").train()
+    step, (x, y) = TrainingStep(model, DIFFUSION), batch()
+    step.graphed = True
+    step(x, y)
+    first = step.passes
+    with torch.no_grad():
+        model.x_embedder.proj.weight.mul_(2)
+    step(x, y)
+    assert step.passes is first
+    model.x_embedder.proj.weight.data = model.x_embedder.proj.weight.data.clone()
+    step(x, y)
+    second = step.passes
+    assert second is not first
+    model.final_layer.linear.weight.requires_grad_(False)
+    step(x, y)
+    assert step.passes is not second
+    assert model.final_layer.linear.weight.grad is None
+    assert copy.deepcopy(step).passes is None
+
+
+def test_refusals() -> None:
+    model, (x, y) = made("mdtv2", torch.float32, mask_ratio=0.3), batch()
+    with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
+        TrainingStep(nn.Linear(2, 2), DIFFUSION)
+    with pytest.raises(
+        UserError, match="cuda_graphs: for a CUDA device without shards, got a model on 'cpu'"
+    ):
+        TrainingStep(model, DIFFUSION, cuda_graphs=True)
+    by_vectors = made("mdtv2", torch.float32, mask_ratio=0.3)
+    by_vectors.y_embedder = nn.Linear(8, 32)
+    with pytest.raises(UserError, match="model: its y_embedder is a Linear, whose drops are its own; "):
+        TrainingStep(by_vectors, DIFFUSION)
+    with pytest.raises(UserError, match="dtype"):
+        TrainingStep(model, DIFFUSION, dtype="half")
+    with pytest.raises(UserError, match="accumulate"):
+        TrainingStep(model, DIFFUSION, accumulate=0)
+    step = TrainingStep(model, DIFFUSION)
+    with pytest.raises(UserError, match="x: on meta, the model is on cpu"):
+        step(x.to("meta"), y)
+    with pytest.raises(UserError, match=r"x: dtype torch.float64, the model's weights are torch.float32"):
+        step(x, y)
+    with pytest.raises(UserError, match="t: "):
+        step(x.float(), y, torch.tensor([0, 1, 2, 1000]))
