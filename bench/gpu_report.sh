@@ -198,7 +198,7 @@ survey() { # every model, batch, mode, provider and switch in one go; at batch 1
         --providers "$all" --time-limit 60
     rows throughput account --account --model MDTv2_S_2 --batch 32 --dtype bfloat16
     bench throughput survey_sample "${step[@]}" sample --model MDTv2_XL_2,MDTv2_L_2,MDTv2_B_2,MDTv2_S_2 \
-        --batch 4,32,128 --providers reference,fast --time-limit 60
+        --batch 4,32,128 --providers reference,fast,fast-graphs --time-limit 70
     bench throughput survey_compiled "${step[@]}" train --model MDTv2_S_2 --batch 4 --providers "$COMPILED" \
         --time-limit 45
 }

@@ -82,6 +82,43 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
+def draw_batches(rows: Sequence[Row], path: Path) -> bool:
+    """Draw img/s over batches, a line for each provider, a panel for each mode and model that was measured at
+    several; False if none was."""
+    panels: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
+    for (mode, model, batch, dtype), metrics in group(rows).items():
+        for provider, row in metrics["img_per_s"].items():
+            if provider in COLORS:
+                panels.setdefault((mode, model, dtype), {}).setdefault(provider, {})[batch] = row["p50"]
+    panels = {key: lines for key, lines in panels.items() if max(map(len, lines.values())) > 1}
+    best = {key: max(max(line.values()) for line in lines.values()) for key, lines in panels.items()}
+    panels = {key: panels[key] for key in sorted(panels, key=lambda key: (key[0] != "train", -best[key]))}
+    if not panels:
+        return False
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = tiles(len(panels))
+    for axis, (panel, lines) in zip(axes, panels.items()):
+        for provider in (name for name in COLORS if name in lines):
+            batches, rates = zip(*sorted(lines[provider].items()))
+            axis.plot(batches, rates, "-o", color=COLORS[provider], markersize=3, label=provider)
+        ticks = sorted({batch for line in lines.values() for batch in line})
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set_title(" · ".join(panel), loc="left", fontsize=9)
+        axis.set_ylabel("img/s", fontsize=8)
+        finish(axis, "batch" if panel[0] == "train" else "batch (250 guided steps, extrapolated)")
+    fullest, _ = max(zip(axes, panels.values()), key=lambda pair: len(pair[1]))
+    fullest.legend(fontsize=6, frameon=False)
+    save(figure, rows, path)
+    return True
+
+
 def draw_kernels(rows: Sequence[Row], path: Path) -> bool:
     """Draw the share of the roof that each op reaches, a panel for each mode and dtype; False if there are
     no such rows."""

@@ -3,10 +3,11 @@
 ``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
 ``torch.compile`` (the whole forward), ``*-blocks-compiled`` with each block behind it (equal blocks are
 compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA graph
-(``train.cuda_graphs``), ``fast-in-turn`` one in which each pass has its own backward pass
-(``train.passes``), ``fast-lean`` one with weights and moments in bfloat16, and float32 weights in the
-optimiser (``train.weights``, ``train.moments``), ``fast-float8`` one with the blocks' products in float8
-(``train.float8``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+(``train.cuda_graphs``), or a sampling step whose guided pass is one (``GraphedModel``), ``fast-in-turn`` a
+training step in which each pass has its own backward pass (``train.passes``), ``fast-lean`` one with weights
+and moments in bfloat16, and float32 weights in the optimiser (``train.weights``, ``train.moments``),
+``fast-float8`` one with the blocks' products in float8 (``train.float8``), ``official`` the code of a
+checkout, ``diffusers`` that library's DiT.
 A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 

@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 def pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
     """Draw what the rows have, a picture for each device and bench; the paths that were written."""
     draws = {
-        "throughput": plots.draw, "kernels": plots.draw_kernels, "roofline": roofline.draw,
-        "attention": plots.draw_attention, "head-sizes": roofline.draw_head_sizes,
+        "throughput": plots.draw, "batches": plots.draw_batches, "kernels": plots.draw_kernels,
+        "roofline": roofline.draw, "attention": plots.draw_attention, "head-sizes": roofline.draw_head_sizes,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     devices = list(dict.fromkeys(row["device"] for row in rows))

@@ -17,6 +17,7 @@ from mdt_fast.config import ModelConfig, Switches, TrainConfig
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.diffusion.loss import losses_from_output
 from mdt_fast.masking import MaskPlan
+from mdt_fast.sampling import GraphedModel
 from mdt_fast.training.objective import Draws
 from mdt_fast.training.optim import optimize
 from mdt_fast.training.passes import GraphedPasses, Passes
@@ -309,6 +310,17 @@ class SampleStep(Step):
         return storage_bytes(module_tensors(self.module))
 
 
+class GraphedSampleStep(SampleStep):
+    """The same, with the guided pass as one CUDA graph."""
+
+    def __init__(self, case: Case, provider: Provider, inputs: Inputs):
+        self.quick = GraphedModel(provider.module)
+        super().__init__(case, replace(provider, forward_with_cfg=self.quick.forward_with_cfg), inputs)
+
+    def own_bytes(self) -> int:
+        return super().own_bytes() + sum(pool_bytes(graph.pool) for graph in self.quick.graphs.values())
+
+
 def step_of(
     case: Case,
     provider: Provider,
@@ -322,9 +334,7 @@ def step_of(
     if case.mode == "sample":
         if provider.in_turn or provider.precision:
             raise Skip("a way to train: --mode train")
-        if provider.graphed:
-            raise Skip("graphs of a sampling step: bench/throughput.py --account --mode sample")
-        return SampleStep(case, provider, inputs)
+        return (GraphedSampleStep if provider.graphed else SampleStep)(case, provider, inputs)
     kind = GraphedTrainStep if provider.graphed else TrainStep
     return kind(case, provider, inputs, len_keeps, share)
 

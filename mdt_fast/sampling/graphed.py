@@ -1,6 +1,7 @@
 """A model whose passes without gradients are CUDA graphs, for a sampling loop of one's own."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from ..cuda_graphs import Graphed
 from ..errors import UserError
 from ..models.base import Transformer
 
+METHODS = "forward", "forward_with_cfg"
 MOST = 16
 """Graphs of different arguments that are no tensors; for further ones the model is called as it is."""
 
@@ -31,47 +33,50 @@ class GraphedModel:
         if not isinstance(model, Transformer):
             raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
         self.model = model
+        self.names = {name: [*signature(getattr(model, name)).parameters] for name in METHODS}
         self.graphs: dict[Any, Graphed] = {}
         self.addresses: list[int] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As ``model(x, t, y)``."""
-        return self._run(self.model.__call__, args, kwargs)
+        return self._run(self.model.__call__, "forward", args, kwargs)
 
     def forward_with_cfg(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the model's; ``cfg_scale`` may be a tensor [n] where it changes from step to step."""
-        return self._run(self.model.forward_with_cfg, args, kwargs)
+        return self._run(self.model.forward_with_cfg, "forward_with_cfg", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("model", "graphs", "addresses"):  # of a copy that is being made
+        if name == "model":  # of a copy that is being made
             raise AttributeError(name)
         return getattr(self.model, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "graphs": {}, "addresses": []}  # a copy captures its own
+        return {**vars(self), "graphs": {}, "addresses": []}  # a copy captures its own
 
-    def _run(self, call: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        values = [*args, *kwargs.values()]
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        rest = [None if isinstance(value, Tensor) else value for value in values]
-        if not self._goes(tensors, rest):
+    def _run(self, call: Callable[..., Tensor], name: str, args: Any, kwargs: Any) -> Tensor:
+        given = {**dict(zip(self.names[name], args)), **kwargs}
+        if len(given) < len(args) + len(kwargs) or not self._goes([*given.values()]):
             return call(*args, **kwargs)
         self._follow()
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = call.__name__, len(args), *kwargs, *map(_written, rest), autocast
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        rest = {name: value for name, value in given.items() if name not in tensors}
+        key = name, *tensors, *((name, type(value), value) for name, value in rest.items()), autocast
         if key not in self.graphs:
             if len(self.graphs) >= MOST:
                 return call(*args, **kwargs)
-            self.graphs[key] = Graphed(_of_tensors(call, values, list(kwargs), autocast), tensors[0].device)
-        return self.graphs[key](*tensors).clone()
+            function = _of_tensors(call, [*tensors], rest, autocast)
+            self.graphs[key] = Graphed(function, next(iter(tensors.values())).device)
+        return self.graphs[key](*tensors.values()).clone()
 
-    def _goes(self, tensors: Sequence[Tensor], rest: Sequence[Any]) -> bool:
+    def _goes(self, values: Sequence[Any]) -> bool:
         """Whether a graph does the same: of tensors on the GPU, and of numbers and None alone, as masks and
         label drops, which are asked for by True, are drawn on the host."""
         if torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling():
             return False
-        plain = all(value is None or (isinstance(value, int | float) and value is not True) for value in rest)
-        return plain and bool(tensors) and all(on_a_gpu(each) and each.ndim for each in tensors)
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        plain = (isinstance(v, Tensor | int | float | None) and v is not True for v in values)
+        return bool(tensors) and all(plain) and all(on_a_gpu(each) and each.ndim for each in tensors)
 
     def _follow(self) -> None:
         """None of the graphs that read weights where they are no more."""
@@ -84,28 +89,17 @@ def on_a_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _written(value: Any) -> tuple[type, Any]:
-    """``value`` as a part of a key, where 1, 1.0 and True are not the same."""
-    return type(value), value
-
-
 def _of_tensors(
     call: Callable[..., Tensor],
-    values: Sequence[Any],
     names: Sequence[str],
+    rest: dict[str, Any],
     autocast: tuple[bool, torch.dtype],
 ) -> Callable[..., Tensor]:
-    """``call`` as a function of the tensors among ``values``, the last of which have ``names``."""
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    rest = [None if isinstance(value, Tensor) else value for value in values]
+    """``call`` as a function of the tensors with these names."""
 
     def function(*tensors: Tensor) -> Tensor:
-        given = [*rest]
-        for place, tensor in zip(places, tensors, strict=True):
-            given[place] = tensor
-        number = len(given) - len(names)
         # Casts that autocast keeps would be gone when the graph is replayed.
         with torch.autocast("cuda", enabled=autocast[0], dtype=autocast[1], cache_enabled=False):
-            return call(*given[:number], **dict(zip(names, given[number:], strict=True)))
+            return call(**dict(zip(names, tensors, strict=True)), **rest)
 
     return function

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import steps
 from inputs import load
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.presets import PRESETS
+from mdt_fast.sampling import graphed
 from mdt_fast.training import passes
 from measure import peak_bytes
-from replayed import Replayed
+from replayed import Captured, Replayed
 from rows import RowFile
 from session import Result, Session
 from tiny import needs_csrc
@@ -45,6 +47,28 @@ def test_every_form_of_a_step_is_the_plain_one(family: str, monkeypatch: pytest.
     for other in found[1:]:
         for ours, plain in zip(other, found[0], strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampling_step_as_a_graph_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "Graphed", Captured)
+    monkeypatch.setattr(graphed, "on_a_gpu", lambda tensor: True)
+    monkeypatch.setattr(Captured, "captures", [])
+    monkeypatch.setattr(providers, "make", partial(_on_a_cpu, providers.make))
+    config = replace(PRESETS["digits"].model, hidden_size=32, depth=2, num_heads=2, decode_layer=0)
+    case = steps.Case("small", config, "sample", 2, torch.float32, torch.device("cpu"))
+    modules, inputs = providers.Modules(config, case.device, None), load("digits", config, 2)
+    plain, one = (
+        steps.step_of(case, providers.make(name, modules), inputs, [None]) for name in ("fast", "fast-graphs")
+    )
+    assert isinstance(one, steps.GraphedSampleStep)
+    for index in range(3):
+        assert torch.equal(one(index), plain(index))
+    assert steps.disagreement(one, plain.outcome()) == (0.0, None)
+    assert len(Captured.captures) == 1
+
+
+def _on_a_cpu(make: Any, name: str, modules: providers.Modules) -> providers.Provider:
+    return replace(make(name.removesuffix("-graphs"), modules), name=name)
 
 
 @pytest.mark.parametrize("form", [

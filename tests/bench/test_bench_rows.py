@@ -215,6 +215,15 @@ def test_picture(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
+def test_picture_over_batches(tmp_path: Path) -> None:
+    """One that was measured at a single batch has none."""
+    rows = case_rows(tmp_path / "rows.jsonl")
+    assert not plots.draw_batches(rows, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    assert plots.draw_batches([*rows, *({**row, "batch": 64} for row in rows)], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("draw", "rows"),
     [

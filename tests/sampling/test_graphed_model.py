@@ -1,38 +1,17 @@
 """A model's passes as graphs, by a stand-in on a CPU: what is captured when, and when the model is called."""
 
 import copy
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mdt_fast import GraphedModel
-from mdt_fast.cuda_graphs import key_of
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.errors import UserError
 from mdt_fast.sampling import graphed
+from replayed import Captured
 from small_models import made
-
-
-class Captured:
-    """Keeps the inputs and output of the first call of each key, as a graph does."""
-
-    captures: ClassVar[list[Any]] = []
-
-    def __init__(self, function: Any, device: torch.device):
-        self.function, self.captured = function, {}
-
-    def __call__(self, *args: Tensor) -> Tensor:
-        key = key_of(args)
-        if key not in self.captured:
-            inputs = [arg.clone() for arg in args]
-            self.captured[key] = inputs, self.function(*inputs)
-            self.captures.append(key)
-        inputs, output = self.captured[key]
-        for own, given in zip(inputs, args, strict=True):
-            own.copy_(given)
-        return output.copy_(self.function(*inputs))
 
 
 @pytest.fixture(autouse=True)
