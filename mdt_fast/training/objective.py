@@ -20,7 +20,8 @@ from ..masking import MaskPlan
 class Draws:
     """Timesteps ``t`` [B] int64, the noise of the pass over all tokens [B, C, S, S], which labels it drops
     [B] bool (None: no label is ever dropped); of the masked pass its own noise and drops, and the mask.
-    Without a masked pass these are None."""
+    Without a masked pass these are None. ``given`` [B, ...], ``given_masked``: what the passes are given in
+    place of labels, where those are no labels, with drops of their embedder's own."""
 
     t: Tensor
     noise: Tensor
@@ -28,6 +29,8 @@ class Draws:
     noise_masked: Tensor | None = None
     dropped_masked: Tensor | None = None
     plan: MaskPlan | None = None
+    given: Tensor | None = None
+    given_masked: Tensor | None = None
 
     def rows(self, rows: slice) -> "Draws":
         """Those of some samples."""
@@ -56,9 +59,9 @@ def draw(model: Any, diffusion: GaussianDiffusion, batch: int, device: torch.dev
 
 
 def _drops(model: Any, batch: int, device: torch.device) -> Tensor | None:
-    probability = model.y_embedder.dropout_prob
-    if not probability:
+    if not getattr(model, "takes_labels", True) or not model.y_embedder.dropout_prob:
         return None
+    probability = model.y_embedder.dropout_prob
     # On the CPU's generator whatever the device, as in the models themselves.
     return (torch.rand(batch) < probability).to(device, non_blocking=True)
 
@@ -73,14 +76,20 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """Loss terms [B] of images x [B, C, S, S] with labels y [B]: ``loss``, ``mse``, ``vb`` over all tokens,
     and with a masked pass ``m_loss``, ``m_mse``, ``m_vb``; both passes run as one batch."""
-    labels = drop(y, draws.dropped, model.num_classes)
+    labels = drop(y, draws.dropped, model.num_classes) if draws.given is None else draws.given
     if draws.plan is None:
         kwargs = {"y": labels, "drop_labels": False}
         return diffusion.training_losses(model, x, draws.t, kwargs, draws.noise)
     return diffusion.two_pass_losses(
-        model, x, draws.t, labels, drop(y, draws.dropped_masked, model.num_classes),
+        model, x, draws.t, labels, _labels_masked(model, y, draws),
         noise=draws.noise, noise_masked=draws.noise_masked, mask_plan=draws.plan,
     )  # fmt: skip
+
+
+def _labels_masked(model: Any, y: Tensor, draws: Draws) -> Tensor:
+    if draws.given_masked is not None:
+        return draws.given_masked
+    return drop(y, draws.dropped_masked, model.num_classes)
 
 
 def losses_by_pass(
@@ -90,7 +99,7 @@ def losses_by_pass(
     full = partial(losses_of, model, diffusion, x, y, replace(draws, plan=None))
     if draws.plan is None:
         return [full]
-    labels = drop(y, draws.dropped_masked, model.num_classes)
+    labels = _labels_masked(model, y, draws)
     kwargs = {"y": labels, "drop_labels": False, "enable_mask": True, "mask_plan": draws.plan}
     masked = partial(diffusion.training_losses, model, x, draws.t, kwargs, draws.noise_masked)
     return [full, lambda: _as_masked(masked())]

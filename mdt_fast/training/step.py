@@ -29,7 +29,7 @@ class TrainingStep:
     calls of equal batches share an update, whose gradients are their mean, and the number of kept tokens; the
     first of them begins anew. ``cuda_graphs``: None where they go, on a GPU without shards; what is changed
     later around the model's layers (hooks, switches) a graph does not see, weights in other memory it does.
-    Raises ``UserError`` for another model, and for one that takes no labels.
+    Raises ``UserError`` for another model.
     """
 
     def __init__(
@@ -44,11 +44,6 @@ class TrainingStep:
     ):
         if not isinstance(model, Transformer):
             raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
-        if not model.takes_labels:
-            raise UserError(
-                f"model: its y_embedder is a {type(model.y_embedder).__name__}, whose drops are its own; "
-                "diffusion.two_pass_losses takes such a model"
-            )
         self.model, self.diffusion, self.calls = model, diffusion, 0
         self.settings = TrainConfig(dtype=dtype, passes=passes, accumulate=accumulate)
         check_types(self.settings)
@@ -67,8 +62,9 @@ class TrainingStep:
     def __call__(
         self, x: Tensor, y: Tensor, t: Tensor | None = None, *, scale: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss terms [B] of images or latents ``x`` [B, C, S, S] with labels ``y`` [B] (int64), both on
-        the model's device: ``loss``, ``mse``, ``vb``, and of the masked pass ``m_loss``, ``m_mse``, ``m_vb``.
+        """The loss terms [B] of images or latents ``x`` [B, C, S, S] with labels ``y`` [B] (int64; what an
+        embedder of one's own takes, [B, ...]), both on the model's device: ``loss``, ``mse``, ``vb``, and of
+        the masked pass ``m_loss``, ``m_mse``, ``m_vb``.
 
         Gradients are those of the mean ``loss`` and the mean ``m_loss`` together, times ``scale`` (float16's,
         a tensor of one number). ``t`` [B]: timesteps, drawn evenly if None.
@@ -88,6 +84,9 @@ class TrainingStep:
             others = len(self.draws.t) // parts
             raise UserError(f"x: batch of {B}, the other parts of this update have {others}")
         draws = self.draws.rows(slice(part * B, (part + 1) * B))
+        if not self.model.takes_labels:
+            masked = None if draws.plan is None else self.model.drop_labels(y)
+            draws = replace(draws, given=self.model.drop_labels(y), given_masked=masked)
         if t is not None:
             self.diffusion.check_timesteps(t, x)
             draws = replace(draws, t=t)
@@ -96,11 +95,11 @@ class TrainingStep:
         return terms
 
     def _passes(self, device: torch.device) -> Passes | GraphedPasses:
-        """New ones where the weights are in other memory now, or others are frozen."""
-        before, self.made_for = self.made_for, [
-            (parameter.data_ptr(), parameter.requires_grad) for parameter in self.model.parameters()
-        ]  # fmt: skip
-        if self.passes is None or (self.graphed and self.made_for != before):
+        """New ones where graphs would read weights in other memory, or others are frozen now."""
+        before = self.made_for
+        if self.graphed:
+            self.made_for = [(p.data_ptr(), p.requires_grad) for p in self.model.parameters()]
+        if self.passes is None or self.made_for != before:
             made = Passes(self.model, self.diffusion, self.settings, self.sharded, device)
             self.passes = GraphedPasses(made) if self.graphed else made
         return self.passes

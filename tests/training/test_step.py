@@ -1,15 +1,19 @@
 """A step's passes in a loop of one's own: the objective's gradients, with graphs (a stand-in) and without."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mdt_fast import TrainingStep, create_diffusion
 from mdt_fast.errors import UserError
 from mdt_fast.training import passes
+from mdt_fast.training.parallelize import METHODS
 from replayed import Replayed
 from small_models import made
 
@@ -108,6 +112,47 @@ def test_scaled_gradients(step_of: Any) -> None:
     same([*again.values()], [*terms.values()])
 
 
+class OfVectors(nn.Module):
+    dropout_prob = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 32).double()
+
+    def drop(self, y: Tensor) -> Tensor:
+        return y * (torch.rand(len(y), 1) >= self.dropout_prob)
+
+    def forward(self, y: Tensor, train: bool) -> Tensor:
+        return self.project(y)
+
+
+@pytest.mark.parametrize("family", ["mdtv2", "dit"])
+@pytest.mark.parametrize("passes", ["together", "in_turn"])
+def test_conditioned_by_vectors(family: Any, passes: str, step_of: Any) -> None:
+    """Whose embedder drops some, anew in each pass and call."""
+    model = made(family, **({} if family == "dit" else {"mask_ratio": 0.3})).train()
+    model.y_embedder = OfVectors()
+    step, (x, _) = step_of(model, passes=passes), batch()
+    y = torch.randn(4, 8, dtype=torch.float64)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        terms, found = step(x, y), gradients(model)
+        torch.manual_seed(seed)
+        t, noise = torch.randint(1000, (4,)), torch.randn(4, 4, 8, 8)
+        if family == "dit":
+            kwargs = {"y": model.drop_labels(y), "drop_labels": False}
+            expected = DIFFUSION.training_losses(model, x, t, kwargs, noise)
+        else:
+            noises = {"noise": noise, "noise_masked": torch.randn(4, 4, 8, 8)}
+            plan = model.draw_plan(4, x.device)
+            masked, full = model.drop_labels(y), model.drop_labels(y)
+            expected = DIFFUSION.two_pass_losses(model, x, t, full, masked, **noises, mask_plan=plan)
+        model.zero_grad()
+        sum(expected[name].mean() for name in ("loss", "m_loss") if name in expected).backward()
+        same([*terms.values()], [value.detach() for value in expected.values()])
+        same(found, gradients(model))
+
+
 def test_it_trains(step_of: Any) -> None:
     model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.02).train()
     step, (x, y) = step_of(model, passes="in_turn"), batch()
@@ -141,6 +186,32 @@ def test_graphs_are_made_anew_for_weights_elsewhere(monkeypatch: pytest.MonkeyPa
     assert copy.deepcopy(step).passes is None
 
 
+def test_shards(tmp_path: Path) -> None:
+    """Of one process: the same gradients; no graphs."""
+    model = made("mdtv2", torch.float32, mask_ratio=0.3).train()
+    whole, (x, y) = TrainingStep(copy.deepcopy(model), DIFFUSION), batch()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        for block in model.every_block():
+            fully_shard(block)
+        fully_shard(model)
+        for name in METHODS:
+            register_fsdp_forward_method(model, name)
+        step = TrainingStep(model, DIFFUSION, accumulate=2)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            whole(x.float(), y)
+            torch.manual_seed(seed)
+            for rows in (slice(2), slice(2, 4)):
+                step(x[rows].float(), y[rows])
+            for a, e in zip(model.parameters(), whole.model.parameters(), strict=True):
+                torch.testing.assert_close(a.grad.full_tensor(), e.grad, rtol=1e-4, atol=1e-5)
+        with pytest.raises(UserError, match="got a model that FSDP shards"):
+            TrainingStep(model, DIFFUSION, cuda_graphs=True)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_refusals() -> None:
     model, (x, y) = made("mdtv2", torch.float32, mask_ratio=0.3), batch()
     with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
@@ -149,10 +220,6 @@ def test_refusals() -> None:
         UserError, match="cuda_graphs: for a CUDA device without shards, got a model on 'cpu'"
     ):
         TrainingStep(model, DIFFUSION, cuda_graphs=True)
-    by_vectors = made("mdtv2", torch.float32, mask_ratio=0.3)
-    by_vectors.y_embedder = nn.Linear(8, 32)
-    with pytest.raises(UserError, match="model: its y_embedder is a Linear, whose drops are its own; "):
-        TrainingStep(by_vectors, DIFFUSION)
     with pytest.raises(UserError, match="dtype"):
         TrainingStep(model, DIFFUSION, dtype="half")
     with pytest.raises(UserError, match="accumulate"):
