@@ -151,6 +151,7 @@ def take_turns(
     repeats: int,
     inner: int = 1,
     deadline: float = float("inf"),
+    least: int = 1,
     clock: Clock | None = None,
     shuffle: bool = False,
 ) -> dict[str, Timing]:
@@ -159,12 +160,13 @@ def take_turns(
     ``shuffle``: in another order each round, as who comes after whom matters where turns are short.
 
     ``seconds`` are per step. A round that has begun is finished, so all have the same number of samples; no
-    round begins after ``deadline`` (``time.monotonic``), except the first. Whoever raises drops out.
+    round begins after ``deadline`` (``time.monotonic``), but for the first ``least``. Whoever raises drops
+    out.
     """
     clock = clock or WallClock(device)
     timings = {name: Timing() for name in steps}
     for r in range(repeats):
-        if r > 0 and time.monotonic() > deadline:
+        if r >= least and time.monotonic() > deadline:
             break
         order = list(steps.items())
         if shuffle:

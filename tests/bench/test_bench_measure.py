@@ -111,8 +111,9 @@ def test_one_that_fails_drops_out_and_the_others_go_on() -> None:
 
 def test_no_round_begins_after_the_deadline_but_the_first() -> None:
     steps = {"a": lambda i: None, "b": lambda i: None}
-    timings = take_turns(steps, CPU, repeats=9, deadline=time.monotonic() - 1)
-    assert [len(timings[name].seconds) for name in "ab"] == [1, 1]
+    for more, rounds in (({}, 1), ({"least": 4}, 4), ({"least": 12}, 9)):
+        timings = take_turns(steps, CPU, repeats=9, deadline=time.monotonic() - 1, **more)
+        assert [len(timings[name].seconds) for name in "ab"] == [rounds, rounds]
 
 
 def test_spread() -> None:

@@ -292,6 +292,32 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize(("least", "rounds"), [(5.0, 5), (0.0, 1)])
+def test_short_rounds_are_enough_for_a_ratio(
+    least: float, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the time had passed before the first one."""
+    monkeypatch.setattr(session, "LEAST_SECONDS", least)
+    rows_file = tmp_path / "rows.jsonl"
+    flags = [
+        "--model",
+        "digits",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--mode",
+        "train",
+        "--time-limit",
+        "1e-3",
+    ]
+    assert throughput.main([*flags, "--providers", "reference,fast", "--json", str(rows_file)]) == 0
+    timed = [row for row in read([rows_file]) if row["metric"] == "ms"]
+    assert [row["rounds"] >= rounds for row in timed] == [True, True]
+    assert rounds > 1 or [row["rounds"] for row in timed] == [1, 1]
+
+
+@pytest.mark.usefixtures("_tiny")
 def test_providers_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows_file = tmp_path / "rows.jsonl"
     flags = [*FLAGS, "--mode", "train", "--repeats", "5", "--apart", "--json", str(rows_file)]
