@@ -72,7 +72,8 @@ def model_config(name: str) -> ModelConfig:
 
 
 def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
-    """Initial weights, seeded and drawn on ``device``, but with noise where they would be zero; on the CPU.
+    """Initial weights, seeded and drawn on ``device``, but with noise where they would be zero. They stay
+    there: of a large model copying them from the host, for every provider of a case, takes seconds.
 
     A fresh model outputs zero whatever it computes; the comparison of providers would see nothing.
     """
@@ -84,7 +85,7 @@ def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]
             for parameter in module.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
-    return module.cpu().state_dict()
+    return module.state_dict()
 
 
 class Modules:
