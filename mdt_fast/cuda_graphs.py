@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .errors import UserError
 
 WARM_UP = 3
 """Calls before the first capture, in which libraries choose algorithms and take their workspaces; before
@@ -26,7 +28,8 @@ class Graphed:
     It must not read values on the host, and what it keeps from call to call must be there after the first
     one: later captures may write over whatever else it allocates. What a call returns is written over by the
     next one. ``warmed_up`` is called before each capture: the function was called more often than was asked
-    for. ``done`` is called after it, with the arguments' key.
+    for. ``done`` is called after it, with the arguments' key. ``beside``: another, whose memory and stream
+    this one's graphs share, as they run one after the other and nobody keeps what they return.
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class Graphed:
         device: torch.device,
         warmed_up: Callable[[], None] = lambda: None,
         done: Callable[[Key], None] = lambda key: None,
+        beside: "Graphed | None" = None,
     ):
         self.function, self.device, self.warmed_up, self.done = function, device, warmed_up, done
         self.captured: dict[Key, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # memory is taken again on the stream that it was taken on
+        self.pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside.pool
+        # Memory is taken again on the stream that it was taken on.
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device) if beside is None else beside.stream
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         key = key_of(args)
@@ -50,7 +55,7 @@ class Graphed:
             graph, inputs, output = self.captured[key]
             for own, given in zip(inputs, args, strict=True):
                 if own is not None and given is not None:
-                    own.copy_(given)
+                    own.copy_(given.detach())
             graph.replay()
         return output
 
@@ -69,8 +74,18 @@ class Graphed:
         self.warmed_up()
         graph = torch.cuda.CUDAGraph()
         # Other threads load images, write checkpoints and watch NCCL meanwhile: that is no error.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            output = self.function(*inputs)
+        try:
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                output = self.function(*inputs)
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            raise UserError(
+                "CUDA graphs: something here reads numbers on the host, or takes memory, which no graph can; "
+                f"without graphs (cuda_graphs=False) it may ({str(error).splitlines()[0]})"
+            ) from error
         return graph, inputs, output
 
     @contextmanager
@@ -95,21 +110,40 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def lent(tensor: Tensor) -> Tensor:
-    """The same memory on a GPU, which stays that of ``tensor``: when that is gone, the graphs captured next
-    may write to it. Elsewhere ``tensor`` itself."""
+def lent(tensor: Tensor, graph: torch.cuda.CUDAGraph) -> Tensor:
+    """The same memory on a GPU, which is there for as long as ``graph``, and so for as long as this; when
+    ``tensor`` is gone, the graphs captured next may write to it. Elsewhere ``tensor`` itself."""
     if tensor.device.type != "cuda" or not tensor.numel():
         return tensor
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = _Memory(tensor.data_ptr(), span * tensor.element_size())
+    memory = _Memory(tensor.data_ptr(), span * tensor.element_size(), graph)
     values = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
     return values.as_strided(tensor.shape, tensor.stride())
 
 
 class _Memory:
-    """Bytes that are another's, as array libraries hand them on."""
+    """Bytes that are another's, as array libraries hand them on, and their ``owner``."""
 
-    def __init__(self, address: int, size: int):
+    def __init__(self, address: int, size: int, owner: object):
+        self.owner = owner
         self.__cuda_array_interface__ = {
             "data": (address, False), "shape": (size,), "strides": None, "typestr": "|u1", "version": 3,
         }  # fmt: skip
+
+
+class Numbers:
+    """A model's parameters and buffers, which graphs read where they are. Modules are those of now."""
+
+    def __init__(self, model: nn.Module):
+        self.held = [each for m in model.modules() for each in (m._parameters, m._buffers) if each]
+        self.before: list[tuple[Tensor, int, bool]] = []
+
+    def moved(self) -> bool:
+        """Whether some are others than at the last call, or in other memory, or frozen or not any more."""
+        now = [
+            (x, x.data_ptr(), x.requires_grad) for each in self.held for x in each.values() if x is not None
+        ]
+        before, self.before = self.before, now
+        return len(now) != len(before) or any(
+            a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(now, before, strict=True)
+        )

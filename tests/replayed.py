@@ -30,7 +30,8 @@ class Replayed:
     def __call__(self, *args: Tensor | None) -> Tensor:
         key, new = key_of(args), False
         if key not in self.captured:
-            inputs = [None if arg is None else arg.clone() for arg in args]
+            with torch.inference_mode(False):
+                inputs = [None if arg is None else arg.detach().clone() for arg in args]
             for _ in range(WARM_UP):
                 self.function(*inputs)
             self.warmed_up()
@@ -43,7 +44,7 @@ class Replayed:
         inputs, output, gradients = self.captured[key]
         for own, given in zip(inputs, args, strict=True):
             if own is not None:
-                own.copy_(given)
+                own.copy_(given.detach())
         if all(gradient is None for gradient in self.gradients()):
             output.copy_(self.function(*inputs))
             for own, gradient in zip(gradients, self.gradients(), strict=True):
@@ -67,16 +68,17 @@ class Captured:
 
     captures: ClassVar[list[Any]] = []
 
-    def __init__(self, function: Any, device: torch.device):
+    def __init__(self, function: Any, device: torch.device, beside: Any = None):
         self.function, self.captured = function, {}
 
     def __call__(self, *args: Tensor) -> Tensor:
         key = key_of(args)
         if key not in self.captured:
-            inputs = [arg.clone() for arg in args]
+            with torch.inference_mode(False):
+                inputs = [arg.detach().clone() for arg in args]
             self.captured[key] = inputs, self.function(*inputs)
             self.captures.append(key)
         inputs, output = self.captured[key]
         for own, given in zip(inputs, args, strict=True):
-            own.copy_(given)
+            own.copy_(given.detach())
         return output.copy_(self.function(*inputs))

@@ -1,6 +1,7 @@
 """Loops of one's own on a GPU: CUDA graphs give what the same operations give one after the other."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdt_fast import FusedAdan, GraphedModel, TrainingStep, create_diffusion
+from mdt_fast.errors import UserError
 from small_models import made
 
 pytestmark = pytest.mark.gpu
@@ -34,9 +36,43 @@ def test_a_training_loop(settings: dict[str, Any]) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         losses.append(torch.stack(found))
-    assert step.graphed
-    assert len(step.passes.graphed.captured) > 1
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-3)
+    assert len(step.made.graphed.captured) > 1
+    step(*batch(12))
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    del step  # gradients outlive it
+    gc.collect()
+    torch.cuda.empty_cache()
+    filled = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
+    assert torch.equal(
+        torch.stack(norms), torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    )
+    del filled
+
+
+def test_unequal_parts_of_an_update() -> None:
+    """Another dtype of labels is another graph, captured in the middle of an update."""
+    model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().train()
+    plain, norms = copy.deepcopy(model), []
+    for each, graphs in ((plain, False), (model, None)):
+        step = TrainingStep(each, create_diffusion(), accumulate=2, cuda_graphs=graphs)
+        for i in range(2):
+            x, y = batch(i)
+            step(x, y if i == 0 else y.int())
+        norms.append(torch.stack([p.grad.norm() for p in each.parameters() if p.grad is not None]))
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-3, atol=1e-5)
+
+
+def test_what_reads_numbers_on_the_host_is_said() -> None:
+    class OnTheHost(torch.nn.Linear):
+        def forward(self, y: Tensor, train: bool) -> Tensor:
+            return super().forward(y) * y.sum().item()
+
+    model = made("dit", torch.float32, **SHAPE)
+    model.y_embedder = OnTheHost(8, 64)
+    step = TrainingStep(model.cuda().train(), create_diffusion())
+    with pytest.raises(UserError, match="reads numbers on the host"):
+        step(batch(0)[0], torch.randn(8, 8, device="cuda"))
 
 
 def test_a_sampling_loop() -> None:

@@ -46,7 +46,7 @@ def bias_mask(
 
     Its rows lie a multiple of ``multiple`` elements apart: memory-efficient attention asks for 8.
     """
-    if table_RH.requires_grad and table_RH.element_size() == 2:
+    if torch.is_grad_enabled() and table_RH.requires_grad and table_RH.element_size() == 2:
         table_RH = table_RH.float()  # a row's gradient is a sum of hundreds of numbers
     every = torch.arange(call.grid_size**2, device=q_BHMd.device)
     q_pos, k_pos = (every if pos is None else pos for pos in (q_pos, k_pos))

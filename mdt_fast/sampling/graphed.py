@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from ..cuda_graphs import Graphed
+from ..cuda_graphs import Graphed, Numbers, key_of
 from ..errors import UserError
 from ..models.base import Transformer
 
 METHODS = "forward", "forward_with_cfg"
 MOST = 16
-"""Graphs of different arguments that are no tensors; for further ones the model is called as it is."""
+"""Captures; of what comes then the model is called as it is."""
 
 
 class GraphedModel:
@@ -22,28 +23,44 @@ class GraphedModel:
     For loops that are not :func:`mdt_fast.sample`, which does more than this: launched one by one, the
     kernels of few images take less time than launching them. Each shape of the tensors, and each other
     argument, is captured when it is first met. Everything else (``in_channels``, ``eval()``) is the model's.
-    Off a GPU, in training mode, with gradients asked for, and with a mask the model itself is called.
+    Off a GPU, in training mode, with gradients asked for, with a mask, and for weights that FSDP shards or
+    that are no plain tensors the model itself is called.
 
-    Weights may be changed in place between two calls, or be in other memory; what is changed around the
-    layers (hooks, switches, precisions) after a capture is not seen: make a new one. Raises ``UserError`` for
-    another model than this package's.
+    A graph sees new numbers in the weights, and weights that are others now; it does not see what is changed
+    around the layers after its capture (hooks, switches, adapters). Raises ``UserError`` for another model
+    than this package's.
     """
 
     def __init__(self, model: Transformer):
         if not isinstance(model, Transformer):
             raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
-        self.model = model
-        self.names = {name: [*signature(getattr(model, name)).parameters] for name in METHODS}
+        self.model, self.numbers = model, Numbers(model)
+        self.names = {name: _names(getattr(type(model), name)) for name in METHODS}
         self.graphs: dict[Any, Graphed] = {}
-        self.addresses: list[int] = []
+        self.plain = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As ``model(x, t, y)``."""
         return self._run(self.model.__call__, "forward", args, kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self(*args, **kwargs)
+
     def forward_with_cfg(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the model's; ``cfg_scale`` may be a tensor [n] where it changes from step to step."""
         return self._run(self.model.forward_with_cfg, "forward_with_cfg", args, kwargs)
+
+    def eval(self) -> Self:
+        self.model.eval()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        self.model.train(mode)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        self.model.to(*args, **kwargs)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # of a copy that is being made
@@ -51,42 +68,65 @@ class GraphedModel:
         return getattr(self.model, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "graphs": {}, "addresses": []}  # a copy captures its own
+        return {**vars(self), "graphs": {}}  # a copy captures its own
 
     def _run(self, call: Callable[..., Tensor], name: str, args: Any, kwargs: Any) -> Tensor:
-        given = {**dict(zip(self.names[name], args)), **kwargs}
-        if len(given) < len(args) + len(kwargs) or not self._goes([*given.values()]):
+        given = self._given(self.names[name], args, kwargs)
+        if given is None or not self._goes(list(given.values())):
             return call(*args, **kwargs)
-        self._follow()
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        rest = {name: value for name, value in given.items() if name not in tensors}
-        key = name, *tensors, *((name, type(value), value) for name, value in rest.items()), autocast
-        if key not in self.graphs:
-            if len(self.graphs) >= MOST:
-                return call(*args, **kwargs)
-            function = _of_tensors(call, [*tensors], rest, autocast)
-            self.graphs[key] = Graphed(function, next(iter(tensors.values())).device)
-        return self.graphs[key](*tensors.values()).clone()
+        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in given.items() if key not in tensors}
+        key, inputs = (name, *tensors, *rest.items(), autocast), list(tensors.values())
+        graph = self.graphs.get(key)
+        captured = graph is not None and key_of(inputs) in graph.captured
+        if not captured and sum(len(each.captured) for each in self.graphs.values()) >= MOST:
+            return call(*args, **kwargs)
+        if graph is None:
+            function, beside = (
+                _of_tensors(call, [*tensors], rest, autocast),
+                next(iter(self.graphs.values()), None),
+            )
+            graph = Graphed(function, inputs[0].device, beside=beside)
+        output = graph(*inputs).clone()
+        self.graphs[key] = graph
+        return output
+
+    def _given(
+        self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The arguments by name, in the order of ``names``; None for others than these."""
+        given = {**dict(zip(names, args)), **kwargs}
+        if len(given) < len(args) + len(kwargs) or not given.keys() <= set(names):
+            return None
+        return {name: given[name] for name in names if name in given}
 
     def _goes(self, values: Sequence[Any]) -> bool:
-        """Whether a graph does the same: of tensors on the GPU, and of numbers and None alone, as masks and
-        label drops, which are asked for by True, are drawn on the host."""
+        """Whether a graph does the same as the model: of tensors on the GPU, and of numbers and None alone.
+        Masks and label drops, which are asked for by True, are drawn on the host."""
         if torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling():
             return False
         tensors = [value for value in values if isinstance(value, Tensor)]
-        plain = (isinstance(v, Tensor | int | float | None) and v is not True for v in values)
-        return bool(tensors) and all(plain) and all(on_a_gpu(each) and each.ndim for each in tensors)
-
-    def _follow(self) -> None:
-        """None of the graphs that read weights where they are no more."""
-        before, self.addresses = self.addresses, [weight.data_ptr() for weight in self.model.parameters()]
-        if self.addresses != before:
+        plain = (isinstance(value, Tensor | int | float | None) and value is not True for value in values)
+        if not tensors or not all(plain) or not all(on_a_gpu(each) and each.ndim for each in tensors):
+            return False
+        if self.numbers.moved():
             self.graphs.clear()
+            shards = any(isinstance(module, FSDPModule) for module in self.model.modules())
+            self.plain = not shards and all(at or not x.numel() for x, at, _ in self.numbers.before)
+        return self.plain
 
 
 def on_a_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    """Of a method's arguments, in their order; none where it takes whatever comes."""
+    _, *parameters = signature(function).parameters.values()
+    if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
+        return []
+    return [each.name for each in parameters]
 
 
 def _of_tensors(

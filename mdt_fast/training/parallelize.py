@@ -96,9 +96,10 @@ def mesh_of(config: TrainConfig, world: World, device: torch.device) -> DeviceMe
 
 
 def autocasting(config: TrainConfig, sharded: bool, device: torch.device) -> Any:
-    """The context of a forward pass: FSDP gathers parameters in their dtype, without it autocast casts."""
+    """The context of a forward pass: FSDP gathers parameters in their dtype, without it autocast casts. Casts
+    are not kept: around another autocast they would outlive the step, and be read by its graph."""
     enabled = not sharded and config.dtype != "float32"
-    return torch.autocast(device.type, DTYPES[config.dtype], enabled=enabled)
+    return torch.autocast(device.type, DTYPES[config.dtype], enabled=enabled, cache_enabled=False)
 
 
 def reduce_gradients(model: Any, sharded: bool, now: bool) -> None:

@@ -72,6 +72,7 @@ class GraphedPasses:
     def __init__(self, passes: Passes):
         self.passes, self.parameters = passes, list(passes.model.parameters())
         self.adding = passes.settings.accumulate > 1
+        self.parts = 0
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.written: dict[Key, list[Tensor | None]] = {}
         self.names: list[str] = []
@@ -79,6 +80,7 @@ class GraphedPasses:
         self.graphed = Graphed(self._stacked, passes.device, self._warmed_up, self._captured)
 
     def zero_grad(self) -> None:
+        self.parts = 0
         self._let(self.gradients)
         known = [gradient for gradient in self.gradients if gradient is not None]
         if known:
@@ -91,9 +93,13 @@ class GraphedPasses:
         self.ascending = plan is not None and plan.ascending
         masked = [None if plan is None else getattr(plan, name) for name in TENSORS]
         args = x, y, scale, *(getattr(draws, name) for name in DRAWN), *masked
+        before = self._so_far() if self.parts and key_of(args) not in self.graphed.captured else []
         terms = self.graphed(*args)
+        for gradient, part in before:
+            gradient.add_(part)
         if not self.adding:
             self._let(self.written[key_of(args)])
+        self.parts += 1
         return dict(zip(self.names, terms.clone().unbind(), strict=True))
 
     def _stacked(self, x: Tensor, y: Tensor, scale: Tensor | None, *drawn: Any) -> Tensor:
@@ -104,16 +110,23 @@ class GraphedPasses:
         self.names = list(terms)
         return torch.stack(list(terms.values()))
 
+    def _so_far(self) -> list[tuple[Tensor, Tensor]]:
+        """The gradients that earlier parts of a step have added up, and copies: a capture begins anew."""
+        known = [gradient for gradient in self.gradients if gradient is not None] if self.adding else []
+        return [(gradient, gradient.clone()) for gradient in known]
+
     def _warmed_up(self) -> None:
-        """A capture comes at the beginning of a step, whose parts are equal: there is nothing to keep."""
         if self.adding:
             self.gradients = [parameter.grad for parameter in self.parameters]
         self.zero_grad()
 
     def _captured(self, key: Key) -> None:
         if not self.adding:
+            graph, *_ = self.graphed.captured[key]
             gradients = (parameter.grad for parameter in self.parameters)
-            self.written[key] = [None if gradient is None else lent(gradient) for gradient in gradients]
+            self.written[key] = [
+                None if gradient is None else lent(gradient, graph) for gradient in gradients
+            ]
             self.zero_grad()
 
     def _let(self, gradients: Sequence[Tensor | None]) -> None:

@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ..config import TrainConfig, check_types
+from ..cuda_graphs import Numbers
 from ..diffusion import GaussianDiffusion
 from ..errors import UserError
 from ..models.base import Transformer
+from ..models.embed import LabelEmbedder
 from .objective import Draws, draw
+from .parallelize import DTYPES
 from .passes import GraphedPasses, Passes
 
 
@@ -20,16 +23,17 @@ class TrainingStep:
 
     Both passes (over all tokens, and over kept ones; DiT has the first alone) run as one batch, with what is
     random drawn as the trainer draws it. On a GPU they are one CUDA graph for each number of kept tokens,
-    captured when that is first met: MDTv2-S/2 took 7 ms instead of 110 at batch 4, XL/2 114 instead of 156 at
-    32 (an H200). A graph's gradients are written over by the next step.
+    captured when that is first met. A graph's gradients are written over by the next step.
 
     ``model``: one of this package, on its device and in training mode, compiled by
-    :func:`mdt_fast.compile_for_training` or not. ``dtype``: what passes compute in (autocast). ``passes``:
-    ``together``, or ``in_turn``, each with its own backward pass, for less memory. ``accumulate``: so many
-    calls of equal batches share an update, whose gradients are their mean, and the number of kept tokens; the
-    first of them begins anew. ``cuda_graphs``: None where they go, on a GPU without shards; what is changed
-    later around the model's layers (hooks, switches) a graph does not see, weights in other memory it does.
-    Raises ``UserError`` for another model.
+    :func:`mdt_fast.compile_for_training` or not. ``dtype``: what passes compute in, by autocast; a model that
+    FSDP shards computes in its policy's. ``passes``: ``together``, or ``in_turn``, each with its own backward
+    pass, for less memory. ``accumulate``: so many calls, of equal batches, share an update, whose gradients
+    are their mean, and the number of kept tokens; the first of them begins anew.
+
+    ``cuda_graphs``: None where they go, on a GPU without shards. A graph sees new numbers in the weights, and
+    weights that are others now; it does not see what is changed around the layers after its capture (hooks,
+    switches, adapters). Raises ``UserError`` for another model, and for settings that do not go with it.
     """
 
     def __init__(
@@ -44,20 +48,37 @@ class TrainingStep:
     ):
         if not isinstance(model, Transformer):
             raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
-        self.model, self.diffusion, self.calls = model, diffusion, 0
+        if not isinstance(diffusion, GaussianDiffusion):
+            raise UserError(f"diffusion: got a {type(diffusion).__name__}, expected create_diffusion's")
         self.settings = TrainConfig(dtype=dtype, passes=passes, accumulate=accumulate)
         check_types(self.settings)
         if accumulate < 1:
             raise UserError(f"accumulate: must be at least 1, got {accumulate}")
-        device, sharded = next(model.parameters()).device, isinstance(model, FSDPModule)
-        if cuda_graphs and (device.type != "cuda" or sharded):
-            where = "a model that FSDP shards" if sharded else f"a model on {str(device)!r}"
+        if cuda_graphs not in (None, True, False):
+            raise UserError(f"cuda_graphs: got {cuda_graphs!r}, allowed are None, True and False")
+        self.model, self.diffusion, self.cuda_graphs = model, diffusion, cuda_graphs
+        weight = next(model.parameters())
+        if weight.element_size() == 2 and weight.dtype != DTYPES[dtype]:
+            raise UserError(f"dtype: {dtype!r}, but the model's weights are {weight.dtype}")
+        self.sharded = isinstance(model, FSDPModule)
+        if not self.sharded and any(isinstance(block, FSDPModule) for block in model.every_block()):
+            raise UserError("model: its blocks are sharded and it is not; fully_shard(model) comes last")
+        if cuda_graphs and not self._goes(weight.device):
+            where = "a model that FSDP shards" if self.sharded else f"a model on {str(weight.device)!r}"
             raise UserError(f"cuda_graphs: for a CUDA device without shards, got {where}")
-        self.graphed = not sharded and device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self.sharded = sharded
-        self.passes: Passes | GraphedPasses | None = None
-        self.made_for: list[tuple[int, bool]] = []
+        embedder: Any = model.y_embedder
+        self.drops = not model.takes_labels or type(embedder).drop is not LabelEmbedder.drop
+        if self.drops and not hasattr(embedder, "drop") and getattr(embedder, "dropout_prob", False):
+            name = type(embedder).__name__
+            raise UserError(f"model: its y_embedder, a {name}, has a dropout_prob and no method drop(y)")
+        self.numbers, self.device = Numbers(model), weight.device
+        self.made: Passes | GraphedPasses | None = None
+        self.calls = 0
         self.draws: Draws | None = None
+
+    def restart(self) -> None:
+        """The next call begins an update, whatever has been called of the one before."""
+        self.calls, self.draws = 0, None
 
     def __call__(
         self, x: Tensor, y: Tensor, t: Tensor | None = None, *, scale: Tensor | None = None
@@ -67,42 +88,74 @@ class TrainingStep:
         the masked pass ``m_loss``, ``m_mse``, ``m_vb``.
 
         Gradients are those of the mean ``loss`` and the mean ``m_loss`` together, times ``scale`` (float16's,
-        a tensor of one number). ``t`` [B]: timesteps, drawn evenly if None.
+        a tensor of one number). ``t`` [B]: timesteps, drawn evenly if None. Raises ``UserError`` for what
+        does not fit; an update in which anything is raised begins anew.
         """
-        device = next(self.model.parameters()).device
-        for name, given in (("x", x), ("y", y)):
-            if given.device != device:
-                raise UserError(f"{name}: on {given.device}, the model is on {device}")
-        B, parts = len(x), self.settings.accumulate
-        part = self.calls % parts
-        if part == 0 or self.passes is None or self.draws is None:
-            self.calls = part = 0
-            self.passes = self._passes(device)
-            self.passes.zero_grad()
-            self.draws = draw(self.model, self.diffusion, parts * B, device)  # as many kept in all parts
-        elif len(self.draws.t) != parts * B:
-            others = len(self.draws.t) // parts
-            raise UserError(f"x: batch of {B}, the other parts of this update have {others}")
-        draws = self.draws.rows(slice(part * B, (part + 1) * B))
-        if not self.model.takes_labels:
-            masked = None if draws.plan is None else self.model.drop_labels(y)
-            draws = replace(draws, given=self.model.drop_labels(y), given_masked=masked)
+        device = self._check(x, y, scale)
+        B, parts, part, draws = len(x), self.settings.accumulate, self.calls, self.draws
+        if draws is not None and len(draws.t) != parts * B:
+            others = len(draws.t) // parts
+            raise UserError(
+                f"x: batch of {B}, the other parts of this update have {others}; restart() begins another"
+            )
+        self.restart()  # of what ends in an error
+        if draws is None or self.made is None:
+            self._make(device)
+            draws = draw(self.model, self.diffusion, parts * B, device)  # as many kept in all parts
+        rows = draws.rows(slice(part * B, (part + 1) * B))
         if t is not None:
             self.diffusion.check_timesteps(t, x)
-            draws = replace(draws, t=t)
-        terms = self.passes(x, y, draws, scale, part + 1 == parts)
-        self.calls += 1
+            rows = replace(rows, t=t)
+        if self.drops:
+            rows = self._dropped(y, rows)
+        assert self.made is not None
+        if part == 0:
+            self.made.zero_grad()
+        terms = self.made(x, y, rows, None if scale is None else scale.reshape(()), part + 1 == parts)
+        if part + 1 < parts:
+            self.calls, self.draws = part + 1, draws
         return terms
 
-    def _passes(self, device: torch.device) -> Passes | GraphedPasses:
-        """New ones where graphs would read weights in other memory, or others are frozen now."""
-        before = self.made_for
-        if self.graphed:
-            self.made_for = [(p.data_ptr(), p.requires_grad) for p in self.model.parameters()]
-        if self.passes is None or self.made_for != before:
-            made = Passes(self.model, self.diffusion, self.settings, self.sharded, device)
-            self.passes = GraphedPasses(made) if self.graphed else made
-        return self.passes
+    def _check(self, x: Tensor, y: Tensor, scale: Tensor | None) -> torch.device:
+        device = next(self.model.parameters()).device
+        for name, given in (("x", x), ("y", y), *([] if scale is None else [("scale", scale)])):
+            if not isinstance(given, Tensor):
+                raise UserError(f"{name}: got a {type(given).__name__}, expected a torch.Tensor")
+            if given.device != device:
+                raise UserError(f"{name}: on {given.device}, the model is on {device}")
+        if not len(x) or not x.is_floating_point():
+            raise UserError(f"x: {list(x.shape)} {x.dtype}, expected images of floating-point numbers")
+        if y.shape[: 1 if not self.model.takes_labels else None] != x.shape[:1]:
+            raise UserError(f"y: shape {list(y.shape)}, expected [{len(x)}] (one per sample of x)")
+        if scale is not None and scale.numel() != 1:
+            raise UserError(f"scale: shape {list(scale.shape)}, expected one number")
+        if y.requires_grad and self.settings.passes == "in_turn":
+            raise UserError("y: requires a gradient, which passes in turn ask for twice; take 'together'")
+        return device
+
+    def _dropped(self, y: Tensor, draws: Draws) -> Draws:
+        """What each pass is given, with the embedder's own drops."""
+        full = self.model.drop_labels(y)
+        masked = None if draws.plan is None else self.model.drop_labels(y)
+        learnt = full.requires_grad or (masked is not None and masked.requires_grad)
+        if learnt and isinstance(self.made, GraphedPasses):
+            raise UserError(
+                "y: it, or what its embedder's drop gives, requires a gradient, which a CUDA graph does not "
+                "hand on; take cuda_graphs=False"
+            )
+        return replace(draws, given=full, given_masked=masked)
+
+    def _goes(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not self.sharded
+
+    def _make(self, device: torch.device) -> None:
+        """Passes, anew on another device, and where graphs would read other weights, or some are frozen."""
+        graphed = self._goes(device) if self.cuda_graphs is None else self.cuda_graphs
+        moved = graphed and self.numbers.moved()
+        if self.made is None or moved or self.device != device:
+            self.device = device
+            passes = Passes(self.model, self.diffusion, self.settings, self.sharded, device)
+            self.made = GraphedPasses(passes) if graphed else passes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "passes": None, "draws": None}  # a copy captures its own
+        return {**vars(self), "made": None, "calls": 0, "draws": None}  # a copy captures its own

@@ -1,12 +1,16 @@
 """A model's passes as graphs, by a stand-in on a CPU: what is captured when, and when the model is called."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from mdt_fast import GraphedModel
+from mdt_fast import GraphedModel, MDTv2
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.errors import UserError
 from mdt_fast.sampling import graphed
@@ -61,7 +65,10 @@ def test_a_loop_of_the_published_kind(model: nn.Module) -> None:
     assert torch.equal(*pictures)
     assert len(Captured.captures) == 1
     assert quick.in_channels == 4
-    assert quick.eval() is model
+    assert quick.eval() is quick
+    assert quick.train() is quick
+    assert quick.to("cpu") is quick
+    assert model.training
 
 
 def test_where_the_model_itself_is_called(model: nn.Module) -> None:
@@ -95,12 +102,79 @@ def test_weights_in_place_and_elsewhere(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def test_one_graph_for_a_call_however_it_is_written(model: nn.Module) -> None:
+    quick, (x, t, y) = GraphedModel(model), inputs()
+    for ours in (quick(x, t, y), quick(x, y=y, t=t), quick.forward(y=y, t=t, x=x)):
+        assert torch.equal(ours, model(x, t, y))
+    assert len(Captured.captures) == 1
+    quick.forward_with_cfg(x, t, y, 2)
+    quick.forward_with_cfg(x, t, cfg_scale=2.0, y=y)
+    assert len(Captured.captures) == 2
+    with pytest.raises(TypeError):
+        quick(x, t, y, no_such=1)
+    with pytest.raises(TypeError):
+        quick(x, t, y, t=t)
+
+
+@torch.no_grad()
+def test_other_parameters_and_buffers(model: nn.Module) -> None:
+    quick, given = GraphedModel(model), inputs()
+    model.x_embedder.register_buffer("something", torch.zeros(2))
+    quick = GraphedModel(model)
+    quick(*given)
+    model.load_state_dict(model.state_dict(), assign=True)
+    quick(*given)
+    assert len(Captured.captures) == 2
+    model.x_embedder.something = torch.zeros(2)
+    quick(*given)
+    assert len(Captured.captures) == 3
+
+
+@torch.no_grad()
+def test_a_forward_that_takes_whatever_comes_is_called() -> None:
+    class Whatever(MDTv2):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs)
+
+    model = Whatever(input_size=8, hidden_size=32, depth=2, num_heads=2, decode_layer=0).eval()
+    x, t, y = inputs()
+    assert torch.equal(GraphedModel(model)(x, t, y=y), model(x, t, y))
+    assert not Captured.captures
+
+
+def test_shards_are_called(model: nn.Module, tmp_path: Path) -> None:
+    x, t, y = inputs()
+    with torch.no_grad():
+        expected = model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        register_fsdp_forward_method(model, "forward_with_cfg")
+        quick = GraphedModel(model)
+        with torch.no_grad():
+            assert torch.equal(quick(x, t, y), expected[0])
+            assert torch.equal(quick.forward_with_cfg(x, t, y, 2.0), expected[1])
+    finally:
+        dist.destroy_process_group()
+    assert not Captured.captures
+
+
+@torch.no_grad()
 def test_not_without_end(model: nn.Module) -> None:
     quick, (x, t, y) = GraphedModel(model), inputs(2)
     for i in range(graphed.MOST + 5):
         scale = 1.0 + i / 8
         ours = quick.forward_with_cfg(x, t, y, scale)
         assert torch.equal(ours, model.forward_with_cfg(x, t, y, scale))
+    assert len(Captured.captures) == graphed.MOST
+    assert torch.equal(quick.forward_with_cfg(x, t, y, 1.0), model.forward_with_cfg(x, t, y, 1.0))
+    quick = GraphedModel(model)
+    for _ in range(graphed.MOST):
+        with pytest.raises(UserError, match="x: batch of 1"):
+            quick.forward_with_cfg(x[:1], t[:1], y[:1], 2.0)
+    Captured.captures.clear()
+    for B in range(1, graphed.MOST + 5):
+        quick(*inputs(B))
     assert len(Captured.captures) == graphed.MOST
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mdt_fast import TrainingStep, create_diffusion
 from mdt_fast.errors import UserError
+from mdt_fast.models.embed import LabelEmbedder
 from mdt_fast.training import passes
 from mdt_fast.training.parallelize import METHODS
 from replayed import Replayed
@@ -27,7 +28,7 @@ def step_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         step = TrainingStep(model, DIFFUSION, **settings)
         if request.param:
             monkeypatch.setattr(passes, "Graphed", Replayed)
-            step.graphed = True
+            step.cuda_graphs = True
         return step
 
     return build
@@ -89,16 +90,50 @@ def test_parts_of_an_update(step_of: Any) -> None:
         torch.manual_seed(update)
         terms = whole(x, y)
         torch.manual_seed(update)
-        halves = [parts(x[rows], y[rows]) for rows in (slice(2), slice(2, 4))]
+        first = parts(x[:2], y[:2])
         kept.add(parts.draws.plan.len_keep)
+        halves = [first, parts(x[2:], y[2:])]
         same(gradients(model), gradients(whole.model))
         same([torch.cat([half[name] for half in halves]) for name in terms], [*terms.values()])
         if update % 2:
             model.zero_grad()
     assert len(kept) > 1
     parts(x[:2], y[:2])
-    with pytest.raises(UserError, match="x: batch of 1, the other parts of this update have 2"):
+    with pytest.raises(UserError, match="x: batch of 1, the other parts of this update have 2; restart"):
         parts(x[:1], y[:1])
+    parts.restart()
+    for rows in (slice(1), slice(1, 2)):
+        parts(x[rows], y[rows])
+    assert parts.draws is None
+
+
+def test_unequal_parts_and_errors_between(step_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes another graph of a later part loses nothing of the earlier one; an error begins anew."""
+    x, y = batch()
+    found = []
+    for change in ({}, {"y": y[2:].int()}, {"scale": torch.tensor([1.0], dtype=torch.float64)}):
+        model = made("mdtv2", mask_ratio=0.3).train()
+        step = step_of(model, accumulate=2)
+        torch.manual_seed(0)
+        step(x[:2], y[:2])
+        step(x[2:], **{"y": y[2:], **change})
+        found.append(gradients(model))
+    same(found[1], found[0])
+    same(found[2], found[0])
+    torch.manual_seed(0)
+    step(x[:2], y[:2])
+    with monkeypatch.context() as broken:
+        broken.setattr(type(step.made), "__call__", _raises)
+        with pytest.raises(RuntimeError, match="no memory"):
+            step(x[2:], y[2:])
+    torch.manual_seed(0)
+    for rows in (slice(2), slice(2, 4)):
+        step(x[rows], y[rows])
+    same(gradients(model), found[0])
+
+
+def _raises(*args: Any) -> None:
+    raise RuntimeError("no memory")
 
 
 def test_scaled_gradients(step_of: Any) -> None:
@@ -145,12 +180,103 @@ def test_conditioned_by_vectors(family: Any, passes: str, step_of: Any) -> None:
         else:
             noises = {"noise": noise, "noise_masked": torch.randn(4, 4, 8, 8)}
             plan = model.draw_plan(4, x.device)
-            masked, full = model.drop_labels(y), model.drop_labels(y)
+            full, masked = model.drop_labels(y), model.drop_labels(y)
             expected = DIFFUSION.two_pass_losses(model, x, t, full, masked, **noises, mask_plan=plan)
         model.zero_grad()
         sum(expected[name].mean() for name in ("loss", "m_loss") if name in expected).backward()
         same([*terms.values()], [value.detach() for value in expected.values()])
         same(found, gradients(model))
+
+
+class Null(LabelEmbedder):
+    """Counts its own drops."""
+
+    drops = 0
+
+    def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        Null.drops += 1
+        return torch.full_like(labels, self.num_classes)
+
+
+class Learnt(OfVectors):
+    """What stands in place of the dropped is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.null = nn.Parameter(torch.ones(8, dtype=torch.float64))
+
+    def drop(self, y: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(y), 1) < 0.5, self.null, y)
+
+
+def test_embedders_with_drops_of_their_own(step_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Null, "drops", 0)
+    model, (x, y) = made("mdtv2", mask_ratio=0.3).train(), batch()
+    model.y_embedder = Null(CLASSES, 32, 0.1).double()
+    step_of(model)(x, y)
+    table = model.y_embedder.embedding_table.weight.grad
+    assert Null.drops == 2  # once for each pass
+    assert not table[:CLASSES].any()
+    assert table[CLASSES].any()
+
+    model.y_embedder, y = Learnt(), torch.randn(4, 8, dtype=torch.float64)
+    step = step_of(model)
+    if step.cuda_graphs:
+        with pytest.raises(UserError, match="requires a gradient, which a CUDA graph does not hand on"):
+            step(x, y)
+    else:
+        step(x, y)
+        assert model.y_embedder.null.grad.any()
+    with pytest.raises(UserError, match="y: requires a gradient, which passes in turn ask for twice"):
+        step_of(model, passes="in_turn")(x, y.requires_grad_())
+    model.y_embedder = nn.Linear(8, 32)
+    model.y_embedder.dropout_prob = 0.1
+    with pytest.raises(UserError, match="y_embedder, a Linear, has a dropout_prob and no method drop"):
+        step_of(model)
+
+
+def test_weights_under_an_outer_autocast(step_of: Any) -> None:
+    """Which keeps its casts until its end, beyond a step."""
+    x, y = batch()
+    found = []
+    for outer in (False, True):
+        model = made("mdtv2", torch.float32, mask_ratio=0.3).train()
+        step = step_of(model, dtype="bfloat16")
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            for seed in range(2):
+                torch.manual_seed(seed)
+                terms = step(x.float(), y)
+                with torch.no_grad():
+                    torch._foreach_mul_([*model.parameters()], 1.5)
+        found.append([*terms.values(), *gradients(model)])
+    for a, e in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+def test_the_dtype_and_the_order_of_passes_are_what_was_asked_for(
+    step_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y), seen = made("mdtv2", torch.float32, mask_ratio=0.3).train(), batch(), []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        step_of(model, dtype=dtype)(x.float(), y)
+        seen.append(gradients(model))
+    errors = [float((a - e).norm() / e.norm().clamp(1e-9)) for a, e in zip(seen[1], seen[0], strict=True)]
+    assert 1e-4 < max(errors) < 0.5
+    monkeypatch.setattr(type(model), "training_step_outputs", _raises)
+    with pytest.raises(RuntimeError, match="no memory"):
+        step_of(model)(x.float(), y)
+    step_of(model, passes="in_turn")(x.float(), y)
+
+
+def test_inputs_that_require_a_gradient_are_not_kept(step_of: Any) -> None:
+    model, (x, y) = made("dit").train(), batch()
+    step = step_of(model)
+    for _ in range(2):
+        step(x.requires_grad_(), y)
+    if step.cuda_graphs:
+        ((inputs, *_),) = step.made.graphed.captured.values()
+        assert not inputs[0].requires_grad
 
 
 def test_it_trains(step_of: Any) -> None:
@@ -168,22 +294,27 @@ def test_graphs_are_made_anew_for_weights_elsewhere(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(passes, "Graphed", Replayed)
     model = made("dit").train()
     step, (x, y) = TrainingStep(model, DIFFUSION), batch()
-    step.graphed = True
+    step.cuda_graphs = True
     step(x, y)
-    first = step.passes
+    first = step.made
     with torch.no_grad():
         model.x_embedder.proj.weight.mul_(2)
     step(x, y)
-    assert step.passes is first
+    assert step.made is first
     model.x_embedder.proj.weight.data = model.x_embedder.proj.weight.data.clone()
     step(x, y)
-    second = step.passes
+    second = step.made
     assert second is not first
+    model.load_state_dict(model.state_dict(), assign=True)  # other parameters, where the old ones were
+    step(x, y)
+    second, before = step.made, second
+    assert second is not before
+    assert all(a is b for a, b in zip(second.parameters, model.parameters(), strict=True))
     model.final_layer.linear.weight.requires_grad_(False)
     step(x, y)
-    assert step.passes is not second
+    assert step.made is not second
     assert model.final_layer.linear.weight.grad is None
-    assert copy.deepcopy(step).passes is None
+    assert copy.deepcopy(step).made is None
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -194,6 +325,8 @@ def test_shards(tmp_path: Path) -> None:
     try:
         for block in model.every_block():
             fully_shard(block)
+        with pytest.raises(UserError, match="model: its blocks are sharded and it is not"):
+            TrainingStep(model, DIFFUSION)
         fully_shard(model)
         for name in METHODS:
             register_fsdp_forward_method(model, name)
@@ -224,10 +357,28 @@ def test_refusals() -> None:
         TrainingStep(model, DIFFUSION, dtype="half")
     with pytest.raises(UserError, match="accumulate"):
         TrainingStep(model, DIFFUSION, accumulate=0)
-    step = TrainingStep(model, DIFFUSION)
-    with pytest.raises(UserError, match="x: on meta, the model is on cpu"):
-        step(x.to("meta"), y)
-    with pytest.raises(UserError, match=r"x: dtype torch.float64, the model's weights are torch.float32"):
-        step(x, y)
-    with pytest.raises(UserError, match="t: "):
-        step(x.float(), y, torch.tensor([0, 1, 2, 1000]))
+    with pytest.raises(UserError, match="diffusion: got a str"):
+        TrainingStep(model, "")
+    with pytest.raises(UserError, match="cuda_graphs: got 'yes', allowed are None, True and False"):
+        TrainingStep(model, DIFFUSION, cuda_graphs="yes")
+    with pytest.raises(UserError, match=r"dtype: 'float32', but the model's weights are torch.bfloat16"):
+        TrainingStep(copy.deepcopy(model).bfloat16(), DIFFUSION)
+    step, x = TrainingStep(model, DIFFUSION), x.float()
+    for match, args in {
+        "x: on meta, the model is on cpu": (x.to("meta"), y),
+        "y: on meta, the model is on cpu": (x, y.to("meta")),
+        "x: got a ndarray, expected a torch.Tensor": (x.numpy(), y),
+        "y: got a list, expected a torch.Tensor": (x, [1, 2, 3, 4]),
+        r"y: shape \[3\], expected \[4\]": (x, y[:3]),
+        r"y: shape \[4, 1\], expected \[4\]": (x, y[:, None]),
+        r"x: \[4, 4, 8, 8\] torch.uint8, expected images of": (x.byte(), y),
+        r"x: \[0, 4, 8, 8\] torch.float32, expected images": (x[:0], y[:0]),
+        "x: dtype torch.float64, the model's weights are torch.float32": (x.double(), y),
+        "t: ": (x, y, torch.tensor([0, 1, 2, 1000])),
+    }.items():
+        with pytest.raises(UserError, match=match):
+            step(*args)
+    with pytest.raises(UserError, match="scale: got a float, expected"):
+        step(x, y, scale=2.0)
+    with pytest.raises(UserError, match=r"scale: shape \[4\], expected one number"):
+        step(x, y, scale=torch.ones(4))
