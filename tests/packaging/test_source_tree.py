@@ -15,9 +15,9 @@ MAX_LINES = 400
 RANK = {
     "errors": 0,
     "files": 0,
-    "cuda_graphs": 0,
     "kernels": 0,
     "config": 1,
+    "cuda_graphs": 1,
     "presets": 2,
     "masking": 2,
     "optim": 2,
