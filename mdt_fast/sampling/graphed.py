@@ -1,8 +1,9 @@
 """A model whose passes without gradients are CUDA graphs, for a sampling loop of one's own."""
 
 from collections.abc import Callable, Sequence
-from inspect import signature
-from typing import Any, Self
+from functools import wraps
+from inspect import ismethod, signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..errors import UserError
 from ..models.base import Transformer
 
 METHODS = "forward", "forward_with_cfg"
+OWN = "model", "numbers", "names", "graphs", "plain"
 MOST = 16
 """Captures; of what comes then the model is called as it is."""
 
@@ -22,7 +24,9 @@ class GraphedModel:
 
     For loops that are not :func:`mdt_fast.sample`, which does more than this: launched one by one, the
     kernels of few images take less time than launching them. Each shape of the tensors, and each other
-    argument, is captured when it is first met. Everything else (``in_channels``, ``eval()``) is the model's.
+    argument, is captured when it is first met (``graphs``). Everything else (``in_channels``, ``eval()``) is
+    the model's.
+
     Off a GPU, in training mode, with gradients asked for, with a mask, and for weights that FSDP shards or
     that are no plain tensors the model itself is called.
 
@@ -50,22 +54,27 @@ class GraphedModel:
         """As the model's; ``cfg_scale`` may be a tensor [n] where it changes from step to step."""
         return self._run(self.model.forward_with_cfg, "forward_with_cfg", args, kwargs)
 
-    def eval(self) -> Self:
-        self.model.eval()
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        self.model.train(mode)
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        self.model.to(*args, **kwargs)
-        return self
-
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # of a copy that is being made
             raise AttributeError(name)
-        return getattr(self.model, name)
+        value = getattr(self.model, name)
+        return self._chained(value) if ismethod(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def _chained(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's ``method``, which returns this where it would the model: ``eval()``, ``cuda()``."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            return self if result is self.model else result
+
+        return call
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "graphs": {}}  # a copy captures its own

@@ -140,7 +140,7 @@ def hints(passes: Passes) -> list[str]:
         return []
     return [
         "hint: a step launches its kernels one by one, which may take longer than they do; --set "
-        "train.cuda_graphs=true launches them at once (an H200 at batch 32 took half the time)"
+        "train.cuda_graphs=true launches them at once (an H200 at batch 32: 12% of S/2's time, 73% of XL/2's)"
     ]
 
 

@@ -23,7 +23,8 @@ class TrainingStep:
 
     Both passes (over all tokens, and over kept ones; DiT has the first alone) run as one batch, with what is
     random drawn as the trainer draws it. On a GPU they are one CUDA graph for each number of kept tokens,
-    captured when that is first met. A graph's gradients are written over by the next step.
+    captured when that is first met. Gradients are the call's alone: what was in them before is gone. A
+    graph's are written over by the next step.
 
     ``model``: one of this package, on its device and in training mode, compiled by
     :func:`mdt_fast.compile_for_training` or not. ``dtype``: what passes compute in, by autocast; a model that
@@ -67,8 +68,11 @@ class TrainingStep:
             where = "a model that FSDP shards" if self.sharded else f"a model on {str(weight.device)!r}"
             raise UserError(f"cuda_graphs: for a CUDA device without shards, got {where}")
         embedder: Any = model.y_embedder
-        self.drops = not model.takes_labels or type(embedder).drop is not LabelEmbedder.drop
-        if self.drops and not hasattr(embedder, "drop") and getattr(embedder, "dropout_prob", False):
+        if (
+            not model.takes_labels
+            and not hasattr(embedder, "drop")
+            and getattr(embedder, "dropout_prob", False)
+        ):
             name = type(embedder).__name__
             raise UserError(f"model: its y_embedder, a {name}, has a dropout_prob and no method drop(y)")
         self.numbers, self.device = Numbers(model), weight.device
@@ -81,17 +85,20 @@ class TrainingStep:
         self.calls, self.draws = 0, None
 
     def __call__(
-        self, x: Tensor, y: Tensor, t: Tensor | None = None, *, scale: Tensor | None = None
+        self, x: Tensor, y: Tensor, t: Tensor | None = None, *, scale: Tensor | float | None = None
     ) -> dict[str, Tensor]:
         """The loss terms [B] of images or latents ``x`` [B, C, S, S] with labels ``y`` [B] (int64; what an
         embedder of one's own takes, [B, ...]), both on the model's device: ``loss``, ``mse``, ``vb``, and of
         the masked pass ``m_loss``, ``m_mse``, ``m_vb``.
 
         Gradients are those of the mean ``loss`` and the mean ``m_loss`` together, times ``scale`` (float16's,
-        a tensor of one number). ``t`` [B]: timesteps, drawn evenly if None. Raises ``UserError`` for what
+        one number). ``t`` [B]: timesteps, drawn evenly if None. Raises ``UserError`` for what
         does not fit; an update in which anything is raised begins anew.
         """
-        device = self._check(x, y, scale)
+        device = next(self.model.parameters()).device
+        if isinstance(scale, int | float):
+            scale = torch.tensor(float(scale), device=device)
+        self._check(x, y, scale, device)
         B, parts, part, draws = len(x), self.settings.accumulate, self.calls, self.draws
         if draws is not None and len(draws.t) != parts * B:
             others = len(draws.t) // parts
@@ -106,7 +113,8 @@ class TrainingStep:
         if t is not None:
             self.diffusion.check_timesteps(t, x)
             rows = replace(rows, t=t)
-        if self.drops:
+        embedder: Any = self.model.y_embedder
+        if not self.model.takes_labels or type(embedder).drop is not LabelEmbedder.drop:
             rows = self._dropped(y, rows)
         assert self.made is not None
         if part == 0:
@@ -116,22 +124,25 @@ class TrainingStep:
             self.calls, self.draws = part + 1, draws
         return terms
 
-    def _check(self, x: Tensor, y: Tensor, scale: Tensor | None) -> torch.device:
-        device = next(self.model.parameters()).device
+    def _check(self, x: Tensor, y: Tensor, scale: Tensor | None, device: torch.device) -> None:
+        model = self.model
+        if not model.training or not torch.is_grad_enabled():
+            state = "gradients are off here" if model.training else "in eval mode; model.train() comes first"
+            raise UserError(f"model: {state}")
         for name, given in (("x", x), ("y", y), *([] if scale is None else [("scale", scale)])):
             if not isinstance(given, Tensor):
                 raise UserError(f"{name}: got a {type(given).__name__}, expected a torch.Tensor")
             if given.device != device:
                 raise UserError(f"{name}: on {given.device}, the model is on {device}")
-        if not len(x) or not x.is_floating_point():
-            raise UserError(f"x: {list(x.shape)} {x.dtype}, expected images of floating-point numbers")
-        if y.shape[: 1 if not self.model.takes_labels else None] != x.shape[:1]:
+        shape = [model.in_channels, model.input_size, model.input_size]
+        if not len(x) or not x.is_floating_point() or list(x.shape[1:]) != shape:
+            raise UserError(f"x: {list(x.shape)} {x.dtype}, expected floating-point [B, {str(shape)[1:]}")
+        if y.shape[: 1 if not model.takes_labels else None] != x.shape[:1]:
             raise UserError(f"y: shape {list(y.shape)}, expected [{len(x)}] (one per sample of x)")
         if scale is not None and scale.numel() != 1:
             raise UserError(f"scale: shape {list(scale.shape)}, expected one number")
         if y.requires_grad and self.settings.passes == "in_turn":
             raise UserError("y: requires a gradient, which passes in turn ask for twice; take 'together'")
-        return device
 
     def _dropped(self, y: Tensor, draws: Draws) -> Draws:
         """What each pass is given, with the embedder's own drops."""

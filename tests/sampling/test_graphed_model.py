@@ -67,7 +67,9 @@ def test_a_loop_of_the_published_kind(model: nn.Module) -> None:
     assert quick.in_channels == 4
     assert quick.eval() is quick
     assert quick.train() is quick
-    assert quick.to("cpu") is quick
+    assert quick.float().to("cpu") is quick
+    quick.mask_ratio = 0.5
+    assert model.mask_ratio == 0.5
     assert model.training
 
 

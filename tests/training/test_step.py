@@ -144,6 +144,9 @@ def test_scaled_gradients(step_of: Any) -> None:
     torch.manual_seed(1)
     again = step(x, y, scale=torch.tensor(64.0, dtype=torch.float64))
     same(gradients(model), [64 * g for g in plain])
+    torch.manual_seed(1)
+    step(x, y, scale=64.0)
+    same(gradients(model), [64 * g for g in plain])
     same([*again.values()], [*terms.values()])
 
 
@@ -219,8 +222,8 @@ def test_embedders_with_drops_of_their_own(step_of: Any, monkeypatch: pytest.Mon
     assert not table[:CLASSES].any()
     assert table[CLASSES].any()
 
+    step = step_of(model)  # an embedder that comes later is noticed
     model.y_embedder, y = Learnt(), torch.randn(4, 8, dtype=torch.float64)
-    step = step_of(model)
     if step.cuda_graphs:
         with pytest.raises(UserError, match="requires a gradient, which a CUDA graph does not hand on"):
             step(x, y)
@@ -371,14 +374,20 @@ def test_refusals() -> None:
         "y: got a list, expected a torch.Tensor": (x, [1, 2, 3, 4]),
         r"y: shape \[3\], expected \[4\]": (x, y[:3]),
         r"y: shape \[4, 1\], expected \[4\]": (x, y[:, None]),
-        r"x: \[4, 4, 8, 8\] torch.uint8, expected images of": (x.byte(), y),
-        r"x: \[0, 4, 8, 8\] torch.float32, expected images": (x[:0], y[:0]),
+        r"x: \[4, 4, 8, 8\] torch.uint8, expected floating-point \[B, 4, 8, 8\]": (x.byte(), y),
+        r"x: \[0, 4, 8, 8\] torch.float32, expected floating-point": (x[:0], y[:0]),
+        r"x: \[4, 3, 8, 8\] torch.float32, expected floating-point \[B, 4, 8, 8\]": (x[:, :3], y),
         "x: dtype torch.float64, the model's weights are torch.float32": (x.double(), y),
         "t: ": (x, y, torch.tensor([0, 1, 2, 1000])),
     }.items():
         with pytest.raises(UserError, match=match):
             step(*args)
-    with pytest.raises(UserError, match="scale: got a float, expected"):
-        step(x, y, scale=2.0)
+    with pytest.raises(UserError, match="scale: got a str, expected"):
+        step(x, y, scale="2")
+    with torch.no_grad(), pytest.raises(UserError, match="model: gradients are off here"):
+        step(x, y)
     with pytest.raises(UserError, match=r"scale: shape \[4\], expected one number"):
         step(x, y, scale=torch.ones(4))
+    model.eval()
+    with pytest.raises(UserError, match="model: in eval mode"):
+        step(x, y)
