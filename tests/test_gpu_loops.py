@@ -38,7 +38,12 @@ def test_a_training_loop(settings: dict[str, Any]) -> None:
         losses.append(torch.stack(found))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-3)
     assert len(step.made.graphed.captured) > 1
-    step(*batch(12))
+    for _ in range(2):  # nothing of an input's own graph stays
+        x, y = batch(12)
+        step(x.requires_grad_(), y)
+    assert not any(
+        x is not None and x.requires_grad for _, xs, _ in step.made.graphed.captured.values() for x in xs
+    )
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     del step  # gradients outlive it
     gc.collect()

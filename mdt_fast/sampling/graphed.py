@@ -92,11 +92,9 @@ class GraphedModel:
         if not captured and sum(len(each.captured) for each in self.graphs.values()) >= MOST:
             return call(*args, **kwargs)
         if graph is None:
-            function, beside = (
-                _of_tensors(call, [*tensors], rest, autocast),
-                next(iter(self.graphs.values()), None),
-            )
-            graph = Graphed(function, inputs[0].device, beside=beside)
+            function = _of_tensors(call, [*tensors], rest, autocast)
+            first = next(iter(self.graphs.values()), None)
+            graph = Graphed(function, inputs[0].device, beside=first)
         output = graph(*inputs).clone()
         self.graphs[key] = graph
         return output

@@ -68,11 +68,8 @@ class TrainingStep:
             where = "a model that FSDP shards" if self.sharded else f"a model on {str(weight.device)!r}"
             raise UserError(f"cuda_graphs: for a CUDA device without shards, got {where}")
         embedder: Any = model.y_embedder
-        if (
-            not model.takes_labels
-            and not hasattr(embedder, "drop")
-            and getattr(embedder, "dropout_prob", False)
-        ):
+        drops = model.takes_labels or hasattr(embedder, "drop")
+        if not drops and getattr(embedder, "dropout_prob", False):
             name = type(embedder).__name__
             raise UserError(f"model: its y_embedder, a {name}, has a dropout_prob and no method drop(y)")
         self.numbers, self.device = Numbers(model), weight.device
@@ -92,12 +89,12 @@ class TrainingStep:
         the masked pass ``m_loss``, ``m_mse``, ``m_vb``.
 
         Gradients are those of the mean ``loss`` and the mean ``m_loss`` together, times ``scale`` (float16's,
-        one number). ``t`` [B]: timesteps, drawn evenly if None. Raises ``UserError`` for what
-        does not fit; an update in which anything is raised begins anew.
+        one number). ``t`` [B]: timesteps, drawn evenly if None. Raises ``UserError`` for what does not fit;
+        an update in which a pass fails begins anew.
         """
         device = next(self.model.parameters()).device
         if isinstance(scale, int | float):
-            scale = torch.tensor(float(scale), device=device)
+            scale = torch.full((), float(scale), device=device)  # a copy would wait for the GPU
         self._check(x, y, scale, device)
         B, parts, part, draws = len(x), self.settings.accumulate, self.calls, self.draws
         if draws is not None and len(draws.t) != parts * B:
