@@ -63,7 +63,8 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
     if args.jobs is None:
         args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
-    settings = replace(settings, train=replace(settings.train, device=str(device)))
+    graphs = settings.train.cuda_graphs and device.type == "cuda"
+    settings = replace(settings, train=replace(settings.train, device=str(device), cuda_graphs=graphs))
     torch.set_num_threads(args.threads)
     data = open_data(settings.data, settings.sample.num_samples, device)
     settings = fitted(settings, data)

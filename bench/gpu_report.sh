@@ -3,7 +3,8 @@
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
 #   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
 #   official account training breakdown switches sampling sampling_compiled tune learning report
-# Where a GPU is there for minutes only: `first`, then `survey` and single stages.
+# Where a GPU is there for minutes only: `first`, then `survey` (or its parts: survey_large survey_128 survey_small
+# survey_sample survey_compiled survey_switches) and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
 # In the environment: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
@@ -17,12 +18,13 @@ LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
 STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
     official account training breakdown switches sampling sampling_compiled tune learning report)
+PARTS=(survey_large survey_128 survey_small survey_sample survey_compiled survey_switches)
 
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
 for name in "${asked[@]}"; do
-    [[ " first survey ${STAGES[*]} " == *" $name "* ]] || {
-        echo "gpu_report: unknown stage $name; known: first survey ${STAGES[*]}" >&2
+    [[ " first survey ${PARTS[*]} ${STAGES[*]} " == *" $name "* ]] || {
+        echo "gpu_report: unknown stage $name; known: first survey ${PARTS[*]} ${STAGES[*]}" >&2
         exit 2
     }
 done
@@ -187,21 +189,32 @@ first() { # the least that says how things stand: the tests, where XL/2's step g
     bench kernels first_kernels --model XL --dtype bfloat16 --providers fast,eager --time-limit 60
 }
 
-survey() { # every model, batch, mode, provider and switch in one go; at batch 128 one provider at a time
-    local step=(--dtype bfloat16 --lengths 2 --repeats 6 --mode)
-    local all=reference,fast,fast-graphs,fast-lean-graphs
-    bench throughput survey_large "${step[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 32,4 --providers "$all" \
-        --time-limit 110
-    bench throughput survey_128 "${step[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 128 --providers "$all" \
-        --apart --time-limit 70
-    bench throughput survey_small "${step[@]}" train --model MDTv2_S_2,MDTv2_B_2 --batch 4,32,128 \
-        --providers "$all" --time-limit 60
-    rows throughput account --account --model MDTv2_S_2 --batch 32 --dtype bfloat16
-    bench throughput survey_sample "${step[@]}" sample --model MDTv2_XL_2,MDTv2_L_2,MDTv2_B_2,MDTv2_S_2 \
-        --batch 4,32,128 --providers reference,fast,fast-graphs --time-limit 70
-    bench throughput survey_compiled "${step[@]}" train --model MDTv2_S_2 --batch 4 --providers "$COMPILED" \
+survey() { # every model, batch, mode, provider and switch in one go: its parts, each a stage of its own, too
+    for part in "${PARTS[@]}"; do "$part"; done
+}
+STEP=(--dtype bfloat16 --lengths 2 --repeats 6 --mode)
+GRAPHS=reference,fast,fast-graphs,fast-lean-graphs
+survey_large() {
+    bench throughput survey_large "${STEP[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 32,4 \
+        --providers "$GRAPHS" --time-limit 110
+}
+survey_128() { # one provider at a time, which is what memory is enough for
+    bench throughput survey_128 "${STEP[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 128 \
+        --providers "$GRAPHS" --apart --time-limit 70
+}
+survey_small() {
+    bench throughput survey_small "${STEP[@]}" train --model MDTv2_S_2,MDTv2_B_2 --batch 4,32,128 \
+        --providers "$GRAPHS" --time-limit 60
+}
+survey_sample() {
+    bench throughput survey_sample "${STEP[@]}" sample --model MDTv2_XL_2,MDTv2_L_2,MDTv2_B_2,MDTv2_S_2 \
+        --batch 4,32,128 --providers "$GRAPHS" --time-limit 70
+}
+survey_compiled() {
+    bench throughput survey_compiled "${STEP[@]}" train --model MDTv2_S_2 --batch 4 --providers "$COMPILED" \
         --time-limit 45
 }
+survey_switches() { rows throughput account --account --model MDTv2_S_2 --batch 32 --dtype bfloat16; }
 
 failed=0
 summary=()

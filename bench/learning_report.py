@@ -238,7 +238,7 @@ def _curve(panel: Any, found: Sequence[Curve], name: str, color: str) -> None:
 
 def _grids(figure: Any, samples: dict[str, np.ndarray], steps: Sequence[int]) -> None:
     """A row for each variant; as many columns of pictures as there are steps shown."""
-    chosen = np.unique(np.linspace(0, len(steps) - 1, GRID_STEPS + 1).round().astype(int))[1:]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, GRID_STEPS + 1).round().astype(int))[-GRID_STEPS:]
     axes = figure.subplots(len(samples), len(chosen), squeeze=False)
     for i, (row, (name, points)) in enumerate(zip(axes, samples.items())):
         for axis, point in zip(row, chosen):

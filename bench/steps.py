@@ -332,7 +332,7 @@ def step_of(
     if provider.precision and case.dtype != torch.bfloat16:
         raise Skip("for computing in bfloat16: --dtype bfloat16")
     if case.mode == "sample":
-        if provider.in_turn or provider.precision:
+        if provider.in_turn or provider.precision == "float8":
             raise Skip("a way to train: --mode train")
         return (GraphedSampleStep if provider.graphed else SampleStep)(case, provider, inputs)
     kind = GraphedTrainStep if provider.graphed else TrainStep

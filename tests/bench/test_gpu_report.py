@@ -24,6 +24,7 @@ STAGES = [
     "compiled", "compiled4", "whole", "precisions", "official", "account", "training", "breakdown",
     "switches", "sampling", "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
+PARTS = [f"survey_{part}" for part in ("large", "128", "small", "sample", "compiled", "switches")]
 STAND_IN = """#!/bin/sh
 { printf '%s\\037' "$@"; echo; } >> "$RECORD"
 case "$*" in *"${FAILS:-nothing}"*) exit 3 ;; *"${HANGS:-nothing}"*) exec sleep 60 ;; esac
@@ -64,6 +65,8 @@ def test_all_stages(start: Callable, tmp_path: Path) -> None:
     assert [
         line.split()[0] for line in start()[0].stdout.partition("== summary")[2].splitlines()[1:]
     ] == STAGES
+    survey = [line[1:] for line in start("survey")[1]]
+    assert [line[1:] for line in start(*PARTS)[1]] == survey != []
     seen, models = set(), set()
     for line in asked:
         if line[0] == "-m":
@@ -108,7 +111,7 @@ def test_a_stage_ends_in_its_time(start: Callable) -> None:
 def test_what_cannot_run(start: Callable) -> None:
     done, asked = start("kernels", "kernel")
     assert (done.returncode, asked) == (2, [])
-    assert "unknown stage kernel; known: first survey build tests" in done.stderr
+    assert "unknown stage kernel; known: first survey survey_large" in done.stderr
     done, asked = start("kernels", FAILS="cuda.is_available")
     assert (done.returncode, asked) == (2, [])
     assert "no CUDA device" in done.stderr
