@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 import learning_report
 from curves import Band, Curve, coverage, same_within_bands, speedup, targets_of
@@ -124,6 +123,6 @@ def test_targets_are_reached_by_every_seed_of_the_base() -> None:
 
 @pytest.mark.parametrize(("points", "shown"), [(1, [0]), (2, [0, 1]), (5, [1, 2, 3, 4]), (9, [2, 4, 6, 8])])
 def test_pictures_are_shown_of_as_many_points_as_there_are(points: int, shown: list[int]) -> None:
-    figure = Figure()
+    figure = pytest.importorskip("matplotlib.figure").Figure()
     learning_report._grids(figure, {"a": np.zeros((points, 2, 1, 8, 8))}, list(range(points)))
     assert [axis.get_title() for axis in figure.axes] == [f"{place} updates" for place in shown]
