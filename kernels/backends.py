@@ -5,9 +5,12 @@ Triton's interpreter (for tests); those of ``csrc/`` run there where it was buil
 plain PyTorch of the room's ``reference.py``.
 """
 
+import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +91,13 @@ def on_triton(x: Tensor) -> bool:
 def uses_triton(x: Tensor) -> bool:
     """Whether ``x`` is to be given to such an op: not where plain PyTorch has to be seen."""
     return on_triton(x) and not plain_only()
+
+
+@cache
+def launching(room: str) -> Any:
+    """The module of a room, by the name of its package, that launches its Triton kernels; imported when it is
+    first needed, as not every machine has Triton."""
+    return importlib.import_module(f"{room}.launch")
 
 
 def uses_csrc(*tensors: Tensor | None) -> bool:

@@ -22,9 +22,18 @@ def tensor(name: str, x: Any) -> None:
 
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
     """``x`` must have these sizes; a string names a size that may be anything (it is shown in the error)."""
-    tensor(name, x)
+    if not isinstance(x, Tensor):
+        tensor(name, x)
     if not _fits(x.shape, sizes):
         raise ValueError(f"{name}: shape {list(x.shape)}, expected [{', '.join(map(str, sizes))}]")
+
+
+def columns(name: str, x: Tensor, width: int, rows: str) -> None:
+    """``x`` must have two sizes, of which the second is ``width``; ``rows`` names the first one."""
+    if not isinstance(x, Tensor):
+        tensor(name, x)
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"{name}: shape {list(x.shape)}, expected [{rows}, {width}]")
 
 
 def _fits(shape: torch.Size, sizes: tuple[int | str, ...]) -> bool:
@@ -47,14 +56,16 @@ def width(name: str, x: Tensor) -> int:
 
 def floating(name: str, x: Tensor) -> None:
     """``x`` must hold floating-point numbers."""
-    tensor(name, x)
+    if not isinstance(x, Tensor):
+        tensor(name, x)
     if x.dtype not in FLOATING:
         raise ValueError(f"{name}: dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
 
 
 def floating_on(name: str, x: Tensor, other: Tensor) -> None:
     """``x`` must hold floating-point numbers on the device of ``other``."""
-    tensor(name, x)
+    if not isinstance(x, Tensor):
+        tensor(name, x)
     if x.dtype not in FLOATING or x.device != other.device:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected floating-point on {other.device}")
 
@@ -123,10 +134,11 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the products of a linear layer, ``weight`` [O, D] and ``bias`` [O], on ``x``: autocast's
     where that is on (float64 stays), else the dtype of ``x``, which they must have."""
     autocast = autocasts(x)
-    parameter("weight", weight, x, autocast)
     if bias is not None:
-        parameter("bias", bias, x, autocast)
         shape("bias", bias, weight.shape[0])
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (p.dtype != x.dtype or p.device != x.device):
+            parameter(name, p, x, autocast)
     if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
@@ -153,8 +165,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def plain_only() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work, which see into plain
     PyTorch only, or torch.export, whose programs shall run where this package is not."""
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return transformed or exporting()
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return True
+    return bool(torch.compiler._is_exporting_flag)  # exporting(): a call less, of some twenty in a block
 
 
 def exporting() -> bool:

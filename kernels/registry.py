@@ -46,6 +46,11 @@ class Op(Generic[R]):
             return self.overload(*args)
         return self.formula.apply(*args) if gradients and self.formula else self.function(*args)
 
+    def within(self, ctx: Any) -> Callable[..., R]:
+        """What to call in the forward pass of an autograd function with this context: the function itself
+        where :func:`applied` has found that nothing looks at operators."""
+        return self.function if type(ctx) is _Nothing else self
+
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What the outputs look like, from tensors without numbers."""
         torch.library.register_fake(self.name)(function)

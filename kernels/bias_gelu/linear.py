@@ -37,7 +37,7 @@ def gelu_linear(
     features = checks.width("x", x)
     checks.shape("bias_F", bias_F, features)
     checks.floating_on("bias_F", bias_F, x)
-    checks.shape("weight", weight_OF, "O", features)
+    checks.columns("weight", weight_OF, features, "O")
     dtype = checks.layer(x, weight_OF, bias_O)
     if checks.plain_only():
         return F.linear(bias_gelu(x, bias_F), weight_OF, bias_O)
@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
         weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
-        activation = checks.cast(_forward(x, bias_F), dtype)
+        activation = checks.cast(_forward(ctx, x, bias_F), dtype)
         ctx.save_for_backward(x, bias_F, weight, None if recompute else activation)
         return product(activation, weight, bias)
 
@@ -68,10 +68,10 @@ class _Linear(torch.autograd.Function):
         return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None, None
 
 
-def _forward(x: Tensor, bias_F: Tensor) -> Tensor:
+def _forward(ctx: Any, x: Tensor, bias_F: Tensor) -> Tensor:
     if not (uses_triton(x) or uses_csrc(x, bias_F)):
         return reference.bias_gelu(x, bias_F.to(x.dtype))
-    return bias_gelu_fwd(x, bias_F)
+    return bias_gelu_fwd.within(ctx)(x, bias_F)
 
 
 def _backward(x: Tensor, bias_F: Tensor, dout: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..backends import on_triton
+from ..backends import launching, on_triton
 from ..registry import registered
 
 
@@ -36,9 +36,7 @@ def bias_gelu_bwd(
 def _kernels(x: Tensor) -> Any:
     if not on_triton(x):
         return native.CPU
-    from . import launch  # here: not every machine has Triton
-
-    return launch
+    return launching(__package__)
 
 
 @bias_gelu_fwd.register_fake

@@ -27,9 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     layer). Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
-    checks.shape("weight", weight, "O", checks.width("x", x))
+    checks.columns("weight", weight, checks.width("x", x), "O")
     dtype = checks.layer(x, weight, bias)
-    if x.is_cuda and not checks.plain_only():
+    if x.is_cuda and torch.is_grad_enabled() and not checks.plain_only():
         return as_before(applied(Linear, in_rows(x), weight, bias, dtype), x)
     return product(x, checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype))
 

@@ -126,7 +126,8 @@ class _Linear(torch.autograd.Function):
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
         weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
-        residual, normal, mean, rstd = _forward(x, y, gate, shift, scale, offsets, eps, dtype)
+        forward = ln_modulate_fwd.within(ctx) if serves(x, y, gate, shift, scale) else reference.forward
+        residual, normal, mean, rstd = forward(x, y, gate, shift, scale, offsets, eps, dtype)
         kept = None if recompute else normal
         ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight, kept)
         out = product_gelu(normal, weight, bias) if gelu else product(normal, weight, bias)
@@ -161,12 +162,6 @@ class _Linear(torch.autograd.Function):
         return dx, dy, dgate, dshift, dscale, dweight, dbias, *(None,) * 5
 
 
-def _forward(x, y, gate, shift, scale, offsets, eps, dtype):  # type: ignore[no-untyped-def]
-    if not serves(x, y, gate, shift, scale):
-        return reference.forward(x, y, gate, shift, scale, offsets, eps, dtype)
-    return ln_modulate_fwd(x, y, gate, shift, scale, offsets, eps, dtype)
-
-
 def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, recompute):  # type: ignore[no-untyped-def]
     if not serves(x, y, gate, shift, scale, dresidual, dout):
         mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)  # a kernel's, where only this is under vmap
@@ -179,5 +174,5 @@ def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, re
 
 def _dtype(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> torch.dtype:
     """What the layer's products are computed in."""
-    checks.shape("weight", weight_OD, "O", x.shape[-1])
+    checks.columns("weight", weight_OD, x.shape[-1], "O")
     return checks.layer(x, weight_OD, bias_O)

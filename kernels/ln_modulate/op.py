@@ -106,10 +106,12 @@ def check(x: Tensor, offsets: Tensor | None, **modulation_BD: Tensor) -> None:
     checks.floating("x", x)
     batch: int | str = "B"
     if offsets is None:
-        checks.shape("x", x, "B", "L", "D")
+        if x.ndim != 3:
+            checks.shape("x", x, "B", "L", "D")
         batch = x.shape[0]
     else:
-        checks.shape("x", x, "R", "D")
+        if x.ndim != 2:
+            checks.shape("x", x, "R", "D")
         checks.offsets("offsets", offsets, x)
         batch = offsets.shape[0] - 1
     if x.shape[-1] == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..backends import on_triton
+from ..backends import launching, on_triton
 from ..registry import registered
 
 
@@ -95,9 +95,7 @@ def _together(offsets: Tensor | None) -> Tensor | None:
 def _kernels(x: Tensor) -> Any:
     if not on_triton(x):
         return native.CPU
-    from . import launch  # here: not every machine has Triton
-
-    return launch
+    return launching(__package__)
 
 
 @ln_modulate_fwd.register_fake

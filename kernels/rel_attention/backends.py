@@ -27,9 +27,10 @@ def choose(name: str, q: Tensor, table_RH: Tensor | None, call: Call, needs_grad
     """The backend that serves this call. ``ValueError`` where the one asked for cannot, with the reason."""
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend: got {name!r}, allowed are {', '.join(ATTENTION_BACKENDS)}")
-    if name == "auto":
-        better = with_samples.better(q, table_RH, call, needs_grad)
-        name = "triton" if uses_triton(q) else "samples" if better else "sdpa"
+    if name == "auto" and uses_triton(q):
+        name = "triton"
+    elif name == "auto":
+        name = "samples" if with_samples.better(q, table_RH, call, needs_grad) else "sdpa"
     reason = LIBRARIES[name][0](q, table_RH, call, needs_grad)
     if reason is not None:
         raise ValueError(f"attention_backend: {name!r} cannot serve this call: {reason}")

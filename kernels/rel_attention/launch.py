@@ -1,5 +1,6 @@
 """Launching the Triton kernels. q, k, v and their gradients are [B, H, rows, d] by strides."""
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import triton
 from torch import Tensor
 
 from ..backends import INTERPRETING
+from ..checks import cast
 from ..launches import architecture, cdiv, remembered
 from . import config
 from .call import Call, Side
@@ -139,8 +141,9 @@ def aligned(x: Tensor, length: int) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)
     if x.element_size() != 2:
         return x
-    if any(step % config.EIGHT for step, n in zip(x.stride(), x.shape[:-1]) if n > 1):
-        return x.clone(memory_format=torch.contiguous_format)
+    for step, n in zip(x.stride(), x.shape[:-1]):
+        if n > 1 and step % config.EIGHT:
+            return x.clone(memory_format=torch.contiguous_format)
     return x if x.data_ptr() % (2 * config.EIGHT) == 0 else x.clone()  # with the strides that it has
 
 
@@ -222,7 +225,7 @@ def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, 
     R, H = table_RH.shape
     # A head's biases side by side: 4 KB at 16 x 16 tokens, which stays in the first-level cache.
     table_HR = table_RH.new_empty(H, R, dtype=torch.float32)
-    torch.mul(table_RH.t().to(torch.float32), LOG2E.value, out=table_HR)
+    torch.mul(cast(table_RH.t(), torch.float32), LOG2E.value, out=table_HR)
     if call.bias_form == "lookup":
         return table_HR, R, LOOKUP
     L = call.grid_size**2
@@ -272,10 +275,10 @@ def _or(x: Tensor | None, unused: Tensor) -> Tensor:
 
 def _strides(*tensors_BHRd: Tensor) -> list[int]:
     """Of each the first three; 0 where there is but one row, whose stride means nothing."""
-    steps = []
+    steps: list[int] = []
     for x in tensors_BHRd:
         (B, H, R, _), (sample, head, row, _) = x.shape, x.stride()
-        steps += [sample if B > 1 else 0, head if H > 1 else 0, row if R > 1 else 0]
+        steps += (sample if B > 1 else 0, head if H > 1 else 0, row if R > 1 else 0)
     return steps
 
 
@@ -283,7 +286,7 @@ def _constants(call: Call, x_BHRd: Tensor, strides: list[int]) -> dict[str, Any]
     """Of a launch on tensors like ``x`` with these strides."""
     head_dim = x_BHRd.shape[3]
     first, rest = config.split_head(head_dim)
-    aligned = head_dim % 8 == 0 and not any(stride % 8 for stride in strides)
+    aligned = gcd(head_dim, *strides) % 8 == 0
     return {
         "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
         "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,

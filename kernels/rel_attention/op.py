@@ -114,8 +114,8 @@ def rel_attention_qkvpacked(
     checks.floating("qkv", qkv_BL3Hd)
     grid_size = checks.whole(grid_size)
     ragged = offsets is not None
-    sizes: tuple[int | str, ...] = ("R", 3, "H", "d") if ragged else ("B", "L", 3, "H", "d")
-    checks.shape("qkv", qkv_BL3Hd, *sizes)
+    if qkv_BL3Hd.ndim != 5 - ragged or qkv_BL3Hd.shape[-3] != 3:
+        checks.shape("qkv", qkv_BL3Hd, *(("R", 3, "H", "d") if ragged else ("B", "L", 3, "H", "d")))
     _check_strides("qkv", qkv_BL3Hd)
     H, d = qkv_BL3Hd.shape[-2:]
     _check_table(table_RH, qkv_BL3Hd, grid_size, H)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import on_triton
+from ..backends import launching, on_triton
 from ..registry import registered
 from . import samples
 from .call import Call, Side
@@ -129,9 +129,7 @@ def rel_attention_qkvpacked_bwd(
 def _kernels(q: Tensor) -> Any:
     if not on_triton(q):
         return samples
-    from . import launch  # here: not every machine has Triton
-
-    return launch
+    return launching(__package__)
 
 
 def _side(x_BHRd: Tensor, pos: Tensor | None, offsets: Tensor | None, longest: int) -> Side:
@@ -156,8 +154,8 @@ def _packed_call(
 
 
 def _unpack(qkv_BL3Hd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv_BL3Hd.unbind(2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = qkv_BL3Hd.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def _rows_first(x_BHRd: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..checks import cast
 from ..linear.op import weight_gradient_into
 from ..registry import registered
 from ..sums import sum_rows
@@ -13,7 +14,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     rows = [a.reshape(-1, x.shape[-1]) for a in (x, skip)]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        rows = [a if a.dtype == torch.float64 else a.to(dtype) for a in rows]
+        rows = [a if a.dtype == torch.float64 else cast(a, dtype) for a in rows]
     return skip_linear_fwd(*rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -21,8 +22,8 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: Tensor) -> Tensor:
     """[R, O] in the dtype of ``x`` and ``skip``, to which the layer's parameters are cast; the second product
     is added to the first where it lies."""
-    weight_x, weight_skip = weight_O2D.to(x_RD.dtype).chunk(2, dim=1)
-    out_RO = torch.addmm(bias_O.to(x_RD.dtype), x_RD, weight_x.t())
+    weight_x, weight_skip = cast(weight_O2D, x_RD.dtype).chunk(2, dim=1)
+    out_RO = torch.addmm(cast(bias_O, x_RD.dtype), x_RD, weight_x.t())
     return out_RO.addmm_(skip_RD, weight_skip.t())
 
 
@@ -32,7 +33,7 @@ def skip_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, skip, weight (both halves written in place) and bias; the latter two in the dtypes of
     the parameters."""
-    (weight_x, weight_skip), D = weight_O2D.to(x_RD.dtype).chunk(2, dim=1), x_RD.shape[1]
+    (weight_x, weight_skip), D = cast(weight_O2D, x_RD.dtype).chunk(2, dim=1), x_RD.shape[1]
     dweight_O2D = weight_O2D.new_empty(weight_O2D.shape)
     weight_gradient_into(dweight_O2D[:, :D], dout_RO, x_RD)
     weight_gradient_into(dweight_O2D[:, D:], dout_RO, skip_RD)

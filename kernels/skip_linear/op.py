@@ -18,7 +18,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     checks.floating("x", x)
     width = checks.width("x", x)
     checks.shape("skip", skip, *x.shape)
-    checks.shape("weight", weight, "O", 2 * width)
+    checks.columns("weight", weight, 2 * width, "O")
     checks.shape("bias", bias, weight.shape[0])
     _check_dtypes(x, skip=skip, weight=weight, bias=bias)
     # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.
@@ -50,7 +50,7 @@ def patch_skip_linear(
     checks.shape("embed_weight", embed_weight_DP, D, patches_BLP.shape[2])
     checks.shape("embed_bias", embed_bias_D, D)
     checks.shape("pos", pos_1LD, 1, L, D)
-    checks.shape("weight", weight, "O", 2 * D)
+    checks.columns("weight", weight, 2 * D, "O")
     checks.shape("bias", bias, weight.shape[0])
     _check_dtypes(
         x_BLD, patches=patches_BLP, embed_weight=embed_weight_DP, embed_bias=embed_bias_D, pos=pos_1LD,

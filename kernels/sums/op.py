@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_triton
+from ..backends import launching, uses_triton
 from ..registry import registered
 from . import reference
 
@@ -31,9 +31,7 @@ def sum_rows_fwd(x_RD: Tensor, dtype: torch.dtype) -> Tensor:
     out_D = x_RD.new_empty(x_RD.shape[1], dtype=dtype)
     if not x_RD.numel():
         return out_D.zero_()
-    from . import launch  # here: not every machine has Triton
-
-    launch.sum_rows(x_RD, out_D)
+    launching(__package__).sum_rows(x_RD, out_D)
     return out_D
 
 

@@ -124,29 +124,30 @@ class Block(nn.Module):
         modulation: Tensor | None,
     ) -> Tensor:
         """:meth:`forward`, without gradient checkpointing."""
-        if self.skip_linear is not None and skip is not None:
+        if skip is not None and self.skip_linear is not None:
             x = self.mix(x, skip, self.skip_linear)
         if modulation is None:
             modulation = modulation_from(self.adaLN_modulation, c)
+        attn, mlp = self.attn, self.mlp  # looked up once: a module's attributes take the host long
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
         how: dict[str, Any] = {"offsets": rows.offsets, "fused": fused, "recompute": recompute}
-        whole, qkv = x, self.attn.qkv
+        whole, qkv = x, attn.qkv
         if masked is None:
             x, hidden = residual_norm_linear(x, shift_a, scale_a, qkv, **how)
-            attended = self.attn(hidden, rows)
+            attended = attn(hidden, rows)
         else:
             x, D = gather_tokens(whole, masked.ids_mask), x.shape[-1]
             q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
             kv = norm_linear(whole, shift_a, scale_a, qkv, **how, outputs=slice(D, 3 * D))
-            attended = self.attn.chosen(q, kv, masked.ids_mask)
-        if isinstance(self.mlp, Mlp):
-            gelu = self.mlp.takes_gelu(x)
-            how |= {"with_bias": gelu or not self.mlp.fused, "gelu": gelu}
-            x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp.fc1, **how)
-            y = apply_linear(self.mlp.fc2, hidden) if gelu else self.mlp(hidden)
+            attended = attn.chosen(q, kv, masked.ids_mask)
+        if isinstance(mlp, Mlp):
+            gelu = mlp.takes_gelu(x)
+            how |= {"with_bias": gelu or not mlp.fused, "gelu": gelu}
+            x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, mlp.fc1, **how)
+            y = apply_linear(mlp.fc2, hidden) if gelu else mlp(hidden)
         else:  # one of the user's own, which takes tokens
-            x, y = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, self.mlp, **how)
+            x, y = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, mlp, **how)
         x = gated(x, y, gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
 

@@ -35,17 +35,24 @@ def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked and "forward" not in own
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
-    """Whether ``layer`` is a linear layer (or convolution) with a bias whose parameters say all: no hooks, no
-    other module or function in its place (float8, adapters), whose own forward has to run, and no weight of
-    other tensors (torchao's numbers and scales), which a whole product alone can read."""
+def plain_parameters(
+    layer: nn.Module, kind: type[nn.Module] = nn.Linear
+) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """Weight and bias of a linear layer (or convolution) if they say all about it: no hooks, no other module
+    or function in its place (float8, adapters), whose own forward has to run, and no weight of other tensors
+    (torchao's numbers and scales), which a whole product alone can read."""
     if not is_itself(layer, kind):
-        return False
+        return None
     parameters = vars(layer)["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or bias is None:  # FSDP's first version keeps both as attributes
         weight, bias = layer.weight, layer.bias
-    return bias is not None and _is_readable(weight)
+    return (weight, bias) if bias is not None and _is_readable(weight) else None
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
+    """Whether ``layer`` has :func:`plain_parameters`."""
+    return plain_parameters(layer, kind) is not None
 
 
 def takes_activated(modulation: nn.Module | None) -> bool:
@@ -71,7 +78,8 @@ def _is_readable(weight: Tensor) -> bool:
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer`` on x."""
-    return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
+    plain = plain_parameters(layer)
+    return layer(x) if plain is None else linear(x, *plain)
 
 
 def norm_linear(
@@ -86,18 +94,16 @@ def norm_linear(
     outputs: slice | None = None,
 ) -> Tensor:
     """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
-    if fused and is_plain(layer):
-        weight, bias = _part(layer, outputs)
-        return ln_modulate_linear(
-            x, shift, scale, weight, bias, offsets=offsets, eps=EPS, recompute=recompute
-        )
+    plain = _part(plain_parameters(layer), outputs)
+    if fused and plain is not None:
+        return ln_modulate_linear(x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute)
     normal = (
         ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
         if fused
         else reference.ln_modulate(x, shift, scale, offsets, EPS)
     )
-    if is_plain(layer):
-        return linear(normal, *_part(layer, outputs))
+    if plain is not None:
+        return linear(normal, *plain)
     return layer(normal) if outputs is None else layer(normal)[..., outputs]
 
 
@@ -112,18 +118,16 @@ def residual_norm_linear(
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """x as the residual to go on with, and ``layer`` on the modulated norm of x."""
-    if fused and is_plain(layer):
+    if fused and (plain := plain_parameters(layer)) is not None:
         return residual_ln_modulate_linear(
-            x, shift, scale, layer.weight, layer.bias, offsets=offsets, eps=EPS, recompute=recompute
+            x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute
         )
     return x, norm_linear(x, shift, scale, layer, offsets=offsets, fused=fused, recompute=recompute)
 
 
-def _part(layer: nn.Linear, outputs: slice | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias; whole ones as they are, as a slice's gradient is a copy."""
-    if outputs is None:
-        return layer.weight, layer.bias
-    return layer.weight[outputs], layer.bias[outputs]
+def _part(plain: tuple[Tensor, Tensor] | None, outputs: slice | None) -> tuple[Tensor, Tensor] | None:
+    """Of weight and bias; whole ones as they are, as a slice's gradient is a copy."""
+    return plain if plain is None or outputs is None else (plain[0][outputs], plain[1][outputs])
 
 
 def gated_norm_linear(
@@ -142,11 +146,11 @@ def gated_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate * y``, and ``layer`` (a plain one also without its bias, or activated) on the modulated
     norm of r."""
-    plain = is_plain(layer)
-    if fused and plain:
-        bias = layer.bias if with_bias else None
+    plain = plain_parameters(layer)
+    if fused and plain is not None:
+        weight, bias = plain
         return gate_residual_ln_modulate_linear(
-            x, y, gate, shift, scale, layer.weight, bias,
+            x, y, gate, shift, scale, weight, bias if with_bias else None,
             offsets=offsets, eps=EPS, recompute=recompute, gelu=gelu,
         )  # fmt: skip
     r, normal = (
@@ -154,7 +158,7 @@ def gated_norm_linear(
         if fused
         else reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, EPS)
     )
-    out = linear(normal, layer.weight) if plain and not with_bias else apply_linear(layer, normal)
+    out = apply_linear(layer, normal) if plain is None or with_bias else linear(normal, plain[0])
     return r, F.gelu(out, approximate="tanh") if gelu else out
 
 
