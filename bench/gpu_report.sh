@@ -3,8 +3,8 @@
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
 #   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
 #   official account training breakdown switches sampling sampling_compiled tune learning report
-# Where a GPU is there for minutes only: `first`, then `survey` (or its parts: survey_large survey_128 survey_small
-# survey_sample survey_compiled survey_switches) and single stages.
+# Where a GPU is there for minutes only: `first`, then `survey` (or its parts: survey_ahead survey_large survey_128
+# survey_small survey_sample survey_compiled survey_switches) and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
 # has measured stays. Needs torch, nvcc and what the `test` extra brings; no network.
 # In the environment: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
@@ -18,7 +18,7 @@ LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
 STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
     official account training breakdown switches sampling sampling_compiled tune learning report)
-PARTS=(survey_large survey_128 survey_small survey_sample survey_compiled survey_switches)
+PARTS=(survey_ahead survey_large survey_128 survey_small survey_sample survey_compiled survey_switches)
 
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
@@ -194,6 +194,10 @@ survey() { # every model, batch, mode, provider and switch in one go: its parts,
 }
 STEP=(--dtype bfloat16 --lengths 2 --repeats 6 --mode)
 GRAPHS=reference,fast,fast-graphs,fast-lean-graphs
+survey_ahead() { # what Triton has to compile, by all cores at once
+    run survey_ahead "$PYTHON" bench/ahead.py --device cuda --dtype bfloat16 --lengths 2 --batch 4,32,128 \
+        --model MDTv2_XL_2,MDTv2_L_2,MDTv2_B_2,MDTv2_S_2 --providers "$GRAPHS"
+}
 survey_large() {
     bench throughput survey_large "${STEP[@]}" train --model MDTv2_XL_2,MDTv2_L_2 --batch 32,4 \
         --providers "$GRAPHS" --time-limit 110

@@ -24,15 +24,15 @@ STAGES = [
     "compiled", "compiled4", "whole", "precisions", "official", "account", "training", "breakdown",
     "switches", "sampling", "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
-PARTS = [f"survey_{part}" for part in ("large", "128", "small", "sample", "compiled", "switches")]
+PARTS = [f"survey_{part}" for part in ("ahead", "large", "128", "small", "sample", "compiled", "switches")]
 STAND_IN = """#!/bin/sh
 { printf '%s\\037' "$@"; echo; } >> "$RECORD"
 case "$*" in *"${FAILS:-nothing}"*) exit 3 ;; *"${HANGS:-nothing}"*) exec sleep 60 ;; esac
 """
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "attention": attention._parser, "convergence": convergence._parser, "kernels": kernels._parser,
-    "report": report._parser, "sanitize": sanitize._parser, "throughput": request.parser,
-    "training": training._parser, "tune": tune._parser,
+    "ahead": request.parser, "attention": attention._parser, "convergence": convergence._parser,
+    "kernels": kernels._parser, "report": report._parser, "sanitize": sanitize._parser,
+    "throughput": request.parser, "training": training._parser, "tune": tune._parser,
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_all_stages(start: Callable, tmp_path: Path) -> None:
         args = PARSERS[path.stem]().parse_args(line[1:])
         seen.add(path.stem)
         assert getattr(args, "time_limit", None) is None or args.time_limit <= 420
-        if path.stem == "throughput":
+        if path.stem in ("ahead", "throughput"):
             models |= {name for name in args.model.split(",") if model_config(name)}
             assert args.account or set(args.providers.split(",")) <= set(NAMES)
         if path.stem == "attention":
@@ -111,7 +111,7 @@ def test_a_stage_ends_in_its_time(start: Callable) -> None:
 def test_what_cannot_run(start: Callable) -> None:
     done, asked = start("kernels", "kernel")
     assert (done.returncode, asked) == (2, [])
-    assert "unknown stage kernel; known: first survey survey_large" in done.stderr
+    assert "unknown stage kernel; known: first survey survey_ahead" in done.stderr
     done, asked = start("kernels", FAILS="cuda.is_available")
     assert (done.returncode, asked) == (2, [])
     assert "no CUDA device" in done.stderr
