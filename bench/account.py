@@ -5,7 +5,8 @@ parameters apart. Peak: bytes at the highest point beyond what the step found, b
 torch dispatched, views apart; a registered op counts once, whatever it calls (on a GPU: about the launches).
 Gathers: how often FSDP would gather a block's weights, sharded by block: for each call and for its backward
 pass. Time: the median of a few steps in turns with the others, too few for a claim; ``throughput.py`` alone
-measures that.
+measures that. On a GPU also the time of the fast model's lines with the passes as one CUDA graph, which does
+not wait for the host; one line after the other, as their graphs together would take too much memory.
 """
 
 import dataclasses
@@ -20,16 +21,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tables
-from formats import memory, number
+from formats import memory, number, one_line
 from inputs import Inputs, len_keeps
 from mdt_fast.config import Switches
 from mdt_fast.models import flops
-from measure import peak_bytes, spread, storage_bytes, take_turns
-from providers import Modules, make
+from measure import peak_bytes, release, spread, storage_bytes, take_turns
+from providers import Modules, Provider, Skip, make
 from rows import RowFile
-from steps import Case, TrainStep
+from steps import Case, GraphedTrainStep, TrainStep
 
-ROUNDS = 3
+ROUNDS, GRAPH_ROUNDS = 3, 5
 METRICS = {
     "flops": "FLOP",
     "saved_bytes": "B",
@@ -37,6 +38,7 @@ METRICS = {
     "ops": "1",
     "gathers": "1",
     "ms": "ms/step",
+    "graph_ms": "ms/step",
 }
 DEFAULT = Switches()
 
@@ -72,6 +74,13 @@ def run(
         if timing.error is not None:
             raise timing.error
         line.found["ms"] = spread([1e3 * s for s in timing.seconds])[1]
+    try:
+        graphs = make("fast-graphs", modules)
+    except Skip:
+        graphs = None
+    for line in lines[1:] if graphs is not None else ():
+        say(f"{case.title}: {line.name} as a CUDA graph")
+        line.found |= as_graph(case, line, graphs, inputs)
     for line in lines:
         for metric, value in line.found.items():
             rows.add(
@@ -130,6 +139,22 @@ def _turned(line: Line) -> Callable[[int], None]:
     return step
 
 
+def as_graph(case: Case, line: Line, provider: Provider, inputs: Inputs) -> dict[str, float]:
+    """``graph_ms`` of a line of the fast model; nothing, with the reason, where it cannot be captured."""
+    provider.module.set_switches(line.switches)
+    lengths = line.step.len_keeps
+    turn = {line.name: GraphedTrainStep(case, provider, inputs, lengths, line.step)}
+    first = take_turns(turn, case.device, repeats=1)[line.name]  # in which it is captured
+    timing = first if first.error else take_turns(turn, case.device, repeats=GRAPH_ROUNDS)[line.name]
+    turn[line.name].forget()
+    turn.clear()
+    release(case.device)
+    if timing.error is not None:
+        print(f"{line.name}: no CUDA graph: {one_line(timing.error)}")
+        return {}
+    return {"graph_ms": spread([1e3 * s for s in timing.seconds])[1]}
+
+
 def saved_bytes(owner: TrainStep) -> int:
     """Bytes of all storages that autograd keeps from the forward pass, the parameters' own apart."""
     parameters = {p.untyped_storage().data_ptr() for p in owner.module.parameters()}
@@ -181,11 +206,14 @@ def gathers(owner: TrainStep, step: Callable[[int], None]) -> int:
 
 
 def show(console: Console, case: Case, lines: list[Line]) -> None:
-    """The table, beside the reference in brackets."""
+    """The table; how many times as much as the reference, as graphs as the fast model, stands beside."""
     base = lines[0].found
+    graphs = next((line.found["graph_ms"] for line in lines if "graph_ms" in line.found), None)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("one training step", "GFLOP", "saved", "peak", "ops", "gathers", "ms"):
         table.add_column(title, justify="left" if title.startswith("one") else "right")
+    if graphs is not None:
+        table.add_column("ms, one graph", justify="right")
     for line in lines:
         cells = [
             f"{shown} {line.found[metric] / base[metric]:4.2f}x"
@@ -198,6 +226,8 @@ def show(console: Console, case: Case, lines: list[Line]) -> None:
                 ("ms", number(line.found["ms"])),
             )
         ]
+        if graphs is not None and "graph_ms" in line.found:
+            cells.append(f"{number(line.found['graph_ms'])} {line.found['graph_ms'] / graphs:4.2f}x")
         table.add_row(line.name, *cells)
     console.print()
     tables.say(console, f"account · {case.title}", "bold")
