@@ -1,5 +1,7 @@
 """Counted FLOPs against the published ones, and our own count of a matmul against arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,6 +54,36 @@ def _weights(lengths: tuple[int, ...]) -> list[float]:
             value += share * (K - others[0]) * (K - others[1]) / ((own - others[0]) * (own - others[1]))
         weights.append(value)
     return weights
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+@pytest.mark.parametrize(
+    ("name", "depth", "decode_layer"),
+    [
+        ("MDTv2_XL_2", 14, 4),
+        ("MDTv2_XL_2", 13, 0),
+        ("MDTv2_XL_2", 13, 2),
+        ("MDT_XL_2", 13, 1),
+        ("DiT_XL_2", 13, 0),
+    ],
+)
+def test_a_deep_model_is_counted_by_few_blocks(
+    name: str, depth: int, decode_layer: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        providers.model_config(name), depth=depth, decode_layer=decode_layer, hidden_size=64, num_heads=2
+    )
+    kept = None if name.startswith("DiT") else 40
+    counts = {
+        flops.forward: (kept, implementation),
+        flops.train_step: (kept, implementation, 2),
+        flops.sample_step: (implementation,),
+    }
+    short = [call(config, *args) for call, args in counts.items()]
+    for call in counts:
+        call.cache_clear()
+    monkeypatch.setattr(flops, "DEEP", depth)
+    assert [call(config, *args) for call, args in counts.items()] == short
 
 
 def test_sampling_is_two_forward_passes() -> None:
