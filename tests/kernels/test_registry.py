@@ -259,6 +259,28 @@ def test_a_step_of_autograd_without_gradients_is_its_forward_pass() -> None:
     assert contexts == [True, False, False]
 
 
+def test_an_op_within_a_step_of_autograd_asks_no_more_than_the_step_has(dispatched: list[str]) -> None:
+    called: list[Any] = []
+
+    class Cubed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            called.append(cube.within(ctx))
+            return called[-1](x, 2.0)
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor) -> Tensor:
+            return dout
+
+    x = torch.randn(3)
+    assert torch.equal(applied(Cubed, x), 2 * x * x * x)
+    with FlopCounterMode(display=False):
+        applied(Cubed, x)
+    assert dispatched == ["tests_cube"]
+    applied(Cubed, x.requires_grad_())
+    assert called == [cube.function, cube, cube]
+
+
 def test_launch_choices_are_looked_up_once_and_again_for_the_tuner() -> None:
     made: list[int] = []
 
