@@ -216,9 +216,11 @@ def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]
                 "a learner's process was killed; what is complete is kept: run it again"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # after Ctrl-C, or when one of them failed
+            for future in futures:  # after Ctrl-C, or when one of them failed
+                future.cancel()
+            for process in multiprocessing.active_children():
                 process.terminate()
+            pool.shutdown(cancel_futures=True)
 
 
 def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> None:
