@@ -114,15 +114,29 @@ def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch
     assert 6 * frozen <= more <= 8 * frozen + 20_000
 
 
+def test_a_sampling_step_of_a_bfloat16_model_agrees() -> None:
+    config, device = PRESETS["digits"].model, torch.device("cpu")
+    case = steps.Case("digits", config, "sample", 2, torch.bfloat16, device)
+    modules, inputs = providers.Modules(config, device, None), load("digits", config, 2)
+    names = "reference", "fast", "fast-lean"
+    reference, fast, lean = (
+        steps.step_of(case, providers.make(name, modules), inputs, [None]) for name in names
+    )
+    assert {p.dtype for p in lean.provider.module.parameters()} == {torch.bfloat16}
+    assert steps.disagreement(lean, reference.outcome())[1] is None
+    assert lean.own_bytes() < 0.6 * fast.own_bytes()
+
+
 def test_where_other_precisions_are_left_out() -> None:
     config, device = PRESETS["digits"].model, torch.device("cpu")
     inputs = load("digits", config, 2)
-    for mode, dtype, why in (
-        ("train", torch.float32, "for computing in bfloat16: --dtype bfloat16"),
-        ("sample", torch.bfloat16, "a way to train: --mode train"),
+    for mode, name, dtype, why in (
+        ("train", "fast-lean", torch.float32, "for computing in bfloat16: --dtype bfloat16"),
+        ("sample", "fast-lean", torch.float32, "for computing in bfloat16: --dtype bfloat16"),
+        ("sample", "fast-in-turn", torch.bfloat16, "a way to train: --mode train"),
     ):
         case = steps.Case("digits", config, mode, 2, dtype, device)
-        provider = providers.make("fast-lean", providers.Modules(config, device, None))
+        provider = providers.make(name, providers.Modules(config, device, None))
         with pytest.raises(providers.Skip, match=why):
             steps.step_of(case, provider, inputs, (11,), None)
     with pytest.raises(providers.Skip, match="float8: needs "):
