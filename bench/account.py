@@ -232,3 +232,8 @@ def show(console: Console, case: Case, lines: list[Line]) -> None:
     console.print()
     tables.say(console, f"account · {case.title}", "bold")
     console.print(table)
+    tables.say(
+        console,
+        "saved: bytes that wait for the backward pass; peak: what a step takes beyond what it finds; ops: as "
+        f"dispatched; gathers: FSDP's; ms: of {ROUNDS} rounds, too few for a claim; x: the reference's",
+    )

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -26,7 +27,8 @@ import providers
 from formats import one_line
 from mdt_fast.config import ModelConfig
 from mdt_fast.errors import UserError
-from request import Request, parser
+from request import Request
+from request import parser as request_parser
 from steps import Case, step_of
 
 BLOCKS, DECODER_BLOCKS = 6, 2
@@ -51,20 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    options = parser()
-    options.prog, options.description = "ahead", "Compile the Triton kernels that throughput.py will launch."
-    options.add_argument("--jobs", type=int, help="processes (default: as many as there are cores)")
-    args = options.parse_args(argv)
-    command.at_least_one("--jobs", args.jobs)
-    request = Request(args)
+    given = vars(_parser().parse_args(argv))
+    jobs = given.pop("jobs")
+    command.at_least_one("--jobs", jobs)
+    asked = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    request = Request(request_parser().parse_args(asked))
     if request.models is None or request.batches is None:
         raise UserError("--model and --batch: none given, and kernels are compiled for certain ones")
+    if not forms(request):
+        raise UserError(f"--providers: got {given['providers']}, of which none launches kernels of ours")
     if request.device.type != "cuda":
         raise UserError(f"--device: Triton compiles for a GPU, got {request.device}")
     begun = time.monotonic()
     kernels = kernels_of(request)
     found = time.monotonic()
-    jobs = min(args.jobs or os.cpu_count() or 1, len(kernels))
+    jobs = min(jobs or os.cpu_count() or 1, len(kernels))
     problems = compile_all(kernels, jobs)
     for problem in problems:
         print(f"failed: {problem}")
@@ -77,25 +80,22 @@ def _main(argv: list[str]) -> int:
 
 def kernels_of(request: Request) -> list[Kernel]:
     """What the fast model launches in the cases and by the providers asked for, as graphs or not."""
-    names = {name.removesuffix("-graphs") for name in request.providers or ["fast"]}
-    ours = sorted(name for name in names if name.startswith("fast") and not name.endswith("-compiled"))
     with noted() as kernels:
-        for model, config in (request.models or {}).items():
-            made = providers.Modules(
-                few_blocks(config), request.device, None, case_of(request, model, config, "train", 1).switches
-            )
-            for mode in request.modes:
-                for batch in request.batches or ():
-                    case = case_of(request, model, made.config, mode, batch)
-                    images = inputs.load(request.data, made.config, batch)
-                    for name in ours:
-                        _run(case, name, made, images, request.lengths)
+        for model, deep in (request.models or {}).items():
+            config, made = few_blocks(deep), None
+            for mode, dtype, batch in product(request.modes, request.dtypes, request.batches or ()):
+                case = Case(model, config, mode, batch, dtype, request.device, turned=request.turned)
+                made = made or providers.Modules(config, request.device, None, case.switches)
+                images = inputs.load(request.data, config, batch)
+                for name in forms(request):
+                    _run(case, name, made, images, request.lengths)
     return list(kernels)
 
 
-def case_of(request: Request, model: str, config: ModelConfig, mode: str, batch: int) -> Case:
-    dtype = request.dtypes[0]
-    return Case(model, config, mode, batch, dtype, request.device, request.sampler, request.turned)
+def forms(request: Request) -> list[str]:
+    """The providers asked for that launch kernels of ours, which they do as graphs and without."""
+    names = {name.removesuffix("-graphs") for name in request.providers or ["fast"]}
+    return sorted(name for name in names if name.startswith("fast") and not name.endswith("-compiled"))
 
 
 def few_blocks(config: ModelConfig) -> ModelConfig:
@@ -153,6 +153,23 @@ def compiled(kernel: Kernel) -> str | None:
     except Exception as error:
         return f"{kernel.name}: {one_line(error)}"
     return None
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser("ahead", "Compile the Triton kernels that throughput.py will launch.")
+    parser.add_argument("--model", help="as in throughput.py, needed")
+    parser.add_argument("--batch", help="images per step, several by comma, needed")
+    parser.add_argument("--mode", help="train or sample, or both by a comma (default: both)")
+    parser.add_argument("--dtype", help="float32 or bfloat16, or both by a comma (default: bfloat16)")
+    parser.add_argument(
+        "--providers",
+        help="of throughput.py's; fast and its forms that are not compiled count (default: fast)",
+    )
+    parser.add_argument("--lengths", type=int, help="numbers of kept tokens, as in throughput.py")
+    parser.add_argument("--turn", metavar="SWITCHES", help="switches to turn the other way, by comma")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N")
+    parser.add_argument("--jobs", type=int, help="processes (default: as many as there are cores)")
+    return parser
 
 
 if __name__ == "__main__":

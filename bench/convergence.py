@@ -54,6 +54,11 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     args.json = args.json or args.out / "rows.jsonl"
     check_outputs(args, names)
     if args.report:
+        for name in ("steps", "batch", "lr", "samples", "image_size", "data", "device", "jobs"):
+            if getattr(args, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: not together with --report, which trains nothing"
+                )
         conclude(args, names, read([args.json]))
         return 0
     for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):
@@ -216,11 +221,9 @@ def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]
                 "a learner's process was killed; what is complete is kept: run it again"
             ) from None
         finally:
-            for future in futures:  # after Ctrl-C, or when one of them failed
-                future.cancel()
-            for process in multiprocessing.active_children():
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # after Ctrl-C, or when one of them failed
                 process.terminate()
-            pool.shutdown(cancel_futures=True)
 
 
 def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> None:
@@ -276,16 +279,23 @@ def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]
 def _parser() -> command.Parser:
     parser = command.Parser(prog="convergence", description="How fast models learn, against DiT.")
     parser.add_argument(
-        "--study", default="models", help=f"of {', '.join(STUDIES)}, by comma (default: models)"
+        "--study",
+        default="models",
+        help=f"of {', '.join(STUDIES)} (docs/learning.md), by comma (default: models)",
     )
-    parser.add_argument("--size", default="cpu", choices=tuple(SIZES), help="default: cpu")
+    parser.add_argument(
+        "--size", default="cpu", choices=tuple(SIZES),
+        help="cpu (default: 16 tokens, a million parameters), gpu (S, 256 tokens) or imagenet (needs --data)",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="images or latents (default: digits)")
-    parser.add_argument("--image-size", type=int, metavar="S", help="pixels of a side")
-    parser.add_argument("--steps", type=int, help="updates of each learner")
-    parser.add_argument("--batch", type=int, help="images in an update")
-    parser.add_argument("--lr", type=float, help="learning rate of all")
+    parser.add_argument("--image-size", type=int, metavar="S", help="pixels of a side (default: the size's)")
+    parser.add_argument("--steps", type=int, help="updates of each learner (default: the size's)")
+    parser.add_argument("--batch", type=int, help="images in an update (default: the size's)")
+    parser.add_argument("--lr", type=float, help="learning rate of all (default: the size's)")
     parser.add_argument("--seeds", type=int, default=3, help="of each variant (default: 3)")
-    parser.add_argument("--samples", type=int, help="drawn at each point, and real images kept apart")
+    parser.add_argument(
+        "--samples", type=int, help="drawn at each point, and real images kept apart (default: the size's)"
+    )
     parser.add_argument("--points", type=int, default=9, help="how often each is judged (default: 9)")
     parser.add_argument(
         "--jobs", type=int, help="learners at a time (default: as many as there are cores; on a GPU 1)"
@@ -293,7 +303,11 @@ def _parser() -> command.Parser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the size's)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/convergence"), metavar="DIR", help="default: runs/convergence"
+        "--out",
+        type=Path,
+        default=Path("runs/convergence"),
+        metavar="DIR",
+        help="rows, tables' figures, samples and the judge (default: runs/convergence)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the rows (default: rows.jsonl in --out)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the figure (default: STUDY.png in --out)")

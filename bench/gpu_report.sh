@@ -23,13 +23,21 @@ PARTS=(survey_ahead survey_large survey_128 survey_small survey_sample survey_co
 asked=("$@")
 ((${#asked[@]})) || asked=("${STAGES[@]}")
 for name in "${asked[@]}"; do
-    [[ " first survey ${PARTS[*]} ${STAGES[*]} " == *" $name "* ]] || {
+    if [[ $name == -h || $name == --help ]]; then
+        sed -n '2,12s/^# \{0,1\}//p' bench/gpu_report.sh
+        exit 0
+    fi
+    [[ $name != *" "* && " first survey ${PARTS[*]} ${STAGES[*]} " == *" $name "* ]] || {
         echo "gpu_report: unknown stage $name; known: first survey ${PARTS[*]} ${STAGES[*]}" >&2
         exit 2
     }
 done
-mkdir -p "$OUT"
-"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+mkdir -p "$OUT" || exit 2
+"$PYTHON" -c 'import torch' 2>/dev/null || {
+    echo "gpu_report: $PYTHON (PYTHON) cannot import torch" >&2
+    exit 2
+}
+[[ ${asked[*]} == report ]] || "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
     echo "gpu_report: no CUDA device (or no CUDA build of torch)" >&2
     exit 2
 }
@@ -173,7 +181,7 @@ tune() { # goes on where it was; the winners are written by hand: bench/tune.py 
 }
 learning() { # goes on where it was: complete learners are kept
     run learning "$PYTHON" bench/convergence.py --size gpu --study models,float8 --device cuda \
-        --out "$OUT/learning" --json "$OUT/convergence.jsonl"
+        --out "$OUT/learning" --json "$OUT/learning.jsonl"
 }
 report() {
     run report "$PYTHON" bench/report.py --plots "$OUT" "$OUT"/*.jsonl
@@ -189,13 +197,13 @@ first() { # the least that says how things stand: the tests, where XL/2's step g
     bench kernels first_kernels --model XL --dtype bfloat16 --providers fast,eager --time-limit 60
 }
 
-survey() { # every model, batch, mode, provider and switch in one go: its parts, each a stage of its own, too
+survey() { # every model, batch and mode, and S/2 compiled and switch by switch: its parts are stages, too
     for part in "${PARTS[@]}"; do "$part"; done
 }
 STEP=(--dtype bfloat16 --lengths 2 --repeats 6 --mode)
 GRAPHS=reference,fast,fast-graphs,fast-lean-graphs
 survey_ahead() { # what Triton has to compile, by all cores at once; batches of 128 need what those of 32 do
-    run survey_ahead "$PYTHON" bench/ahead.py --device cuda --dtype bfloat16 --lengths 2 --batch 4,32 \
+    run survey_ahead timeout -k 5 100 "$PYTHON" bench/ahead.py --device cuda --dtype bfloat16 --lengths 2 --batch 4,32 \
         --model MDTv2_XL_2,MDTv2_L_2,MDTv2_B_2,MDTv2_S_2 --providers "$GRAPHS"
 }
 survey_large() {
@@ -218,7 +226,10 @@ survey_compiled() {
     bench throughput survey_compiled "${STEP[@]}" train --model MDTv2_S_2 --batch 4 --providers "$COMPILED" \
         --time-limit 45
 }
-survey_switches() { rows throughput account --account --model MDTv2_S_2 --batch 32 --dtype bfloat16; }
+survey_switches() {
+    run survey_switches "$PYTHON" bench/throughput.py --device cuda --json "$OUT/account.jsonl" \
+        --account --model MDTv2_S_2 --batch 32 --dtype bfloat16
+}
 
 failed=0
 summary=()

@@ -6,9 +6,8 @@ compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one
 (``train.cuda_graphs``), or a sampling step whose guided pass is one (``GraphedModel``), ``fast-in-turn`` a
 training step in which each pass has its own backward pass (``train.passes``), ``fast-lean`` one with weights
 and moments in bfloat16, and float32 weights in the optimiser (``train.weights``, ``train.moments``), or a
-sampling step of a model that is bfloat16 itself,
-``fast-float8`` one with the blocks' products in float8 (``train.float8``), ``official`` the code of a
-checkout, ``diffusers`` that library's DiT.
+sampling step of a model that is bfloat16 itself, ``fast-float8`` one with the blocks' products in float8
+(``train.float8``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
 A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 

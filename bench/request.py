@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--sampler", default="ddpm", help="ddpm (ancestral) or ddim")
     command.add_output_options(p)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = (providers.__doc__ or "").replace("``", "")
     return p
 
 
@@ -82,8 +84,9 @@ class Request:
     def __init__(self, args: argparse.Namespace):
         if args.account and args.breakdown:
             raise UserError("--breakdown: not together with --account")
-        if args.apart and (args.account or args.breakdown):
-            raise UserError("--apart: not together with --account or --breakdown")
+        for option in ("apart", "plot"):
+            if getattr(args, option) and (args.account or args.breakdown):
+                raise UserError(f"--{option}: not together with --account or --breakdown")
         default = "train" if args.account or args.breakdown else "train,sample"
         self.modes = command.names("--mode", args.mode or default, MODES)
         self.device = command.device(args.device)
@@ -95,6 +98,11 @@ class Request:
         ):
             command.at_least_one(option, value)
         command.positive_seconds("--time-limit", args.time_limit)
+        fixed = args.breakdown or (args.account and "train" in self.modes)
+        for option in ("repeats", "steps", *(["providers"] if args.account else [])):
+            if fixed and getattr(args, option) is not None:
+                which = "--breakdown" if args.breakdown else "--account of a training step"
+                raise UserError(f"--{option}: not together with {which}, which has its own")
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         default_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
@@ -103,7 +111,9 @@ class Request:
         if args.turn is not None and args.account:
             raise UserError("--turn: not together with --account, which turns each switch")
         self.turned = tuple(command.names("--turn", args.turn, SWITCHES)) if args.turn is not None else ()
-        self.sampler = command.names("--sampler", args.sampler, ("ddpm", "ddim"))[0]
+        self.sampler = args.sampler
+        if self.sampler not in ("ddpm", "ddim"):
+            raise UserError(f"--sampler: got {self.sampler!r}, allowed is ddpm or ddim")
         self.checkout = providers.load_checkout(args.official)
         self.providers = None
         if args.providers is not None:

@@ -134,11 +134,12 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the products of a linear layer, ``weight`` [O, D] and ``bias`` [O], on ``x``: autocast's
     where that is on (float64 stays), else the dtype of ``x``, which they must have."""
     autocast = autocasts(x)
+    if weight.dtype != x.dtype or weight.device != x.device:
+        parameter("weight", weight, x, autocast)
     if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype != x.dtype or bias.device != x.device:
+            parameter("bias", bias, x, autocast)
         shape("bias", bias, weight.shape[0])
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.dtype != x.dtype or p.device != x.device):
-            parameter(name, p, x, autocast)
     if autocast and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype

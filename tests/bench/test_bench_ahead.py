@@ -64,6 +64,8 @@ def test_kernels_are_noted_and_compiled(driver: Driver, tmp_path: Path) -> None:
         (f"{ROOM}.kernel", "bias_gelu_fwd_kernel")
     ] * 2  # float32's and float16's
     assert triton.knobs.runtime.jit_cache_hook is None
+    with pytest.raises(RuntimeError):
+        torch._assert_async(torch.tensor(False))
     assert not list(tmp_path.rglob("*.cubin"))
     assert [ahead.compiled(kernel) for kernel in kernels] == [None, None]
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
@@ -94,6 +96,11 @@ def test_few_blocks_have_what_many_have(name: str) -> None:
     [
         ([], "--model and --batch: none given"),
         (["--model=digits", "--batch=2", "--jobs=0"], "--jobs: got 0, allowed is 1 or more"),
+        (
+            ["--model=digits", "--batch=2", "--providers=reference"],
+            "--providers: got reference, of which none",
+        ),
+        (["--model=digits", "--batch=2", "--repeats=2"], "unrecognized arguments: --repeats=2"),
         (["--model=digits", "--batch=2", "--device=cpu"], "--device: Triton compiles for a GPU, got cpu"),
     ],
 )

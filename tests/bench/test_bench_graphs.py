@@ -139,6 +139,10 @@ def test_where_other_precisions_are_left_out() -> None:
         provider = providers.make(name, providers.Modules(config, device, None))
         with pytest.raises(providers.Skip, match=why):
             steps.step_of(case, provider, inputs, (11,), None)
+    case, modules = steps.Case("digits", config, "sample", 2, torch.bfloat16, device), providers.Modules
+    float8 = replace(providers.make("fast", modules(config, device, None)), name="fast-float8")
+    with pytest.raises(providers.Skip, match="a way to train"):
+        steps.step_of(case, float8, inputs, (11,), None)
     with pytest.raises(providers.Skip, match="float8: needs "):
         providers.make("fast-float8", providers.Modules(config, device, None))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ahead
 import attention
 import convergence
 import kernels
@@ -30,7 +31,7 @@ STAND_IN = """#!/bin/sh
 case "$*" in *"${FAILS:-nothing}"*) exit 3 ;; *"${HANGS:-nothing}"*) exec sleep 60 ;; esac
 """
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "ahead": request.parser, "attention": attention._parser, "convergence": convergence._parser,
+    "ahead": ahead._parser, "attention": attention._parser, "convergence": convergence._parser,
     "kernels": kernels._parser, "report": report._parser, "sanitize": sanitize._parser,
     "throughput": request.parser, "training": training._parser, "tune": tune._parser,
 }  # fmt: skip
@@ -66,6 +67,7 @@ def test_all_stages(start: Callable, tmp_path: Path) -> None:
         line.split()[0] for line in start()[0].stdout.partition("== summary")[2].splitlines()[1:]
     ] == STAGES
     survey = [line[1:] for line in start("survey")[1]]
+    assert [line[line.index("--batch") + 1] for line in survey if "--apart" in line] == ["128"]
     assert [line[1:] for line in start(*PARTS)[1]] == survey != []
     seen, models = set(), set()
     for line in asked:
@@ -79,7 +81,7 @@ def test_all_stages(start: Callable, tmp_path: Path) -> None:
         assert getattr(args, "time_limit", None) is None or args.time_limit <= 420
         if path.stem in ("ahead", "throughput"):
             models |= {name for name in args.model.split(",") if model_config(name)}
-            assert args.account or set(args.providers.split(",")) <= set(NAMES)
+            assert getattr(args, "account", False) or set(args.providers.split(",")) <= set(NAMES)
         if path.stem == "attention":
             assert set(args.providers.split(",")) <= set(attention.PROVIDERS)
     assert seen == set(PARSERS)
@@ -115,3 +117,10 @@ def test_what_cannot_run(start: Callable) -> None:
     done, asked = start("kernels", FAILS="cuda.is_available")
     assert (done.returncode, asked) == (2, [])
     assert "no CUDA device" in done.stderr
+    done, asked = start("kernels", FAILS="-c import torch")
+    assert (done.returncode, asked) == (2, [])
+    assert "python (PYTHON) cannot import torch" in done.stderr
+    assert start("kernels small")[0].returncode == 2
+    done, asked = start("report", FAILS="cuda.is_available")  # needs none
+    assert (done.returncode, len(asked)) == (0, 2)
+    assert "bash bench/gpu_report.sh [STAGE...]" in start("--help")[0].stdout

@@ -34,6 +34,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
             "skip_linear": lambda: kernels.skip_linear(R(()), R(()), R(2, 6), R(2)),
         }.items()
     },
+    "a weight on another device": (
+        lambda: kernels.linear(R(3, 4), R(2, 4, device="meta")),
+        "weight: torch.float32 on meta, expected floating-point on cpu",
+    ),
+    "a weight of three sizes": (
+        lambda: kernels.linear(R(3, 4), R(4, 4, 4)), "weight: shape [4, 4, 4], expected [O, 4]"
+    ),
+    "a wrong weight before a wrong bias": (
+        lambda: kernels.linear(R(3, 4), R(2, 4).double(), R(0)),
+        "weight: torch.float64 on cpu, but x is torch.float32 on cpu",
+    ),
+    "four sizes": (
+        lambda: kernels.ln_modulate(R(2, 3, 5, 4), *R(2, 2, 4)), "x: shape [2, 3, 5, 4], expected [B, L, D]"
+    ),
+    "no value beside query and key": (
+        lambda: kernels.rel_attention_qkvpacked(R(2, 4, 2, 2, 8)),
+        "qkv: shape [2, 4, 2, 2, 8], expected [B, L, 3, H, d]",
+    ),
     "float8 rows": (lambda: kernels.sum_rows(F8[0]), FLOATS),
     "float8 norm": (lambda: kernels.ln_modulate(F8, R(2, 4), R(2, 4)), FLOATS),
     "no width": (lambda: kernels.ln_modulate(R(2, 3, 0), R(2, 0), R(2, 0)), WIDTH),

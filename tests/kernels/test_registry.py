@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdt_fast.kernels import (
@@ -20,6 +21,7 @@ from mdt_fast.kernels import (
 )
 from mdt_fast.kernels.linear.op import Linear
 from mdt_fast.kernels.registry import Op, applied, on_their_device, registered
+from tiny import needs_csrc
 
 CALLS: list[str] = []
 
@@ -279,6 +281,24 @@ def test_an_op_within_a_step_of_autograd_asks_no_more_than_the_step_has(dispatch
     assert dispatched == ["tests_cube"]
     applied(Cubed, x.requires_grad_())
     assert called == [cube.function, cube, cube]
+
+
+@needs_csrc
+def test_what_looks_at_operators_sees_those_of_a_layer_too() -> None:
+    seen: list[str] = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, m, weight, bias = torch.randn(2, 3, 32), torch.randn(2, 32), torch.randn(8, 32), torch.randn(8)
+    with Seeing():
+        ln_modulate_linear(x, m, m, weight, bias)
+        gelu_linear(x, torch.randn(32), weight, bias)
+    assert [name for name in seen if name.startswith("mdt_fast.")] == [
+        "mdt_fast.ln_modulate.default", "mdt_fast.bias_gelu.default"
+    ]  # fmt: skip
 
 
 def test_launch_choices_are_looked_up_once_and_again_for_the_tuner() -> None:
