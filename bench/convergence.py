@@ -54,11 +54,6 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     args.json = args.json or args.out / "rows.jsonl"
     check_outputs(args, names)
     if args.report:
-        for name in ("steps", "batch", "lr", "samples", "image_size", "data", "device", "jobs"):
-            if getattr(args, name) is not None:
-                raise UserError(
-                    f"--{name.replace('_', '-')}: not together with --report, which trains nothing"
-                )
         conclude(args, names, read([args.json]))
         return 0
     for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):

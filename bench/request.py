@@ -61,10 +61,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--account",
         action="store_true",
-        help="instead: bytes, ops and more of a training step or of sampling, switch by switch",
+        help="instead: bytes, ops and more of a training step (by its own rounds) or of sampling, by switch",
     )
     p.add_argument(
-        "--breakdown", action="store_true", help="instead: where a step's time goes, by class of kernel"
+        "--breakdown",
+        action="store_true",
+        help="instead: where a step's time goes, by class of kernel (by its own rounds)",
     )
     p.add_argument(
         "--turn",
@@ -98,11 +100,6 @@ class Request:
         ):
             command.at_least_one(option, value)
         command.positive_seconds("--time-limit", args.time_limit)
-        fixed = args.breakdown or (args.account and "train" in self.modes)
-        for option in ("repeats", "steps", *(["providers"] if args.account else [])):
-            if fixed and getattr(args, option) is not None:
-                which = "--breakdown" if args.breakdown else "--account of a training step"
-                raise UserError(f"--{option}: not together with {which}, which has its own")
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         default_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
