@@ -5,6 +5,7 @@ Source: Ho et al. 2020 equations 5, 13 and 14; Nichol and Dhariwal 2021 section 
 Hang et al. 2023 (min-SNR weights).
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -54,25 +55,29 @@ def two_pass_losses(
     masked pass; each [B].
 
     Both passes share ``x_start``, ``t`` and ``y``; noise, label drops and the mask are drawn anew where they
-    are not given. With ``y_masked``, the labels of the masked pass, no label is dropped. A model with
-    ``training_step_outputs`` runs both as one batch. The order of draws, and so every number drawn on a
-    CPU, is that of two passes, one after the other.
+    are not given. With ``y_masked``, the labels of the masked pass, no label is dropped. Both run as one
+    batch. The order of draws, and so every number drawn on a CPU, is that of two passes, one after the other.
 
-    ``model``: an MDT of this package. Its forward is not what is called, so a wrapper does not see the step:
-    for several processes take FSDP2 (``fully_shard``, then ``register_fsdp_forward_method(model,
-    "training_step_outputs")``), not ``DistributedDataParallel``. ``UserError`` for other models, and for
-    labels that are none.
+    ``model``: an MDT of this package, or what wraps one and calls its forward: ``DistributedDataParallel``,
+    FSDP, accelerate, ``torch.compile``. It is called once, as ``model(x_full, t, y, x_masked=...)``; where
+    its ``training_step_outputs`` is an attribute of its own (FSDP2's ``register_fsdp_forward_method``,
+    ``compile_for_training``), that is. ``UserError`` for other models, for a class whose own forward does not
+    take ``x_masked``, and for labels that are none.
     """
     diffusion.check_timesteps(t, x_start)
-    _check_two_passes(model, x_start, y)
-    drop = model.drop_labels if y_masked is None else _as_it_is
+    mdt = _unwrapped(model)
+    _check_two_passes(model, mdt, x_start, y)
+    drop = mdt.drop_labels if y_masked is None else _as_it_is
     noise, y_full = draw(None, x_start) if noise is None else noise, drop(y)
     noise_masked = draw(None, x_start) if noise_masked is None else noise_masked
     y_masked = drop(y if y_masked is None else y_masked)
     x_full, x_masked = (diffusion.q_sample(x_start, t, n) for n in (noise, noise_masked))
     times = diffusion.original_timesteps(t)
-    plan = model.draw_plan(len(t), x_start.device) if mask_plan is None else mask_plan
-    outputs = model.training_step_outputs(x_full, x_masked, times, y_full, y_masked, plan)
+    plan = mdt.draw_plan(len(t), x_start.device) if mask_plan is None else mask_plan
+    if model is mdt and "training_step_outputs" in vars(mdt):
+        outputs = mdt.training_step_outputs(x_full, x_masked, times, y_full, y_masked, plan)
+    else:
+        outputs = model(x_full, times, y_full, mask_plan=plan, x_masked=x_masked, y_masked=y_masked)
     full, masked = (
         losses_from_output(diffusion, diffusion.checked(output, x), x_start, x, t, n)
         for output, x, n in zip(outputs, (x_full, x_masked), (noise, noise_masked), strict=True)
@@ -80,42 +85,31 @@ def two_pass_losses(
     return full | {f"m_{name}": values for name, values in masked.items()}
 
 
-def _check_two_passes(model: Any, x_start: Tensor, y: Any) -> None:
-    if not hasattr(model, "training_step_outputs"):
-        wrapped = hasattr(getattr(model, "module", None), "training_step_outputs")
-        advice = (
-            "what wraps the model would not see the step: shard it with fully_shard and "
-            "register_fsdp_forward_method(model, 'training_step_outputs'), or take training_losses twice"
-            if wrapped
-            else "only MDT and MDTv2 have a masked pass; for others there is training_losses"
-        )
-        raise UserError(f"model: a {type(model).__name__} has no training_step_outputs; {advice}")
-    by_hand = "training_step_outputs" in vars(model)  # FSDP2's, or what compile_for_training has made
-    if hasattr(model, "_orig_mod") or (getattr(model, "_compiled_call_impl", None) and not by_hand):
+def _unwrapped(model: Any) -> Any:
+    """The MDT in ``model``, by the names under which wrappers keep it."""
+    inner = getattr(model, "_orig_mod", model)
+    while not hasattr(inner, "training_step_outputs"):
+        if not hasattr(inner, "module"):
+            raise UserError(
+                f"model: a {type(model).__name__} has no training_step_outputs; only MDT and MDTv2 have a "
+                "masked pass; for others there is training_losses"
+            )
+        inner = getattr(inner.module, "_orig_mod", inner.module)
+    return inner
+
+
+def _check_two_passes(model: Any, mdt: Any, x_start: Tensor, y: Any) -> None:
+    forward = inspect.signature(mdt.forward).parameters
+    if "training_step_outputs" not in vars(mdt) and "x_masked" not in forward:
+        whose = "what stands in place of its forward" if "forward" in vars(mdt) else "a forward of its own"
         raise UserError(
-            "model: what torch.compile made would not be compiled here, where its forward is not called; "
-            "compile_for_training(model) compiles both"
+            f"model: {type(mdt).__name__} has {whose}, without the keyword x_masked; give it that, and "
+            "both outputs where it comes, or take training_losses twice"
         )
-    forward, both = (_owner(type(model), name) for name in ("forward", "training_step_outputs"))
-    if "forward" in vars(model) and not by_hand:
-        raise UserError(
-            "model: something stands in place of its forward (accelerate's autocast, for one), which "
-            "training_step_outputs does not call; put it around this call, or take training_losses twice"
-        )
-    if forward < both:
-        raise UserError(
-            f"model: a {type(model).__name__} has a forward of its own, which its training_step_outputs does "
-            "not call; give it that, too, or take training_losses twice"
-        )
-    labels = getattr(model, "takes_labels", True)
+    labels = getattr(mdt, "takes_labels", True)
     if not isinstance(y, Tensor) or y.shape[: None if labels else 1] != x_start.shape[:1]:
         got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise UserError(f"y: expected the labels [{len(x_start)}] themselves, got {got}")
-
-
-def _owner(cls: type, name: str) -> int:
-    """The place, among ``cls`` and its bases, of the one that a method comes from; 0: of no class."""
-    return next((place for place, owner in enumerate(cls.__mro__) if name in vars(owner)), 0)
 
 
 def _as_it_is(y: Tensor) -> Tensor:

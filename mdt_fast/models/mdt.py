@@ -4,6 +4,8 @@ B samples, S side, C channels, O output channels, L tokens, K of them kept, R ro
 Source: MDT (arXiv:2303.14389; MDTv2 is its second version).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,13 +38,19 @@ class MaskedTransformer(Transformer):
         mask_plan: MaskPlan | None = None,
         *,
         drop_labels: bool = True,
-    ) -> Tensor:
+        x_masked: Tensor | None = None,
+        y_masked: Tensor | None = None,
+    ) -> Any:
         """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
 
         ``mask_plan`` drops the tokens that it says, as in training, and ``enable_mask``, without one, those
         of a new plan; it does nothing where the model's ``mask_ratio`` is None. ``drop_labels`` False: in
-        training too, the labels are taken as they are. Raises ``UserError`` for inputs that do not fit.
+        training too, the labels are taken as they are. With ``x_masked`` it is both passes of a training
+        step, for what wraps the model and sees its forward alone: the two outputs of
+        :meth:`training_step_outputs`. Raises ``UserError`` for inputs that do not fit.
         """
+        if x_masked is not None:
+            return self.training_step_outputs(x, x_masked, t, y, y_masked, mask_plan)
         self.check_inputs(x, t, y)
         c = self.condition(t, y, drop=self.training and drop_labels)
         return self.one_pass(x, c, self.plan(x, enable_mask, mask_plan))
@@ -73,9 +81,9 @@ class MaskedTransformer(Transformer):
 
         The same as ``forward(x_full, t, y)`` and ``forward(x_masked, t, y, enable_mask=True)``, drawing in
         that order, but as one batch: every weight is read once. Shapes as there; returns both outputs. With
-        ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. Under
-        FSDP2 name it to ``register_fsdp_forward_method``: it is no forward. Raises ``UserError`` for inputs
-        that do not fit, and for an attention backend that cannot take them.
+        ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. By
+        ``forward(x_full, t, y, x_masked=...)`` what wraps the model (FSDP2, DDP) sees it, too. Raises
+        ``UserError`` for inputs that do not fit, and for an attention backend that cannot take them.
         """
         self.check_inputs(x_full, t, y)
         self.check_inputs(x_masked, t, y if y_masked is None else y_masked)

@@ -280,20 +280,52 @@ def test_modulations_by_a_layer_that_does_not_say_its_width() -> None:
     assert relative_error(drawn, plain) < FLOAT32
 
 
-def test_what_two_passes_would_not_call_is_refused() -> None:
-    model = made()
-    with pytest.raises(UserError, match=r"^model: what torch.compile made would not be compiled here"):
-        losses(torch.compile(model))
-    compiled = made()
-    compiled.compile(backend="eager")
-    with pytest.raises(UserError, match=r"^model: what torch.compile made would not be compiled here"):
-        losses(compiled)
-    by_hand = made()
+def _calls(model: nn.Module) -> list[set[str]]:
+    """The keywords that its forward is called with, from now on."""
+    calls: list[set[str]] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append({*kwargs}), with_kwargs=True)
+    return calls
+
+
+def test_what_wraps_a_model_sees_the_step() -> None:
+    """Everything that a training step asks of a model is one call of its forward."""
+    model, both = made().train(), {"x_masked", "y_masked", "mask_plan"}
+    expected = losses(model)
+    compiled, in_place = copy.deepcopy(model), copy.deepcopy(model)
+    in_place.compile(backend="eager")
+    replaced = copy.deepcopy(model)
+    replaced.forward = torch.autocast("cpu", torch.bfloat16, enabled=False)(replaced.forward)
+    for inner, wrapped in (
+        (model, model),
+        (model, torch.nn.DataParallel(model)),
+        (compiled, torch.compile(compiled, backend="eager")),
+        (compiled, torch.nn.DataParallel(torch.compile(compiled, backend="eager"))),
+        (in_place, in_place),
+        (replaced, replaced),
+    ):
+        calls = _calls(inner)
+        for name, value in losses(wrapped).items():
+            assert relative_error(value, expected[name]) < FLOAT32
+        assert calls == [both]
+    by_hand = copy.deepcopy(model)
     by_hand.training_step_outputs = by_hand.training_step_outputs  # as FSDP2 and compile_for_training do
-    by_hand.forward = by_hand.forward
+    calls = _calls(by_hand)
     losses(by_hand)
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    with pytest.raises(UserError, match=r"^model: something stands in place of its forward"):
+    assert not calls
+
+
+def test_a_forward_that_two_passes_would_not_fit_is_refused() -> None:
+    class Own(MDTv2):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+            return super().forward(2 * x, t, y, **kwargs)
+
+    with pytest.raises(
+        UserError, match=r"^model: Own has a forward of its own, without the keyword x_masked"
+    ):
+        losses(made(Own))
+    model = made()
+    model.forward = lambda x, t, y: x
+    with pytest.raises(UserError, match=r"^model: MDTv2 has what stands in place of its forward, without"):
         losses(model)
 
 

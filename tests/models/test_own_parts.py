@@ -205,9 +205,9 @@ def test_a_subclass_has_its_own_forward_in_sampling_and_training() -> None:
     plain = type("Plain", (MDTv2,), {})  # with nothing of its own it is as fast
     assert torch.equal(passes(made(plain))[0], passes(made())[0])
     x, _, y = inputs()
-    with pytest.raises(UserError, match=r"model: a ZeroMDT has a forward of its own, .* give it that, too"):
+    with pytest.raises(UserError, match=r"model: ZeroMDT has a forward of its own, without"):
         diffusion.two_pass_losses(made(ZeroMDT), x, torch.zeros(4).long(), y)
-    with pytest.raises(UserError, match=r"model: a MixedMDT has a forward of its own"):
+    with pytest.raises(UserError, match=r"model: MixedMDT has a forward of its own"):
         diffusion.two_pass_losses(made(MixedMDT), x, torch.zeros(4).long(), y)
     assert diffusion.two_pass_losses(made(plain), x, torch.zeros(4).long(), y)["loss"].shape == (4,)
 

@@ -1,4 +1,4 @@
-"""Training loops of one's own on several processes, as the README has them: FSDP2, and DDP by two passes."""
+"""Training loops of one's own on several processes, as the README has them: FSDP2 and DDP."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -71,23 +71,27 @@ def on_two(rank: int) -> None:
     together(plain, slice(0, 4)).backward()
     mine = slice(2 * rank, 2 * rank + 2)
 
-    sharded, mesh = copy.deepcopy(plain), init_device_mesh("cpu", (2,))
-    sharded.zero_grad()
-    for block in sharded.every_block():
-        fully_shard(block, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    register_fsdp_forward_method(sharded, "training_step_outputs")
-    embed, skips = sharded.embed, []
-    sharded.embed = lambda *args: skips.append(embed(*args)) or skips[-1]
-    together(sharded, mine).backward()
-    # The embedded input is mixed in without being spelt out, with weights that are still shards then.
-    assert [type(skip) for _, skip in skips] == [Embedded, Embedded]
-    same_gradients(list(sharded.parameters()), list(plain.parameters()))
+    mesh = init_device_mesh("cpu", (2,))
+    for registered in (False, True):
+        sharded = copy.deepcopy(plain)
+        sharded.zero_grad()
+        for block in sharded.every_block():
+            fully_shard(block, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        if registered:
+            register_fsdp_forward_method(sharded, "training_step_outputs")
+        embed, skips = sharded.embed, []
+        sharded.embed = lambda *args, embed=embed, skips=skips: skips.append(embed(*args)) or skips[-1]
+        together(sharded, mine).backward()
+        # The embedded input is mixed in without being spelt out, with weights that are still shards then.
+        assert [type(skip) for _, skip in skips] == [Embedded, Embedded]
+        same_gradients(list(sharded.parameters()), list(plain.parameters()))
 
-    replicated = DistributedDataParallel(copy.deepcopy(plain))
-    replicated.zero_grad()
-    one_by_one(replicated, mine).backward()
-    same_gradients(list(replicated.module.parameters()), list(plain.parameters()))
+    for loss in (together, one_by_one):
+        replicated = DistributedDataParallel(copy.deepcopy(plain))
+        replicated.zero_grad()
+        loss(replicated, mine).backward()
+        same_gradients(list(replicated.module.parameters()), list(plain.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
