@@ -17,7 +17,7 @@ from mdt_fast.config import ModelConfig, Switches, TrainConfig
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.diffusion.loss import losses_from_output
 from mdt_fast.masking import MaskPlan
-from mdt_fast.sampling import GraphedModel
+from mdt_fast.models import GraphedModel
 from mdt_fast.training.objective import Draws
 from mdt_fast.training.optim import optimize
 from mdt_fast.training.passes import GraphedPasses, Passes

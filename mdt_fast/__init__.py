@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .optim import FusedAdan as FusedAdan
     from .pipelines import MDTPipeline as MDTPipeline
     from .presets import PRESETS as PRESETS
-    from .sampling import GraphedModel as GraphedModel
     from .sampling import inpaint as inpaint
     from .sampling import sample as sample
     from .training import TrainingStep as TrainingStep
@@ -43,7 +42,6 @@ _HOMES = {
     "ModelConfig": ".config",
     "PRESETS": ".presets",
     "RunConfig": ".config",
-    "GraphedModel": ".sampling",
     "inpaint": ".sampling",
     "load_run": ".training",
     "sample": ".sampling",

@@ -29,7 +29,8 @@ class Graphed:
     one: later captures may write over whatever else it allocates. What a call returns is written over by the
     next one. ``warmed_up`` is called before each capture: the function was called more often than was asked
     for. ``done`` is called after it, with the arguments' key. ``beside``: another, whose memory and stream
-    this one's graphs share, as they run one after the other and nobody keeps what they return.
+    this one's graphs share, as they run one after the other and nobody keeps what they return. ``warm_up``:
+    the calls before the first capture.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Graphed:
         warmed_up: Callable[[], None] = lambda: None,
         done: Callable[[Key], None] = lambda key: None,
         beside: "Graphed | None" = None,
+        warm_up: int = WARM_UP,
     ):
         self.function, self.device, self.warmed_up, self.done = function, device, warmed_up, done
+        self.warm_up = warm_up
         self.captured: dict[Key, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
         self.pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside.pool
         # Memory is taken again on the stream that it was taken on.
@@ -67,7 +70,7 @@ class Graphed:
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream), self._lending():
-                for _ in range(1 if self.captured else WARM_UP):
+                for _ in range(1 if self.captured else self.warm_up):
                     self.function(*inputs)
         finally:
             torch.cuda.current_stream().wait_stream(self.stream)

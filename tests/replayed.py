@@ -68,7 +68,7 @@ class Captured:
 
     captures: ClassVar[list[Any]] = []
 
-    def __init__(self, function: Any, device: torch.device, beside: Any = None):
+    def __init__(self, function: Any, device: torch.device, beside: Any = None, warm_up: int = WARM_UP):
         self.function, self.captured = function, {}
 
     def __call__(self, *args: Tensor) -> Tensor:

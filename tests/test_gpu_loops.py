@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdt_fast import FusedAdan, GraphedModel, TrainingStep, create_diffusion
 from mdt_fast.errors import UserError
+from mdt_fast.models import graphed
 from small_models import made
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +79,32 @@ def test_what_reads_numbers_on_the_host_is_said() -> None:
     step = TrainingStep(model.cuda().train(), create_diffusion())
     with pytest.raises(UserError, match="reads numbers on the host"):
         step(batch(0)[0], torch.randn(8, 8, device="cuda"))
+
+
+@pytest.mark.filterwarnings("error:sampling without CUDA graphs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_published_loops(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one launch a step, which they make of their own accord, and launched one by one."""
+    model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().eval()
+    diffusion, y = create_diffusion("12"), torch.tensor([1, 2, 10, 10], device="cuda")
+    replayed: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: replayed.append(1) or replay(self))
+    for loop, called, kwargs in (
+        (diffusion.p_sample_loop, model.forward_with_cfg, {"y": y, "cfg_scale": 3.8}),
+        (diffusion.ddim_sample_loop, model, {"y": y}),
+    ):
+        pictures, left = [], []
+        for long in (100, graphed.LONG):
+            monkeypatch.setattr(graphed, "LONG", long)
+            torch.manual_seed(0)
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32), torch.inference_mode():
+                pictures.append(loop(called, (4, 4, 8, 8), model_kwargs=kwargs, device="cuda"))
+            gc.collect()
+            left.append(torch.cuda.memory_allocated())
+        torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-3, atol=1e-3)
+        assert left[1] - left[0] < 2**26  # but for a library's workspace, what a loop takes goes with it
+    assert len(replayed) == 2 * (12 - graphed.PLAIN)
 
 
 def test_a_sampling_loop() -> None:

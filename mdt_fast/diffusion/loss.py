@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from .noise import NoiseSource, draw
 from .process import GaussianProcess, Model, widened
+from .sampler import in_a_loop
 
 
 def training_losses(
@@ -190,6 +191,7 @@ def calc_bpd_loop(
 
     Columns are in the order of evaluation, t = num_timesteps-1 down to 0; each draws its own noise.
     """
+    model = in_a_loop(model, diffusion.num_timesteps)
     columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
     for step in reversed(range(diffusion.num_timesteps)):
         t = torch.full(x_start.shape[:1], step, device=x_start.device)

@@ -114,9 +114,11 @@ def p_sample_loop_progressive(
 ) -> Iterator[dict[str, Tensor]]:
     """``p_sample`` from the last t down to 0, yielding each step's result. Arguments as ``p_sample_loop``."""
 
+    called = in_a_loop(model, diffusion.num_timesteps)
+
     def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
         return p_sample(
-            diffusion, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, generator=generator
+            diffusion, called, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, generator=generator
         )
 
     x = _initial_noise(model, shape, noise, device, generator)
@@ -140,7 +142,8 @@ def p_sample_loop(
     """Samples of ``shape`` [B, C, ...] by ancestral sampling.
 
     model: called as ``model(x, original t, **model_kwargs)``; a module, a bound method such as
-        ``module.forward_with_cfg`` or any function.
+        ``module.forward_with_cfg`` or any function. Of a model of this package each step is a CUDA graph on a
+        GPU (:func:`in_a_loop`).
     noise: x_T, of ``shape``; drawn if None.
     clip_denoised: clamp the predicted x_0 to [-1, 1]: right for pixels, wrong for latents.
     denoised_fn, cond_fn: hooks on the predicted x_0 (``p_mean_variance``) and on the mean (``p_sample``).
@@ -173,9 +176,11 @@ def ddim_sample_loop_progressive(
 ) -> Iterator[dict[str, Tensor]]:
     """``ddim_sample`` from the last t down to 0, yielding each step's result; see ``ddim_sample_loop``."""
 
+    called = in_a_loop(model, diffusion.num_timesteps)
+
     def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
         return ddim_sample(
-            diffusion, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta,
+            diffusion, called, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta,
             generator=generator,
         )  # fmt: skip
 
@@ -218,6 +223,14 @@ def _steps(step: Step, x: Tensor, num_timesteps: int, progress: bool) -> Iterato
             result = step(x, torch.full(x.shape[:1], index, device=x.device))
         yield result
         x = result["sample"]
+
+
+def in_a_loop(model: Model, calls: int) -> Model:
+    """``model`` as a loop calls it so many times: a module's class may have a method ``in_a_loop(model,
+    calls)``, which gives the module, or the method of it that ``model`` is, in a quicker form."""
+    owner = getattr(model, "__self__", model)
+    quicker = getattr(type(owner), "in_a_loop", None)
+    return model if quicker is None else quicker(owner, model, calls)
 
 
 def _initial_noise(

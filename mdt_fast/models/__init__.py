@@ -4,6 +4,7 @@ from .base import Transformer
 from .compiling import compile_for_training
 from .convert import from_reference, load_weights, read_weights, write_weights
 from .dit import DiT
+from .graphed import GraphedModel
 from .install import install, uninstall
 from .mdt import MDT, MDTv2
 from .resize import resize_weights
@@ -72,6 +73,7 @@ __all__ = [
     "DiT_XL_4",
     "DiT_XL_8",
     "DiT_models",
+    "GraphedModel",
     "MDTv2",
     "MDTv2_B_2",
     "MDTv2_L_2",

@@ -216,6 +216,14 @@ class Transformer(Pretrained):
         scale = power_cosine_scale(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
         return guide(cond, uncond, scale, channels=channels_to_guide(self.in_channels))
 
+    def in_a_loop(self, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+        """``method`` of this model, or the model, for a sampling loop that calls it so many times with
+        tensors of equal shapes: one launch each on a GPU (:class:`GraphedModel`), if nothing is around it.
+        """
+        from .graphed import in_a_loop
+
+        return in_a_loop(self, method, calls)
+
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync)."""
         S, weight = self.input_size, self.pos_embed

@@ -2,17 +2,24 @@
 
 import importlib
 import sys
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
+from ..diffusion.sampler import in_a_loop
 from ..errors import UserError
 from .dit import DiT
 from .mdt import MDT, MDTv2
 from .zoo import FACTORIES
 
 MODULE = "masked_diffusion.models"
+LOOPS = "p_sample_loop_progressive", "ddim_sample_loop_progressive"
 
 _replaced: dict[str, Any] = {}
+_loops: dict[str, Callable[..., Any]] = {}
 
 
 def install() -> None:
@@ -20,7 +27,8 @@ def install() -> None:
 
     Call it before the script's own imports (``python -c "import mdt_fast; mdt_fast.install(); ..."``) or
     after them: factories looked up in the module from then on are the fast ones. The official
-    ``models.py`` itself is not imported, so neither it nor timm needs to work. Raises ``UserError`` where
+    ``models.py`` itself is not imported, so neither it nor timm needs to work. The official sampling loops
+    call these models as this package's do: on a GPU a step's pass is one launch. Raises ``UserError`` where
     no package ``masked_diffusion`` can be imported. :func:`uninstall` undoes it.
     """
     try:
@@ -40,6 +48,19 @@ def install() -> None:
     module.__dict__.update({"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT, **FACTORIES})
     sys.modules[MODULE] = module
     vars(package)["models"] = module
+    process = getattr(getattr(package, "gaussian_diffusion", None), "GaussianDiffusion", None)
+    for name in LOOPS:
+        if hasattr(process, name) and name not in _loops:
+            _loops[name] = getattr(process, name)
+            setattr(process, name, _quicker(_loops[name]))
+
+
+def _quicker(loop: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(loop)
+    def called(diffusion: Any, model: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        return loop(diffusion, in_a_loop(model, diffusion.num_timesteps), *args, **kwargs)
+
+    return called
 
 
 def uninstall() -> None:
@@ -47,6 +68,8 @@ def uninstall() -> None:
     if not _replaced:
         return
     package = sys.modules.get("masked_diffusion", ModuleType("masked_diffusion"))
+    for name in [*_loops]:
+        setattr(package.gaussian_diffusion.GaussianDiffusion, name, _loops.pop(name))
     module, attribute = _replaced.pop("module"), _replaced.pop("attribute")
     if module is None:
         sys.modules.pop(MODULE, None)

@@ -3,13 +3,11 @@
 from .export import export_step, read_description, run_exported
 from .folder import SampleFolder, assembled_in
 from .generate import Sampler, check_sampling, sample, sampling_diffusion
-from .graphed import GraphedModel
 from .images import check_alone, check_writable, grid, png_names, save_picture, save_pngs, shown, to_uint8
 from .inpainting import Inpainter, check_inpainting, inpaint
 from .npz import adm_name, save_npz
 
 __all__ = [
-    "GraphedModel",
     "Inpainter",
     "SampleFolder",
     "Sampler",

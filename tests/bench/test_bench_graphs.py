@@ -10,9 +10,9 @@ import torch
 import providers
 import steps
 from inputs import load
+from mdt_fast.models import graphed
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.presets import PRESETS
-from mdt_fast.sampling import graphed
 from mdt_fast.training import passes
 from measure import peak_bytes
 from replayed import Captured, Replayed

@@ -277,6 +277,44 @@ def test_install_replaces_the_official_models(
             sys.modules.pop(name, None)
 
 
+LOOPS = """
+class GaussianDiffusion:
+    num_timesteps = 250
+    def p_sample_loop_progressive(self, model, shape, noise=None):
+        yield from (model for _ in shape)
+    def ddim_sample_loop_progressive(self, model, shape, noise=None):
+        yield from (model for _ in shape)
+"""
+
+
+def test_install_lets_the_official_loops_call_a_quicker_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "masked_diffusion"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import gaussian_diffusion")
+    (package / "gaussian_diffusion.py").write_text(LOOPS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = []
+    monkeypatch.setattr(MDTv2, "in_a_loop", lambda self, *given: asked.append(given) or "quicker")
+    model, another = MDTv2(**TINY), nn.Linear(2, 2)
+    install()
+    install()
+    try:
+        from masked_diffusion.gaussian_diffusion import GaussianDiffusion
+
+        diffusion = GaussianDiffusion()
+        assert list(diffusion.p_sample_loop_progressive(model.forward_with_cfg, [1], noise=0)) == ["quicker"]
+        assert list(diffusion.ddim_sample_loop_progressive(model, shape=[1, 2])) == ["quicker"] * 2
+        assert asked == [(model.forward_with_cfg, 250), (model, 250)]
+        assert list(diffusion.p_sample_loop_progressive(another, [1])) == [another]
+    finally:
+        uninstall()
+    assert list(diffusion.p_sample_loop_progressive(model, [1])) == [model]
+    for name in ("masked_diffusion.gaussian_diffusion", "masked_diffusion"):
+        sys.modules.pop(name, None)
+
+
 def test_install_without_the_official_package() -> None:
     with pytest.raises(UserError, match="masked_diffusion cannot be imported"):
         install()

@@ -1,22 +1,28 @@
-"""A model whose passes without gradients are CUDA graphs, for a sampling loop of one's own."""
+"""A model whose passes without gradients are CUDA graphs, in sampling loops: published ones and others."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import ismethod, signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import module as hooks_of_all
 
-from ..cuda_graphs import Graphed, Numbers, key_of
+from ..cuda_graphs import WARM_UP, Graphed, Numbers, key_of
 from ..errors import UserError
-from ..models.base import Transformer
+from .base import Transformer
 
 METHODS = "forward", "forward_with_cfg"
-OWN = "model", "numbers", "names", "graphs", "plain"
+OWN = "model", "numbers", "names", "graphs", "plain", "warm_up"
 MOST = 16
 """Captures; of what comes then the model is called as it is."""
+LONG = 10
+"""Steps of a loop that are worth a capture, which takes as long as two of them."""
+PLAIN = 2
+"""A loop's first steps, launched one by one: in them kernels are compiled."""
 
 
 class GraphedModel:
@@ -42,6 +48,7 @@ class GraphedModel:
         self.names = {name: _names(getattr(type(model), name)) for name in METHODS}
         self.graphs: dict[Any, Graphed] = {}
         self.plain = True
+        self.warm_up = WARM_UP
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As ``model(x, t, y)``."""
@@ -94,7 +101,7 @@ class GraphedModel:
         if graph is None:
             function = _of_tensors(call, [*tensors], rest, autocast)
             first = next(iter(self.graphs.values()), None)
-            graph = Graphed(function, inputs[0].device, beside=first)
+            graph = Graphed(function, inputs[0].device, beside=first, warm_up=self.warm_up)
         output = graph(*inputs).clone()
         self.graphs[key] = graph
         return output
@@ -124,16 +131,70 @@ class GraphedModel:
         return self.plain
 
 
+def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+    """``method``, ``model`` itself or one of its own, as a loop calls it so many times: on a GPU by graphs
+    from its third call on, where all of it is this package's. What one has put around layers (hooks, modules,
+    another forward, ``torch.compile``) is not for a graph to leave out."""
+    name = "forward" if method is model else getattr(method, "__name__", "")
+    if calls < LONG or not on_a_gpu(next(model.parameters())) or not _ours(model, method, name):
+        return method
+    return _InALoop(model, method, name)
+
+
+class _InALoop:
+    """A method of ``model`` from call to call. Where it cannot be captured, it is called as it is."""
+
+    def __init__(self, model: Transformer, method: Callable[..., Tensor], name: str):
+        self.method, self.quick, self.calls = method, GraphedModel(model), 0
+        self.quick.warm_up = 1
+        self.graphed: Callable[..., Tensor] = getattr(self.quick, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        if self.calls <= PLAIN:
+            return self.method(*args, **kwargs)
+        try:
+            return self.graphed(*args, **kwargs)
+        except (UserError, torch.OutOfMemoryError) as error:
+            reason = str(error).partition(chr(10))[0]
+        self.graphed = self.method
+        self.quick.graphs.clear()
+        output = self.method(*args, **kwargs)
+        warnings.warn(f"sampling without CUDA graphs, its steps launched one by one: {reason}", stacklevel=2)
+        return output
+
+
+def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
+    """Whether ``method`` and everything that it calls is this package's and PyTorch's, and nothing looks at
+    it: no subclass's method, no hooks, nothing compiled, no counter of operations, no other graph."""
+    if name not in METHODS or method not in (model, getattr(model, name)):
+        return False
+    called = [getattr(type(model), each) for each in (name, "forward")]
+    if not all(function.__module__.startswith(f"{__package__}.") for function in called):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
+        return False
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        return False
+    return all(map(_plain, model.modules()))
+
+
+def _plain(module: nn.Module) -> bool:
+    home, own = type(module).__module__.partition(".")[0], vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
+    return home in ("torch", "mdt_fast") and not hooks and not {"forward", "forward_with_cfg"} & own.keys()
+
+
 def on_a_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
 def _names(function: Callable[..., Any]) -> list[str]:
-    """Of a method's arguments, in their order; none where it takes whatever comes."""
+    """Of a method's arguments, in their order, but a training step's; none where it takes whatever comes."""
     _, *parameters = signature(function).parameters.values()
     if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
         return []
-    return [each.name for each in parameters]
+    return [each.name for each in parameters if each.name not in ("x_masked", "y_masked")]
 
 
 def _of_tensors(
