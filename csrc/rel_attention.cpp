@@ -308,7 +308,7 @@ void backward(const Call& call, const Heads& douts, const Gradients& gradients) 
           float *of_p = p + m * row, *of_ds = ds + m * row;
           call.bias.add(of_p, call.scale, b, h, first + m, N);
           exponentials(of_p, call.sums.at(of_q, h, first + m), N);
-          score_gradient(of_p, of_ds, dot(of_p, of_ds, N), N);
+          score_gradient(of_p, of_ds, N);
           if (T) call.bias.add_gradient_of(of_ds, &parts[piece * T], b, first + m, N);
           Format::keep_turned(p, m, count, N, row, of_scores[0]);
           Format::keep_turned(ds, m, count, N, row, of_scores[1]);

@@ -72,10 +72,14 @@ MDT_TARGETS inline void exponentials(float* x, float less, int64_t length) {
   for (int64_t i = 0; i < length; ++i) x[i] = exponential(x[i] - less);
 }
 
-// dp becomes ds.
-MDT_TARGETS inline void score_gradient(
-    const float* __restrict p, float* __restrict dp, float delta, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) dp[i] = p[i] * (dp[i] - delta);
+// dp becomes ds. All of a row's p share the rounding of the logarithm that they were made with. It is divided out: what
+// is to cancel in sums over ds, whose sum is 0, does not otherwise.
+MDT_TARGETS inline void score_gradient(float* __restrict p, float* __restrict dp, int64_t length) {
+  const float factor = 1.0f / sum(p, length), delta = dot(p, dp, length) * factor;
+  for (int64_t i = 0; i < length; ++i) {
+    p[i] *= factor;
+    dp[i] = p[i] * (dp[i] - delta);
+  }
 }
 
 // The bias of each score: the row of the table at its query's place and its key's, added, counted from the last one:

@@ -1,15 +1,29 @@
 """Reading ``tests/golden``: numbers of the official implementation (see ``tests/golden/README.md``)."""
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "golden"
+UPWARDS = {128: (12, 106)}
+"""Of so many frequencies of time embeddings those that the recording machine rounded to their neighbour."""
+
+
+def frequencies(number: int, max_period: float, device: torch.device) -> Tensor:
+    """Those of the machine that the numbers were recorded on. PyTorch's ``exp`` rounds some of them otherwise
+    on other kinds, which moves a float64 model's outputs by 1e-7: they are float32 there, too."""
+    places = torch.arange(number, dtype=torch.float32)
+    rounded = (-math.log(max_period) * places / number).double().exp().float()
+    for place in UPWARDS.get(number, ()):
+        rounded[place] = torch.nextafter(rounded[place], torch.tensor(1.0))
+    return rounded.to(device)
 
 
 @cache

@@ -37,12 +37,16 @@ def sincos_of_positions(hidden_size: int, positions: np.ndarray) -> np.ndarray:
 
 def timestep_embedding(t: Tensor, dim: int = FREQUENCIES, max_period: float = 10000.0) -> Tensor:
     """Sinusoid [B, dim] of timesteps [B] (fractions allowed), always computed in float32, cosines first."""
-    half = dim // 2
-    frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t[:, None].float() * frequencies
+    angles = t[:, None].float() * frequencies(dim // 2, max_period, t.device)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def frequencies(number: int, max_period: float, device: torch.device) -> Tensor:
+    """From 1 down to nearly 1 / ``max_period``, float32 [number]; the last bit is that of PyTorch's ``exp``,
+    which each kind of processor has its own."""
+    return torch.exp(
+        -math.log(max_period) * torch.arange(number, dtype=torch.float32, device=device) / number
+    )
 
 
 class PatchEmbed(nn.Module):

@@ -16,11 +16,12 @@ from mdt_fast.models.zoo import FACTORIES, make
 from mdt_fast.reference.embed import (
     LabelEmbedder,
     TimestepEmbedder,
+    frequencies,
     sincos_position_table,
     timestep_embedding,
 )
 from mdt_fast.reference.layers import Attention, RelativePositionBias, relative_position_index
-from tolerances import FLOAT32, relative_error
+from tolerances import FLOAT32, ONE_BIT, relative_error
 
 SPECS = json_file("state_dict_specs")["models"]
 
@@ -89,6 +90,14 @@ def test_golden_timestep_embedding() -> None:
     assert relative_error(embedder(g["t"]), g["t_embedder/out"]) < FLOAT32
 
 
+def test_frequencies_of_timesteps_are_exact_up_to_rounding() -> None:
+    places = torch.arange(128, dtype=torch.float32)
+    exact = (-math.log(10000) * places / 128).double().exp()
+    found = frequencies(128, 10000, places.device)
+    assert found.dtype == torch.float32
+    assert ((found.double() - exact).abs() <= ONE_BIT * exact).all()
+
+
 def test_golden_label_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     g = load("time_label")
     embedder = LabelEmbedder(10, 6, 0.1)
@@ -140,7 +149,7 @@ def test_every_factory_is_public() -> None:
 @pytest.mark.parametrize("implementation", [reference, models], ids=["reference", "fast"])
 @pytest.mark.parametrize("key", ["v2_small", "v1_small"])
 def test_golden_seeded_weights(implementation: object, key: str) -> None:
-    """The same seed gives the official initial weights: exact sums of every tensor."""
+    """The same seed gives the official initial weights, to the last bit, which is the processor's."""
     spec = json_file("init_stats")[key]
     torch.manual_seed(spec["torch_manual_seed"])
     model = getattr(implementation, "MDTv2" if key.startswith("v2") else "MDT")(**spec["config"])
@@ -148,10 +157,11 @@ def test_golden_seeded_weights(implementation: object, key: str) -> None:
     assert list(parameters) == list(spec["params"])
     for name, stats in spec["params"].items():
         value: Tensor = parameters[name].detach().double()
-        assert math.isclose(value.sum().item(), stats["sum"], rel_tol=1e-9, abs_tol=1e-9), name
-        assert math.isclose(value.abs().sum().item(), stats["abssum"], rel_tol=1e-9, abs_tol=1e-9), name
-        assert value.min().item() == stats["min"], name
-        assert value.max().item() == stats["max"], name
+        close = ONE_BIT * stats["abssum"]
+        assert math.isclose(value.sum().item(), stats["sum"], rel_tol=0, abs_tol=close), name
+        assert math.isclose(value.abs().sum().item(), stats["abssum"], rel_tol=ONE_BIT), name
+        assert math.isclose(value.min().item(), stats["min"], rel_tol=ONE_BIT), name
+        assert math.isclose(value.max().item(), stats["max"], rel_tol=ONE_BIT), name
 
 
 def test_golden_initial_spread_of_mdtv2_s() -> None:
