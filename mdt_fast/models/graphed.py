@@ -142,17 +142,24 @@ def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> 
 
 
 class _InALoop:
-    """A method of ``model`` from call to call. Where it cannot be captured, it is called as it is."""
+    """A method of ``model`` from call to call: as it is, and from the third on by graphs. Not where the GPU
+    is still at work on the second when the third comes, as it does not wait for launches there; nor where
+    nothing can be captured."""
 
     def __init__(self, model: Transformer, method: Callable[..., Tensor], name: str):
         self.method, self.quick, self.calls = method, GraphedModel(model), 0
         self.quick.warm_up = 1
         self.graphed: Callable[..., Tensor] = getattr(self.quick, name)
+        self.last: torch.cuda.Event
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
         if self.calls <= PLAIN:
-            return self.method(*args, **kwargs)
+            output = self.method(*args, **kwargs)
+            self.last = mark(output)
+            return output
+        if self.calls == PLAIN + 1 and not self.last.query():
+            self.graphed = self.method
         try:
             return self.graphed(*args, **kwargs)
         except (UserError, torch.OutOfMemoryError) as error:
@@ -183,6 +190,14 @@ def _plain(module: nn.Module) -> bool:
     home, own = type(module).__module__.partition(".")[0], vars(module)
     hooks = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
     return home in ("torch", "mdt_fast") and not hooks and not {"forward", "forward_with_cfg"} & own.keys()
+
+
+def mark(output: Tensor) -> torch.cuda.Event:
+    """An event behind what computes ``output``."""
+    with torch.cuda.device(output.device):
+        event = torch.cuda.Event()
+        event.record()
+    return event
 
 
 def on_a_gpu(tensor: Tensor) -> bool:

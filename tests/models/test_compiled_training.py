@@ -15,10 +15,16 @@ KINDS = 4
 """Of blocks: into the U, out of it, decoder, side block."""
 
 
-def model(**kwargs: Any) -> MDTv2:
+def model(depth: int = 4, **kwargs: Any) -> MDTv2:
     torch.manual_seed(0)
     made = MDTv2(
-        hidden_size=16, depth=4, num_heads=2, num_classes=10, mask_ratio=0.3, decode_layer=2, **kwargs
+        hidden_size=16,
+        depth=depth,
+        num_heads=2,
+        num_classes=10,
+        mask_ratio=0.3,
+        decode_layer=depth - 2,
+        **kwargs,
     )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -69,7 +75,7 @@ def test_all_lengths_of_passes_in_turn(scope: str, most: int) -> None:
 )
 def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str) -> None:
     torch._dynamo.reset()
-    eager, compiled = model(input_size=8), model(input_size=8)
+    eager, compiled = model(3, input_size=8), model(3, input_size=8)  # a block of each kind
     compiled.set_checkpointing(checkpointing)
     compile_for_training(compiled, scope)
     for len_keep in (11, 8):

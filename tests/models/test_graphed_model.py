@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from small_models import made
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "Graphed", Captured)
     monkeypatch.setattr(graphed, "on_a_gpu", lambda tensor: True)
+    monkeypatch.setattr(graphed, "mark", lambda output: SimpleNamespace(query=lambda: True))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Captured, "captures", [])
 
@@ -92,6 +93,15 @@ def test_loops_of_few_steps_are_not(model: nn.Module) -> None:
     for loop in loops("9").values():
         loop(model)
     assert not Captured.captures
+
+
+def test_loops_that_wait_for_the_gpu_are_not(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[Tensor] = []
+    busy = SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(graphed, "mark", lambda output: marks.append(output) or busy)
+    loops()["p"](model)
+    assert not Captured.captures
+    assert len(marks) == graphed.PLAIN
 
 
 class Own(nn.Module):
