@@ -1,6 +1,8 @@
 """Several processes of one test, which talk by gloo."""
 
 import gc
+import inspect
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import torch.multiprocessing as mp
 
 def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
     """``job(rank, *args)`` in each of ``world`` processes; raises what one of them raises."""
-    mp.spawn(on_rank, (world, str(tmp_path / "rendezvous"), job, args), nprocs=world)
+    where = inspect.getfile(job), job.__name__  # by its file: other projects install packages named `tests`
+    mp.spawn(on_rank, (world, str(tmp_path / "rendezvous"), where, args), nprocs=world)
 
 
-def on_rank(rank: int, world: int, rendezvous: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+def on_rank(rank: int, world: int, rendezvous: str, where: tuple[str, str], args: tuple[Any, ...]) -> None:
+    file, name = where
+    job = runpy.run_path(file)[name]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     job(rank, *args)

@@ -120,11 +120,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 def test_a_signal_ends_it_with_whole_shards(
     photos: Path, tiny_vae: Path, encoded: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    out = tmp_path / "latents"
-    process = start(photos, tiny_vae, out)
-    wait_for(out / "shard-00000.json", process)
-    process.send_signal(number)
-    code, text, err = finish(process)
+    for out in (tmp_path / "latents", tmp_path / "other latents"):
+        process = start(photos, tiny_vae, out)
+        wait_for(out / "shard-00000.json", process)
+        process.send_signal(number)
+        code, text, err = finish(process)
+        if code:  # on a busy machine the signal may come when all is written
+            break
     assert code == 128 + number, err
     last = text.splitlines()[-1]
     assert re.fullmatch(
