@@ -157,6 +157,19 @@ def test_loops_call_what_is_put_around_a_model(model: nn.Module, around: str) ->
     assert not Captured.captures
 
 
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_hook_that_comes_while_a_loop_runs_is_called(model: nn.Module, place: int) -> None:
+    diffusion, y, seen = create_diffusion("12"), torch.tensor([1, 2]), []
+    steps = diffusion.ddim_sample_loop_progressive(model, (2, 4, 8, 8), model_kwargs={"y": y}, device="cpu")
+    for index, _ in enumerate(steps):
+        if index == place:
+            handle = model.de_blocks[0].register_forward_hook(lambda *args: seen.append(1))
+        if index == place + 3:
+            handle.remove()
+    assert len(Captured.captures) == 1
+    assert len(seen) == 3
+
+
 def test_loops_show_every_operation_to_who_counts(model: nn.Module) -> None:
     counts = []
     for steps in ("10", "20"):
