@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .diffusion import create_diffusion as create_diffusion
     from .errors import UserError as UserError
     from .masking import MaskPlan as MaskPlan
+    from .masking import draw_len_keep as draw_len_keep
     from .models import *  # noqa: F403
     from .optim import FusedAdamW as FusedAdamW
     from .optim import FusedAdan as FusedAdan
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "create_diffusion": ".diffusion",
     "DataConfig": ".config",
+    "draw_len_keep": ".masking",
     "DiffusionConfig": ".config",
     "FusedAdamW": ".optim",
     "FusedAdan": ".optim",

@@ -174,10 +174,12 @@ def len_keeps(num_tokens: int, mask_ratio: float) -> range:
     return range(least, most + 1)
 
 
-def draw_len_keep(num_tokens: int, mask_ratio: float) -> int:
-    """MDTv2's number of kept tokens: one uniform draw for the whole batch (spec: float32, truncated).
+def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator | None = None) -> int:
+    """MDTv2's number of kept tokens: one uniform draw for the whole batch (float32, truncated).
 
-    With 256 tokens and ``mask_ratio`` 0.3 the result is 128..179.
+    With 256 tokens and ``mask_ratio`` 0.3 the result is 128..179. ``generator``: of the CPU; torch's default
+    one if None. Processes that share a batch draw alike with generators of one seed.
     """
-    ratio = torch.rand(1) * RATIO_RANGE + mask_ratio
+    drawn = torch.rand(1) if generator is None else torch.rand(1, generator=generator)
+    ratio = drawn * RATIO_RANGE + mask_ratio
     return int(num_tokens * (1 - ratio))

@@ -62,8 +62,9 @@ def two_pass_losses(
     ``model``: an MDT of this package, or what wraps one and calls its forward: ``DistributedDataParallel``,
     FSDP, accelerate, ``torch.compile``. It is called once, as ``model(x_full, t, y, x_masked=...)``; where
     its ``training_step_outputs`` is an attribute of its own (FSDP2's ``register_fsdp_forward_method``,
-    ``compile_for_training``), that is. ``UserError`` for other models, for a class whose own forward does not
-    take ``x_masked``, and for labels that are none.
+    ``compile_for_training``), that is. A class with a forward of its own has to name the keywords
+    ``x_masked``, ``y_masked`` and ``mask_plan``; when it is called, labels have been dropped. ``UserError``
+    for other models, and for labels that are none.
     """
     diffusion.check_timesteps(t, x_start)
     mdt = _unwrapped(model)
@@ -79,6 +80,9 @@ def two_pass_losses(
         outputs = mdt.training_step_outputs(x_full, x_masked, times, y_full, y_masked, plan)
     else:
         outputs = model(x_full, times, y_full, mask_plan=plan, x_masked=x_masked, y_masked=y_masked)
+    if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise UserError(f"model: expected both passes' outputs where x_masked is given, got {got}")
     full, masked = (
         losses_from_output(diffusion, diffusion.checked(output, x), x_start, x, t, n)
         for output, x, n in zip(outputs, (x_full, x_masked), (noise, noise_masked), strict=True)
@@ -91,21 +95,23 @@ def _unwrapped(model: Any) -> Any:
     inner = getattr(model, "_orig_mod", model)
     while not hasattr(inner, "training_step_outputs"):
         if not hasattr(inner, "module"):
+            within = "" if inner is model else f" (in a {type(model).__name__})"
             raise UserError(
-                f"model: a {type(model).__name__} has no training_step_outputs; only MDT and MDTv2 have a "
-                "masked pass; for others there is training_losses"
+                f"model: a {type(inner).__name__}{within} has no training_step_outputs; only MDT and MDTv2 "
+                "have a masked pass; for others there is training_losses"
             )
         inner = getattr(inner.module, "_orig_mod", inner.module)
     return inner
 
 
 def _check_two_passes(model: Any, mdt: Any, x_start: Tensor, y: Any) -> None:
-    forward = inspect.signature(mdt.forward).parameters
-    if "training_step_outputs" not in vars(mdt) and "x_masked" not in forward:
+    named = inspect.signature(mdt.forward).parameters
+    lacking = [name for name in ("x_masked", "y_masked", "mask_plan") if name not in named]
+    if lacking and "training_step_outputs" not in vars(mdt):
         whose = "what stands in place of its forward" if "forward" in vars(mdt) else "a forward of its own"
         raise UserError(
-            f"model: {type(mdt).__name__} has {whose}, without the keyword x_masked; give it that, and "
-            "both outputs where it comes, or take training_losses twice"
+            f"model: {type(mdt).__name__} has {whose}, without the keyword {' or '.join(lacking)}; give it "
+            "x_masked, y_masked and mask_plan, with both outputs there, or take training_losses twice"
         )
     labels = getattr(mdt, "takes_labels", True)
     if not isinstance(y, Tensor) or y.shape[: None if labels else 1] != x_start.shape[:1]:

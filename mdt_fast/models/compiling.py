@@ -22,10 +22,14 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
     blocks share one compilation; what FSDP needs). ``options`` are those of ``torch.compile``; graphs are
     always full. The number of kept tokens is dynamic: no length compiles anew. Call it after
     ``set_switches``, ``set_checkpointing`` and ``set_attention_backend``, and after ``to``.
-    Raises ``UserError`` for another scope.
+    Raises ``UserError`` for another scope, and for what wraps a model.
     """
     if scope not in SCOPES:
         raise UserError(f"scope: got {scope!r}, allowed are {', '.join(SCOPES)}")
+    if not isinstance(model, Transformer):
+        raise UserError(
+            f"model: got a {type(model).__name__}, allowed are this package's models; compile before wrapping"
+        )
     options = {"fullgraph": True} | options
     # All blocks share one cache: encoder, decoder and side block, with gradients and without, each counts.
     config = torch._dynamo.config

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import Family, ModelConfig
 from ..errors import UserError
@@ -118,10 +119,26 @@ def full_disk_named(path: Path) -> Iterator[None]:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
     """``model.load_state_dict(state, strict=True)``, or one line that says which keys or shapes differ.
 
-    The model is left as it was if anything differs.
+    What wraps the model (``DistributedDataParallel``, ``torch.compile``) may be given in its place. The model
+    is left as it was if anything differs. Raises ``UserError``, also for a model that FSDP2 shards.
     """
+    inner = model
+    while state.keys() != inner.state_dict().keys() and (wrapped := _wrapped(inner)) is not None:
+        inner = wrapped
+    model = inner if state.keys() == inner.state_dict().keys() else model
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UserError(
+            "model: is sharded by FSDP2; load its weights before, or by "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict"
+        )
     check_weights(model.state_dict(), state, source)
     model.load_state_dict(dict(state), strict=True)
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What torch.compile or a parallel wrapper has inside."""
+    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return model._modules.get("module" if parallel else "_orig_mod")
 
 
 def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

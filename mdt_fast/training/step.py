@@ -48,7 +48,9 @@ class TrainingStep:
         cuda_graphs: bool | None = None,
     ):
         if not isinstance(model, Transformer):
-            raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
+            inside = getattr(model, "module", getattr(model, "_orig_mod", None))
+            advice = "; two_pass_losses takes what wraps one" if isinstance(inside, Transformer) else ""
+            raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models{advice}")
         if not isinstance(diffusion, GaussianDiffusion):
             raise UserError(f"diffusion: got a {type(diffusion).__name__}, expected create_diffusion's")
         self.settings = TrainConfig(dtype=dtype, passes=passes, accumulate=accumulate)

@@ -49,7 +49,7 @@ def test_two_passes_of_what_has_none() -> None:
     assert diffusion.two_pass_losses(mdt, x, t, y)["m_loss"].shape == (2,)
     with pytest.raises(UserError, match=r"model: a DiT has no training_step_outputs; only MDT and MDTv2"):
         diffusion.two_pass_losses(DiT(**shape, num_classes=3), x, t, y)
-    with pytest.raises(UserError, match=r"model: a DataParallel has no training_step_outputs; only MDT"):
+    with pytest.raises(UserError, match=r"model: a DiT \(in a DataParallel\) has no training_step_out"):
         diffusion.two_pass_losses(torch.nn.DataParallel(DiT(**shape, num_classes=3)), x, t, y)
     for labels, got in (({"y": y}, "a dict"), (y[:1], r"\[1\]"), (y[:, None], r"\[2, 1\]")):
         with pytest.raises(UserError, match=rf"y: expected the labels \[2\] themselves, got {got}"):

@@ -277,6 +277,19 @@ def test_install_replaces_the_official_models(
             sys.modules.pop(name, None)
 
 
+def test_weights_go_into_what_wraps_a_model() -> None:
+    source = randomised(MDTv2(**TINY))
+    for wrap in (torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))):
+        model = MDTv2(**TINY)
+        wrapped = wrap(model)
+        load_weights(wrapped, source.state_dict())
+        assert torch.equal(model.final_layer.linear.weight, source.final_layer.linear.weight)
+        load_weights(wrapped, {key: 2 * value for key, value in wrapped.state_dict().items()})
+        assert torch.equal(model.final_layer.linear.weight, 2 * source.final_layer.linear.weight)
+        with pytest.raises(UserError, match="weights of another model"):
+            load_weights(wrapped, {})
+
+
 LOOPS = """
 class GaussianDiffusion:
     num_timesteps = 250

@@ -323,6 +323,22 @@ def test_a_forward_that_two_passes_would_not_fit_is_refused() -> None:
         UserError, match=r"^model: Own has a forward of its own, without the keyword x_masked"
     ):
         losses(made(Own))
+
+    class Half(MDTv2):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor, *, x_masked: Any = None) -> Tensor:
+            return super().forward(x, t, y)
+
+    with pytest.raises(UserError, match=r"without the keyword y_masked or mask_plan; give it x_masked"):
+        losses(made(Half))
+
+    class One(MDTv2):
+        def forward(
+            self, x: Tensor, t: Tensor, y: Tensor, x_masked: Any, y_masked: Any, mask_plan: Any
+        ) -> Any:
+            return super().forward(x, t, y)
+
+    with pytest.raises(UserError, match=r"^model: expected both passes' outputs .*, got \[4, 8, 8, 8\]"):
+        losses(made(One))
     model = made()
     model.forward = lambda x, t, y: x
     with pytest.raises(UserError, match=r"^model: MDTv2 has what stands in place of its forward, without"):

@@ -1,14 +1,17 @@
 """The documents: what they tell a user to type works, links lead somewhere, places to fill in are there."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mdt_fast import MDTv2, cli, write_weights
+from mdt_fast import MDTv2, cli, read_weights, write_weights
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")])
@@ -79,6 +82,25 @@ def test_python_of_own_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names["result"].steps == 3
     assert names["full"].shape == (4, 16, 64)
     assert names["kept"].shape == (4, names["K"], 64)
+
+
+@pytest.mark.slow
+def test_the_script_of_own_loop_runs_on_two_processes(tmp_path: Path) -> None:
+    script, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text(), re.DOTALL)
+    small = "".join(f"{key}={value}, " for key, value in SMALL.items())
+    changes = {"import FusedAdan, MaskPlan, MDTv2_S_2": "import FusedAdan, MaskPlan, MDTv2"}
+    changes |= {"MDTv2_S_2(": f"MDTv2({small}", "decode_layer=6": "decode_layer=4"}
+    (tmp_path / "train.py").write_text(
+        changed(script, changes) + "print(rank, kept, sum(p.sum().item() for p in model.parameters()))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, "train.py"], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (line.split() for line in sorted(done.stdout.splitlines()))
+    assert [one[0], other[0]] == ["0", "1"]
+    assert one[1:] == other[1:]  # as many kept, and the same weights
+    assert read_weights(tmp_path / "ema.safetensors")
 
 
 def changed(code: str, changes: dict[str, str]) -> str:

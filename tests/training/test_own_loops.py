@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mdt_fast import MaskPlan, MDTv2, create_diffusion
+from mdt_fast import MaskPlan, MDTv2, UserError, create_diffusion, load_weights
 from mdt_fast.models.blocks import Embedded
 from ranks import spawn
 from tolerances import FLOAT32
@@ -82,6 +82,8 @@ def on_two(rank: int) -> None:
             register_fsdp_forward_method(sharded, "training_step_outputs")
         embed, skips = sharded.embed, []
         sharded.embed = lambda *args, embed=embed, skips=skips: skips.append(embed(*args)) or skips[-1]
+        with pytest.raises(UserError, match="model: is sharded by FSDP2; load its weights before, or by"):
+            load_weights(sharded, plain.state_dict())
         together(sharded, mine).backward()
         # The embedded input is mixed in without being spelt out, with weights that are still shards then.
         assert [type(skip) for _, skip in skips] == [Embedded, Embedded]

@@ -343,6 +343,8 @@ def test_refusals() -> None:
     model, (x, y) = made("mdtv2", torch.float32, mask_ratio=0.3), batch()
     with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
         TrainingStep(nn.Linear(2, 2), DIFFUSION)
+    with pytest.raises(UserError, match=r"got a DataParallel, .*; two_pass_losses takes what wraps one"):
+        TrainingStep(nn.DataParallel(model), DIFFUSION)
     with pytest.raises(
         UserError, match="cuda_graphs: for a CUDA device without shards, got a model on 'cpu'"
     ):
