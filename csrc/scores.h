@@ -72,14 +72,11 @@ MDT_TARGETS inline void exponentials(float* x, float less, int64_t length) {
   for (int64_t i = 0; i < length; ++i) x[i] = exponential(x[i] - less);
 }
 
-// dp becomes ds. All of a row's p share the rounding of the logarithm that they were made with. It is divided out: what
-// is to cancel in sums over ds, whose sum is 0, does not otherwise.
-MDT_TARGETS inline void score_gradient(float* __restrict p, float* __restrict dp, int64_t length) {
-  const float factor = 1.0f / sum(p, length), delta = dot(p, dp, length) * factor;
-  for (int64_t i = 0; i < length; ++i) {
-    p[i] *= factor;
-    dp[i] = p[i] * (dp[i] - delta);
-  }
+// dp becomes ds. All of a row's p share the rounding of the logarithm that they were made with: their sum is not 1. The
+// sum of ds is 0 only if that is divided out, and what is to cancel in sums over ds does not otherwise.
+MDT_TARGETS inline void score_gradient(const float* __restrict p, float* __restrict dp, int64_t length) {
+  const float delta = dot(p, dp, length) / sum(p, length);
+  for (int64_t i = 0; i < length; ++i) dp[i] = p[i] * (dp[i] - delta);
 }
 
 // The bias of each score: the row of the table at its query's place and its key's, added, counted from the last one:

@@ -1,12 +1,15 @@
 """A stand-in for CUDA graphs on a CPU."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
 from mdt_fast.cuda_graphs import Key, key_of
+from mdt_fast.models import graphed
 
 WARM_UP = 3
 
@@ -82,3 +85,12 @@ class Captured:
         for own, given in zip(inputs, args, strict=True):
             own.copy_(given.detach())
         return output.copy_(self.function(*inputs))
+
+
+def graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of models are ``Captured``, as if they were on a GPU that waits for launches."""
+    monkeypatch.setattr(graphed, "Graphed", Captured)
+    monkeypatch.setattr(graphed, "on_a_gpu", lambda tensor: True)
+    monkeypatch.setattr(graphed, "mark", lambda output: SimpleNamespace(query=lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(Captured, "captures", [])

@@ -17,6 +17,8 @@ from .noise import NoiseSource, draw
 from .process import GaussianProcess, Model, widened
 from .sampler import in_a_loop
 
+STEP = "training_step_outputs"
+
 
 def training_losses(
     diffusion: GaussianProcess,
@@ -76,7 +78,7 @@ def two_pass_losses(
     x_full, x_masked = (diffusion.q_sample(x_start, t, n) for n in (noise, noise_masked))
     times = diffusion.original_timesteps(t)
     plan = mdt.draw_plan(len(t), x_start.device) if mask_plan is None else mask_plan
-    if model is mdt and "training_step_outputs" in vars(mdt):
+    if model is mdt and STEP in vars(mdt):
         outputs = mdt.training_step_outputs(x_full, x_masked, times, y_full, y_masked, plan)
     else:
         outputs = model(x_full, times, y_full, mask_plan=plan, x_masked=x_masked, y_masked=y_masked)
@@ -93,12 +95,14 @@ def two_pass_losses(
 def _unwrapped(model: Any) -> Any:
     """The MDT in ``model``, by the names under which wrappers keep it."""
     inner = getattr(model, "_orig_mod", model)
-    while not hasattr(inner, "training_step_outputs"):
+    while not (
+        hasattr(type(inner), STEP) or STEP in vars(inner)
+    ):  # wrappers may hand on what is asked of them
         if not hasattr(inner, "module"):
             within = "" if inner is model else f" (in a {type(model).__name__})"
             raise UserError(
-                f"model: a {type(inner).__name__}{within} has no training_step_outputs; only MDT and MDTv2 "
-                "have a masked pass; for others there is training_losses"
+                f"model: a {type(inner).__name__}{within} has no {STEP}; only MDT and MDTv2 have a masked "
+                "pass (within others the one that is their .module); for others there is training_losses"
             )
         inner = getattr(inner.module, "_orig_mod", inner.module)
     return inner
@@ -107,7 +111,7 @@ def _unwrapped(model: Any) -> Any:
 def _check_two_passes(model: Any, mdt: Any, x_start: Tensor, y: Any) -> None:
     named = inspect.signature(mdt.forward).parameters
     lacking = [name for name in ("x_masked", "y_masked", "mask_plan") if name not in named]
-    if lacking and "training_step_outputs" not in vars(mdt):
+    if lacking and STEP not in vars(mdt):
         whose = "what stands in place of its forward" if "forward" in vars(mdt) else "a forward of its own"
         raise UserError(
             f"model: {type(mdt).__name__} has {whose}, without the keyword {' or '.join(lacking)}; give it "

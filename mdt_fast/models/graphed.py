@@ -1,7 +1,7 @@
 """A model whose passes without gradients are CUDA graphs, in sampling loops: published ones and others."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import wraps
 from inspect import ismethod, signature
 from typing import Any
@@ -88,7 +88,8 @@ class GraphedModel:
 
     def _run(self, call: Callable[..., Tensor], name: str, args: Any, kwargs: Any) -> Tensor:
         given = self._given(self.names[name], args, kwargs)
-        if given is None or not self._goes(list(given.values())):
+        masked = given is not None and given.get("enable_mask", False) is not False
+        if given is None or masked or not self._goes(list(given.values())):
             return call(*args, **kwargs)
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
@@ -144,34 +145,54 @@ def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> 
 class _InALoop:
     """A method of ``model`` from call to call: as it is, and from the third on by graphs. Not where the GPU
     is still at work on the second when the third comes, as it does not wait for launches there; nor where
-    nothing can be captured."""
+    nothing can be captured, nor from where on something is put around a layer or takes a layer's place."""
 
     def __init__(self, model: Transformer, method: Callable[..., Tensor], name: str):
-        self.method, self.quick, self.calls = method, GraphedModel(model), 0
+        self.model, self.method, self.name, self.calls = model, method, name, 0
+        self.quick: GraphedModel | None = GraphedModel(model)
         self.quick.warm_up = 1
-        self.graphed: Callable[..., Tensor] = getattr(self.quick, name)
         self.last: torch.cuda.Event
-        self.hooks = [each for m in model.modules() for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self.modules = [*model.modules()]
+        self.tables: list[Sized] = [
+            *(vars(module) for module in self.modules),
+            *(each for m in self.modules for each in (m._forward_hooks, m._forward_pre_hooks)),
+            hooks_of_all._global_forward_hooks,
+            hooks_of_all._global_forward_pre_hooks,
+        ]
+        self.captured_of: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if any(self.hooks):  # since the loop began
-            return self.method(*args, **kwargs)
         self.calls += 1
         if self.calls <= PLAIN:
             output = self.method(*args, **kwargs)
             self.last = mark(output)
             return output
-        if self.calls == PLAIN + 1 and not self.last.query():
-            self.graphed = self.method
+        if self.calls == PLAIN + 1:
+            self.captured_of = self._parts()
+            if not self.last.query() or not _ours(self.model, self.method, self.name):
+                self.quick = None
+        elif self.quick is not None and self.captured_of != self._parts():
+            self.quick = None
+        if self.quick is None:
+            return self.method(*args, **kwargs)
         try:
-            return self.graphed(*args, **kwargs)
+            graphed: Callable[..., Tensor] = getattr(self.quick, self.name)
+            return graphed(*args, **kwargs)
         except (UserError, torch.OutOfMemoryError) as error:
             reason = str(error).partition(chr(10))[0]
-        self.graphed = self.method
-        self.quick.graphs.clear()
+        self.quick = None
         output = self.method(*args, **kwargs)
         warnings.warn(f"sampling without CUDA graphs, its steps launched one by one: {reason}", stacklevel=2)
         return output
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def _parts(self) -> tuple[Any, ...]:
+        """What a hook, another method of a layer or another layer changes."""
+        return sum(map(len, self.tables)), [each for m in self.modules for each in m._modules.values()]
 
 
 def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
@@ -190,9 +211,9 @@ def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    home, own = type(module).__module__.partition(".")[0], vars(module)
+    home = type(module).__module__.partition(".")[0]
     hooks = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
-    return home in ("torch", "mdt_fast") and not hooks and not {"forward", "forward_with_cfg"} & own.keys()
+    return home in ("torch", "mdt_fast") and not hooks and not any(map(callable, vars(module).values()))
 
 
 def mark(output: Tensor) -> torch.cuda.Event:

@@ -19,7 +19,8 @@ MODULE = "masked_diffusion.models"
 LOOPS = "p_sample_loop_progressive", "ddim_sample_loop_progressive"
 
 _replaced: dict[str, Any] = {}
-_loops: dict[str, Callable[..., Any]] = {}
+_loops: dict[str, tuple[type, Callable[..., Any]]] = {}
+"""Of the official process's class: what its loops were."""
 
 
 def install() -> None:
@@ -48,11 +49,20 @@ def install() -> None:
     module.__dict__.update({"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT, **FACTORIES})
     sys.modules[MODULE] = module
     vars(package)["models"] = module
-    process = getattr(getattr(package, "gaussian_diffusion", None), "GaussianDiffusion", None)
+    process = _process()
     for name in LOOPS:
-        if hasattr(process, name) and name not in _loops:
-            _loops[name] = getattr(process, name)
-            setattr(process, name, _quicker(_loops[name]))
+        if hasattr(process, name) and _loops.get(name, (None,))[0] is not process:
+            _loops[name] = process, getattr(process, name)
+            setattr(process, name, _quicker(getattr(process, name)))
+
+
+def _process() -> Any:
+    try:
+        return getattr(
+            importlib.import_module("masked_diffusion.gaussian_diffusion"), "GaussianDiffusion", None
+        )
+    except ImportError:
+        return None
 
 
 def _quicker(loop: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +78,9 @@ def uninstall() -> None:
     if not _replaced:
         return
     package = sys.modules.get("masked_diffusion", ModuleType("masked_diffusion"))
-    for name in [*_loops]:
-        setattr(package.gaussian_diffusion.GaussianDiffusion, name, _loops.pop(name))
+    for name, (process, loop) in _loops.items():
+        setattr(process, name, loop)
+    _loops.clear()
     module, attribute = _replaced.pop("module"), _replaced.pop("attribute")
     if module is None:
         sys.modules.pop(MODULE, None)

@@ -50,7 +50,10 @@ class MaskedTransformer(Transformer):
         :meth:`training_step_outputs`. Raises ``UserError`` for inputs that do not fit.
         """
         if x_masked is not None:
+            y_masked = y if y_masked is None and not drop_labels else y_masked
             return self.training_step_outputs(x, x_masked, t, y, y_masked, mask_plan)
+        if y_masked is not None:
+            raise UserError("y_masked: goes with x_masked, which is not given")
         self.check_inputs(x, t, y)
         c = self.condition(t, y, drop=self.training and drop_labels)
         return self.one_pass(x, c, self.plan(x, enable_mask, mask_plan))

@@ -305,7 +305,7 @@ def test_install_lets_the_official_loops_call_a_quicker_model(
 ) -> None:
     package = tmp_path / "masked_diffusion"
     package.mkdir()
-    (package / "__init__.py").write_text("from . import gaussian_diffusion")
+    (package / "__init__.py").write_text("")
     (package / "gaussian_diffusion.py").write_text(LOOPS)
     monkeypatch.syspath_prepend(str(tmp_path))
     asked = []
@@ -324,6 +324,17 @@ def test_install_lets_the_official_loops_call_a_quicker_model(
     finally:
         uninstall()
     assert list(diffusion.p_sample_loop_progressive(model, [1])) == [model]
+    install()
+    for name in ("masked_diffusion.gaussian_diffusion", "masked_diffusion"):
+        sys.modules.pop(name, None)
+    install()  # of a package that was imported anew
+    from masked_diffusion.gaussian_diffusion import GaussianDiffusion as Another
+
+    assert list(Another().p_sample_loop_progressive(model, [1])) == ["quicker"]
+    for name in ("masked_diffusion.gaussian_diffusion", "masked_diffusion"):
+        sys.modules.pop(name, None)
+    uninstall()
+    assert list(Another().p_sample_loop_progressive(model, [1])) == [model]
     for name in ("masked_diffusion.gaussian_diffusion", "masked_diffusion"):
         sys.modules.pop(name, None)
 

@@ -312,6 +312,45 @@ def test_what_wraps_a_model_sees_the_step() -> None:
     calls = _calls(by_hand)
     losses(by_hand)
     assert not calls
+    losses(torch.nn.DataParallel(by_hand))  # what is wrapped is called by its wrapper
+    assert calls == [both]
+    by_hand.forward = lambda x, t, y: x
+    losses(by_hand)
+
+
+class HandsOn(nn.Module):
+    """As FSDP1 and DeepSpeed's engine do."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def test_a_wrapper_that_hands_attributes_on() -> None:
+    model = made().train()
+    expected, calls = losses(model), _calls(model)
+    assert all(torch.equal(value, expected[name]) for name, value in losses(HandsOn(model)).items())
+    assert calls == [{"x_masked", "y_masked", "mask_plan"}]
+
+
+def test_labels_of_both_passes_by_forward() -> None:
+    model = made(class_dropout_prob=0.9).train()
+    plan = model.draw_plan(4, LATENTS.device)
+    given = LATENTS, TIMES, LABELS
+    full, masked = model(*given, x_masked=LATENTS, mask_plan=plan, drop_labels=False)
+    assert relative_error(full, model(*given, drop_labels=False)) < FLOAT32
+    assert relative_error(masked, model(*given, mask_plan=plan, drop_labels=False)) < FLOAT32
+    with pytest.raises(UserError, match="y_masked: goes with x_masked"):
+        model(*given, y_masked=LABELS)
 
 
 def test_a_forward_that_two_passes_would_not_fit_is_refused() -> None:
