@@ -70,7 +70,7 @@ def two_pass_losses(
     """
     diffusion.check_timesteps(t, x_start)
     mdt = _unwrapped(model)
-    _check_two_passes(model, mdt, x_start, y)
+    _check_two_passes(mdt, x_start, y)
     drop = mdt.drop_labels if y_masked is None else _as_it_is
     noise, y_full = draw(None, x_start) if noise is None else noise, drop(y)
     noise_masked = draw(None, x_start) if noise_masked is None else noise_masked
@@ -93,11 +93,10 @@ def two_pass_losses(
 
 
 def _unwrapped(model: Any) -> Any:
-    """The MDT in ``model``, by the names under which wrappers keep it."""
+    """The MDT in ``model``, by the names under which wrappers keep it. Some hand on all that they are asked
+    for, so it is the class that tells."""
     inner = getattr(model, "_orig_mod", model)
-    while not (
-        hasattr(type(inner), STEP) or STEP in vars(inner)
-    ):  # wrappers may hand on what is asked of them
+    while not hasattr(type(inner), STEP) and STEP not in getattr(inner, "__dict__", ()):
         if not hasattr(inner, "module"):
             within = "" if inner is model else f" (in a {type(model).__name__})"
             raise UserError(
@@ -108,7 +107,7 @@ def _unwrapped(model: Any) -> Any:
     return inner
 
 
-def _check_two_passes(model: Any, mdt: Any, x_start: Tensor, y: Any) -> None:
+def _check_two_passes(mdt: Any, x_start: Tensor, y: Any) -> None:
     named = inspect.signature(mdt.forward).parameters
     lacking = [name for name in ("x_masked", "y_masked", "mask_plan") if name not in named]
     if lacking and STEP not in vars(mdt):

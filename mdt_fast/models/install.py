@@ -57,12 +57,12 @@ def install() -> None:
 
 
 def _process() -> Any:
+    """The class of the official sampling loops, or None."""
     try:
-        return getattr(
-            importlib.import_module("masked_diffusion.gaussian_diffusion"), "GaussianDiffusion", None
-        )
+        module = importlib.import_module("masked_diffusion.gaussian_diffusion")
     except ImportError:
         return None
+    return getattr(module, "GaussianDiffusion", None)
 
 
 def _quicker(loop: Callable[..., Any]) -> Callable[..., Any]:
