@@ -149,19 +149,23 @@ def test_every_factory_is_public() -> None:
 @pytest.mark.parametrize("implementation", [reference, models], ids=["reference", "fast"])
 @pytest.mark.parametrize("key", ["v2_small", "v1_small"])
 def test_golden_seeded_weights(implementation: object, key: str) -> None:
-    """The same seed gives the official initial weights, to the last bit, which is the processor's."""
+    """The same seed gives the official initial weights: exact sums of every tensor, but for those that are
+    drawn by ``erfinv``, whose last bit is the processor's; all are where PyTorch has no vectors of x86."""
     spec = json_file("init_stats")[key]
     torch.manual_seed(spec["torch_manual_seed"])
     model = getattr(implementation, "MDTv2" if key.startswith("v2") else "MDT")(**spec["config"])
     parameters = dict(model.named_parameters())
     assert list(parameters) == list(spec["params"])
+    vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     for name, stats in spec["params"].items():
         value: Tensor = parameters[name].detach().double()
-        close = ONE_BIT * stats["abssum"]
-        assert math.isclose(value.sum().item(), stats["sum"], rel_tol=0, abs_tol=close), name
-        assert math.isclose(value.abs().sum().item(), stats["abssum"], rel_tol=ONE_BIT), name
-        assert math.isclose(value.min().item(), stats["min"], rel_tol=ONE_BIT), name
-        assert math.isclose(value.max().item(), stats["max"], rel_tol=ONE_BIT), name
+        by_erfinv = name.endswith("relative_position_bias_table")
+        bit = ONE_BIT if by_erfinv or not vectors else 0.0
+        close = max(1e-9, bit * stats["abssum"])
+        assert math.isclose(value.sum().item(), stats["sum"], rel_tol=1e-9, abs_tol=close), name
+        assert math.isclose(value.abs().sum().item(), stats["abssum"], rel_tol=1e-9, abs_tol=close), name
+        assert math.isclose(value.min().item(), stats["min"], rel_tol=bit), name
+        assert math.isclose(value.max().item(), stats["max"], rel_tol=bit), name
 
 
 def test_golden_initial_spread_of_mdtv2_s() -> None:
