@@ -1,6 +1,5 @@
 """Several processes of one test, which talk by gloo."""
 
-import gc
 import inspect
 import runpy
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from mdt_fast.training.distributed import let_go
 
 
 def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
@@ -25,5 +26,5 @@ def on_rank(rank: int, world: int, rendezvous: str, where: tuple[str, str], args
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     job(rank, *args)
     dist.barrier()
-    gc.collect()  # meshes and FSDP's states hold groups in cycles, whose threads must end before the process
+    let_go()
     dist.destroy_process_group()

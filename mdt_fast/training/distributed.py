@@ -5,13 +5,14 @@ Two process groups: the default one moves parameters and gradients (NCCL on CUDA
 device nor another process is waited for in a step but for the control message of the step before.
 """
 
-import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,8 +133,29 @@ def joined(device: torch.device) -> Iterator[World]:
     yield world
     world.settle()
     world.barrier()
-    gc.collect()  # what holds groups in cycles has threads, which must end before the process does
+    let_go()
     dist.destroy_process_group()
+
+
+def let_go(patience: float = 10.0) -> None:
+    """Waits, ``patience`` seconds at most, until gloo's threads hold no tensors of finished collectives.
+
+    A collective is over for its caller before the thread that ran it drops its tensors, which takes the
+    interpreter's lock; asking for it while the interpreter shuts down ends in an abort, and with the process
+    group such a thread outlives :func:`torch.distributed.destroy_process_group`. Linux tells who is at work.
+    """
+    until, idle = time.monotonic() + patience, 0
+    while idle < 2 and time.monotonic() < until:
+        time.sleep(0.001)  # one that waited for the lock as it was looked at, has it at the second look
+        idle = 0 if any(_runs(task) for task in Path("/proc/self/task").glob("*")) else idle + 1
+
+
+def _runs(task: Path) -> bool:
+    """Whether it is one of gloo's threads and runs, or would if it had a processor."""
+    with suppress(OSError):  # it ended meanwhile
+        name, _, state = task.joinpath("stat").read_text().partition("(")[2].rpartition(") ")
+        return "gloo" in name and state.startswith(("R", "D"))
+    return False
 
 
 @contextmanager

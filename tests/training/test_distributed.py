@@ -1,11 +1,13 @@
 """Runs of several processes (gloo, CPU): the same numbers as one, faults that end all, and ways on."""
 
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import several_runs
 from mdt_fast.cli import main
 from mdt_fast.kernels.native import library
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
+from mdt_fast.training.distributed import let_go
 from mdt_fast.training.run import equal_share
 from tiny import ARGUMENTS
 
@@ -248,3 +251,25 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
         assert len(errors) == 1, done.stderr
         assert message in errors[0]
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="Linux alone tells which threads run")
+@pytest.mark.parametrize(("name", "waited_for"), [("pt_gloo_runloop", True), ("another", False)])
+def test_a_group_is_left_when_its_threads_hold_nothing(name: str, waited_for: bool) -> None:
+    """A thread that is late to drop tensors aborted the process, which had all done, as it ended."""
+    ended, started = threading.Event(), threading.Event()
+
+    def work() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+        started.set()
+        hashlib.sha256(bytes(400_000_000))  # without the interpreter's lock
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    let_go(patience=0.01)
+    assert not ended.is_set()
+    let_go()
+    assert ended.is_set() == waited_for
+    thread.join()
