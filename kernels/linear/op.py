@@ -1,5 +1,7 @@
 """Checks and dispatch. D input width, O output width."""
 
+import platform
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ from .onednn import linear_fwd, linear_gelu_fwd, worthwhile
 
 ONEDNN = torch.backends.mkldnn.is_available()
 BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def of_intel() -> bool:
+    """Whether the processor is one of Intel's (Linux and Windows tell)."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        return "GenuineIntel" in file.read(1000)
+    return "GenuineIntel" in platform.processor()
+
+
+MKL_SUFFICES = torch.backends.mkl.is_available() and of_intel()
+"""Whether PyTorch's own float32 products are at the processor's rate: by MKL on its maker's processors."""
 
 MIN_ROWS = 64
 """Below, a product is bound by reading the weight, whoever multiplies."""
@@ -115,9 +128,8 @@ def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """In float32 on a CPU: PyTorch asks MKL there, which leaves AVX-512 unused on processors other than
-    Intel's."""
-    if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+    """In float32 on a CPU other than Intel's: PyTorch asks MKL there, which leaves AVX-512 unused on them."""
+    if MKL_SUFFICES or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     return _serves(x, weight)
 

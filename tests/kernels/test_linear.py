@@ -1,5 +1,6 @@
 """Products of linear layers, by oneDNN or PyTorch: every gradient, and layouts that oneDNN is slow at."""
 
+import io
 from functools import partial
 
 import pytest
@@ -16,7 +17,9 @@ from tolerances import FLOAT32, relative_error
 
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on Intel's processors, too."""
     monkeypatch.setattr(onednn, "MIN_FLOPS", 0)
+    monkeypatch.setattr(op, "MKL_SUFFICES", False)
 
 
 ONEDNN = pytest.mark.skipif(not op.ONEDNN, reason="this torch has no oneDNN")
@@ -69,15 +72,35 @@ def test_forward_mode_gradients(dtype: torch.dtype) -> None:
 
 
 @ONEDNN
-def test_who_multiplies() -> None:
+def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(64, 8), torch.randn(4, 8)
     assert op.uses_onednn(x, weight)
     assert not op.uses_onednn(x[:63], weight)
     assert not op.uses_onednn(x.double(), weight.double())
     assert not op.uses_onednn(x.to("meta"), weight.to("meta"))
+    monkeypatch.setattr(op, "MKL_SUFFICES", True)
+    assert not op.uses_onednn(x, weight)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    monkeypatch.setattr(op, "MKL_SUFFICES", False)
     expected = F.linear(x, weight)
     with torch.backends.mkldnn.flags(enabled=False):
         assert relative_error(linear(x, weight), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", None])
+def test_whose_processor_it_is(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Linux's file; where there is none, by what Windows calls the processor."""
+
+    def file(path: str) -> io.StringIO:
+        if maker is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: 6\n")
+
+    monkeypatch.setattr("builtins.open", file)
+    monkeypatch.setattr("platform.processor", lambda: "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel")
+    assert op.of_intel() == (maker != "AuthenticAMD")
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    assert op.of_intel() == (maker == "GenuineIntel")
 
 
 @ONEDNN
