@@ -93,6 +93,9 @@ Product<float> chosen() {
 
 Product<Pair> chosen_for_pairs() {
 #ifdef MDT_AVX512
+#ifndef MDT_ALWAYS_PAIRS  // set by a test
+  if (__builtin_cpu_is("intel")) return nullptr;  // it multiplies as many floats in a cycle
+#endif
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")) return avx512_pairs::tiles;
 #endif
   return nullptr;

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdt_fast.kernels.linear.op import of_intel
 from mdt_fast.kernels.native import MISSING, library
 
 ROOT = Path(__file__).parents[2]
@@ -165,9 +166,12 @@ def test_under_sanitizers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs x86")
-def test_without_the_widest_vectors(tmp_path: Path) -> None:
-    """What processors without AVX-512 run."""
-    compile_ops(tmp_path, "-DMDT_NO_AVX512", "-O2", "-ffp-contract=off")
+@pytest.mark.parametrize("flag", ["-DMDT_NO_AVX512", "-DMDT_ALWAYS_PAIRS"])
+def test_what_other_processors_run(flag: str, tmp_path: Path) -> None:
+    """Those without AVX-512, and those not Intel's that multiply bfloat16 in pairs."""
+    if flag == "-DMDT_ALWAYS_PAIRS" and not of_intel():
+        pytest.skip("as this processor does")
+    compile_ops(tmp_path, flag, "-O2", "-ffp-contract=off")
     run_tests(tmp_path, *OPS_ALONE)
 
 
