@@ -257,19 +257,22 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "waited_for"), [("pt_gloo_runloop", True), ("another", False)])
 def test_a_group_is_left_when_its_threads_hold_nothing(name: str, waited_for: bool) -> None:
     """A thread that is late to drop tensors aborted the process, which had all done, as it ended."""
-    ended, started = threading.Event(), threading.Event()
+    started, enough, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
         started.set()
-        hashlib.sha256(bytes(400_000_000))  # without the interpreter's lock
+        while not enough.is_set():
+            hashlib.sha256(bytes(50_000_000))  # without the interpreter's lock
         ended.set()
 
     thread = threading.Thread(target=work)
     thread.start()
     started.wait()
-    let_go(patience=0.01)
+    let_go(patience=0.01 if waited_for else 100)
     assert not ended.is_set()
-    let_go()
-    assert ended.is_set() == waited_for
+    threading.Timer(0.2, enough.set).start()
+    if waited_for:
+        let_go(patience=100)
+        assert ended.is_set()
     thread.join()
