@@ -42,6 +42,9 @@ def start(photos: Path, vae: Path, out: Path, **environment: str) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # as shells start it, though not behind &
     )
 
 
