@@ -7,6 +7,7 @@ serves each op on this machine, and why.
 from .backends import Backend, backends
 from .bias_gelu import bias_gelu, gelu_linear
 from .cfg_step import cfg_step, ddim_coefficients, ddpm_coefficients
+from .float8 import quantize_rows, quantize_weight
 from .linear import linear
 from .ln_modulate import (
     gate_residual,
@@ -49,6 +50,8 @@ __all__ = [
     "merge_tokens",
     "patch_embed",
     "patch_skip_linear",
+    "quantize_rows",
+    "quantize_weight",
     "rel_attention",
     "rel_attention_qkvpacked",
     "relative_bias",

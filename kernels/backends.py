@@ -40,6 +40,8 @@ WITH_TRITON = (
     "rel_attention",
     "rel_attention_qkvpacked",
     "cfg_step",
+    "quantize_rows",
+    "quantize_weight",
 )
 
 WITH_CPP = {

@@ -154,6 +154,8 @@ def _nowhere() -> Tensor:
 class _Nothing:
     """In place of an autograd context where no gradient will be asked for."""
 
+    needs_input_grad: tuple[bool, ...] = ()
+
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
     def set_materialize_grads(self, value: bool) -> None: ...

@@ -200,8 +200,8 @@ class TrainConfig:
     is computed in; statistics are float32. ``weights``: bfloat16 keeps what the network reads, its gradients
     (with ``accumulate``, their sum is float32) and what runs through its blocks in that dtype; the optimiser
     has the float32 weights, which are what is saved (``dtype`` bfloat16, not sharded). ``moments``: those of
-    the optimiser; bfloat16 needs ``csrc/``. ``float8``: the blocks' products by
-    torchao, on GPUs that have them. ``keep``: the last so many
+    the optimiser; bfloat16 needs ``csrc/``. ``float8``: the blocks' products are in float8, on GPUs that have
+    it, by our kernels or by torchao (``float8_by``). ``keep``: the last so many
     checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
     or a gradient that is not finite are left out; after more than so many in a row the run stops.
 
@@ -237,6 +237,7 @@ class TrainConfig:
     weights: Literal["float32", "bfloat16"] = "float32"
     moments: Literal["float32", "bfloat16"] = "float32"
     float8: bool = False
+    float8_by: Literal["kernels", "torchao"] = "kernels"
     parallel: Literal["fsdp", "hybrid", "ddp"] = "fsdp"
     compile: Literal["none", "block", "model"] = "none"
     cuda_graphs: bool = False

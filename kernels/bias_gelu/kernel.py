@@ -17,7 +17,7 @@ def _tile(i_r, i_f, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _gate(b_z):
+def sigmoid_of_twice_u(b_z):
     """sigmoid(2u); 1.5957691216 is 2 sqrt(2/pi)."""
     return 1.0 / (1.0 + tl.exp((b_z + 0.044715 * b_z * b_z * b_z) * -1.5957691216057308))
 
@@ -29,7 +29,7 @@ def bias_gelu_fwd_kernel(x_ptr, bias_ptr, out_ptr, R, F, BLOCK_R: tl.constexpr, 
     o_f, p_tile, m_tile = _tile(i_r, i_f, R, F, BLOCK_R, BLOCK_F)
     b_bias = tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     b_z = tl.load(x_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_bias[None, :]
-    b_out = b_z * _gate(b_z)
+    b_out = b_z * sigmoid_of_twice_u(b_z)
     tl.store(out_ptr + p_tile, b_out.to(out_ptr.dtype.element_ty), mask=m_tile)
 
 
@@ -49,7 +49,7 @@ def bias_gelu_bwd_kernel(
         _, p_tile, m_tile = _tile(i_r, i_f, R, F, BLOCK_R, BLOCK_F)
         b_z = tl.load(x_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_bias[None, :]
         b_dout = tl.load(dout_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_s = _gate(b_z)
+        b_s = sigmoid_of_twice_u(b_z)
         if RECOMPUTE:
             tl.store(out_ptr + p_tile, (b_z * b_s).to(out_ptr.dtype.element_ty), mask=m_tile)
         b_slope = (1.0 + 0.134145 * b_z * b_z) * 1.5957691216057308  # of 2u

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import uses_csrc, uses_triton
-from ..linear.op import input_gradient, product, weight_gradient
+from ..float8 import op as in_float8
+from ..linear.op import input_gradient, operand, product, weight_gradient
 from ..registry import applied, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
@@ -25,12 +26,14 @@ def gelu_linear(
     bias_O: Tensor | None = None,
     *,
     recompute: bool = True,
+    float8: bool = False,
 ) -> Tensor:
     """``F.linear(bias_gelu(x, bias_F), weight, bias_O)``: ``x`` [..., F] -> [..., O].
 
     ``bias_F`` [F] is added before the activation (see :func:`bias_gelu`), ``weight`` [O, F] and ``bias_O``
     [O] are the layer's, in the dtype of ``x`` (under autocast any floating dtype). For the backward pass
-    ``x`` is kept; the activation only without ``recompute``. Raises ``ValueError`` for shapes or dtypes that
+    ``x`` is kept; the activation only without ``recompute``. ``float8``: see
+    :func:`mdt_fast.kernels.linear`. Raises ``ValueError`` for shapes or dtypes that
     do not fit.
     """
     checks.floating("x", x)
@@ -41,7 +44,7 @@ def gelu_linear(
     dtype = checks.layer(x, weight_OF, bias_O)
     if checks.plain_only():
         return F.linear(bias_gelu(x, bias_F), weight_OF, bias_O)
-    out = applied(_Linear, as_rows(x), bias_F.contiguous(), weight_OF, bias_O, dtype, recompute)
+    out = applied(_Linear, as_rows(x), bias_F.contiguous(), weight_OF, bias_O, dtype, recompute, float8)
     return as_before(out, x)
 
 
@@ -49,23 +52,28 @@ class _Linear(torch.autograd.Function):
     """x [R, F], weight [O, F] -> [R, O] in ``dtype``, to which the layer's parameters are cast here."""
 
     @staticmethod
-    def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute, float8):  # type: ignore[no-untyped-def]
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
-        weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
-        activation = checks.cast(_forward(ctx, x, bias_F), dtype)
-        ctx.save_for_backward(x, bias_F, weight, None if recompute else activation)
-        return product(activation, weight, bias)
+        bias = None if bias is None else checks.cast(bias, dtype)
+        (factor, scale), kept = operand(ctx, weight, dtype, float8)
+        if scale is not None and recompute:
+            activation, out = None, in_float8.product_of_gelu(x, bias_F, factor, scale, bias, dtype)
+        else:
+            activation = checks.cast(_forward(ctx, x, bias_F), dtype)
+            out = product(activation, factor, bias, scale)
+        ctx.save_for_backward(x, bias_F, *kept, None if recompute else activation)
+        return out
 
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, bias_F, weight, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, bias_F, factor, scale, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, weight), kept is None)
+        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, factor, scale), kept is None)
         activation = activation if kept is None else kept
         dweight = weight_gradient(dout, activation, weight_dtype) if needs[2] else None
-        return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None, None
+        return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None, None, None
 
 
 def _forward(ctx: Any, x: Tensor, bias_F: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from math import prod
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import onednn as onednn  # registers the ops
+from ..float8 import registered as registered  # registers the ops
+from . import onednn as onednn
 
 
 @register_flop_formula([torch.ops.mdt_fast.linear, torch.ops.mdt_fast.linear_gelu])
@@ -24,6 +25,11 @@ def _(dout_shape, x_shape, weight_shape, needs_x, needs_weight, **_):  # type: i
 @register_flop_formula(torch.ops.mdt_fast.weight_gradient)
 def _(dout_shape, x_shape, **_):  # type: ignore[no-untyped-def]
     return 2 * prod(dout_shape) * x_shape[1]
+
+
+@register_flop_formula(torch.ops.mdt_fast.multiply_float8)
+def _(x_shape, _scale_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * prod(x_shape) * weight_shape[0]
 
 
 def _addmm_activation(bias_shape, x_shape, weight_shape, *_, **__):  # type: ignore[no-untyped-def]

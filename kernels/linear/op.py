@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..float8 import op as in_float8
+from ..float8.registered import quantize_weight_fwd
 from ..registry import applied, once
 from ..rows import as_before, in_rows
 from ..sums import sum_rows
@@ -33,22 +35,40 @@ MIN_ROWS = 64
 """Below, a product is bound by reading the weight, whoever multiplies."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+Operand = tuple[Tensor, Tensor | None]
+"""A weight as a product takes it, [O, D]; in float8 with its rows' scales [O]."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: bool = False) -> Tensor:
     """``x @ weight.T + bias``: ``x`` [..., D], ``weight`` [O, D], ``bias`` [O] -> [..., O].
 
     In the dtype of ``x``, which all have (under autocast any floating dtype: it casts as for PyTorch's linear
-    layer). Raises ``ValueError`` for shapes or dtypes that do not fit.
+    layer). ``float8``: the product and that of the gradient of ``x`` are of numbers rounded to float8, row by
+    row (see :func:`mdt_fast.kernels.quantize_rows`); not under torch.func, nor in what torch.export makes.
+    Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
     checks.columns("weight", weight, checks.width("x", x), "O")
     dtype = checks.layer(x, weight, bias)
-    if x.is_cuda and torch.is_grad_enabled() and not checks.plain_only():
-        return as_before(applied(Linear, in_rows(x), weight, bias, dtype), x)
+    if (float8 or (x.is_cuda and torch.is_grad_enabled())) and not checks.plain_only():
+        return as_before(applied(Linear, in_rows(x), weight, bias, dtype, float8), x)
     return product(x, checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype))
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`linear` without its checks."""
+def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: bool) -> tuple[Operand, Operand]:
+    """A weight for the product of a layer's forward pass, whose autograd context this is, and for that of its
+    input's gradient (where one is asked for)."""
+    if not float8:
+        weight = checks.cast(weight, dtype)
+        return (weight, None), (weight, None)
+    rows_OD, columns_DO, scale_O = quantize_weight_fwd(weight.contiguous(), any(ctx.needs_input_grad))
+    return (rows_OD, scale_O), (columns_DO, scale_O)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
+    """:func:`linear` without its checks, of an :data:`Operand`."""
+    if scale_O is not None:
+        return in_float8.product(x, weight, scale_O, bias, x.dtype)
     if not (uses_onednn(x, weight) or (bias is not None and _in_bfloat16(x, weight))):
         return reference.linear(x, weight, bias)
     return linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -81,21 +101,21 @@ class Linear(torch.autograd.Function):
     of weight and bias are the parameters' own dtype from the start."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, weight, bias, dtype, float8):  # type: ignore[no-untyped-def]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        own, x, weight = weight, checks.cast(x, dtype), checks.cast(weight, dtype)
-        bias = None if bias is None else checks.cast(bias, dtype)
-        ctx.save_for_backward(x, weight, own)  # the last for who asks for a second derivative, and is refused
-        return product(x, weight, bias)
+        x, bias = checks.cast(x, dtype), None if bias is None else checks.cast(bias, dtype)
+        (factor, scale), kept = operand(ctx, weight, dtype, float8)
+        ctx.save_for_backward(x, *kept, weight)  # the last for who asks for a second derivative: is refused
+        return product(x, factor, bias, scale)
 
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, weight, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, factor, scale, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx = input_gradient(dout, weight).to(x_dtype) if needs[0] else None
+        dx = input_gradient(dout, factor, scale).to(x_dtype) if needs[0] else None
         dweight = weight_gradient(dout, x, weight_dtype) if needs[1] else None
-        return dx, dweight, sum_rows(dout, bias_dtype) if needs[2] else None, None
+        return dx, dweight, sum_rows(dout, bias_dtype) if needs[2] else None, None, None
 
 
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,9 +142,11 @@ def _widens(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cuda and torch.version.hip is None and dtype == torch.float32 and x.element_size() == 2
 
 
-def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
-    """``dout @ weight``: [R, D]."""
-    return product(dout_RO, weight_OD.t())
+def input_gradient(dout_RO: Tensor, weight: Tensor, scale_O: Tensor | None = None) -> Tensor:
+    """``dout @ weight``: [R, D], of the second of :func:`operand`."""
+    if scale_O is not None:
+        return in_float8.input_gradient(dout_RO, weight, scale_O)
+    return product(dout_RO, weight.t())
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 from ..aot import Case
+from ..float8.aot import WITHOUT
 from ..launches import columns, shape_class, tuned_for
 from .config import launch_config, thin_config
 from .kernel import (
@@ -15,20 +16,23 @@ from .kernel import (
 )
 
 WIDTHS = (384, 768, 1024, 1152)
-FLOAT32 = ("mean_ptr", "rstd_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr")
+FLOAT32 = ("out_scale_ptr", "mean_ptr", "rstd_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr")
 
 
 def cases(arch: str) -> Iterator[Case]:
     """Forward and backward, with and without the gated residual, uniform and ragged.
 
-    bfloat16 at every width, float32 at the widest. The backward pass with the output computed again.
+    bfloat16 at every width, float32 at the widest; the forward pass of ragged bfloat16 with its output in
+    float8, too; the backward pass with the output computed again.
     """
     types = [*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")]
     for (D, dtype), ragged in product(types, (False, True)):
         for gated in (False, True):
             form = {"GATED": gated, "OFFSETS": ragged}
             what = "gated" if gated else "plain"
-            yield _case(arch, ln_modulate_fwd_kernel, D, dtype, what, form)
+            yield _case(arch, ln_modulate_fwd_kernel, D, dtype, what, form | {"FLOAT8": False})
+            if ragged and dtype == "bf16" and arch not in WITHOUT:
+                yield _case(arch, ln_modulate_fwd_kernel, D, dtype, what, form | {"FLOAT8": True})
             form |= {"RESIDUAL": True, "RECOMPUTE": True}
             yield _case(arch, ln_modulate_bwd_kernel, D, dtype, what, form)
         for kernel in (gate_residual_fwd_kernel, gate_residual_bwd_kernel):
@@ -42,9 +46,12 @@ def _case(arch: str, kernel: Any, D: int, dtype: str, what: str, form: dict[str,
     config = (thin_config if thin else launch_config)(D, 32, 256, **tuned_for(entry, arch))
     constants = form | {"BLOCK_D": config.block_d, "STAGES": config.num_stages}
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
+    in_float8 = form.get("FLOAT8", False)
+    if in_float8:
+        dtypes["out_ptr"] = "*fp8e4nv"
     return Case(
         kernel=kernel,
-        label=f"D={D} {what} {'ragged' if form['OFFSETS'] else 'uniform'} {dtype}",
+        label=f"D={D} {what} {'ragged' if form['OFFSETS'] else 'uniform'} {dtype}{' float8' * in_float8}",
         dtypes=dtypes,
         constants=constants,
         aligned=frozenset(name for name in dtypes if name != "eps"),

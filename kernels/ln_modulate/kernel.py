@@ -8,6 +8,8 @@ STAGES rows are on their way at a time.
 import triton
 import triton.language as tl
 
+from ..float8.kernel import most, scales
+
 
 @triton.jit
 def _tokens_of(offsets_ptr, i_b, L, OFFSETS: tl.constexpr):
@@ -29,10 +31,13 @@ def _row(ptr, offset, m_d):
 
 @triton.jit
 def ln_modulate_fwd_kernel(
-    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, offsets_ptr, residual_ptr, out_ptr, mean_ptr, rstd_ptr,
+    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, offsets_ptr, residual_ptr, out_ptr, out_scale_ptr, mean_ptr,
+    rstd_ptr,
     L, D, stride_gate, stride_shift, stride_scale, eps,
-    GATED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, OFFSETS: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    """FLOAT8: ``out`` is written in float8, each row with its scale."""
     i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -54,6 +59,10 @@ def ln_modulate_fwd_kernel(
         b_centred = tl.where(m_d, b_x - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
         b_out = b_centred * rstd * (1.0 + b_scale) + b_shift
+        if FLOAT8:
+            out_scale, inverse = scales(most(tl.where(m_d, b_out, 0.0), 0))
+            tl.store(out_scale_ptr + row, out_scale)
+            b_out = b_out * inverse
         tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
         tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, rstd)

@@ -26,6 +26,7 @@ def ln_modulate_fwd(
     out_RD: Tensor,
     mean_R: Tensor,
     rstd_R: Tensor,
+    out_scale_R: Tensor | None = None,
 ) -> None:
     (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
     name = "ln_modulate_fwd" if y_RD is None else "gate_residual_ln_modulate_fwd"
@@ -33,10 +34,11 @@ def ln_modulate_fwd(
     ln_modulate_fwd_kernel[(B, config.programs)](
         x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD,
         shift_BD, scale_BD, unused if offsets is None else offsets,
-        unused if residual_RD is None else residual_RD, out_RD, mean_R, rstd_R,
+        unused if residual_RD is None else residual_RD, out_RD,
+        mean_R if out_scale_R is None else out_scale_R, mean_R, rstd_R,
         R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
-        eps, GATED=y_RD is not None, OFFSETS=offsets is not None, BLOCK_D=config.block_d,
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        eps, GATED=y_RD is not None, OFFSETS=offsets is not None, FLOAT8=out_scale_R is not None,
+        BLOCK_D=config.block_d, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
 
 

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..linear.op import input_gradient, product, product_gelu, weight_gradient
+from ..backends import uses_triton
+from ..float8.registered import multiply
+from ..linear.op import input_gradient, operand, product, product_gelu, weight_gradient
 from ..registry import applied, needs_grad, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
 from . import reference
 from .op import check, columns_together, gate_residual_ln_modulate, ln_modulate, serves
-from .registered import ln_modulate_bwd, ln_modulate_fwd
+from .registered import ln_modulate_bwd, ln_modulate_float8_fwd, ln_modulate_fwd
 
 
 def ln_modulate_linear(
@@ -31,17 +33,20 @@ def ln_modulate_linear(
     offsets: Tensor | None = None,
     eps: float = 1e-6,
     recompute: bool = True,
+    float8: bool = False,
 ) -> Tensor:
     """``F.linear(ln_modulate(x, shift, scale), weight, bias)``: [B, L, O].
 
     ``x``, ``shift``, ``scale``, ``offsets``, ``eps``: see :func:`ln_modulate`; ``weight`` [O, D], ``bias``
     [O], in the dtype of ``x`` (under autocast any floating dtype: it casts as for a linear layer). For the
     backward pass ``x`` and two numbers a row are kept; the normal, which the weight's gradient needs, only
-    without ``recompute``. Raises ``ValueError`` for what does not fit.
+    without ``recompute``. ``float8``: see :func:`mdt_fast.kernels.linear`. Raises ``ValueError`` for what
+    does not fit.
     """
     return residual_ln_modulate_linear(
-        x_BLD, shift_BD, scale_BD, weight_OD, bias_O, offsets=offsets, eps=eps, recompute=recompute
-    )[1]
+        x_BLD, shift_BD, scale_BD, weight_OD, bias_O,
+        offsets=offsets, eps=eps, recompute=recompute, float8=float8,
+    )[1]  # fmt: skip
 
 
 def residual_ln_modulate_linear(
@@ -54,6 +59,7 @@ def residual_ln_modulate_linear(
     offsets: Tensor | None = None,
     eps: float = 1e-6,
     recompute: bool = True,
+    float8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``x`` itself, and :func:`ln_modulate_linear`: where ``x`` goes on beside the layer, as the residual.
 
@@ -68,7 +74,7 @@ def residual_ln_modulate_linear(
         return x_BLD, F.linear(normal, weight_OD, bias_O)
     residual, out = applied(
         _Linear, as_rows(x_BLD), None, None, columns_together(shift_BD), columns_together(scale_BD),
-        weight_OD, bias_O, offsets, eps, dtype, recompute, False,
+        weight_OD, bias_O, offsets, eps, dtype, recompute, False, float8,
     )  # fmt: skip
     return as_before(residual, x_BLD), as_before(out, x_BLD)
 
@@ -86,6 +92,7 @@ def gate_residual_ln_modulate_linear(
     eps: float = 1e-6,
     recompute: bool = True,
     gelu: bool = False,
+    float8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``,
     with ``gelu`` activated (tanh form), which is for passes without gradients: there a GPU's products do it.
@@ -105,10 +112,10 @@ def gate_residual_ln_modulate_linear(
         out = F.linear(normal, weight_OD, bias_O)
         return residual, F.gelu(out, approximate="tanh") if gelu else out
     tensors = x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, weight_OD, bias_O
-    at_once = gelu and not needs_grad(tensors)
+    at_once = gelu and not float8 and not needs_grad(tensors)
     residual, out = applied(
         _Linear, as_rows(x_BLD), as_rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)),
-        weight_OD, bias_O, offsets, eps, dtype, recompute, at_once,
+        weight_OD, bias_O, offsets, eps, dtype, recompute, at_once, float8,
     )  # fmt: skip
     if gelu and not at_once:
         out = F.gelu(out, approximate="tanh")
@@ -121,27 +128,38 @@ class _Linear(torch.autograd.Function):
     have, activated."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute, gelu):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute, gelu, float8
+    ):
         ctx.set_materialize_grads(False)  # nobody may use the residual
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.out = dtype, len(weight)
         recompute = recompute or not weight.requires_grad
-        weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
-        forward = ln_modulate_fwd.within(ctx) if serves(x, y, gate, shift, scale) else reference.forward
-        residual, normal, mean, rstd = forward(x, y, gate, shift, scale, offsets, eps, dtype)
-        kept = None if recompute else normal
-        ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, weight, kept)
-        out = product_gelu(normal, weight, bias) if gelu else product(normal, weight, bias)
+        (factor, factor_scale), kept_weight = operand(ctx, weight, dtype, float8)
+        bias = None if bias is None else checks.cast(bias, dtype)
+        if float8 and recompute and uses_triton(x):
+            serves(x)
+            normals = ln_modulate_float8_fwd.within(ctx)(x, y, gate, shift, scale, offsets, eps)
+            residual, rows, rows_scale, mean, rstd = normals
+            kept, out = None, multiply.within(ctx)(rows, rows_scale, factor, factor_scale, bias, dtype)
+        else:
+            forward = ln_modulate_fwd.within(ctx) if serves(x, y, gate, shift, scale) else reference.forward
+            residual, normal, mean, rstd = forward(x, y, gate, shift, scale, offsets, eps, dtype)
+            kept = None if recompute else normal
+            out = product_gelu(normal, factor, bias) if gelu else product(normal, factor, bias, factor_scale)
+        ctx.save_for_backward(x, y, gate, shift, scale, offsets, mean, rstd, *kept_weight, kept)
         return x if y is None else residual, out
 
     @staticmethod
     @once
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
-        x, y, gate, shift, scale, offsets, mean, rstd, weight, kept = ctx.saved_tensors
+        x, y, gate, shift, scale, offsets, mean, rstd, factor, factor_scale, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
             if y is None:
-                return dresidual, *(None,) * 11
-            dout = weight.new_zeros(len(x), len(weight))
+                return dresidual, *(None,) * 12
+            dtype, width = ctx.out
+            dout = x.new_zeros(len(x), width, dtype=dtype)
         dout, dresidual = dout.contiguous(), None if dresidual is None else dresidual.contiguous()
         dx, dy, dgate, dshift, dscale, normal = _backward(
             x,
@@ -153,13 +171,13 @@ class _Linear(torch.autograd.Function):
             mean,
             rstd,
             dresidual,
-            input_gradient(dout, weight),
+            input_gradient(dout, factor, factor_scale),
             kept is None,
         )
         normal = normal if kept is None else kept
         dweight = weight_gradient(dout, normal, weight_dtype) if needs[5] else None
         dbias = sum_rows(dout, bias_dtype) if needs[6] else None
-        return dx, dy, dgate, dshift, dscale, dweight, dbias, *(None,) * 5
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, *(None,) * 6
 
 
 def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, recompute):  # type: ignore[no-untyped-def]

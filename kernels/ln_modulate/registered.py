@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import native
 from ..backends import launching, on_triton
+from ..float8.reference import FLOAT8
 from ..registry import registered
 
 
@@ -30,6 +31,26 @@ def ln_modulate_fwd(
         _kernels(x_RD).ln_modulate_fwd(
             x_RD, y_RD, gate_BD, shift_BD, scale_BD, _together(offsets), float(eps),
             None if y_RD is None else residual_RD, out_RD, mean_R, rstd_R,
+        )  # fmt: skip
+    return outputs
+
+
+@registered("mdt_fast::ln_modulate_float8")
+def ln_modulate_float8_fwd(
+    x_RD: Tensor,
+    y_RD: Tensor | None,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    offsets: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same with the normal in float8, its rows' scales [R] in float32 behind it. By Triton alone."""
+    residual_RD, out_RD, out_scale_R, mean_R, rstd_R = outputs = _in_float8(x_RD, y_RD)
+    if len(x_RD):
+        launching(__package__).ln_modulate_fwd(
+            x_RD, y_RD, gate_BD, shift_BD, scale_BD, _together(offsets), float(eps),
+            None if y_RD is None else residual_RD, out_RD, mean_R, rstd_R, out_scale_R,
         )  # fmt: skip
     return outputs
 
@@ -103,6 +124,11 @@ def _(x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, eps, dtype):  # type: ig
     return _outputs(x_RD, y_RD, dtype)
 
 
+@ln_modulate_float8_fwd.register_fake
+def _(x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, eps):  # type: ignore[no-untyped-def]
+    return _in_float8(x_RD, y_RD)
+
+
 @ln_modulate_bwd.register_fake
 def _(x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R, dresidual_RD, dout_RD, recompute):  # type: ignore[no-untyped-def]
     return _gradients(x_RD, y_RD, gate_BD, shift_BD, scale_BD, dout_RD, recompute)
@@ -123,6 +149,11 @@ def _outputs(x_RD: Tensor, y_RD: Tensor | None, dtype: torch.dtype) -> tuple[Ten
     residual_RD = x_RD.new_empty(0) if y_RD is None else torch.empty_like(x_RD)
     statistics = (x_RD.new_empty(R, dtype=torch.float32), x_RD.new_empty(R, dtype=torch.float32))
     return residual_RD, x_RD.new_empty(x_RD.shape, dtype=dtype), *statistics
+
+
+def _in_float8(x_RD: Tensor, y_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    residual_RD, out_RD, mean_R, rstd_R = _outputs(x_RD, y_RD, FLOAT8)
+    return residual_RD, out_RD, torch.empty_like(mean_R), mean_R, rstd_R
 
 
 def _gradients(

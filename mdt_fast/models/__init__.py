@@ -4,6 +4,7 @@ from .base import Transformer
 from .compiling import compile_for_training
 from .convert import from_reference, load_weights, read_weights, write_weights
 from .dit import DiT
+from .float8 import use_float8
 from .graphed import GraphedModel
 from .install import install, uninstall
 from .mdt import MDT, MDTv2
@@ -90,5 +91,6 @@ __all__ = [
     "read_weights",
     "resize_weights",
     "uninstall",
+    "use_float8",
     "write_weights",
 ]

@@ -21,6 +21,7 @@ from .ops import (
     apply_linear,
     gated,
     gated_norm_linear,
+    in_float8,
     is_itself,
     is_plain,
     modulation_from,
@@ -71,7 +72,8 @@ class Mlp(nn.Module):
         do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
         if torch.is_grad_enabled():  # the backward pass needs what was before it
             return False
-        if not (self.fused and type(self) is Mlp and gelu_epilogue(x, self.fc1.weight)):
+        fused = self.fused and type(self) is Mlp and not in_float8(self.fc1)
+        if not (fused and gelu_epilogue(x, self.fc1.weight)):
             return False
         return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 
@@ -79,7 +81,8 @@ class Mlp(nn.Module):
         """From what the first layer gave, with its bias unless ``fused``."""
         if self.fused:
             weight, bias = self.fc2.weight, self.fc2.bias
-            return gelu_linear(hidden, self.fc1.bias, weight, bias, recompute=self.switches.recompute)
+            recompute, float8 = self.switches.recompute, in_float8(self.fc2)
+            return gelu_linear(hidden, self.fc1.bias, weight, bias, recompute=recompute, float8=float8)
         return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 

@@ -1,59 +1,94 @@
-"""Linear layers in float8 by torchao: weights, inputs and gradients scaled to 8 bits for each product.
+"""Linear layers in float8: each product's operands are rounded to 8 bits, those of weights' gradients stay.
 
 Master weights stay what they are, keys and shapes of the ``state_dict`` too. What it costs in learning is for
 a run to show; it is no exact switch.
 """
 
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ..errors import UserError
+from ..kernels.float8.registered import CAPABILITY, MULTIPLE, multiplies
 from .base import Transformer
+from .ops import Float8Linear
 
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear")
-"""Of each block: products over tokens. The adaLN layers' are over samples, too few to win anything."""
-CAPABILITY = (8, 9)
-"""Ada and Hopper are the first GPUs with float8 products."""
+LAYERS = {
+    "kernels": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    "torchao": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"),
+}
+"""Of each block: products over tokens. The adaLN layers' are over samples, too few to win anything, and of a
+long skip this package computes a part of low rank."""
 
 
-def use_float8(model: Transformer, *, emulate: bool = False) -> int:
-    """Replace the blocks' linear layers, in place; returns how many. Before compiling and sharding.
+def use_float8(
+    model: Transformer, by: Literal["kernels", "torchao"] = "kernels", *, emulate: bool = False
+) -> int:
+    """Have the blocks' linear layers multiply in float8, in place; returns how many. Before compiling and
+    sharding.
 
-    ``emulate``: round to float8 and multiply as before, which any device can, slowly. Raises ``UserError``
-    without torchao, on a device without float8 products, and for widths that are no multiples of 16.
+    ``by``: this package's kernels, for training and sampling, each row of activations, gradients and weights
+    with a scale of its own; or torchao, for training (it scales whole tensors, weights' gradients are in
+    float8, too, and ``torch.compile`` is what makes it fast). ``emulate``: round to float8 and multiply as
+    before, which any device can, slowly. Raises ``UserError`` on a device without float8 products, for widths
+    that are no multiples of 16, and where torchao is asked for and not there.
     """
+    if by not in LAYERS:
+        raise UserError(f"by: got {by!r}, allowed are {' and '.join(map(repr, LAYERS))}")
+    if not isinstance(model, Transformer):
+        raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
+    convert = _torchao(emulate) if by == "torchao" else None
+    device = model.pos_embed.device
+    if not emulate and not multiplies(device):
+        needed = ".".join(map(str, CAPABILITY))
+        raise UserError(
+            f"float8: needs a GPU of compute capability {needed} or more, the model is on {device}"
+        )
+    names = _names(model, by)
+    if convert is not None:
+        convert(model, names)
+    else:
+        for name in names:
+            model.get_submodule(name).__class__ = Float8Linear
+    return len(names)
+
+
+def _names(model: Transformer, by: str) -> list[str]:
+    """The layers to be replaced: those that are no others yet."""
+    blocks, names = set(model.every_block()), []
+    for prefix, module in model.named_modules():
+        for layer in LAYERS[by] if module in blocks else ():
+            name = f"{prefix}.{layer}"
+            linear = _find(model, name)
+            if linear is None:
+                continue
+            if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+                shape = f"{linear.in_features} to {linear.out_features}"
+                raise UserError(f"float8: widths have to be multiples of {MULTIPLE}; {name} is {shape}")
+            names.append(name)
+    return names
+
+
+def _find(model: nn.Module, name: str) -> nn.Linear | None:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        return None
+    return layer if type(layer) is nn.Linear else None
+
+
+def _torchao(emulate: bool) -> Any:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError(
             f"float8: needs torchao, which cannot be imported ({error}); pip install 'mdt-fast[fp8]'"
         ) from None
-    device = model.pos_embed.device
-    if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY):
-        raise UserError(f"float8: needs a GPU of compute capability 8.9 or more, the model is on {device}")
-    blocks = set(model.every_block())
-    names = {
-        f"{name}.{layer}"
-        for name, module in model.named_modules()
-        if module in blocks
-        for layer in LAYERS
-        if _has(module, layer)
-    }
-    for name in sorted(names):
-        layer: Any = model.get_submodule(name)
-        if layer.in_features % 16 or layer.out_features % 16:
-            shape = f"{layer.in_features} to {layer.out_features}"
-            raise UserError(f"float8: widths have to be multiples of 16; {name} is {shape}")
     # The number of tokens in a batch, which weight gradients sum over, is any number: it is padded.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
-    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
-    return len(names)
 
+    def convert(model: nn.Module, names: list[str]) -> None:
+        chosen = set(names)
+        convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in chosen)
 
-def _has(block: nn.Module, layer: str) -> bool:
-    try:
-        return isinstance(block.get_submodule(layer), nn.Linear)
-    except AttributeError:
-        return False
+    return convert

@@ -26,21 +26,34 @@ from ..kernels.registry import PLAIN
 EPS = 1e-6
 
 
+class Float8Linear(nn.Linear):
+    """A linear layer whose products, but for its weight's gradient, are in float8 (see ``float8.py``)."""
+
+    def forward(self, input: Tensor) -> Tensor:  # as PyTorch names it
+        return linear(input, self.weight, self.bias, float8=True)
+
+
 def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` is the forward pass of ``kind`` and nothing besides: no class of its own,
-    no hooks, no function in its place."""
+    """Whether a call of ``module`` is the forward pass of ``kind`` and nothing besides: no class of its own
+    (but for float8), no hooks, no function in its place."""
     own = vars(module)  # a module's attributes take seven times as long, and a block asks for eight layers
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
     hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return type(module) is kind and not hooked and "forward" not in own
+    same = type(module) is kind or (kind is nn.Linear and type(module) is Float8Linear)
+    return same and not hooked and "forward" not in own
+
+
+def in_float8(layer: nn.Module) -> bool:
+    """Whether the products of ``layer`` are in float8, by this package."""
+    return type(layer) is Float8Linear
 
 
 def plain_parameters(
     layer: nn.Module, kind: type[nn.Module] = nn.Linear
 ) -> tuple[nn.Parameter, nn.Parameter] | None:
     """Weight and bias of a linear layer (or convolution) if they say all about it: no hooks, no other module
-    or function in its place (float8, adapters), whose own forward has to run, and no weight of other tensors
-    (torchao's numbers and scales), which a whole product alone can read."""
+    or function in its place (torchao's float8, adapters), whose own forward has to run, and no weight of
+    other tensors (torchao's numbers and scales), which a whole product alone can read."""
     if not is_itself(layer, kind):
         return None
     parameters = vars(layer)["_parameters"]
@@ -79,7 +92,7 @@ def _is_readable(weight: Tensor) -> bool:
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer`` on x."""
     plain = plain_parameters(layer)
-    return layer(x) if plain is None else linear(x, *plain)
+    return layer(x) if plain is None else linear(x, *plain, float8=in_float8(layer))
 
 
 def norm_linear(
@@ -94,16 +107,18 @@ def norm_linear(
     outputs: slice | None = None,
 ) -> Tensor:
     """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
-    plain = _part(plain_parameters(layer), outputs)
+    plain, float8 = _part(plain_parameters(layer), outputs), in_float8(layer)
     if fused and plain is not None:
-        return ln_modulate_linear(x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute)
+        return ln_modulate_linear(
+            x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute, float8=float8
+        )
     normal = (
         ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
         if fused
         else reference.ln_modulate(x, shift, scale, offsets, EPS)
     )
     if plain is not None:
-        return linear(normal, *plain)
+        return linear(normal, *plain, float8=float8)
     return layer(normal) if outputs is None else layer(normal)[..., outputs]
 
 
@@ -120,7 +135,7 @@ def residual_norm_linear(
     """x as the residual to go on with, and ``layer`` on the modulated norm of x."""
     if fused and (plain := plain_parameters(layer)) is not None:
         return residual_ln_modulate_linear(
-            x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute
+            x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute, float8=in_float8(layer)
         )
     return x, norm_linear(x, shift, scale, layer, offsets=offsets, fused=fused, recompute=recompute)
 
@@ -146,19 +161,21 @@ def gated_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate * y``, and ``layer`` (a plain one also without its bias, or activated) on the modulated
     norm of r."""
-    plain = plain_parameters(layer)
+    plain, float8 = plain_parameters(layer), in_float8(layer)
     if fused and plain is not None:
         weight, bias = plain
         return gate_residual_ln_modulate_linear(
             x, y, gate, shift, scale, weight, bias if with_bias else None,
-            offsets=offsets, eps=EPS, recompute=recompute, gelu=gelu,
+            offsets=offsets, eps=EPS, recompute=recompute, gelu=gelu, float8=float8,
         )  # fmt: skip
     r, normal = (
         gate_residual_ln_modulate(x, y, gate, shift, scale, offsets=offsets, eps=EPS)
         if fused
         else reference.gate_residual_ln_modulate(x, y, gate, shift, scale, offsets, EPS)
     )
-    out = apply_linear(layer, normal) if plain is None or with_bias else linear(normal, plain[0])
+    out = (
+        apply_linear(layer, normal) if plain is None or with_bias else linear(normal, plain[0], float8=float8)
+    )
     return r, F.gelu(out, approximate="tanh") if gelu else out
 
 

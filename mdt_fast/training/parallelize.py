@@ -34,7 +34,7 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
     called. Raises ``UserError`` for settings that do not go together.
     """
     if config.float8:
-        use_float8(model)
+        use_float8(model, config.float8_by)
     model.set_checkpointing(config.checkpointing)
     sharded = world.size > 1 and config.parallel != "ddp"
     if config.compile == "model" and sharded:

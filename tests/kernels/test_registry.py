@@ -172,7 +172,7 @@ def test_no_second_derivative_of_any_room(op: str) -> None:
 def test_a_second_derivative_of_what_was_cast_is_no_constant() -> None:
     """Under autocast a GPU's product saves roundings of its inputs, which know nothing of them."""
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
-    out = Linear.apply(x, weight, None, torch.bfloat16)
+    out = Linear.apply(x, weight, None, torch.bfloat16, False)
     (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     for ask in (
         lambda: (slope.square().sum() + weight.square().sum()).backward(retain_graph=True),

@@ -1,37 +1,148 @@
 """Linear layers in float8, emulated: what is replaced, that weights stay as they are, that it learns."""
 
+import copy
 import importlib.util
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
-from mdt_fast import MDTv2, UserError
+import mdt_fast
+from mdt_fast import MDT, DiT, MDTv2, UserError, compile_for_training, use_float8
+from mdt_fast.config import SampleConfig, SampleSwitches, Switches
 from mdt_fast.diffusion import create_diffusion
-from mdt_fast.models.float8 import use_float8
+from mdt_fast.models.ops import Float8Linear
 from mdt_fast.training.objective import draw, losses_of, total_loss
+from tolerances import FLOAT32, relative_error
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+By = Literal["kernels", "torchao"]
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+BY = pytest.mark.parametrize("by", ["kernels", pytest.param("torchao", marks=needs_torchao)])
 
 SHAPE = {
     "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 4, "num_heads": 2,
-    "num_classes": 10, "mask_ratio": 0.3, "decode_layer": 2,
+    "num_classes": 10,
 }  # fmt: skip
+MASKED = {"mask_ratio": 0.3, "decode_layer": 2}
 
 
-def model(**shape: int) -> MDTv2:
+def model(cls: Any = MDTv2, **shape: int) -> Any:
+    """With weights that let every layer count."""
     torch.manual_seed(0)
-    return MDTv2(**{**SHAPE, **shape})
+    made = cls(**{**SHAPE, **({} if cls is DiT else MASKED), **shape})
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
 
 
-def test_the_blocks_products_are_replaced_and_nothing_else() -> None:
+def in_float8(made: Any, by: By = "kernels") -> Any:
+    converted = copy.deepcopy(made)
+    use_float8(converted, by, emulate=True)
+    return converted
+
+
+@BY
+def test_the_blocks_products_are_replaced_and_nothing_else(by: By) -> None:
     plain, converted = model(), model()
-    assert use_float8(converted, emulate=True) == 5 * 4 + 3  # side block included; three have a long skip
+    skips = 3 if by == "torchao" else 0  # side block included; three have a long skip
+    assert use_float8(converted, by, emulate=True) == 4 * 5 + skips
+    assert use_float8(converted, by, emulate=True) == 0
     assert type(converted.sideblocks[0].mlp.fc1).__name__ == "Float8Linear"
     assert type(converted.sideblocks[0].adaLN_modulation[1]) is torch.nn.Linear
     assert type(converted.final_layer.linear) is torch.nn.Linear
     ours, theirs = converted.state_dict(), plain.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(batch, 1, 8, 8), torch.arange(batch) * 90, torch.arange(batch)
+
+
+def gradients(trained: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The objective's loss, and all gradients in a row."""
+    x, _, y = inputs()
+    torch.manual_seed(3)
+    diffusion = create_diffusion()
+    draws = draw(trained, diffusion, len(x), x.device)
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = total_loss(losses_of(trained, diffusion, x, y, draws))
+    trained.zero_grad()
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [MDTv2, MDT, DiT])
+def test_a_step_is_near_the_exact_one(cls: Any, dtype: torch.dtype | None) -> None:
+    loss, exact = gradients(model(cls))
+    rounded_loss, rounded = gradients(in_float8(model(cls)), dtype)
+    assert (rounded_loss - loss).abs() < 0.01 * loss
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.08
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        Switches(fused_adaln=False),
+        Switches(fused_mlp=False),
+        Switches(packed=False),
+        Switches(recompute=False),
+    ],
+    ids=["fused_adaln", "fused_mlp", "packed", "recompute"],
+)
+def test_every_way_through_a_block_rounds_alike(switches: Switches) -> None:
+    converted = in_float8(model())
+    loss, expected = gradients(converted)
+    converted.set_switches(switches)
+    other, found = gradients(converted)
+    assert relative_error(other, loss) < 1e-3
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_no_bit(mode: str) -> None:
+    converted = in_float8(model())
+    _, expected = gradients(converted)
+    converted.set_checkpointing(mode)
+    assert torch.equal(gradients(converted)[1], expected)
+
+
+def test_hooks_and_adapters_get_the_layers_own_product() -> None:
+    converted, seen = in_float8(model()).eval(), []
+    args = inputs()
+    with torch.no_grad():
+        expected = converted(*args)
+        for module in converted.modules():
+            if type(module) is Float8Linear:
+                module.register_forward_hook(lambda layer, given, out: seen.append(layer))
+        assert relative_error(converted(*args), expected) < 2e-2  # another order, other roundings
+    assert len(seen) == 16
+
+
+def test_compiled_by_blocks() -> None:
+    converted = in_float8(model())
+    _, expected = gradients(converted)
+    torch._dynamo.reset()
+    compile_for_training(converted, backend="aot_eager")
+    assert (gradients(converted)[1] - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("by", ["ddim", "ddpm"])
+def test_sampling(by: Any) -> None:
+    """Of the model as it is, by all switches and by none; near the exact model's pictures."""
+    plain = model(hidden_size=64).eval()
+    converted = in_float8(plain)
+    config = SampleConfig(num_samples=3, steps=4, sampler=by, cfg_scale=2.0, dtype="bfloat16")
+    draws = partial(mdt_fast.sample, diffusion=mdt_fast.DiffusionConfig(), labels=[1, 2, 3], config=config)
+    ours, stepwise = draws(converted), draws(converted, switches=SampleSwitches.none())
+    exact = draws(plain)
+    assert (ours - stepwise).norm() < 0.03 * exact.norm()
+    assert 0 < (ours - exact).norm() < 0.1 * exact.norm()
 
 
 def losses(trained: MDTv2, steps: int) -> list[float]:
@@ -53,21 +164,39 @@ def losses(trained: MDTv2, steps: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_it_learns_as_float32_does() -> None:
+@BY
+def test_it_learns_as_float32_does(by: By) -> None:
     """80 steps, seed for seed: the last 30 losses are those of float32 within 3% on average."""
-    shape = {"depth": 2, "decode_layer": 0}
-    converted = model(**shape)
-    use_float8(converted, emulate=True)
-    exact, rounded = (torch.tensor(losses(m, 80)) for m in (model(**shape), converted))
+    shape = {**SHAPE, **MASKED, "depth": 2, "decode_layer": 0}
+    torch.manual_seed(0)
+    plain = MDTv2(**shape)
+    exact, rounded = (torch.tensor(losses(m, 80)) for m in (copy.deepcopy(plain), in_float8(plain, by)))
     assert exact[-30:].mean() < 0.7 * exact[:10].mean()
     assert (rounded[-30:].mean() / exact[-30:].mean() - 1).abs() < 0.03
     assert (rounded != exact).any()
 
 
-def test_refusals() -> None:
+def test_exported_it_is_exact() -> None:
+    """A program that runs without this package has PyTorch's products."""
+    plain = model().eval()
+    program = torch.export.export(in_float8(plain), inputs())
+    with torch.no_grad():
+        assert relative_error(program.module()(*inputs()), plain(*inputs())) < FLOAT32
+
+
+@BY
+def test_refusals(by: By) -> None:
     with pytest.raises(UserError, match=r"float8: needs a GPU of compute capability 8.9 or more, .* on cpu"):
-        use_float8(model())
+        use_float8(model(), by)
     with pytest.raises(
-        UserError, match=r"widths have to be multiples of 16; de_blocks.0.attn.proj is 24 to 24"
+        UserError,
+        match=r"widths have to be multiples of 16; de_blocks.0.attn.(qkv is 24 to 72|proj is 24 to 24)",
     ):
-        use_float8(MDTv2(**{**SHAPE, "hidden_size": 24}), emulate=True)
+        use_float8(model(hidden_size=24), by, emulate=True)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(UserError, match="by: got 'apex', allowed are 'kernels' and 'torchao'"):
+        use_float8(model(), "apex", emulate=True)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
+        use_float8(torch.nn.Linear(16, 16), emulate=True)  # type: ignore[arg-type]

@@ -1,0 +1,30 @@
+"""Launching the Triton kernels. R rows, D columns, O outputs."""
+
+from torch import Tensor
+
+from ..launches import cdiv, chosen, columns
+from .config import rows_config, weight_config
+from .kernel import quantize_rows_kernel, quantize_weight_kernel
+
+
+def quantize_rows(
+    x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None, out_RD: Tensor, scale_R: Tensor
+) -> None:
+    R, D = x_RD.shape
+    config = chosen(rows_config, "quantize_rows", x_RD, columns(D), R, D)
+    quantize_rows_kernel[(config.programs,)](
+        x_RD, x_RD if bias_D is None else bias_D, scale_R if factor_D is None else factor_D, out_RD, scale_R,
+        R, D,
+        GELU=bias_D is not None, FACTOR=factor_D is not None, BLOCK_D=config.block_d,
+        STAGES=config.num_stages, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def quantize_weight(weight_OD: Tensor, rows_OD: Tensor, columns_DO: Tensor | None, scale_O: Tensor) -> None:
+    outputs, D = weight_OD.shape
+    config = chosen(weight_config, "quantize_weight", weight_OD, columns(D), outputs, D)
+    quantize_weight_kernel[(cdiv(outputs, config.block_o),)](
+        weight_OD, rows_OD, rows_OD if columns_DO is None else columns_DO, scale_O, outputs, D,
+        COLUMNS=columns_DO is not None, BLOCK_O=config.block_o, BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+    )  # fmt: skip

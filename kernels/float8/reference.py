@@ -1,0 +1,46 @@
+"""Plain PyTorch, any device and dtype. R rows, D columns, O outputs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0
+SMALLEST = -126
+"""Of float8's numbers, and of the exponents that a scale may have."""
+
+
+def quantize_rows(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    x_RD = x_RD if x_RD.dtype == torch.float64 else x_RD.float()
+    if bias_D is not None:
+        x_RD = F.gelu(x_RD + bias_D.to(x_RD.dtype), approximate="tanh")
+    if factor_D is not None:
+        x_RD = x_RD * factor_D.to(x_RD.dtype)
+    scale_R = _scale(x_RD.abs().amax(1)) if x_RD.shape[1] else x_RD.new_ones(len(x_RD))
+    return (x_RD / scale_R[:, None]).to(FLOAT8), scale_R.float()
+
+
+def quantize_weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows_OD, scale_O = quantize_rows(weight_OD, None, None)
+    return rows_OD, rows_OD.t().contiguous() if columns else rows_OD.new_empty(0), scale_O
+
+
+def multiply(
+    x_RD: Tensor, scale_R: Tensor, weight_OD: Tensor, scale_O: Tensor | None, bias_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """By the numbers that float8 stands for, which bfloat16 holds exactly; float16 would overflow."""
+    exact = torch.float32 if dtype == torch.float16 else dtype
+    x_RD, weight_OD = (x.to(exact) for x in (x_RD, weight_OD))
+    x_RD = x_RD * scale_R[:, None].to(exact)
+    weight_OD = weight_OD if scale_O is None else weight_OD * scale_O[:, None].to(exact)
+    return F.linear(x_RD, weight_OD, None if bias_O is None else bias_O.to(exact)).to(dtype)
+
+
+def _scale(most_R: Tensor) -> Tensor:
+    """The least power of two by which a row's largest number is one of float8's; NaN where there is none."""
+    mantissa, exponent = torch.frexp(most_R)
+    exponent = exponent - 9 + (mantissa > LARGEST / 512).to(exponent.dtype)
+    exponent = torch.where(most_R == 0, SMALLEST, exponent)
+    scale = torch.ldexp(torch.ones_like(most_R), exponent.clamp(min=SMALLEST))
+    return torch.where(most_R.isfinite(), scale, torch.nan)

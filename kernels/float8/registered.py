@@ -1,0 +1,100 @@
+"""The kernels as registered ops. R rows, D columns, O outputs."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import launching, on_triton
+from ..registry import registered
+from . import reference
+from .reference import FLOAT8
+
+CAPABILITY = (8, 9)
+"""Ada and Hopper are the first GPUs with float8 products."""
+MULTIPLE = 16
+"""Widths of operands have to be multiples of it."""
+
+
+@registered("mdt_fast::quantize_rows")
+def quantize_rows_fwd(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows in float8 [R, D], and their scales [R] in float32."""
+    if not on_triton(x_RD):
+        return reference.quantize_rows(x_RD, bias_D, factor_D)
+    out_RD, scale_R = _rows(x_RD)
+    if out_RD.numel():
+        launching(__package__).quantize_rows(x_RD, bias_D, factor_D, out_RD, scale_R)
+    return out_RD, scale_R
+
+
+@registered("mdt_fast::quantize_weight")
+def quantize_weight_fwd(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in float8 [O, D], the same transposed [D, O] (empty unless ``columns``), and the scales of its
+    rows [O] in float32."""
+    if not on_triton(weight_OD):
+        return reference.quantize_weight(weight_OD, columns)
+    outputs = rows_OD, columns_DO, scale_O = _weight(weight_OD, columns)
+    if rows_OD.numel():
+        transposed = columns_DO if columns else None
+        launching(__package__).quantize_weight(weight_OD.contiguous(), rows_OD, transposed, scale_O)
+    return outputs
+
+
+@registered("mdt_fast::multiply_float8")
+def multiply(
+    x_RD: Tensor,
+    scale_R: Tensor,
+    weight_OD: Tensor,
+    scale_O: Tensor | None,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x @ weight.T + bias`` of operands in float8 with the scales of their rows (``scale_O`` None: ones):
+    [R, O] in ``dtype``. Sums are float32's; a GPU rounds them to bfloat16, whatever ``dtype`` is then."""
+    if not multiplies(x_RD.device):
+        return reference.multiply(x_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
+    if not len(x_RD):
+        return scale_R.new_empty(0, len(weight_OD), dtype=dtype)
+    if scale_O is None:
+        scale_O = scale_R.new_ones(len(weight_OD))
+    bias_O = None if bias_O is None else checks.cast(bias_O, torch.bfloat16)
+    out_RO = torch._scaled_mm(
+        x_RD, weight_OD.t(), scale_R[:, None], scale_O[None], bias_O, out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    return checks.cast(out_RO, dtype)
+
+
+@cache
+def multiplies(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU with products of float8's E4M3."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+@quantize_rows_fwd.register_fake
+def _(x_RD, bias_D, factor_D):  # type: ignore[no-untyped-def]
+    return _rows(x_RD)
+
+
+@quantize_weight_fwd.register_fake
+def _(weight_OD, columns):  # type: ignore[no-untyped-def]
+    return _weight(weight_OD, columns)
+
+
+@multiply.register_fake
+def _(x_RD, scale_R, weight_OD, scale_O, bias_O, dtype):  # type: ignore[no-untyped-def]
+    return scale_R.new_empty(x_RD.shape[0], weight_OD.shape[0], dtype=dtype)
+
+
+def _rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    R, D = x_RD.shape
+    return x_RD.new_empty(R, D, dtype=FLOAT8), x_RD.new_empty(R, dtype=torch.float32)
+
+
+def _weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, D = weight_OD.shape
+    rows_OD, scale_O = _rows(weight_OD)
+    return rows_OD, rows_OD.new_empty((D, outputs) if columns else 0), scale_O
