@@ -14,7 +14,9 @@ import aot_csrc
 from mdt_fast.kernels.aot import Case, compile_cases
 from rows import RowFile
 
-ROOMS = ("ln_modulate", "bias_gelu", "sums", "tokens", "patch_embed", "rel_attention", "cfg_step")
+ROOMS = (
+    "ln_modulate", "bias_gelu", "sums", "float8", "tokens", "patch_embed", "rel_attention", "cfg_step",
+)  # fmt: skip
 """The rooms that list kernels in an ``aot.py``."""
 
 CHUNK = 16

@@ -41,7 +41,10 @@ _PATCH = {"block_r": (32, 64, 128), "block_d": (32, 64, 128), "num_warps": (4, 8
 _ATTENTION = {
     "block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)
 }  # fmt: skip
-TILES = (("block_m", "block_n"), ("block_r", "widest"), ("block_r", "block_d"), ("block_p", "widest"))
+TILES = (
+    ("block_m", "block_n"), ("block_r", "widest"), ("block_r", "block_d"), ("block_p", "widest"),
+    ("block_o", "block_d"),
+)  # fmt: skip
 """Which choices together say how large a tile is."""
 
 
@@ -108,6 +111,14 @@ KERNELS: dict[str, Tunable] = {
             "num_warps": (4, 8), "num_stages": (1, 3),
         },
         size_of=lambda D: ANY,
+    ),
+    "quantize_rows": Tunable(
+        room="float8", op="quantize_rows", mode="fwd",
+        space={"each": (8, 16, 32), "programs": (1024, 2048, 4096, 65536), "num_stages": (1, 2, 3)},
+    ),
+    "quantize_weight": Tunable(
+        room="float8", op="quantize_weight", mode="fwd",
+        space={"block_o": (8, 16, 32), "block_d": (64, 128, 256), "num_warps": (2, 4, 8)},
     ),
     **_both("tokens", "unmask_tokens", _UNMASK),
     **_both("tokens", "gather_tokens", _MOVE),

@@ -182,7 +182,7 @@ def jobs_of(
         for seed in range(args.seeds):
             for variant in STUDIES[name]:
                 own = variant.settings(settings)
-                if own.train.float8 and not find_spec("torchao"):
+                if own.train.float8 and own.train.float8_by == "torchao" and not find_spec("torchao"):
                     continue
                 yield Job(
                     study=name, variant=variant, settings=own, seed=seed,

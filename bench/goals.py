@@ -18,7 +18,7 @@ Found = tuple[float, str] | None
 Measure = Callable[["Rows"], Found]
 
 XL, S = "MDTv2_XL_2", "MDTv2_S_2"
-FLOAT8 = tuple(name for name in NAMES if precision(name) == "float8")
+FLOAT8 = tuple(name for name in NAMES if "float8" in precision(name))
 OURS = tuple(name for name in NAMES if name.startswith("fast") and name not in FLOAT8)
 COMPILED = tuple(name for name in NAMES if name.startswith("reference-"))
 ADALN = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
-#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
+#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole float8 precisions
 #   official account training breakdown switches sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then `survey` (or its parts: survey_ahead survey_large survey_128
 # survey_small survey_sample survey_compiled survey_switches) and single stages.
@@ -16,8 +16,8 @@ OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
-STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole precisions
-    official account training breakdown switches sampling sampling_compiled tune learning report)
+STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole float8
+    precisions official account training breakdown switches sampling sampling_compiled tune learning report)
 PARTS=(survey_ahead survey_large survey_128 survey_small survey_sample survey_compiled survey_switches)
 
 asked=("$@")
@@ -130,12 +130,19 @@ whole() { # the reference compiled as a whole: more than six minutes on a slow h
     bench throughput xl2_whole --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
         --providers reference,reference-compiled,fast-graphs --lengths 2 --time-limit 420
 }
-precisions() { # bfloat16 weights and moments; float8, compiled last, as that takes a minute or more
+float8() { # its products, op by op; then XL/2, trained and sampled
+    rows kernels kernels --model XL --dtype bfloat16 --providers fast,float8,eager --time-limit 60 \
+        --ops quantize_rows,quantize_weight,linear,ln_modulate_linear,gate_residual_ln_modulate_linear,gelu_linear
+    bench throughput xl2_float8 --model MDTv2_XL_2 --batch 32,128 --apart --dtype bfloat16 --lengths 2 \
+        --providers reference,fast-graphs,fast-lean-graphs,fast-float8-graphs,fast-lean-float8-graphs \
+        --time-limit 330
+}
+precisions() { # bfloat16 weights and moments; float8 by torchao, compiled last, as that takes a minute or more
     bench throughput xl2_precisions --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
         --providers reference,reference-blocks-compiled,fast-graphs,fast-lean,fast-lean-graphs,fast-lean-in-turn \
         --time-limit 260
-    bench throughput xl2_float8 --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
-        --providers reference,fast-float8-graphs,fast-float8-blocks-compiled --time-limit 200
+    bench throughput xl2_torchao --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \
+        --providers reference,fast-float8-torchao-graphs,fast-float8-torchao-blocks-compiled --time-limit 200
 }
 official() {
     if [[ -z $OFFICIAL ]]; then

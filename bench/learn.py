@@ -243,7 +243,7 @@ def parallelized(model: Any, settings: TrainConfig, device: torch.device) -> Non
     """As the product does; float8 on a CPU is emulated: the same roundings, which is what learning depends
     on, and no time won."""
     if settings.float8 and device.type != "cuda":
-        use_float8(model, emulate=True)
+        use_float8(model, settings.float8_by, emulate=True)
         settings = replace(settings, float8=False)
     parallelize(model, settings, World(), device)
 

@@ -59,7 +59,9 @@ LEAN = Variant(
     name="bfloat16, weights and moments, too",
     train={"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"},
 )
-FLOAT8 = Variant(name="float8", train={"dtype": "bfloat16", "float8": True})
+FLOAT8 = Variant(name="float8, rows", train={"dtype": "bfloat16", "float8": True})
+TORCHAO = Variant(name="float8", train={"dtype": "bfloat16", "float8": True, "float8_by": "torchao"})
+"""Named when there was no other."""
 
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "models": (DIT, MDT, MDTV2),
@@ -86,7 +88,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant(name="no min-SNR", diffusion={"min_snr_gamma": None}),
         Variant(name="DiT, min-SNR 5", family="dit", diffusion={"min_snr_gamma": 5.0}),
     ),
-    "precision": (Variant(name="float32", train={"dtype": "float32"}), BFLOAT16, LEAN, FLOAT8),
+    "precision": (Variant(name="float32", train={"dtype": "float32"}), BFLOAT16, LEAN, FLOAT8, TORCHAO),
     "float8": (BFLOAT16, FLOAT8),  # the same, at a size that trains in bfloat16
     "path": (MDTV2, Variant(name="MDTv2, reference", implementation="reference")),
 }

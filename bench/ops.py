@@ -17,6 +17,8 @@ from mdt_fast import kernels
 from mdt_fast.kernels.backends import INTERPRETING, backends
 from mdt_fast.kernels.bias_gelu import reference as plain_gelu
 from mdt_fast.kernels.cfg_step import reference as plain_cfg
+from mdt_fast.kernels.float8 import reference as plain_float8
+from mdt_fast.kernels.float8.registered import multiplies
 from mdt_fast.kernels.ln_modulate import reference as plain_ln
 from mdt_fast.kernels.mask_plan import reference as plain_mask
 from mdt_fast.kernels.patch_embed import reference as plain_patch
@@ -27,8 +29,10 @@ from providers import Skip, compile_obstacle
 
 OURS = ("fast", "eager", "compile")
 """Our op as it dispatches; the room's ``reference.py``; that under ``torch.compile``."""
-PROVIDERS = (*OURS, "fused", "timm", "apex")
-"""Besides, for optimiser steps alone: see ``optimizers.py``."""
+FLOAT8 = "float8"
+"""Our op with its products in float8, where it has any."""
+PROVIDERS = (*OURS, FLOAT8, "fused", "timm", "apex")
+"""The last ones for optimiser steps alone: see ``optimizers.py``."""
 
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 TOKENS, KEPT = 256, 153
@@ -73,6 +77,7 @@ class Op:
     other_bytes: int = 0
     flops: tuple[int, int] = (0, 0)
     modes: tuple[points.Mode, ...] = points.MODES
+    in_float8: bool = False
 
     def point(self, mode: points.Mode, dtype: torch.dtype) -> points.Point:
         parts = slice(0, 1 if mode == "fwd" else 2)
@@ -81,8 +86,13 @@ class Op:
         return points.Point(
             bench="kernels", op=self.name, mode=mode, shape=self.shape, dtype=dtype,
             prepare=partial(self.prepare, mode, dtype), base="eager", oracle="eager",
-            bytes=moved, flops=sum(self.flops[parts]), roofline=True, providers=OURS,
-            switches={"fast": {"backend": served[self.name]}, "compile": {"compile": True}},
+            bytes=moved, flops=sum(self.flops[parts]), roofline=True,
+            providers=(*OURS, FLOAT8) if self.in_float8 else OURS,
+            switches={
+                "fast": {"backend": served[self.name]},
+                "compile": {"compile": True},
+                FLOAT8: {"float8": True},
+            },
         )  # fmt: skip
 
     def prepare(
@@ -100,8 +110,14 @@ class Op:
             function = torch.compile(self.eager, fullgraph=True, dynamic=False)
             return points.call_of(mode, function, arguments)
 
+        def float8() -> points.Call:
+            if not multiplies(device):
+                raise Skip(f"no products in float8 on {device}")
+            return points.call_of(mode, partial(self.fast, float8=True), arguments)
+
         return {
             "fast": fast,
+            FLOAT8: float8,
             "eager": lambda: points.call_of(mode, self.eager, arguments),
             "compile": compiled,
         }
@@ -144,6 +160,7 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
             name="linear", shape={"B": B, "L": L, "D": D, "O": 3 * D}, fast=kernels.linear, eager=linear,
             arguments=lambda make: (make.normal(B, L, D), *layer(make, D, 3 * D)),
             elements=(N + weight + wide, 2 * (N + weight + wide)), flops=(6 * N * D, 12 * N * D),
+            in_float8=True,
         ),
         Op(
             name="ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
@@ -152,6 +169,7 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
                 plain_ln.ln_modulate(x, shift, scale, None, 1e-6), weight, bias
             ),
             elements=(3 * N + weight + wide, 6 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
+            in_float8=True,
         ),
         Op(
             name="residual_ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
@@ -161,12 +179,14 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
                 x, linear(plain_ln.ln_modulate(x, shift, scale, None, 1e-6), weight, bias)
             ),
             elements=(3 * N + weight + wide, 7 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
+            in_float8=True,
         ),
         Op(
             name="gate_residual_ln_modulate_linear", shape={"B": B, "L": L, "D": D, "O": 3 * D},
             arguments=lambda make: (*gate_ln(make), *layer(make, D, 3 * D)),
             fast=kernels.gate_residual_ln_modulate_linear, eager=plain_gate_linear,
             elements=(5 * N + weight + wide, 9 * N + 2 * (weight + wide)), flops=(6 * N * D, 12 * N * D),
+            in_float8=True,
         ),
         Op(
             name="gate_residual", shape={"B": B, "L": L, "D": D}, arguments=lambda make: gate_ln(make)[:3],
@@ -179,11 +199,23 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
             fast=kernels.gelu_linear,
             eager=lambda x, bias, weight, bias_O: linear(plain_gelu.bias_gelu(x, bias), weight, bias_O),
             elements=(3 * B * L * F + F * D + N, 7 * B * L * F + 2 * (F * D + N)),
-            flops=(2 * N * F, 4 * N * F),
+            flops=(2 * N * F, 4 * N * F), in_float8=True,
         ),
         Op(
             name="sum_rows", shape={"R": B * L, "D": D}, fast=kernels.sum_rows, eager=lambda x: x.sum(0),
             arguments=lambda make: (make.normal(B * L, D, grad=False),), elements=(N + D, 0), modes=("fwd",),
+        ),
+        Op(  # two bytes read, one written
+            name="quantize_rows", shape={"R": B * L, "D": D}, fast=kernels.quantize_rows,
+            eager=lambda x: plain_float8.quantize_rows(x, None, None),
+            arguments=lambda make: (make.normal(B * L, D, grad=False),), elements=(N, 0),
+            other_bytes=N + 4 * B * L, modes=("fwd",),
+        ),
+        Op(  # of the widest layer, with its columns
+            name="quantize_weight", shape={"O": F, "D": D}, fast=kernels.quantize_weight,
+            eager=lambda weight: plain_float8.quantize_weight(weight, True),
+            arguments=lambda make: (make.normal(F, D, grad=False),), elements=(F * D, 0),
+            other_bytes=2 * F * D + 4 * F, modes=("fwd",),
         ),
         Op(
             name="ln_modulate", shape={"B": B, "L": L, "D": D}, arguments=ln, fast=kernels.ln_modulate,

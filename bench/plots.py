@@ -29,6 +29,11 @@ COLORS = {
     "fast-float8": "#c9a227",
     "fast-float8-blocks-compiled": "#a07f14",
     "fast-float8-graphs": "#e0c25a",
+    "fast-lean-float8": "#8f8a2a",
+    "fast-lean-float8-graphs": "#bdb76b",
+    "fast-float8-torchao": "#b07050",
+    "fast-float8-torchao-blocks-compiled": "#8c5438",
+    "fast-float8-torchao-graphs": "#d29a7c",
     "official": "#d08a3c",
     "diffusers": "#8a6fb0",
 }

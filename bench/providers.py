@@ -7,7 +7,8 @@ compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one
 training step in which each pass has its own backward pass (``train.passes``), ``fast-lean`` one with weights
 and moments in bfloat16, and float32 weights in the optimiser (``train.weights``, ``train.moments``), or a
 sampling step of a model that is bfloat16 itself, ``fast-float8`` one with the blocks' products in float8
-(``train.float8``), ``official`` the code of a checkout, ``diffusers`` that library's DiT.
+(``use_float8``, ``train.float8``), ``fast-float8-torchao`` that by torchao, ``official`` the code of a
+checkout, ``diffusers`` that library's DiT.
 A provider and its other forms share one module, those of compiled blocks its parameters.
 """
 
@@ -36,9 +37,13 @@ NAMES = (
     "fast", "fast-blocks-compiled", "fast-compiled", "fast-graphs",
     "fast-in-turn", "fast-in-turn-compiled", "fast-in-turn-graphs",
     "fast-lean", "fast-lean-compiled", "fast-lean-graphs", "fast-lean-in-turn", "fast-lean-in-turn-graphs",
-    "fast-float8", "fast-float8-blocks-compiled", "fast-float8-graphs", "official", "diffusers",
+    "fast-float8", "fast-float8-blocks-compiled", "fast-float8-graphs",
+    "fast-lean-float8", "fast-lean-float8-graphs",
+    "fast-float8-torchao", "fast-float8-torchao-blocks-compiled", "fast-float8-torchao-graphs",
+    "official", "diffusers",
 )  # fmt: skip
-PRECISIONS = "lean", "float8"
+PRECISIONS = "lean-float8", "float8-torchao", "lean", "float8"
+"""The longer ones first, as their names are in a provider's."""
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
 """Where the published recipe differs from the constructor's default."""
@@ -105,17 +110,17 @@ class Modules:
         self._made: dict[str, nn.Module] = {}
 
     def get(self, implementation: str, precision: str = "") -> nn.Module:
-        """The module, its weights set back to the shared ones; ``precision``: nothing, ``lean`` or
-        ``float8``. Raises ``Skip`` if it cannot exist here."""
+        """The module, its weights set back to the shared ones; ``precision``: nothing or one of
+        ``PRECISIONS``. Raises ``Skip`` if it cannot exist here."""
         key = f"{implementation}-{precision}"
         if key not in self._made:
             with self.device:  # drawn there, which for large models takes seconds less
                 module = self._build(implementation).to(self.device)
-            if precision == "lean":
+            if "lean" in precision:
                 module.bfloat16()
-            elif precision == "float8":
+            if "float8" in precision:
                 try:
-                    use_float8(module)
+                    use_float8(module, "torchao" if "torchao" in precision else "kernels")
                 except UserError as error:
                     raise Skip(str(error)) from None
             self._made[key] = module
@@ -227,8 +232,8 @@ def in_turn(name: str) -> bool:
 
 
 def precision(name: str) -> str:
-    """``lean``: weights and the optimiser's moments are bfloat16; ``float8``: the blocks' products are; or
-    nothing."""
+    """``lean``: weights and the optimiser's moments are bfloat16; ``float8``: the blocks' products are
+    float8's; both, or nothing."""
     return next((each for each in PRECISIONS if f"-{each}" in name), "")
 
 

@@ -32,6 +32,7 @@ import points
 from mdt_fast import kernels
 from mdt_fast.errors import UserError
 from mdt_fast.kernels.backends import INTERPRETING
+from mdt_fast.kernels.float8.registered import multiplies
 from mdt_fast.kernels.native import MISSING
 from mdt_fast.masking import MaskPlan
 from mdt_fast.optim import FusedAdamW, FusedAdan
@@ -44,9 +45,11 @@ NATIVE = ("mask_plan", "optim")
 """Rooms with kernels in ``csrc/``."""
 B, L, K, D, H, G = 3, 25, 11, 40, 3, 5
 HEAD_DIMS = (24, 72)
+LENGTHS = (5, 0, 12)
+"""Of ragged samples, B."""
 CALLS = (
     "rel_attention", "ln_modulate", "bias_gelu", "sums", "tokens", "patch_embed", "cfg_step", "mask_plan",
-    "optim",
+    "optim", "float8",
 )  # fmt: skip
 
 Call = Callable[[], object]
@@ -184,7 +187,7 @@ def calls(asked: Sequence[str], device: torch.device) -> Iterator[tuple[str, Cal
     makers = {
         "rel_attention": _attention, "ln_modulate": _rows, "bias_gelu": _gelu, "sums": _sums,
         "tokens": _tokens, "patch_embed": _patches, "cfg_step": _sampling, "mask_plan": _masks,
-        "optim": _steps,
+        "optim": _steps, "float8": _float8,
     }  # fmt: skip
     for op, dtype in product(asked, (torch.float32, torch.bfloat16)):
         generator = torch.Generator(device).manual_seed(0)
@@ -230,7 +233,7 @@ def _attention(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
 
 
 def _rows(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
-    lengths = (5, 0, 12)[:B]
+    lengths = LENGTHS[:B]
     for name, rows, offsets in (("", (B, L), None), (" ragged", (sum(lengths),), lengths)):
         x, y, (gate, shift, scale) = make(*rows, D), make(*rows, D), (make(B, D) for _ in range(3))
         where = {"offsets": None if offsets is None else _offsets(*offsets, like=x)}
@@ -253,6 +256,25 @@ def _gelu(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
     x, bias = make(B, L, 4 * D + 8), make(4 * D + 8)
     yield "alone", _both(kernels.bias_gelu, x, bias)
     yield "linear", _both(kernels.gelu_linear, x, bias, make(D, 4 * D + 8), make(D))
+
+
+def _float8(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
+    """Multiples of 16, which GPUs' products ask for; without such a GPU the roundings alone."""
+    device = make(1).device
+    if device.type == "cuda" and not multiplies(device):
+        return
+    wide, weight, bias = 48, make(32, 48), make(32)
+    m, lengths = [make(B, wide) for _ in range(3)], LENGTHS[:B]
+    for rows in ((B, L), (sum(lengths),)):
+        x = make(*rows, wide)
+        where = {"offsets": _offsets(*lengths, like=x) if len(rows) == 1 else None, "float8": True}
+        yield f"{rows} linear", _both(kernels.linear, x, weight, bias, float8=True)
+        yield f"{rows} gelu", _both(kernels.gelu_linear, x, make(wide), weight, bias, float8=True)
+        yield f"{rows} norm", _both(kernels.ln_modulate_linear, x, *m[1:], weight, bias, **where)
+        gated = x, make(*rows, wide), *m, weight, bias
+        yield f"{rows} gated norm", _both(kernels.gate_residual_ln_modulate_linear, *gated, **where)
+    yield "odd rows", partial(kernels.quantize_rows, make(7, 41).detach(), factor=make(41).detach())
+    yield "odd weight", partial(kernels.quantize_weight, make(37, 41).detach())
 
 
 def _sums(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:

@@ -146,7 +146,7 @@ class TrainStep(Step):
         if share is not None:
             self.optimizer, self.ema = share.optimizer, share.ema
             return
-        lean = provider.precision == "lean"
+        lean = "lean" in provider.precision
         kept: dict[str, Any] = {"weights": "bfloat16", "moments": "bfloat16"} if lean else {}
         recipe = TrainConfig(optimizer="adan" if family == "mdtv2" else "adamw", lr=1e-5, **kept)
         self.optimizer, self.ema, _ = optimize(self.module, recipe)
@@ -332,7 +332,7 @@ def step_of(
     if provider.precision and case.dtype != torch.bfloat16:
         raise Skip("for computing in bfloat16: --dtype bfloat16")
     if case.mode == "sample":
-        if provider.in_turn or provider.precision == "float8":
+        if provider.in_turn or "torchao" in provider.precision:
             raise Skip("a way to train: --mode train")
         return (GraphedSampleStep if provider.graphed else SampleStep)(case, provider, inputs)
     kind = GraphedTrainStep if provider.graphed else TrainStep

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mdt_fast.cuda_graphs import Graphed
+from mdt_fast.kernels.float8.registered import multiplies
 from mdt_fast.kernels.native import library
 from mdt_fast.training import parallelize, passes, train
 from mdt_fast.training.metrics import read_rows
@@ -20,6 +21,13 @@ from tiny import LEAN, tiny
 pytestmark = pytest.mark.gpu
 LEAN_BY_CSRC = pytest.param(
     LEAN, marks=pytest.mark.skipif(not library("cuda"), reason="csrc is not built for CUDA")
+)
+FLOAT8 = pytest.param(
+    {"dtype": "bfloat16", "float8": True},
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() and not multiplies(torch.device("cuda")),
+        reason="this GPU has no products in float8",
+    ),
 )
 
 
@@ -33,6 +41,7 @@ LEAN_BY_CSRC = pytest.param(
         {"dtype": "bfloat16", "compile": "block"},
         {"dtype": "bfloat16", "passes": "in_turn"},
         LEAN_BY_CSRC,
+        FLOAT8,
     ],
     ids=str,
 )

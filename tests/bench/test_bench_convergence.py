@@ -139,7 +139,7 @@ VARIANTS = {f"{study}, {one.name}": one for study, some in STUDIES.items() for o
 def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
     """The loss is finite, what takes part moves, what is left out stays."""
     variant = VARIANTS[name]
-    if variant.train.get("float8"):
+    if variant.train.get("float8_by") == "torchao":
         pytest.importorskip("torchao", reason="torchao is not installed")
     learner = learn.Learner(job(tiny, files, variant), torch.device("cpu"))
     before = {key: p.detach().clone() for key, p in learner.model.named_parameters()}

@@ -73,13 +73,14 @@ def _on_a_cpu(make: Any, name: str, modules: providers.Modules) -> providers.Pro
 
 @pytest.mark.parametrize("form", [
     *(pytest.param(form, marks=needs_csrc) for form in ("lean", "lean-graphs", "lean-in-turn")),
-    "float8", "float8-graphs",
+    pytest.param("lean-float8-graphs", marks=needs_csrc),
+    "float8", "float8-graphs", "float8-torchao", "float8-torchao-graphs",
 ])  # fmt: skip
 def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the reference, by the bench's own bounds, before and after steps of the other forms."""
-    if form.startswith("float8"):
+    if "torchao" in form:
         pytest.importorskip("torchao", reason="torchao is not installed")
-        monkeypatch.setattr(providers, "use_float8", partial(use_float8, emulate=True))
+    monkeypatch.setattr(providers, "use_float8", partial(use_float8, emulate=True))
     monkeypatch.setattr(passes, "Graphed", Replayed)
     small = {"hidden_size": 32, "depth": 2, "num_heads": 2, "decode_layer": 0}
     config, device = replace(PRESETS["digits"].model, **small), torch.device("cpu")
@@ -101,13 +102,13 @@ def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch
     again = kind(case, provider, inputs, (11, 8), step)
     assert (again.optimizer, again.ema) == (step.optimizer, step.ema)
     weights = [p for p in step.module.parameters() if p.requires_grad]
-    assert {p.dtype for p in weights} == {torch.bfloat16 if provider.precision == "lean" else torch.float32}
+    assert {p.dtype for p in weights} == {torch.bfloat16 if "lean" in form else torch.float32}
     states = [step.optimizer.state[p] for p in weights]
-    if provider.precision == "lean":
+    if "lean" in form:
         assert {state["exp_avg"].dtype for state in states} == {torch.bfloat16}
         for p, state in zip(weights, states, strict=True):
             assert torch.equal(p, state["master"].bfloat16())
-    kept = 4 + 4 + 4 * 4 if provider.precision == "float8" else 2 + 4 + 4 + 4 * 2
+    kept = 2 + 4 + 4 + 4 * 2 if "lean" in form else 4 + 4 + 4 * 4
     numbers = sum(p.numel() for p in weights)
     frozen = sum(p.numel() for p in step.module.parameters()) - numbers
     more = steps.TrainStep.own_bytes(step) - numbers * kept  # what is not trained and its average; an index
@@ -140,7 +141,7 @@ def test_where_other_precisions_are_left_out() -> None:
         with pytest.raises(providers.Skip, match=why):
             steps.step_of(case, provider, inputs, (11,), None)
     case, modules = steps.Case("digits", config, "sample", 2, torch.bfloat16, device), providers.Modules
-    float8 = replace(providers.make("fast", modules(config, device, None)), name="fast-float8")
+    float8 = replace(providers.make("fast", modules(config, device, None)), name="fast-float8-torchao")
     with pytest.raises(providers.Skip, match="a way to train"):
         steps.step_of(case, float8, inputs, (11,), None)
     with pytest.raises(providers.Skip, match="float8: needs "):

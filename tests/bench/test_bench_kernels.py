@@ -91,7 +91,7 @@ def test_a_run_leaves_rows_tables_and_a_picture(tmp_path: Path, capsys: pytest.C
     rows = read([rows_file])
     assert all({*KEYS, "op", "shape"} <= set(row) and row["bench"] == "kernels" for row in rows)
     left_out = {row["provider"] for row in rows if row["metric"] in ("failed", "skipped")}
-    assert left_out <= {"timm", "apex"}
+    assert left_out <= {"timm", "apex", "float8"}
     assert {row["provider"] for row in rows if row["op"] == "adamw_step"} >= {"fast", "eager", "fused"}
     for op, case in ops.cases("S", 2).items():
         for mode in case.modes:

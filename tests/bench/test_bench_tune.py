@@ -24,7 +24,8 @@ ENTRY = ("gate_residual_fwd", "2048 half")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_every_compiled_choice_can_be_tuned(arch: str) -> None:
     entries = candidates.entries(arch)
-    assert {kernel for kernel, _ in entries} == set(candidates.KERNELS)
+    without = {"quantize_rows", "quantize_weight"} if arch == "sm_80" else set()  # A100 has no float8
+    assert {kernel for kernel, _ in entries} == set(candidates.KERNELS) - without
     for entry in entries:
         assert entry[1].split()[1] in ("half", "float32")
     assert {"64 half", "80 half"} <= {shape for kernel, shape in entries if kernel == "rel_attention_bwd_kv"}

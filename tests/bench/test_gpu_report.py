@@ -22,7 +22,7 @@ from providers import NAMES, model_config
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_report.sh"
 STAGES = [
     "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large", "host",
-    "compiled", "compiled4", "whole", "precisions", "official", "account", "training", "breakdown",
+    "compiled", "compiled4", "whole", "float8", "precisions", "official", "account", "training", "breakdown",
     "switches", "sampling", "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
 PARTS = [f"survey_{part}" for part in ("ahead", "large", "128", "small", "sample", "compiled", "switches")]
