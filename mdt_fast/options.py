@@ -65,6 +65,11 @@ def add_sample(commands: Any) -> Any:
         help=f"what the model computes in {OF_RUN}",
     )
     add(
+        "--float8",
+        action="store_true",
+        help="with --dtype bfloat16: the blocks' products in float8, not exact (GPUs since Ada and Hopper)",
+    )
+    add(
         "--labels",
         metavar="A,B,...",
         help="classes by index or name, repeated in turn up to --num-samples (default: all)",

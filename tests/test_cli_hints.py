@@ -1,5 +1,6 @@
 """What the commands say unasked: hints, notes and help."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 
 import mdt_fast
 from mdt_fast.cli import main
+from mdt_fast.models.float8 import use_float8
 from mdt_fast.training.optim import unripe
 from tiny import ARGUMENTS
 
@@ -285,3 +287,33 @@ def test_a_full_disk_is_named(
     monkeypatch.setattr(sys.modules["mdt_fast.commands.sample"], "save_npz", full)
     said = error(capsys, "sample", str(trained), "--steps=2", f"--npz={tmp_path / 'x.npz'}")
     assert said == f"--npz: cannot write '{tmp_path / 'x.npz'}': No space left on device"
+
+
+def test_float8_says_what_it_needs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = "sample", str(trained), "--float8", "--device=cpu"
+    assert error(capsys, *sample) == "--float8: goes with --dtype bfloat16, got float32"
+    needs = "--float8: needs a GPU of compute capability 8.9 or more, the model is on cpu"
+    assert error(capsys, *sample, "--dtype=bfloat16") == needs
+    assert not (trained / "grid.png").exists()
+
+
+def test_float8_draws_what_an_exact_model_draws_nearly(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated, into a folder that is then finished by the same command alone."""
+    commands = importlib.import_module("mdt_fast.commands.sample")
+    monkeypatch.setattr(commands, "check_float8", lambda device: None)
+    converted: list[int] = []
+    monkeypatch.setattr(
+        commands, "use_float8", lambda model: converted.append(use_float8(model, emulate=True))
+    )
+    plain = ["sample", str(trained), "--device=cpu", "--dtype=bfloat16", "--num-samples=4"]
+    assert main([*plain, f"--out={tmp_path / 'exact'}"]) == 0
+    assert main([*plain, "--float8", f"--out={tmp_path / 'rounded'}"]) == 0
+    exact, rounded = (
+        np.load(tmp_path / name / "samples_4x8x8x1.npz")["arr_0"].astype(float)
+        for name in ("exact", "rounded")
+    )
+    assert abs(exact - rounded).mean() < 8
+    assert converted == [4 * 3]  # two blocks, and the side block
+    assert main([*plain, f"--out={tmp_path / 'rounded'}"]) == 2

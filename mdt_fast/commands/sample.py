@@ -16,6 +16,7 @@ from ..data import FirstStage, described_stage
 from ..data.encode_folder import Ranks
 from ..data.encode_progress import EncodingProgress
 from ..errors import UserError, nearest
+from ..models.float8 import check_float8, use_float8
 from ..sampling import (
     Inpainter,
     SampleFolder,
@@ -67,6 +68,10 @@ def sample(args: argparse.Namespace) -> int:
         check_alone(targets["png"], [*png_names(labels, opened.classes), *beside])
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
     device = resolve_device(args.device)
+    if args.float8:
+        if config.dtype != "bfloat16":
+            raise UserError(f"--float8: goes with --dtype bfloat16, got {config.dtype}")
+        check_float8(device)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
     latents = opened.state.get("latents")
     if args.vae is not None and latents is None:
@@ -94,6 +99,8 @@ def sample(args: argparse.Namespace) -> int:
 
     def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
         model = model_of(opened, args.weights).to(device)
+        if args.float8:
+            use_float8(model)
         sampler = (
             Sampler(model, diffusion, config, clip_denoised=stage.clip)
             if known is None
@@ -255,6 +262,7 @@ def _settings(
         "--weights": None if args.weights == EMA else args.weights,  # folders of before have none
         "checkpoint": f"step {opened.step}, weights {digest[:16]}",
         **values,
+        "--float8": True if args.float8 else None,  # folders of before have none
         "--labels": list(chosen),
         "--vae": args.vae,
         "--shard-size": args.shard_size,

@@ -6,6 +6,7 @@ a run to show; it is no exact switch.
 
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..errors import UserError
@@ -38,12 +39,8 @@ def use_float8(
     if not isinstance(model, Transformer):
         raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
     convert = _torchao(emulate) if by == "torchao" else None
-    device = model.pos_embed.device
-    if not emulate and not multiplies(device):
-        needed = ".".join(map(str, CAPABILITY))
-        raise UserError(
-            f"float8: needs a GPU of compute capability {needed} or more, the model is on {device}"
-        )
+    if not emulate:
+        check_float8(model.pos_embed.device)
     names = _names(model, by)
     if convert is not None:
         convert(model, names)
@@ -51,6 +48,15 @@ def use_float8(
         for name in names:
             model.get_submodule(name).__class__ = Float8Linear
     return len(names)
+
+
+def check_float8(device: torch.device) -> None:
+    """``UserError`` where there are no products in float8."""
+    if not multiplies(device):
+        needed = ".".join(map(str, CAPABILITY))
+        raise UserError(
+            f"float8: needs a GPU of compute capability {needed} or more, the model is on {device}"
+        )
 
 
 def _names(model: Transformer, by: str) -> list[str]:
