@@ -71,7 +71,7 @@ OPTIONAL = (
         "pip install torch-fidelity torchvision",
     ),
     OptionalPackage(
-        "torchao", "torchao", "float8 products in training (`train.float8`)", "pip install torchao"
+        "torchao", "torchao", "its float8 products (`train.float8_by=torchao`)", "pip install torchao"
     ),
     OptionalPackage(
         "flash-attn",

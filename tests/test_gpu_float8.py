@@ -81,6 +81,7 @@ def test_linear(R: int, D: int, outputs: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", [16, 80, 1152])
 @pytest.mark.parametrize("name", FUSED)
 def test_layers_behind_others(name: str, D: int) -> None:
+    """The parts round to bfloat16 in between, which brings one number in thirty to the next one in float8."""
     torch.manual_seed(0)
     fused, parts, args = FUSED[name](D)
     args = [a.to("cuda", torch.bfloat16) for a in args]
@@ -88,7 +89,7 @@ def test_layers_behind_others(name: str, D: int) -> None:
     theirs, unrounded = run(partial(parts, float8=True), args), run(parts, args)
     for a, b, e, u in zip(ours, again, theirs, unrounded, strict=True):
         assert torch.equal(a, b)
-        assert (a - e).norm() <= 2e-2 * e.norm()
+        assert (a - e).norm() <= 3e-2 * e.norm()
         assert (a - u).norm() <= 0.06 * u.norm()
 
 
