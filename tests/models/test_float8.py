@@ -8,11 +8,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mdt_fast
 from mdt_fast import MDT, DiT, MDTv2, UserError, compile_for_training, use_float8
 from mdt_fast.config import SampleConfig, SampleSwitches, Switches
 from mdt_fast.diffusion import create_diffusion
+from mdt_fast.models import flops as flops  # registers the formulas
 from mdt_fast.models.ops import Float8Linear
 from mdt_fast.training.objective import draw, losses_of, total_loss
 from tolerances import FLOAT32, relative_error
@@ -199,3 +201,12 @@ def test_wrong_arguments() -> None:
         use_float8(model(), "apex", emulate=True)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
         use_float8(torch.nn.Linear(16, 16), emulate=True)  # type: ignore[arg-type]
+
+
+def test_flops_are_those_of_exact_products() -> None:
+    counted = []
+    for made in (model(), in_float8(model())):
+        with FlopCounterMode(display=False) as counter:
+            gradients(made)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
