@@ -60,6 +60,8 @@ def check_settings(config: RunConfig) -> None:
         imported_wandb()
     if settings.weights == "bfloat16" and settings.dtype != "bfloat16":
         raise UserError(f"train.weights: bfloat16 goes with train.dtype bfloat16, got {settings.dtype}")
+    if settings.float8_by != "kernels" and not settings.float8:
+        raise UserError(f"train.float8_by: {settings.float8_by} goes with train.float8=true")
     if settings.float8 and settings.dtype != "bfloat16":
         raise UserError(f"train.float8: goes with train.dtype bfloat16, got {settings.dtype}")
     if not config.data.conditional and config.model.num_classes != 1:

@@ -1,6 +1,7 @@
 """Half types in a run: float16 with its loss scale, bfloat16; compiled by block, with pictures between."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from mdt_fast.errors import UserError
 from mdt_fast.kernels.native import MISSING
 from mdt_fast.models.base import Transformer
 from mdt_fast.models.blocks import Block
+from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.zoo import build_model
 from mdt_fast.training import passes, train
 from mdt_fast.training import run as run_module
@@ -33,6 +35,44 @@ def test_half_types_follow_float32(dtype: str, tmp_path: Path) -> None:
             assert row[key] == pytest.approx(expected[key], rel=3e-2)
     weights = open_checkpoint(tmp_path / dtype).tensors("model")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdt_fast.training.parallelize.use_float8", partial(use_float8, emulate=True))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    "form", [{}, {"checkpointing": "full"}, {"accumulate": 2}, {"passes": "in_turn"}], ids=str
+)
+def test_float8_follows_float32(form: dict[str, Any], tmp_path: Path) -> None:
+    """Weights are saved in float32; halves of the run equal the whole, bit for bit."""
+    settings = {"log_every": 1, "lr": 1e-2, "warmup_steps": 0, **form}
+    config = tiny(**settings, dtype="bfloat16", float8=True)
+    train(tiny(**settings), tmp_path / "float32")
+    train(config, tmp_path / "whole")
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("float32", "whole")]
+    assert rows[0] != rows[1]
+    for expected, row in zip(*rows, strict=True):
+        for key in ("loss", "m_loss", "grad_norm"):
+            assert row[key] == pytest.approx(expected[key], rel=4e-2)
+    weights = open_checkpoint(tmp_path / "whole").tensors("model")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    train(replace(config, train=replace(config.train, steps=4)), tmp_path / "halves")
+    train(config, tmp_path / "halves", resume="auto")
+    ends = [tensors_of(open_checkpoint(tmp_path / name).path) for name in ("whole", "halves")]
+    assert ends[0] == ends[1]
+
+
+def test_what_float8_does_not_go_with(tmp_path: Path) -> None:
+    for settings, said in (
+        ({"dtype": "float16", "float8": True}, "train.float8: goes with train.dtype bfloat16, got float16"),
+        ({"float8_by": "torchao"}, "train.float8_by: torchao goes with train.float8=true"),
+        ({"dtype": "bfloat16", "float8": True}, "float8: needs a GPU of compute capability 8.9 or more"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(tiny(**settings), tmp_path / "out")
 
 
 @needs_csrc
