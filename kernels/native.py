@@ -19,9 +19,13 @@ def _load(device: str) -> str | None:
     if SETTING == "0":
         return "turned off by MDT_FAST_NATIVE=0"
     folder = Path(SETTING) if SETTING else Path(__file__).parent
+    if not folder.is_dir():
+        return f"not there: MDT_FAST_NATIVE={SETTING} is no folder (allowed are 0 and one)"
     found = sorted(folder.glob(f"_{device}.*"))
     if device == "cuda" and torch.version.cuda is None:
         return "this torch is built for the CPU"
+    if not found and SETTING:
+        return f"not in the folder that MDT_FAST_NATIVE={SETTING} names"
     if not found:
         return "not built (with torch and a C++ compiler there: pip install --no-build-isolation)"
     if device == "cuda" and MISSING["cpu"] is not None:

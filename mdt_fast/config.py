@@ -253,7 +253,7 @@ SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How pictures are drawn.
+    """How pictures are drawn. ``num_samples``: by ``mdt-fast sample``; in Python there is one for each label.
 
     ``sampler``: ancestral steps (``ddpm``), DDIM with its ``eta``, or diffusers' DPM-Solver++ (``dpm++``) and
     UniPC, both of order 2. ``scale_pow`` None: constant guidance; else the power-cosine schedule.

@@ -180,6 +180,8 @@ def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator
     With 256 tokens and ``mask_ratio`` 0.3 the result is 128..179. ``generator``: of the CPU; torch's default
     one if None. Processes that share a batch draw alike with generators of one seed.
     """
+    if not 0 <= mask_ratio < 1:
+        raise UserError(f"mask_ratio: allowed are 0 to below 1, got {mask_ratio!r}")
     drawn = torch.rand(1) if generator is None else torch.rand(1, generator=generator)
     ratio = drawn * RATIO_RANGE + mask_ratio
     return int(num_tokens * (1 - ratio))

@@ -72,7 +72,7 @@ def add_sample(commands: Any) -> Any:
     add(
         "--labels",
         metavar="A,B,...",
-        help="classes by index or name, repeated in turn up to --num-samples (default: all)",
+        help="classes by name or index, repeated in turn up to --num-samples (default: all)",
     )
     add(
         "--weights",

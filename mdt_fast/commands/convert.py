@@ -9,7 +9,7 @@ from ..config import to_dict
 from ..errors import UserError
 from ..files import folder_aside, is_leftover
 from ..models import Transformer
-from ..models.convert import SUFFIXES, read_weights, write_weights
+from ..models.convert import SUFFIXES, full_disk_named, read_weights, write_weights
 from ..models.hub import saved_in
 from ..sampling import check_writable
 from ..training import checkpoint
@@ -97,7 +97,8 @@ def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
     there = target.is_dir()
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(target / PIPELINE if there else target.absolute()) as folder:
-        pipeline.save_pretrained(folder)
+        with full_disk_named(target):
+            pipeline.save_pretrained(folder)
         if there:
             for path in sorted(folder.iterdir(), key=lambda path: path.name == "model_index.json"):  # last
                 os.replace(path, target / path.name)

@@ -70,8 +70,14 @@ def official_config(
     if written and dropped != (written["class_dropout_prob"] > 0) and ("model", "class_dropout_prob") in hand:
         wanted, null = hand["model", "class_dropout_prob"], "no null class" if dropped else "a null class"
         raise UserError(f"model.class_dropout_prob: {wanted!r}, but the weights in {files.model} have {null}")
+    if rows == dropped:
+        raise UserError(
+            f"{files.model}: its label table has one row: a model without classes; pass --unconditional"
+        )
     shape["num_classes"] = rows - dropped
     of_model = {key: value for (section, key), value in hand.items() if section == "model"}
+    if packed is None and not values["data"]["conditional"]:
+        of_model.setdefault("num_classes", 1)
     if packed is None:
         notes += _changed_by_hand(shape, of_model, dropped)
     shape.update({key: of_model[key] for key in shape if _makes_the_same(of_model, key, shape)})

@@ -189,13 +189,13 @@ def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: boo
 
 
 def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) -> list[int]:
-    """The classes that ``text`` lists by index or name ("3,7", "cat,zebra, striped"), or all that the data
-    had."""
+    """The classes that ``text`` lists by name or index ("3,7", "cat,zebra, striped"; what is a name counts as
+    one), or all that the data had."""
     if text is None:
         return list(range(len(classes)))
     chosen = []
     for name in _words(text, classes):
-        if re.fullmatch(r"-?\d+", name):
+        if re.fullmatch(r"-?\d+", name) and name not in classes:
             label = int(name)
             if not 0 <= label < num_classes:
                 raise UserError(f"--labels: allowed are 0 to {num_classes - 1}, got {label}")
@@ -242,8 +242,11 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
                 f"--{name}: a folder, got {str(path)!r}; --grid FILE is one picture, --npz FILE has arrays"
             )
         check_writable(path, folder=folder)
-    if "npz" in targets and targets["npz"].suffix != ".npz":
-        raise UserError(f"--npz: a name that ends in .npz is needed, got {args.npz!r}")
+    for name, suffix in (("npz", ".npz"), ("grid", ".png")):
+        if name in targets and targets[name].suffix.lower() != suffix:
+            raise UserError(
+                f"--{name}: a name that ends in {suffix} is needed, got {str(getattr(args, name))!r}"
+            )
     return targets
 
 

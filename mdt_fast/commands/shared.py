@@ -6,12 +6,15 @@ import torch
 
 from ..errors import UserError
 
+MOST_THREADS = 1024
+"""More of them end the process where its libraries start them."""
+
 
 def set_threads(threads: int | None) -> None:
     if threads is None:
         return
-    if threads < 1:
-        raise UserError(f"--threads: must be at least 1, got {threads}")
+    if not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"--threads: allowed are 1 to {MOST_THREADS}, got {threads}")
     torch.set_num_threads(threads)
 
 

@@ -52,6 +52,8 @@ class Loader:
         self.images, self.config, self.batch_size, self.seed = images, config, batch_size, seed
         self.rows = slice(0, batch_size) if rows is None else rows
         self.pinned = pinned
+        self.unreadable: dict[int, str] = {}
+        """Of the samples that were left out so far (``on_unreadable="skip"``) what was wrong with each."""
         self._order: tuple[int, np.ndarray] | None = None
 
     def indices(self, step: int) -> list[int]:
@@ -121,15 +123,19 @@ class Loader:
         return list(zip(self.indices(step), map(int, crops[own]), map(bool, mirrored[own])))
 
     def _load(self, index: int, crop_seed: int, mirror: bool) -> tuple[np.ndarray, int]:
-        """Values and label; with ``on_unreadable="skip"`` a bad file is replaced by the next good one."""
-        total = len(self.images.labels)
-        attempts = 1 if self.config.on_unreadable == "stop" else total
+        """Values and label; with ``on_unreadable="skip"`` a bad file is replaced by a good one, looked for
+        from anywhere on, so that none stands in for all bad ones before it."""
+        total, start = len(self.images.labels), index
+        attempts = 1 if self.config.on_unreadable == "stop" else total + 1
         for attempt in range(attempts):
-            current = (index + attempt) % total
+            current = (start + attempt) % total
             try:
                 label = int(self.images.labels[current])
                 return self.images.load(current, random.Random(crop_seed), mirror), label
-            except UserError:
+            except UserError as error:
                 if attempt + 1 == attempts:
                     raise
+                self.unreadable[current] = str(error)
+                if not attempt:
+                    start = random.Random(crop_seed).randrange(total)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -1,6 +1,7 @@
 """Classifier-free guidance (Ho and Salimans 2022) with the power-cosine scale of MDT (Gao et al. 2023)."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ def power_cosine_scale(
         if cfg_scale.shape != t.shape:
             raise UserError(f"cfg_scale: a number or {list(t.shape)} is needed, got {list(cfg_scale.shape)}")
         cfg_scale = cfg_scale.float()
+    elif not isinstance(cfg_scale, Tensor | numbers.Real):
+        raise UserError(f"cfg_scale: a number or a tensor is needed, got {type(cfg_scale).__name__}")
     elif not math.isfinite(cfg_scale):
         raise UserError(f"cfg_scale: must be finite, got {cfg_scale}")
     if diffusion_steps < 1:

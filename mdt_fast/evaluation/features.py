@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import aside
+from ..models.convert import full_disk_named
 from .extractors import Extractor
 from .moments import Moments, MomentSum
 from .sources import Images
@@ -100,7 +101,7 @@ def save_features(path: Path, features: Features) -> None:
         tensors["probabilities"] = features.probabilities
     about = {"extractor": features.extractor, "images": features.name, "shape": features.shape}
     metadata = {"format": FORMAT, "about": json.dumps(about)}
-    with aside(path) as file:
+    with full_disk_named(path), aside(path) as file:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
 

@@ -100,9 +100,23 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
             # safetensors refuses tensors that share memory (views of one tensor do).
             separate = {key: value.clone() for key, value in tensors.items()}
             save_file(separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()})
+            _sort_metadata(file)
         else:
             with open(file, "wb") as opened:
                 torch.save(tensors, opened)
+
+
+def _sort_metadata(file: Path) -> None:
+    """In a ``.safetensors`` file that was just written, which has it in any order: equal weights are equal
+    bytes then."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(size))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 @contextmanager

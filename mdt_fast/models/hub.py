@@ -61,6 +61,8 @@ class Pretrained(nn.Module):
         from .convert import write_weights
         from .zoo import CLASSES
 
+        if not os.fspath(save_directory):
+            raise UserError("save_directory: a name is needed, got ''")
         if not safe_serialization:
             raise UserError("safe_serialization: got False, but weights are written as safetensors alone")
         state = self.state_dict()

@@ -3,6 +3,7 @@
 n images of C channels and side S, O output channels, K coefficients.
 """
 
+import io
 import json
 import logging
 import zipfile
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from ..config import DiffusionConfig, ModelConfig, SampleConfig, from_dict, to_dict
 from ..diffusion import GaussianDiffusion, channels_to_guide, make_betas
 from ..errors import UserError
-from ..files import flush, folder_aside
+from ..files import aside, remove_leftovers
 from ..kernels import ddim_coefficients, ddpm_coefficients
 from ..models.attention import Attention
+from ..models.convert import full_disk_named
 from ..models.sampling import is_open
-from .generate import DEFAULT, PerImageNoise, check_sampling, sampling_diffusion
+from .generate import DEFAULT, PerImageNoise, check_sampling, checked_labels, sampling_diffusion
 from .guided import guidance_weights
 from .images import check_writable
 
@@ -150,14 +152,14 @@ def export_step(
         for attention, name in chosen:
             attention.attention_backend = name
     text = json.dumps(description)
-    with folder_aside(path) as folder:
-        written = folder / path.name  # the archive's folder has the file's name
-        if aoti:
-            _compile(program, written, text)
-        else:
-            torch.export.save(program, written, extra_files={DESCRIPTION: text})
-        flush(written)
-        written.replace(path)
+    archive = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
+    if aoti:
+        _compile(program, archive, text)
+    else:
+        torch.export.save(program, archive, extra_files={DESCRIPTION: text})
+    remove_leftovers(path.parent, path.name)
+    with full_disk_named(path), aside(path) as file:
+        file.write_bytes(archive.getbuffer())
     return path
 
 
@@ -191,9 +193,7 @@ def run_exported(
     channels = described["sample"].get("guided_channels") or channels_to_guide(model.in_channels)
     if (config.guided_channels or channels_to_guide(model.in_channels)) != channels:
         raise UserError(f"guided_channels: {channels} were exported, got {config.guided_channels}")
-    for label in labels:
-        if not 0 <= label < model.num_classes:
-            raise UserError(f"labels: allowed are 0 to {model.num_classes - 1}, got {label}")
+    labels = checked_labels(labels, model.num_classes)
     trained = from_dict(DiffusionConfig, described["diffusion"], "diffusion")
     diffusion = sampling_diffusion(model, trained, config)
     call, device = _called(Path(path), package)
@@ -261,13 +261,13 @@ def _describe(
     }
 
 
-def _compile(program: torch.export.ExportedProgram, path: Path, description: str) -> None:
+def _compile(program: torch.export.ExportedProgram, archive: io.BytesIO, description: str) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import CppCompileError, InductorError
 
     configs = {"aot_inductor.metadata": {DESCRIPTION: description}}
     try:
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        aoti_compile_and_package(program, package_path=archive, inductor_configs=configs)
     except (InductorError, CppCompileError) as error:  # such as no compiler
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"aoti: AOTInductor cannot compile the step here ({reason})") from None

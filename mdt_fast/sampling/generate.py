@@ -103,7 +103,8 @@ def sample(
     on_step: OnStep | None = None,
     switches: SampleSwitches = ALL,
 ) -> Tensor:
-    """One image or latent per label: [N, C, S, S] on the CPU, pixels nominally in [-1, 1].
+    """One image or latent per label (``config.num_samples`` is the command's): [N, C, S, S] on the CPU,
+    pixels nominally in [-1, 1].
 
     ``diffusion``: what the model was trained with, of which ``config.steps`` are taken, or that respaced
     already (or of a class of one's own), of which all are; ``diffusion_steps`` is the number of its original
@@ -119,6 +120,21 @@ def sample(
     with in_eval(model):
         sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
         return sampler.draw(labels, first_index, on_batch, on_step)
+
+
+def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
+    """As Python's own numbers; ``UserError`` for what is none, or out of range."""
+    try:
+        found = [operator.index(label) for label in labels]
+    except TypeError:
+        got = "" if isinstance(labels, Tensor) else f": {labels!r}"
+        raise UserError(
+            f"labels: a list of whole numbers is needed, got {type(labels).__name__}{got}"
+        ) from None
+    for label in found:
+        if not 0 <= label < num_classes:
+            raise UserError(f"labels: allowed are 0 to {num_classes - 1}, got {label}")
+    return found
 
 
 @contextmanager
@@ -195,20 +211,6 @@ class Sampler:
         self.model = GuidedModel(model.eval(), diffusion, config, self.clip, switches)
         self.dtype = torch.promote_types(self.model.dtype, torch.float32)
 
-    def checked_labels(self, labels: Sequence[int]) -> list[int]:
-        """As Python's own numbers."""
-        try:
-            found = [operator.index(label) for label in labels]
-        except TypeError:
-            got = "" if isinstance(labels, Tensor) else f": {labels!r}"
-            raise UserError(
-                f"labels: a list of whole numbers is needed, got {type(labels).__name__}{got}"
-            ) from None
-        for label in found:
-            if not 0 <= label < self.num_classes:
-                raise UserError(f"labels: allowed are 0 to {self.num_classes - 1}, got {label}")
-        return found
-
     def draw(
         self,
         labels: Sequence[int],
@@ -217,7 +219,7 @@ class Sampler:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """One image per label, batch by batch, [N, C, S, S] on the CPU; see ``sample``."""
-        labels = self.checked_labels(labels)
+        labels = checked_labels(labels, self.num_classes)
         if type(first_index) is not int or first_index < 0:
             raise UserError(f"first_index: a whole number, 0 or more, is needed, got {first_index!r}")
         images = []

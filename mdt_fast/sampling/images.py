@@ -105,10 +105,15 @@ def check_alone(folder: Path, names: Sequence[str]) -> None:
         )
 
 
+RUNS = ("config.json", "metrics.jsonl", ".lock")
+"""A run's files beside its checkpoints."""
+
+
 def check_writable(path: Path, *, folder: bool = False) -> None:
     """``UserError`` now, rather than after the samples are drawn, if ``path`` cannot or must not be written.
 
-    ``folder``: a folder is meant, which need not exist yet. Nothing may be put among a run's checkpoints.
+    ``folder``: a folder is meant, which need not exist yet. Nothing may be put among a run's checkpoints, nor
+    in place of what a run goes on with.
     """
     if folder:
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -121,6 +126,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         if not parent.is_dir():
             raise UserError(f"cannot write {str(path)!r}: no folder {str(parent)!r}")
     place = parent.resolve()
+    if path.name in RUNS and (place / "checkpoints").is_dir():
+        raise UserError(f"cannot write {str(path)!r}: it is the run's; choose another name")
     if (place / "state.json").exists() or any(
         above.name == "checkpoints" and any(above.glob("step_*")) for above in (place, *place.parents)
     ):

@@ -143,7 +143,7 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
     sinks = Sinks(run.open_sinks(), bar.say)
     pictures = Pictures(bar, run, sinks, interrupts)
     row: dict[str, Any] = {}
-    asked = 0
+    asked = left_out = 0
     for batch, y in run.loader.batches(run.step, settings.steps):
         train_step(run, batch, y, metrics)
         asked = run.world.agree(SAVE_FAILED if run.saver.failed else interrupts.caught or 0)
@@ -156,6 +156,11 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
         if logging:
             row = metrics.row(run.step, learning_rate(settings, run.step - 1))
             sinks.write(row)
+            if len(unreadable := run.loader.unreadable) > left_out:
+                left_out, first_error = len(unreadable), next(iter(unreadable.values()))
+                bar.say(
+                    f"warning: {left_out} images left out, others in their place, the first: {first_error}"
+                )
         bar.update(run.step, row if logging else None)
         if saving:
             run.save(metrics)

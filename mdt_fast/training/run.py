@@ -209,8 +209,8 @@ def prepare(
     device = resolve_device(config.train.device)
     images = open_images(config.data) if images is None else checked_set(images, config.data)
     first_stage = open_first_stage(config.data, images, device)
-    check_data(config, images, first_stage, world)
     notes += [] if start is None else check_same_data(start, images, first_stage)
+    check_data(config, images, first_stage, world)
     torch.manual_seed(derive_seed(config.train.seed, INIT))
     model: Any = build_model(config.model)
     model.to(device).train()
@@ -279,7 +279,14 @@ def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, wor
 def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
     """``UserError`` if the run cannot go on with these images; a warning if it will go on differently."""
     if start.classes != tuple(images.classes):
-        raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}")
+        more, gone = (
+            {*a} - {*b} for a, b in ((images.classes, start.classes), (start.classes, images.classes))
+        )
+        differing = [
+            f"{len(some)} {word} ({min(some)})" for word, some in (("new", more), ("gone", gone)) if some
+        ]
+        why = f": {', '.join(differing)}" if differing else ""
+        raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}{why}")
     if start.state["num_images"] != len(images.labels):
         return [
             f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "

@@ -145,7 +145,11 @@ def test_a_damaged_library_is_told_of(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_told_of(tmp_path: Path) -> None:
     code = "from mdt_fast.kernels import native; print(native.MISSING['cpu'])"
-    assert run(code, MDT_FAST_NATIVE=str(tmp_path)).startswith("not built")
+    assert run(code, MDT_FAST_NATIVE=str(tmp_path)).startswith(
+        f"not in the folder that MDT_FAST_NATIVE={tmp_path}"
+    )
+    for name in (str(tmp_path / "nowhere"), "1"):
+        assert run(code, MDT_FAST_NATIVE=name).startswith(f"not there: MDT_FAST_NATIVE={name} is no folder")
 
 
 @pytest.mark.slow

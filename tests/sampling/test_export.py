@@ -177,6 +177,8 @@ def test_what_cannot_be_run(package: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run_exported(package, LABELS, replace(CONFIG, **changes))
+    with pytest.raises(UserError, match="labels: a list of whole numbers is needed, got int: 3"):
+        run_exported(package, 3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="labels: allowed are 0 to 9, got 10"):
         run_exported(package, [10])
     with pytest.raises(UserError, match="No such file or directory"):

@@ -1,0 +1,130 @@
+"""Folders of one's own as users have them: numbers for names, broken files, classes that come later; and what
+is written beside a run, which stays."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mdt_fast.cli import main
+from mdt_fast.models.convert import read_metadata, read_weights
+from mdt_fast.training.metrics import read_rows
+from tiny import ARGUMENTS
+
+TRAIN = ["train", "--image-size=8", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=2"]
+NAMES = ("007", "1", "10", "2")
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and beside it the folder of its pictures, a subfolder for each class."""
+    root = tmp_path_factory.mktemp("numbers")
+    for seed, name in enumerate(NAMES):
+        picture(root / "data" / name / "0.png", seed)
+    assert main([*TRAIN, f"--data={root / 'data'}", "--steps=2", f"--out={root / 'run'}"]) == 0
+    return root
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line.removeprefix("mdt-fast: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [("2", 3), ("10", 2), ("007", 0), ("1", 1), ("0", 0), ("3", 3)])
+def test_a_number_that_is_a_name_is_that_class(numbers: Path, tmp_path: Path, asked: str, drawn: int) -> None:
+    arguments = ["sample", str(numbers / "run"), "--num-samples=1", f"--labels={asked}", "--device=cpu"]
+    assert main([*arguments, f"--npz={tmp_path / 'x.npz'}"]) == 0
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [drawn]
+
+
+def test_a_class_that_came_later_is_named(
+    numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in numbers.glob("data/*/*"):
+        picture(tmp_path / path.parent.name / path.name, 0)
+    picture(tmp_path / "zz" / "0.png", 9)
+    run = numbers / "run"
+    said = error(capsys, "train", f"--data={tmp_path}", f"--out={run}", "--resume=auto", "--steps=3")
+    assert said == f"--data: its classes are not those of the run in {str(run)!r}: 1 new (zz)"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--grid={}/metrics.jsonl", "it is the run's; choose another name"),
+        ("--grid={}/other.jpg", "--grid: a name that ends in .png is needed, got"),
+    ],
+)
+def test_a_picture_takes_no_files_place(
+    numbers: Path, option: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = numbers / "run"
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert said in error(capsys, "sample", str(run), option.format(run))
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples, run = numbers / "x.npz", numbers / "run"
+    assert main(["sample", str(run), "--num-samples=4", "--device=cpu", f"--npz={samples}"]) == 0
+    said = error(
+        capsys, "evaluate", str(samples), "--reference", str(samples), f"--json={run / 'config.json'}"
+    )
+    assert "it is the run's; choose another name" in said or "to be read" in said
+
+
+def test_broken_files_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(3):
+        picture(tmp_path / "data" / "c" / f"{seed}.png", seed)
+    for name in ("a.png", "b.png"):
+        (tmp_path / "data" / "c" / name).write_bytes(b"")
+    arguments = [
+        *TRAIN,
+        f"--data={tmp_path / 'data'}",
+        "--set=data.on_unreadable=skip",
+        "--set=train.log_every=1",
+    ]
+    assert main([*arguments, "--steps=6", f"--out={tmp_path / 'run'}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: 2 images left out, others in their place, the first: " in said
+    assert said.count("images left out") <= 2
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_equal_weights_are_equal_bytes(numbers: Path, tmp_path: Path) -> None:
+    digests = set()
+    for i in range(4):
+        path = tmp_path / f"{i}.safetensors"
+        assert main(["convert", str(numbers / "run"), str(path)]) == 0
+        digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
+        assert {"model", "diffusion", "step"} <= read_metadata(path).keys()
+        assert all(torch.isfinite(tensor).all() for tensor in read_weights(path).values())
+    assert len(digests) == 1
+
+
+def test_weights_with_classes_begin_a_run_without(
+    numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, run = tmp_path / "w.safetensors", tmp_path / "run"
+    assert main(["convert", str(numbers / "run"), str(weights)]) == 0
+    data = numbers / "data"
+    begin = ["convert", str(weights), str(run), f"--data={data}", "--image-size=8", "--unconditional"]
+    assert main([*begin, "--set=train.batch_size=4", "--set=train.device=cpu"]) == 0
+    assert main(["train", f"--out={run}", "--resume=auto", "--steps=1"]) == 0
+    assert main(["convert", str(run), str(tmp_path / "official"), "--official"]) == 0
+    back = ["convert", str(tmp_path / "official"), str(tmp_path / "back"), f"--data={data}", "--image-size=8"]
+    assert "its label table has one row: a model without classes; pass --unconditional" in error(
+        capsys, *back
+    )
+    assert main([*back, "--unconditional"]) == 0
