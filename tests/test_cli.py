@@ -127,8 +127,7 @@ def test_resume_before_the_first_checkpoint_keeps_the_settings(
 
 
 def test_threads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for bad in (0, 10**20):
-        assert "--threads: allowed are 1 to 1024" in error(capsys, "sample", str(run), f"--threads={bad}")
+    assert "--threads: allowed are 1 to 1024, got 0" in error(capsys, "sample", str(run), "--threads=0")
     assert main(["sample", str(run), "--threads=1", "--num-samples=2", "--steps=2"]) == 0
     assert torch.get_num_threads() == 1
 

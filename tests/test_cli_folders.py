@@ -84,6 +84,14 @@ def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFi
     assert "it is the run's; choose another name" in said or "to be read" in said
 
 
+@pytest.mark.parametrize("threads", [1025, 10**20])
+def test_no_more_threads_than_libraries_start(
+    numbers: Path, threads: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error(capsys, "sample", str(numbers / "run"), f"--threads={threads}")
+    assert said == f"--threads: allowed are 1 to 1024, got {threads}"
+
+
 def test_broken_files_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(3):
         picture(tmp_path / "data" / "c" / f"{seed}.png", seed)
@@ -123,7 +131,8 @@ def test_weights_with_classes_begin_a_run_without(
     assert main([*begin, "--set=train.batch_size=4", "--set=train.device=cpu"]) == 0
     assert main(["train", f"--out={run}", "--resume=auto", "--steps=1"]) == 0
     assert main(["convert", str(run), str(tmp_path / "official"), "--official"]) == 0
-    back = ["convert", str(tmp_path / "official"), str(tmp_path / "back"), f"--data={data}", "--image-size=8"]
+    back = ["convert", str(tmp_path / "official"), str(tmp_path / "back"), "--preset=images"]
+    back += [f"--data={data}", "--image-size=8"]
     assert "its label table has one row: a model without classes; pass --unconditional" in error(
         capsys, *back
     )
