@@ -162,7 +162,8 @@ def drawing(
     casts = sampler.model.casts
     if casts:
         casts.refresh()
-    return lambda index: sampler(labels), storage_bytes(casts.cast) if casts else 0
+    kept = storage_bytes(part for cast in casts.cast for part in cast) if casts else 0
+    return lambda index: sampler(labels), kept
 
 
 def published(case: Case, forward_with_cfg: Any, config: SampleConfig, labels: list[int]) -> Draw:

@@ -118,7 +118,9 @@ KERNELS: dict[str, Tunable] = {
     ),
     "quantize_weight": Tunable(
         room="float8", op="quantize_weight", mode="fwd",
-        space={"block_o": (8, 16, 32), "block_d": (64, 128, 256), "num_warps": (2, 4, 8)},
+        space={
+            "block_o": (16, 32, 64), "block_d": (64, 128, 256), "num_warps": (2, 4, 8), "row_warps": (2, 4, 8)
+        },
     ),
     **_both("tokens", "unmask_tokens", _UNMASK),
     **_both("tokens", "gather_tokens", _MOVE),

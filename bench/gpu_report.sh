@@ -130,12 +130,18 @@ whole() { # the reference compiled as a whole: more than six minutes on a slow h
     bench throughput xl2_whole --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 \
         --providers reference,reference-compiled,fast-graphs --lengths 2 --time-limit 420
 }
-float8() { # its products, op by op; then XL/2, trained and sampled
+FLOAT8=fast-graphs,fast-float8-graphs
+float8() { # XL/2 trained, one at a time as memory has it, beside the best without; sampled; then op by op
+    local step=(--model MDTv2_XL_2 --dtype bfloat16) lean=${FLOAT8//fast-/fast-lean-}
+    run float8_ahead timeout -k 5 60 "$PYTHON" bench/ahead.py --device cuda "${step[@]}" --lengths 2 --batch 32 \
+        --providers "$FLOAT8,$lean"
+    bench throughput float8_128 "${step[@]}" --batch 128 --mode train --lengths 2 --apart --providers "$lean,$FLOAT8" \
+        --time-limit 110
+    bench throughput float8_32 "${step[@]}" --batch 32 --mode train --lengths 2 --providers "reference,$FLOAT8,$lean" \
+        --time-limit 80
+    bench throughput float8_sample "${step[@]}" --batch 32,4 --mode sample --providers "reference,$FLOAT8" --time-limit 50
     rows kernels kernels --model XL --dtype bfloat16 --providers fast,float8,eager --time-limit 60 \
         --ops quantize_rows,quantize_weight,linear,ln_modulate_linear,gate_residual_ln_modulate_linear,gelu_linear
-    bench throughput xl2_float8 --model MDTv2_XL_2 --batch 32,128 --apart --dtype bfloat16 --lengths 2 \
-        --providers reference,fast-graphs,fast-lean-graphs,fast-float8-graphs,fast-lean-float8-graphs \
-        --time-limit 330
 }
 precisions() { # bfloat16 weights and moments; float8 by torchao, compiled last, as that takes a minute or more
     bench throughput xl2_precisions --model MDTv2_XL_2 --batch 32 --mode train --dtype bfloat16 --lengths 4 \

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_csrc, uses_triton
 from ..float8 import op as in_float8
-from ..linear.op import input_gradient, operand, product, weight_gradient
+from ..linear.op import Float8, input_gradient, operand, product, weight_gradient
 from ..registry import applied, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
@@ -26,7 +26,7 @@ def gelu_linear(
     bias_O: Tensor | None = None,
     *,
     recompute: bool = True,
-    float8: bool = False,
+    float8: Float8 = False,
 ) -> Tensor:
     """``F.linear(bias_gelu(x, bias_F), weight, bias_O)``: ``x`` [..., F] -> [..., O].
 
@@ -68,9 +68,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, bias_F, factor, scale, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, bias_F, factor, *scales, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, factor, scale), kept is None)
+        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, factor, *scales), kept is None)
         activation = activation if kept is None else kept
         dweight = weight_gradient(dout, activation, weight_dtype) if needs[2] else None
         return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None, None, None

@@ -6,7 +6,7 @@ from typing import Any
 from ..aot import Case
 from ..launches import columns, shape_class, tuned_for
 from .config import rows_config, weight_config
-from .kernel import quantize_rows_kernel, quantize_weight_kernel
+from .kernel import quantize_rows_kernel, quantize_weight_kernel, weight_scales_kernel
 
 WIDTHS = (384, 768, 1024, 1152)
 """D; the others are 3 D and 4 D."""
@@ -15,38 +15,59 @@ WITHOUT = ("sm_80", "gfx942")
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Activations and gradients in bfloat16; weights in bfloat16 and float32."""
+    """Activations (GELU's bias in float32, as under autocast) and gradients in bfloat16, float32 at the
+    widest; weights in both, for training and, without their columns, for sampling."""
     if arch in WITHOUT:
         return
     for D in WIDTHS:
-        for width, gelu, factor in ((D, False, False), (3 * D, False, True), (4 * D, True, False)):
-            entry = "quantize_rows", shape_class(columns(width), True)
-            config = rows_config(64 * 205, width, **tuned_for(entry, arch))
-            constants: dict[str, Any] = {"GELU": gelu, "FACTOR": factor}
-            constants |= {"BLOCK_D": config.block_d, "STAGES": config.num_stages}
-            yield Case(
-                kernel=quantize_rows_kernel,
-                label=f"D={width}{' gelu' * gelu}{' factor' * factor} bf16",
-                dtypes={
-                    "x_ptr": "*bf16", "bias_ptr": "*bf16", "factor_ptr": "*fp32", "out_ptr": "*fp8e4nv",
-                    "scale_ptr": "*fp32", "R": "i32", "D": "i32",
-                },
-                constants=constants,
-                aligned=frozenset({"x_ptr", "bias_ptr", "factor_ptr", "out_ptr", "scale_ptr", "D"}),
-                num_warps=config.num_warps,
-                entry=entry,
-            )  # fmt: skip
-    for width in (1152, 4608):
+        for width, form in ((D, ""), (3 * D, "factor"), (4 * D, "gelu")):
+            yield _rows(arch, width, form, "bf16")
+    yield _rows(arch, 4 * max(WIDTHS), "", "fp32")
+    for width in (max(WIDTHS), 4 * max(WIDTHS)):
         for dtype in ("bf16", "fp32"):
-            entry = "quantize_weight", shape_class(columns(width), dtype == "bf16")
-            weight = weight_config(4608, width, **tuned_for(entry, arch))
-            pointers = {"weight_ptr": f"*{dtype}", "rows_ptr": "*fp8e4nv", "columns_ptr": "*fp8e4nv"}
-            yield Case(
-                kernel=quantize_weight_kernel,
-                label=f"D={width} {dtype}",
-                dtypes={**pointers, "scale_ptr": "*fp32", "outputs": "i32", "D": "i32"},
-                constants={"COLUMNS": True, "BLOCK_O": weight.block_o, "BLOCK_D": weight.block_d},
-                aligned=frozenset({*pointers, "scale_ptr", "outputs", "D"}),
-                num_warps=weight.num_warps,
-                entry=entry,
-            )
+            yield from _weights(arch, width, dtype)
+
+
+def _rows(arch: str, width: int, form: str, dtype: str) -> Case:
+    entry = "quantize_rows", shape_class(columns(width), dtype == "bf16")
+    config = rows_config(64 * 205, width, **tuned_for(entry, arch))
+    pointers = {"x_ptr": f"*{dtype}", "bias_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*fp8e4nv"}
+    return Case(
+        kernel=quantize_rows_kernel,
+        label=f"D={width} {form} {dtype}".replace("  ", " "),
+        dtypes={**pointers, "scale_ptr": "*fp32", "R": "i32", "D": "i32"},
+        constants={
+            "GELU": form == "gelu", "FACTOR": form == "factor", "BLOCK_D": config.block_d,
+            "STAGES": config.num_stages,
+        },
+        aligned=frozenset({*pointers, "scale_ptr", "D"}),
+        num_warps=config.num_warps,
+        entry=entry,
+    )  # fmt: skip
+
+
+def _weights(arch: str, width: int, dtype: str) -> Iterator[Case]:
+    entry = "quantize_weight", shape_class(columns(width), dtype == "bf16")
+    config = weight_config(width, **tuned_for(entry, arch))
+    read = {"weight_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
+    pointers = {**read, "rows_ptr": "*fp8e4nv", "columns_ptr": "*fp8e4nv", "ones_ptr": "*fp32"}
+    yield Case(
+        kernel=weight_scales_kernel,
+        label=f"D={width} {dtype}",
+        dtypes={**read, "D": "i32"},
+        constants={"BLOCK_D": config.row_block},
+        aligned=frozenset({*read, "D"}),
+        num_warps=config.row_warps,
+        entry=entry,
+    )
+    for with_columns in (True, False):
+        tile: dict[str, Any] = {"BLOCK_O": config.block_o, "BLOCK_D": config.block_d}
+        yield Case(
+            kernel=quantize_weight_kernel,
+            label=f"D={width} {dtype}{' columns' * with_columns}",
+            dtypes={**pointers, "outputs": "i32", "D": "i32"},
+            constants={"COLUMNS": with_columns, **tile},
+            aligned=frozenset({*pointers, "outputs", "D"}),
+            num_warps=config.num_warps,
+            entry=entry,
+        )

@@ -33,15 +33,23 @@ def rows_config(
 
 @dataclass(frozen=True, kw_only=True)
 class WeightConfig:
-    """``block_o`` rows by ``block_d`` columns at a time."""
+    """Tiles of ``block_o`` rows by ``block_d`` columns; before, for the scales, ``row_block`` numbers of a
+    row at a time."""
 
     block_o: int
     block_d: int
     num_warps: int
+    row_block: int
+    row_warps: int
 
 
 def weight_config(
-    rows: int, D: int, *, block_o: int = 16, block_d: int = 128, num_warps: int = 4
+    D: int, *, block_o: int = 32, block_d: int = 128, num_warps: int = 4, row_warps: int = 4
 ) -> WeightConfig:
-    """For a weight [rows, D]: 72 programs or more for XL/2's. The defaults are not measured on a GPU."""
-    return WeightConfig(block_o=block_o, block_d=min(block_d, columns(D)), num_warps=num_warps)
+    """For a weight of rows of D numbers: 324 tiles or more for those of XL/2. The defaults are not measured
+    on a GPU."""
+    widest = columns(D)
+    return WeightConfig(
+        block_o=block_o, block_d=min(block_d, widest), num_warps=num_warps, row_block=min(widest, 4096),
+        row_warps=min(row_warps, max(1, widest // 256)),
+    )  # fmt: skip

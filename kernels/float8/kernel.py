@@ -11,10 +11,15 @@ from ..bias_gelu.kernel import sigmoid_of_twice_u
 
 
 @triton.jit
-def most(b_x, axis: tl.constexpr):
-    """The largest magnitude along ``axis`` as the bits of a float32, of which infinity's and NaN's are the
-    largest."""
-    return tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+def magnitude(b_x):
+    """As the bits of a float32, of which infinity's and NaN's are the largest."""
+    return b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def most(b_x):
+    """The largest magnitude of a row."""
+    return tl.max(magnitude(b_x), axis=0)
 
 
 @triton.jit
@@ -51,36 +56,44 @@ def quantize_rows_kernel(
             b_x = tl.where(m_d, b_z * sigmoid_of_twice_u(b_z), 0.0)
         if FACTOR:
             b_x = b_x * b_factor
-        scale, inverse = scales(most(b_x, 0))
+        scale, inverse = scales(most(b_x))
         tl.store(out_ptr + p_row, (b_x * inverse).to(out_ptr.dtype.element_ty), mask=m_d)
         tl.store(scale_ptr + i_r, scale)
 
 
 @triton.jit
+def weight_scales_kernel(weight_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
+    """Program i has row i."""
+    i_o = tl.program_id(0).to(tl.int64)
+    b_most = tl.zeros([BLOCK_D], dtype=tl.int32)
+    for start in tl.range(0, D, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_w = tl.load(weight_ptr + i_o * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        b_most = tl.maximum(b_most, magnitude(b_w))
+    scale, _ = scales(tl.max(b_most, axis=0))
+    tl.store(scale_ptr + i_o, scale)
+
+
+@triton.jit
 def quantize_weight_kernel(
-    weight_ptr, rows_ptr, columns_ptr, scale_ptr,
+    weight_ptr, scale_ptr, rows_ptr, columns_ptr, ones_ptr,
     outputs, D,
     COLUMNS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program i takes BLOCK_O rows, twice: what is read for their scales comes from the cache when it is
-    rounded. COLUMNS: it is written transposed, too."""
-    o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    m_o = o_o < outputs
-    p_rows = o_o.to(tl.int64)[:, None] * D
-    b_most = tl.zeros([BLOCK_O], dtype=tl.int32)
-    for start in tl.range(0, D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        m_tile = m_o[:, None] & (o_d < D)[None, :]
-        b_w = tl.load(weight_ptr + p_rows + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        b_most = tl.maximum(b_most, most(b_w, 1))
-    b_scale, b_inverse = scales(b_most)
-    tl.store(scale_ptr + o_o, b_scale, mask=m_o)
-    for start in tl.range(0, D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        m_tile = m_o[:, None] & (o_d < D)[None, :]
-        b_w = tl.load(weight_ptr + p_rows + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        b_out = (b_w * b_inverse[:, None]).to(rows_ptr.dtype.element_ty)
-        tl.store(rows_ptr + p_rows + o_d[None, :], b_out, mask=m_tile)
-        if COLUMNS:
-            p_columns = o_d.to(tl.int64)[:, None] * outputs + o_o[None, :]
-            tl.store(columns_ptr + p_columns, tl.trans(b_out), mask=tl.trans(m_tile))
+    """Program i has one tile, by the scales of its rows; read again, mostly from the cache. COLUMNS: it is
+    written transposed, too, and ones [D] as the scales of that."""
+    blocks_d = tl.cdiv(D, BLOCK_D)  # one axis for all tiles: the others end at 65,535
+    i_o, i_d = tl.program_id(0) // blocks_d, tl.program_id(0) % blocks_d
+    o_o, o_d = i_o * BLOCK_O + tl.arange(0, BLOCK_O), i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_o, m_d = o_o < outputs, o_d < D
+    p_tile, m_tile = o_o.to(tl.int64)[:, None] * D + o_d[None, :], m_o[:, None] & m_d[None, :]
+    b_scale = tl.load(scale_ptr + o_o, mask=m_o, other=1.0)
+    b_w = tl.load(weight_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    b_inverse = ((254 - (b_scale.to(tl.int32, bitcast=True) >> 23)) << 23).to(tl.float32, bitcast=True)
+    b_out = (b_w * b_inverse[:, None]).to(rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + p_tile, b_out, mask=m_tile)
+    if COLUMNS:
+        p_columns = o_d.to(tl.int64)[:, None] * outputs + o_o[None, :]
+        tl.store(columns_ptr + p_columns, tl.trans(b_out), mask=tl.trans(m_tile))
+        if i_o == 0:
+            tl.store(ones_ptr + o_d, tl.full([BLOCK_D], 1.0, tl.float32), mask=m_d)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..launches import cdiv, chosen, columns
 from .config import rows_config, weight_config
-from .kernel import quantize_rows_kernel, quantize_weight_kernel
+from .kernel import quantize_rows_kernel, quantize_weight_kernel, weight_scales_kernel
 
 
 def quantize_rows(
@@ -20,11 +20,16 @@ def quantize_rows(
     )  # fmt: skip
 
 
-def quantize_weight(weight_OD: Tensor, rows_OD: Tensor, columns_DO: Tensor | None, scale_O: Tensor) -> None:
+def quantize_weight(
+    weight_OD: Tensor, rows_OD: Tensor, columns_DO: Tensor | None, scale_O: Tensor, ones_D: Tensor
+) -> None:
     outputs, D = weight_OD.shape
-    config = chosen(weight_config, "quantize_weight", weight_OD, columns(D), outputs, D)
-    quantize_weight_kernel[(cdiv(outputs, config.block_o),)](
-        weight_OD, rows_OD, rows_OD if columns_DO is None else columns_DO, scale_O, outputs, D,
+    config = chosen(weight_config, "quantize_weight", weight_OD, columns(D), D)
+    weight_scales_kernel[(outputs,)](
+        weight_OD, scale_O, D, BLOCK_D=config.row_block, num_warps=config.row_warps
+    )
+    quantize_weight_kernel[(cdiv(outputs, config.block_o) * cdiv(D, config.block_d),)](
+        weight_OD, scale_O, rows_OD, rows_OD if columns_DO is None else columns_DO, ones_D, outputs, D,
         COLUMNS=columns_DO is not None, BLOCK_O=config.block_o, BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )  # fmt: skip

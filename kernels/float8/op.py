@@ -39,8 +39,8 @@ def quantize_weight(weight: Tensor, *, columns: bool = True) -> tuple[Tensor, Te
     checks.shape("weight", weight, "O", "D")
     with torch.no_grad():
         if not uses_triton(weight):
-            return reference.quantize_weight(weight, columns)
-        return quantize_weight_fwd(weight.contiguous(), columns)
+            return reference.quantize_weight(weight, columns)[:3]
+        return quantize_weight_fwd(weight.contiguous(), columns)[:3]
 
 
 def product(
@@ -59,11 +59,11 @@ def product_of_gelu(
     return multiply(*rows, weight_OD, scale_O, bias_O, dtype)
 
 
-def input_gradient(dout_RO: Tensor, columns_DO: Tensor, scale_O: Tensor) -> Tensor:
+def input_gradient(dout_RO: Tensor, columns_DO: Tensor, scale_O: Tensor, ones_D: Tensor) -> Tensor:
     """``dout @ weight``: [R, D], by the rounded weight of the forward pass; its rows' scales are columns'
     here, and go into ``dout`` before that is rounded."""
     rows = quantize_rows_fwd(dout_RO.contiguous(), None, scale_O)
-    return multiply(*rows, columns_DO, None, None, dout_RO.dtype)
+    return multiply(*rows, columns_DO, ones_D, None, dout_RO.dtype)
 
 
 def _together(vector: Tensor | None) -> Tensor | None:

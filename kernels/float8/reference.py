@@ -20,20 +20,21 @@ def quantize_rows(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) 
     return (x_RD / scale_R[:, None]).to(FLOAT8), scale_R.float()
 
 
-def quantize_weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows_OD, scale_O = quantize_rows(weight_OD, None, None)
-    return rows_OD, rows_OD.t().contiguous() if columns else rows_OD.new_empty(0), scale_O
+    transposed = rows_OD.t().contiguous() if columns else rows_OD.new_empty(0)
+    return rows_OD, transposed, scale_O, scale_O.new_ones(weight_OD.shape[1] if columns else 0)
 
 
 def multiply(
-    x_RD: Tensor, scale_R: Tensor, weight_OD: Tensor, scale_O: Tensor | None, bias_O: Tensor | None,
+    x_RD: Tensor, scale_R: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """By the numbers that float8 stands for, which bfloat16 holds exactly; float16 would overflow."""
     exact = torch.float32 if dtype == torch.float16 else dtype
     x_RD, weight_OD = (x.to(exact) for x in (x_RD, weight_OD))
     x_RD = x_RD * scale_R[:, None].to(exact)
-    weight_OD = weight_OD if scale_O is None else weight_OD * scale_O[:, None].to(exact)
+    weight_OD = weight_OD * scale_O[:, None].to(exact)
     return F.linear(x_RD, weight_OD, None if bias_O is None else bias_O.to(exact)).to(dtype)
 
 
@@ -42,5 +43,5 @@ def _scale(most_R: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(most_R)
     exponent = exponent - 9 + (mantissa > LARGEST / 512).to(exponent.dtype)
     exponent = torch.where(most_R == 0, SMALLEST, exponent)
-    scale = torch.ldexp(torch.ones_like(most_R), exponent.clamp(min=SMALLEST))
-    return torch.where(most_R.isfinite(), scale, torch.nan)
+    scale = ((exponent.clamp(min=SMALLEST).int() + 127) << 23).view(torch.float32)  # from its bits, exactly
+    return torch.where(most_R.isfinite(), scale.to(most_R.dtype), torch.nan)

@@ -11,8 +11,8 @@ from ..registry import registered
 from . import reference
 from .reference import FLOAT8
 
-CAPABILITY = (8, 9)
-"""Ada and Hopper are the first GPUs with float8 products."""
+CAPABILITIES = ((8, 9), (9, 0), (10, 0), (10, 3))
+"""Ada, Hopper and data centers' Blackwell, for which PyTorch has products with a scale for each row."""
 MULTIPLE = 16
 """Widths of operands have to be multiples of it."""
 
@@ -29,15 +29,15 @@ def quantize_rows_fwd(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | No
 
 
 @registered("mdt_fast::quantize_weight")
-def quantize_weight_fwd(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in float8 [O, D], the same transposed [D, O] (empty unless ``columns``), and the scales of its
-    rows [O] in float32."""
+def quantize_weight_fwd(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows in float8 [O, D], the same transposed [D, O] (empty unless ``columns``), the scales of its rows
+    [O] in float32, and ones as those of its columns [D]."""
     if not on_triton(weight_OD):
         return reference.quantize_weight(weight_OD, columns)
-    outputs = rows_OD, columns_DO, scale_O = _weight(weight_OD, columns)
+    outputs = rows_OD, columns_DO, scale_O, ones_D = _weight(weight_OD, columns)
     if rows_OD.numel():
         transposed = columns_DO if columns else None
-        launching(__package__).quantize_weight(weight_OD.contiguous(), rows_OD, transposed, scale_O)
+        launching(__package__).quantize_weight(weight_OD.contiguous(), rows_OD, transposed, scale_O, ones_D)
     return outputs
 
 
@@ -46,18 +46,16 @@ def multiply(
     x_RD: Tensor,
     scale_R: Tensor,
     weight_OD: Tensor,
-    scale_O: Tensor | None,
+    scale_O: Tensor,
     bias_O: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``x @ weight.T + bias`` of operands in float8 with the scales of their rows (``scale_O`` None: ones):
-    [R, O] in ``dtype``. Sums are float32's; a GPU rounds them to bfloat16, whatever ``dtype`` is then."""
+    """``x @ weight.T + bias`` of operands in float8 with the scales of their rows: [R, O] in ``dtype``. Sums
+    are float32's; a GPU rounds them to bfloat16, whatever ``dtype`` is then."""
     if not multiplies(x_RD.device):
         return reference.multiply(x_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
     if not len(x_RD):
         return scale_R.new_empty(0, len(weight_OD), dtype=dtype)
-    if scale_O is None:
-        scale_O = scale_R.new_ones(len(weight_OD))
     bias_O = None if bias_O is None else checks.cast(bias_O, torch.bfloat16)
     out_RO = torch._scaled_mm(
         x_RD, weight_OD.t(), scale_R[:, None], scale_O[None], bias_O, out_dtype=torch.bfloat16,
@@ -71,7 +69,7 @@ def multiplies(device: torch.device) -> bool:
     """Whether ``device`` is a GPU with products of float8's E4M3."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+    return torch.cuda.get_device_capability(device) in CAPABILITIES
 
 
 @quantize_rows_fwd.register_fake
@@ -94,7 +92,8 @@ def _rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     return x_RD.new_empty(R, D, dtype=FLOAT8), x_RD.new_empty(R, dtype=torch.float32)
 
 
-def _weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs, D = weight_OD.shape
     rows_OD, scale_O = _rows(weight_OD)
-    return rows_OD, rows_OD.new_empty((D, outputs) if columns else 0), scale_O
+    columns_DO = rows_OD.new_empty((D, outputs) if columns else 0)
+    return rows_OD, columns_DO, scale_O, scale_O.new_empty(D if columns else 0)

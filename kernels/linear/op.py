@@ -35,34 +35,47 @@ MIN_ROWS = 64
 """Below, a product is bound by reading the weight, whoever multiplies."""
 
 
+Float8 = bool | tuple[Tensor, Tensor]
+"""Whether products are in float8; or a weight's rows [O, D] and scales [O], if it is rounded already."""
 Operand = tuple[Tensor, Tensor | None]
 """A weight as a product takes it, [O, D]; in float8 with its rows' scales [O]."""
+Kept = tuple[Tensor, Tensor | None, Tensor | None]
+"""A weight as its input's gradient takes it; in float8 its columns [D, O], rows' scales [O] and ones [D]."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Float8 = False) -> Tensor:
     """``x @ weight.T + bias``: ``x`` [..., D], ``weight`` [O, D], ``bias`` [O] -> [..., O].
 
     In the dtype of ``x``, which all have (under autocast any floating dtype: it casts as for PyTorch's linear
     layer). ``float8``: the product and that of the gradient of ``x`` are of numbers rounded to float8, row by
-    row (see :func:`mdt_fast.kernels.quantize_rows`); not under torch.func, nor in what torch.export makes.
+    row (see :func:`mdt_fast.kernels.quantize_rows`); not under torch.func, nor in what torch.export makes. In
+    passes without gradients it may be the weight's rows and scales, as ``quantize_weight`` gave them.
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
     checks.columns("weight", weight, checks.width("x", x), "O")
     dtype = checks.layer(x, weight, bias)
-    if (float8 or (x.is_cuda and torch.is_grad_enabled())) and not checks.plain_only():
+    if (float8 is not False or (x.is_cuda and torch.is_grad_enabled())) and not checks.plain_only():
         return as_before(applied(Linear, in_rows(x), weight, bias, dtype, float8), x)
     return product(x, checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype))
 
 
-def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: bool) -> tuple[Operand, Operand]:
+def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tuple[Operand, Kept]:
     """A weight for the product of a layer's forward pass, whose autograd context this is, and for that of its
     input's gradient (where one is asked for)."""
-    if not float8:
+    if float8 is False:
         weight = checks.cast(weight, dtype)
-        return (weight, None), (weight, None)
-    rows_OD, columns_DO, scale_O = quantize_weight_fwd(weight.contiguous(), any(ctx.needs_input_grad))
-    return (rows_OD, scale_O), (columns_DO, scale_O)
+        return (weight, None), (weight, None, None)
+    gradients = any(ctx.needs_input_grad)
+    if float8 is True:
+        rows_OD, columns_DO, scale_O, ones_D = quantize_weight_fwd(weight.contiguous(), gradients)
+        return (rows_OD, scale_O), (columns_DO, scale_O, ones_D)
+    rows_OD, scale_O = float8
+    if gradients:
+        raise ValueError("float8: a weight that is rounded already is for passes without gradients")
+    checks.shape("float8's rows", rows_OD, *weight.shape)
+    checks.shape("float8's scales", scale_O, len(weight))
+    return (rows_OD, scale_O), (weight, None, None)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
@@ -111,9 +124,9 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, factor, scale, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, factor, *scales, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx = input_gradient(dout, factor, scale).to(x_dtype) if needs[0] else None
+        dx = input_gradient(dout, factor, *scales).to(x_dtype) if needs[0] else None
         dweight = weight_gradient(dout, x, weight_dtype) if needs[1] else None
         return dx, dweight, sum_rows(dout, bias_dtype) if needs[2] else None, None, None
 
@@ -142,10 +155,12 @@ def _widens(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cuda and torch.version.hip is None and dtype == torch.float32 and x.element_size() == 2
 
 
-def input_gradient(dout_RO: Tensor, weight: Tensor, scale_O: Tensor | None = None) -> Tensor:
-    """``dout @ weight``: [R, D], of the second of :func:`operand`."""
-    if scale_O is not None:
-        return in_float8.input_gradient(dout_RO, weight, scale_O)
+def input_gradient(
+    dout_RO: Tensor, weight: Tensor, scale_O: Tensor | None = None, ones_D: Tensor | None = None
+) -> Tensor:
+    """``dout @ weight``: [R, D], of what :func:`operand` keeps."""
+    if scale_O is not None and ones_D is not None:
+        return in_float8.input_gradient(dout_RO, weight, scale_O, ones_D)
     return product(dout_RO, weight.t())
 
 

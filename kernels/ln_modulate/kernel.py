@@ -60,7 +60,7 @@ def ln_modulate_fwd_kernel(
         rstd = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
         b_out = b_centred * rstd * (1.0 + b_scale) + b_shift
         if FLOAT8:
-            out_scale, inverse = scales(most(tl.where(m_d, b_out, 0.0), 0))
+            out_scale, inverse = scales(most(tl.where(m_d, b_out, 0.0)))
             tl.store(out_scale_ptr + row, out_scale)
             b_out = b_out * inverse
         tl.store(out_ptr + p_row, b_out.to(out_ptr.dtype.element_ty), mask=m_d)

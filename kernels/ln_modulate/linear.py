@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_triton
 from ..float8.registered import multiply
-from ..linear.op import input_gradient, operand, product, product_gelu, weight_gradient
+from ..linear.op import Float8, input_gradient, operand, product, product_gelu, weight_gradient
 from ..registry import applied, needs_grad, once
 from ..rows import as_before, as_rows
 from ..sums import sum_rows
@@ -33,7 +33,7 @@ def ln_modulate_linear(
     offsets: Tensor | None = None,
     eps: float = 1e-6,
     recompute: bool = True,
-    float8: bool = False,
+    float8: Float8 = False,
 ) -> Tensor:
     """``F.linear(ln_modulate(x, shift, scale), weight, bias)``: [B, L, O].
 
@@ -59,7 +59,7 @@ def residual_ln_modulate_linear(
     offsets: Tensor | None = None,
     eps: float = 1e-6,
     recompute: bool = True,
-    float8: bool = False,
+    float8: Float8 = False,
 ) -> tuple[Tensor, Tensor]:
     """``x`` itself, and :func:`ln_modulate_linear`: where ``x`` goes on beside the layer, as the residual.
 
@@ -92,7 +92,7 @@ def gate_residual_ln_modulate_linear(
     eps: float = 1e-6,
     recompute: bool = True,
     gelu: bool = False,
-    float8: bool = False,
+    float8: Float8 = False,
 ) -> tuple[Tensor, Tensor]:
     """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``,
     with ``gelu`` activated (tanh form), which is for passes without gradients: there a GPU's products do it.
@@ -112,7 +112,7 @@ def gate_residual_ln_modulate_linear(
         out = F.linear(normal, weight_OD, bias_O)
         return residual, F.gelu(out, approximate="tanh") if gelu else out
     tensors = x_BLD, y_BLD, gate_BD, shift_BD, scale_BD, weight_OD, bias_O
-    at_once = gelu and not float8 and not needs_grad(tensors)
+    at_once = gelu and float8 is False and not needs_grad(tensors)
     residual, out = applied(
         _Linear, as_rows(x_BLD), as_rows(y_BLD), *map(columns_together, (gate_BD, shift_BD, scale_BD)),
         weight_OD, bias_O, offsets, eps, dtype, recompute, at_once, float8,
@@ -137,7 +137,7 @@ class _Linear(torch.autograd.Function):
         recompute = recompute or not weight.requires_grad
         (factor, factor_scale), kept_weight = operand(ctx, weight, dtype, float8)
         bias = None if bias is None else checks.cast(bias, dtype)
-        if float8 and recompute and uses_triton(x):
+        if factor_scale is not None and recompute and uses_triton(x):
             serves(x)
             normals = ln_modulate_float8_fwd.within(ctx)(x, y, gate, shift, scale, offsets, eps)
             residual, rows, rows_scale, mean, rstd = normals
@@ -153,7 +153,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
-        x, y, gate, shift, scale, offsets, mean, rstd, factor, factor_scale, kept = ctx.saved_tensors
+        x, y, gate, shift, scale, offsets, mean, rstd, factor, *scales, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
             if y is None:
@@ -171,7 +171,7 @@ class _Linear(torch.autograd.Function):
             mean,
             rstd,
             dresidual,
-            input_gradient(dout, factor, factor_scale),
+            input_gradient(dout, factor, *scales),
             kept is None,
         )
         normal = normal if kept is None else kept

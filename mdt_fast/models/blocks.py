@@ -72,7 +72,7 @@ class Mlp(nn.Module):
         do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
         if torch.is_grad_enabled():  # the backward pass needs what was before it
             return False
-        fused = self.fused and type(self) is Mlp and not in_float8(self.fc1)
+        fused = self.fused and type(self) is Mlp and in_float8(self.fc1) is False
         if not (fused and gelu_epilogue(x, self.fc1.weight)):
             return False
         return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))

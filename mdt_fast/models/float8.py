@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..kernels.float8.registered import CAPABILITY, MULTIPLE, multiplies
+from ..kernels.float8.registered import CAPABILITIES, MULTIPLE, multiplies
 from .base import Transformer
 from .ops import Float8Linear
 
@@ -53,10 +53,8 @@ def use_float8(
 def check_float8(device: torch.device) -> None:
     """``UserError`` where there are no products in float8."""
     if not multiplies(device):
-        needed = ".".join(map(str, CAPABILITY))
-        raise UserError(
-            f"float8: needs a GPU of compute capability {needed} or more, the model is on {device}"
-        )
+        needed = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
+        raise UserError(f"float8: needs a GPU of compute capability {needed}, the model is on {device}")
 
 
 def _names(model: Transformer, by: str) -> list[str]:

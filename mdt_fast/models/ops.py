@@ -20,6 +20,7 @@ from ..kernels import (
     ln_modulate_linear,
     residual_ln_modulate_linear,
 )
+from ..kernels.linear.op import Float8
 from ..kernels.ln_modulate import reference
 from ..kernels.registry import PLAIN
 
@@ -27,10 +28,15 @@ EPS = 1e-6
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer whose products, but for its weight's gradient, are in float8 (see ``float8.py``)."""
+    """A linear layer whose products, but for its weight's gradient, are in float8 (see ``float8.py``).
+
+    ``rounded``: of its weight, rows and scales, while somebody knows that it does not change.
+    """
+
+    rounded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # as PyTorch names it
-        return linear(input, self.weight, self.bias, float8=True)
+        return linear(input, self.weight, self.bias, float8=in_float8(self))
 
 
 def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -43,9 +49,11 @@ def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     return same and not hooked and "forward" not in own
 
 
-def in_float8(layer: nn.Module) -> bool:
-    """Whether the products of ``layer`` are in float8, by this package."""
-    return type(layer) is Float8Linear
+def in_float8(layer: nn.Module) -> Float8:
+    """Whether the products of ``layer`` are in float8, by this package; or its rounded weight."""
+    if type(layer) is not Float8Linear:
+        return False
+    return True if layer.rounded is None else layer.rounded
 
 
 def plain_parameters(
@@ -108,6 +116,8 @@ def norm_linear(
 ) -> Tensor:
     """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
     plain, float8 = _part(plain_parameters(layer), outputs), in_float8(layer)
+    if outputs is not None and isinstance(float8, tuple):
+        float8 = float8[0][outputs], float8[1][outputs]
     if fused and plain is not None:
         return ln_modulate_linear(
             x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute, float8=float8

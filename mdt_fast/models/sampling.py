@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import quantize_weight
 from ..masking import MaskPlan
 from .attention import Attention
 from .base import Transformer
 from .blocks import Block, Mlp, both_skips
 from .conditioning import FINAL, Conditioning
-from .ops import is_plain, takes_activated
+from .ops import Float8Linear, in_float8, is_plain, takes_activated
 
 CHUNK_BYTES = 2**28
 """Memory for the modulations of a chunk of steps."""
@@ -67,7 +68,8 @@ def guided_pass(
 
 
 class CastWeights:
-    """The weights of the blocks' linear layers in ``dtype``, autocast's, instead of the float32 ones.
+    """The weights of the blocks' linear layers in ``dtype``, autocast's, instead of the float32 ones; those
+    of layers in float8 are rounded.
 
     Those that :meth:`refresh` finds are cast there, once; in the layers they are :meth:`within` a pass alone.
     """
@@ -76,7 +78,7 @@ class CastWeights:
         self.model, self.dtype = model, dtype
         self.layers: list[nn.Linear] = []
         self.whole: list[nn.Parameter] = []
-        self.cast: list[nn.Parameter] = []
+        self.cast: list[Cast] = []
 
     @torch.no_grad()
     def refresh(self) -> bool:
@@ -85,36 +87,61 @@ class CastWeights:
         blocks = (block for block in self.model.every_block() if id(block) not in aside)
         layers = [layer for block in blocks for layer in _layers_of_steps(block)]
         whole: list[Any] = [layer.weight for layer in layers]
-        same = [(id(m), m.weight.shape, m.weight.device) for m in layers] == [
-            (id(m), cast.shape, cast.device) for m, cast in zip(self.layers, self.cast, strict=True)
+        same = [(id(m), m.weight.shape, m.weight.device, _parts(m)) for m in layers] == [
+            (id(m), cast[0].shape, cast[0].device, len(cast))
+            for m, cast in zip(self.layers, self.cast, strict=True)
         ]
         if not same:
             with torch.inference_mode(False):  # they outlive the one that may be on here
-                empty = [torch.empty_like(weight, dtype=self.dtype) for weight in whole]
-                self.cast = [nn.Parameter(tensor, requires_grad=False) for tensor in empty]
+                self.cast = [self._empty(layer) for layer in layers]
         self.layers, self.whole = layers, whole
-        if whole:
-            torch._foreach_copy_([*self.cast], [*whole])
+        plain = [(cast[0], own) for cast, own in zip(self.cast, whole, strict=True) if len(cast) == 1]
+        if plain:
+            torch._foreach_copy_([to for to, _ in plain], [own for _, own in plain])
+        for cast, own in zip(self.cast, whole, strict=True):
+            if len(cast) == 2:
+                rows, _, scale = quantize_weight(own, columns=False)
+                cast[0].copy_(rows)
+                cast[1].copy_(scale)
         return not same
+
+    def _empty(self, layer: nn.Linear) -> "Cast":
+        if _parts(layer) == 1:
+            return (nn.Parameter(torch.empty_like(layer.weight, dtype=self.dtype), requires_grad=False),)
+        rows = torch.empty_like(layer.weight, dtype=torch.float8_e4m3fn)
+        return rows, torch.empty(len(rows), dtype=torch.float32, device=rows.device)
 
     @contextmanager
     def within(self) -> Iterator[None]:
         """Here the layers have the cast weights, but for those that were given others since."""
-        self._exchange(self.whole, self.cast)
+        here = list(zip(self.layers, self.whole, self.cast, strict=True))
+        for layer, before, after in here:
+            if layer._parameters["weight"] is before:
+                if isinstance(layer, Float8Linear):
+                    layer.rounded = after  # type: ignore[assignment]
+                else:
+                    layer._parameters["weight"] = after[0]  # type: ignore[assignment]
         try:
             yield
         finally:
-            self._exchange(self.cast, self.whole)
+            for layer, before, after in here:
+                if isinstance(layer, Float8Linear):
+                    layer.rounded = None
+                elif layer._parameters["weight"] is after[0]:
+                    layer._parameters["weight"] = before
 
-    def _exchange(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
-        for layer, before, after in zip(self.layers, old, new, strict=True):
-            if layer._parameters["weight"] is before:
-                layer._parameters["weight"] = after
+
+Cast = tuple[Tensor, ...]
+"""Of one layer: its weight in another dtype, or rows in float8 and their scales."""
+
+
+def _parts(layer: nn.Linear) -> int:
+    return 1 if in_float8(layer) is False else 2
 
 
 def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
-    """Those whose float32 weights nothing but a step's products reads. Modulations are none of them: they can
-    be computed for many steps at once."""
+    """Those whose weights, float32 or to be rounded, nothing but a step's products reads. Modulations are
+    none of them: they can be computed for many steps at once."""
     modules: tuple[nn.Module, ...] = block, block.attn, block.mlp
     if tuple(map(type, modules)) != (Block, Attention, Mlp):
         return
@@ -126,7 +153,8 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
     for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.skip_linear):
         if layer is None or not is_plain(layer):
             continue
-        if type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32:
+        wide = layer.weight.dtype == torch.float32 or _parts(layer) == 2
+        if type(layer.weight) is nn.Parameter and wide:
             yield layer
 
 

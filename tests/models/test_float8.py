@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mdt_fast
-from mdt_fast import MDT, DiT, MDTv2, UserError, compile_for_training, use_float8
+from mdt_fast import MDT, DiT, MDTv2, UserError, compile_for_training, kernels, use_float8
 from mdt_fast.config import SampleConfig, SampleSwitches, Switches
 from mdt_fast.diffusion import create_diffusion
+from mdt_fast.kernels.linear import op as linear_op
 from mdt_fast.models import flops as flops  # registers the formulas
+from mdt_fast.models import sampling
 from mdt_fast.models.ops import Float8Linear
 from mdt_fast.training.objective import draw, losses_of, total_loss
 from tolerances import FLOAT32, relative_error
@@ -188,7 +190,10 @@ def test_exported_it_is_exact() -> None:
 
 @BY
 def test_refusals(by: By) -> None:
-    with pytest.raises(UserError, match=r"float8: needs a GPU of compute capability 8.9 or more, .* on cpu"):
+    with pytest.raises(
+        UserError,
+        match=r"float8: needs a GPU of compute capability 8.9, 9.0, 10.0, 10.3, the model is on cpu",
+    ):
         use_float8(model(), by)
     with pytest.raises(
         UserError, match=r"float8: widths have to be multiples of 16; en_inblocks.0.attn.qkv is 24 to 72"
@@ -210,3 +215,39 @@ def test_flops_are_those_of_exact_products() -> None:
             gradients(made)
         counted.append(counter.get_total_flops())
     assert counted[0] == counted[1] > 0
+
+
+def test_a_sampler_rounds_the_weights_once_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the weights as they are then; between passes, and behind it, layers have nothing of it."""
+    rounded: list[int] = []
+    for module, name in ((linear_op, "quantize_weight_fwd"), (sampling, "quantize_weight")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _p=plain, **k: rounded.append(len(a[0])) or _p(*a, **k))
+    converted = in_float8(model(DiT)).eval()
+    config = SampleConfig(steps=3, sampler="ddim", cfg_scale=2.0, dtype="bfloat16")
+    pictures = [mdt_fast.sample(converted, mdt_fast.DiffusionConfig(), [1, 2], config)]
+    assert len(rounded) == 4 * 4
+    assert all(layer.rounded is None for layer in converted.modules() if type(layer) is Float8Linear)
+    with torch.no_grad():
+        converted.blocks[0].mlp.fc1.weight.mul_(3)
+    pictures.append(mdt_fast.sample(converted, mdt_fast.DiffusionConfig(), [1, 2], config))
+    once = SampleSwitches(cast_once=False)
+    again = mdt_fast.sample(converted, mdt_fast.DiffusionConfig(), [1, 2], config, switches=once)
+    assert torch.equal(pictures[1], again)
+    assert not torch.equal(*pictures)
+    assert len(rounded) == 4 * 4 * (2 + 3)
+
+
+def test_a_rounded_weight_is_for_passes_without_gradients() -> None:
+    x, weight = torch.randn(5, 32), torch.randn(16, 32, requires_grad=True)
+    rows, _, scale = kernels.quantize_weight(weight)
+    with torch.no_grad():
+        ours = kernels.linear(x, weight, float8=(rows, scale))
+        assert torch.equal(ours, kernels.linear(x, weight, float8=True))
+    with pytest.raises(ValueError, match="float8: a weight that is rounded already is for passes without"):
+        kernels.linear(x, weight, float8=(rows, scale))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"float8's rows: shape \[15, 32\], expected \[16, 32\]"),
+    ):
+        kernels.linear(x, weight, float8=(rows[:15], scale))

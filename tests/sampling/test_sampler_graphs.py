@@ -68,12 +68,12 @@ def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sample
     model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
     seen = graphed(model, config).model
     seen.begin(LABELS)
-    first, addresses = seen.graphs, [cast.data_ptr() for cast in seen.casts.cast]
+    first, addresses = seen.graphs, [cast[0].data_ptr() for cast in seen.casts.cast]
     block = model.blocks[0]
     block.attn.proj.weight = nn.Parameter(2 * block.attn.proj.weight)
     seen.begin(LABELS)
     assert seen.graphs is first
-    assert addresses == [cast.data_ptr() for cast in seen.casts.cast]
+    assert addresses == [cast[0].data_ptr() for cast in seen.casts.cast]
     other = copy.deepcopy(block.attn.proj)
     other.bias = block.attn.proj.bias  # of what is not cast nothing has moved
     block.attn.proj = other
