@@ -58,7 +58,7 @@ def test_the_same_bits_as_the_reference(R: int, D: int, dtype: torch.dtype) -> N
         for a, e in zip(ours, reference.quantize_rows(x, None, factor), strict=True):
             assert torch.equal(a.float(), e.float())
     if R:
-        for a, e in zip(kernels.quantize_weight(x), reference.quantize_weight(x, True), strict=True):
+        for a, e in zip(kernels.quantize_weight(x), reference.quantize_weight(x, True)[:3], strict=True):
             assert torch.equal(a.float(), e.float())
 
 
