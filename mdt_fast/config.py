@@ -337,6 +337,14 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
     return cls(**made)
 
 
+def as_saved(values: Any) -> Any:
+    """A run's configuration with what was meant by it when it was saved."""
+    train = values.get("train") if isinstance(values, dict) else None
+    if isinstance(train, dict) and train.get("float8") and "float8_by" not in train:
+        return {**values, "train": {**train, "float8_by": "torchao"}}  # there was no other
+    return values
+
+
 def allowed_words(cls: type, section: str, key: str) -> tuple[Any, ...]:
     """The values of a setting that has but these; of others none."""
     hint = typing.get_type_hints(typing.get_type_hints(cls)[section])[key]

@@ -94,6 +94,51 @@ def test_what_is_not_finite_is_never_hidden(bad: float) -> None:
     assert dx[1].isnan().all()
 
 
+def test_more_rows_than_programs() -> None:
+    x = spread(2050, 3)
+    rows, scale = kernels.quantize_rows(x)
+    expected, expected_scale = reference.quantize_rows(x, None, None)
+    assert torch.equal(rows.float(), expected.float())
+    assert torch.equal(scale, expected_scale)
+
+
+def test_rows_apart() -> None:
+    """Of memory with something in between, or none between the rows."""
+    wide, v = spread(40, 96), torch.randn(96)
+    for x in (wide[:, ::2], wide.t()[:48], wide[:1].expand(40, 96)[:, :48]):
+        for how in ({}, {"gelu_bias": v[:: 96 // x.shape[1]]}, {"factor": v[:: 96 // x.shape[1]]}):
+            how = {name: vector[: x.shape[1]] for name, vector in how.items()}
+            ours = kernels.quantize_rows(x, **how)
+            theirs = kernels.quantize_rows(x.clone(), **{name: b.clone() for name, b in how.items()})
+            assert all(torch.equal(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True))
+        ours, theirs = kernels.quantize_weight(x), kernels.quantize_weight(x.clone())
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True))
+    x, weight = torch.randn(48, 10).t(), torch.randn(48, 32).t()
+    expected = kernels.linear(x.clone(), weight.clone(), float8=True)
+    assert torch.equal(kernels.linear(x, weight, float8=True), expected)
+
+
+def test_nothing_to_round() -> None:
+    rows, scale = kernels.quantize_rows(torch.ones(64, 0))
+    assert rows.shape == (64, 0)
+    assert (scale == 1).all()
+    assert (kernels.quantize_weight(torch.ones(5, 0))[2] == 1).all()
+    assert kernels.quantize_rows(torch.ones(0, 5))[1].shape == (0,)
+
+
+def test_rounding_has_no_gradient() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    assert not any(part.requires_grad for part in (*kernels.quantize_rows(x), *kernels.quantize_weight(x)))
+
+
+def test_float64_is_rounded_as_float32() -> None:
+    """What that cannot hold is NaN, or nothing."""
+    rows, scale = kernels.quantize_rows(torch.tensor([[1e300, 1.0], [1e-60, 1e-61], [0.3, 0.1]]).double())
+    assert scale.isnan().tolist() == [True, False, False]
+    assert rows.float()[1].tolist() == [0, 0]
+    assert torch.equal(rows.float()[2:], kernels.quantize_rows(torch.tensor([[0.3, 0.1]]))[0].float())
+
+
 def test_the_smallest_and_the_largest() -> None:
     x = torch.tensor([[1e-45, 0, 1e-40], [3e38, -3e38, 1], [448, 449, 0], [0.875, 0.5, 0], [0.8751, 0.5, 0]])
     rows, scale = kernels.quantize_rows(x)
@@ -136,6 +181,46 @@ def test_linear(R: int, D: int, outputs: int, dtype: torch.dtype) -> None:
 
 def layer(D: int, outputs: int) -> list[Tensor]:
     return [torch.randn(outputs, D) * D**-0.5, torch.randn(outputs)]
+
+
+@DTYPES
+def test_small_gradients_are_not_lost(dtype: torch.dtype) -> None:
+    """Which float16 could not hold beside their scales; within float16's autocast, either."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 16).requires_grad_(), (torch.randn(32, 16) * 0.02).requires_grad_()
+    dout = (torch.randn(64, 32) * 1e-3).to(torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        out = kernels.linear(x, weight, float8=True)
+        (dx,) = torch.autograd.grad(out, x, dout)
+    exact = dout.double() @ weight.double()
+    assert (dx - exact).norm() < 0.06 * exact.norm()
+    leaf = x.detach().to(dtype).requires_grad_()
+    (dx,) = torch.autograd.grad(kernels.linear(leaf, weight.to(dtype), float8=True), leaf, dout.to(dtype))
+    assert (dx - exact).norm() < 0.06 * exact.norm()
+
+
+def test_the_weight_is_rounded_from_its_own_dtype() -> None:
+    """Not from autocast's."""
+    x, weight = torch.randn(5, 32).bfloat16(), torch.randn(16, 32)
+    rows, _, scale = kernels.quantize_weight(weight)
+    coarse, _, coarse_scale = kernels.quantize_weight(weight.bfloat16())
+    assert not torch.equal(rows.float(), coarse.float())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours = kernels.linear(x, weight, float8=True)
+        assert torch.equal(ours, kernels.linear(x, weight, float8=(rows, scale)))
+        assert not torch.equal(ours, kernels.linear(x, weight, float8=(coarse, coarse_scale)))
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_gradients_of_some_arguments(chosen: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    args = [torch.randn(9, 32), *layer(32, 16)]
+    every = [a.clone().requires_grad_() for a in args]
+    some = [a.clone().requires_grad_(i in chosen) for i, a in enumerate(args)]
+    dout = torch.randn(9, 16)
+    expected = torch.autograd.grad(kernels.linear(*every, float8=True), every, dout)
+    ours = torch.autograd.grad(kernels.linear(*some, float8=True), [some[i] for i in chosen], dout)
+    assert all(torch.equal(a, expected[i]) for i, a in zip(chosen, ours, strict=True))
 
 
 FUSED: dict[str, Callable[[int], tuple[Any, Any, list[Tensor]]]] = {
@@ -182,10 +267,34 @@ def test_layers_behind_others(name: str, D: int, recompute: bool, monkeypatch: p
     assert any((a - u).norm() > 1e-3 * u.norm() for a, u in zip(ours, unrounded, strict=True))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", [*FUSED, "linear"])
+def test_there_is_no_second_derivative(name: str, autocast: bool) -> None:
+    """And none that lacks the weight's part."""
+    _, _, args = FUSED["gelu_linear" if name == "linear" else name](32)
+    args = args[:1] + args[2:] if name == "linear" else args
+    leaves = [a.requires_grad_() for a in args]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = getattr(kernels, name)(*leaves, float8=True)
+    out = out[1] if isinstance(out, tuple) else out
+    (slope,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(slope.square().sum() + leaves[-2].square().sum(), leaves[-2])
+
+
+def test_gelu_behind_a_product_in_float8() -> None:
+    """Which no product has as its epilogue."""
+    _, _, args = FUSED["gate_residual_ln_modulate_linear"](32)
+    with torch.no_grad():
+        plain = kernels.gate_residual_ln_modulate_linear(*args, float8=True)[1]
+        activated = kernels.gate_residual_ln_modulate_linear(*args, float8=True, gelu=True)[1]
+    assert torch.equal(activated, gelu(plain))
+
+
 @pytest.mark.parametrize("lengths", [(3, 2), (0, 5), (0, 0)], ids=str)
 def test_ragged(lengths: tuple[int, int]) -> None:
-    R, m, w = sum(lengths), torch.randn(3, 2, 24), layer(24, 16)
-    x, y = torch.randn(2, R, 24)
+    R, m, w = sum(lengths), torch.randn(3, 2, 48), layer(48, 16)
+    x, y = torch.randn(2, R, 48)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     fused = partial(kernels.gate_residual_ln_modulate_linear, offsets=offsets, float8=True)
     ours = run(fused, [x, y, *m, *w])
@@ -256,8 +365,20 @@ def test_functional_transforms_are_exact() -> None:
             lambda: kernels.linear(torch.ones(3, 4), torch.ones(5, 3), float8=True),
             r"weight: shape \[5, 3\], expected \[O, 4\]",
         ),
+        (
+            lambda: kernels.linear(torch.ones(3, 24), torch.ones(16, 24), float8=True),
+            r"weight: shape \[16, 24\], for float8 both are multiples of 16",
+        ),
+        (
+            lambda: kernels.linear(torch.ones(3, 16), torch.ones(24, 16), float8=True),
+            r"weight: shape \[24, 16\], for float8 both are multiples of 16",
+        ),
+        (
+            lambda: kernels.linear(torch.ones(3, 16), torch.ones(16, 16), float8="yes"),  # type: ignore[arg-type]
+            "float8: got 'yes', allowed are True, False and a weight's rows and scales",
+        ),
     ],
-    ids=["shape", "dtype", "factor", "bias", "list", "weight"],
+    ids=["shape", "dtype", "factor", "bias", "list", "weight", "inputs", "outputs", "word"],
 )  # fmt: skip
 def test_wrong_arguments(call: Callable[[], Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -68,7 +68,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, bias_F, factor, *scales, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, bias_F, factor, *scales, _, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
         dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, factor, *scales), kept is None)
         activation = activation if kept is None else kept

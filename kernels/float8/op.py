@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import uses_triton
 from . import reference
 from .registered import multiply, quantize_rows_fwd, quantize_weight_fwd
 
@@ -16,8 +15,8 @@ def quantize_rows(
     ``x`` is about ``rows * scales[:, None]``, each number within 1/16 of itself or 2^-10 of its row's scale.
 
     ``gelu_bias`` [D]: of ``gelu(x + gelu_bias)``, tanh form, instead; ``factor`` [D]: of ``x * factor``. A
-    row with a number that is not finite has NaN for its scale. Has no derivative. Raises ``ValueError`` for
-    shapes or dtypes that do not fit.
+    row with a number that is not finite has NaN for its scale. In float32, whatever ``x`` is; has no
+    derivative. Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
     checks.shape("x", x, "R", "D")
@@ -26,7 +25,7 @@ def quantize_rows(
             checks.shape(name, vector, x.shape[1])
             checks.floating_on(name, vector, x)
     with torch.no_grad():
-        if not uses_triton(x):
+        if checks.plain_only():
             return reference.quantize_rows(x, gelu_bias, factor)
         return quantize_rows_fwd(x.contiguous(), _together(gelu_bias), _together(factor))
 
@@ -38,7 +37,7 @@ def quantize_weight(weight: Tensor, *, columns: bool = True) -> tuple[Tensor, Te
     checks.floating("weight", weight)
     checks.shape("weight", weight, "O", "D")
     with torch.no_grad():
-        if not uses_triton(weight):
+        if checks.plain_only():
             return reference.quantize_weight(weight, columns)[:3]
         return quantize_weight_fwd(weight.contiguous(), columns)[:3]
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST = -126
@@ -11,13 +13,13 @@ SMALLEST = -126
 
 
 def quantize_rows(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) -> tuple[Tensor, Tensor]:
-    x_RD = x_RD if x_RD.dtype == torch.float64 else x_RD.float()
+    x_RD = x_RD.float()
     if bias_D is not None:
         x_RD = F.gelu(x_RD + bias_D.to(x_RD.dtype), approximate="tanh")
     if factor_D is not None:
         x_RD = x_RD * factor_D.to(x_RD.dtype)
     scale_R = _scale(x_RD.abs().amax(1)) if x_RD.shape[1] else x_RD.new_ones(len(x_RD))
-    return (x_RD / scale_R[:, None]).to(FLOAT8), scale_R.float()
+    return (x_RD / scale_R[:, None]).to(FLOAT8), scale_R
 
 
 def quantize_weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +37,11 @@ def multiply(
     x_RD, weight_OD = (x.to(exact) for x in (x_RD, weight_OD))
     x_RD = x_RD * scale_R[:, None].to(exact)
     weight_OD = weight_OD * scale_O[:, None].to(exact)
-    return F.linear(x_RD, weight_OD, None if bias_O is None else bias_O.to(exact)).to(dtype)
+    bias_O = None if bias_O is None else bias_O.to(exact)
+    if not checks.autocasts(x_RD):
+        return F.linear(x_RD, weight_OD, bias_O).to(dtype)
+    with torch.autocast(x_RD.device.type, enabled=False):  # a backward pass may be within
+        return F.linear(x_RD, weight_OD, bias_O).to(dtype)
 
 
 def _scale(most_R: Tensor) -> Tensor:
@@ -44,4 +50,4 @@ def _scale(most_R: Tensor) -> Tensor:
     exponent = exponent - 9 + (mantissa > LARGEST / 512).to(exponent.dtype)
     exponent = torch.where(most_R == 0, SMALLEST, exponent)
     scale = ((exponent.clamp(min=SMALLEST).int() + 127) << 23).view(torch.float32)  # from its bits, exactly
-    return torch.where(most_R.isfinite(), scale.to(most_R.dtype), torch.nan)
+    return torch.where(most_R.isfinite(), scale, torch.nan)

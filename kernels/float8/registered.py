@@ -15,15 +15,21 @@ CAPABILITIES = ((8, 9), (9, 0), (10, 0), (10, 3))
 """Ada, Hopper and data centers' Blackwell, for which PyTorch has products with a scale for each row."""
 MULTIPLE = 16
 """Widths of operands have to be multiples of it."""
+MAX_D = 2**16
+"""Of a row, which a kernel has in registers."""
 
 
 @registered("mdt_fast::quantize_rows")
 def quantize_rows_fwd(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows in float8 [R, D], and their scales [R] in float32."""
-    if not on_triton(x_RD):
+    if not rounds(x_RD):
         return reference.quantize_rows(x_RD, bias_D, factor_D)
+    if x_RD.shape[1] > MAX_D:
+        raise ValueError(f"x: width {x_RD.shape[1]}, the Triton kernel takes at most {MAX_D}")
     out_RD, scale_R = _rows(x_RD)
-    if out_RD.numel():
+    if not out_RD.numel():
+        scale_R.fill_(1)
+    else:
         launching(__package__).quantize_rows(x_RD, bias_D, factor_D, out_RD, scale_R)
     return out_RD, scale_R
 
@@ -32,10 +38,13 @@ def quantize_rows_fwd(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | No
 def quantize_weight_fwd(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows in float8 [O, D], the same transposed [D, O] (empty unless ``columns``), the scales of its rows
     [O] in float32, and ones as those of its columns [D]."""
-    if not on_triton(weight_OD):
+    if not rounds(weight_OD):
         return reference.quantize_weight(weight_OD, columns)
     outputs = rows_OD, columns_DO, scale_O, ones_D = _weight(weight_OD, columns)
-    if rows_OD.numel():
+    if not rows_OD.numel():
+        scale_O.fill_(1)
+        ones_D.fill_(1)
+    else:
         transposed = columns_DO if columns else None
         launching(__package__).quantize_weight(weight_OD.contiguous(), rows_OD, transposed, scale_O, ones_D)
     return outputs
@@ -62,6 +71,11 @@ def multiply(
         use_fast_accum=True,
     )  # fmt: skip
     return checks.cast(out_RO, dtype)
+
+
+def rounds(x: Tensor) -> bool:
+    """Whether a Triton kernel that writes float8 runs on ``x``: not on GPUs that have none."""
+    return on_triton(x) and (not x.is_cuda or multiplies(x.device))
 
 
 @cache

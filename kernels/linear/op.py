@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..float8 import op as in_float8
-from ..float8.registered import quantize_weight_fwd
+from ..float8.registered import MULTIPLE, quantize_weight_fwd
 from ..registry import applied, once
 from ..rows import as_before, in_rows
 from ..sums import sum_rows
@@ -39,8 +39,9 @@ Float8 = bool | tuple[Tensor, Tensor]
 """Whether products are in float8; or a weight's rows [O, D] and scales [O], if it is rounded already."""
 Operand = tuple[Tensor, Tensor | None]
 """A weight as a product takes it, [O, D]; in float8 with its rows' scales [O]."""
-Kept = tuple[Tensor, Tensor | None, Tensor | None]
-"""A weight as its input's gradient takes it; in float8 its columns [D, O], rows' scales [O] and ones [D]."""
+Kept = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""A weight as its input's gradient takes it, in float8 its columns [D, O], rows' scales [O] and ones [D]; and
+itself, if that is another, for who asks for a second derivative and is to be refused."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Float8 = False) -> Tensor:
@@ -49,7 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Flo
     In the dtype of ``x``, which all have (under autocast any floating dtype: it casts as for PyTorch's linear
     layer). ``float8``: the product and that of the gradient of ``x`` are of numbers rounded to float8, row by
     row (see :func:`mdt_fast.kernels.quantize_rows`); not under torch.func, nor in what torch.export makes. In
-    passes without gradients it may be the weight's rows and scales, as ``quantize_weight`` gave them.
+    passes without gradients it may be the weight's rows and scales, as ``quantize_weight`` gave them. O and D
+    are multiples of 16 then.
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
@@ -64,18 +66,22 @@ def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tup
     """A weight for the product of a layer's forward pass, whose autograd context this is, and for that of its
     input's gradient (where one is asked for)."""
     if float8 is False:
-        weight = checks.cast(weight, dtype)
-        return (weight, None), (weight, None, None)
+        cast = checks.cast(weight, dtype)
+        return (cast, None), (cast, None, None, None if cast is weight else weight)
+    if any(size % MULTIPLE for size in weight.shape):
+        raise ValueError(f"weight: shape {list(weight.shape)}, for float8 both are multiples of {MULTIPLE}")
     gradients = any(ctx.needs_input_grad)
     if float8 is True:
         rows_OD, columns_DO, scale_O, ones_D = quantize_weight_fwd(weight.contiguous(), gradients)
-        return (rows_OD, scale_O), (columns_DO, scale_O, ones_D)
+        return (rows_OD, scale_O), (columns_DO, scale_O, ones_D, weight)
+    if not isinstance(float8, tuple) or len(float8) != 2:
+        raise ValueError(f"float8: got {float8!r}, allowed are True, False and a weight's rows and scales")
     rows_OD, scale_O = float8
     if gradients:
         raise ValueError("float8: a weight that is rounded already is for passes without gradients")
     checks.shape("float8's rows", rows_OD, *weight.shape)
     checks.shape("float8's scales", scale_O, len(weight))
-    return (rows_OD, scale_O), (weight, None, None)
+    return (rows_OD, scale_O), (weight, None, None, None)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
@@ -118,7 +124,7 @@ class Linear(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         x, bias = checks.cast(x, dtype), None if bias is None else checks.cast(bias, dtype)
         (factor, scale), kept = operand(ctx, weight, dtype, float8)
-        ctx.save_for_backward(x, *kept, weight)  # the last for who asks for a second derivative: is refused
+        ctx.save_for_backward(x, *kept)
         return product(x, factor, bias, scale)
 
     @staticmethod

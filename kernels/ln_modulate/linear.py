@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import uses_triton
-from ..float8.registered import multiply
+from ..float8.registered import multiply, rounds
 from ..linear.op import Float8, input_gradient, operand, product, product_gelu, weight_gradient
 from ..registry import applied, needs_grad, once
 from ..rows import as_before, as_rows
@@ -137,7 +137,7 @@ class _Linear(torch.autograd.Function):
         recompute = recompute or not weight.requires_grad
         (factor, factor_scale), kept_weight = operand(ctx, weight, dtype, float8)
         bias = None if bias is None else checks.cast(bias, dtype)
-        if factor_scale is not None and recompute and uses_triton(x):
+        if factor_scale is not None and recompute and uses_triton(x) and rounds(x):
             serves(x)
             normals = ln_modulate_float8_fwd.within(ctx)(x, y, gate, shift, scale, offsets, eps)
             residual, rows, rows_scale, mean, rstd = normals
@@ -153,7 +153,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
-        x, y, gate, shift, scale, offsets, mean, rstd, factor, *scales, kept = ctx.saved_tensors
+        x, y, gate, shift, scale, offsets, mean, rstd, factor, *scales, _, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
             if y is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..config import RunConfig, from_dict, to_dict
+from ..config import RunConfig, as_saved, from_dict, to_dict
 from ..errors import UserError, nearest
 
 INT = re.compile(r"[-+]?[0-9]+$")
@@ -66,7 +66,7 @@ def read_saved_config(path: Path) -> RunConfig:
         values = json.loads(path.read_text(errors="replace"))
     except (ValueError, RecursionError):
         raise UserError(f"{path}: truncated or edited, it is not JSON") from None
-    return from_dict(RunConfig, values, str(path))
+    return from_dict(RunConfig, as_saved(values), str(path))
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -71,7 +71,7 @@ def sample(args: argparse.Namespace) -> int:
     if args.float8:
         if config.dtype != "bfloat16":
             raise UserError(f"--float8: goes with --dtype bfloat16, got {config.dtype}")
-        check_float8(device)
+        check_float8(device, model_config)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
     latents = opened.state.get("latents")
     if args.vae is not None and latents is None:

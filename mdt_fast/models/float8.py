@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..config import ModelConfig
 from ..errors import UserError
 from ..kernels.float8.registered import CAPABILITIES, MULTIPLE, multiplies
 from .base import Transformer
-from .ops import Float8Linear
+from .ops import Float8Linear, is_readable
 
 LAYERS = {
     "kernels": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
@@ -34,11 +35,13 @@ def use_float8(
     before, which any device can, slowly. Raises ``UserError`` on a device without float8 products, for widths
     that are no multiples of 16, and where torchao is asked for and not there.
     """
-    if by not in LAYERS:
+    if not isinstance(by, str) or by not in LAYERS:
         raise UserError(f"by: got {by!r}, allowed are {' and '.join(map(repr, LAYERS))}")
     if not isinstance(model, Transformer):
         raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
     convert = _torchao(emulate) if by == "torchao" else None
+    if (other := _converted(model)) not in (None, by):
+        raise UserError(f"by: got {by!r}, but the model has layers in float8 by {other!r}")
     if not emulate:
         check_float8(model.pos_embed.device)
     names = _names(model, by)
@@ -50,8 +53,22 @@ def use_float8(
     return len(names)
 
 
-def check_float8(device: torch.device) -> None:
-    """``UserError`` where there are no products in float8."""
+def _converted(model: nn.Module) -> str | None:
+    """By whom layers are in float8 already."""
+    for module in model.modules():
+        if type(module) is Float8Linear:
+            return "kernels"
+        if type(module).__module__.startswith("torchao.float8"):
+            return "torchao"
+    return None
+
+
+def check_float8(device: torch.device, config: ModelConfig | None = None) -> None:
+    """``UserError`` where there are no products in float8, or none of these widths."""
+    if config is not None:
+        for width in (config.hidden_size, int(config.hidden_size * config.mlp_ratio)):
+            if width % MULTIPLE:
+                raise UserError(f"float8: widths have to be multiples of {MULTIPLE}; the model has {width}")
     if not multiplies(device):
         needed = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
         raise UserError(f"float8: needs a GPU of compute capability {needed}, the model is on {device}")
@@ -66,6 +83,8 @@ def _names(model: Transformer, by: str) -> list[str]:
             linear = _find(model, name)
             if linear is None:
                 continue
+            if not is_readable(linear.weight):
+                raise UserError(f"float8: the weight of {name} is a {type(linear.weight).__name__} already")
             if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
                 shape = f"{linear.in_features} to {linear.out_features}"
                 raise UserError(f"float8: widths have to be multiples of {MULTIPLE}; {name} is {shape}")

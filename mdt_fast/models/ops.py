@@ -36,6 +36,8 @@ class Float8Linear(nn.Linear):
     rounded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # as PyTorch names it
+        if not is_readable(self.weight):  # quantised since
+            return super().forward(input)
         return linear(input, self.weight, self.bias, float8=in_float8(self))
 
 
@@ -68,7 +70,7 @@ def plain_parameters(
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or bias is None:  # FSDP's first version keeps both as attributes
         weight, bias = layer.weight, layer.bias
-    return (weight, bias) if bias is not None and _is_readable(weight) else None
+    return (weight, bias) if bias is not None and is_readable(weight) else None
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
@@ -93,7 +95,7 @@ def modulation_from(modulation: nn.Module, c: Tensor) -> Tensor:
     return apply_linear(layer, c)
 
 
-def _is_readable(weight: Tensor) -> bool:
+def is_readable(weight: Tensor) -> bool:
     return type(weight) in PLAIN or isinstance(weight, DTensor) or not is_wrapper(weight)
 
 

@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from ..config import RunConfig, from_dict
+from ..config import RunConfig, as_saved, from_dict
 from ..errors import UserError
 from .distributed import World
 
@@ -61,7 +61,7 @@ class Checkpoint:
 
     @property
     def config(self) -> RunConfig:
-        return from_dict(RunConfig, self.state["config"], str(self.path / STATE))
+        return from_dict(RunConfig, as_saved(self.state["config"]), str(self.path / STATE))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -60,6 +60,8 @@ def check_settings(config: RunConfig) -> None:
         imported_wandb()
     if settings.weights == "bfloat16" and settings.dtype != "bfloat16":
         raise UserError(f"train.weights: bfloat16 goes with train.dtype bfloat16, got {settings.dtype}")
+    if settings.float8_by not in ("kernels", "torchao"):
+        raise UserError(f"train.float8_by: allowed are 'kernels' and 'torchao', got {settings.float8_by!r}")
     if settings.float8_by != "kernels" and not settings.float8:
         raise UserError(f"train.float8_by: {settings.float8_by} goes with train.float8=true")
     if settings.float8 and settings.dtype != "bfloat16":

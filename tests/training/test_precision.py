@@ -65,9 +65,25 @@ def test_float8_follows_float32(form: dict[str, Any], tmp_path: Path) -> None:
     assert ends[0] == ends[1]
 
 
+@pytest.mark.usefixtures("emulated")
+def test_runs_of_before_are_torchaos(tmp_path: Path) -> None:
+    """``train.float8`` was torchao's when there was no ``float8_by``."""
+    train(tiny(dtype="bfloat16", float8=True, steps=4), tmp_path / "run")
+    opened = open_checkpoint(tmp_path / "run")
+    assert opened.config.train.float8_by == "kernels"
+    del opened.state["config"]["train"]["float8_by"]
+    assert opened.config.train.float8_by == "torchao"
+    opened.state["config"]["train"]["float8"] = False
+    assert opened.config.train.float8_by == "kernels"
+
+
 def test_what_float8_does_not_go_with(tmp_path: Path) -> None:
     for settings, said in (
         ({"dtype": "float16", "float8": True}, "train.float8: goes with train.dtype bfloat16, got float16"),
+        (
+            {"float8": True, "float8_by": "apex"},
+            "train.float8_by: allowed are 'kernels' and 'torchao', got 'a",
+        ),
         ({"float8_by": "torchao"}, "train.float8_by: torchao goes with train.float8=true"),
         (
             {"dtype": "bfloat16", "float8": True},
