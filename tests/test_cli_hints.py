@@ -289,6 +289,13 @@ def test_a_full_disk_is_named(
     assert said == f"--npz: cannot write '{tmp_path / 'x.npz'}': No space left on device"
 
 
+def test_shards_are_for_a_folder_of_them(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error(capsys, "sample", str(trained), "--shard-size=5", f"--npz={tmp_path / 'x.npz'}")
+    assert said == "--shard-size: is for --out, which writes shards"
+
+
 def test_float8_says_what_it_needs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = "sample", str(trained), "--float8", "--device=cpu"
     assert error(capsys, *sample) == "--float8: goes with --dtype bfloat16, got float32"
