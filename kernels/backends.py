@@ -44,6 +44,9 @@ WITH_TRITON = (
     "quantize_weight",
 )
 
+IN_FLOAT8 = ("quantize_rows", "quantize_weight")
+"""Of these, what writes float8, which not every GPU has."""
+
 WITH_CPP = {
     "ln_modulate": 0,
     "gate_residual_ln_modulate": 0,
@@ -139,4 +142,9 @@ def _backend(op: str) -> Backend:
         return Backend(op, "pytorch", f"{plain}: no CUDA device, where the Triton kernel would serve")
     if not HAS_TRITON:
         return Backend(op, "pytorch", f"{plain}: triton is not installed (pip install triton)")
+    if op in IN_FLOAT8:
+        from .float8.registered import multiplies
+
+        if not multiplies(torch.device("cuda", torch.cuda.current_device())):
+            return Backend(op, "pytorch", f"{plain}: this GPU has no products in float8 that PyTorch serves")
     return Backend(op, "triton", "CUDA device and triton are there")
