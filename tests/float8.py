@@ -184,6 +184,22 @@ def layer(D: int, outputs: int) -> list[Tensor]:
 
 
 @DTYPES
+@pytest.mark.parametrize(("R", "D"), [(1, 16), (70, 300), (1030, 3), (0, 8), (5, 0)], ids=str)
+def test_sums_beside(R: int, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows as they came, in an order that their shape decides."""
+    x, factor = torch.randn(R, D).to(dtype), torch.rand(D) + 1
+    for sums in (torch.float32, dtype):
+        with poisoned(monkeypatch):
+            rows, scale, ours = quantize_rows_fwd(x, None, factor, sums)
+            again = quantize_rows_fwd(x, None, factor, sums)[2]
+        assert ours.dtype == sums
+        assert torch.equal(ours, again)
+        assert relative_error(ours, x.double().sum(0)) <= (FLOAT32 if sums == torch.float32 else FLOAT16)
+        for a, e in zip((rows, scale), kernels.quantize_rows(x, factor=factor), strict=True):
+            assert torch.equal(a.float(), e.float())
+
+
+@DTYPES
 def test_small_gradients_are_not_lost(dtype: torch.dtype) -> None:
     """Which float16 could not hold beside their scales; within float16's autocast, either."""
     torch.manual_seed(0)
@@ -333,7 +349,7 @@ def test_opcheck() -> None:
     """But for schemas: PyTorch's check of those multiplies what is float8."""
     checks = "test_autograd_registration", "test_faketensor"
     x, weight, v = torch.randn(5, 32), torch.randn(16, 32), torch.randn(32)
-    for args in ((x, None, None), (x, v, None), (x, None, v)):
+    for args in ((x, None, None, None), (x, v, None, None), (x, None, v, torch.float32)):
         torch.library.opcheck(quantize_rows_fwd.overload, args, test_utils=checks)
     torch.library.opcheck(quantize_weight_fwd.overload, (weight, True), test_utils=checks)
     (rows, scale), (held, _, scales) = kernels.quantize_rows(x), kernels.quantize_weight(weight)

@@ -10,10 +10,9 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_csrc, uses_triton
 from ..float8 import op as in_float8
-from ..linear.op import Float8, input_gradient, operand, product, weight_gradient
+from ..linear.op import Float8, gradients, operand, product, weight_gradient
 from ..registry import applied, once
 from ..rows import as_before, as_rows
-from ..sums import sum_rows
 from . import reference
 from .op import bias_gelu
 from .registered import bias_gelu_bwd, bias_gelu_fwd
@@ -68,12 +67,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, bias_F, factor, *scales, _, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, bias_F, *kept_weight, _, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx, dbias_F, activation = _backward(x, bias_F, input_gradient(dout, factor, *scales), kept is None)
+        dactivation, dbias = gradients(dout, kept_weight, bias_dtype if needs[3] else None)
+        dx, dbias_F, activation = _backward(x, bias_F, dactivation, kept is None)
         activation = activation if kept is None else kept
         dweight = weight_gradient(dout, activation, weight_dtype) if needs[2] else None
-        return dx, dbias_F, dweight, sum_rows(dout, bias_dtype) if needs[3] else None, None, None, None
+        return dx, dbias_F, dweight, dbias, None, None, None
 
 
 def _forward(ctx: Any, x: Tensor, bias_F: Tensor) -> Tensor:

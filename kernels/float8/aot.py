@@ -20,7 +20,7 @@ def cases(arch: str) -> Iterator[Case]:
     if arch in WITHOUT:
         return
     for D in WIDTHS:
-        for width, form in ((D, ""), (3 * D, "factor"), (4 * D, "gelu")):
+        for width, form in ((D, ""), (3 * D, "gradient"), (4 * D, "gelu")):
             yield _rows(arch, width, form, "bf16")
     yield _rows(arch, 4 * max(WIDTHS), "", "fp32")
     for width in (max(WIDTHS), 4 * max(WIDTHS)):
@@ -32,15 +32,16 @@ def _rows(arch: str, width: int, form: str, dtype: str) -> Case:
     entry = "quantize_rows", shape_class(columns(width), dtype == "bf16")
     config = rows_config(64 * 205, width, **tuned_for(entry, arch))
     pointers = {"x_ptr": f"*{dtype}", "bias_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*fp8e4nv"}
+    pointers |= {"scale_ptr": "*fp32", "sums_ptr": "*fp32"}
     return Case(
         kernel=quantize_rows_kernel,
         label=f"D={width} {form} {dtype}".replace("  ", " "),
-        dtypes={**pointers, "scale_ptr": "*fp32", "R": "i32", "D": "i32"},
+        dtypes={**pointers, "R": "i32", "D": "i32"},
         constants={
-            "GELU": form == "gelu", "FACTOR": form == "factor", "BLOCK_D": config.block_d,
-            "STAGES": config.num_stages,
+            "GELU": form == "gelu", "FACTOR": form == "gradient", "SUMS": form == "gradient",
+            "BLOCK_D": config.block_d, "STAGES": config.num_stages,
         },
-        aligned=frozenset({*pointers, "scale_ptr", "D"}),
+        aligned=frozenset({*pointers, "D"}),
         num_warps=config.num_warps,
         entry=entry,
     )  # fmt: skip

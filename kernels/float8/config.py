@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ..launches import columns
 
+MOST_PARTS = 1024
+"""Partial sums of rows, each of which is written and read again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:

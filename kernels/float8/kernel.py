@@ -34,12 +34,14 @@ def scales(b_most):
 
 @triton.jit
 def quantize_rows_kernel(
-    x_ptr, bias_ptr, factor_ptr, out_ptr, scale_ptr,
+    x_ptr, bias_ptr, factor_ptr, out_ptr, scale_ptr, sums_ptr,
     R, D,
-    GELU: tl.constexpr, FACTOR: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    GELU: tl.constexpr, FACTOR: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program p takes rows p, p + P, ..., STAGES of them on their way at a time. GELU: of ``x + bias``, which
-    is what is rounded. FACTOR: times one number for each column."""
+    is what is rounded. FACTOR: times one number for each column. SUMS: its rows of ``x`` added up, row p of
+    ``sums`` [P, D]."""
     i_p, P = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -47,10 +49,14 @@ def quantize_rows_kernel(
         b_bias = tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     if FACTOR:
         b_factor = tl.load(factor_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if SUMS:
+        b_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
     for i in tl.range(0, tl.cdiv(R - i_p, P), num_stages=STAGES):
         i_r = i_p + i * P
         p_row = i_r * D + o_d
         b_x = tl.load(x_ptr + p_row, mask=m_d, other=0.0).to(tl.float32)
+        if SUMS:
+            b_sum += b_x
         if GELU:
             b_z = b_x + b_bias
             b_x = tl.where(m_d, b_z * sigmoid_of_twice_u(b_z), 0.0)
@@ -59,6 +65,8 @@ def quantize_rows_kernel(
         scale, inverse = scales(most(b_x))
         tl.store(out_ptr + p_row, (b_x * inverse).to(out_ptr.dtype.element_ty), mask=m_d)
         tl.store(scale_ptr + i_r, scale)
+    if SUMS:
+        tl.store(sums_ptr + i_p * D + o_d, b_sum, mask=m_d)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def quantize_rows(
     with torch.no_grad():
         if checks.plain_only():
             return reference.quantize_rows(x, gelu_bias, factor)
-        return quantize_rows_fwd(x.contiguous(), _together(gelu_bias), _together(factor))
+        return quantize_rows_fwd(x.contiguous(), _together(gelu_bias), _together(factor), None)[:2]
 
 
 def quantize_weight(weight: Tensor, *, columns: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,8 @@ def product(
     x_RD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``x @ weight.T + bias`` in ``dtype``: [R, O]; ``weight`` as by :func:`quantize_weight`."""
-    return multiply(*quantize_rows_fwd(x_RD.contiguous(), None, None), weight_OD, scale_O, bias_O, dtype)
+    rows_RD, scale_R, _ = quantize_rows_fwd(x_RD.contiguous(), None, None, None)
+    return multiply(rows_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
 
 
 def product_of_gelu(
@@ -54,15 +55,18 @@ def product_of_gelu(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """:func:`product` of ``gelu(x + gelu_bias)``, which is rounded to float8 alone."""
-    rows = quantize_rows_fwd(x_RD.contiguous(), gelu_bias_D.contiguous(), None)
-    return multiply(*rows, weight_OD, scale_O, bias_O, dtype)
+    rows_RD, scale_R, _ = quantize_rows_fwd(x_RD.contiguous(), gelu_bias_D.contiguous(), None, None)
+    return multiply(rows_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
 
 
-def input_gradient(dout_RO: Tensor, columns_DO: Tensor, scale_O: Tensor, ones_D: Tensor) -> Tensor:
+def input_gradient(
+    dout_RO: Tensor, columns_DO: Tensor, scale_O: Tensor, ones_D: Tensor, sums: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """``dout @ weight``: [R, D], by the rounded weight of the forward pass; its rows' scales are columns'
-    here, and go into ``dout`` before that is rounded."""
-    rows = quantize_rows_fwd(dout_RO.contiguous(), None, scale_O)
-    return multiply(*rows, columns_DO, ones_D, None, dout_RO.dtype)
+    here, and go into ``dout`` before that is rounded. And the sum of its rows [O] in the dtype ``sums``,
+    which costs no further reading of them."""
+    rows_RO, scale_R, sums_O = quantize_rows_fwd(dout_RO.contiguous(), None, scale_O, sums)
+    return multiply(rows_RO, scale_R, columns_DO, ones_D, None, dout_RO.dtype), sums_O
 
 
 def _together(vector: Tensor | None) -> Tensor | None:

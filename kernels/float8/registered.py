@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import launching, on_triton
 from ..registry import registered
+from ..sums import sum_rows
 from . import reference
 from .reference import FLOAT8
 
@@ -20,18 +21,24 @@ MAX_D = 2**16
 
 
 @registered("mdt_fast::quantize_rows")
-def quantize_rows_fwd(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows in float8 [R, D], and their scales [R] in float32."""
+def quantize_rows_fwd(
+    x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None, sums: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in float8 [R, D], their scales [R] in float32, and the sum of the rows of ``x`` in the dtype
+    ``sums`` [D] (None: empty)."""
     if not rounds(x_RD):
-        return reference.quantize_rows(x_RD, bias_D, factor_D)
+        rows = reference.quantize_rows(x_RD, bias_D, factor_D)
+        return *rows, x_RD.new_empty(0) if sums is None else sum_rows(x_RD, sums)
     if x_RD.shape[1] > MAX_D:
         raise ValueError(f"x: width {x_RD.shape[1]}, the Triton kernel takes at most {MAX_D}")
-    out_RD, scale_R = _rows(x_RD)
+    outputs = out_RD, scale_R, sums_D = _with_sums(x_RD, sums)
     if not out_RD.numel():
         scale_R.fill_(1)
+        sums_D.zero_()
     else:
-        launching(__package__).quantize_rows(x_RD, bias_D, factor_D, out_RD, scale_R)
-    return out_RD, scale_R
+        to = None if sums is None else sums_D
+        launching(__package__).quantize_rows(x_RD, bias_D, factor_D, out_RD, scale_R, to)
+    return outputs
 
 
 @registered("mdt_fast::quantize_weight")
@@ -87,8 +94,8 @@ def multiplies(device: torch.device) -> bool:
 
 
 @quantize_rows_fwd.register_fake
-def _(x_RD, bias_D, factor_D):  # type: ignore[no-untyped-def]
-    return _rows(x_RD)
+def _(x_RD, bias_D, factor_D, sums):  # type: ignore[no-untyped-def]
+    return _with_sums(x_RD, sums)
 
 
 @quantize_weight_fwd.register_fake
@@ -104,6 +111,11 @@ def _(x_RD, scale_R, weight_OD, scale_O, bias_O, dtype):  # type: ignore[no-unty
 def _rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     R, D = x_RD.shape
     return x_RD.new_empty(R, D, dtype=FLOAT8), x_RD.new_empty(R, dtype=torch.float32)
+
+
+def _with_sums(x_RD: Tensor, sums: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    sums_D = x_RD.new_empty(0) if sums is None else x_RD.new_empty(x_RD.shape[1], dtype=sums)
+    return *_rows(x_RD), sums_D
 
 
 def _weight(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

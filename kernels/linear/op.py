@@ -1,6 +1,7 @@
 """Checks and dispatch. D input width, O output width."""
 
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -130,11 +131,11 @@ class Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dout: Tensor):  # type: ignore[no-untyped-def]
-        (x, factor, *scales, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        (x, *kept, _), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
-        dx = input_gradient(dout, factor, *scales).to(x_dtype) if needs[0] else None
+        dx, dbias = gradients(dout, kept, bias_dtype if needs[2] else None, of_input=needs[0])
         dweight = weight_gradient(dout, x, weight_dtype) if needs[1] else None
-        return dx, dweight, sum_rows(dout, bias_dtype) if needs[2] else None, None, None
+        return None if dx is None else dx.to(x_dtype), dweight, dbias, None, None
 
 
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,13 +162,22 @@ def _widens(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cuda and torch.version.hip is None and dtype == torch.float32 and x.element_size() == 2
 
 
-def input_gradient(
-    dout_RO: Tensor, weight: Tensor, scale_O: Tensor | None = None, ones_D: Tensor | None = None
-) -> Tensor:
-    """``dout @ weight``: [R, D], of what :func:`operand` keeps."""
-    if scale_O is not None and ones_D is not None:
-        return in_float8.input_gradient(dout_RO, weight, scale_O, ones_D)
-    return product(dout_RO, weight.t())
+def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
+    """``dout @ weight``: [R, D]."""
+    return product(dout_RO, weight_OD.t())
+
+
+def gradients(
+    dout_RO: Tensor, kept: Sequence[Any], bias_dtype: torch.dtype | None, *, of_input: bool = True
+) -> tuple[Any, Tensor | None]:
+    """Of the input [R, D] (None unless ``of_input``), by the first three of what :func:`operand` keeps; of
+    the bias [O] in its dtype (None: of none)."""
+    weight, scale_O, ones_D = kept
+    if of_input and scale_O is not None:
+        both = in_float8.input_gradient(dout_RO, weight, scale_O, ones_D, bias_dtype)
+        return both[0], None if bias_dtype is None else both[1]
+    dx = input_gradient(dout_RO, weight) if of_input else None
+    return dx, None if bias_dtype is None else sum_rows(dout_RO, bias_dtype)
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -14,10 +14,9 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_triton
 from ..float8.registered import multiply, rounds
-from ..linear.op import Float8, input_gradient, operand, product, product_gelu, weight_gradient
+from ..linear.op import Float8, gradients, operand, product, product_gelu, weight_gradient
 from ..registry import applied, needs_grad, once
 from ..rows import as_before, as_rows
-from ..sums import sum_rows
 from . import reference
 from .op import check, columns_together, gate_residual_ln_modulate, ln_modulate, serves
 from .registered import ln_modulate_bwd, ln_modulate_float8_fwd, ln_modulate_fwd
@@ -153,7 +152,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
-        x, y, gate, shift, scale, offsets, mean, rstd, factor, *scales, _, kept = ctx.saved_tensors
+        x, y, gate, shift, scale, offsets, mean, rstd, *kept_weight, _, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
         if dout is None:  # the residual alone is used
             if y is None:
@@ -161,6 +160,7 @@ class _Linear(torch.autograd.Function):
             dtype, width = ctx.out
             dout = x.new_zeros(len(x), width, dtype=dtype)
         dout, dresidual = dout.contiguous(), None if dresidual is None else dresidual.contiguous()
+        dnormal, dbias = gradients(dout, kept_weight, bias_dtype if needs[6] else None)
         dx, dy, dgate, dshift, dscale, normal = _backward(
             x,
             y,
@@ -171,12 +171,11 @@ class _Linear(torch.autograd.Function):
             mean,
             rstd,
             dresidual,
-            input_gradient(dout, factor, *scales),
+            dnormal,
             kept is None,
         )
         normal = normal if kept is None else kept
         dweight = weight_gradient(dout, normal, weight_dtype) if needs[5] else None
-        dbias = sum_rows(dout, bias_dtype) if needs[6] else None
         return dx, dy, dgate, dshift, dscale, dweight, dbias, *(None,) * 6
 
 
