@@ -109,7 +109,13 @@ def add_sample(commands: Any) -> Any:
     add("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
     add("--png", metavar="DIR", help="one PNG per image")
     add("--out", metavar="DIR", help="shards that a later run goes on with, at last samples_NxHxWxC.npz")
-    add("--shard-size", type=int, metavar="N", help="with --out: images in a shard (default: 1000)")
+    add(
+        "--shard-size",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="with --out: images in a shard (default: 1000)",
+    )
     return sample
 
 

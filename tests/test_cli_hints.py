@@ -289,13 +289,6 @@ def test_a_full_disk_is_named(
     assert said == f"--npz: cannot write '{tmp_path / 'x.npz'}': No space left on device"
 
 
-def test_shards_are_for_a_folder_of_them(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = error(capsys, "sample", str(trained), "--shard-size=5", f"--npz={tmp_path / 'x.npz'}")
-    assert said == "--shard-size: is for --out, which writes shards"
-
-
 def test_float8_says_what_it_needs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = "sample", str(trained), "--float8", "--device=cpu"
     assert error(capsys, *sample) == "--float8: goes with --dtype bfloat16, got float32"
@@ -309,7 +302,7 @@ def test_float8_draws_what_an_exact_model_draws_nearly(
 ) -> None:
     """Emulated, into a folder that is then finished by the same command alone."""
     commands = importlib.import_module("mdt_fast.commands.sample")
-    monkeypatch.setattr(commands, "check_float8", lambda device: None)
+    monkeypatch.setattr(commands, "check_float8", lambda device, config: None)
     converted: list[int] = []
     monkeypatch.setattr(
         commands, "use_float8", lambda model: converted.append(use_float8(model, emulate=True))

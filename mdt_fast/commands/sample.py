@@ -41,7 +41,6 @@ from ..training.states import model_of
 from .known import Known, check_known, digest_of, read_known
 from .shared import refuse_empty, set_threads
 
-SHARD_SIZE = 1000
 FILES = (".png", ".jpg", ".jpeg", ".npz")
 """What ends like this is meant to be a file."""
 OPTIONS = (
@@ -83,14 +82,11 @@ def sample(args: argparse.Namespace) -> int:
     how: dict[str, Any] = {"hide": args.hide or 0.0, "resample": resample}
     if known is not None:
         check_inpainting(model_config, config, known.unknown[None], **how)
-    if args.shard_size is not None and out is None:
-        raise UserError("--shard-size: is for --out, which writes shards")
-    shard_size = SHARD_SIZE if args.shard_size is None else args.shard_size
-    if shard_size < 1:
-        raise UserError(f"--shard-size: must be at least 1, got {shard_size}")
+    if args.shard_size < 1:
+        raise UserError(f"--shard-size: must be at least 1, got {args.shard_size}")
     folder = None
     if out is not None:
-        folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, shard_size)
+        folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)
         folder.prepare()
     todo = [] if folder is None else folder.missing(ranks.rank, ranks.world)
     there = 0 if folder is None else folder.drawn()
@@ -272,7 +268,7 @@ def _settings(
         "--float8": True if args.float8 else None,  # folders of before have none
         "--labels": list(chosen),
         "--vae": args.vae,
-        "--shard-size": SHARD_SIZE if args.shard_size is None else args.shard_size,
+        "--shard-size": args.shard_size,
         "--image": args.image and digest_of(args.image),
         "--mask": args.mask and digest_of(args.mask),
         "--hide": args.image and (args.hide or 0.0),

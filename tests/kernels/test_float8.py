@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from float8 import *  # noqa: F403
+from float8 import layer
+from mdt_fast import kernels
 from mdt_fast.kernels import backends as rows_of_ops
 from mdt_fast.kernels.float8 import registered
+from tolerances import FLOAT32, relative_error
 
 backends_module = import_module("mdt_fast.kernels.backends")  # the package has a function of that name
 
@@ -34,3 +37,9 @@ def test_which_gpus_have_it(
     for op in ("quantize_rows", "quantize_weight"):
         assert rows[op].backend == served
     assert rows["ln_modulate"].backend == "triton"
+
+
+def test_functional_transforms_are_exact() -> None:
+    x, (weight, bias) = torch.randn(5, 32), layer(32, 16)
+    rows = torch.func.vmap(lambda x: kernels.linear(x, weight, bias, float8=True))(x)
+    assert relative_error(rows, kernels.linear(x, weight, bias)) < FLOAT32
