@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mdt_fast.cli import main
+from one_line import error
 from tiny import ARGUMENTS, file_of
 
 TINY = ["train", "--preset=digits", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=3"]
@@ -43,16 +44,6 @@ def photos(tmp_path: Path) -> Path:
             pixels = noise.integers(0, 256, (20, 17, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{i}.png")
     return tmp_path / "photos"
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that ``mdt-fast ARGUMENTS`` ends with."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("mdt-fast: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err.removeprefix("mdt-fast: error: ").rstrip("\n")
 
 
 @pytest.mark.slow

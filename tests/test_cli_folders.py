@@ -12,6 +12,7 @@ from PIL import Image
 from mdt_fast.cli import main
 from mdt_fast.models.convert import read_metadata, read_weights
 from mdt_fast.training.metrics import read_rows
+from one_line import error
 from tiny import ARGUMENTS
 
 TRAIN = ["train", "--image-size=8", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=2"]
@@ -31,14 +32,6 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def picture(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    return line.removeprefix("mdt-fast: error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(("asked", "drawn"), [("2", 3), ("10", 2), ("007", 0), ("1", 1), ("0", 0), ("3", 3)])
@@ -81,7 +74,7 @@ def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFi
     said = error(
         capsys, "evaluate", str(samples), "--reference", str(samples), f"--json={run / 'config.json'}"
     )
-    assert "it is the run's; choose another name" in said or "to be read" in said
+    assert said.endswith("it is the run's; choose another name")
 
 
 @pytest.mark.parametrize("threads", [1025, 10**20])

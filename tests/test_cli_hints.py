@@ -15,6 +15,7 @@ import mdt_fast
 from mdt_fast.cli import main
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.training.optim import unripe
+from one_line import error
 from tiny import ARGUMENTS
 
 TRAIN = ["train", "--preset=digits", *ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.steps=2"]
@@ -25,14 +26,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("hints") / "run"
     assert main([*TRAIN, "--steps=4", "--lr=0.5", "--set=train.warmup_steps=0", f"--out={run}"]) == 0
     return run
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    return line.removeprefix("mdt-fast: error: ").rstrip("\n")
 
 
 def test_an_average_of_the_initial_weights_is_told() -> None:

@@ -53,7 +53,7 @@ def quantize_weight_fwd(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tenso
         ones_D.fill_(1)
     else:
         transposed = columns_DO if columns else None
-        launching(__package__).quantize_weight(weight_OD.contiguous(), rows_OD, transposed, scale_O, ones_D)
+        launching(__package__).quantize_weight(weight_OD, rows_OD, transposed, scale_O, ones_D)
     return outputs
 
 

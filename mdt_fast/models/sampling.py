@@ -117,21 +117,21 @@ class CastWeights:
         here = list(zip(self.layers, self.whole, self.cast, strict=True))
         for layer, before, after in here:
             if layer._parameters["weight"] is before:
-                if isinstance(layer, Float8Linear):
-                    layer.rounded = after  # type: ignore[assignment]
-                else:
-                    layer._parameters["weight"] = after[0]  # type: ignore[assignment]
+                if len(after) == 1:
+                    layer._parameters["weight"] = after[0]
+                elif isinstance(layer, Float8Linear):
+                    layer.rounded = after
         try:
             yield
         finally:
             for layer, before, after in here:
                 if isinstance(layer, Float8Linear):
                     layer.rounded = None
-                elif layer._parameters["weight"] is after[0]:
+                if layer._parameters["weight"] is after[0]:
                     layer._parameters["weight"] = before
 
 
-Cast = tuple[Tensor, ...]
+Cast = tuple[nn.Parameter] | tuple[Tensor, Tensor]
 """Of one layer: its weight in another dtype, or rows in float8 and their scales."""
 
 
