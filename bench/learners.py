@@ -67,6 +67,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
     "models": (DIT, MDT, MDTV2),
     "tokens": tuple(replace(variant, finer=2) for variant in (DIT, MDTV2)),
     "updates": tuple(replace(variant, longer=3) for variant in (DIT, MDTV2)),
+    "longest": tuple(replace(variant, longer=9) for variant in (DIT, MDTV2)),
     "mask-ratio": tuple(
         Variant(name=f"mask ratio {ratio}", family="mdt", model={"mask_ratio": ratio})
         for ratio in (0.3, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7)
