@@ -26,6 +26,7 @@ program, or with --aoti what AOTInductor compiles of it (docs/export.md).
   mdt-fast export runs/digits step.pt2 --aoti --batch 8"""
 
 OF_RUN = "(default: the run's)"
+SHARD_SIZE = 1000
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
 
@@ -109,13 +110,7 @@ def add_sample(commands: Any) -> Any:
     add("--grid", metavar="FILE", help="one PNG, a row per class (default: RUN/grid.png)")
     add("--png", metavar="DIR", help="one PNG per image")
     add("--out", metavar="DIR", help="shards that a later run goes on with, at last samples_NxHxWxC.npz")
-    add(
-        "--shard-size",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="with --out: images in a shard (default: 1000)",
-    )
+    add("--shard-size", type=int, metavar="N", help=f"with --out: images in a shard (default: {SHARD_SIZE})")
     return sample
 
 

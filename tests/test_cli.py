@@ -230,6 +230,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--sampler=dpm++", "--eta=0.5"], "eta: only ddim has one; use 0 with dpm++"),
         (["sample", "RUN", "--out=o", "--npz=x.npz"], "--npz: --out writes a samples_....npz in its folder"),
         (["sample", "RUN", "--out=o", "--shard-size=0"], "--shard-size: must be at least 1, got 0"),
+        (["sample", "RUN", "--shard-size=4"], "--shard-size: goes with --out, which is not given"),
         (["sample", "RUN", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),
         (["sample", "RUN", "--num-samples=0"], "--num-samples: must be at least 1, got 0"),
         (["sample", "RUN", "--scale-pow=high"], "--scale-pow: a number or none is needed, got 'high'"),

@@ -98,6 +98,8 @@ def test_averages_in_any_order_by_name(cls: Any) -> None:
         optimizer.add_ema([*copy.deepcopy(model).named_parameters(), ("x", torch.zeros(1))], 0.5)
     with pytest.raises(UserError, match=r"params: has names, the optimiser's parameters have none"):
         cls(model.parameters(), lr=1e-2).add_ema(copy.deepcopy(model).named_parameters(), 0.5)
+    with pytest.raises(UserError, match=r"^params\['1.weight'\]: torch.bfloat16 \[8, 8\] on cpu, expected"):
+        optimizer.add_ema(copy.deepcopy(model).bfloat16().named_parameters(), 0.5)
 
 
 @BOTH

@@ -17,6 +17,7 @@ from ..data.encode_folder import Ranks
 from ..data.encode_progress import EncodingProgress
 from ..errors import UserError, nearest
 from ..models.float8 import check_float8, use_float8
+from ..options import SHARD_SIZE
 from ..sampling import (
     Inpainter,
     SampleFolder,
@@ -82,8 +83,12 @@ def sample(args: argparse.Namespace) -> int:
     how: dict[str, Any] = {"hide": args.hide or 0.0, "resample": resample}
     if known is not None:
         check_inpainting(model_config, config, known.unknown[None], **how)
-    if args.shard_size < 1:
+    if args.shard_size is None:
+        args.shard_size = SHARD_SIZE
+    elif args.shard_size < 1:
         raise UserError(f"--shard-size: must be at least 1, got {args.shard_size}")
+    elif out is None:
+        raise UserError("--shard-size: goes with --out, which is not given")
     folder = None
     if out is not None:
         folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)

@@ -224,30 +224,31 @@ class Transformer(Pretrained):
 
         return in_a_loop(self, method, calls)
 
-    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync)."""
-        S, weight = self.input_size, self.pos_embed
-        for name, v in (("x", x), ("t", t), ("y", y)):
+    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
+        """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync).
+        ``names``: what it calls x and y."""
+        S, weight, (image, label) = self.input_size, self.pos_embed, names
+        for name, v in ((image, x), ("t", t), (label, y)):
             if not isinstance(v, Tensor):
                 raise UserError(f"{name}: got {type(v).__name__}, expected a torch.Tensor")
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, S, S):
-            raise UserError(f"x: shape {list(x.shape)}, expected [B, {self.in_channels}, {S}, {S}]")
+            raise UserError(f"{image}: shape {list(x.shape)}, expected [B, {self.in_channels}, {S}, {S}]")
         # The meta device has no autocast and must not be asked.
         if x.dtype != weight.dtype and not (
             x.dtype in AUTOCAST_DTYPES and torch.is_autocast_enabled(x.device.type)
         ):
-            raise UserError(f"x: dtype {x.dtype}, the model's weights are {weight.dtype}")
+            raise UserError(f"{image}: dtype {x.dtype}, the model's weights are {weight.dtype}")
         if x.device != weight.device:
-            raise UserError(f"x: on {x.device}, the model is on {weight.device}")
-        for name, v in (("t", t), ("y", y)):
+            raise UserError(f"{image}: on {x.device}, the model is on {weight.device}")
+        for name, v in (("t", t), (label, y)):
             if v.shape[: 1 if v is y and not self.takes_labels else None] != x.shape[:1]:
                 raise UserError(
-                    f"{name}: shape {list(v.shape)}, expected [{x.shape[0]}] (one per sample of x)"
+                    f"{name}: shape {list(v.shape)}, expected [{x.shape[0]}] (one per sample of {image})"
                 )
             if v.device != x.device:
-                raise UserError(f"{name}: on {v.device}, x is on {x.device}")
+                raise UserError(f"{name}: on {v.device}, {image} is on {x.device}")
         if self.takes_labels and y.dtype not in (torch.int64, torch.int32):
-            raise UserError(f"y: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
+            raise UserError(f"{label}: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
         if t.dtype == torch.bool or t.is_complex():
             raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
         if x.device.type != "cpu" or torch.compiler.is_compiling() or plain_only() or not len(x):
@@ -255,7 +256,8 @@ class Transformer(Pretrained):
         rows = self.y_embedder.embedding_table.num_embeddings if self.takes_labels else 0
         if rows and (y.min() < 0 or y.max() >= rows):
             null = " (the last is the null class)" if rows > self.num_classes else ""
-            raise UserError(f"y: labels {int(y.min())}..{int(y.max())}, allowed are 0..{rows - 1}{null}")
+            found = f"{int(y.min())}..{int(y.max())}"
+            raise UserError(f"{label}: labels {found}, allowed are 0..{rows - 1}{null}")
         if not (t >= 0).all() or not torch.isfinite(t).all():
             raise UserError(
                 f"t: values {t.min().item()}..{t.max().item()}, allowed are timesteps of 0 and more"

@@ -57,7 +57,7 @@ def _drawn_first(
     mask_plan: MaskPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``training_step_outputs`` by ``step``, which is compiled; what it would draw is drawn before it."""
-    model.check_inputs(x_full, t, y)
+    model.check_step_inputs(x_full, x_masked, t, y, y_masked)
     if y_masked is None:
         y, y_masked = model.drop_labels(y), model.drop_labels(y)
     if mask_plan is None:

@@ -88,8 +88,7 @@ class MaskedTransformer(Transformer):
         ``forward(x_full, t, y, x_masked=...)`` what wraps the model (FSDP2, DDP) sees it, too. Raises
         ``UserError`` for inputs that do not fit, and for an attention backend that cannot take them.
         """
-        self.check_inputs(x_full, t, y)
-        self.check_inputs(x_masked, t, y if y_masked is None else y_masked)
+        self.check_step_inputs(x_full, x_masked, t, y, y_masked)
         if y_masked is None:
             y, y_masked = self.drop_labels(y), self.drop_labels(y)
         plan = self.plan(x_masked, True, mask_plan) or self.draw_plan(len(t), x_masked.device)
@@ -110,6 +109,14 @@ class MaskedTransformer(Transformer):
         x = self.decode(torch.cat([full, masked]), c, both_skips(skip_full, skip_masked))
         full, masked = self.image(x, c).chunk(2)
         return full, masked
+
+    def check_step_inputs(
+        self, x_full: Tensor, x_masked: Tensor, t: Tensor, y: Tensor, y_masked: Tensor | None
+    ) -> None:
+        """:meth:`check_inputs` of both passes."""
+        self.check_inputs(x_full, t, y)
+        labels, name = (y, "y") if y_masked is None else (y_masked, "y_masked")
+        self.check_inputs(x_masked, t, labels, ("x_masked", name))
 
     def join(self, x: Tensor, c: Conditioning, plan: MaskPlan | None) -> Tensor:
         """Encoder's output [B, K, D] -> decoder's input [B, L, D].

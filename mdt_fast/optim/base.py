@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
-from .loading import check_copies, check_rate, check_state, follow, in_order, restore, tie_masters
+from .loading import check_copies, check_rate, check_state, follow, in_order, labels_of, restore, tie_masters
 from .shards import laid_out, local, split
 from .tracing import untraced
 
@@ -111,7 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
             raise UserError(f"decay: must be in [0, 1), got {decay}")
-        check_copies("params", average, own, self._copies())
+        check_copies("params", average, own, labels_of("params", self.param_groups), self._copies())
         self._averages.append([ema.detach() for ema in average])
         self._decays.append(float(decay))
 
@@ -125,15 +125,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``UserError`` for tensors that do not fit, and where there are masters already.
         """
         given, own = in_order("masters", masters, self.param_groups), list(self._all())
-        for i, p in enumerate(own):
+        for label, p in zip(labels := labels_of("masters", self.param_groups), own):
             if p.dtype != torch.bfloat16:
-                raise UserError(f"masters[{i}]: of a parameter in {p.dtype}; only bfloat16 ones have masters")
+                raise UserError(f"{label}: of a parameter in {p.dtype}; only bfloat16 ones have masters")
             if self._masters or "master" in self.state.get(p, {}):
                 raise UserError("set_masters: there are masters already; call it once, before the first step")
-        check_copies("masters", given, own, self._copies())
-        for i, (master, p) in enumerate(zip(given, own)):
+        check_copies("masters", given, own, labels, self._copies())
+        for label, master, p in zip(labels, given, own):
             if p.device.type != "meta" and not torch.equal(local(p), local(master).to(p.dtype)):
-                raise UserError(f"masters[{i}]: rounded to bfloat16 it is not its parameter")
+                raise UserError(f"{label}: rounded to bfloat16 it is not its parameter")
         self._masters = [master.detach() for master in given]
 
     @untraced

@@ -19,7 +19,7 @@ def in_order(what: str, given: Iterable[Any], groups: Sequence[dict[str, Any]]) 
     items = list(given)
     if not items or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return items
-    names = [name for group in groups for name in group.get("param_names", ())]
+    names = names_of(groups)
     if not names:
         raise UserError(
             f"{what}: has names, the optimiser's parameters have none; give it named_parameters(), too"
@@ -31,33 +31,48 @@ def in_order(what: str, given: Iterable[Any], groups: Sequence[dict[str, Any]]) 
     return [tensors[name] for name in names]
 
 
+def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the parameters of an optimiser's ``groups``, in order; none if it was made without."""
+    return [name for group in groups for name in group.get("param_names", ())]
+
+
+def labels_of(what: str, groups: Sequence[dict[str, Any]]) -> list[str]:
+    """What to call the tensors of the argument ``what``, one for each parameter: by name if they have any."""
+    names: Sequence[Any] = names_of(groups) or range(sum(len(group["params"]) for group in groups))
+    return [f"{what}[{name!r}]" for name in names]
+
+
 def check_copies(
-    name: str, copies: Sequence[Tensor], params: Sequence[Tensor], others: Iterable[Tensor]
+    name: str,
+    copies: Sequence[Tensor],
+    params: Sequence[Tensor],
+    labels: Sequence[str],
+    others: Iterable[Tensor],
 ) -> None:
     """``UserError`` unless there is a float32 tensor (float64 where the parameter may be that) for each, with
-    memory that is not another's nor of ``others``."""
+    memory that is not another's nor of ``others``. ``labels``: what each is called."""
     taken = {local(other).data_ptr() for other in others}
     if len(copies) != len(params):
         raise UserError(f"{name}: {len(copies)} tensors for {len(params)} parameters")
-    for i, (copy, p) in enumerate(zip(copies, params)):
+    for label, copy, p in zip(labels, copies, params, strict=True):
         if not isinstance(copy, Tensor) or copy.layout != torch.strided:
             what = f"a {copy.layout} tensor" if isinstance(copy, Tensor) else f"a {type(copy).__name__}"
-            raise UserError(f"{name}[{i}]: {what}, expected a dense tensor")
+            raise UserError(f"{label}: {what}, expected a dense tensor")
         allowed = (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
         if copy.shape != p.shape or copy.device != p.device or copy.dtype not in allowed:
             raise UserError(
-                f"{name}[{i}]: {copy.dtype} {list(copy.shape)} on {copy.device}, "
-                f"expected {allowed[0]} {list(p.shape)} on {p.device}, as the optimiser's parameter {i}"
+                f"{label}: {copy.dtype} {list(copy.shape)} on {copy.device}, "
+                f"expected {allowed[0]} {list(p.shape)} on {p.device}, as its parameter"
             )
         if local(p).numel() and _memory(copy) == _memory(p):
-            raise UserError(f"{name}[{i}]: is the parameter itself or shares its memory; make a copy")
+            raise UserError(f"{label}: is the parameter itself or shares its memory; make a copy")
         if local(copy).shape != local(p).shape:
-            raise UserError(f"{name}[{i}]: is not sharded as its parameter is")
+            raise UserError(f"{label}: is not sharded as its parameter is")
         if local(p).numel() and local(p).device.type != "meta":
             if any(n > 1 and not stride for n, stride in zip(copy.shape, copy.stride())):
-                raise UserError(f"{name}[{i}]: is expanded, its elements share memory; make a copy")
+                raise UserError(f"{label}: is expanded, its elements share memory; make a copy")
             if local(copy).data_ptr() in taken:
-                raise UserError(f"{name}[{i}]: is a tensor that the optimiser has already; make a copy")
+                raise UserError(f"{label}: is a tensor that the optimiser has already; make a copy")
             taken.add(local(copy).data_ptr())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mdt_fast
-from mdt_fast import MDT, DiT, MaskPlan, MDTv2, UserError, models, reference
+from mdt_fast import MDT, DiT, MaskPlan, MDTv2, UserError, compile_for_training, models, reference
 
 TINY = {"input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
 
@@ -49,6 +49,34 @@ def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
 def test_wrong_inputs(cls: Any, changed: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny(cls)(**{**inputs(), **changed})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x_masked": torch.randn(2, 4, 9, 8)}, r"^x_masked: shape \[2, 4, 9, 8\], expected \[B, 4, 8, 8\]"),
+        (
+            {"x_masked": torch.randn(3, 4, 8, 8)},
+            r"^t: shape \[2\], expected \[3\] \(one per sample of x_masked\)",
+        ),
+        ({"y_masked": torch.tensor([0, 11])}, r"^y_masked: labels 0..11, allowed are 0..10"),
+        ({"y_masked": torch.zeros(2)}, r"^y_masked: dtype torch.float32"),
+        ({"y_masked": torch.zeros(3, dtype=torch.int64)}, r"^y_masked: shape \[3\], expected \[2\]"),
+        ({"y_masked": 3}, r"^y_masked: got int, expected a torch.Tensor"),
+        ({"y": torch.tensor([0, 11])}, r"^y: labels 0..11"),
+    ],
+)
+def test_wrong_inputs_of_the_second_pass(
+    compiled: bool, changed: dict[str, torch.Tensor], message: str
+) -> None:
+    model = tiny(MDTv2).train()
+    if compiled:
+        compile_for_training(model, "model")
+    good = inputs()
+    step = {"x_full": good["x"], "x_masked": good["x"], "t": good["t"], "y": good["y"]}
+    with pytest.raises(UserError, match=message):
+        model.training_step_outputs(**{**step, **changed})
 
 
 @pytest.mark.parametrize(
