@@ -10,6 +10,7 @@ Draw images from a run's averaged (EMA) weights. Labels go round all classes unl
   mdt-fast sample runs/digits --num-samples 200 --steps 50 --cfg-scale 2 --npz samples.npz
   mdt-fast sample runs/digits --labels 3,7 --num-samples 20 --grid threes-and-sevens.png
   mdt-fast sample runs/photos --labels cat,dog --sampler dpm++ --steps 20 --grid pets.png
+  mdt-fast sample mdt_xl2_v2_ckpt.pt --dtype bfloat16 --labels 207,360 --num-samples 8 --grid dogs.png
   mdt-fast sample runs/photos --image cat.jpg --mask hole.png --labels cat --num-samples 8
 
   torchrun --nproc-per-node 8 -m mdt_fast sample runs/xl2 --num-samples 50000 --out samples
@@ -26,6 +27,7 @@ program, or with --aoti what AOTInductor compiles of it (docs/export.md).
   mdt-fast export runs/digits step.pt2 --aoti --batch 8"""
 
 OF_RUN = "(default: the run's)"
+RUN_HELP = "a run's folder, one of its checkpoints, or a file of weights (.pt, .safetensors)"
 SHARD_SIZE = 1000
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
@@ -33,7 +35,7 @@ THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often
 def add_sample(commands: Any) -> Any:
     sample = commands.add_parser("sample", help="draw images from a trained run", description=SAMPLE_HELP)
     add = sample.add_argument
-    add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add("run", metavar="RUN", help=RUN_HELP)
     add("--num-samples", type=int, metavar="N", help=f"how many images {OF_RUN}")
     add("--steps", type=int, metavar="N", help=f"sampling steps {OF_RUN}")
     add(
@@ -119,7 +121,7 @@ def add_export(commands: Any) -> Any:
         "export", help="a sampling step as a .pt2 file, to run elsewhere", description=EXPORT_HELP
     )
     add = export.add_argument
-    add("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add("run", metavar="RUN", help=RUN_HELP)
     add("target", metavar="FILE", help="a name that ends in .pt2")
     add("--aoti", action="store_true", help="compile it for this machine (needs a C++ compiler)")
     add("--batch", default="dynamic", metavar="N|dynamic", help="images in a step (default: dynamic, any)")

@@ -57,7 +57,8 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
         state = whole_state(opened, args.weights)
         metadata = {
             "model": to_dict(opened.config.model), "diffusion": to_dict(opened.config.diffusion),
-            "step": opened.step, "weights": args.weights,
+            "sample": to_dict(opened.config.sample), "classes": list(opened.classes),
+            "latents": opened.state.get("latents"), "step": opened.step, "weights": args.weights,
         }  # fmt: skip
     write_weights(target, state, **metadata)
     print(f"{len(state)} tensors in {target}")

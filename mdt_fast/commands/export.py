@@ -10,7 +10,8 @@ from ..sampling import check_writable, export_step
 from ..sampling.export import MOST_IMAGES
 from ..sampling.schedulers import SOLVERS
 from ..training.checkpoint import EMA
-from ..training.run import open_or_advise, resolve_device
+from ..training.from_weights import open_for_drawing
+from ..training.run import resolve_device
 from ..training.states import model_of
 from .shared import set_threads
 
@@ -22,7 +23,7 @@ def export(args: argparse.Namespace) -> int:
         raise UserError(f"export: a name that ends in .pt2 is needed, got {args.target!r}")
     check_writable(target)
     batch = _batch(args.batch)
-    opened = open_or_advise(Path(args.run), [EMA], "mdt-fast export {}")
+    opened = open_for_drawing(Path(args.run), EMA, "mdt-fast export {}")
     device = resolve_device(args.device)
     stage = described_stage(opened.state.get("latents"), opened.config.data)
     config = replace(opened.config.sample, dtype="float32")

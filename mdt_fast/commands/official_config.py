@@ -1,19 +1,19 @@
 """The configuration of a run that goes on from the official loop's files."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..config import DiffusionConfig, ModelConfig, RunConfig, from_dict, to_dict
+from ..config import RunConfig, from_dict, to_dict
 from ..errors import UserError
-from ..models.convert import label_rows, read_metadata, shape_of
+from ..models.convert import read_metadata
 from ..models.zoo import shape_of as published_shape
 from ..presets import PRESETS
 from ..training.from_official import PackedOptimizer
+from ..training.from_weights import published_preset, said_by_weights, written
 from ..training.official_files import OfficialFiles
 from ..training.optim import learning_rate
 from .train import fit_to_encoded, named_preset, put, set_by_hand
@@ -22,7 +22,6 @@ RECIPE = ("preset", "config", "data", "image_size", "vae", "unconditional", "mod
 """The options that make a configuration."""
 FREE = ("num_classes", "input_size")
 """What a run may have otherwise than the weights that it starts from."""
-WRITTEN = {"model": ModelConfig, "diffusion": DiffusionConfig}
 
 
 def official_config(
@@ -37,7 +36,7 @@ def official_config(
     learning rate, weight decay and the norm to clip to; the average's name has its rate. ``UserError`` for a
     shape set by hand that is not the weights', and where no preset can be had.
     """
-    shape, rows = _said_by_weights(files, weights)
+    shape, rows = said_by_weights(files.model, weights)
     written, process = _written_with(files)
     name, given = named_preset(args)
     preset = name or _published(shape, "images" if process else None)
@@ -130,41 +129,21 @@ def _makes_the_same(hand: Mapping[str, Any], key: str, shape: dict[str, Any]) ->
     )
 
 
-def _said_by_weights(files: OfficialFiles, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
-    """What the weights say of the model's shape, and the rows of their label table."""
-    try:
-        return shape_of(weights), label_rows(weights)
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{files.model}: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
-
-
 def _written_with(files: OfficialFiles) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the model's configuration all but its classes, and that of its diffusion process, which ``convert``
     writes into a file beside a run's weights; of other files nothing."""
     if files.model.suffix != ".safetensors":
         return {}, {}
     beside = read_metadata(files.model)
-    model, process = (_read(beside.get(name), kind) for name, kind in WRITTEN.items())
+    model, process = written(beside, "model"), written(beside, "diffusion")
     return {key: value for key, value in model.items() if key != "num_classes"}, process if model else {}
-
-
-def _read(text: str | None, kind: type) -> dict[str, Any]:
-    try:
-        return {} if text is None else to_dict(from_dict(kind, json.loads(text)))
-    except (ValueError, UserError):  # another's, who has other things to say
-        return {}
 
 
 def _published(shape: dict[str, Any], other: str | None = None) -> str:
     """The preset of a published model of this shape, or ``other`` of none."""
-    wanted = {key: shape[key] for key in ("family", "patch_size", "hidden_size", "depth")}
-    for name, preset in PRESETS.items():
-        model = to_dict(preset.model)
-        if "-" in name and all(model[key] == value for key, value in wanted.items()):
-            return name
-    if other is not None:
-        return other
-    sizes = ", ".join(f"{key} {value}" for key, value in wanted.items())
+    if (name := published_preset(shape) or other) is not None:
+        return name
+    sizes = ", ".join(f"{key} {shape[key]}" for key in ("family", "patch_size", "hidden_size", "depth"))
     raise UserError(f"--preset: needed, as no published model has the shape of the weights ({sizes})")
 
 

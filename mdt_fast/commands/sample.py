@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from ..config import SampleConfig, from_dict, to_dict
-from ..data import FirstStage, described_stage
+from ..data import FirstStage, Latents, described_stage
 from ..data.encode_folder import Ranks
 from ..data.encode_progress import EncodingProgress
 from ..errors import UserError, nearest
@@ -36,8 +36,9 @@ from ..sampling import (
     to_uint8,
 )
 from ..training.checkpoint import EMA, Checkpoint
+from ..training.from_weights import WeightsFile, open_for_drawing
 from ..training.optim import unripe
-from ..training.run import open_or_advise, resolve_device
+from ..training.run import resolve_device
 from ..training.states import model_of
 from .known import Known, check_known, digest_of, read_known
 from .shared import refuse_empty, set_threads
@@ -55,7 +56,7 @@ def sample(args: argparse.Namespace) -> int:
     refuse_empty(args, "npz", "grid", "png", "out", "image", "mask")
     check_known(args)
     ranks = Ranks.from_environment()
-    opened = open_or_advise(Path(args.run), [args.weights], "mdt-fast sample {}")
+    opened = open_for_drawing(Path(args.run), args.weights, "mdt-fast sample {}")
     config = sample_config(args, opened.config.sample, opened.config.data.conditional)
     targets = _targets(args, ranks)
     model_config, out = opened.config.model, targets.get("out")
@@ -96,13 +97,16 @@ def sample(args: argparse.Namespace) -> int:
     todo = [] if folder is None else folder.missing(ranks.rank, ranks.world)
     there = 0 if folder is None else folder.drawn()
     console = Console(highlight=False, soft_wrap=True)
-    warning = unripe(opened.config.train.ema_decay, opened.step) if args.weights == EMA else None
+    averaged = args.weights == EMA and not isinstance(opened, WeightsFile)
+    warning = unripe(opened.config.train.ema_decay, opened.step) if averaged else None
     if warning is not None and ranks.rank == 0:
         console.print(warning, markup=False)
     if there and ranks.rank == 0:
         console.print(f"{there} of {len(labels)} are there already")
 
     def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
+        if isinstance(stage, Latents):
+            stage.opened()  # what it lacks is said before anything is drawn
         model = model_of(opened, args.weights).to(device)
         if args.float8:
             use_float8(model)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data import Latents, described_stage
 from ..errors import UserError
-from ..training.run import open_or_advise
+from ..training.from_weights import open_for_drawing
 from ..training.states import model_of
 from .schedulers import published_scheduler
 
@@ -15,7 +15,7 @@ def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[s
     """``MDTPipeline``'s arguments; ``UserError`` if the run, or the autoencoder it names, cannot be read."""
     if weights not in ("ema", "model"):
         raise UserError(f"weights: allowed are ema and model, got {weights!r}")
-    opened = open_or_advise(run, [weights], "{}")
+    opened = open_for_drawing(run, weights, "{}")
     config = opened.config
     data = config.data if vae is None else replace(config.data, vae=vae)
     stage = described_stage(opened.state.get("latents"), data)

@@ -101,7 +101,8 @@ class MDTPipeline(DiffusionPipeline):
         weights: Literal["ema", "model"] = "ema",
         vae: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """The pipeline of a run of ``mdt-fast train`` (or of one of its checkpoints).
+        """The pipeline of a run of ``mdt-fast train``, of one of its checkpoints, or of a file of weights, as
+        ``mdt-fast convert`` writes them and models were published.
 
         Its scheduler is the run's own sampler (``sample.sampler``). ``vae``: another autoencoder than that
         which the run names. Raises ``UserError`` if the run or the autoencoder cannot be read.

@@ -31,7 +31,7 @@ from .saving import Saver
 from .settings import check_resumable, check_settings
 from .sinks import Sink, open_sinks
 from .speed import Speed
-from .states import model_of, restore_optimizer, training_state
+from .states import restore_optimizer, training_state
 
 INIT = 10  # the seed stream of the initial weights; the loader and the loop have theirs
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 10, 10, 20
@@ -349,18 +349,6 @@ def open_or_advise(
         advice = f"the newest good one is {good}: use {use.format(good)}" if good else "no other one is good"
         raise checkpoint.DamagedCheckpointError(f"{error}; {advice}") from None
     return opened
-
-
-def load_run(run: str | Path, weights: str = "ema") -> Transformer:
-    """The model that a run has trained, on the CPU and in eval mode: with the averaged weights, or with
-    ``weights`` "model" those of the last step.
-
-    ``run``: its folder, or one of its checkpoints (``run/checkpoints/step_0001000``). ``UserError`` if there
-    is none, or it is damaged.
-    """
-    if weights not in (checkpoint.EMA, checkpoint.MODEL):
-        raise UserError(f"weights: allowed are ema and model, got {weights!r}")
-    return model_of(open_or_advise(Path(run), [weights], "{}"), weights)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,0 +1,172 @@
+"""Files of weights in a run's place: pictures, steps and pipelines of them, and what is told of others."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mdt_fast import MDT_S_8, DiT_S_8, UserError, load_run, sample, write_weights
+from mdt_fast.cli import main
+from mdt_fast.data import described_stage
+from mdt_fast.models.convert import read_metadata
+from mdt_fast.presets import PRESETS
+from mdt_fast.sampling import to_uint8
+from mdt_fast.training.from_weights import open_for_drawing
+from one_line import error
+
+Capture = pytest.CaptureFixture[str]
+SHORT = ["--device=cpu", "--threads=1", "--steps=2", "--batch-size=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("weights") / "run"
+    size = ["--set=model.hidden_size=32", "--set=model.depth=4", "--set=model.num_heads=2"]
+    options = ["--batch-size=4", "--device=cpu", "--threads=1", "--steps=2", "--set=sample.sampler=ddpm"]
+    assert main(["train", "--preset=digits", *size, *options, f"--out={run}"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the official code saves the average of MDT-S/8, in half the bytes."""
+    torch.manual_seed(0)
+    model = MDT_S_8(mask_ratio=0.3, decode_layer=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    path = tmp_path_factory.mktemp("published") / "mdt_s8.pt"
+    torch.save(
+        {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}, path
+    )
+    return path
+
+
+def pictures(*arguments: str, out: Path) -> tuple[np.ndarray, list[int]]:
+    assert main(["sample", *arguments, *SHORT, f"--npz={out}"]) == 0
+    with np.load(out) as saved:
+        return saved["arr_0"], saved["arr_1"].tolist()
+
+
+def test_what_convert_wrote_draws_as_its_run_does(trained: Path, tmp_path: Path) -> None:
+    """By its sampler, and its classes by name."""
+    file = tmp_path / "digits.safetensors"
+    assert main(["convert", str(trained), str(file)]) == 0
+    options = ("--num-samples=4", "--labels=3,7")
+    images, labels = pictures(str(file), *options, out=tmp_path / "file.npz")
+    expected = pictures(str(trained), *options, out=tmp_path / "run.npz")
+    assert np.array_equal(images, expected[0])
+    assert labels == expected[1] == [3, 7, 3, 7]
+    model, of_run = load_run(file), load_run(trained)
+    assert model.config == of_run.config
+    assert all(map(torch.equal, model.parameters(), of_run.parameters()))
+    (opened,) = {open_for_drawing(path, "ema", "{}").config.sample for path in (file, trained)}
+    assert opened.sampler == "ddpm"
+    assert open_for_drawing(file, "ema", "{}").step == 2
+
+
+def test_a_folder_of_shards_knows_its_weights(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    file, out = tmp_path / "digits.safetensors", tmp_path / "out"
+    assert main(["convert", str(trained), str(file)]) == 0
+    command = ["sample", str(file), *SHORT, "--num-samples=3", f"--out={out}"]
+    assert main(command) == 0
+    assert main(command) == 0
+    state = load_file(file)
+    state["pos_embed"] += 1
+    beside = {key: json.loads(value) for key, value in read_metadata(file).items()}
+    write_weights(file, state, **beside)
+    assert "was begun with checkpoint" in error(capsys, *command)
+
+
+def test_a_published_model_draws_by_its_recipe(published: Path, tiny_vae: Path, tmp_path: Path) -> None:
+    """Its shape says which it is; an autoencoder of one's own decodes."""
+    options = (f"--vae={tiny_vae}", "--num-samples=2", "--labels=207,360")
+    images, labels = pictures(str(published), *options, out=tmp_path / "x.npz")
+    assert images.shape == (2, 64, 64, 3)
+    assert labels == [207, 360]
+    opened = open_for_drawing(published, "ema", "{}")
+    preset = PRESETS["mdt-s8"]
+    assert opened.config.model == preset.model
+    assert opened.config.diffusion == preset.diffusion
+    assert opened.config.sample == preset.sample
+    assert opened.state["latents"]["scale"] == 0.18215
+    assert opened.state["latents"]["vae"] == preset.data.vae
+    model = load_run(published)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    config = replace(opened.config.sample, steps=2, batch_size=2)
+    latents = sample(model, preset.diffusion, labels, config, clip_denoised=False)
+    stage = described_stage(opened.state["latents"], replace(opened.config.data, vae=str(tiny_vae)))
+    assert np.array_equal(images, to_uint8(stage.decode(latents)))
+
+
+def test_weights_without_classes_and_of_pixels(tmp_path: Path, capsys: Capture) -> None:
+    """DiT-S/8 of pictures in grey, whose label table has one row."""
+    file = tmp_path / "grey.pt"
+    model = DiT_S_8(in_channels=1, num_classes=1, class_dropout_prob=0.0)
+    torch.save({"model": {}, "ema": model.state_dict()}, file)
+    images, labels = pictures(str(file), "--num-samples=2", out=tmp_path / "x.npz")
+    assert images.shape == (2, 32, 32, 1)
+    assert labels == [0, 0]
+    guided = ["sample", str(file), *SHORT, "--cfg-scale=2", f"--grid={tmp_path / 'x.png'}"]
+    assert "--cfg-scale" in error(capsys, *guided)
+    assert "--vae: " in error(capsys, "sample", str(file), *SHORT, "--vae=x", f"--grid={tmp_path / 'x.png'}")
+
+
+def test_a_pipeline_of_weights(published: Path, tiny_vae: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from mdt_fast import MDTPipeline
+
+    folder = tmp_path / "pipeline"
+    assert main(["convert", str(published), str(folder), "--diffusers", f"--vae={tiny_vae}"]) == 0
+    pipeline = MDTPipeline.from_pretrained(folder)
+    weights = load_run(published)
+    assert all(map(torch.equal, pipeline.transformer.parameters(), weights.parameters()))
+    assert pipeline.vae is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("pos_embed"), "no weights of an MDT, MDTv2 or DiT (lacks 'pos_embed')"),
+        (lambda state: state["pos_embed"].fill_(float("nan")), "weights that are not finite"),
+        (lambda state: state.pop("mask_token"), "weights of another model: 1 missing (mask_token)"),
+        (lambda state: state.update(x=torch.zeros(1)), "weights of another model: 1 unexpected (x)"),
+    ],
+)
+def test_damaged_weights(published: Path, tmp_path: Path, capsys: Capture, change: Any, message: str) -> None:
+    state = torch.load(published)
+    change(state)
+    torch.save(state, tmp_path / "x.pt")
+    assert message in error(capsys, "sample", str(tmp_path / "x.pt"), f"--grid={tmp_path / 'x.png'}", *SHORT)
+
+
+def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A shape that was not published, from a file that says nothing; and no file."""
+    file, bare = tmp_path / "digits.safetensors", tmp_path / "bare.safetensors"
+    assert main(["convert", str(trained), str(file)]) == 0
+    grid = f"--grid={tmp_path / 'x.png'}"
+    save_file(load_file(file), bare)
+    message = f"{bare}: no published model has this shape, and the file does not say its configuration"
+    assert message in error(capsys, "sample", str(bare), grid)
+    assert message in error(capsys, "export", str(bare), str(tmp_path / "x.pt2"))
+    with pytest.raises(UserError, match="no published model has this shape"):
+        load_run(bare)
+    write_weights(bare, load_file(file), model={"depth": "four"}, diffusion=[])
+    assert message in error(capsys, "sample", str(bare), grid)
+    assert "none.pt: no such file" in error(capsys, "sample", str(tmp_path / "none.pt"), grid)
+    assert "has one set of weights" in error(capsys, "sample", str(file), "--weights=model", grid)
+    assert "sample: nothing to write; pass --npz FILE, --grid FILE" in error(capsys, "sample", str(file))
+
+
+def test_an_autoencoder_that_cannot_be_had_is_told_before_anything_is_drawn(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("mdt_fast.sampling.Sampler.__call__", lambda *_: pytest.fail("drew"))
+    options = [f"--vae={tmp_path / 'none'}", f"--grid={tmp_path / 'x.png'}"]
+    assert str(tmp_path / "none") in error(capsys, "sample", str(published), *SHORT, *options)
