@@ -5,8 +5,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
+
+_SETTING = Lock()
 
 
 @contextmanager
@@ -76,7 +79,12 @@ def flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    """The process's umask. Where the system does not tell it, it can only be read by setting it, which is all
+    threads' then."""
+    with suppress(OSError):
+        if told := re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(told[1], 8)
+    with _SETTING:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask

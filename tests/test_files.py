@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,11 @@ def test_a_folder_aside_is_gone_afterwards_and_so_is_what_was_left_of_it(tmp_pat
         assert sorted(tmp_path.iterdir()) == sorted([folder, others])
         assert folder.name.startswith(".step.pt2.")
     assert list(tmp_path.iterdir()) == [others]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the umask")
+def test_the_umask_is_read_without_setting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is all threads': files that others make meanwhile would be theirs alone."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("set"))
+    with aside(tmp_path / "ours") as file:
+        file.touch()

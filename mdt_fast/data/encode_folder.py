@@ -70,7 +70,7 @@ class Folder:
         """Make the folder, or check that it is ours and begun with the same settings; clear leftovers."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
+            with tempfile.TemporaryFile(dir=self.root, prefix="."):
                 names = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
         except OSError as error:
             raise UserError(f"--out: cannot write in {str(self.root)!r}: {error.strerror}") from None

@@ -19,7 +19,7 @@ from ..reference.init import initialise
 from .attention import Attention, share_index
 from .blocks import Block, FinalLayer, unpatchify
 from .checkpointing import CHECKPOINTING
-from .conditioning import FINAL, Conditioning, conditioning
+from .conditioning import Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .hub import Pretrained
 from .rows import WHOLE, Rows
@@ -80,8 +80,6 @@ class Transformer(Pretrained):
         self.make_blocks()
         self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
         initialise(self, config.grid_size)
-        for index, block in enumerate(self.every_block()):
-            block.index = index
         self.switches = Switches()
         share_index(self)
         self.register_state_dict_post_hook(_separate_index)
@@ -182,11 +180,11 @@ class Transformer(Pretrained):
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
         """One block."""
-        return block(x, c.given_to(block), rows, modulation=c.modulations.get(block.index), **kwargs)
+        return block(x, c.given_to(block), rows, modulation=c.modulations.get(block), **kwargs)
 
     def image(self, x: Tensor, c: Conditioning) -> Tensor:
         """Tokens [B, L, D] -> [B, O, S, S]."""
-        patches = self.final_layer(x, c.given_to(self.final_layer), c.modulations.get(FINAL))
+        patches = self.final_layer(x, c.given_to(self.final_layer), c.modulations.get(self.final_layer))
         return unpatchify(patches, self.patch_size, self.out_channels)
 
     def forward_with_cfg(

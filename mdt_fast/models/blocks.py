@@ -93,7 +93,7 @@ class Block(nn.Module):
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None, skip: bool = False
     ) -> None:
         super().__init__()
-        self.switches, self.checkpointing, self.index = Switches(), "none", 0
+        self.switches, self.checkpointing = Switches(), "none"
         self.attn = Attention(hidden_size, num_heads, grid_size)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))

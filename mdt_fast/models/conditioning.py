@@ -6,28 +6,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import Block
 from .ops import is_plain, takes_activated
 
-FINAL = -1
-"""The last layer's key among the modulations."""
-
 
 @dataclass(frozen=True)
 class Conditioning:
-    """``plain`` [B, D], and ``activated`` (SiLU); ``modulations`` [B, 6D] of those blocks, by index, that
-    have been computed already, and [B, 2D] of the last layer."""
+    """``plain`` [B, D], and ``activated`` (SiLU); ``modulations`` [B, 6D] of those blocks that have been
+    computed already, and [B, 2D] of the last layer."""
 
     plain: Tensor
     activated: Tensor
-    modulations: Mapping[int, Tensor] = field(default_factory=dict)
+    modulations: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
     def of(self, samples: slice) -> "Conditioning":
         """For some samples."""
-        modulations = {i: m[samples] for i, m in self.modulations.items()}
+        modulations = {block: m[samples] for block, m in self.modulations.items()}
         return Conditioning(self.plain[samples], self.activated[samples], modulations)
 
     def given_to(self, module: Any) -> Tensor:
@@ -46,5 +43,4 @@ def conditioning(c: Tensor, blocks: Sequence[Block], *, batched: bool) -> Condit
         raise UserError("switches: batched_adaln needs plain linear layers (no float8, adapters or hooks)")
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     parts = F.linear(activated, weight, bias).chunk(len(layers), dim=1)
-    by_index = {block.index: part for block, part in zip(blocks, parts, strict=True)}
-    return Conditioning(c, activated, by_index)
+    return Conditioning(c, activated, dict(zip(blocks, parts, strict=True)))

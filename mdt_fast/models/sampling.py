@@ -17,7 +17,7 @@ from ..masking import MaskPlan
 from .attention import Attention
 from .base import Transformer
 from .blocks import Block, Mlp, both_skips
-from .conditioning import FINAL, Conditioning
+from .conditioning import Conditioning
 from .ops import Float8Linear, in_float8, is_plain, takes_activated
 
 CHUNK_BYTES = 2**28
@@ -174,16 +174,15 @@ class StepModulations:
     def __init__(
         self, model: Transformer, times: Sequence[float], labels: Tensor, chunk_bytes: int = CHUNK_BYTES
     ):
-        blocks = [
+        self.blocks: list[Any] = [
             block
             for name, block in model.named_modules()
             if isinstance(getattr(block, "adaLN_modulation", None), nn.Sequential)
             and not name.startswith("sideblocks")  # those of masked passes
         ]
-        self.layers: list[Any] = [block.adaLN_modulation[1] for block in blocks]
-        self.keys = [FINAL if block is model.final_layer else int(block.index) for block in blocks]
+        self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.blocks]
         D = model.hidden_size
-        self.widths = [2 * D if key == FINAL else 6 * D for key in self.keys]
+        self.widths = [2 * D if block is model.final_layer else 6 * D for block in self.blocks]
         self.model, self.labels = model, labels
         self.times = torch.tensor(times, device=labels.device)
         weight = next(model.parameters())
@@ -201,10 +200,10 @@ class StepModulations:
         """[B, W] as the blocks take it."""
         parts = modulations.split(self.widths, dim=1)
         nothing = modulations[:, :0]
-        return Conditioning(nothing, nothing, dict(zip(self.keys, parts, strict=True)))
+        return Conditioning(nothing, nothing, dict(zip(self.blocks, parts, strict=True)))
 
     def _compute(self, first: int, end: int) -> None:
-        self.values = self.values[:0]  # before the next chunk needs the memory
+        self.values = self.values.new_empty(0)  # before the next chunk needs the memory
         t, y = self.model.t_embedder(self.times[first:end]), self.model.y_embedder(self.labels, False)
         c = F.silu(t[:, None] + y).flatten(0, 1)
         values, start = c.new_empty(0), 0

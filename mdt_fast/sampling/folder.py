@@ -53,7 +53,7 @@ class SampleFolder:
         that differs, or a file that is not ours."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
+            with tempfile.TemporaryFile(dir=self.root, prefix="."):
                 names = sorted(path.name for path in self.root.iterdir() if not path.name.startswith("."))
         except OSError as error:
             raise UserError(f"--out: cannot write in {str(self.root)!r}: {error.strerror}") from None
@@ -150,7 +150,7 @@ class SampleFolder:
         path = self.root / adm_name(len(self.labels), H, W, C)
         for _ in range(3):
             if path.exists():
-                break
+                return path
             try:
                 save_npz(path, self.images(), self.labels)
                 flush(self.root)
@@ -158,7 +158,9 @@ class SampleFolder:
                 continue
             except OSError as error:
                 raise UserError(f"cannot write {str(path)!r}: {error.strerror}; {AGAIN}") from None
-        return path
+        if path.exists():
+            return path
+        raise UserError(f"cannot write {str(path)!r}: another process removes it; {AGAIN}")
 
     def _path(self, shard: int) -> Path:
         return self.root / f"shard-{shard:05d}.npz"

@@ -94,10 +94,10 @@ class GuidedModel:
         self.casts: CastWeights | None = None
         if self.parts is not None and config.dtype != "float32" and switches.cast_once:
             self.casts = CastWeights(self.parts, getattr(torch, config.dtype))
-        self.fused = switches.fused_step and config.sampler in ("ddpm", "ddim")
-        if isinstance(diffusion, Walk):
-            self.fused = False
-        elif self.fused:
+        self.fused = False
+        fusable = switches.fused_step and config.sampler in ("ddpm", "ddim")
+        if fusable and type(diffusion) is GaussianDiffusion:  # what a class of one's own does is its own
+            self.fused = True
             a, self.predicts = diffusion.alphas_cumprod, diffusion.mean_type
             table = (
                 ddpm_coefficients(a, diffusion.var_type)

@@ -325,12 +325,13 @@ def _is_complete(state: dict[str, Any]) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run left that was killed while it saved."""
+    """Remove what a run left that was killed while it saved, but for what cannot be removed."""
     for leftover in folder.glob(f"{PARTIAL}*"):
         if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink()
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def delete(checkpoint: Path) -> None:

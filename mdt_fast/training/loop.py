@@ -156,7 +156,7 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
         if logging:
             row = metrics.row(run.step, learning_rate(settings, run.step - 1))
             sinks.write(row)
-            if len(unreadable := run.loader.unreadable) > left_out:
+            if (unreadable := everyones_unreadable(run)) and len(unreadable) > left_out:
                 left_out, first_error = len(unreadable), next(iter(unreadable.values()))
                 bar.say(
                     f"warning: {left_out} images left out, others in their place, the first: {first_error}"
@@ -230,6 +230,16 @@ class Pictures:
         """After each step of the sampler; all processes stop after the same one."""
         if self.run.world.agree(self.interrupts.caught or 0):
             raise UserError("interrupted")
+
+
+def everyones_unreadable(run: Run) -> dict[int, str]:
+    """The images that any process has left out, and what is wrong with them. All processes call it."""
+    if run.config.data.on_unreadable == "stop":
+        return {}
+    found: dict[int, str] = {}
+    for of_one in run.world.everyones(dict(run.loader.unreadable)):
+        found |= of_one
+    return found
 
 
 class Interrupts:

@@ -287,16 +287,22 @@ def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage
         ]
         why = f": {', '.join(differing)}" if differing else ""
         raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}{why}")
+    before, now = start.state.get("latents"), first_stage.described()
+    if before is not None and now is not None:
+        if before["fingerprint"] != now["fingerprint"]:
+            raise UserError(
+                f"data.vae: the weights of {now['vae']!r} are not those that the run's latents were made with"
+            )
+        for name in ("scale", "shift"):
+            if before[name] != now[name]:
+                raise UserError(
+                    f"data.vae: the run's latents have a {name} of {before[name]:g}, now it is {now[name]:g}"
+                )
     if start.state["num_images"] != len(images.labels):
         return [
             f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "
             "batches will differ from the unbroken run's"
         ]
-    before, now = start.state.get("latents"), first_stage.described()
-    if before is not None and now is not None and before["fingerprint"] != now["fingerprint"]:
-        raise UserError(
-            f"data.vae: the weights of {now['vae']!r} are not those that the run's latents were made with"
-        )
     if start.state.get("data") not in (None, getattr(images, "digest", None)):
         return ["warning: the encoded data is not what the run began with: batches will differ"]
     return []
@@ -362,6 +368,10 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         several = launched()[1] > 1
+        if several and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+            raise UserError(
+                "LOCAL_RANK: not set, so that it is not known which GPU is whose; start it with torchrun"
+            )
         index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
         if index >= torch.cuda.device_count():
             asked = f"process {index} of this machine needs its own" if several else f"{name!r} asked for"

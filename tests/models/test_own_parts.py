@@ -1,5 +1,6 @@
 """Hooks, subclasses and modules of one's own in a model: what they do is done, whatever is fused."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -343,3 +344,22 @@ def test_what_is_no_folder_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model": {}, "train": {}}')
     with pytest.raises(UserError, match=r"a file that save_pretrained wrote is needed; it is a run's"):
         MDTv2.from_pretrained(tmp_path)
+
+
+def test_a_block_of_a_block_s_copy_has_its_own_modulation() -> None:
+    """Models that are made deeper: in sampling, and where all modulations are one product."""
+    model = made(DiT)
+    deeper = copy.deepcopy(model.blocks[-1])
+    with torch.no_grad():
+        for parameter in deeper.adaLN_modulation.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.blocks.append(deeper)
+    config = SampleConfig(steps=3, sampler="ddpm", cfg_scale=2.0)
+    plain, fast = (
+        sample(model, DiffusionConfig(), [1, 2], config, clip_denoised=False, switches=switches)
+        for switches in (SampleSwitches.none(), SampleSwitches())
+    )
+    assert relative_error(fast, plain) <= 10 * FLOAT32
+    expected = model(*inputs())
+    model.set_switches(Switches(batched_adaln=True))
+    assert relative_error(model(*inputs()), expected) <= FLOAT32

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,3 +239,18 @@ def test_a_run_without_labels_is_not_guided(tmp_path: Path, capsys: pytest.Captu
     assert main([*few, "--cfg-scale=2"]) == 2
     assert "--cfg-scale: the run was trained without labels" in capsys.readouterr().err
     assert main(few) == 0
+
+
+def test_a_whole_that_another_process_removes_is_no_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SampleFolder(tmp_path, {}, [0], 1)
+    folder.prepare()
+    folder.write(0, np.zeros((1, 2, 2, 3), np.uint8))
+
+    def removed(*_: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("mdt_fast.sampling.folder.save_npz", removed)
+    with pytest.raises(UserError, match=r"cannot write .*samples_1x2x2x3.npz': another process removes it"):
+        folder.assemble()

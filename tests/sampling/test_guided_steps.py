@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdt_fast.config import DiffusionConfig, Family, SampleConfig, SampleSwitches, Switches
 from mdt_fast.diffusion import GaussianDiffusion
+from mdt_fast.diffusion.schedule import make_betas
 from mdt_fast.models import sampling
 from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.sampling import StepModulations, is_open
 from mdt_fast.sampling import Sampler, sample, sampling_diffusion
+from mdt_fast.sampling.generate import steps_of
 from mdt_fast.sampling.guided import guidance_weights
 from small_models import made
 from tolerances import FLOAT32, FLOAT64, relative_error
@@ -306,3 +308,25 @@ class _Casts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.number += func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_diffusion_of_one_s_own_steps_by_itself(sampler: Any) -> None:
+    class Own(GaussianDiffusion):
+        calls = 0
+
+        def p_from_output(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            self.calls += 1
+            found = super().p_from_output(*args, **kwargs)
+            return {**found, "pred_xstart": found["pred_xstart"].clamp(-0.5, 0.5)}
+
+    model, config = made("dit"), replace(CONFIG, sampler=sampler)
+    plain = sampling_diffusion(model.config, DiffusionConfig(), config)
+    kinds = {"mean_type": plain.mean_type, "var_type": plain.var_type, "loss_type": plain.loss_type}
+    own = Own(make_betas("linear", 1000), steps_of(config, 1000), **kinds)
+    fast, slow = (
+        sample(model, own, LABELS, config, switches=switches)
+        for switches in (SampleSwitches(), SampleSwitches.none())
+    )
+    assert own.calls == 2 * 2 * config.steps  # two batches
+    assert relative_error(fast, slow) <= 10 * FLOAT32

@@ -1,6 +1,8 @@
 """Checkpoints: complete or absent, refused by name when damaged, never the last good one lost."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import tracemalloc
@@ -366,3 +368,21 @@ def test_tensors_made_by_hand_are_refused_in_a_line(
     with pytest.raises(UserError, match=message) as caught:
         train(tiny(steps=12), run, resume="auto")
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_removed_stays_and_the_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another program holds open on NFS, say."""
+    leftover = run / "checkpoints" / f"{checkpoint.PARTIAL}step_0000001"
+    leftover.mkdir()
+    (leftover / "held").touch()
+    unlink = os.unlink
+
+    def refusing(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name == "held":
+            raise OSError(errno.EBUSY, "busy")
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    train(tiny(steps=9), run, resume="auto")
+    assert latest(run) == run / "checkpoints" / "step_0000009"
+    assert (leftover / "held").exists()

@@ -17,10 +17,11 @@ import torch
 
 import several_runs
 from mdt_fast.cli import main
+from mdt_fast.errors import UserError
 from mdt_fast.kernels.native import library
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
 from mdt_fast.training.distributed import let_go
-from mdt_fast.training.run import equal_share
+from mdt_fast.training.run import equal_share, resolve_device
 from tiny import ARGUMENTS
 
 pytestmark = pytest.mark.slow
@@ -276,3 +277,14 @@ def test_a_group_is_left_when_its_threads_hold_nothing(name: str, waited_for: bo
         let_go(patience=100)
         assert ended.is_set()
     thread.join()
+
+
+def test_processes_that_do_not_know_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK: not set, so that it is not known which GPU is whose"):
+        resolve_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_device("cuda") == torch.device("cuda", 1)

@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,18 @@ from PIL import Image
 from autoencoders import save_tiny_vae
 from mdt_fast.cli import main
 from mdt_fast.config import DataConfig
-from mdt_fast.data import Autoencoder, LatentSet, Loader, open_first_stage, open_images, sample_posterior
+from mdt_fast.data import (
+    Autoencoder,
+    Latents,
+    LatentSet,
+    Loader,
+    open_first_stage,
+    open_images,
+    sample_posterior,
+)
 from mdt_fast.errors import UserError
 from mdt_fast.training.checkpoint import open_checkpoint
+from mdt_fast.training.run import check_same_data
 from tiny import MODEL
 
 SHAPE = [f"--set=model.{key}={value}" for key, value in {**MODEL, "patch_size": 2}.items()]
@@ -163,3 +174,23 @@ def test_another_autoencoder_under_the_same_name_is_noticed(
     assert "data.vae: the weights of" in message
     assert main(["sample", str(run), f"--npz={tmp_path / 'x.npz'}", "--steps=2", "--num-samples=1"]) == 2
     assert "is not the autoencoder that the latents were made with" in capsys.readouterr().err
+
+
+def test_other_latents_are_noticed_also_where_there_are_more_images(latents: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", f"--data={latents}", f"--out={run}", *FAST]) == 0
+    start = open_checkpoint(run)
+    images = open_images(start.config.data)
+    stage = open_first_stage(start.config.data, images)
+    assert isinstance(stage, Latents)
+    assert check_same_data(start, images, stage) == []
+    fewer: Any = SimpleNamespace(classes=images.classes, labels=images.labels[1:])
+    (warning,) = check_same_data(start, fewer, stage)
+    assert "images and now has" in warning
+    scale, fingerprint = stage.scale, stage.fingerprint
+    stage.fingerprint = "another's"
+    with pytest.raises(UserError, match=r"data\.vae: the weights of .* are not those"):
+        check_same_data(start, fewer, stage)
+    stage.fingerprint, stage.scale = fingerprint, 2 * scale
+    with pytest.raises(UserError, match=f"data.vae: the run's latents have a scale of {scale:g}, now it is"):
+        check_same_data(start, images, stage)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from mdt_fast.config import DataConfig
 from mdt_fast.training import progress
-from mdt_fast.training.loop import Interrupts, Pictures
+from mdt_fast.training.loop import Interrupts, Pictures, everyones_unreadable
 from mdt_fast.training.progress import Rate, TrainingProgress, clock, describe_loss, describe_speed, summary
 from mdt_fast.training.sinks import Sinks
 
@@ -295,3 +296,12 @@ def test_a_picture_without_memory(processes: int) -> None:
     else:
         with pytest.raises(torch.OutOfMemoryError):
             pictures.draw(full)
+
+
+def test_images_that_any_process_left_out_are_told() -> None:
+    """Each by its number, once."""
+    world = SimpleNamespace(everyones=lambda own: [own, {7: "seven, too"}, {}, {2: "two"}])
+    data = DataConfig(source="digits", on_unreadable="skip")
+    loader = SimpleNamespace(unreadable={7: "seven"})
+    run: Any = SimpleNamespace(config=SimpleNamespace(data=data), loader=loader, world=world)
+    assert everyones_unreadable(run) == {7: "seven, too", 2: "two"}
