@@ -121,7 +121,7 @@ def table(study: str, learners: Learners) -> str:
                 ratio = speedup(curves(learners[base], axis), curves(of_seeds, axis), target)
                 cells.append("" if name == base else "neither" if ratio is None else _ratio(ratio))
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", _notes(learners, base, others, any_row, seeds)]
+    lines += ["", _notes(learners, base, others, rows, seeds)]
     return "\n".join(lines)
 
 
@@ -159,12 +159,13 @@ def _any(learners: Learners) -> Row:
     return next(iter(next(iter(learners.values())).values()))[0]
 
 
-def _notes(learners: Learners, base: str, others: Sequence[str], row: Row, seeds: int) -> str:
+def _notes(learners: Learners, base: str, others: Sequence[str], rows: Sequence[Row], seeds: int) -> str:
     same = [
         name for name in others
         if same_within_bands(curves(learners[base], "step"), curves(learners[name], "step"))
     ]  # fmt: skip
-    run = tuple(str(row[key]) for key in ("device", "driver", "torch", "triton", "commit", "command"))
+    row, commits = rows[0], ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    run = *(str(row[key]) for key in ("device", "driver", "torch", "triton")), commits, str(row["command"])
     shape, likely = row["shape"], f"{coverage(seeds):.0%}"
     band = f"the median of {seeds} seeds (lowest-highest: {likely} likely to hold the median of all)"
     text = [

@@ -17,8 +17,6 @@ from ..errors import UserError
 DECODED_AT_ONCE = 16 * 256**2
 """Pixels: of 16 images of this size a decoder's activations are some 4 GiB in float32."""
 
-LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
-
 
 class Autoencoder:
     """Images [B, C, H, W] in [-1, 1] to moments [B, 2c, h, w] of their latents, and latents back to images.

@@ -8,13 +8,13 @@ from ..sampling import check_sampling, sampling_diffusion
 from .sinks import imported_wandb
 
 MAY_CHANGE = (
-    "train.steps", "train.log_every", "train.save_every", "train.keep", "train.device", "train.accumulate",
-    "train.passes", "train.weights", "train.moments", "train.parallel", "train.compile", "train.cuda_graphs",
-    "train.checkpointing", "train.max_skips", "train.async_save", "train.tensorboard", "train.wandb",
-    "data.source", "data.workers", "data.on_unreadable", "sample.",
+    "train.steps", "train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.device",
+    "train.accumulate", "train.passes", "train.weights", "train.moments", "train.parallel", "train.compile",
+    "train.cuda_graphs", "train.checkpointing", "train.max_skips", "train.async_save", "train.tensorboard",
+    "train.wandb", "data.source", "data.workers", "data.on_unreadable",
 )  # fmt: skip
-"""What may differ from the checkpoint when a run goes on; everything else decides the numbers (these at most
-their rounding)."""
+"""What, beside all of ``sample``, may differ from the checkpoint when a run goes on; everything else decides
+the numbers (these at most their rounding)."""
 RATES = "train.lr", "train.lr_anneal_steps"
 """What decides the numbers, and may change all the same: it is said then."""
 
@@ -27,7 +27,7 @@ def check_resumable(saved: RunConfig, wanted: RunConfig) -> list[str]:
     that decides the numbers is not the checkpoint's."""
     before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
     for key, value in after.items():
-        if before[key] != value and key not in RATES and not key.startswith(MAY_CHANGE):
+        if before[key] != value and key not in (*RATES, *MAY_CHANGE) and not key.startswith("sample."):
             raise UserError(f"{key}: cannot change when a run goes on; it has {before[key]!r}, got {value!r}")
     changed = [key for key in RATES if before[key] != after[key]]
     return [f"{key}: {after[key]} from here on, {before[key]} before" for key in changed]
