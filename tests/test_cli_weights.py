@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autoencoders import save_tiny_vae
 from mdt_fast import MDT_S_8, DiT_S_8, UserError, load_run, sample, write_weights
 from mdt_fast.cli import main
 from mdt_fast.data import described_stage
@@ -162,6 +163,39 @@ def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, ca
     assert "none.pt: no such file" in error(capsys, "sample", str(tmp_path / "none.pt"), grid)
     assert "has one set of weights" in error(capsys, "sample", str(file), "--weights=model", grid)
     assert "sample: nothing to write; pass --npz FILE, --grid FILE" in error(capsys, "sample", str(file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"depth": 10**9}}, "weights of another model: depth 4 instead of 1000000000"),
+        ({"classes": ["a"] * 11}, "what it says of its classes is not of 10"),
+        ({"classes": [1]}, "what it says of its classes is not of 10"),
+        ({"latents": {"scale": 1.0}}, "what it says of its latents is damaged: {'scale': 1.0}"),
+        ({"latents": {"scale": 0, "shift": 0.0}}, "what it says of its latents is damaged"),
+        ({"latents": {"scale": 1.0, "shift": 0.0, "vae": ["x"]}}, "what it says of its latents is damaged"),
+    ],
+)
+def test_what_stands_beside_weights_is_checked(
+    trained: Path, tmp_path: Path, capsys: Capture, changes: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "x.safetensors"
+    assert main(["convert", str(trained), str(file)]) == 0
+    beside = {key: json.loads(value) for key, value in read_metadata(file).items()}
+    for key, value in changes.items():
+        beside[key] = {**beside[key], **value} if key == "model" else value
+    write_weights(file, load_file(file), **beside)
+    assert message in error(capsys, "sample", str(file), f"--grid={tmp_path / 'x.png'}", *SHORT)
+
+
+def test_latents_of_three_channels(tmp_path: Path) -> None:
+    """No pixels, if the file says so: as many channels as pictures have some autoencoders' latents, too."""
+    vae, file = save_tiny_vae(tmp_path / "vae", latent_channels=3), tmp_path / "x.safetensors"
+    model = DiT_S_8(input_size=8, in_channels=3, num_classes=2)
+    latents = {"scale": 0.5, "shift": 0.0, "vae": str(vae), "fingerprint": None}
+    write_weights(file, model.state_dict(), latents=latents)
+    images, _ = pictures(str(file), "--num-samples=2", out=tmp_path / "x.npz")
+    assert images.shape == (2, 16, 16, 3)
 
 
 def test_an_autoencoder_that_cannot_be_had_is_told_before_anything_is_drawn(

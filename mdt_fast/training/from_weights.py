@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..models import Transformer
 from ..models.convert import (
     SUFFIXES,
     check_finite,
+    check_sizes,
     check_weights,
     label_rows,
     read_metadata,
@@ -57,13 +59,18 @@ def open_for_drawing(path: Path, part: str, use: str) -> Checkpoint:
     weights = read_weights(path)
     beside = read_metadata(path) if path.suffix == ".safetensors" else {}
     config, latents = _config(path, weights, beside)
+    check_sizes(config.model, weights, str(path))
     with torch.device("meta"):
         check_weights(build_model(config.model).state_dict(), weights, str(path))
     check_finite(weights, str(path))
     classes = _json(beside, "classes", list) or [str(i) for i in range(config.model.num_classes)]
+    if len(classes) > config.model.num_classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(
+            f"{path}: what it says of its classes is not of {config.model.num_classes}, as the model has"
+        )
     state = {
         "config": to_dict(config),
-        "classes": list(map(str, classes)),
+        "classes": classes,
         "latents": latents,
         "step": _json(beside, "step", int) or 0,
         "files": {f"{EMA}/{path.name}": {"sha256": _digest(path)}},
@@ -132,14 +139,22 @@ def _config(
     values["diffusion"] |= process
     values["sample"] |= written(beside, "sample")
     values["data"] |= {"conditional": rows > 1, "channels": 1 if values["model"]["in_channels"] == 1 else 3}
+    values["data"] |= {"image_size": values["model"]["input_size"], "vae": None}  # the latents name theirs
     config: RunConfig = from_dict(RunConfig, values)
     if dropout == 0:
         config = replace(config, sample=replace(config.sample, cfg_scale=1.0))
-    if config.model.in_channels in (1, 3):
-        return replace(config, data=replace(config.data, image_size=config.model.input_size, vae=None)), None
-    said = _json(beside, "latents", dict) or {"scale": SD_SCALE, "shift": 0.0, "vae": preset.data.vae}
-    latents = {"channels": config.model.in_channels, "size": config.model.input_size, "fingerprint": None}
-    return config, {**latents, **said}
+    said = _json(beside, "latents", dict)
+    if said is None and config.model.in_channels in (1, 3):
+        return config, None
+    said = said or {"scale": SD_SCALE, "shift": 0.0, "vae": preset.data.vae}
+    scale, shift, vae, fingerprint = (said.get(key) for key in ("scale", "shift", "vae", "fingerprint"))
+    numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
+    if not numbers or not scale or not all(isinstance(text, str | None) for text in (vae, fingerprint)):
+        raise UserError(f"{file}: what it says of its latents is damaged: {said}")
+    return config, {
+        "channels": config.model.in_channels, "size": config.model.input_size,
+        "scale": scale, "shift": shift, "vae": vae, "fingerprint": fingerprint,
+    }  # fmt: skip
 
 
 def _json(beside: Mapping[str, str], name: str, kind: type) -> Any:
