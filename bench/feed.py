@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from mdt_fast.config import DataConfig
 from mdt_fast.data import Loader, open_images
 from mdt_fast.data.encode import encode
-from mdt_fast.data.latents import INDEX, Encoding, Shard, sha256_of, shard_name, sign
+from mdt_fast.data.latents import INDEX, Encoding, Shard, shard_name, sign
+from mdt_fast.files import sha256_of
 from measure import rates, spread
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Writing files so that, whatever happens, a name holds a whole file: the old one or the new one."""
 
+import hashlib
 import os
 import re
 import secrets
@@ -76,6 +77,11 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import from_dict
 from ..errors import UserError
-from ..files import aside, flush
+from ..files import aside, flush, sha256_of
 from .latents import (
     INDEX,
     DamagedError,
@@ -21,7 +21,6 @@ from .latents import (
     Shard,
     is_encoded,
     read_signed,
-    sha256_of,
     shard_name,
     sign,
 )

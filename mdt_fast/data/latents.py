@@ -20,6 +20,7 @@ import numpy as np
 
 from ..config import DataConfig, from_dict
 from ..errors import UserError
+from ..files import sha256_of
 from .descriptors import Files
 
 KIND, FORMAT = "mdt-fast latents", 1
@@ -253,11 +254,6 @@ def read_signed(path: Path) -> dict[str, Any]:
     if signed != _digest(values):
         raise DamagedError(f"{path}: edited or damaged, its own SHA-256 does not fit")
     return {**values, "sha256": signed}
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..config import RunConfig, as_saved, from_dict
 from ..errors import UserError
+from ..files import sha256_of
 from .distributed import World
 
 FORMAT = 2
@@ -339,11 +340,6 @@ def delete(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(PARTIAL + checkpoint.name)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sign(state: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """A file of weights, for what draws: opened as a run's checkpoint is."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, from_dict, to_dict
 from ..errors import UserError
+from ..files import sha256_of
 from ..models import Transformer
 from ..models.convert import (
     SUFFIXES,
@@ -73,7 +73,7 @@ def open_for_drawing(path: Path, part: str, use: str) -> Checkpoint:
         "classes": classes,
         "latents": latents,
         "step": _json(beside, "step", int) or 0,
-        "files": {f"{EMA}/{path.name}": {"sha256": _digest(path)}},
+        "files": {f"{EMA}/{path.name}": {"sha256": sha256_of(path)}},
     }
     floats = {name: v.float() if v.is_floating_point() else v for name, v in weights.items()}
     return WeightsFile(path, state, floats)
@@ -164,8 +164,3 @@ def _json(beside: Mapping[str, str], name: str, kind: type) -> Any:
     except ValueError:
         return None
     return value if isinstance(value, kind) else None
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

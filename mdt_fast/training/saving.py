@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import _hf_utils as header
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..errors import UserError
-from ..files import aside, flush
+from ..files import aside, flush, sha256_of
 from .checkpoint import (
     FORMAT,
     PARTIAL,
@@ -33,7 +33,6 @@ from .checkpoint import (
     number_of,
     quiet,
     reason,
-    sha256_of,
     sign,
     steps,
     versions,
