@@ -249,6 +249,8 @@ class TrainConfig:
 
 SamplerName = Literal["ddim", "ddpm", "dpm++", "unipc"]
 SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
+SHARD_SIZE = 1000
+"""Pictures in a file of `mdt-fast sample --out`, if nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .config import SAMPLERS
+from .config import SAMPLERS, SHARD_SIZE
 
 SAMPLE_HELP = """\
 Draw images from a run's averaged (EMA) weights. Labels go round all classes unless --labels names some.
@@ -28,7 +28,6 @@ program, or with --aoti what AOTInductor compiles of it (docs/export.md).
 
 OF_RUN = "(default: the run's)"
 RUN_HELP = "a run's folder, one of its checkpoints, or a file of weights (.pt, .safetensors)"
-SHARD_SIZE = 1000
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
 

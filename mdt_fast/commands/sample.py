@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..config import SampleConfig, from_dict, to_dict
+from ..config import SHARD_SIZE, SampleConfig, from_dict, to_dict
 from ..data import FirstStage, Latents, described_stage
 from ..data.encode_folder import Ranks
 from ..data.encode_progress import EncodingProgress
 from ..errors import UserError, nearest
 from ..models.float8 import check_float8, use_float8
-from ..options import SHARD_SIZE
 from ..sampling import (
     Inpainter,
     SampleFolder,
