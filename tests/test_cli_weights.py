@@ -1,6 +1,7 @@
 """Files of weights in a run's place: pictures, steps and pipelines of them, and what is told of others."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from autoencoders import save_tiny_vae
 from mdt_fast import MDT_S_8, DiT_S_8, UserError, load_run, sample, write_weights
 from mdt_fast.cli import main
+from mdt_fast.config import DiffusionConfig, to_dict
 from mdt_fast.data import described_stage
 from mdt_fast.models.convert import read_metadata
 from mdt_fast.presets import PRESETS
@@ -49,6 +52,29 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for kind in ("cat", "zebra, striped"):
+        (folder / kind).mkdir()
+        for i in range(3):
+            pixels = noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{i}.png")
+    return folder
+
+
+def drawn_alike(run: Path, folder: Path, *options: str) -> Path:
+    """The file that is made of a run, if both draw the same bits."""
+    file = folder / "x.safetensors"
+    assert main(["convert", str(run), str(file)]) == 0
+    options = ("--num-samples=3", *options)
+    images, labels = pictures(str(file), *options, out=folder / "file.npz")
+    expected = pictures(str(run), *options, out=folder / "run.npz")
+    assert np.array_equal(images, expected[0])
+    assert labels == expected[1]
+    return file
+
+
 def pictures(*arguments: str, out: Path) -> tuple[np.ndarray, list[int]]:
     assert main(["sample", *arguments, *SHORT, f"--npz={out}"]) == 0
     with np.load(out) as saved:
@@ -70,6 +96,68 @@ def test_what_convert_wrote_draws_as_its_run_does(trained: Path, tmp_path: Path)
     (opened,) = {open_for_drawing(path, "ema", "{}").config.sample for path in (file, trained)}
     assert opened.sampler == "ddpm"
     assert open_for_drawing(file, "ema", "{}").step == 2
+
+
+SMALL = [
+    "--set=model.hidden_size=32", "--set=model.depth=4", "--set=model.num_heads=2", "--batch-size=2",
+    "--device=cpu", "--threads=1", "--steps=1", "--image-size=16", "--set=train.save_every=1",
+]  # fmt: skip
+
+
+def test_latents_another_process_and_classes_by_name(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    run, vae = tmp_path / "run", save_tiny_vae(tmp_path / "vae")
+    process = ["--set=diffusion.noise_schedule=linear", "--set=diffusion.predict_xstart=true"]
+    command = ["train", f"--data={photos}", f"--vae={vae}", f"--out={run}", *SMALL, *process]
+    assert main([*command, "--set=model.patch_size=2"]) == 0
+    file = drawn_alike(run, tmp_path, "--labels=zebra, striped,cat", "--cfg-scale=3")
+    again, other = tmp_path / "again.safetensors", tmp_path / "other.safetensors"
+    assert main(["convert", str(file), str(again)]) == 0
+    assert (
+        read_metadata(again).items()
+        >= {key: value for key, value in read_metadata(file).items() if key != "weights"}.items()
+    )
+    shutil.rmtree(vae)
+    save_tiny_vae(vae, seed=1)
+    grid = f"--grid={tmp_path / 'x.png'}"
+    assert "is not the autoencoder that the latents were made with" in error(
+        capsys, "sample", str(file), grid, *SHORT
+    )
+    beside = {key: json.loads(value) for key, value in read_metadata(file).items()}
+    for name in ("model", "diffusion"):
+        write_weights(other, load_file(file), **{key: v for key, v in beside.items() if key != name})
+        assert "no published model has this shape" in error(capsys, "sample", str(other), grid, *SHORT)
+
+
+@pytest.mark.parametrize("options", [["--unconditional"], ["--set=model.class_dropout_prob=0"]])
+def test_pixels_in_colour(photos: Path, tmp_path: Path, capsys: Capture, options: list[str]) -> None:
+    """Without classes, and without a null class to guide by."""
+    run = tmp_path / "run"
+    data = photos / "cat" if options == ["--unconditional"] else photos
+    unguided = ["--set=sample.cfg_scale=1"]
+    command = ["train", f"--data={data}", f"--out={run}", *SMALL, *options, *unguided]
+    assert main([*command, "--set=model.patch_size=4"]) == 0
+    file = drawn_alike(run, tmp_path)
+    if options == ["--unconditional"]:
+        said = error(capsys, "sample", str(file), "--labels=0", f"--grid={tmp_path / 'x.png'}")
+        assert said == "--labels: the run was trained without labels; leave it out"
+
+
+def test_what_weights_are_taken_as_is_told(
+    published: Path, tiny_vae: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    options = (f"--vae={tiny_vae}", "--num-samples=1")
+    pictures(str(published), *options, out=tmp_path / "x.npz")
+    said = capsys.readouterr().out
+    assert "taken as the published mdt-s8: 1000 classes, 2 blocks of decoder" in said
+    assert "warning" not in said  # of an average that would still be young
+
+
+def test_an_autoencoder_of_other_latents(tmp_path: Path, capsys: Capture) -> None:
+    vae, file = save_tiny_vae(tmp_path / "vae", latent_channels=8), tmp_path / "dit.pt"
+    torch.save(DiT_S_8().state_dict(), file)
+    grid = f"--grid={tmp_path / 'x.png'}"
+    said = error(capsys, "sample", str(file), grid, f"--vae={vae}", *SHORT)
+    assert said.endswith("have 8 channels, the model's 4")
 
 
 def test_a_folder_of_shards_knows_its_weights(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -136,6 +224,11 @@ def test_a_pipeline_of_weights(published: Path, tiny_vae: Path, tmp_path: Path) 
     [
         (lambda state: state.pop("pos_embed"), "no weights of an MDT, MDTv2 or DiT (lacks 'pos_embed')"),
         (lambda state: state["pos_embed"].fill_(float("nan")), "weights that are not finite"),
+        (
+            lambda state: state.update(mask_token=torch.full((1, 1, 384), 1e300, dtype=torch.float64)),
+            "not finite",
+        ),
+        (lambda state: state.update({"x_embedder.proj.weight": torch.zeros(384, 4, 0, 0)}), "shapes of none"),
         (lambda state: state.pop("mask_token"), "weights of another model: 1 missing (mask_token)"),
         (lambda state: state.update(x=torch.zeros(1)), "weights of another model: 1 unexpected (x)"),
     ],
@@ -158,8 +251,8 @@ def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, ca
     assert message in error(capsys, "export", str(bare), str(tmp_path / "x.pt2"))
     with pytest.raises(UserError, match="no published model has this shape"):
         load_run(bare)
-    write_weights(bare, load_file(file), model={"depth": "four"}, diffusion=[])
-    assert message in error(capsys, "sample", str(bare), grid)
+    save_file(load_file(file), bare, metadata={"model": "[" * 100_000})
+    assert "its 'model' cannot be read: " in error(capsys, "sample", str(bare), grid)
     assert "none.pt: no such file" in error(capsys, "sample", str(tmp_path / "none.pt"), grid)
     assert "has one set of weights" in error(capsys, "sample", str(file), "--weights=model", grid)
     assert "sample: nothing to write; pass --npz FILE, --grid FILE" in error(capsys, "sample", str(file))
@@ -169,11 +262,19 @@ def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, ca
     ("changes", "message"),
     [
         ({"model": {"depth": 10**9}}, "weights of another model: depth 4 instead of 1000000000"),
-        ({"classes": ["a"] * 11}, "what it says of its classes is not of 10"),
-        ({"classes": [1]}, "what it says of its classes is not of 10"),
-        ({"latents": {"scale": 1.0}}, "what it says of its latents is damaged: {'scale': 1.0}"),
-        ({"latents": {"scale": 0, "shift": 0.0}}, "what it says of its latents is damaged"),
-        ({"latents": {"scale": 1.0, "shift": 0.0, "vae": ["x"]}}, "what it says of its latents is damaged"),
+        ({"model": {"num_classes": 10**18}}, "its label table has 11 rows, its model 1000000000000000000"),
+        ({"model": {"wings": 2}}, "its 'model' cannot be read: "),
+        ({"diffusion": {"diffusion_steps": 10**15}}, "diffusion.diffusion_steps: allowed are 1 to 100000"),
+        ({"diffusion": []}, "its 'diffusion' cannot be read: "),
+        ({"sample": {"cfg_interval": [1]}}, "its 'sample' cannot be read: "),
+        ({"classes": ["a"] * 11}, "has 11 classes, its model 10"),
+        ({"classes": []}, "has 0 classes, its model 10"),
+        ({"classes": [1]}, "its 'classes' cannot be read: [1]"),
+        ({"step": True}, "its 'step' cannot be read: True"),
+        ({"latents": []}, "its 'latents' cannot be read: []"),
+        ({"latents": {"scale": 1.0}}, "its 'latents' cannot be read: {'scale': 1.0}"),
+        ({"latents": {"scale": 0, "shift": 0.0}}, "its 'latents' cannot be read: "),
+        ({"latents": {"scale": 1.0, "shift": 0.0, "vae": ["x"]}}, "its 'latents' cannot be read: "),
     ],
 )
 def test_what_stands_beside_weights_is_checked(
@@ -183,7 +284,8 @@ def test_what_stands_beside_weights_is_checked(
     assert main(["convert", str(trained), str(file)]) == 0
     beside = {key: json.loads(value) for key, value in read_metadata(file).items()}
     for key, value in changes.items():
-        beside[key] = {**beside[key], **value} if key == "model" else value
+        merge = isinstance(beside[key], dict) and isinstance(value, dict)
+        beside[key] = {**beside[key], **value} if merge else value
     write_weights(file, load_file(file), **beside)
     assert message in error(capsys, "sample", str(file), f"--grid={tmp_path / 'x.png'}", *SHORT)
 
@@ -193,7 +295,8 @@ def test_latents_of_three_channels(tmp_path: Path) -> None:
     vae, file = save_tiny_vae(tmp_path / "vae", latent_channels=3), tmp_path / "x.safetensors"
     model = DiT_S_8(input_size=8, in_channels=3, num_classes=2)
     latents = {"scale": 0.5, "shift": 0.0, "vae": str(vae), "fingerprint": None}
-    write_weights(file, model.state_dict(), latents=latents)
+    beside = {"model": to_dict(model.config), "diffusion": to_dict(DiffusionConfig())}
+    write_weights(file, model.state_dict(), latents=latents, **beside)
     images, _ = pictures(str(file), "--num-samples=2", out=tmp_path / "x.npz")
     assert images.shape == (2, 16, 16, 3)
 

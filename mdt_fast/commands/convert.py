@@ -14,6 +14,7 @@ from ..models.hub import saved_in
 from ..sampling import check_writable
 from ..training import checkpoint
 from ..training.from_official import make_run, read_optimizer, refuse_used
+from ..training.from_weights import what_is_said
 from ..training.official_files import find_files, write_official
 from ..training.run import open_or_advise
 from ..training.states import whole_state
@@ -49,6 +50,8 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     check_writable(target)
     if source.is_file():
         state = read_weights(source)
+        if source.suffix == ".safetensors":
+            metadata = what_is_said(source)
     elif (subfolder := saved_in(source)) is not None:
         model = Transformer.from_pretrained(source, subfolder=subfolder)
         state, metadata = model.state_dict(), {"model": to_dict(model.config)}

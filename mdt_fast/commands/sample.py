@@ -98,6 +98,8 @@ def sample(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     averaged = args.weights == EMA and not isinstance(opened, WeightsFile)
     warning = unripe(opened.config.train.ema_decay, opened.step) if averaged else None
+    if isinstance(opened, WeightsFile):
+        warning = opened.note
     if warning is not None and ranks.rank == 0:
         console.print(warning, markup=False)
     if there and ranks.rank == 0:

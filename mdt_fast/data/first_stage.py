@@ -97,6 +97,11 @@ class Latents(FirstStage):
                 raise UserError(
                     f"data.vae: {self.vae!r} is not the autoencoder that the latents were made with"
                 )
+            if self.channels != loaded.latent_channels:
+                raise UserError(
+                    f"data.vae: the latents of {self.vae!r} have {loaded.latent_channels} channels, the "
+                    f"model's {self.channels}"
+                )
             self.autoencoder = loaded
         return self.autoencoder
 

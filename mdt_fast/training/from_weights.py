@@ -25,21 +25,36 @@ from ..models.convert import (
     shape_of,
 )
 from ..models.zoo import build_model
-from ..presets import PRESETS
+from ..presets import PRESETS, VAE
 from .checkpoint import EMA, MODEL, Checkpoint
 from .run import open_or_advise
+from .settings import check_settings
 from .states import model_of
 
 SD_SCALE = 0.18215
 """What the latents of the published models were multiplied by."""
 WRITTEN = {"model": ModelConfig, "diffusion": DiffusionConfig, "sample": SampleConfig}
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(WRITTEN, dict), "classes": list, "latents": dict | None, "step": int,
+}  # fmt: skip
+"""What ``mdt-fast convert`` writes beside a run's weights."""
 
 
 @dataclass(frozen=True)
 class WeightsFile(Checkpoint):
-    """``weights`` in float32, with what a checkpoint's ``state.json`` would say of them."""
+    """``weights`` in float32, with what a checkpoint's ``state.json`` would say of them. ``taken``: as which
+    published model; None: the file says its configuration."""
 
     weights: Mapping[str, Tensor]
+    taken: str | None
+
+    @property
+    def note(self) -> str | None:
+        """What there is to say of weights that say nothing."""
+        model = self.config.model
+        blocks = f", {model.decode_layer} blocks of decoder" if model.family == "mdt" else ""
+        classes = f"{model.num_classes} classes" if self.config.data.conditional else "no classes"
+        return self.taken and f"taken as the published {self.taken}: {classes}{blocks}"
 
     def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
         return {name: value for name, value in self.weights.items() if name.startswith(prefix)}
@@ -57,26 +72,25 @@ def open_for_drawing(path: Path, part: str, use: str) -> Checkpoint:
     if part != EMA:
         raise UserError(f"weights: {part!r} is of a run; {path} has one set of weights")
     weights = read_weights(path)
-    beside = read_metadata(path) if path.suffix == ".safetensors" else {}
-    config, latents = _config(path, weights, beside)
+    said = what_is_said(path)
+    config, taken = _config(path, weights, said)
+    check_settings(config)
     check_sizes(config.model, weights, str(path))
     with torch.device("meta"):
-        check_weights(build_model(config.model).state_dict(), weights, str(path))
-    check_finite(weights, str(path))
-    classes = _json(beside, "classes", list) or [str(i) for i in range(config.model.num_classes)]
-    if len(classes) > config.model.num_classes or not all(isinstance(name, str) for name in classes):
-        raise UserError(
-            f"{path}: what it says of its classes is not of {config.model.num_classes}, as the model has"
-        )
+        model = build_model(config.model)
+    check_weights(model.state_dict(), weights, str(path))
+    floats = {name: weights[name].float() for name, _ in model.named_parameters()}
+    check_finite(floats, str(path))
     state = {
         "config": to_dict(config),
-        "classes": classes,
-        "latents": latents,
-        "step": _json(beside, "step", int) or 0,
-        "files": {f"{EMA}/{path.name}": {"sha256": sha256_of(path)}},
+        "classes": said.get("classes", [str(i) for i in range(config.model.num_classes)]),
+        "latents": _latents(path, config.model, said, taken),
+        "step": said.get("step", 0),
+        "files": {f"{EMA}/weights": {"sha256": sha256_of(path)}},
     }
-    floats = {name: v.float() if v.is_floating_point() else v for name, v in weights.items()}
-    return WeightsFile(path, state, floats)
+    if not 1 <= len(state["classes"]) <= config.model.num_classes:
+        raise UserError(f"{path}: has {len(state['classes'])} classes, its model {config.model.num_classes}")
+    return WeightsFile(path, state, floats, taken)
 
 
 def load_run(run: str | Path, weights: str = "ema") -> Transformer:
@@ -96,17 +110,36 @@ def said_by_weights(file: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str
     """What the weights say of the model's shape, and the rows of their label table."""
     try:
         return shape_of(weights), label_rows(weights)
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
         raise UserError(f"{file}: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise UserError(f"{file}: no weights of an MDT, MDTv2 or DiT (shapes of none)") from None
 
 
 def written(beside: Mapping[str, str], name: str) -> dict[str, Any]:
     """A section of the configuration that ``convert`` has written beside a run's weights; of others {}."""
-    values = _json(beside, name, dict)
     try:
+        values = json.loads(beside.get(name, "null"))
         return {} if values is None else to_dict(from_dict(WRITTEN[name], values))
-    except UserError:  # another's, who has other things to say
+    except (ValueError, RecursionError):  # another's, who has other things to say
         return {}
+
+
+def what_is_said(file: Path) -> dict[str, Any]:
+    """What ``mdt-fast convert`` has written beside weights. ``UserError`` for what cannot be read."""
+    beside = read_metadata(file) if file.suffix == ".safetensors" else {}
+    said: dict[str, Any] = {}
+    for name in (name for name in KINDS if name in beside):
+        try:
+            said[name] = value = json.loads(beside[name])
+            if name in WRITTEN:
+                said[name] = to_dict(from_dict(WRITTEN[name], value))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: its {name!r} cannot be read: {error}") from None
+        of_kind = isinstance(value, KINDS[name]) and type(value) is not bool
+        if not of_kind or (name == "classes" and not all(isinstance(text, str) for text in value)):
+            raise UserError(f"{file}: its {name!r} cannot be read: {str(value)[:60]}")
+    return said
 
 
 def published_preset(shape: Mapping[str, Any]) -> str | None:
@@ -120,47 +153,52 @@ def published_preset(shape: Mapping[str, Any]) -> str | None:
 
 
 def _config(
-    file: Path, weights: Mapping[str, Tensor], beside: Mapping[str, str]
-) -> tuple[RunConfig, dict[str, Any] | None]:
-    """The configuration of weights, and what they say of their latents (None: pixels)."""
+    file: Path, weights: Mapping[str, Tensor], said: Mapping[str, Any]
+) -> tuple[RunConfig, str | None]:
+    """The configuration of weights, and the published preset that they are taken as, if they do not say."""
     shape, rows = said_by_weights(file, weights)
-    model, process = written(beside, "model"), written(beside, "diffusion")
-    name = published_preset(shape)
-    if name is None and not (model and process):
+    name, whole = published_preset(shape), "model" in said and "diffusion" in said
+    if name is None and not whole:
         raise UserError(
             f"{file}: no published model has this shape, and the file does not say its configuration, as "
-            "those of mdt-fast convert RUN FILE.safetensors do; mdt-fast convert FILE RUN makes a run of it"
+            "those of mdt-fast convert RUN FILE.safetensors do; mdt-fast convert FILE RUN --preset NAME "
+            "--data DATA makes a run of it"
         )
     preset = PRESETS[name or "images"]
-    dropout = model.get("class_dropout_prob", preset.model.class_dropout_prob if rows > 1 else 0.0)
-    shape |= {"num_classes": rows - (dropout > 0), "class_dropout_prob": dropout}
     values = to_dict(preset)
-    values["model"] |= model or shape
-    values["diffusion"] |= process
-    values["sample"] |= written(beside, "sample")
-    values["data"] |= {"conditional": rows > 1, "channels": 1 if values["model"]["in_channels"] == 1 else 3}
-    values["data"] |= {"image_size": values["model"]["input_size"], "vae": None}  # the latents name theirs
+    if "model" in said:
+        values["model"] |= said["model"]
+    else:
+        dropout = preset.model.class_dropout_prob if rows > 1 else 0.0
+        values["model"] |= {**shape, "num_classes": rows - (dropout > 0), "class_dropout_prob": dropout}
+    for section in ("diffusion", "sample"):
+        values[section] |= said.get(section, {})
+    size, channels = values["model"]["input_size"], 1 if values["model"]["in_channels"] == 1 else 3
+    values["data"] |= {"conditional": rows > 1, "channels": channels, "image_size": size}
+    values["data"]["vae"] = None  # the latents name theirs
     config: RunConfig = from_dict(RunConfig, values)
-    if dropout == 0:
+    if rows != config.model.num_classes + (config.model.class_dropout_prob > 0):
+        raise UserError(
+            f"{file}: its label table has {rows} rows, its model {config.model.num_classes} classes"
+        )
+    if config.model.class_dropout_prob == 0:
         config = replace(config, sample=replace(config.sample, cfg_scale=1.0))
-    said = _json(beside, "latents", dict)
-    if said is None and config.model.in_channels in (1, 3):
-        return config, None
-    said = said or {"scale": SD_SCALE, "shift": 0.0, "vae": preset.data.vae}
-    scale, shift, vae, fingerprint = (said.get(key) for key in ("scale", "shift", "vae", "fingerprint"))
-    numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
-    if not numbers or not scale or not all(isinstance(text, str | None) for text in (vae, fingerprint)):
-        raise UserError(f"{file}: what it says of its latents is damaged: {said}")
-    return config, {
-        "channels": config.model.in_channels, "size": config.model.input_size,
-        "scale": scale, "shift": shift, "vae": vae, "fingerprint": fingerprint,
-    }  # fmt: skip
+    return config, None if whole else name
 
 
-def _json(beside: Mapping[str, str], name: str, kind: type) -> Any:
-    """A value that stands beside the weights, or None where there is none of this kind."""
-    try:
-        value = json.loads(beside.get(name, "null"))
-    except ValueError:
+def _latents(
+    file: Path, model: ModelConfig, said: Mapping[str, Any], taken: str | None
+) -> dict[str, Any] | None:
+    """What ``described_stage`` makes the first stage of; None: pixels."""
+    published = {"scale": SD_SCALE, "shift": 0.0, "vae": VAE, "fingerprint": None}
+    found = said.get("latents", None if model.in_channels in (1, 3) else published)
+    if found is None:
         return None
-    return value if isinstance(value, kind) else None
+    if found is published and taken is None:
+        raise UserError(f"{file}: does not say what its latents are of; convert its run again")
+    scale, shift, vae, fingerprint = (found.get(key) for key in published)
+    numbers = all(type(number) in (int, float) and math.isfinite(number) for number in (scale, shift))
+    if not numbers or scale <= 0 or not all(isinstance(text, str | None) for text in (vae, fingerprint)):
+        raise UserError(f"{file}: its 'latents' cannot be read: {str(found)[:200]}")
+    its = {key: found.get(key) for key in published}
+    return {"channels": model.in_channels, "size": model.input_size, **its}
