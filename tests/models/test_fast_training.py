@@ -158,7 +158,7 @@ def test_refusals() -> None:
     b = batch(torch.float32)
     with pytest.raises(UserError, match="mask_plan: is for 3 samples of 16 tokens, the input has 3 of 64"):
         fast.training_step_outputs(**b, mask_plan=MaskPlan.from_noise(torch.rand(3, 16), 4))
-    with pytest.raises(UserError, match=r"x: shape \[3, 4, 8, 8\]"):
+    with pytest.raises(UserError, match=r"^x_masked: shape \[3, 4, 8, 8\]"):
         fast.training_step_outputs(**b | {"x_masked": b["x_masked"][:, :, :8, :8]})
     with pytest.raises(UserError, match="switches: got dict, expected a Switches"):
         fast.set_switches({"packed": False})

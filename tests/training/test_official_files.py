@@ -383,7 +383,7 @@ def test_a_full_disk_leaves_nothing(
 def test_commands_of_the_document_parse() -> None:
     text = (Path(__file__).parents[2] / "docs" / "official_files.md").read_text()
     commands = re.findall(r"^mdt-fast (.*)$", text, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 11
     for command in commands:
         assert parse(shlex.split(command)).command == command.split()[0]
 
