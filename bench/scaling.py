@@ -38,7 +38,7 @@ from mdt_fast.training.scaling import (
     smallest_batch,
 )
 from mdt_fast.training.traffic import MODES, Layout, Mode
-from rows import read
+from rows import Row, read
 
 BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 MODELS = "MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2"
@@ -67,12 +67,17 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """``seconds`` of an image's training step on one GPU, and where that comes from."""
+    """``seconds`` of an image's training step on one GPU, as FSDP runs it, and (``whole``) where weights are
+    not sharded, which may be one CUDA graph, in bfloat16; and where they come from."""
 
     name: str
     config: ModelConfig
     seconds: float
+    whole: float
     source: str
+
+    def of(self, mode: Mode) -> float:
+        return self.whole if mode == "ddp" else self.seconds
 
 
 @dataclass(frozen=True)
@@ -180,19 +185,23 @@ class Request:
         for name in names:
             family, size, patch = name.lower().split("_")
             config = PRESETS[f"{family}-{size}{patch}"].model
-            measured = None if args.mfu is not None else self._measured(name)
+            sharded, whole = (None, None) if args.mfu is not None else self._measured(name)
             if args.step_ms is not None:
-                seconds, source = args.step_ms / 1e3 / args.batch, f"{args.step_ms:g} ms given"
-            elif measured is not None:
-                seconds, source = measured
+                seconds = alone = args.step_ms / 1e3 / args.batch
+                source = f"{args.step_ms:g} ms given"
+            elif sharded is not None and whole is not None:
+                (seconds, source), (alone, other) = sharded, whole
+                source += "" if other == source else f", not sharded {other}"
             else:
                 mfu = args.mfu or MFU
-                seconds, source = compute_seconds(config, 1, self.gpu.peak, mfu), f"{mfu:.0%} of peak assumed"
-            found.append(Model(name, config, seconds, source))
+                seconds = alone = compute_seconds(config, 1, self.gpu.peak, mfu)
+                source = f"{mfu:.0%} of peak assumed"
+            found.append(Model(name, config, seconds, alone, source))
         return found
 
-    def _measured(self, name: str) -> tuple[float, str] | None:
-        """Seconds of an image, from the batch next to the one asked for; of the fastest of our providers."""
+    def _measured(self, name: str) -> tuple[tuple[float, str] | None, tuple[float, str] | None]:
+        """Seconds of an image, from the batch next to the one asked for, of the fastest of our providers: as
+        FSDP runs them, and of all."""
         paths = self.args.rows if self.args.rows is not None else sorted(report.RESULTS.glob("*.jsonl"))
         rows = [
             row
@@ -203,6 +212,10 @@ class Request:
             and self.gpu.word in row["device"]
             and row["p50"]
         ]
+        sharded = [row for row in rows if "graphs" not in row["provider"] and "lean" not in row["provider"]]
+        return self._best(sharded), self._best(rows)
+
+    def _best(self, rows: list[Row]) -> tuple[float, str] | None:
         if not rows:
             return None
         best = min(rows, key=lambda row: (abs(row["batch"] - self.args.batch), row["p50"]))
@@ -213,11 +226,11 @@ class Request:
         args = self.args
         packed = not (args.separate if separate is None else separate)
         one = predict(
-            model.config, layout, self.links, args.batch * model.seconds,
+            model.config, layout, self.links, args.batch * model.of(mode),
             mode=mode, dtype=args.dtype, packed=packed,
         )  # fmt: skip
         smallest = smallest_batch(
-            model.config, layout, self.links, model.seconds,
+            model.config, layout, self.links, model.of(mode),
             target=args.target, mode=mode, dtype=args.dtype, packed=packed,
         )  # fmt: skip
         return Point(model, mode if packed else f"{mode}, two passes", layout, one, smallest)

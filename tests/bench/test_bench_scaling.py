@@ -29,6 +29,7 @@ def test_measured_steps_come_first(tmp_path: Path, capsys: pytest.CaptureFixture
     for provider, batch, dtype, ms in (
         ("fast", 16, "bfloat16", 8.0),
         ("fast-compiled", 16, "bfloat16", 7.0),
+        ("fast-lean-graphs", 16, "bfloat16", 2.0),
         ("fast", 256, "bfloat16", 1.0),
         ("fast", 32, "float32", 1.0),
         ("reference", 32, "bfloat16", 1.0),
@@ -36,7 +37,15 @@ def test_measured_steps_come_first(tmp_path: Path, capsys: pytest.CaptureFixture
         rows.add((ms, ms, ms), **fields, provider=provider, batch=batch, dtype=dtype, switches={})
     options = [*SMALL, "--rows", str(tmp_path / "rows.jsonl")]
     assert scaling.main(options) == 0
-    assert "7 ms measured at batch 16 (NVIDIA H100 80GB)" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    measured = "ms measured at batch 16 (NVIDIA H100 80GB)"
+    assert f"7 {measured}, not sharded 2 {measured}" in said  # graphs are not FSDP's
+    assert scaling.main([*options, "--mode", "ddp,fsdp", "--gpus", "8"]) == 0
+    lines = {
+        line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines() if "MDTv2_S_2 " in line
+    }
+    assert float(lines["fsdp"][3]) > 14
+    assert 4 < float(lines["ddp"][3]) < 7
     assert scaling.main([*options, "--gpu", "a100"]) == 0
     assert "40% of peak assumed" in capsys.readouterr().out
 
