@@ -76,8 +76,7 @@ def test_a_comparison_leaves_rows_tables_and_a_figure(
     assert run(f"--out={out}") == 0  # all is complete: nothing is trained again
     assert "of which 6 are complete" in capsys.readouterr().out
     assert (out / "rows.jsonl").read_text() == before
-    # MDTv2 is known from before, by another study; two learners in processes of their own
-    assert run(f"--out={out}", "--study=path", "--jobs=2") == 0
+    assert run(f"--out={out}", "--study=path", "--jobs=2") == 0  # MDTv2 is known by another study
     assert "4 learners, of which 2 are complete" in capsys.readouterr().out
     assert run(f"--out={out}", "--report") == 0
     assert "sooner than DiT" in capsys.readouterr().out
