@@ -115,7 +115,7 @@ MDT_HOST_DEVICE uint16_t to_bfloat16(float x) {
 }
 
 // Up or down, by chance in proportion: a moment whose change is below half a bfloat16 step still moves on
-// average. The chance is a hash of (seed, index): the same bits in every run, on every device.
+// average. The chance is a hash of (seed, index): the same bits in every run.
 MDT_HOST_DEVICE uint16_t to_bfloat16_by_chance(float x, uint32_t seed, int64_t index) {
   uint32_t h = uint32_t(index) ^ uint32_t(index >> 32) * 0x9e3779b9u ^ seed;
   h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;

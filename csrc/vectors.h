@@ -41,7 +41,7 @@ inline To bits(From from) {
   return to;
 }
 
-// exp(x) to 2 units in the last place (0 below -87, infinity above 88.4), in a form that compilers vectorise.
+// exp(x) to 2 units in the last place (below -87 that of -87, 1.6e-38; infinity above 88.4), in a form that compilers vectorise.
 inline float exponential(float x) {
   x = x > 88.8f ? 88.8f : x;
   x = x < -87.0f ? -87.0f : x;

@@ -170,7 +170,8 @@ def _named(value: object) -> str:
 
 def len_keeps(num_tokens: int, mask_ratio: float) -> range:
     """All that :func:`draw_len_keep` can give, ascending."""
-    least, most = (int(num_tokens * (1 - ratio)) for ratio in torch.tensor([1, 0]) * RATIO_RANGE + mask_ratio)
+    ratios = torch.tensor([1, 0], device="cpu") * RATIO_RANGE + mask_ratio
+    least, most = (int(num_tokens * (1 - ratio)) for ratio in ratios)
     return range(least, most + 1)
 
 
@@ -182,6 +183,5 @@ def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"mask_ratio: allowed are 0 to below 1, got {mask_ratio!r}")
-    drawn = torch.rand(1) if generator is None else torch.rand(1, generator=generator)
-    ratio = drawn * RATIO_RANGE + mask_ratio
+    ratio = torch.rand(1, generator=generator, device="cpu") * RATIO_RANGE + mask_ratio
     return int(num_tokens * (1 - ratio))

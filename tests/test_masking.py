@@ -76,6 +76,14 @@ def test_all_numbers_of_kept_tokens(tokens: int, ratio: float) -> None:
     assert len(len_keeps(256, 0.3)) == 52
 
 
+def test_lengths_are_drawn_on_the_host_whatever_the_default_device() -> None:
+    torch.manual_seed(0)
+    expected = draw_len_keep(256, 0.3), len_keeps(256, 0.3)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert (draw_len_keep(256, 0.3), len_keeps(256, 0.3)) == expected
+
+
 def test_lengths_follow_each_other_in_one_graph() -> None:
     """On a device whose numbers nobody reads; the second length makes it any."""
     torch._dynamo.reset()

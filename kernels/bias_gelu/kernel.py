@@ -6,6 +6,8 @@ gelu(z) in its tanh form is z * sigmoid(2u) with u = sqrt(2/pi) (z + 0.044715 z^
 import triton
 import triton.language as tl
 
+FAR = tl.constexpr(16.0)
+
 
 @triton.jit
 def _tile(i_r, i_f, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
@@ -52,8 +54,9 @@ def bias_gelu_bwd_kernel(
         b_s = sigmoid_of_twice_u(b_z)
         if RECOMPUTE:
             tl.store(out_ptr + p_tile, (b_z * b_s).to(out_ptr.dtype.element_ty), mask=m_tile)
-        b_slope = (1.0 + 0.134145 * b_z * b_z) * 1.5957691216057308  # of 2u
-        b_dz = b_dout * b_s * (1.0 + b_z * (1.0 - b_s) * b_slope)
+        b_near = tl.minimum(tl.maximum(b_z, -FAR), FAR)  # beyond it the sigmoid is flat
+        b_slope = (1.0 + 0.134145 * b_near * b_near) * 1.5957691216057308  # of 2u
+        b_dz = b_dout * b_s * (1.0 + b_near * (1.0 - b_s) * b_slope)
         b_dbias += tl.sum(b_dz, axis=0)
         tl.store(dx_ptr + p_tile, b_dz.to(dx_ptr.dtype.element_ty), mask=m_tile)
     tl.store(dbias_ptr + i_p * F + o_f, b_dbias, mask=o_f < F)

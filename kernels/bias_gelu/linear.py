@@ -70,7 +70,7 @@ class _Linear(torch.autograd.Function):
         (x, bias_F, *kept_weight, _, kept), (weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
         needs, dout = ctx.needs_input_grad, dout.contiguous()
         dactivation, dbias = gradients(dout, kept_weight, bias_dtype if needs[3] else None)
-        dx, dbias_F, activation = _backward(x, bias_F, dactivation, kept is None)
+        dx, dbias_F, activation = _backward(x, bias_F, dactivation, kept is None and needs[2])
         activation = activation if kept is None else kept
         dweight = weight_gradient(dout, activation, weight_dtype) if needs[2] else None
         return dx, dbias_F, dweight, dbias, None, None, None

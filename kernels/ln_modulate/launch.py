@@ -14,6 +14,11 @@ from .kernel import (
 )
 
 
+def _length(R: int, B: int, offsets: Tensor | None) -> int:
+    """Of every sample; with offsets 0, which nobody reads: Triton may compile anew for another number."""
+    return R // B if offsets is None else 0
+
+
 def ln_modulate_fwd(
     x_RD: Tensor,
     y_RD: Tensor | None,
@@ -36,7 +41,8 @@ def ln_modulate_fwd(
         shift_BD, scale_BD, unused if offsets is None else offsets,
         unused if residual_RD is None else residual_RD, out_RD,
         mean_R if out_scale_R is None else out_scale_R, mean_R, rstd_R,
-        R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
+        _length(R, B, offsets), D,
+        0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
         eps, GATED=y_RD is not None, OFFSETS=offsets is not None, FLOAT8=out_scale_R is not None,
         BLOCK_D=config.block_d, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
@@ -74,7 +80,8 @@ def ln_modulate_bwd(
         unused if dresidual_RD is None else dresidual_RD, dout_RD,
         dx_RD, unused if dy_RD is None else dy_RD, parts_KBPD[-1], parts_KBPD[0], parts_KBPD[1],
         unused if out_RD is None else out_RD,
-        R // B, D, 0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
+        _length(R, B, offsets), D,
+        0 if gate_BD is None else gate_BD.stride(0), shift_BD.stride(0), scale_BD.stride(0),
         GATED=y_RD is not None, RESIDUAL=dresidual_RD is not None, OFFSETS=offsets is not None,
         RECOMPUTE=out_RD is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -88,7 +95,8 @@ def gate_residual_fwd(
     (R, D), B = x_RD.shape, gate_BD.shape[0]
     config = chosen(thin_config, "gate_residual_fwd", x_RD, columns(D), D, B, R // B)
     gate_residual_fwd_kernel[(B, config.programs)](
-        x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, R // B, D, gate_BD.stride(0),
+        x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, _length(R, B, offsets), D,
+        gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -102,7 +110,7 @@ def gate_residual_bwd(
     parts_BPD = y_RD.new_empty(B, config.programs, D, dtype=torch.float32)
     gate_residual_bwd_kernel[(B, config.programs)](
         y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,
-        R // B, D, gate_BD.stride(0),
+        _length(R, B, offsets), D, gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip

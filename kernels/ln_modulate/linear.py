@@ -172,7 +172,7 @@ class _Linear(torch.autograd.Function):
             rstd,
             dresidual,
             dnormal,
-            kept is None,
+            kept is None and needs[5],
         )
         normal = normal if kept is None else kept
         dweight = weight_gradient(dout, normal, weight_dtype) if needs[5] else None

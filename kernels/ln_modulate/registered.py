@@ -176,12 +176,17 @@ def _gradients(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, _, _ = inputs
     mean_R, rstd_R = output[2:]
-    ctx.gated = y_RD is not None
+    ctx.mark_non_differentiable(mean_R, rstd_R)
+    ctx.set_materialize_grads(False)  # nobody may use the residual
+    ctx.gated, ctx.dtype = y_RD is not None, output[1].dtype
     ctx.save_for_backward(x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R)
 
 
 def _backward(ctx, dresidual_RD, dout_RD, _dmean, _drstd):  # type: ignore[no-untyped-def]
-    dresidual_RD = dresidual_RD.contiguous() if ctx.gated else None
+    if dout_RD is None:  # the residual alone is used
+        x_RD, *_ = ctx.saved_tensors
+        dout_RD = x_RD.new_zeros(x_RD.shape, dtype=ctx.dtype)
+    dresidual_RD = dresidual_RD.contiguous() if ctx.gated and dresidual_RD is not None else None
     gradients = ln_modulate_bwd(*ctx.saved_tensors, dresidual_RD, dout_RD.contiguous(), False)
     dx, dy, dgate, dshift, dscale, _ = gradients
     return dx, dy if ctx.gated else None, dgate if ctx.gated else None, dshift, dscale, None, None, None

@@ -27,6 +27,8 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 def grad_sumsq(grads: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of all elements of ``grads``, accumulated in float64; else as :func:`grad_norm`.
 
+    On CUDA the at most 64 numbers of a thread are in float32: one beyond 1.8e19 counts as infinite.
+
     To be added up over the ranks of a distributed run before its root is taken.
     """
     grads = list(grads)

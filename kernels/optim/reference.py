@@ -122,7 +122,8 @@ def _clipped(
 ) -> list[Tensor]:
     """The gradients in the dtype of the weights; ``grads`` themselves where there is nothing to do."""
     g = _as(grads, weights)
-    scale = max_grad_norm / (norm + clip_eps) if max_grad_norm > 0 else 1.0
+    bound, long = max_grad_norm, norm + clip_eps
+    scale = bound / long if 0 < bound < long else 1.0
     return g if scale >= 1 else list(torch._foreach_mul(g, scale))
 
 

@@ -109,6 +109,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dout_BKD):  # type: ignore[no-untyped-def]
     needs_x = ctx.needs_input_grad[0]
+    if dout_BKD.dtype == torch.float64:  # of a wide pos; the kernel's sums are float32
+        dout_BKD = dout_BKD.float()
     dx, *gradients = patch_embed_bwd(dout_BKD.contiguous(), *ctx.saved_tensors, needs_x)
     return dx if needs_x else None, *gradients, None, None
 

@@ -17,7 +17,7 @@ class Scores:
     def __init__(self, table_RH: Tensor | None, call: Call, like: Tensor, with_gradient: bool):
         self.call = call
         self.table_HT = None if table_RH is None else table_RH.t().to(wide(like)).contiguous()
-        self.every = torch.arange(call.grid_size**2)
+        self.every = torch.arange(call.grid_size**2, device=like.device)
         self.whole: Tensor | None = None
         self.whole_gradient: Tensor | None = None
         self.gradient_HT = (

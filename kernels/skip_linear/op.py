@@ -22,7 +22,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     checks.shape("bias", bias, weight.shape[0])
     _check_dtypes(x, skip=skip, weight=weight, bias=bias)
     # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if not x.is_cuda or torch.compiler.is_compiling() or checks.plain_only():
         return reference.skip_linear(x, skip, weight, bias, product)
     return gemm_op.skip_linear(x, skip, weight, bias)
 

@@ -104,7 +104,7 @@ def merge_tokens_fwd_kernel(x_ptr, computed_ptr, restore_ptr, out_ptr, L, N, D, 
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    slot = tl.load(restore_ptr + row) - (L - N)
+    slot = tl.minimum(tl.load(restore_ptr + row) - (L - N), N - 1)
     p_row = row * D
     if slot >= 0:
         b_out = tl.load(computed_ptr + (row // L * N + slot) * D + o_d, mask=m_d)
@@ -122,5 +122,5 @@ def merge_tokens_bwd_kernel(dout_ptr, restore_ptr, dx_ptr, dcomputed_ptr, L, N, 
     slot = tl.load(restore_ptr + row) - (L - N)
     b_dout = tl.load(dout_ptr + row * D + o_d, mask=m_d, other=0.0)
     masked = slot >= 0
-    tl.store(dcomputed_ptr + (row // L * N + slot) * D + o_d, b_dout, mask=m_d & masked)
+    tl.store(dcomputed_ptr + (row // L * N + slot) * D + o_d, b_dout, mask=m_d & masked & (slot < N))
     tl.store(dx_ptr + row * D + o_d, tl.where(masked, 0.0, b_dout), mask=m_d)

@@ -98,7 +98,7 @@ class Transformer(Pretrained):
             self.mask_token.requires_grad_(before is None)
 
     def set_attention_backend(self, name: str) -> None:
-        """The library that computes attention from now on: ``auto`` (Triton on CUDA, PyTorch elsewhere), or
+        """What computes attention from now on: ``auto`` (Triton on CUDA, else csrc or PyTorch), or
         one that :func:`mdt_fast.kernels.attention_backends` lists. Raises ``UserError`` for another name; a
         library that cannot serve a call raises ``ValueError`` then.
         """

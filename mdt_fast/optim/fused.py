@@ -76,9 +76,8 @@ class FusedAdan(FusedOptimizer):
             return True
         if not norm.isfinite():
             return False
-        scale = 1.0
-        if self.max_grad_norm > 0:
-            scale = min(1.0, self.max_grad_norm / (float(norm) + group["eps"]))
+        bound, long = self.max_grad_norm, float(norm) + group["eps"]
+        scale = bound / long if 0 < bound < long else 1.0
         neg_pre_grad = local(self.state[item.param]["neg_pre_grad"])
         neg_pre_grad.copy_(item.grad.to(torch.promote_types(item.grad.dtype, torch.float32)) * -scale)
         return True

@@ -57,6 +57,16 @@ def test_an_average_moves_by_what_its_decay_leaves(name: str, decay: float) -> N
         assert torch.allclose(average.double(), (1 - decay) * parameter.double(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients_of_zero_are_clipped_without_an_epsilon(name: str, dtype: torch.dtype) -> None:
+    values = arguments(name, dtype) | {"clip_eps": 0.0}
+    values["grads"] = [torch.zeros_like(g) for g in values["grads"]]
+    values["grad_norm"] = grad_norm(values["grads"])
+    STEPS[name](**values)
+    assert all(p.isfinite().all() for p in values["params"])
+
+
 @pytest.mark.parametrize("serve", ["native", "reference"])
 @pytest.mark.parametrize("steps", [1, len(SHAPES)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

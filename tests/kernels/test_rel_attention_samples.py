@@ -11,7 +11,7 @@ from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
 from mdt_fast.kernels.rel_attention import backends, reference, samples
 from mdt_fast.kernels.rel_attention.call import Call, Side
 from parity import compare, run
-from tolerances import FLOAT64, relative_error
+from tolerances import FLOAT32, FLOAT64, relative_error
 
 H, G = 3, 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -151,7 +151,11 @@ def test_positions_whatever_the_default_device() -> None:
     expected = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
     with torch.device("meta"):
         actual = rel_attention_qkvpacked(qkv, weights, grid_size=G, pos=pos, attention_backend="samples")
+        in_double = rel_attention_qkvpacked(
+            qkv.double(), weights.double(), grid_size=G, pos=pos, attention_backend="samples"
+        )
     assert torch.equal(actual, expected)
+    assert relative_error(actual, in_double) < FLOAT32
 
 
 def test_forward_mode_gradients_are_refused() -> None:

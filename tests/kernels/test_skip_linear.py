@@ -46,6 +46,17 @@ def test_opcheck_compile_and_checkpoint() -> None:
     same(in_place, lambda *a: torch.utils.checkpoint.checkpoint(in_place, *a, use_reentrant=False), args)
 
 
+def test_transforms_see_into_plain_pytorch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensors that say they are a GPU's; on one ``test_gpu_transforms.py`` looks."""
+    x, *others = arguments(2, 4, 8, 3)
+    expected = torch.func.jvp(lambda x: concatenated(x, *others), (x,), (x,))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = torch.func.jvp(lambda x: skip_linear(x, *others), (x,), (x,))
+    assert all(relative_error(a, b) < FLOAT32 for a, b in zip(found, expected, strict=True))
+    gradient = torch.func.grad(lambda x: skip_linear(x, *others).sum())(x)
+    assert relative_error(gradient, others[1][:, :8].sum(0).expand_as(x)) < FLOAT32
+
+
 @pytest.mark.parametrize("op", [skip_linear, in_place])
 def test_under_autocast(op) -> None:  # type: ignore[no-untyped-def]
     """As a linear layer: weights and gradients stay float32; a float64 model is left alone."""

@@ -20,6 +20,7 @@ from mdt_fast.kernels.patch_embed import reference as plain_embed
 from mdt_fast.kernels.tokens import reference as plain
 from mdt_fast.masking import MaskPlan
 from parity import compare, poisoned, same
+from tolerances import FLOAT32, relative_error
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -70,6 +71,17 @@ def test_merge_tokens(B: int, L: int, K: int, D: int, dtype: torch.dtype) -> Non
     compare(partial(merge_tokens, **where), partial(plain.merge_tokens, **where), args, dtype)
 
 
+def test_merged_tokens_of_a_wrong_plan_reach_no_other_memory() -> None:
+    """Ids on a GPU are not checked; of places beyond the grid some computed token is taken."""
+    from mdt_fast.kernels.tokens.move_op import merge_tokens_bwd, merge_tokens_fwd
+
+    around = torch.full((3, 5), 7.0)
+    x, computed, wrong = torch.zeros(1, 4, 5), around[1:2].view(1, 1, 5), torch.tensor([[0, 1, 2, 9]])
+    assert (merge_tokens_fwd(x, computed, wrong)[0, 3] == 7).all()
+    dx, dcomputed = merge_tokens_bwd(torch.ones(1, 4, 5), wrong, 1)
+    assert (dx.shape, dcomputed.shape) == ((1, 4, 5), (1, 1, 5))
+
+
 def embedding(B: int, C: int, p: int, G: int, D: int) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(s) for s in ((B, C, G * p, G * p), (D, C, p, p), (D,), (1, G * G, D))]
@@ -104,6 +116,19 @@ def test_patch_embed_under_autocast_has_the_reference_dtype() -> None:
         ours, expected = patch_embed(*args), plain_embed.patch_embed(*args)
     assert ours.dtype == expected.dtype == torch.float32
     assert (ours - expected).abs().max() < 0.02
+
+
+def test_patch_embed_with_a_wider_position_embedding() -> None:
+    args = embedding(2, 4, 2, 3, 8)
+    args[3] = args[3].double()
+    results = []
+    for op in (patch_embed, plain_embed.patch_embed):
+        leaves = [a.clone().requires_grad_() for a in args]
+        out = op(*leaves)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype
+        assert relative_error(ours, expected) < FLOAT32
 
 
 def test_opcheck() -> None:

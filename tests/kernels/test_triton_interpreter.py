@@ -17,9 +17,11 @@ from mdt_fast import kernels
 from mdt_fast.kernels.backends import INTERPRETING
 from mdt_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from mdt_fast.kernels.ln_modulate import reference
+from mdt_fast.kernels.ln_modulate.registered import ln_modulate_fwd
 from mdt_fast.kernels.tokens import reference as tokens_reference
 from mdt_fast.masking import MaskPlan
 from parity import compare, poisoned, same
+from tolerances import FLOAT32, relative_error
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -76,6 +78,24 @@ def test_ln_modulate_random_shapes(B: int, L: int, D: int, gated: bool, seed: in
     check(gated, arguments((B, L), B, D, gated, seed), torch.float32)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["residual", "normal"])
+def test_one_result_alone(which: int) -> None:
+    """The other has no gradient; nor have the statistics that the op keeps for its backward pass."""
+    args = [a.requires_grad_() for a in arguments((2, 5), 2, 24, gated=True)]
+    weights = torch.randn(2, 5, 24)
+    found, expected = (
+        torch.autograd.grad(op(*args)[which], args, weights, allow_unused=True, materialize_grads=True)
+        for op in (
+            kernels.gate_residual_ln_modulate,
+            partial(reference.gate_residual_ln_modulate, offsets=None, eps=1e-6),
+        )
+    )
+    assert all(relative_error(a, b) < FLOAT32 for a, b in zip(found, expected, strict=True))
+    x, y, *modulations = args
+    kept = ln_modulate_fwd(x.flatten(0, 1), y.flatten(0, 1), *modulations, None, 1e-6, torch.float32)
+    assert [a.requires_grad for a in kept] == [True, True, False, False]
+
+
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 4), (7, 24), (2, 17, 72), (3, 5, 300)], ids=str)
 def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -89,6 +109,9 @@ def test_bias_gelu_far_from_zero() -> None:
     assert torch.equal(out[0, [0, 1, 3, 5, 6]], torch.tensor([0.0, 0.0, 0.0, 30.0, 1e4]))
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(gradient[0, [0, 1, 5, 6]], torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    x = torch.tensor([[-1e30, -1e14, 1e14, 1e30]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(kernels.bias_gelu(x, torch.zeros(4)).sum(), x)
+    assert torch.equal(gradient[0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
 
 
 def test_bias_gelu_of_nothing() -> None:
