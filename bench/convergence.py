@@ -38,6 +38,7 @@ from learners import SIZES, STUDIES
 from mdt_fast.config import RunConfig, to_dict
 from mdt_fast.errors import UserError
 from mdt_fast.models.flops import meta_model
+from mdt_fast.sampling.schedulers import SOLVERS
 from report import RESULTS, between, put
 from rows import Row, RowFile, machine, read
 
@@ -61,6 +62,11 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     if args.lr is not None and not 0 <= args.lr < math.inf:
         raise UserError(f"--lr: got {args.lr}, allowed is 0 or more, and finite")
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
+    if settings.sample.sampler in SOLVERS and find_spec("diffusers") is None:
+        raise UserError(
+            f"--size: {args.size} draws by {settings.sample.sampler}, which comes with diffusers; install it "
+            "with pip install 'mdt-fast[latents]'"
+        )
     if args.jobs is None:
         args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
     graphs = settings.train.cuda_graphs and device.type == "cuda"
@@ -248,7 +254,7 @@ def finite(value: float) -> float | None:
 
 def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]) -> None:
     """Tables, printed or put into a document; a figure for each study."""
-    found, document = learning_report.studies(rows), placed(args.readme, names)
+    found, document = learning_report.studies(rows, names), placed(args.readme, names)
     if not set(names) & set(found):
         raise UserError(f"--json: {str(args.json)!r} has no rows of {', '.join(names)}")
     for name in (name for name in names if name in found):

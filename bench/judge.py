@@ -22,7 +22,7 @@ from mdt_fast.config import DataConfig
 from mdt_fast.data import open_first_stage, open_images
 from mdt_fast.data.encode import source_digest
 from mdt_fast.data.first_stage import FirstStage
-from mdt_fast.data.images import Digits, ImageSet, SourceSet
+from mdt_fast.data.images import Digits, ImageSet, SourceSet, mirrored
 from mdt_fast.errors import UserError
 from mdt_fast.evaluation import Moments, frechet_distance, moments
 from mdt_fast.files import aside
@@ -35,20 +35,26 @@ UPDATES, BATCH = 400, 64
 
 
 class Part:
-    """Some images of a set, as a set; of the digits, enlarged to the side asked for."""
+    """Some images of a set, as a set; with ``size`` (of the digits) enlarged to it, once."""
 
     def __init__(self, images: ImageSet, indices: np.ndarray, size: int | None = None):
-        self.images, self.indices, self.size = images, indices, size
+        self.images, self.indices = images, indices
         self.labels, self.classes = images.labels[indices], images.classes
         self.in_memory, shape = images.in_memory, images.shape
         self.shape = shape if size is None else (shape[0], size, size)
+        self.enlarged: list[np.ndarray] | None = None
+        if size is not None and size != shape[-1]:
+            self.enlarged = [_enlarged(images.load(int(i), random.Random(0)), size) for i in indices]
 
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
-        values = self.images.load(int(self.indices[index]), rng, mirror)
-        if self.size is None or values.shape[-1] == self.size:
-            return values
-        x = F.interpolate(torch.from_numpy(values)[None], (self.size, self.size), mode="bicubic")
-        return x[0].clamp(-1, 1).numpy()
+        if self.enlarged is None:
+            return self.images.load(int(self.indices[index]), rng, mirror)
+        return mirrored(self.enlarged[index]) if mirror else self.enlarged[index]
+
+
+def _enlarged(values: np.ndarray, size: int) -> np.ndarray:
+    x = F.interpolate(torch.from_numpy(values)[None], (size, size), mode="bicubic")
+    return x[0].clamp(-1, 1).numpy()
 
 
 @dataclass(frozen=True)

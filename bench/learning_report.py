@@ -1,7 +1,8 @@
 """Tables and the figure of ``convergence.py``, made from its rows alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,26 @@ Learners = dict[str, dict[int, list[Row]]]
 """Rows by variant and seed, in the order of their steps."""
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What is to become small, of a row; what is left of it with real images; how a target is told; at how
+    many targets variants are compared, of those of :func:`targets_of` the nearest."""
+
+    value: Callable[[Row], float]
+    floor: Callable[[Row], float]
+    told: Callable[[float], str]
+    targets: int
+
+
+AIMS = (
+    Aim(lambda row: math.inf if row["p50"] is None else row["p50"], lambda row: row["floor"],
+        lambda target: f"distance {number(target)}", 3),
+    Aim(lambda row: 1 - row["accuracy"], lambda row: 1 - row["real_accuracy"],
+        lambda target: f"{1 - target:.1%} recognised", 1),
+)  # fmt: skip
+DISTANCE = AIMS[0]
+
+
 def complete(rows: Sequence[Row]) -> list[Row]:
     """The rows of learners that were trained to their end."""
     ours = [row for row in rows if row["bench"] == "convergence"]
@@ -34,12 +55,14 @@ def complete(rows: Sequence[Row]) -> list[Row]:
     return [row for row in ours if row["digest"] in ended]
 
 
-def studies(rows: Sequence[Row]) -> dict[str, Learners]:
-    """The complete learners of every study, variants in the order of ``STUDIES``, of the seeds that all of
-    them have; of a variant and seed that were trained again the last counts. ``UserError`` where what is left
-    was judged differently."""
+def studies(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str, Learners]:
+    """The complete learners of every study (of those ``names``), variants in the order of ``STUDIES``, of the
+    seeds that all of them have; of a variant and seed that were trained again the last counts. ``UserError``
+    where what is left was judged differently."""
     found: dict[str, dict[str, dict[int, dict[str, dict[int, Row]]]]] = {}
     for row in complete(rows):
+        if names is not None and row["study"] not in names:
+            continue
         runs = found.setdefault(row["study"], {}).setdefault(row["provider"], {}).setdefault(row["seed"], {})
         runs.setdefault(row["digest"], {})[row["step"]] = row
     return {study: _comparable(study, variants) for study, variants in found.items()}
@@ -72,23 +95,19 @@ def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Ro
     return learners
 
 
-def curves(seeds: dict[int, list[Row]], axis: str) -> list[Curve]:
+def curves(seeds: dict[int, list[Row]], axis: str, aim: Aim = DISTANCE) -> list[Curve]:
     """One for each seed."""
     return [
-        Curve(tuple(row[axis] for row in of_seed), tuple(map(_distance, of_seed)))
+        Curve(tuple(row[axis] for row in of_seed), tuple(map(aim.value, of_seed)))
         for of_seed in seeds.values()
     ]
-
-
-def _distance(row: Row) -> float:
-    return math.inf if row["p50"] is None else row["p50"]
 
 
 def table(study: str, learners: Learners) -> str:
     """What every variant reaches and how soon, and where the rows come from."""
     base, *others = learners
     rows = [row for seeds in learners.values() for of_seed in seeds.values() for row in of_seed]
-    any_row, seeds = rows[0], len(learners[base])
+    seeds = len(learners[base])
     lines = [
         "| | parameters | ms a step | GFLOP an image | Fréchet distance at the end | recognised |",
         "|---|---:|---:|---:|---:|---:|",
@@ -101,28 +120,37 @@ def table(study: str, learners: Learners) -> str:
             f"{ends[0]['parameters'] / 1e6:.2f} M",
             _band(ms),
             number(ends[0]["flops"] / ends[0]["step"] / ends[0]["batch"] / 1e9),
-            _band(Band.of(list(map(_distance, ends))), infinite="diverged", least="lowest"),
+            _band(Band.of(list(map(DISTANCE.value, ends))), infinite="diverged", least="lowest"),
             _band(Band.of([100 * row["accuracy"] for row in ends]), "%"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"| to a distance of | | updates | seconds | TFLOP | sooner than {base}: updates | seconds | FLOPs |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        f"| to | | updates | seconds | TFLOP | sooner than {base}: updates | seconds | FLOPs |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    floor = any_row["floor"]
-    for target in targets_of(curves(learners[base], "step"), floor):
-        for name, of_seeds in learners.items():
-            cells = [number(target), name]
-            for axis, scale in zip(AXES, (1, 1, 1e-12)):
-                places = [curve.crossing(target) * scale for curve in curves(of_seeds, axis)]
-                cells.append(_band(Band.of(places)))
-            for axis in AXES:
-                ratio = speedup(curves(learners[base], axis), curves(of_seeds, axis), target)
-                cells.append("" if name == base else "neither" if ratio is None else _ratio(ratio))
-            lines.append(f"| {' | '.join(cells)} |")
+    for aim in AIMS:
+        for target in targets(learners[base], aim)[-aim.targets :]:
+            for name, of_seeds in learners.items():
+                cells = [aim.told(target), name]
+                for axis, scale in zip(AXES, (1, 1, 1e-12)):
+                    places = [curve.crossing(target) * scale for curve in curves(of_seeds, axis, aim)]
+                    cells.append(_band(Band.of(places)))
+                cells += [""] * 3 if name == base else sooner(learners[base], of_seeds, aim, target)
+                lines.append(f"| {' | '.join(cells)} |")
     lines += ["", _notes(learners, base, others, rows, seeds)]
     return "\n".join(lines)
+
+
+def targets(seeds: dict[int, list[Row]], aim: Aim) -> list[float]:
+    """Those that ``seeds`` come to."""
+    return targets_of(curves(seeds, "step", aim), aim.floor(next(iter(seeds.values()))[0]))
+
+
+def sooner(base: dict[int, list[Row]], other: dict[int, list[Row]], aim: Aim, target: float) -> list[str]:
+    """How many times sooner ``other`` comes to a target, by updates, seconds and FLOPs."""
+    ratios = [speedup(curves(base, axis, aim), curves(other, axis, aim), target) for axis in AXES]
+    return ["neither" if ratio is None else _ratio(ratio) for ratio in ratios]
 
 
 def scales(found: dict[str, Learners]) -> str | None:
@@ -132,25 +160,22 @@ def scales(found: dict[str, Learners]) -> str | None:
         base, *others = learners
         if base != "DiT":
             continue
-        targets = targets_of(curves(learners[base], "step"), _any(learners)["floor"])
-        if not targets:  # a seed of DiT diverged
-            continue
-        target = targets[-1]
-        for name in others:
-            of_seeds = learners[name]
-            row, seeds = next(iter(of_seeds.values()))[-1], len(of_seeds)
-            shapes.add((row["shape"]["tokens"], row["of"]))
-            ratios = [speedup(curves(learners[base], axis), curves(of_seeds, axis), target) for axis in AXES]
-            cells = [
-                str(row["shape"]["tokens"]), f"{row['of']:,}", str(seeds), number(target), name,
-                *("neither" if ratio is None else _ratio(ratio) for ratio in ratios),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+        for aim in AIMS:
+            for target in targets(learners[base], aim)[-1:]:  # none where a seed of DiT diverged
+                for name in others:
+                    of_seeds = learners[name]
+                    row, seeds = next(iter(of_seeds.values()))[-1], len(of_seeds)
+                    shapes.add((row["shape"]["tokens"], row["of"]))
+                    cells = [
+                        str(row["shape"]["tokens"]), f"{row['of']:,}", str(seeds), aim.told(target), name,
+                        *sooner(learners[base], of_seeds, aim, target),
+                    ]  # fmt: skip
+                    lines.append(f"| {' | '.join(cells)} |")
     if len(shapes) < 2:
         return None
     head = [
-        "| tokens | updates | seeds | to a distance of | | sooner than DiT: updates | seconds | FLOPs |",
-        "|---:|---:|---:|---:|---|---:|---:|---:|",
+        "| tokens | updates | seeds | to | | sooner than DiT: updates | seconds | FLOPs |",
+        "|---:|---:|---:|---|---|---:|---:|---:|",
     ]
     return "\n".join(head + lines)
 
