@@ -10,7 +10,7 @@ not wait for the host; one line after the other, as their graphs together would 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from formats import memory, number, one_line
 from inputs import Inputs, len_keeps
 from mdt_fast.config import Switches
 from mdt_fast.models import flops
-from measure import peak_bytes, release, spread, storage_bytes, take_turns
+from measure import let_go, peak_bytes, release, spread, storage_bytes, take_turns
 from providers import Modules, Provider, Skip, make
 from rows import RowFile
 from steps import Case, GraphedTrainStep, TrainStep
@@ -56,7 +56,8 @@ class Line:
 def run(
     case: Case, modules: Modules, inputs: Inputs, rows: RowFile, say: Callable[[str], None]
 ) -> list[Line]:
-    """Account of one case: the reference, the fast model, and that with every switch turned."""
+    """Account of one case: the reference, the fast model, and that with every switch turned. A line's rows
+    are written as soon as they are known; one that fails, for want of memory for instance, is left out."""
     lengths = len_keeps(case.config, 1)
     lines: list[Line] = []
     reference = make("reference", modules)
@@ -65,32 +66,54 @@ def run(
     share = TrainStep(case, fast, inputs, lengths, None)
     for name, switches in settings(fast.module):
         lines.append(Line(name, TrainStep(case, fast, inputs, lengths, share), switches, {}))
-    for line in lines:
+    for line in list(lines):
         say(f"{case.title}: counting {line.name}")
-        count(case, line, lengths[0])
+        try:
+            count(case, line, lengths[0])
+        except Exception as error:
+            if line is lines[0]:
+                raise
+            failed(line, error)
+            lines.remove(line)
+            continue
+        write(rows, case, line, line.found)
     say(f"{case.title}: timing {len(lines)} lines in turns")
     turns = {line.name: _turned(line) for line in lines}
     for line, timing in zip(lines, take_turns(turns, case.device, repeats=ROUNDS).values(), strict=True):
         if timing.error is not None:
-            raise timing.error
+            failed(line, timing.error)
+            continue
         line.found["ms"] = spread([1e3 * s for s in timing.seconds])[1]
+        write(rows, case, line, ["ms"])
     try:
         graphs = make("fast-graphs", modules)
     except Skip:
         graphs = None
     for line in lines[1:] if graphs is not None else ():
         say(f"{case.title}: {line.name} as a CUDA graph")
-        line.found |= as_graph(case, line, graphs, inputs)
-    for line in lines:
-        for metric, value in line.found.items():
-            rows.add(
-                (None, value, None), bench="account", model=case.model, provider=line.name.split()[0],
-                mode="train", batch=case.batch, dtype=case.dtype_name, metric=metric, unit=METRICS[metric],
-                switches={} if line.switches is None else dataclasses.asdict(line.switches), note=line.name,
-            )  # fmt: skip
+        known = as_graph(case, line, graphs, inputs)
+        line.found |= known
+        write(rows, case, line, known)
     if hasattr(fast.module, "set_switches"):
         fast.module.set_switches(DEFAULT)
     return lines
+
+
+def write(rows: RowFile, case: Case, line: Line, metrics: Iterable[str]) -> None:
+    """Rows of some of what was found."""
+    for metric in metrics:
+        rows.add(
+            (None, line.found[metric], None), bench="account", model=case.model, mode="train",
+            provider=line.name.split()[0], batch=case.batch, dtype=case.dtype_name, metric=metric,
+            switches={} if line.switches is None else dataclasses.asdict(line.switches), unit=METRICS[metric],
+            note=line.name,
+        )  # fmt: skip
+
+
+def failed(line: Line, error: Exception) -> None:
+    let_go(error)
+    line.step.forget()
+    print(f"{line.name}: {one_line(error)}")
 
 
 def settings(module: nn.Module) -> list[tuple[str, Switches]]:
@@ -223,9 +246,11 @@ def show(console: Console, case: Case, lines: list[Line]) -> None:
                 ("peak_bytes", memory(int(line.found["peak_bytes"]))),
                 ("ops", f"{line.found['ops']:.0f}"),
                 ("gathers", f"{line.found['gathers']:.0f}"),
-                ("ms", number(line.found["ms"])),
+                ("ms", number(line.found.get("ms", 0.0))),
             )
+            if metric in line.found and metric in base
         ]
+        cells += [""] * (6 - len(cells))
         if graphs is not None and "graph_ms" in line.found:
             cells.append(f"{number(line.found['graph_ms'])} {line.found['graph_ms'] / graphs:4.2f}x")
         table.add_row(line.name, *cells)

@@ -4,9 +4,9 @@ A line is a whole run of a few steps, spread as 250 would be, with guidance by t
 in ten steps has a weight of 1), and its time is per step of the batch. All lines draw from the same noise and
 must come to the reference's picture; predictions are clipped, as with untrained weights they would grow to
 hundreds. ``reference`` is the published loop around the plain model, ``forward_with_cfg`` and the update in
-separate operations; ``diffusers`` is its DiTTransformer2DModel of equal size in the same loop, with weights
-of its own. Ops: what torch dispatched, views apart (of compiled code unknown). Peak: bytes at the highest
-point beyond what the run found, weights that are cast once included.
+separate operations; ``diffusers`` is its DiTTransformer2DModel in the same loop. Ops: what torch dispatched,
+views apart (of compiled code unknown; of a CUDA graph what is around it). Peak: bytes at the highest point
+beyond what the run found, weights that are cast once and the memory of graphs included.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import tables
 from account import ops
@@ -26,7 +26,7 @@ from inputs import Inputs
 from mdt_fast.config import DiffusionConfig, SampleConfig, SampleSwitches
 from mdt_fast.sampling import Sampler, sampling_diffusion
 from mdt_fast.sampling.generate import PerImageNoise
-from measure import Spread, peak_bytes, ratios, spread, storage_bytes, take_turns
+from measure import Spread, let_go, peak_bytes, pool_bytes, ratios, spread, storage_bytes, take_turns
 from providers import Modules, Skip, make
 from rows import RowFile
 from steps import CFG_SCALE, Case
@@ -45,14 +45,14 @@ Draw = Callable[[int], object]
 
 @dataclass
 class Line:
-    """A way to draw the batch, with bytes ``kept`` between batches; ``off`` by so much, relative, from the
-    reference's picture."""
+    """A way to draw the batch, with bytes ``kept`` between batches, once it has drawn; ``off`` by so much,
+    relative, from the reference's picture."""
 
     name: str
     draw: Draw
-    kept: int
+    kept: Callable[[], int]
     switches: dict[str, bool]
-    off: float | None = None
+    off: float = 0.0
     found: dict[str, float] = field(default_factory=dict)
     ms: Spread = (0.0, 0.0, 0.0)
     ratio: Spread = (1.0, 1.0, 1.0)
@@ -77,11 +77,11 @@ def run(
         scale_pow=None if case.config.family == "dit" else 4.0,
     )  # fmt: skip
     lines, missing = [], []
-    for name in ("reference", *compiled):
+    for name in ("reference", *compiled, *["diffusers"] * (case.config.family == "dit")):
         try:
             provider = make(name, modules)
             provider.module.eval()  # or labels would be dropped
-            lines.append(Line(name, published(case, provider.forward_with_cfg, config, labels), 0, {}))
+            lines.append(Line(name, published(case, provider.forward_with_cfg, config, labels), int, {}))
         except Skip as skip:
             missing.append(f"{name}: {skip}")
     lines += [
@@ -91,35 +91,36 @@ def run(
     if case.dtype == torch.bfloat16:
         drawn = drawing(modules.get("fast", "lean"), config, labels, SampleSwitches())
         lines.append(Line(LEAN, *drawn, dataclasses.asdict(SampleSwitches())))
-    if case.config.family == "dit":
-        try:
-            _, model = diffusers_dit(case)
-            lines.append(Line("diffusers", published(case, model, config, labels), 0, {}))
-        except ImportError as error:
-            missing.append(f"diffusers: {one_line(error)}")
     expected: Any = lines[0].draw(0)
     for line in list(lines):
         say(f"{case.title}: counting {line.name}")
-        pictures: list[Any] = []
-        if line.name.endswith("-compiled"):  # which does not run as such where operations are counted
-            pictures.append(line.draw(0))
-        else:
-            line.found["ops"] = ops(lambda index, line=line, to=pictures: to.append(line.draw(index))) / STEPS
-        if line.name != "diffusers":
-            line.off = float((pictures[0] - expected).norm() / expected.norm())
+        try:
+            picture: Any = line.draw(0)  # in which graphs are captured
+            if not line.name.endswith("-compiled"):  # it does not run as such where operations are counted
+                line.found["ops"] = ops(line.draw) / STEPS
+            line.found["peak_bytes"] = line.kept() + peak_bytes(line.draw, case.device)
+        except Exception as error:
+            let_go(error)
+            lines.remove(line)
+            missing.append(f"{line.name}: {one_line(error)}")
+            continue
+        line.off = float((picture - expected).norm() / expected.norm())
         allowed = OFF[case.dtype] + (10 * BOUND if "skip_below" in line.name else 0)
-        if line.off is not None and not line.off <= allowed:
+        if not line.off <= allowed:
             lines.remove(line)
             missing.append(f"{line.name}: disagrees with the reference's picture by {line.off:.1e}")
             continue
-        line.found["peak_bytes"] = line.kept + peak_bytes(line.draw, case.device)
     say(f"{case.title}: timing {len(lines)} lines in turns")
     turns = {line.name: line.draw for line in lines}
     timings = take_turns(turns, case.device, repeats=repeats, deadline=deadline)
     base = timings["reference"].seconds
-    for line, timing in zip(lines, timings.values(), strict=True):
+    for line, timing in zip(list(lines), timings.values(), strict=True):
         if timing.error is not None:
-            raise timing.error
+            if line.name == "reference":
+                raise timing.error
+            lines.remove(line)
+            missing.append(f"{line.name}: {one_line(timing.error)}")
+            continue
         line.ms = spread([1e3 * s / STEPS for s in timing.seconds])
         line.ratio = ratios(base, timing.seconds)
         common: dict[str, Any] = {
@@ -132,8 +133,7 @@ def run(
         for metric, unit in (("ops", "1"), ("peak_bytes", "B")):
             if metric in line.found:
                 rows.add((None, line.found[metric], None), metric=metric, unit=unit, **common)
-        if line.off is not None:
-            rows.add((None, line.off, None), metric="off", unit="1", **common)
+        rows.add((None, line.off, None), metric="off", unit="1", **common)
     return lines, missing
 
 
@@ -155,14 +155,19 @@ def settings(config: SampleConfig) -> list[tuple[str, SampleConfig, SampleSwitch
 
 def drawing(
     module: Any, config: SampleConfig, labels: list[int], switches: SampleSwitches
-) -> tuple[Draw, int]:
-    """And the bytes of its cast weights. A captured graph it has from the first batch on."""
+) -> tuple[Draw, Callable[[], int]]:
+    """And the bytes of its cast weights and captured graphs, which it has from the first batch on."""
     diffusion = sampling_diffusion(module.config, DiffusionConfig(), config)
     sampler = Sampler(module, diffusion, config, clip_denoised=True, switches=switches)
     casts = sampler.model.casts
     if casts:
         casts.refresh()
-    kept = storage_bytes(part for cast in casts.cast for part in cast) if casts else 0
+    cast = storage_bytes(part for cast in casts.cast for part in cast) if casts else 0
+
+    def kept() -> int:
+        graphs = sampler.model.graphs
+        return cast + (0 if graphs is None else pool_bytes(graphs.pool))
+
     return lambda index: sampler(labels), kept
 
 
@@ -187,34 +192,6 @@ def published(case: Case, forward_with_cfg: Any, config: SampleConfig, labels: l
     return draw
 
 
-def diffusers_dit(case: Case) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """Its transformer of the same size, and that called as ``DiTPipeline`` does: constant guidance."""
-    from diffusers import DiTTransformer2DModel
-
-    config = case.config
-    model: nn.Module = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        sample_size=config.input_size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=config.num_classes,
-    )
-    model.to(case.device).eval()
-
-    def forward_with_cfg(x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        half = x[: len(x) // 2]
-        output = model(torch.cat([half, half]), timestep=t, class_labels=y).sample
-        eps, rest = output[:, :3], output[:, 3:]
-        cond, uncond = eps.chunk(2)
-        guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
-
-    return model, forward_with_cfg
-
-
 def show(console: Console, case: Case, lines: list[Line], missing: list[str]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("drawing", "ms/step", "img/s at 250", "speed", "ops/step", "peak", "off"):
@@ -223,7 +200,7 @@ def show(console: Console, case: Case, lines: list[Line], missing: list[str]) ->
         table.add_row(
             line.name, number(line.ms[1]), number(case.batch / (line.ms[1] / 1e3 * 250)), ratio(line.ratio),
             f"{line.found['ops']:.0f}" if "ops" in line.found else "", memory(line.found["peak_bytes"]),
-            "" if line.off is None else f"{line.off:.0e}",
+            f"{line.off:.0e}",
         )  # fmt: skip
     console.print()
     tables.say(console, f"account · {case.title} · {case.sampler}, {STEPS} steps", "bold")

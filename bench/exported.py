@@ -22,6 +22,9 @@ from mdt_fast.sampling.export import Step, load_step
 
 
 def compare(name: str, batch: int, rounds: int) -> None:
+    for option, value, least in (("--batch", batch, 1), ("--rounds", rounds, 2)):
+        if value < least:
+            raise UserError(f"{option}: got {value}, allowed is {least} or more")
     torch.manual_seed(0)
     model = getattr(mdt_fast, name)().eval()
     config = SampleConfig(sampler="ddpm", steps=250, cfg_scale=3.8)

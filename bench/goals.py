@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from measure import MIN_ROUNDS
 from plots import RATES
 from providers import NAMES, precision
-from rows import Row
+from rows import Row, few
+from sanitize import CALLS
 from steps import SAMPLING_STEPS
 
 Found = tuple[float, str] | None
@@ -75,19 +75,15 @@ class Rows:
 UNKEPT = "; of files that no commit holds"
 
 
-def run(row: Row) -> tuple[str, str]:
+def run(row: Row) -> tuple[str | None, str]:
     """What a row shares with those that were measured in turns with it."""
     return row["commit"], row["command"]
-
-
-def few(row: Row) -> bool:
-    return bool(row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS)
 
 
 def named(text: str, *rows: Row) -> str:
     """A case, and what speaks against its rows."""
     text += "; too few rounds" if any(map(few, rows)) else ""
-    dirty = any(row["commit"].endswith("-dirty") for row in rows)
+    dirty = any(str(row["commit"]).endswith("-dirty") for row in rows)
     return text + (UNKEPT if dirty else "")
 
 
@@ -105,8 +101,9 @@ def rate(model: str, mode: str, **more: object) -> Measure:
         for row in rows.of(bench="breakdown", metric="ms", **common):
             case = f"{row['provider']}, batch {row['batch']}, one step over and over"
             found.append((1e3 * row["batch"] / row["p50"] / steps, named(case, row)))
-        for row in rows.of(bench="account", metric="ms", note="fast", **common) if mode == "sample" else []:
-            case = f"{row['provider']}, batch {row['batch']}, by ten steps"
+        lines = "fast", "fast with bfloat16 weights"
+        for row in rows.of(bench="account", metric="ms", note=lines, **common) if mode == "sample" else []:
+            case = f"{row['note']}, batch {row['batch']}, by ten steps"
             found.append((1e3 * row["batch"] / row["p50"] / steps, named(case, row)))
         return max(found, key=lambda one: (UNKEPT not in one[1], one[0]), default=None)
 
@@ -177,16 +174,16 @@ def roof(ops: tuple[str, ...]) -> Measure:
 def fewer_ops(rows: Rows) -> Found:
     """Operations of a training step that are dispatched, over the reference's."""
     found = rows.of(bench="account", metric="ops", mode="train", model=XL)
-    base = [row for row in found if row["provider"] == "reference"]
-    ours = [row for row in found if row["provider"] != "reference"]
-    if not base or not ours:
-        return None
-    best = min(ours, key=lambda row: row["p50"])
-    return best["p50"] / base[0]["p50"], f"{best['provider']}, batch {best['batch']}"
+    base = {row["batch"]: row["p50"] for row in found if row["provider"] == "reference"}
+    ours = [row for row in found if row["provider"] != "reference" and row["batch"] in base]
+    shares = [(row["p50"] / base[row["batch"]], f"{row['note']}, batch {row['batch']}") for row in ours]
+    return min(shares, default=None)
 
 
 def sanitized(rows: Rows) -> Found:
-    found = rows.of(bench="sanitize", metric="clean", op=("memcheck", "racecheck"))
+    """Of runs over all kernels alone."""
+    every = rows.of(bench="sanitize", metric="clean", op=("memcheck", "racecheck"))
+    found = [row for row in every if set(CALLS) <= set(row["shape"].split(","))]
     if {row["op"] for row in found} != {"memcheck", "racecheck"}:
         return None
     return min((row["p50"], row["op"]) for row in found)

@@ -64,11 +64,10 @@ def steps(request: "Request") -> None:
         loop.train(config, request.folder / "run", console=Console(quiet=True))
     plain = [turn for turn in watch.turns if not turn.logged]
     logged = [turn for turn in watch.turns if turn.logged]
-    row = (
-        max(0.0, spread([t.outside for t in logged])[1] - spread([t.outside for t in plain])[1])
-        if logged
-        else 0
-    )
+    # A GPU's steps end when the host is outside of them already: there the whole tells what a row costs.
+    where = "whole" if request.device.type == "cuda" else "outside"
+    taken = [[getattr(turn, where) for turn in turns] for turns in (logged, plain)]
+    row = max(0.0, spread(taken[0])[1] - spread(taken[1])[1]) if logged else 0
     overhead = [t.whole / t.bare - 1 + row / (preset * t.bare) for t in plain]
     shape = {"B": request.args.batch}
     more = {
@@ -86,8 +85,9 @@ def steps(request: "Request") -> None:
     add("bare", "ms", "ms", [t.bare for t in plain], 1e3)
     add("loop", "ms", "ms", [t.whole for t in plain], 1e3)
     add("loop", "overhead_share", "share", overhead)
-    add("loop", "outside_ms", "ms", [t.outside for t in plain], 1e3)
-    add("loop", "outside_share", "share", [(t.outside + row / preset) / t.bare for t in plain])
+    if where == "outside":
+        add("loop", "outside_ms", "ms", [t.outside for t in plain], 1e3)
+        add("loop", "outside_share", "share", [(t.outside + row / preset) / t.bare for t in plain])
     if logged:
         add("loop", "row_ms", "ms", [row], 1e3)
 
@@ -98,7 +98,8 @@ class Enough(Exception):
 
 @dataclass
 class Turn:
-    """Seconds per step: of the whole loop, outside of ``train_step``, and of the bare step after it."""
+    """Seconds per step: of the whole loop, outside of ``train_step`` (of a GPU's, its backlog as well), and
+    of the bare step after it."""
 
     whole: float
     outside: float

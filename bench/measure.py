@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -154,8 +154,11 @@ def take_turns(
     least: int = 1,
     clock: Clock | None = None,
     shuffle: bool = False,
+    again: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
     """Time ``steps`` in turns: round r calls each of them with the same ``inner`` indices from r*inner on.
+
+    ``again``: how often in a row with each index, of those that are called more than once.
 
     ``shuffle``: in another order each round, as who comes after whom matters where turns are short.
 
@@ -174,9 +177,10 @@ def take_turns(
         for name, step in order:
             if timings[name].error is not None:
                 continue
-            indices = range(r * inner, (r + 1) * inner)
+            times = (again or {}).get(name, 1)
+            indices = [index for index in range(r * inner, (r + 1) * inner) for _ in range(times)]
             try:
-                timings[name].seconds.append(clock(partial(_each, step, indices)) / inner)
+                timings[name].seconds.append(clock(partial(_each, step, indices)) / len(indices))
             except Exception as error:
                 timings[name].error = error
                 let_go(error)
@@ -202,7 +206,7 @@ def let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _each(step: Callable[[int], object], indices: range) -> None:
+def _each(step: Callable[[int], object], indices: Sequence[int]) -> None:
     for index in indices:
         step(index)
 

@@ -127,7 +127,9 @@ def _adan(params: list[nn.Parameter], emas: list[Tensor]) -> Step:
 
 def _adamw(**form: bool) -> Callable[[list[nn.Parameter], list[Tensor]], Step]:
     def begin(params: list[nn.Parameter], emas: list[Tensor]) -> Step:
-        return _with_sweeps(params, emas, torch.optim.AdamW(params, lr=LR, weight_decay=0.0, **form).step)
+        on_gpu = params[0].is_cuda  # where steps are replayed as a graph
+        optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0, capturable=on_gpu, **form)
+        return _with_sweeps(params, emas, optimizer.step)
 
     return begin
 

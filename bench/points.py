@@ -354,10 +354,9 @@ class Session:
         timing = timings[one.provider]
         seconds, rounds = timing.seconds, len(timing.seconds)
         one.ms = spread([1e3 * s for s in seconds])
-        note = None
         if timing.late:
-            note = f"{timing.late} of {rounds} calls may have run at the pace of their launches"
-            one.notes.append(note)
+            one.notes.append(f"{timing.late} of {rounds} calls may have run at the pace of their launches")
+        note = "; ".join(one.notes) or None
         self.row(point, one, "ms", "ms", one.ms, rounds, note)
         if point.bytes:
             one.gb_per_s = rates(1e3 * point.bytes / 1e9, one.ms)
@@ -365,7 +364,7 @@ class Session:
         if point.flops:
             one.tflop_per_s = rates(1e3 * point.flops / 1e12, one.ms)
             self.row(point, one, "tflop_per_s", "TFLOP/s", one.tflop_per_s, rounds)
-        if roof is not None:
+        if roof is not None and one.provider != "float8":  # whose products have another peak
             one.roof_share = ratios(roof, seconds)
             self.row(point, one, "roof_share", "1", one.roof_share, rounds, f"of {self.roof}")
         if point.base not in timings:

@@ -117,6 +117,8 @@ class Request:
             asked = command.listed("--providers", args.providers)
             providers.check_names(asked)
             self.providers = [name for name in providers.NAMES if name in asked]
+            if args.account and "sample" not in self.modes:
+                raise UserError("--providers: not together with --account of training, which has its own")
         if self.turned and not any(name.startswith("fast") for name in self.providers or ["fast"]):
             raise UserError("--turn: for the fast model, which none of --providers is")
         self.models = None

@@ -18,6 +18,7 @@ import torch
 
 from mdt_fast import doctor
 from mdt_fast.errors import UserError
+from measure import MIN_ROUNDS
 
 Row = dict[str, Any]
 
@@ -67,7 +68,15 @@ def commit(folder: Path | None = None) -> str | None:
             [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10
         )
         status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
+            [
+                *git,
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":/",
+                ":(top,exclude)bench/results",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
@@ -77,6 +86,11 @@ def commit(folder: Path | None = None) -> str | None:
     if head.returncode != 0:
         return None
     return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def few(row: Row) -> bool:
+    """Whether a row is of fewer rounds than a ratio takes."""
+    return bool(row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS)
 
 
 class RowFile:

@@ -38,7 +38,8 @@ from mdt_fast.training.scaling import (
     smallest_batch,
 )
 from mdt_fast.training.traffic import MODES, Layout, Mode
-from rows import Row, read
+from providers import NAMES, in_turn, precision
+from rows import Row, few, read
 
 BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 MODELS = "MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2"
@@ -208,12 +209,15 @@ class Request:
             for row in read(paths)
             if (row["bench"], row.get("model"), row["mode"]) == ("throughput", name, "train")
             and (row["metric"], row["dtype"]) == ("ms", self.args.dtype)
+            and row["provider"] in NAMES  # with the switches as they are
             and row["provider"].startswith("fast")
+            and "float8" not in row["provider"]
             and self.gpu.word in row["device"]
             and row["p50"]
         ]
-        sharded = [row for row in rows if "graphs" not in row["provider"] and "lean" not in row["provider"]]
-        return self._best(sharded), self._best(rows)
+        rows = [row for row in rows if not few(row)] or rows
+        plain = [row for row in rows if not (precision(row["provider"]) or in_turn(row["provider"]))]
+        return self._best([row for row in plain if "graphs" not in row["provider"]]), self._best(rows)
 
     def _best(self, rows: list[Row]) -> tuple[float, str] | None:
         if not rows:

@@ -1,7 +1,7 @@
 """One case from start to rows: build the providers, compare, warm up, time them in turns, measure memory."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from measure import (
     Matmul,
     Spread,
     Timing,
+    let_go,
     peak_bytes,
     rates,
     ratios,
@@ -29,6 +30,10 @@ WARM_UP = 2
 """Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
 
 MAX_INNER_SECONDS = 0.1
+
+TURN_SECONDS = 0.05
+"""On a GPU a quick step is repeated until its turn is as long, or as the slowest step: alone it would be
+waited for at both ends, and charged with what the host does beside the step before in a training."""
 
 LEAST_SECONDS = 5.0
 """A case of short rounds has as many as a ratio takes, past the time limit, too: where several cases share
@@ -56,10 +61,17 @@ class CaseResult:
     case: Case
     results: list[Result]
     repeats: int = 0
-    inner: int = 1
+    steps: dict[str, int] = field(default_factory=dict)
+    """Of each provider's turn."""
     gflop_per_image: float = 0.0
     peak: float = 0.0
     matmul_size: int = 0
+
+
+def repeated(seconds: Mapping[str, float], inner: int) -> dict[str, int]:
+    """How often a step that takes so many seconds is called in a row, ``inner`` times in a turn."""
+    turn = min(TURN_SECONDS / inner, max(seconds.values()))
+    return {name: max(1, min(20, int(turn / one))) for name, one in seconds.items()}
 
 
 class Session:
@@ -99,18 +111,22 @@ class Session:
         result.matmul_size = matmul.size
 
         self.say(f"{case.title}: warming up")
-        slowest = self.warm_up(case, steps, found)
+        seconds = self.warm_up(case, steps, found)
         if not steps:
             return result
+        slowest, again = max(seconds.values()), dict.fromkeys(steps, 1)
         turns: dict[str, Callable[[int], object]] = {**steps, "matmul": matmul}
         if inner is None:
-            inner = max(1, min(20, int(MAX_INNER_SECONDS / slowest))) if case.device.type == "cuda" else 1
-        result.inner = inner
+            inner = 1
+            if case.device.type == "cuda":
+                inner = max(1, min(20, int(MAX_INNER_SECONDS / slowest)))
+                again = repeated(seconds, inner)
+        result.steps = {name: inner * again[name] for name in steps}
         self.say(f"{case.title}: timing {', '.join(steps)} in turns")
         # Memory is measured after the timing, and takes about two rounds.
         least = MIN_ROUNDS if MIN_ROUNDS * inner * slowest * len(turns) <= LEAST_SECONDS else 1
         timings = take_turns(
-            turns, case.device, repeats=repeats, inner=inner, least=least,
+            turns, case.device, repeats=repeats, inner=inner, least=least, again=again,
             deadline=deadline - 2 * slowest * len(steps),
         )  # fmt: skip
         if timings["matmul"].error is None:
@@ -142,6 +158,7 @@ class Session:
         for name, step in steps.items():
             if found[name].ms is not None:
                 self.memory(case, step, found[name])
+                step.forget()  # gradients would keep a graph and all of its memory
         return result
 
     def agreeing(
@@ -155,8 +172,15 @@ class Session:
     ) -> dict[str, Step]:
         """The steps of all providers that can run here and agree with the reference."""
         steps: dict[str, Step] = {}
-        reference = self.step(case, make("reference", modules), inputs, steps)
-        expected = reference.outcome()
+        try:
+            reference = self.step(case, make("reference", modules), inputs, steps)
+            expected = reference.outcome()
+            reference.forget()
+        except Exception as error:
+            let_go(error)
+            for name in names:
+                self.give_up(case, found[name], "failed", f"nothing to hold it against: {one_line(error)}")
+            return steps
         for name in names:
             if name == "reference":
                 steps[name] = reference
@@ -173,10 +197,12 @@ class Session:
                     self.say(f"{case.title}: compiling {name}")
                 step = self.step(case, provider, inputs, steps)
                 difference, problem = disagreement(step, expected)
+                step.forget()
             except Skip as reason:
                 self.give_up(case, found[name], "skipped", str(reason))
                 continue
             except Exception as error:
+                let_go(error)
                 self.give_up(case, found[name], "failed", one_line(error))
                 continue
             if provider.compiled:
@@ -192,13 +218,15 @@ class Session:
         share = next((s for s in others.values() if s.provider.module is provider.module), None)
         return step_of(case, provider, inputs, len_keeps(case.config, self.lengths), share)
 
-    def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> float:
-        """Run every step a few times; those that fail leave ``steps``. Seconds of the slowest one's last."""
-        slowest = 0.0
+    def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> dict[str, float]:
+        """Run every step a few times; those that fail leave ``steps``. Seconds of each one's last."""
+        seconds: dict[str, float] = {}
         for name in list(steps):
             start = time.perf_counter()
-            # Each number of kept tokens is captured when it is met first, which must not be timed.
-            repeats = max(WARM_UP, self.lengths) if steps[name].provider.graphed else WARM_UP
+            # A number of kept tokens that is met first may compile kernels, or capture a graph.
+            repeats = WARM_UP
+            if case.device.type == "cuda" and steps[name].provider.implementation == "fast":
+                repeats = max(WARM_UP, self.lengths)
             timing = take_turns({name: steps[name]}, case.device, repeats=repeats)[name]
             if timing.error is not None:
                 self.give_up(case, found[name], "failed", one_line(timing.error))
@@ -207,8 +235,8 @@ class Session:
             if found[name].compile_s is not None:
                 found[name].compile_s += time.perf_counter() - start - repeats * timing.seconds[-1]
                 self.row(case, name, "compile_s", "s", (None, found[name].compile_s, None))
-            slowest = max(slowest, timing.seconds[-1])
-        return slowest
+            seconds[name] = timing.seconds[-1]
+        return seconds
 
     def evaluate(
         self,
@@ -229,14 +257,17 @@ class Session:
         one.img_per_s = rates(1e3 * images, one.ms)
         one.tflop_per_s = rates(1e3 * flops_per_step / 1e12, one.ms)
         result.gflop_per_image = flops_per_step / case.batch / 1e9
-        one.peak_share = one.tflop_per_s[1] / result.peak
+        if "float8" not in name:  # whose products have another peak
+            one.peak_share = one.tflop_per_s[1] / result.peak
         note = f"extrapolated to {SAMPLING_STEPS} steps" if case.mode == "sample" else None
         of = f"of {result.peak:.4g} TFLOP/s"
         rounds = len(timing.seconds)
-        self.row(case, name, "ms", "ms/step", one.ms, rounds=rounds)
+        steps = f"{result.steps[name]} steps a turn" if result.steps[name] > 1 else None
+        self.row(case, name, "ms", "ms/step", one.ms, steps, rounds)
         self.row(case, name, "img_per_s", "img/s", one.img_per_s, note, rounds)
         self.row(case, name, "tflop_per_s", "TFLOP/s", one.tflop_per_s, rounds=rounds)
-        self.row(case, name, "peak_share", "1", (None, one.peak_share, None), of, rounds)
+        if one.peak_share is not None:
+            self.row(case, name, "peak_share", "1", (None, one.peak_share, None), of, rounds)
         if "reference" in timings and timings["reference"].error is None:
             self.ratio(case, one, timings["reference"], timing)
         self.executed(case, step, one, result.gflop_per_image)

@@ -29,9 +29,7 @@ def show(console: Console, result: CaseResult, images: str) -> None:
     say(console, case.title, "bold")
     measured = [one for one in result.results if one.ms is not None]
     if measured:
-        times = f"{result.repeats} round{'s' * (result.repeats != 1)} in turns" + (
-            f" of {result.inner} steps" if result.inner > 1 else ""
-        )
+        times = f"{result.repeats} round{'s' * (result.repeats != 1)} in turns" + _turns(result)
         for line in (
             f"step: {case.step}",
             f"input: {images}; {times}; {number(result.gflop_per_image)} GFLOP per image and step",
@@ -42,6 +40,13 @@ def show(console: Console, result: CaseResult, images: str) -> None:
         console.print(_table(measured))
     _say_busy(console, measured)
     _say_notes(console, [(one.provider, one.notes) for one in result.results])
+
+
+def _turns(result: CaseResult) -> str:
+    counts = sorted(set(result.steps.values()))
+    if counts == [1]:
+        return ""
+    return f" of {counts[0]} steps" if len(counts) == 1 else f" of {counts[0]} to {counts[-1]} steps"
 
 
 def show_points(

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def _main(argv: list[str], kept: command.Kept) -> int:
             f"--preset: got {args.preset!r}{nearest(args.preset, PRESETS)}, allowed are {', '.join(PRESETS)}"
         )
     args.workers = [command.whole("--workers", text) for text in command.listed("--workers", args.workers)]
+    if "encode" in parts and find_spec("diffusers") is None:
+        raise UserError("--parts: encode takes diffusers, which is not installed; ask for the other parts")
     device = command.device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

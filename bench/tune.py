@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,11 +32,13 @@ import candidates
 import command
 import points
 from formats import one_line
+from mdt_fast.cuda_graphs import Graphed
 from mdt_fast.errors import UserError, nearest
 from mdt_fast.kernels import launches
 from mdt_fast.kernels.launches import Choice, Entry, forced
-from measure import op_clock, ratios, spread, synchronize, take_turns
+from measure import op_clock, ratios, release, spread, synchronize, take_turns
 from promise import Outcome, outcome_of, promise, show, worst_of
+from replay import captured
 from rows import Row, RowFile, machine, read
 from winners import conclude, key_of, source_of
 
@@ -211,6 +214,7 @@ class Tuner:
         some: dict[int, tuple[Choice, dict[str, float]]],
     ) -> None:
         """Time some choices in turns with the present one, and write a row for each."""
+        release(self.device)
         torch.manual_seed(0)
         call = make()
         expected = call()
@@ -236,6 +240,10 @@ class Tuner:
                 self.failed(entry, title, choice, error)
                 continue
             turns[str(i)] = turn(choice)
+        # From graphs, as ``points.py`` times calls: launched one by one they would take the host's pace.
+        capture = partial(Graphed, device=self.device) if self.device.type == "cuda" else None
+        replays = {name: captured(partial(one, 0), capture, []) for name, one in turns.items()}
+        turns = {name: lambda index, replay=replay: replay() for name, replay in replays.items()}
         clock = op_clock(self.device)
         take_turns(turns, self.device, repeats=points.WARM_UP, clock=clock)
         timings = take_turns(turns, self.device, repeats=self.repeats, clock=clock, shuffle=True)
@@ -250,7 +258,7 @@ class Tuner:
             ratio = ratios(present.seconds, timing.seconds)
             ms = [1e3 * spread(seconds)[1] for seconds in (timing.seconds, present.seconds)]
             self.row(entry, title, choice, outcome, "ratio", ratio, ms=ms[0], present_ms=ms[1],
-                     rounds=len(timing.seconds))  # fmt: skip
+                     rounds=len(timing.seconds), late=timing.late + present.late)  # fmt: skip
 
     def failed(self, entry: Entry, title: str, choice: Choice, error: Exception) -> None:
         """Write it down. ``UserError`` if the device cannot go on: nothing else is to be blamed for that."""

@@ -61,7 +61,8 @@ def winners(rows: Sequence[Row], kernels: Sequence[str]) -> list[list[Winner]]:
     for row in rows:
         if row["bench"] != "tune" or row["op"] not in kernels or row["metric"] != "ratio":
             continue
-        if row["rounds"] >= MIN_ROUNDS and row["source"] == source_of(row["op"]):
+        paced = row.get("late", 0) > row["rounds"] / 2  # by the host, which tells nothing of the choice
+        if row["rounds"] >= MIN_ROUNDS and not paced and row["source"] == source_of(row["op"]):
             by_choice = found.setdefault((row["op"], row["shape"], row["arch"], row["device"]), {})
             by_choice.setdefault(key_of(row["switches"]), {})[row["point"]] = row
     ranked = []

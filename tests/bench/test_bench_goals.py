@@ -10,6 +10,7 @@ import goals
 import report
 import roofline
 from rows import RowFile, machine
+from sanitize import CALLS
 
 GPU = machine(torch.device("cpu"), "python bench/throughput.py") | {
     "device": "an H200", "driver": "999", "commit": "0123456789",
@@ -123,7 +124,7 @@ def test_a_step_by_itself_counts_and_says_so() -> None:
     rows[1]["commit"] += "-dirty"
     assert f"| 400 img/s ({case}; of files that no commit holds) |" in said(rows[1:], goal)
     assert "| 320 img/s (fast-graphs, batch 32, one step over and over) |" in said(rows, goal)
-    lines = [("fast", 32.0), ("fast with skip_below 0.001", 10.0)]
+    lines = [("fast", 32.0), ("fast with bfloat16 weights", 40.0), ("fast with skip_below 0.001", 10.0)]
     common = step | {"bench": "account", "mode": "sample", "provider": "fast", "batch": 32}
     rows = rows_of(*({"note": note, "p50": ms} for note, ms in lines), **common)
     rows[0]["rounds"] = 3
@@ -165,15 +166,34 @@ def test_kernels_ops_and_sanitizer() -> None:
     rows = rows_of(*({"op": name, "mode": mode, "p50": share} for name, mode, share in shares), **op)
     assert "| 80% (gate_residual fwd+bwd) | **missed** |" in said(rows, "adaLN kernels, of the copy's rate")
     assert "| 87% (adan_step fwd) | met |" in said(rows, "optimiser steps, of the copy's rate")
-    rows = rows_of({"op": "memcheck", "p50": 1.0}, bench="sanitize", metric="clean")
+    clean = {"bench": "sanitize", "metric": "clean", "shape": ",".join(CALLS)}
+    rows = rows_of({"op": "memcheck", "p50": 1.0}, **clean)
     goal = "compute-sanitizer, memcheck and racecheck: clean"
     assert said(rows, goal).endswith("not measured | |")
+    some = rows_of({"op": "racecheck", "p50": 1.0}, **clean | {"shape": ",".join(CALLS[1:])})
+    assert said(rows + some, goal).endswith("not measured | |")
     assert "| 0% (racecheck) | **missed** |" in said(
-        rows + rows_of({"op": "racecheck", "p50": 0.0}, bench="sanitize", metric="clean"), goal
+        rows + some + rows_of({"op": "racecheck", "p50": 0.0}, **clean), goal
     )
-    steps = {"bench": "account", "metric": "ops", "mode": "train", "model": "MDTv2_XL_2", "batch": 4}
-    rows = rows_of({"provider": "reference", "p50": 1000}, {"provider": "fast", "p50": 200}, **steps)
-    assert "| 0.20x (fast, batch 4) | met |" in said(rows, "ops dispatched in a training step over eager")
+
+
+def test_operations_are_compared_at_one_batch() -> None:
+    steps = {"bench": "account", "metric": "ops", "mode": "train", "model": "MDTv2_XL_2"}
+    rows = rows_of(
+        {"provider": "reference", "note": "reference", "batch": 4, "p50": 1000},
+        {"provider": "fast", "note": "fast", "batch": 4, "p50": 240},
+        {"provider": "reference", "note": "reference", "batch": 32, "p50": 1200},
+        {"provider": "fast", "note": "fast with batched_adaln", "batch": 32, "p50": 264},
+        {"provider": "fast", "note": "fast", "batch": 128, "p50": 200},
+        **steps,
+    )
+    expected = "| 0.22x (fast with batched_adaln, batch 32) | met |"
+    assert expected in said(rows, "ops dispatched in a training step over eager")
+
+
+def test_rows_of_no_commit() -> None:
+    rows = [row | {"commit": None} for row in models("fast", 370)]
+    assert "| 370 img/s (fast, batch 32) | met |" in said(rows, "train XL/2, bfloat16, one H200")
 
 
 def test_what_is_slower_is_bold() -> None:

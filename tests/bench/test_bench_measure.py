@@ -22,6 +22,16 @@ def test_providers_take_turns_with_the_same_indices() -> None:
     assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3), ("b", 2), ("b", 3)]
     assert [len(timings[name].seconds) for name in "ab"] == [2, 2]
     assert timings["a"].indices == [0, 2]
+    del calls[:]
+    timings = take_turns(steps, CPU, repeats=2, again={"b": 2})
+    assert calls == [("a", 0), ("b", 0), ("b", 0), ("a", 1), ("b", 1), ("b", 1)]
+    assert timings["b"].indices == [0, 1]
+
+
+def test_a_turn_s_seconds_are_a_step_s() -> None:
+    steps = {name: lambda i: time.sleep(0.01) for name in "ab"}
+    timings = take_turns(steps, CPU, repeats=3, inner=2, again={"b": 3})
+    assert all(0.01 <= min(timing.seconds) < 0.02 for timing in timings.values())
 
 
 def test_shuffled_turns_follow_each_other_in_every_order() -> None:

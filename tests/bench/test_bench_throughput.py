@@ -209,6 +209,7 @@ MISTAKES = {
     "plot": (["--plot", "/no/such/folder/p.png"], "--plot: cannot write '/no/such/folder/p.png'"),
     "official": (["--official", "/no/such"], "--official: no file '/no/such/masked_diffusion/models.py'"),
     "option": (["--modle", "x"], "unrecognized arguments: --modle x"),
+    "own": (["--account", "--providers", "fast"], "--providers: not together with --account of training"),
     "empty": (["--providers", ","], "--providers: got ',', expected one or more names"),
 }  # fmt: skip
 

@@ -110,6 +110,19 @@ def test_a_stage_ends_in_its_time(start: Callable) -> None:
     assert done.stdout.splitlines()[-1].endswith("passed")
 
 
+def test_a_failure_is_told_though_time_ran_out_after_it(start: Callable, tmp_path: Path) -> None:
+    """And the log of a stage has what all of its commands printed."""
+    script = tmp_path / "python"
+    script.write_text(script.read_text() + 'echo "$*"\n')
+    options = {"FAILS": "--batch 128", "HANGS": "--providers reference", "LIMIT": "2"}
+    done, _ = start("breakdown", **options)
+    assert "FAILED (exit code 3)" in done.stdout.splitlines()[-1]
+    for _ in range(2):  # a second run has a log of its own
+        start("breakdown")
+        log = (tmp_path / "out" / "breakdown.log").read_text().splitlines()
+        assert [line.split("--mode ")[1].split()[0] for line in log] == ["train", "train", "train", "sample"]
+
+
 def test_what_cannot_run(start: Callable) -> None:
     done, asked = start("kernels", "kernel")
     assert (done.returncode, asked) == (2, [])
