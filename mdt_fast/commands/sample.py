@@ -14,7 +14,7 @@ from rich.console import Console
 from ..config import SHARD_SIZE, SampleConfig, from_dict, to_dict
 from ..data import FirstStage, Latents, described_stage
 from ..data.encode_folder import Ranks
-from ..data.encode_progress import EncodingProgress
+from ..data.progress import ImageProgress
 from ..errors import UserError, nearest
 from ..models.float8 import check_float8, use_float8
 from ..sampling import (
@@ -152,7 +152,7 @@ def draw(
     """The pictures of each span of images, uint8 [n, H, W, C]; no batch reaches into the next span, so that
     they do not depend on which others are drawn here."""
     total, before = sum(map(len, spans)), 0
-    with EncodingProgress(total, ranks.world, console if ranks.rank == 0 else None, "sampling") as bar:
+    with ImageProgress(total, ranks.world, console if ranks.rank == 0 else None, "sampling") as bar:
         for span in spans:
             pictures = []
             for first in range(span.start, span.stop, batch_size):

@@ -9,11 +9,11 @@ is the same whoever it is.
 import hashlib
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,12 @@ from rich.console import Console
 
 from ..config import DataConfig
 from ..errors import UserError
+from .ahead import read_ahead
 from .autoencoder import Autoencoder
 from .encode_folder import Folder, Ranks
-from .encode_progress import EncodingProgress
 from .images import SourceSet, open_source
 from .latents import DTYPES, Encoding, is_encoded
-
-AHEAD = 2  # batches decoded ahead of the one in use
+from .progress import ImageProgress
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,14 @@ def encode(
     mine = range(encoding.shards)[ranks.rank :: ranks.world]
     todo = {shard: encoding.span(shard) for shard in mine if folder.record(shard) is None}
     batches = {shard: _batches(span, batch_size) for shard, span in todo.items()}
-    read = _read_ahead(images, [batch for some in batches.values() for batch in some], config.workers)
+
+    def begin(batch: range, pool: Executor) -> Callable[[], list[np.ndarray | UserError]]:
+        samples = [pool.submit(_read, images, index) for index in batch]
+        return lambda: [sample.result() for sample in samples]
+
+    read = read_ahead(chain.from_iterable(batches.values()), begin, config.workers)
     total, done, began = sum(map(len, todo.values())), 0, time.perf_counter()
-    with closing(read), EncodingProgress(total, ranks.world, console) as bar:
+    with closing(read), ImageProgress(total, ranks.world, console) as bar:
         for shard, span in todo.items():
             rows = Rows(encoding, len(span))
             for batch in batches[shard]:
@@ -216,24 +220,9 @@ def _batches(span: range, batch_size: int) -> list[range]:
     return [span[start : start + batch_size] for start in range(0, len(span), batch_size)]
 
 
-def _read_ahead(
-    images: SourceSet, batches: list[range], workers: int
-) -> Generator[list[np.ndarray | UserError], None, None]:
-    """The pixels of each batch in turn, decoded by threads while the autoencoder works."""
-
-    def load(index: int) -> np.ndarray | UserError:
-        try:
-            return images.load(index, random.Random(0))
-        except UserError as error:
-            return error
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting: deque[list[Future]] = deque()
+def _read(images: SourceSet, index: int) -> np.ndarray | UserError:
+    """The pixels of one sample, or what is wrong with its file."""
     try:
-        for number in range(len(batches) + AHEAD):
-            if number < len(batches):
-                waiting.append([pool.submit(load, index) for index in batches[number]])
-            if number >= AHEAD and waiting:
-                yield [future.result() for future in waiting.popleft()]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        return images.load(index, random.Random(0))
+    except UserError as error:
+        return error

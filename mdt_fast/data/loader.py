@@ -6,9 +6,8 @@ nothing is dropped.
 """
 
 import random
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
+from .ahead import read_ahead
 from .images import ImageSet
 
-AHEAD = 2  # batches decoded ahead of the one in use
 CHUNK = 32  # rows at most that a thread reads in one go: reading one of latents costs less than passing it on
 # What a random stream is for: part of its seed, so that no two streams are the same.
 ORDER, FLIP, CROP = 1, 2, 3
@@ -69,28 +68,21 @@ class Loader:
                 self._fill(*batch, 0, samples)
                 yield batch
             return
-        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="decode")
-        waiting: deque[tuple[Batch, list[Future[None]]]] = deque()
-        try:
-            for step in range(first, last + AHEAD):
-                if step < last:
-                    waiting.append(self._begin(pool, step))
-                if step >= first + AHEAD and waiting:
-                    batch, chunks = waiting.popleft()
-                    for chunk in chunks:
-                        chunk.result()
-                    yield batch
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        yield from read_ahead(range(first, last), self._begin, self.config.workers)
 
-    def _begin(self, pool: ThreadPoolExecutor, step: int) -> tuple[Batch, list[Future[None]]]:
-        """Batch ``step``, and what threads have to do until it is filled."""
+    def _begin(self, step: int, pool: Executor) -> Callable[[], Batch]:
+        """Have ``pool`` fill batch ``step``."""
         batch, samples = self._empty(), self._samples(step)
         chunk = min(CHUNK, -(-len(samples) // self.config.workers))
         starts = range(0, len(samples), chunk)
-        return batch, [
-            pool.submit(self._fill, *batch, start, samples[start : start + chunk]) for start in starts
-        ]
+        chunks = [pool.submit(self._fill, *batch, at, samples[at : at + chunk]) for at in starts]
+
+        def filled() -> Batch:
+            for done in chunks:
+                done.result()
+            return batch
+
+        return filled
 
     def _empty(self) -> Batch:
         rows = len(range(self.batch_size)[self.rows])

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,40 @@ def _around(module: nn.Module) -> tuple[Any, ...]:
     return type(module), hooks, own.get("forward"), own.get("switches"), own.get("attention_backend")
 
 
+class FusedStep:
+    """Guidance and a step of ``ddpm`` or ``ddim`` in one kernel, from the model's output."""
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        config: SampleConfig,
+        channels: int,
+        clip: bool,
+        device: torch.device,
+    ):
+        a = diffusion.alphas_cumprod
+        self.kind: Literal["ddpm", "ddim"] = "ddpm" if config.sampler == "ddpm" else "ddim"
+        table = (
+            ddpm_coefficients(a, diffusion.var_type)
+            if self.kind == "ddpm"
+            else ddim_coefficients(a, config.eta)
+        )
+        self.table_TK = table.to(device)
+        self.predicts, self.channels, self.clip = diffusion.mean_type, channels, clip
+
+    def __call__(
+        self, output: Tensor, x: Tensor, noise: Tensor | None, row: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """The next x of x [n, C, S, S], by ``output`` [B, O, S, S], the guidance's ``weight`` [n] or None and
+        ``row`` [K], the step's of ``table_TK``."""
+        return cfg_step(
+            output, x, noise, row, scale=weight, guided_channels=self.channels, kind=self.kind,
+            predicts=self.predicts, clip_denoised=self.clip,
+        )[0]  # fmt: skip
+
+
 class GuidedModel:
-    """The model as steps see it. ``fused``: steps of ``ddpm`` and ``ddim`` are part of the pass.
+    """The model as steps see it. ``fused``: the sampler's step, where it is part of the pass.
 
     ``device``: where passes are computed, if that is not where the weights lie between them. ``plan``: which
     tokens of the n images the encoder sees in the next passes; None: all.
@@ -80,7 +112,7 @@ class GuidedModel:
         *,
         device: torch.device | None = None,
     ):
-        self.model, self.diffusion, self.config, self.clip = model, diffusion, config, clip_denoised
+        self.model, self.diffusion, self.config = model, diffusion, config
         self.switches = switches
         weight = next(model.parameters())
         self.device, self.dtype = device or weight.device, weight.dtype
@@ -94,17 +126,10 @@ class GuidedModel:
         self.casts: CastWeights | None = None
         if self.parts is not None and config.dtype != "float32" and switches.cast_once:
             self.casts = CastWeights(self.parts, getattr(torch, config.dtype))
-        self.fused = False
+        self.fused: FusedStep | None = None
         fusable = switches.fused_step and config.sampler in ("ddpm", "ddim")
         if fusable and type(diffusion) is GaussianDiffusion:  # what a class of one's own does is its own
-            self.fused = True
-            a, self.predicts = diffusion.alphas_cumprod, diffusion.mean_type
-            table = (
-                ddpm_coefficients(a, diffusion.var_type)
-                if config.sampler == "ddpm"
-                else ddim_coefficients(a, config.eta)
-            )
-            self.table_TK = table.to(self.device)
+            self.fused = FusedStep(diffusion, config, self.channels, clip_denoised, self.device)
         self.graphed = switches.cuda_graph and self.parts is not None and self.device.type == "cuda"
         self.graphs: Graphed | None = None
         self.captured_of: list[Any] = []
@@ -149,7 +174,8 @@ class GuidedModel:
 
     def step(self, x: Tensor, index: int, noise: Tensor | None) -> Tensor:
         """The next x, of a ``fused`` sampler."""
-        return self._call(x, index, noise, self.table_TK[index])
+        assert self.fused is not None
+        return self._call(x, index, noise, self.fused.table_TK[index])
 
     def prediction(self, x: Tensor, index: int) -> Tensor:
         """The guided output [n, O, S, S] for x [n, C, S, S]."""
@@ -210,10 +236,4 @@ class GuidedModel:
             shared = self.switches.shared_embedding
             output = guided_pass(self.parts, images, c, plan, guided=guided, shared=shared)
         output = output.to(x.dtype)
-        if row is None:
-            return output
-        return cfg_step(
-            output, x, noise, row, scale=weight, guided_channels=self.channels,
-            kind="ddpm" if self.config.sampler == "ddpm" else "ddim",
-            predicts=self.predicts, clip_denoised=self.clip,
-        )[0]  # fmt: skip
+        return output if self.fused is None or row is None else self.fused(output, x, noise, row, weight)

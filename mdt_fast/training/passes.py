@@ -72,7 +72,7 @@ class GraphedPasses:
     def __init__(self, passes: Passes):
         self.passes, self.parameters = passes, list(passes.model.parameters())
         self.adding = passes.settings.accumulate > 1
-        self.parts = 0
+        self.begun = False
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.written: dict[Key, list[Tensor | None]] = {}
         self.names: list[str] = []
@@ -80,7 +80,7 @@ class GraphedPasses:
         self.graphed = Graphed(self._stacked, passes.device, self._warmed_up, self._captured)
 
     def zero_grad(self) -> None:
-        self.parts = 0
+        self.begun = False
         self._let(self.gradients)
         known = [gradient for gradient in self.gradients if gradient is not None]
         if known:
@@ -93,13 +93,13 @@ class GraphedPasses:
         self.ascending = plan is not None and plan.ascending
         masked = [None if plan is None else getattr(plan, name) for name in TENSORS]
         args = x, y, scale, *(getattr(draws, name) for name in DRAWN), *masked
-        before = self._so_far() if self.parts and key_of(args) not in self.graphed.captured else []
+        before = self._so_far() if self.begun and key_of(args) not in self.graphed.captured else []
         terms = self.graphed(*args)
         for gradient, part in before:
             gradient.add_(part)
         if not self.adding:
             self._let(self.written[key_of(args)])
-        self.parts += 1
+        self.begun = True
         return dict(zip(self.names, terms.clone().unbind(), strict=True))
 
     def _stacked(self, x: Tensor, y: Tensor, scale: Tensor | None, *drawn: Any) -> Tensor:

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..data.progress import clock
+
 LINES = 20  # plain lines per run, about
 QUIET_SECONDS = 600  # a long run has more: one at least in every ten minutes, where there are new numbers
 RECENT_STEPS = 1000
@@ -234,13 +236,3 @@ def summary(
 def _number(value: float, whole_from: float = 100) -> str:
     """Three digits where it is small."""
     return f"{value:.0f}" if value >= whole_from else f"{value:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03``, ``2:03``, or ``3d 01:02`` from a day on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, rest = divmod(hours, 24)
-    if days:
-        return f"{days}d {rest:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

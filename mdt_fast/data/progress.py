@@ -1,4 +1,4 @@
-"""The progress of encoding or sampling: a bar on a terminal, plain lines elsewhere."""
+"""How far encoding or sampling is: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 LINES = 20  # plain lines per run, about
 
 
-class EncodingProgress:
-    """``with EncodingProgress(...) as bar: bar.update(done)``: this process's images, rate, time left.
+class ImageProgress:
+    """``with ImageProgress(...) as bar: bar.update(done)``: this process's images, rate, time left.
 
     ``what`` is done. Silent without a console. When nobody reads any more (a closed pipe), it goes quiet: the
     work goes on.
@@ -31,7 +31,7 @@ class EncodingProgress:
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task(what, total=total, numbers="")
 
-    def __enter__(self) -> "EncodingProgress":
+    def __enter__(self) -> "ImageProgress":
         self._began = time.perf_counter()
         if self._bar and self.total:
             self._or_quiet(self._bar.start)
@@ -61,7 +61,10 @@ class EncodingProgress:
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03``, or ``2:03`` under an hour."""
-    minutes, rest = divmod(round(seconds), 60)
+    """``1:02:03``, ``2:03``, or ``3d 01:02`` from a day on."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    days, rest = divmod(hours, 24)
+    if days:
+        return f"{days}d {rest:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
