@@ -51,6 +51,11 @@ def test_a_short_training_and_its_samples_say_so(
         with np.load(file) as saved:
             drawn[weights] = saved["arr_0"]
     assert (drawn["ema"] != drawn["model"]).any()
+    for weights in ("ema", "model"):
+        file = tmp_path / f"{weights}.safetensors"
+        assert main(["convert", str(trained), str(file), f"--weights={weights}"]) == 0
+        out = capsys.readouterr().out
+        assert (says in out and "convert it with --weights model" in out) == (weights == "ema")
 
 
 def test_a_folder_is_of_one_kind_of_weights(

@@ -73,15 +73,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 MOST_INITIAL = 0.05  # of the average; with more, pictures are visibly noisy
 
 
-def unripe(decay: float, step: int) -> str | None:
-    """One line if after ``step`` updates more than 5% of an average of ``decay`` are the initial weights."""
+def unripe(
+    decay: float, step: int, instead: str = "draw with mdt-fast sample --weights model"
+) -> str | None:
+    """One line if after ``step`` updates more than 5% of an average of ``decay`` are the initial weights;
+    ``instead``: what can be done about it besides."""
     share = decay**step
     if share <= MOST_INITIAL:
         return None
     return (
         f"warning: after {step} steps the average of the weights (train.ema_decay={decay:g}) still holds "
         f"{share:.0%} of the initial ones, which draw noise if they were random; train for more steps or "
-        "with a smaller --set train.ema_decay, or draw with mdt-fast sample --weights model"
+        f"with a smaller --set train.ema_decay, or {instead}"
     )
 
 
