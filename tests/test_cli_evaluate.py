@@ -1,6 +1,7 @@
 """``mdt-fast evaluate`` as a person uses it: digits end to end, ADM's files, every mistake in one line."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 from feature_networks import MODULE, Small, forget
 from mdt_fast.cli import main
-from mdt_fast.evaluation import frechet_distance, moments
+from mdt_fast.evaluation import frechet_distance, inception_score, moments
+from mdt_fast.evaluation import reference as evaluation_reference
 from mdt_fast.sampling import save_npz
 
 FAST = ["--device=cpu", "--threads=1"]
@@ -102,7 +104,9 @@ def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (same["precision"], same["recall"]) == (1, 1)
 
 
-def test_adms_reference_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adms_reference_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its statistics give fid and sfid, channels last; its images precision and recall."""
     many, few = pictures(80, 1), pictures(30, 2)
     pooled, spatial = Small()(torch.from_numpy(many).permute(0, 3, 1, 2))
@@ -114,20 +118,32 @@ def test_adms_reference_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     np.savez(tmp_path / "adm.npz", arr_0=few, **statistics)
     np.savez_compressed(tmp_path / "statistics.npz", **statistics)
     save_npz(tmp_path / "many.npz", many, [0] * 80)
+    bare = run(capsys, "many.npz", "--reference=statistics.npz", "--features=mine:Class")["metrics"]
+    assert bare.keys() == {"fid", "sfid"}
+    assert bare["fid"] == pytest.approx(0, abs=1e-6)
+    assert bare["sfid"] == pytest.approx(0, abs=1e-4)
+    notes = json.loads(Path("out.json").read_text())["notes"]
+    assert any("comparable only if" in note for note in notes)
+    assert any("is is left out" in note for note in notes)
+    assert any("sfid: 80 images in many.npz for 448 features" in note for note in notes)
+    # Another network than Inception sees the images, though it has as many features.
+    seen = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
+    features = [Small()(torch.from_numpy(images).permute(0, 3, 1, 2))[0] for images in (many, few)]
+    assert seen["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, features)), rel=1e-4)
+    assert not any("statistics" in note for note in seen["notes"])
+    monkeypatch.setattr(
+        evaluation_reference, "is_published", lambda identity: identity.startswith("mine:Class")
+    )
     whole = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
-    assert whole["metrics"]["fid"] == pytest.approx(0, abs=1e-6)
-    assert whole["metrics"]["sfid"] == pytest.approx(0, abs=1e-4)
+    assert {name: whole["metrics"][name] for name in ("fid", "sfid")} == bare
     assert 0 < whole["metrics"]["recall"] < 1
-    assert any("comparable only if" in note for note in whole["notes"])
-    assert any("is is left out" in note for note in whole["notes"])
-    assert any("sfid: 80 images in many.npz for 448 features" in note for note in whole["notes"])
-    bare = run(capsys, "many.npz", "--reference=statistics.npz", "--features=mine:Class")
-    assert bare["metrics"] == {name: whole["metrics"][name] for name in ("fid", "sfid")}
-    # A network with another number of features: the images are what is left.
-    mean = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:mean", "--metrics=fid")
-    means = [torch.from_numpy(images).float().mean((1, 2)) for images in (many, few)]
-    assert mean["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, means)), rel=1e-6)
-    assert not mean["notes"]
+    said = "fid and sfid are against the statistics in adm.npz, the rest against its images"
+    assert said in whole["notes"]
+    # Of features no network is asked for where the statistics are enough.
+    run(capsys, "many.npz", "--features=mine:Class", "--save-features=many.safetensors")
+    for metrics in ("fid", "fid,sfid"):
+        again = run(capsys, "many.safetensors", "--reference=adm.npz", f"--metrics={metrics}")["metrics"]
+        assert again == {name: bare[name] for name in metrics.split(",")}
 
 
 def test_saved_features_are_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,9 +164,8 @@ def test_a_folder_of_any_sizes_is_cropped(tmp_path: Path, capsys: pytest.Capture
     for index, side in enumerate((9, 12, 20, 8, 8)):
         Image.fromarray(pictures(1, index, side)[0]).save(tmp_path / "photos" / f"{index}.png")
     save_npz(tmp_path / "a.npz", pictures(20, 3), [0] * 20)
-    assert "'photos/1.png' is 12x12 RGB, '0.png' is 9x9 RGB; one size is needed" in error(
-        capsys, "photos", "--reference=photos", "--features=mine:mean"
-    )
+    message = error(capsys, "photos", "--reference=photos", "--features=mine:mean")
+    assert re.search(r"'photos/[1-4].png' is (8x8|12x12|20x20) RGB, '0.png' is 9x9 RGB; one size", message)
     found = run(capsys, "a.npz", "--reference=photos", "--image-size=8", "--features=mine:mean")
     assert found["reference"] == {"path": "photos", "count": 5, "shape": [8, 8, 3]}
 
@@ -211,6 +226,7 @@ REFUSED = [
     ("good.npz", ["--json=good.npz"], "'good.npz' is to be read and to be written; choose another name"),
     ("good.npz", ["--save-features=x.npz"], "a name that ends in .safetensors is needed, got 'x.npz'"),
     ("good.npz", ["--weights=x.pth"], "--weights: is for inception-v3-compat only"),
+    ("", [], "SAMPLES: a name is needed, got ''") ,
     ("lit.npz", ["--features=mine:not_finite"], "the features of arr_0[17] in 'lit.npz' are not finite"),
 ]  # fmt: skip
 
@@ -224,6 +240,44 @@ def test_mistakes(samples: str, options: list[str], message: str, capsys: pytest
     added += [] if "--features" in names else ["--features=mine:mean"]
     assert message in error(capsys, samples, *options, *added)
     assert sorted(path for path in Path().iterdir() if path.name != "__pycache__") == before
+
+
+def test_parts_of_an_inception_score_have_all_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder, whose names go by class; a file keeps its order."""
+    monkeypatch.setattr(inception_score, "__defaults__", (50,))
+    Path("by_shade.py").write_text(
+        "import torch\ndef features(images):\n    shade = images[:, 0, 0, 0].long() // 50\n"
+        "    hot = torch.nn.functional.one_hot(shade, 5).float()\n"
+        "    return {'pooled': images.flatten(1).float(), 'probabilities': hot}\n"
+    )
+    images = pictures(250, 5)
+    images[:, 0, 0, 0] = np.arange(250)
+    (tmp_path / "drawn").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "drawn" / f"{index // 50}_{index:04}.png")
+    save_npz(tmp_path / "drawn.npz", images, [0] * 250)
+    asked = ["--metrics=is", "--features=by_shade:features"]
+    assert run(capsys, "drawn.npz", *asked)["metrics"]["is"] == pytest.approx(1)
+    found = run(capsys, "drawn", *asked)["metrics"]
+    assert found["is"] > 4.5
+    assert run(capsys, "drawn", *asked, "--batch-size=7")["metrics"] == found
+
+
+@pytest.mark.usefixtures("files")
+def test_features_of_the_samples_outlive_a_bad_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    """And two networks are told before any image is seen."""
+    (Path("pair")).mkdir()
+    Image.fromarray(pictures(1, 1)[0]).save("pair/1.png")
+    Path("pair/2.png").write_bytes(b"no picture")
+    save = ["--features=mine:mean", "--save-features=kept.safetensors"]
+    assert "cannot read image 'pair/2.png'" in error(capsys, "good.npz", "--reference=pair", *save)
+    assert load_file("kept.safetensors")["pooled"].shape == (20, 3)
+    for sides in (["good.npz", "--reference=kept.safetensors"], ["kept.safetensors", "--reference=good.npz"]):
+        message = error(capsys, *sides, "--features=mine:Class", "--save-features=none.safetensors")
+        assert "they must be of the same network" in message
+        assert not Path("none.safetensors").exists()
 
 
 @pytest.mark.usefixtures("files")

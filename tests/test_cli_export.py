@@ -63,13 +63,14 @@ def test_a_mistake_ends_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_of_a_solver_and_without_labels(tmp_path: Path) -> None:
+def test_of_a_solver_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the step cannot do is left out of what it does by default."""
     options = [*ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.sampler=unipc", "--steps=1"]
     run, step = tmp_path / "run", tmp_path / "step.pt2"
     training = ["train", "--preset=digits", *options, "--set=sample.steps=3", "--unconditional"]
     assert main([*training, f"--out={run}"]) == 0
     assert main(["export", str(run), str(step), "--batch=2", "--device=cpu"]) == 0
+    assert "the run samples by unipc, which is diffusers' and not in the file" in capsys.readouterr().out
     described = read_description(step)
     assert (described["sample"]["sampler"], described["guided"], described["batch"]) == ("ddim", False, 2)
     with pytest.raises(UserError, match="cfg_scale: a model trained without label dropout cannot"):

@@ -2,6 +2,7 @@
 is written beside a run, which stays."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from mdt_fast.cli import main
 from mdt_fast.models.convert import read_metadata, read_weights
+from mdt_fast.sampling import to_uint8
 from mdt_fast.training.metrics import read_rows
 from one_line import error
 from tiny import ARGUMENTS
@@ -39,6 +41,28 @@ def test_a_number_that_is_a_name_is_that_class(numbers: Path, tmp_path: Path, as
     arguments = ["sample", str(numbers / "run"), "--num-samples=1", f"--labels={asked}", "--device=cpu"]
     assert main([*arguments, f"--npz={tmp_path / 'x.npz'}"]) == 0
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [drawn]
+
+
+def test_arrays_alone_are_written_as_they_are_drawn(
+    numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as beside a picture of all, for which they are kept; a run that breaks off leaves no file."""
+    arguments = ["sample", str(numbers / "run"), "--num-samples=5", "--batch-size=2", "--device=cpu"]
+    assert main([*arguments, f"--npz={tmp_path / 'a.npz'}"]) == 0
+    assert main([*arguments, f"--npz={tmp_path / 'b.npz'}", f"--grid={tmp_path / 'b.png'}"]) == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    shapes: list[int] = []
+
+    def batch(x: torch.Tensor) -> np.ndarray:
+        shapes.append(len(x))
+        if len(shapes) == 3:
+            raise KeyboardInterrupt
+        return to_uint8(x)
+
+    monkeypatch.setattr(sys.modules["mdt_fast.commands.sample"], "to_uint8", batch)
+    assert main([*arguments, f"--npz={tmp_path / 'c.npz'}"]) == 130
+    assert shapes == [2, 2, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz", "b.png"]
 
 
 def test_a_class_that_came_later_is_named(

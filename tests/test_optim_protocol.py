@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fused import BOTH, SHAPES, assert_near, bits, parameters, run, same, set_grads, strided
 from fused import served as served  # a fixture
@@ -306,20 +307,47 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     run(adamw, list(adamw.param_groups[0]["params"]), 1)
     wrong = copy.deepcopy(optimizer.state_dict())
     wrong["state"][0]["exp_avg"] = torch.ones(2)
-    cautious = copy.deepcopy(optimizer.state_dict())
+    cautious, clipped, other = (copy.deepcopy(optimizer.state_dict()) for _ in range(3))
     cautious["param_groups"][0]["caution"] = True
+    clipped["param_groups"][0]["max_grad_norm"] = 1.0  # as the official Adan has it
+    other["param_groups"][0]["betas"] = (0.9, 0.999)
     for state, message in (
+        (clipped, "max_grad_norm: 1 in the loaded state, 0 in this optimizer; make it with max_grad_norm=1"),
+        (other, r"betas: three values in \[0, 1\) needed, got \(0.9, 0.999\)"),
         (adamw.state_dict(), "state of parameter 0: no 'exp_avg_diff'; it has step, exp_avg, exp_avg_sq"),
         (wrong, r"state of parameter 0: exp_avg of shape \[2\], or sharded otherwise, for .* \[7, 5\]"),
         (cautious, "caution: True is not served, only False"),
     ):
         with pytest.raises(UserError, match=message):
             optimizer.load_state_dict(state)
+    uncounted = copy.deepcopy(adamw.state_dict())
+    del uncounted["state"][1]["step"]
+    with pytest.raises(UserError, match="state of parameter 1: no 'step'; it has exp_avg, exp_avg_sq"):
+        adamw.load_state_dict(uncounted)
     for option in ("amsgrad", "maximize"):
         with pytest.raises(UserError, match=f"{option}: True is not served, only False"):
             adamw.load_state_dict(torch.optim.AdamW(parameters(), **{option: True}).state_dict())
     assert same(bits(optimizer, params), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+@BOTH
+def test_checkpoints_of_torch_distributed_move_no_average(cls: Any) -> None:
+    """It makes a state by a step of rate 0, whose gradients are zeros."""
+    model = nn.Linear(3, 2)
+    ema = [torch.zeros_like(p) for p in model.parameters()]
+    optimizer = cls(model.parameters(), lr=0.1)
+    optimizer.add_ema(ema, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    state = get_optimizer_state_dict(model, optimizer)
+    assert not any(average.any() for average in ema)
+    set_grads(list(model.parameters()), 1)
+    optimizer.step()
+    assert all(average.any() for average in ema)
+    moved = copy.deepcopy(ema)
+    set_optimizer_state_dict(model, cls(model.parameters(), lr=0.1), state)
+    assert same(moved, ema)
+    assert any((p != before[name]).any() for name, p in model.named_parameters())
 
 
 def test_too_many_averages_are_refused() -> None:

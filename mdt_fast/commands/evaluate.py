@@ -33,6 +33,7 @@ from ..evaluation import (
     warnings,
 )
 from ..evaluation import evaluate as measure
+from ..evaluation.reference import statistics_for, suffice
 from ..files import aside
 from ..sampling import assembled_in, check_writable
 from ..training.run import resolve_device
@@ -46,18 +47,19 @@ def evaluate(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     console = Console(highlight=False, soft_wrap=True)
     samples, reference, given = both_sides(args, asked or METRICS, device, console)
-    if args.save_features is not None:
-        if samples.pooled is None:
-            raise UserError(f"--save-features: {args.samples!r} has statistics only; images are needed")
-        save_features(Path(args.save_features), samples)
     metrics, notes = (asked, []) if asked is not None else possible(samples, reference)
     values = measure(samples, reference, metrics, device=device)
     notes += warnings(samples, reference, metrics)
-    if reference is not None and rests_on(given, reference, metrics) and not is_published(samples.extractor):
-        notes.append(
-            f"the statistics in {args.reference} are comparable only if they are of the samples' network "
-            f"({samples.extractor or 'unknown'})"
-        )
+    if reference is not None and rests_on(given, reference, metrics):
+        if not is_published(samples.extractor):
+            notes.append(
+                f"the statistics in {args.reference} are comparable only if they are of the samples' network "
+                f"({samples.extractor or 'unknown'})"
+            )
+        if reference.count is not None:
+            notes.append(
+                f"fid and sfid are against the statistics in {args.reference}, the rest against its images"
+            )
     if args.json is not None:
         write_json(Path(args.json), record(samples, reference, values, notes))
     show(console, args, samples, values, notes)
@@ -66,6 +68,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> list[str] | None:
     """The metrics that were asked for, or None: all that can be had. ``UserError`` before any work."""
+    if not args.samples:
+        raise UserError("SAMPLES: a name is needed, got ''")
     refuse_empty(args, "reference", "json", "save_features", "features", "weights")
     for name in ("batch_size", "image_size"):
         value = getattr(args, name)
@@ -84,20 +88,22 @@ def check_arguments(args: argparse.Namespace) -> list[str] | None:
 def both_sides(
     args: argparse.Namespace, metrics: Sequence[str], device: torch.device, console: Console
 ) -> tuple[Features, Features | None, Features | None]:
-    """The samples' features, the reference's, and what of these its file had ready."""
+    """The samples' features, the reference's, and what of these its file had ready. The samples' are saved,
+    where that is asked for, before the reference is looked at: they may have taken hours."""
     sources = _open(args)
-
     network = args.features or INCEPTION
 
     @cache
     def extractor() -> Extractor:
         return open_extractor(network, device=device, weights=args.weights, trust=args.trust_features)
 
-    if any(source.images is not None for source in sources):
+    if _looks(sources, metrics):  # what is wrong with the network is said before any work
         if args.features is None:
             for source in sources:
                 check_default(source.features)
-        extractor()  # what is wrong with it is said before any work
+        name = extractor().name
+        seen = [source.features or Features("", name, None) for source in sources]
+        check_same_network(seen[0], seen[-1])
     found: list[Features] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for source, what in zip(sources, ("SAMPLES", "--reference")):
@@ -105,22 +111,36 @@ def both_sides(
                 progress.update,
                 progress.add_task(what, total=source.images.count if source.images is not None else 1),
             )
-            first = found[0].moments if found else None
             features = complete(
                 source,
                 extractor,
-                dim=first.dim if first is not None else None,
+                samples=found[0] if found else None,
                 metrics=metrics,
                 what=what,
                 device=device,
                 batch_size=args.batch_size,
                 on_batch=lambda done, update=update: update(completed=done),  # type: ignore[misc]
             )
+            if args.save_features is not None and not found:
+                if features.pooled is None:
+                    raise UserError(
+                        f"--save-features: {args.samples!r} has statistics only; images are needed"
+                    )
+                save_features(Path(args.save_features), features)
             found.append(features)
     if len(found) == 1:
         return found[0], None, None
     check_same_network(*found)
     return found[0], found[1], sources[1].features
+
+
+def _looks(sources: Sequence[Opened], metrics: Sequence[str]) -> bool:
+    """Whether images have to be seen: not those of a reference whose statistics are enough for features."""
+    samples, *reference = sources
+    if samples.images is not None or not reference or reference[0].images is None:
+        return samples.images is not None
+    known = samples.features
+    return known is None or not suffice(statistics_for(reference[0], known), metrics)
 
 
 def check_default(given: Features | None) -> None:

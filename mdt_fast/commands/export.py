@@ -30,6 +30,10 @@ def export(args: argparse.Namespace) -> int:
     stage = described_stage(opened.state.get("latents"), opened.config.data)
     config = replace(opened.config.sample, dtype="float32")
     if config.sampler in SOLVERS:
+        print(
+            f"the run samples by {config.sampler}, which is diffusers' and not in the file: its setting is "
+            f"{config.steps} steps of ddim; run_exported takes others"
+        )
         config = replace(config, sampler="ddim")
     if not opened.config.data.conditional:
         config = replace(config, cfg_scale=1.0)

@@ -120,7 +120,11 @@ def sample(args: argparse.Namespace) -> int:
         )
         return draw(sampler, stage, labels, spans, config.batch_size, ranks, console, known)
 
-    if folder is None:
+    if folder is None and targets.keys() == {"npz"}:  # written as they come, none is kept
+        size, count = config.batch_size, len(labels)
+        batches = drawn([range(first, min(first + size, count)) for first in range(0, count, size)])
+        made = _write(targets, batches, labels, opened.classes, known)
+    elif folder is None:
         (images,) = drawn([range(len(labels))])
         made = _write(targets, images, labels, opened.classes, known)
     else:
@@ -288,11 +292,12 @@ def _settings(
 
 def _write(
     targets: dict[str, Path],
-    images: np.ndarray,
+    images: np.ndarray | Iterator[np.ndarray],
     labels: Sequence[int],
     classes: Sequence[str],
     known: Known | None,
 ) -> list[str]:
+    """``images``: for an .npz alone batches that are drawn as they are written."""
     if "npz" in targets:
         try:
             save_npz(targets["npz"], images, labels)
@@ -300,6 +305,9 @@ def _write(
             raise UserError(
                 f"--npz: cannot write {str(targets['npz'])!r}: {error.strerror or error}"
             ) from None
+    if targets.keys() == {"npz"}:
+        return [str(targets["npz"])]
+    assert isinstance(images, np.ndarray)
     if "grid" in targets:
         save_picture(targets["grid"], grid(images, labels, classes, _before(known)))
     if "png" in targets:

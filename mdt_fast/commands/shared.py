@@ -21,4 +21,4 @@ def set_threads(threads: int | None) -> None:
 def refuse_empty(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) == "":
-            raise UserError(f"--{name}: a name is needed, got ''")
+            raise UserError(f"--{name.replace('_', '-')}: a name is needed, got ''")

@@ -86,13 +86,15 @@ class Autoencoder:
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float().contiguous()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, scale: float | None = None, shift: float | None = None) -> Tensor:
         """latents [B, c, h, w] as the model has them -> pixels [B, C, H, W] float32, about [-1, 1].
 
-        In memory for a few images at a time, however many there are.
+        ``scale`` and ``shift``: what the model was trained with, if that is not what the autoencoder says. In
+        memory for a few images at a time, however many there are.
         """
         weight = next(self.model.parameters())
-        z = latents.float() / self.scale + self.shift
+        scale, shift = self.scale if scale is None else scale, self.shift if shift is None else shift
+        z = latents.float() / scale + shift
         at_once = max(1, DECODED_AT_ONCE // (self.factor**2 * z.shape[-2] * z.shape[-1]))
         parts = z.to(weight.device, weight.dtype).split(at_once)
         return torch.cat([self.model.decode(part).sample.float() for part in parts])

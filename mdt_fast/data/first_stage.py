@@ -85,7 +85,7 @@ class Latents(FirstStage):
         return sample_posterior(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]), self.scale, self.shift)
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.opened().decode(x.to(self.device))
+        return self.opened().decode(x.to(self.device), self.scale, self.shift)
 
     def opened(self) -> Any:
         """The autoencoder, loaded at the first call; ``UserError`` where it cannot be had."""

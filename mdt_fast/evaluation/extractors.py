@@ -13,7 +13,8 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .inception import INCEPTION, load_inception
 
 NAMES = (INCEPTION,)
 PROGRAMS = (".pt", ".pth", ".ts", ".pt2")
+SUM_OFF = 1e-2  # from 1, of a row of probabilities in half precision
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Extractor:
     def __call__(self, images_BCHW: Tensor) -> Outputs:
         """Raises ``UserError`` where the network fails or returns something else than it should."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _whole_float32(images_BCHW.is_cuda):
                 return self._read(self.network(images_BCHW), len(images_BCHW))
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -85,7 +87,28 @@ class Extractor:
         probabilities = named.get("probabilities")
         if named.get("logits") is not None:
             probabilities = named["logits"].double().softmax(1).float()
+        elif probabilities is not None and probabilities.isfinite().all():
+            sums = probabilities.double().sum(1)
+            if (probabilities < 0).any() or ((sums - 1).abs() > SUM_OFF).any():
+                raise UserError(
+                    f"--features: {self.given!r} returned probabilities that are below 0 or do not sum to 1; "
+                    "what comes before a softmax is 'logits'"
+                )
         return Outputs(named["pooled"], named.get("spatial"), probabilities)
+
+
+@contextmanager
+def _whole_float32(on_a_gpu: bool) -> Iterator[None]:
+    """No TF32 in convolutions and products, as published values were taken without."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul) if on_a_gpu else ()
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def open_extractor(
@@ -194,6 +217,9 @@ def _weights_digest(network: Any) -> str:
         return ""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # extra state
+            digest.update(f"{name} {tensor!r}\n".encode())
+            continue
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return f" weights sha256:{digest.hexdigest()[:16]}"

@@ -9,7 +9,7 @@ from .moments import Moments
 NEGATIVE = 1e-4  # of the largest eigenvalue: more below zero than float32 rounding explains
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments, names: tuple[str, str] = ("features", "features")) -> float:
     """``|m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))``, in float64; at least 0.
 
     With ``S = R R'`` the last trace is the sum of the singular values of ``R_a' R_b``. R comes from the
@@ -20,20 +20,23 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     the distance is then within ``2 (sqrt(D e_a tr S_b) + sqrt(D e_b tr S_a))``, reached only if both are
     singular, in different directions; the tests see less than 1e-6 of ``tr(S_a) + tr(S_b)``.
 
-    Raises ``UserError`` for dimensions that differ and for what is no covariance.
+    Raises ``UserError``, which begins with one of ``names``, for what is no mean or no covariance; and for
+    dimensions that differ.
     """
     if a.dim != b.dim:
         raise UserError(f"features: of dimension {a.dim} and {b.dim}; they must come from the same network")
-    cross = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
+    root_a, root_b = (_root(part, name) for part, name in zip((a, b), names, strict=True))
+    cross = torch.linalg.svdvals(root_a.T @ root_b).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(0.0, distance.item())
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """R [D, D] with ``R R' = covariance``."""
-    if not covariance.isfinite().all():
-        raise UserError("features: their covariance is not finite")
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+def _root(part: Moments, name: str) -> Tensor:
+    """R [D, D] with ``R R'`` the covariance."""
+    for what, numbers in (("mean", part.mean), ("covariance", part.covariance)):
+        if not numbers.isfinite().all():
+            raise UserError(f"{name}: their {what} is not finite")
+    values, vectors = torch.linalg.eigh((part.covariance + part.covariance.T) / 2)
     if values[0] < -NEGATIVE * values[-1].abs():
-        raise UserError(f"features: their covariance has the eigenvalue {values[0]:.3g}; none may be below 0")
+        raise UserError(f"{name}: their covariance has the eigenvalue {values[0]:.3g}; none may be below 0")
     return vectors * values.clamp(min=0).sqrt()

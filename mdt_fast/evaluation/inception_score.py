@@ -9,8 +9,8 @@ SPLIT = 5000
 def inception_score(probabilities_NK: Tensor, split: int = SPLIT) -> tuple[float, float]:
     """Mean and standard deviation, over parts of ``split`` samples, of exp(mean KL(p(y|x) || p(y))); float64.
 
-    As in ADM's evaluator: parts in the samples' order, the last one may be shorter; one part has no
-    deviation (0). Between 1 (all alike) and K (one-hot, all classes as often).
+    As in ADM's evaluator: parts in the samples' order, which must not be by class; the last one may be
+    shorter; one part has no deviation (0). Between 1 (all alike) and K (one-hot, all classes as often).
     """
     scores = []
     for part in probabilities_NK.split(split):

@@ -82,8 +82,9 @@ def evaluate(
             assert samples.probabilities is not None
             values["is"], values["is_std"] = inception_score(samples.probabilities)
         elif metric in ("fid", "sfid"):
-            a, b = pair(metric, samples, reference)
-            values[metric] = frechet_distance(a, b)
+            assert reference is not None
+            names = (f"the features of {samples.name!r}", f"the features of {reference.name!r}")
+            values[metric] = frechet_distance(*pair(metric, samples, reference), names)
         elif "precision" not in values and "recall" not in values:
             assert reference is not None
             assert samples.pooled is not None

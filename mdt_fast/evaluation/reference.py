@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, nearest
-from .extractors import Extractor
+from .extractors import Extractor, TorchScriptInception
 from .features import Features, extract, load_features
+from .inception import is_published
 from .metrics import METRICS
 from .moments import Moments
 from .npz import Npz
@@ -59,7 +60,7 @@ def complete(
     opened: Opened,
     extractor: Callable[[], Extractor],
     *,
-    dim: int | None = None,
+    samples: Features | None = None,
     metrics: Sequence[str] = METRICS,
     what: str,
     device: torch.device | str = "cpu",
@@ -68,19 +69,16 @@ def complete(
 ) -> Features:
     """All that ``metrics`` need. Images are seen through ``extractor()`` if there are any.
 
-    Of a reference with both, statistics go before images if they are of as many features as the samples have
-    (``dim``): ADM's are of more images than it brings. Where they suffice, its images are not looked at.
+    ``samples``: whose reference this is. Of a reference with both, statistics go before images where they are
+    of the same network (:func:`statistics_for`): ADM's are of more images than it brings. Where they suffice,
+    its images are not looked at.
     """
-    given = opened.features
     if opened.images is None:
-        assert given is not None
-        return given
-    statistics = (
-        given if given is not None and given.moments is not None and given.moments.dim == dim else None
-    )
-    if statistics is not None and all(
-        (metric == "fid") or (metric == "sfid" and statistics.spatial is not None) for metric in metrics
-    ):
+        assert opened.features is not None
+        return opened.features
+    statistics = None if samples is None else statistics_for(opened, samples, extractor)
+    if suffice(statistics, metrics):
+        assert statistics is not None
         return statistics
     seen = extract(
         opened.images, extractor(), device=device, batch_size=batch_size, what=what, on_batch=on_batch
@@ -88,6 +86,32 @@ def complete(
     if statistics is None:
         return seen
     return replace(seen, moments=statistics.moments, spatial=statistics.spatial or seen.spatial)
+
+
+def statistics_for(
+    reference: Opened, samples: Features, extractor: Callable[[], Extractor] | None = None
+) -> Features | None:
+    """Those of a file that has images, too, as far as the samples' features can be held against them: by the
+    published Inception, whose statistics ADM's files hold, or by NVIDIA's program of it. Another network may
+    have as many features, but sees the images."""
+    given = reference.features
+    if given is None or given.moments is None or samples.moments is None:
+        return None
+    published = is_published(samples.extractor)
+    if not published and extractor is not None:
+        network = extractor()
+        published = isinstance(network.network, TorchScriptInception) and network.name == samples.extractor
+    if not published or given.moments.dim != samples.moments.dim:
+        return None
+    dims = [None if part is None else part.dim for part in (given.spatial, samples.spatial)]
+    return given if dims[0] == dims[1] else replace(given, spatial=None)
+
+
+def suffice(statistics: Features | None, metrics: Sequence[str]) -> bool:
+    """Whether ``metrics`` need nothing else of a reference."""
+    return statistics is not None and all(
+        metric == "fid" or (metric == "sfid" and statistics.spatial is not None) for metric in metrics
+    )
 
 
 def _statistics(npz: Npz) -> Features | None:

@@ -1,5 +1,6 @@
 """What can be evaluated: sets of images, from a ``.npz`` or a folder, in batches of bytes."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -60,7 +61,8 @@ class NpzImages:
 
 
 class FolderImages:
-    """Every image below a folder (:func:`list_images`), sorted by path.
+    """Every image below a folder (:func:`list_images`), in an order drawn once and for all: by path they
+    would come class by class, and the parts of an Inception Score have to hold all classes.
 
     ``image_size``: the short side is scaled to it and the centre square cut out, as for training; without,
     all images must be of the first one's size. They are grey if the first one is.
@@ -74,6 +76,7 @@ class FolderImages:
             image_size,
         )
         self.count = len(self.paths)
+        self.order = random.Random(0).sample(range(self.count), self.count)
         try:
             with Image.open(self.paths[0]) as first:
                 self.channels = 1 if first.mode in GREY else 3
@@ -83,10 +86,10 @@ class FolderImages:
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.count, size):
-            yield np.stack([self._checked(i) for i in range(start, min(start + size, self.count))])
+            yield np.stack([self._checked(index) for index in self.order[start : start + size]])
 
     def label(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.paths[self.order[index]])
 
     def _checked(self, index: int) -> np.ndarray:
         pixels = self._load(index)

@@ -18,11 +18,10 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..kernels.optim import grad_sumsq
 from ..kernels.optim.op import MOST_AVERAGES, NATIVE, is_dense, run
-from .loading import check_copies, check_rate, check_state, follow, in_order, labels_of, restore, tie_masters
+from . import loading
 from .shards import laid_out, local, split
 from .tracing import untraced
 
-NUMBERS = {2: "two", 3: "three"}
 OWN = ("max_grad_norm", "clip_norm", "moments_dtype", "process_group", "grad_norm", "skipped_steps",
        "_averages", "_decays", "_masters")  # fmt: skip
 
@@ -57,6 +56,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     op: str  # of kernels.optim
     betas: int  # how many
     moments: tuple[str, ...]
+    counted: tuple[str, ...] = ()  # what else a parameter's state must have
     fixed: ClassVar[dict[str, Any]]  # what the plain optimiser has in its groups besides
     refused: tuple[str, ...]  # those keys of it that would change the result, had they another value
 
@@ -104,14 +104,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         ``params``: one float32 tensor (float64 where the parameter is) for each parameter, of its shape and
         on its device, in the optimiser's order, of its groups one after the other; or in any order with
-        names (``named_parameters()``), if the optimiser was made so. All move, with gradients or without.
+        names (``named_parameters()``), if the optimiser was made so. All move, with gradients or without; but
+        not in a first step of rate 0, by which ``torch.distributed.checkpoint`` has a state made.
         """
-        average, own = in_order("params", params, self.param_groups), list(self._all())
+        average, own = loading.in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
             raise UserError(f"decay: must be in [0, 1), got {decay}")
-        check_copies("params", average, own, labels_of("params", self.param_groups), self._copies())
+        loading.check_copies(
+            "params", average, own, loading.labels_of("params", self.param_groups), self._copies()
+        )
         self._averages.append([ema.detach() for ema in average])
         self._decays.append(float(decay))
 
@@ -124,13 +127,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         masters are written into them; without such, a parameter that has got other weights gives its own.
         ``UserError`` for tensors that do not fit, and where there are masters already.
         """
-        given, own = in_order("masters", masters, self.param_groups), list(self._all())
-        for label, p in zip(labels := labels_of("masters", self.param_groups), own):
+        given, own = loading.in_order("masters", masters, self.param_groups), list(self._all())
+        for label, p in zip(labels := loading.labels_of("masters", self.param_groups), own):
             if p.dtype != torch.bfloat16:
                 raise UserError(f"{label}: of a parameter in {p.dtype}; only bfloat16 ones have masters")
             if self._masters or "master" in self.state.get(p, {}):
                 raise UserError("set_masters: there are masters already; call it once, before the first step")
-        check_copies("masters", given, own, labels, self._copies())
+        loading.check_copies("masters", given, own, labels, self._copies())
         for label, master, p in zip(labels, given, own):
             if p.device.type != "meta" and not torch.equal(local(p), local(master).to(p.dtype)):
                 raise UserError(f"{label}: rounded to bfloat16 it is not its parameter")
@@ -146,7 +149,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):
-                check_rate(group["lr"])
+                loading.check_rate(group["lr"])
+        rates = [group["lr"] for group in self.param_groups]
+        # torch.distributed.checkpoint has a state made by a step that moves nothing, nor may averages.
+        still = not self.state and not any(isinstance(lr, Tensor) or lr for lr in rates)
+        averages = [] if still else self._averages
         groups, squares = self._gather()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()
@@ -158,8 +165,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             batches = self._batches(served)
             for number, ((dtype, _, native), batch) in enumerate(batches.items()):
                 last = number == len(batches) - 1
-                self._update(index, dtype, native, batch, self._of(steps, batch, last), norm)
-        self._average_others({item.place for items in groups for item in items}, finite)
+                self._update(index, dtype, native, batch, self._of(steps, batch, last), norm, averages)
+        self._average_others({item.place for items in groups for item in items}, finite, averages)
         own = (item for items in groups for item in items if item.param.dtype == torch.bfloat16)
         self._versions = {item.place: item.param._version for item in own}
         return loss
@@ -180,15 +187,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         given: dict[str, Any] = {}
 
         def before(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            loading.check_state(loaded, list(self._all()), self.moments, self.counted)
             for group in loaded["param_groups"]:
-                self._check_fixed(group)
-            check_state(loaded, list(self._all()), self.moments)
+                loading.check_numbers({**self.defaults, **group}, self.betas, self.fixed, self.refused)
+                loading.check_clipping(group, self.max_grad_norm)
             given.update(loaded)
 
         def after(_: torch.optim.Optimizer) -> None:
             own = list(self._all())
-            restore(given, own, self.state, self.moments, self.moments_dtype)
-            tie_masters(self._masters, own, self.state)
+            loading.restore(given, own, self.state, self.moments, self.moments_dtype)
+            loading.tie_masters(self._masters, own, self.state)
 
         hooks = [
             self.register_load_state_dict_pre_hook(before),
@@ -307,7 +315,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p.dtype == torch.bfloat16 and "master" not in self.state[p]:
                 self.state[p]["master"] = self._master(item.place, p).detach().float()
             elif self._versions.get(item.place, p._version) != p._version:  # written to since
-                follow(self.state[p]["master"], p)
+                loading.follow(self.state[p]["master"], p)
             served.append(item)
         return served
 
@@ -330,16 +338,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         batch: list[tuple[int, Item]],
         steps: list[Tensor],
         norm: Tensor,
+        averages: list[list[Tensor]],
     ) -> None:
         group, items = self.param_groups[index], [item for _, item in batch]
         states = [self.state[item.param] for item in items]
         moments = [[local(state[name]) for state in states] for name in self.moments]
         masters = [local(state["master"]) for state in states] if dtype == torch.bfloat16 else []
-        emas = [local(average[item.place]) for average in self._averages for item in items]
+        emas = [local(average[item.place]) for average in averages for item in items]
         rate = self._rate(index, torch.float64 if dtype == torch.float64 else torch.float32, norm.device)
         run(self.op, native, [item.local for item in items], [item.grad for item in items], *moments, masters,
             emas, steps, rate, norm, *group["betas"], group["eps"], group["weight_decay"],
-            *self._options(group), self.max_grad_norm, self._clip_eps(group), self._decays)  # fmt: skip
+            *self._options(group), self.max_grad_norm, self._clip_eps(group),
+            self._decays[: len(averages)])  # fmt: skip
 
     def _rate(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The group's learning rate on the device; a number is written there when it changes."""
@@ -354,13 +364,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._rates[index, dtype] = lr, rate
         return rate
 
-    def _average_others(self, moved: set[int], finite: Tensor) -> None:
+    def _average_others(self, moved: set[int], finite: Tensor, averages: list[list[Tensor]]) -> None:
         """Averages of parameters without a gradient; as they were if the step is skipped."""
-        others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if self._averages else []
+        others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if averages else []
         if not others:
             return
         whole = [self._master(i, p) for i, p in others]
-        for average, decay in zip(self._averages, self._decays):
+        for average, decay in zip(averages, self._decays):
             emas = [local(average[i]) for i, _ in others]
             values = [local(value).to(e.dtype) for value, e in zip(whole, emas)]
             change = torch._foreach_sub(values, emas)
@@ -377,24 +387,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Checks, and state from elsewhere
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            value = group[name]
-            if name == "lr" and isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise UserError(f"lr: a tensor of shape {list(value.shape)}, expected a single number")
-            elif name == "lr":
-                check_rate(value)
-            elif not 0 <= value < math.inf:
-                raise UserError(f"{name}: must be at least 0 and finite, got {value}")
-        betas = group["betas"]
-        if len(betas) != self.betas or any(not 0 <= beta < 1 for beta in betas):
-            raise UserError(f"betas: {NUMBERS[self.betas]} values in [0, 1) needed, got {betas}")
-        self._check_fixed(group)
+        loading.check_numbers(group, self.betas, self.fixed, self.refused)
         for i, p in enumerate(group["params"]):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise UserError(f"params[{i}]: {p.dtype}, allowed are float32, bfloat16, float64")
-
-    def _check_fixed(self, group: dict[str, Any]) -> None:
-        for name, value in self.fixed.items():
-            if name in self.refused and group.get(name, value) != value:
-                raise UserError(f"{name}: {group[name]} is not served, only {value}")

@@ -94,6 +94,7 @@ class FusedAdamW(FusedOptimizer):
     op = "adamw_step"
     betas = 2
     moments = ("exp_avg", "exp_avg_sq")
+    counted = ("step",)
     fixed: ClassVar[dict[str, Any]] = {
         "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
         "fused": None, "decoupled_weight_decay": True,

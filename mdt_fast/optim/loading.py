@@ -1,6 +1,7 @@
-"""Tensors from elsewhere, states and copies of parameters: what they must be, and how states come in."""
+"""Numbers, copies of parameters, states from elsewhere: what they must be, and how states come in."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from .shards import laid_out, local
 
+NUMBERS = {2: "two", 3: "three"}
 UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed is put back
 
 
@@ -80,9 +82,14 @@ def _memory(tensor: Tensor) -> int:
     return local(tensor).untyped_storage().data_ptr()
 
 
-def check_state(loaded: dict[str, Any], params: list[Tensor], moments: Sequence[str]) -> None:
+def check_state(
+    loaded: dict[str, Any], params: list[Tensor], moments: Sequence[str], counted: Sequence[str]
+) -> None:
     """``UserError`` where an entry of the state is missing or does not fit its parameter."""
     for i, p, entries in _entries(loaded, params):
+        for name in counted:
+            if name not in entries:
+                raise UserError(f"state of parameter {i}: no {name!r}; it has {', '.join(map(str, entries))}")
         for name in (*moments, "master"):
             value = _moment(entries, name)
             if value is None:
@@ -137,6 +144,38 @@ def follow(master: Tensor, p: Tensor) -> None:
     """Where ``p`` is not the rounding of its master any more it has been given other weights: those count."""
     own, whole = local(p).detach(), local(master)
     whole.copy_(torch.where(own == whole.to(own.dtype), whole, own.to(whole.dtype)))
+
+
+def check_clipping(group: dict[str, Any], own: float) -> None:
+    """``UserError`` for a group of the official Adan's, which clips by itself, with another bound."""
+    bound = group.get("max_grad_norm")
+    if bound not in (None, own):
+        raise UserError(
+            f"max_grad_norm: {bound:g} in the loaded state, {own:g} in this optimizer; make it with "
+            f"max_grad_norm={bound:g}, or take the key out of the state's param_groups"
+        )
+
+
+def check_numbers(
+    group: dict[str, Any], betas: int, fixed: Mapping[str, Any], refused: Sequence[str]
+) -> None:
+    """``UserError`` for a group's values that are not allowed: of so many ``betas``; what is ``fixed`` may be
+    nothing else where that is ``refused``."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if name == "lr" and isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise UserError(f"lr: a tensor of shape {list(value.shape)}, expected a single number")
+        elif name == "lr":
+            check_rate(value)
+        elif not 0 <= value < math.inf:
+            raise UserError(f"{name}: must be at least 0 and finite, got {value}")
+    given = group["betas"]
+    if len(given) != betas or any(not 0 <= beta < 1 for beta in given):
+        raise UserError(f"betas: {NUMBERS[betas]} values in [0, 1) needed, got {given}")
+    for name, value in fixed.items():
+        if name in refused and group.get(name, value) != value:
+            raise UserError(f"{name}: {group[name]} is not served, only {value}")
 
 
 def check_rate(lr: float) -> None:

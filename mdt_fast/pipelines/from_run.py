@@ -23,6 +23,9 @@ def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[s
     if isinstance(stage, Latents):
         if stage.vae is not None:
             autoencoder = stage.opened().model
+            own = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
+            if own != (stage.scale, stage.shift):  # the pipeline decodes by what its autoencoder says
+                autoencoder.register_to_config(scaling_factor=stage.scale, shift_factor=stage.shift)
     elif vae is not None:
         raise UserError("vae: the run was trained on pixels, and takes none")
     scheduler = published_scheduler(

@@ -26,12 +26,14 @@ AGAIN = "go on with the same command"
 
 
 def assembled_in(folder: Path) -> Path | None:
-    """The ``samples_NxHxWxC.npz`` of a folder of shards; None if it is no such folder. ``UserError`` if it is
-    not complete yet."""
-    if not (folder / SETTINGS).is_file() or not any(folder.glob("shard-*.npz")):
+    """The ``samples_NxHxWxC.npz`` of a folder of shards, which may be gone; None if it is no such folder.
+    ``UserError`` if it is not complete yet."""
+    if not (folder / SETTINGS).is_file():
         return None
     for path in folder.glob("samples_*.npz"):
         return path
+    if not any(folder.glob("shard-*.npz")):
+        return None
     raise UserError(
         f"{str(folder)!r} holds samples that are not complete yet; {AGAIN}, mdt-fast sample --out"
     )

@@ -214,6 +214,7 @@ def _optimizer(
             {"state": state, "param_groups": [{"params": list(own)}]},
             [p for _, p in own.values()],
             optimizer.moments,
+            optimizer.counted,
         )
         optimizer.load_state_dict({"state": {}, "param_groups": [{**group, **known}]})
     except UserError as error:

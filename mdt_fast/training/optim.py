@@ -73,9 +73,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 MOST_INITIAL = 0.05  # of the average; with more, pictures are visibly noisy
 
 
-def unripe(
-    decay: float, step: int, instead: str = "draw with mdt-fast sample --weights model"
-) -> str | None:
+def unripe(decay: float, step: int, instead: str = "draw with mdt-fast sample --weights model") -> str | None:
     """One line if after ``step`` updates more than 5% of an average of ``decay`` are the initial weights;
     ``instead``: what can be done about it besides."""
     share = decay**step

@@ -1,5 +1,6 @@
 """Ancestral and DDIM sampling: golden runs, exact identities between the samplers, and mistakes."""
 
+import copy
 import importlib
 import math
 from functools import cache
@@ -361,3 +362,19 @@ def test_fixed_variance_model_must_not_have_extra_channels() -> None:
         create_diffusion("10", learn_sigma=False).p_sample(
             _linear_model, torch.randn(2, 3, 4, 4), torch.tensor([0, 9])
         )
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_models_of_a_half_type(loop: str) -> None:
+    """A loop goes on in float32, the model sees its own dtype; as a method, and with noise of either."""
+    name = meta("diffusion_sampling")["p10"]["model"]
+    model = copy.deepcopy(_golden_model("fast", name)).bfloat16()
+    shape = 2, model.in_channels, model.input_size, model.input_size
+    noise, kwargs = torch.randn(shape), {"y": torch.tensor([0, 1])}
+    drawn = getattr(create_diffusion("4"), loop)
+    for given in (noise, noise.bfloat16(), None):
+        found = drawn(model, shape, given, model_kwargs=kwargs)
+        assert found.dtype == torch.float32
+        assert found.isfinite().all()
+    guided = drawn(model.forward_with_cfg, shape, noise, model_kwargs={**kwargs, "cfg_scale": 2.0})
+    assert guided.isfinite().all()

@@ -93,6 +93,22 @@ def test_another_autoencoder(latents: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded.vae.decoder.conv_in.weight, changed.vae.decoder.conv_in.weight)
 
 
+def test_an_autoencoder_that_says_another_scale(latents: Path, tmp_path: Path) -> None:
+    """Latents are decoded as they were encoded, by the run's scale, in a pipeline and by the command."""
+    other = save_tiny_vae(tmp_path / "other", scaling_factor=2.0, shift_factor=0.3)
+    usual, changed = MDTPipeline.from_run(latents), MDTPipeline.from_run(latents, vae=other)
+    assert (changed.vae.config.scaling_factor, changed.vae.config.shift_factor) == (
+        usual.vae.config.scaling_factor, usual.vae.config.shift_factor or 0.0,
+    )  # fmt: skip
+    assert np.array_equal(drawn(changed, [1, 0]), drawn(usual, [1, 0]))
+    pictures = []
+    for name, more in (("usual", []), ("other", [f"--vae={other}"])):
+        file = tmp_path / f"{name}.npz"
+        assert main(["sample", str(latents), "--num-samples=2", f"--npz={file}", "--device=cpu", *more]) == 0
+        pictures.append(np.load(file)["arr_0"])
+    assert np.array_equal(*pictures)
+
+
 def test_refusals(digits: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = tmp_path / "full"
     full.mkdir()
