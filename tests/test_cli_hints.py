@@ -56,6 +56,12 @@ def test_a_short_training_and_its_samples_say_so(
         assert main(["convert", str(trained), str(file), f"--weights={weights}"]) == 0
         out = capsys.readouterr().out
         assert (says in out and "convert it with --weights model" in out) == (weights == "ema")
+    for source, target, *more in (
+        (tmp_path / "ema.safetensors", tmp_path / "x.pt"), (trained, tmp_path / "x", "--official"),
+        (tmp_path / "ema.safetensors", tmp_path / "x", "--data=digits"),
+    ):  # fmt: skip
+        said = error(capsys, "convert", str(source), str(target), "--weights=model", *more)
+        assert said.startswith("--weights: ")
 
 
 def test_a_folder_is_of_one_kind_of_weights(

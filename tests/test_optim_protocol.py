@@ -72,6 +72,20 @@ def test_adamws_states_are_torchs() -> None:
         assert_near(params, theirs, 2e-5)
 
 
+def test_adamw_is_made_as_torchs() -> None:
+    """What changes no number is taken, the rest refused; a misspelt option as Python has it."""
+    plain = {"amsgrad": False, "maximize": False, "foreach": True, "capturable": True, "fused": True}
+    ours, theirs = parameters(), parameters()
+    run(FusedAdamW(ours, lr=1e-2, **plain), ours, 2)
+    run(FusedAdamW(theirs, lr=1e-2), theirs, 2)
+    assert same(ours, theirs)
+    for option in ("amsgrad", "maximize", "differentiable"):
+        with pytest.raises(UserError, match=f"{option}: True is not served, only False"):
+            FusedAdamW(parameters(), **{option: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'weight_deacy'"):
+        FusedAdamW(parameters(), weight_deacy=0.1)
+
+
 def test_adans_older_state_is_read() -> None:
     params, again = parameters(), parameters()
     optimizer, other = FusedAdan(params), FusedAdan(again)

@@ -41,7 +41,7 @@ def convert(args: argparse.Namespace) -> int:
             f"--{recipe[0].replace('_', '-')}: is for a run that is made of official files or of weights; "
             f"from {str(source)!r} to {str(target)!r} there is none to be made{way}"
         )
-    return _official_files(source, target) if args.official else _weights_file(args, source, target)
+    return _official_files(args, source, target) if args.official else _weights_file(args, source, target)
 
 
 def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
@@ -50,6 +50,10 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
         raise UserError(f"convert: {str(source)!r} and {str(target)!r} are the same file")
     check_writable(target)
     if source.is_file():
+        if args.weights != checkpoint.EMA:
+            raise UserError(
+                f"--weights: {args.weights!r} is of a run; {str(source)!r} has one set of weights"
+            )
         state = read_weights(source)
         if source.suffix == ".safetensors":
             metadata = what_is_said(source)
@@ -73,7 +77,9 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     return 0
 
 
-def _official_files(source: Path, target: Path) -> int:
+def _official_files(args: argparse.Namespace, source: Path, target: Path) -> int:
+    if args.weights != checkpoint.EMA:
+        raise UserError("--weights: official files have the average and the last step's; leave it out")
     check_writable(target, folder=True)
     opened = open_or_advise(source, checkpoint.PARTS, "mdt-fast convert {}")
     files = write_official(opened, target)
@@ -119,6 +125,8 @@ def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
 
 
 def _run(args: argparse.Namespace, source: Path, target: Path) -> int:
+    if args.weights != checkpoint.EMA:
+        raise UserError("--weights: is for what is made of a run; here a run is made, of all there is")
     check_writable(target, folder=True)
     refuse_used(target)
     files = find_files(source)

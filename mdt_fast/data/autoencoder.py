@@ -94,10 +94,15 @@ class Autoencoder:
         """
         weight = next(self.model.parameters())
         scale, shift = self.scale if scale is None else scale, self.shift if shift is None else shift
-        z = latents.float() / scale + shift
-        at_once = max(1, DECODED_AT_ONCE // (self.factor**2 * z.shape[-2] * z.shape[-1]))
-        parts = z.to(weight.device, weight.dtype).split(at_once)
-        return torch.cat([self.model.decode(part).sample.float() for part in parts])
+        return in_parts(self.model, (latents.float() / scale + shift).to(weight.device, weight.dtype))
+
+
+def in_parts(model: Any, z: Tensor) -> Tensor:
+    """Latents z [B, c, h, w] of the model's own -> pixels [B, C, H, W] float32, a few images at a time."""
+    pixels = 4 ** (len(model.config.block_out_channels) - 1) * z.shape[-2] * z.shape[-1]
+    return torch.cat(
+        [model.decode(part).sample.float() for part in z.split(max(1, DECODED_AT_ONCE // pixels))]
+    )
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:

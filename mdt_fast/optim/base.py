@@ -84,7 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._masters: list[Tensor] = []
         self._rates: dict[tuple[int, torch.dtype], tuple[float, Tensor]] = {}
         self._versions: dict[int, int] = {}  # of bfloat16 parameters, by place, as the last step left them
-        super().__init__(params, {**defaults, **self.fixed})
+        super().__init__(params, {**self.fixed, **defaults})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. ``UserError`` for values and dtypes that are not served, and after ``add_ema`` or

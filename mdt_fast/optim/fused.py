@@ -88,7 +88,8 @@ class FusedAdamW(FusedOptimizer):
 
     With the clipped gradient g and the parameter's step k: p *= 1 - lr weight_decay; m = b1 m + (1-b1) g;
     v = b2 v + (1-b2) g^2; p -= lr (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps). The keyword-only arguments are
-    described at :class:`FusedOptimizer`. Raises ``UserError`` for values that are not allowed.
+    described at :class:`FusedOptimizer`; ``plain``: torch's other options, of which those that would change a
+    number have to be as they are by default. Raises ``UserError`` for values that are not allowed.
     """
 
     op = "adamw_step"
@@ -99,7 +100,7 @@ class FusedAdamW(FusedOptimizer):
         "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
         "fused": None, "decoupled_weight_decay": True,
     }  # fmt: skip
-    refused = ("amsgrad", "maximize", "decoupled_weight_decay")
+    refused = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 
     def __init__(
         self,
@@ -113,8 +114,11 @@ class FusedAdamW(FusedOptimizer):
         clip_norm: str = "global",
         moments_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
+        **plain: Any,
     ):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if odd := sorted(plain.keys() - self.fixed.keys()):
+            raise TypeError(f"FusedAdamW() got an unexpected keyword argument {odd[0]!r}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **plain}
         super().__init__(params, defaults, max_grad_norm, clip_norm, moments_dtype, process_group)
 
     def _steps(self, group: dict[str, Any], items: list[Item]) -> list[Tensor]:

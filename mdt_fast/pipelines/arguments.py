@@ -16,6 +16,7 @@ from ..config import ModelConfig
 from ..errors import UserError, nearest
 
 OUTPUTS = ("pil", "np", "pt", "latent")
+GUIDANCE = 4.0
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -69,7 +70,9 @@ def checked_generator(generator: Any, count: int) -> Generators:
 
 
 def checked_scale(guidance_scale: Any, config: ModelConfig) -> float:
-    """The guidance, 1 where there is none."""
+    """The guidance, 1 where there is none; None: as much as the model has been trained for."""
+    if guidance_scale is None:
+        return GUIDANCE if config.class_dropout_prob > 0 else 1.0
     scale = _number("guidance_scale", guidance_scale)
     if not math.isfinite(scale):
         raise UserError(f"guidance_scale: must be finite, got {scale}")

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config import ModelConfig, SampleConfig, SampleSwitches
+from ..data.autoencoder import in_parts
 from ..errors import UserError, nearest
 from ..models import Transformer
 from ..models.hub import floating
@@ -125,7 +126,7 @@ class MDTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | Sequence[int] | Tensor,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         generator: Generators = None,
         num_inference_steps: int = 50,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -138,11 +139,12 @@ class MDTPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """One image per class of ``class_labels``, as ``.images`` (or a tuple of them alone).
 
-        ``guidance_scale``: classifier-free guidance; 1 and less is none. ``scale_pow``: the power of its
-        cosine schedule, None for the same weight at every step; "auto": as published, 4 for MDT and None for
-        DiT. ``guided_channels``: how many channels are guided; None: as published, 3 of 4 (``DiTPipeline``
-        has all), and all of other numbers. ``eta``: DDIM's noise. ``generator``: one for all images, or a
-        list with one for each. ``latents`` [n, C, S, S]: the noise to start from.
+        ``guidance_scale``: classifier-free guidance; 1 and less is none. None: 4, or 1 for a model that was
+        trained without label dropout. ``scale_pow``: the power of its cosine schedule, None for the same
+        weight at every step; "auto": as published, 4 for MDT and None for DiT. ``guided_channels``: how many
+        channels are guided; None: as published, 3 of 4 (``DiTPipeline`` has all), and all of other numbers.
+        ``eta``: DDIM's noise. ``generator``: one for all images, or a list with one for each. ``latents``
+        [n, C, S, S]: the noise to start from.
 
         ``output_type``: "pil" pictures, "np" float32 [n, H, W, 3] in [0, 1] (1 for grey ones), "pt" the same
         as a tensor [n, 3, H, W], "latent" what the transformer drew, [n, C, S, S]. Noise and steps are
@@ -199,7 +201,7 @@ class MDTPipeline(DiffusionPipeline):
         if self.vae is not None:
             config = self.vae.config
             z = x / config.scaling_factor + (config.shift_factor or 0.0)
-            x = self.vae.decode(z.to(self.vae.dtype)).sample
+            x = in_parts(self.vae, z.to(self.vae.dtype))
         pixels = (x.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return pixels

@@ -43,7 +43,6 @@ def piped(model: Any, scheduler: Any = SCHEDULER, **parts: Any) -> MDTPipeline:
         ({"class_labels": None}, "class_labels: allowed are 0 to 9, got None"),
         ({"class_labels": torch.tensor([1.0, 2.0])}, "class_labels: allowed are 0 to 9, got 1.0"),
         ({"guidance_scale": "4"}, "guidance_scale: expected a number, got '4'"),
-        ({"guidance_scale": None}, "guidance_scale: expected a number, got None"),
         ({"guidance_scale": [2]}, "guidance_scale: expected a number, got [2]"),
         ({"guidance_scale": torch.ones(2, 2)}, "guidance_scale: expected a number, got tensor("),
         ({"scale_pow": "x"}, "scale_pow: expected None, 'auto' or a number, got 'x'"),
