@@ -30,8 +30,6 @@ class OptionalPackage:
     get: str
 
 
-NOT_USED = "not used by this version"
-
 OPTIONAL = (
     OptionalPackage(
         "scikit-learn",
@@ -86,7 +84,12 @@ OPTIONAL = (
         "pip install --pre flash-attn-4",
     ),
     OptionalPackage("xformers", "xformers", "attention_backend='xformers'", "pip install xformers"),
-    OptionalPackage("apex", "apex", NOT_USED, "from source: github.com/NVIDIA/apex"),
+    OptionalPackage(
+        "apex",
+        "apex",
+        "its FusedAdam beside ours in `bench/kernels.py`",
+        "from source: github.com/NVIDIA/apex",
+    ),
 )
 
 
