@@ -50,16 +50,15 @@ def evaluate(args: argparse.Namespace) -> int:
     metrics, notes = (asked, []) if asked is not None else possible(samples, reference)
     values = measure(samples, reference, metrics, device=device)
     notes += warnings(samples, reference, metrics)
-    if reference is not None and rests_on(given, reference, metrics):
+    if reference is not None and (resting := rest_on(given, reference, metrics)):
         if not is_published(samples.extractor):
             notes.append(
                 f"the statistics in {args.reference} are comparable only if they are of the samples' network "
                 f"({samples.extractor or 'unknown'})"
             )
         if reference.count is not None:
-            notes.append(
-                f"fid and sfid are against the statistics in {args.reference}, the rest against its images"
-            )
+            names = " and ".join(resting)
+            notes.append(f"{names}: against the statistics in {args.reference}; the rest against its images")
     if args.json is not None:
         write_json(Path(args.json), record(samples, reference, values, notes))
     show(console, args, samples, values, notes)
@@ -183,13 +182,12 @@ def _open(args: argparse.Namespace) -> list[Opened]:
     return opened
 
 
-def rests_on(given: Features | None, used: Features, metrics: Sequence[str]) -> bool:
-    """Whether values rest on statistics that do not say of which network they are."""
+def rest_on(given: Features | None, used: Features, metrics: Sequence[str]) -> list[str]:
+    """The metrics that rest on statistics which do not say of which network they are."""
     if given is None or given.extractor:
-        return False
-    return ("fid" in metrics and used.moments is given.moments) or (
-        "sfid" in metrics and used.spatial is given.spatial
-    )
+        return []
+    ready = {"fid": used.moments is given.moments, "sfid": used.spatial is given.spatial}
+    return [metric for metric in metrics if ready.get(metric)]
 
 
 def check_targets(args: argparse.Namespace) -> None:
