@@ -12,11 +12,11 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses=8 --dist=loadfile --
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help bench soak test digits lint format types clean
+.PHONY: help bench soak test interpreter digits lint format types clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bench: $(READY) ## measure training and sampling throughput on this machine (about three minutes)
 	$(BIN)/python bench/throughput.py
@@ -24,9 +24,12 @@ bench: $(READY) ## measure training and sampling throughput on this machine (abo
 soak: $(READY) ## kill a training 20 times, resume it, compare it with an unbroken one bit for bit (about three minutes)
 	$(BIN)/python tests/soak.py
 
-test: lint types ## lint, types and all tests, with the slowest and the skipped listed (JOBS=0: one at a time)
-	TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/kernels
+test: lint ## lint, types and all tests, with the slowest and the skipped listed (JOBS=0: one at a time)
+	$(MAKE) --no-print-directory -j2 types interpreter
 	$(PYTEST) -ra --durations=10 -m "not interpreter"
+
+interpreter: $(READY) ## the tests of the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -q -m interpreter tests/kernels
 
 digits: $(READY) ## train a small MDTv2 on handwritten digits, then sample from it (RUN=runs/digits)
 	$(BIN)/mdt-fast train --preset digits --out $(RUN)
