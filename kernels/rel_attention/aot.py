@@ -8,6 +8,7 @@ from typing import Any
 from ..aot import Case
 from .config import (
     KERNELS,
+    MAX_HEAD_DIM,
     LaunchConfig,
     entry,
     gather_blocks,
@@ -74,7 +75,25 @@ def cases(arch: str) -> Iterator[Case]:
             constants |= {"RAGGED": ragged, "BLOCK_M": configs.q.block_m}
             launch = replace(configs.q, num_warps=4)
             yield _case(rel_attention_bwd_delta_kernel, label, constants, d, dtype, launch)
+    yield from _wide_cases(arch)
     yield from _small_cases(arch)
+
+
+def _wide_cases(arch: str) -> Iterator[Case]:
+    """Of the widest head what takes most registers, for NVIDIA's: float32, some tokens kept."""
+    d, dtype = MAX_HEAD_DIM, "fp32"
+    if arch.startswith("gfx"):
+        return
+    configs, label = launch_configs(arch, d, half=False), f"d={d} kept lookup {dtype}"
+    shape = _shape(d, dtype, arch) | {"RAGGED": False}
+    scores = shape | {"BIAS": LOOKUP, "Q_POSITIONS": True, "K_POSITIONS": True}
+    for kernel, launch, constants in (
+        (rel_attention_fwd_kernel, configs.forward, scores),
+        (rel_attention_bwd_q_kernel, configs.q, scores),
+        (rel_attention_bwd_kv_kernel, configs.kv, scores | {"STORE": False}),
+        (rel_attention_bwd_bias_kernel, configs.bias, shape | {"Q_SLOTS": True, "K_SLOTS": True}),
+    ):
+        yield _case(kernel, label, constants | _blocks(launch), d, dtype, launch)
 
 
 def _small_cases(arch: str) -> Iterator[Case]:
