@@ -6,7 +6,7 @@ gelu(z) in its tanh form is z * sigmoid(2u) with u = sqrt(2/pi) (z + 0.044715 z^
 import triton
 import triton.language as tl
 
-FAR = tl.constexpr(16.0)
+FAR = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -52,11 +52,12 @@ def bias_gelu_bwd_kernel(
         b_z = tl.load(x_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32) + b_bias[None, :]
         b_dout = tl.load(dout_ptr + p_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_s = sigmoid_of_twice_u(b_z)
+        b_out = b_z * b_s
         if RECOMPUTE:
-            tl.store(out_ptr + p_tile, (b_z * b_s).to(out_ptr.dtype.element_ty), mask=m_tile)
-        b_near = tl.minimum(tl.maximum(b_z, -FAR), FAR)  # beyond it the sigmoid is flat
-        b_slope = (1.0 + 0.134145 * b_near * b_near) * 1.5957691216057308  # of 2u
-        b_dz = b_dout * b_s * (1.0 + b_near * (1.0 - b_s) * b_slope)
+            tl.store(out_ptr + p_tile, b_out.to(out_ptr.dtype.element_ty), mask=m_tile)
+        # Of 2u; far out, where the sigmoid is flat, nothing that 0 is multiplied with may be infinite.
+        b_slope = (1.0 + 0.134145 * tl.minimum(b_z * b_z, FAR)) * 1.5957691216057308
+        b_dz = b_dout * (b_s + b_out * (1.0 - b_s) * b_slope)
         b_dbias += tl.sum(b_dz, axis=0)
         tl.store(dx_ptr + p_tile, b_dz.to(dx_ptr.dtype.element_ty), mask=m_tile)
     tl.store(dbias_ptr + i_p * F + o_f, b_dbias, mask=o_f < F)
