@@ -62,11 +62,6 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     if args.lr is not None and not 0 <= args.lr < math.inf:
         raise UserError(f"--lr: got {args.lr}, allowed is 0 or more, and finite")
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
-    if settings.sample.sampler in SOLVERS and find_spec("diffusers") is None:
-        raise UserError(
-            f"--size: {args.size} draws by {settings.sample.sampler}, which comes with diffusers; install it "
-            "with pip install 'mdt-fast[latents]'"
-        )
     if args.jobs is None:
         args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
     graphs = settings.train.cuda_graphs and device.type == "cuda"
@@ -84,6 +79,11 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     for job in jobs:
         wanted.setdefault(job.digest, []).append(job)
     waiting = [same[0] for key, same in wanted.items() if key not in before]
+    if waiting and settings.sample.sampler in SOLVERS and find_spec("diffusers") is None:
+        raise UserError(
+            f"--size: {args.size} draws by {settings.sample.sampler}, which comes with diffusers; install it "
+            "with pip install 'mdt-fast[latents]'"
+        )
     complete = len(wanted) - len(waiting)
     print(f"{len(wanted)} learners, of which {complete} are complete; {args.jobs} at a time", flush=True)
     quality = load_judge(judge, data, len(data.learnt.classes), settings.sample.num_samples, device)

@@ -61,7 +61,8 @@ def machine(device: torch.device, command: str) -> Row:
 
 
 def commit(folder: Path | None = None) -> str | None:
-    """The checked-out commit, ``-dirty`` if tracked files were changed; None outside of a git checkout."""
+    """The checked-out commit, ``-dirty`` if tracked files were changed (but for rows); None outside of a git
+    checkout."""
     git = ["git", "-C", str(folder or Path(__file__).parent)]
     try:
         head = subprocess.run(

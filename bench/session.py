@@ -196,8 +196,10 @@ class Session:
                 if provider.compiled:
                     self.say(f"{case.title}: compiling {name}")
                 step = self.step(case, provider, inputs, steps)
-                difference, problem = disagreement(step, expected)
-                step.forget()
+                try:
+                    difference, problem = disagreement(step, expected)
+                finally:
+                    step.forget()
             except Skip as reason:
                 self.give_up(case, found[name], "skipped", str(reason))
                 continue

@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -29,6 +29,9 @@ import plan
 import plots
 import providers
 import tables
+from formats import one_line
+from mdt_fast.errors import UserError
+from measure import let_go
 from request import Request, parser
 from rows import RowFile, machine
 from session import CaseResult, Session
@@ -71,7 +74,7 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
     ]
     end = started + picked.time_limit
     results: list[CaseResult] = []
-    broken_down = False
+    broken_down = failed = False
     made: dict[str, providers.Modules] = {}
     with Console(stderr=True).status("starting") as status:
         session = Session(rows, status.update, picked.probe, request.lengths)
@@ -90,18 +93,10 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                 broken_down = broken_down or any(line.note is None for line in lines)
                 continue
             if request.account:
-                if case.mode == "train":
-                    account.show(
-                        console, case, account.run(case, made[case.model], images, rows, status.update)
-                    )
-                else:
-                    asked = ["reference-compiled"] if request.providers is None else request.providers
-                    found = account_sampling.run(
-                        case, made[case.model], images, rows, status.update,
-                        repeats=request.repeats or account_sampling.ROUNDS, deadline=deadline,
-                        compiled=[name for name in asked if re.fullmatch("reference.*-compiled", name)],
-                    )  # fmt: skip
-                    account_sampling.show(console, case, *found)
+                accounted = account_of(
+                    request, case, made[case.model], images, rows, deadline, status.update, console
+                )
+                failed = failed or not accounted
                 continue
             names = picked.providers[case.mode]
             groups = [[name] for name in names] if request.apart else [names]
@@ -120,7 +115,39 @@ def run(request: Request, rows: RowFile, started: float) -> bool:
                 results.append(result)
                 tables.show(console, result, images.what)
     measured = any(one.ms is not None for result in results for one in result.results)
-    return request.account or broken_down or measured
+    return (request.account and not failed) or broken_down or measured
+
+
+def account_of(
+    request: Request,
+    case: Case,
+    modules: providers.Modules,
+    images: inputs.Inputs,
+    rows: RowFile,
+    deadline: float,
+    say: Callable[[str], None],
+    console: Console,
+) -> bool:
+    """One case's account, printed; False if its reference failed, for want of memory say, which is told: the
+    cases after it may have enough."""
+    try:
+        if case.mode == "train":
+            account.show(console, case, account.run(case, modules, images, rows, say))
+            return True
+        asked = ["reference-compiled"] if request.providers is None else request.providers
+        found = account_sampling.run(
+            case, modules, images, rows, say,
+            repeats=request.repeats or account_sampling.ROUNDS, deadline=deadline,
+            compiled=[name for name in asked if re.fullmatch("reference.*-compiled", name)],
+        )  # fmt: skip
+        account_sampling.show(console, case, *found)
+    except UserError:
+        raise
+    except Exception as error:
+        let_go(error)
+        tables.say(console, f"account · {case.title}: {one_line(error)}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

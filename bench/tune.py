@@ -242,7 +242,10 @@ class Tuner:
             turns[str(i)] = turn(choice)
         # From graphs, as ``points.py`` times calls: launched one by one they would take the host's pace.
         capture = partial(Graphed, device=self.device) if self.device.type == "cuda" else None
-        replays = {name: captured(partial(one, 0), capture, []) for name, one in turns.items()}
+        notes: list[str] = []
+        replays = {name: captured(partial(one, 0), capture, notes) for name, one in turns.items()}
+        if notes:  # a graph is not compared with launches
+            replays = {name: partial(one, 0) for name, one in turns.items()}
         turns = {name: lambda index, replay=replay: replay() for name, replay in replays.items()}
         clock = op_clock(self.device)
         take_turns(turns, self.device, repeats=points.WARM_UP, clock=clock)

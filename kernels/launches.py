@@ -102,7 +102,7 @@ def columns(size: int) -> int:
 @cache
 def architecture(device: int | None) -> str:
     """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU; for those without a
-    data center's tensor cores (12.x) the oldest, whose choices fit the shared memory of all."""
+    data center's tensor cores (12.x) the oldest, whose choices fit into the 99 KB of 8.6, 8.9 and 12.x."""
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)

@@ -137,7 +137,7 @@ def test_adms_reference_file(
     whole = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
     assert {name: whole["metrics"][name] for name in ("fid", "sfid")} == bare
     assert 0 < whole["metrics"]["recall"] < 1
-    said = "fid and sfid: against the statistics in adm.npz; the rest against its images"
+    said = "fid and sfid: against the statistics in adm.npz, of images that it does not bring"
     assert said in whole["notes"]
     # Of features no network is asked for where the statistics are enough.
     run(capsys, "many.npz", "--features=mine:Class", "--save-features=many.safetensors")

@@ -346,11 +346,12 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
 
 
 @BOTH
-def test_checkpoints_of_torch_distributed_move_no_average(cls: Any) -> None:
+@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
+def test_checkpoints_of_torch_distributed_move_no_average(cls: Any, rate: Any) -> None:
     """It makes a state by a step of rate 0, whose gradients are zeros."""
     model = nn.Linear(3, 2)
     ema = [torch.zeros_like(p) for p in model.parameters()]
-    optimizer = cls(model.parameters(), lr=0.1)
+    optimizer = cls(model.parameters(), lr=rate(0.1))
     optimizer.add_ema(ema, 0.5)
     before = copy.deepcopy(model.state_dict())
     state = get_optimizer_state_dict(model, optimizer)

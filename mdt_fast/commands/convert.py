@@ -50,14 +50,12 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
         raise UserError(f"convert: {str(source)!r} and {str(target)!r} are the same file")
     check_writable(target)
     if source.is_file():
-        if args.weights != checkpoint.EMA:
-            raise UserError(
-                f"--weights: {args.weights!r} is of a run; {str(source)!r} has one set of weights"
-            )
+        check_no_part(args, source)
         state = read_weights(source)
         if source.suffix == ".safetensors":
             metadata = what_is_said(source)
     elif (subfolder := saved_in(source)) is not None:
+        check_no_part(args, source)
         model = Transformer.from_pretrained(source, subfolder=subfolder)
         state, metadata = model.state_dict(), {"model": to_dict(model.config)}
     else:
@@ -75,6 +73,11 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     write_weights(target, state, **metadata)
     print(f"{len(state)} tensors in {target}")
     return 0
+
+
+def check_no_part(args: argparse.Namespace, source: Path) -> None:
+    if args.weights != checkpoint.EMA:
+        raise UserError(f"--weights: {args.weights!r} is of a run; {str(source)!r} has one set of weights")
 
 
 def _official_files(args: argparse.Namespace, source: Path, target: Path) -> int:

@@ -58,7 +58,9 @@ def evaluate(args: argparse.Namespace) -> int:
             )
         if reference.count is not None:
             names = " and ".join(resting)
-            notes.append(f"{names}: against the statistics in {args.reference}; the rest against its images")
+            notes.append(
+                f"{names}: against the statistics in {args.reference}, of images that it does not bring"
+            )
     if args.json is not None:
         write_json(Path(args.json), record(samples, reference, values, notes))
     show(console, args, samples, values, notes)
@@ -101,7 +103,12 @@ def both_sides(
             for source in sources:
                 check_default(source.features)
         name = extractor().name
-        seen = [source.features or Features("", name, None) for source in sources]
+        seen = [
+            Features("", name, None)
+            if source.features is None or source.images is not None
+            else source.features
+            for source in sources
+        ]
         check_same_network(seen[0], seen[-1])
     found: list[Features] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:

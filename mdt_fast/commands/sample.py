@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..data import FirstStage, Latents, described_stage
 from ..data.encode_folder import Ranks
 from ..data.progress import ImageProgress
 from ..errors import UserError, nearest
+from ..files import remove_leftovers
 from ..models.float8 import check_float8, use_float8
 from ..sampling import (
     Inpainter,
@@ -105,7 +107,7 @@ def sample(args: argparse.Namespace) -> int:
     if there and ranks.rank == 0:
         console.print(f"{there} of {len(labels)} are there already")
 
-    def drawn(spans: Sequence[range]) -> Iterator[np.ndarray]:
+    def drawn(spans: Sequence[range]) -> Generator[np.ndarray, None, None]:
         if isinstance(stage, Latents):
             stage.opened()  # what it lacks is said before anything is drawn
         model = model_of(opened, args.weights).to(device)
@@ -118,12 +120,14 @@ def sample(args: argparse.Namespace) -> int:
                 model, diffusion, config, known.image, known.unknown, clip_denoised=stage.clip, **how
             )
         )
-        return draw(sampler, stage, labels, spans, config.batch_size, ranks, console, known)
+        yield from draw(sampler, stage, labels, spans, config.batch_size, ranks, console, known)
 
     if folder is None and targets.keys() == {"npz"}:  # written as they come, none is kept
         size, count = config.batch_size, len(labels)
+        remove_leftovers(targets["npz"].parent, targets["npz"].name)
         batches = drawn([range(first, min(first + size, count)) for first in range(0, count, size)])
-        made = _write(targets, batches, labels, opened.classes, known)
+        with closing(batches):
+            made = _write(targets, batches, labels, opened.classes, known)
     elif folder is None:
         (images,) = drawn([range(len(labels))])
         made = _write(targets, images, labels, opened.classes, known)

@@ -227,16 +227,10 @@ def _steps(step: Step, x: Tensor, num_timesteps: int, progress: bool) -> Iterato
 
 def in_a_loop(model: Model, calls: int) -> Model:
     """``model`` as a loop calls it so many times: a module's class may have a method ``in_a_loop(model,
-    calls)``, which gives the module, or the method of it that ``model`` is, in a quicker form. A module of a
-    half type is given x in that, which a loop has in float32."""
+    calls)``, which gives the module, or the method of it that ``model`` is, in a quicker form."""
     owner = getattr(model, "__self__", model)
     quicker = getattr(type(owner), "in_a_loop", None)
-    called = model if quicker is None else quicker(owner, model, calls)
-    weights = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
-    dtype = next((p.dtype for p in weights if p.is_floating_point()), None)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return called
-    return lambda x, t, **kwargs: called(x.to(dtype), t, **kwargs)
+    return model if quicker is None else quicker(owner, model, calls)
 
 
 def _initial_noise(

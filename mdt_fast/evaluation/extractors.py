@@ -49,9 +49,14 @@ class Extractor:
     given: str  # as the user wrote it
 
     def __call__(self, images_BCHW: Tensor) -> Outputs:
-        """Raises ``UserError`` where the network fails or returns something else than it should."""
+        """Raises ``UserError`` where the network fails or returns something else than it should. On a GPU
+        there is no TF32 in convolutions and products, as published values were taken without."""
+        with _whole_float32(images_BCHW.is_cuda):
+            return self._called(images_BCHW)
+
+    def _called(self, images_BCHW: Tensor) -> Outputs:
         try:
-            with torch.no_grad(), _whole_float32(images_BCHW.is_cuda):
+            with torch.no_grad():
                 return self._read(self.network(images_BCHW), len(images_BCHW))
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -99,16 +104,15 @@ class Extractor:
 
 @contextmanager
 def _whole_float32(on_a_gpu: bool) -> Iterator[None]:
-    """No TF32 in convolutions and products, as published values were taken without."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul) if on_a_gpu else ()
-    before = [backend.allow_tf32 for backend in backends]
+    backends: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if on_a_gpu else ()  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
     for backend in backends:
-        backend.allow_tf32 = False
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def open_extractor(
@@ -218,7 +222,7 @@ def _weights_digest(network: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if not isinstance(tensor, Tensor):  # extra state
-            digest.update(f"{name} {tensor!r}\n".encode())
+            digest.update(f"{name} {type(tensor).__name__}\n".encode())
             continue
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)

@@ -108,9 +108,9 @@ def statistics_for(
 
 
 def suffice(statistics: Features | None, metrics: Sequence[str]) -> bool:
-    """Whether ``metrics`` need nothing else of a reference."""
+    """Whether ``metrics`` need nothing else of a reference; the Inception Score needs none at all."""
     return statistics is not None and all(
-        metric == "fid" or (metric == "sfid" and statistics.spatial is not None) for metric in metrics
+        metric in ("fid", "is") or (metric == "sfid" and statistics.spatial is not None) for metric in metrics
     )
 
 

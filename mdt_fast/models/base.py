@@ -216,7 +216,8 @@ class Transformer(Pretrained):
 
     def in_a_loop(self, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
         """``method`` of this model, or the model, for a sampling loop that calls it so many times with
-        tensors of equal shapes: one launch each on a GPU (:class:`GraphedModel`), if nothing is around it.
+        tensors of equal shapes: one launch each on a GPU (:class:`GraphedModel`), if nothing is around it. Of
+        a model in a half type x, which loops have in float32, is brought into that.
         """
         from .graphed import in_a_loop
 

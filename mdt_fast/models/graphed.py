@@ -137,12 +137,34 @@ def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> 
     from its third call on, where all of it is this package's. What one has put around layers (hooks, modules,
     another forward, ``torch.compile``) is not for a graph to leave out."""
     name = "forward" if method is model else getattr(method, "__name__", "")
-    if calls < LONG or not on_a_gpu(next(model.parameters())) or not _ours(model, method, name):
-        return method
-    return _InALoop(model, method, name)
+    if calls >= LONG and on_a_gpu(next(model.parameters())) and _ours(model, method, name):
+        method = _InALoop(model, method, name)
+    half = model.pos_embed.dtype in (torch.bfloat16, torch.float16)
+    return _InItsDtype(model, method) if half else method
 
 
-class _InALoop:
+class _OfAModel:
+    """What is called in a model's place, and has all else of it."""
+
+    model: Transformer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+
+class _InItsDtype(_OfAModel):
+    """``method`` of a model in a half type, with x in that."""
+
+    def __init__(self, model: Transformer, method: Callable[..., Tensor]):
+        self.model, self.method = model, method
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.method(x.to(self.model.pos_embed.dtype), *args, **kwargs)
+
+
+class _InALoop(_OfAModel):
     """A method of ``model`` from call to call: as it is, and from the third on by graphs. Not where the GPU
     is still at work on the second when the third comes, as it does not wait for launches there; nor where
     nothing can be captured, nor from where on something is put around a layer or takes a layer's place."""
@@ -184,11 +206,6 @@ class _InALoop:
         output = self.method(*args, **kwargs)
         warnings.warn(f"sampling without CUDA graphs, its steps launched one by one: {reason}", stacklevel=2)
         return output
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "model":  # of a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.model, name)
 
     def _parts(self) -> tuple[Any, ...]:
         """What a hook, another method of a layer or another layer changes."""

@@ -150,9 +150,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):
                 loading.check_rate(group["lr"])
-        rates = [group["lr"] for group in self.param_groups]
         # torch.distributed.checkpoint has a state made by a step that moves nothing, nor may averages.
-        still = not self.state and not any(isinstance(lr, Tensor) or lr for lr in rates)
+        still = not self.state and all(loading.is_zero(group["lr"]) for group in self.param_groups)
         averages = [] if still else self._averages
         groups, squares = self._gather()
         self.grad_norm = norm = self._norm(squares)

@@ -225,5 +225,5 @@ def _optimizer(
             value = entries[moment] if moment in entries else -entries["prev_grad"]
             tensors[f"{name}/{moment}"] = value.float().contiguous()
         if packed.kind == "adamw":
-            tensors[f"{name}/step"] = torch.tensor(float(entries.get("step", 0)))
+            tensors[f"{name}/step"] = torch.tensor(float(entries["step"]))
     return tensors, optimizer.state_dict()["param_groups"]

@@ -31,7 +31,7 @@ def test_providers_take_turns_with_the_same_indices() -> None:
 def test_a_turn_s_seconds_are_a_step_s() -> None:
     steps = {name: lambda i: time.sleep(0.01) for name in "ab"}
     timings = take_turns(steps, CPU, repeats=3, inner=2, again={"b": 3})
-    assert all(0.01 <= min(timing.seconds) < 0.02 for timing in timings.values())
+    assert all(0.01 <= min(timing.seconds) < 0.018 for timing in timings.values())
 
 
 def test_shuffled_turns_follow_each_other_in_every_order() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import account
 import account_sampling
 import providers
 import session
@@ -103,3 +104,25 @@ def test_a_line_that_fails_leaves_the_others(
         assert throughput.main([*flags, "--dtype", "float32"]) == 0
         assert "fast: OutOfMemoryError: no memory" in capsys.readouterr().out
         assert {row["note"] for row in read([file])} == {"reference", "fast without any"}
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_an_account_goes_on_after_a_reference_that_failed(
+    mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
+    module = account if mode == "train" else account_sampling
+    run = module.run
+
+    def short(case: steps.Case, *rest: object, **more: object) -> object:
+        if case.batch == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return run(case, *rest, **more)
+
+    monkeypatch.setattr(module, "run", short)
+    monkeypatch.setattr("providers.model_config", lambda name: TINY)
+    file = tmp_path / "rows.jsonl"
+    flags = ["--account", "--model", "digits", "--batch", "3,2", "--device", "cpu", "--json", str(file)]
+    assert throughput.main([*flags, "--mode", mode, *["--repeats", "1"] * (mode == "sample")]) == 1
+    assert "batch 3 · float32: OutOfMemoryError: no memory" in capsys.readouterr().out
+    assert {row["batch"] for row in read([file])} == {2}

@@ -114,7 +114,7 @@ def test_a_failure_is_told_though_time_ran_out_after_it(start: Callable, tmp_pat
     """And the log of a stage has what all of its commands printed."""
     script = tmp_path / "python"
     script.write_text(script.read_text() + 'echo "$*"\n')
-    options = {"FAILS": "--batch 128", "HANGS": "--providers reference", "LIMIT": "2"}
+    options = {"FAILS": "--batch 128", "HANGS": "--providers reference", "LIMIT": "6"}
     done, _ = start("breakdown", **options)
     assert "FAILED (exit code 3)" in done.stdout.splitlines()[-1]
     for _ in range(2):  # a second run has a log of its own

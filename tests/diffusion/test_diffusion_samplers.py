@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from golden_files import load, meta
 from mdt_fast.diffusion import create_diffusion
+from mdt_fast.diffusion.sampler import in_a_loop
 from mdt_fast.errors import UserError
 from tolerances import FLOAT32, relative_error
 
@@ -372,6 +373,9 @@ def test_models_of_a_half_type(loop: str) -> None:
     shape = 2, model.in_channels, model.input_size, model.input_size
     noise, kwargs = torch.randn(shape), {"y": torch.tensor([0, 1])}
     drawn = getattr(create_diffusion("4"), loop)
+    assert (
+        next(in_a_loop(model, 4).parameters()).dtype == torch.bfloat16
+    )  # official loops ask for their device
     for given in (noise, noise.bfloat16(), None):
         found = drawn(model, shape, given, model_kwargs=kwargs)
         assert found.dtype == torch.float32
