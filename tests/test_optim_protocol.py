@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fused import BOTH, SHAPES, assert_near, bits, parameters, run, same, set_grads, strided
 from fused import served as served  # a fixture
@@ -343,26 +342,6 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
             adamw.load_state_dict(torch.optim.AdamW(parameters(), **{option: True}).state_dict())
     assert same(bits(optimizer, params), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks
-
-
-@BOTH
-@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
-def test_checkpoints_of_torch_distributed_move_no_average(cls: Any, rate: Any) -> None:
-    """It makes a state by a step of rate 0, whose gradients are zeros."""
-    model = nn.Linear(3, 2)
-    ema = [torch.zeros_like(p) for p in model.parameters()]
-    optimizer = cls(model.parameters(), lr=rate(0.1))
-    optimizer.add_ema(ema, 0.5)
-    before = copy.deepcopy(model.state_dict())
-    state = get_optimizer_state_dict(model, optimizer)
-    assert not any(average.any() for average in ema)
-    set_grads(list(model.parameters()), 1)
-    optimizer.step()
-    assert all(average.any() for average in ema)
-    moved = copy.deepcopy(ema)
-    set_optimizer_state_dict(model, cls(model.parameters(), lr=0.1), state)
-    assert same(moved, ema)
-    assert any((p != before[name]).any() for name, p in model.named_parameters())
 
 
 def test_too_many_averages_are_refused() -> None:

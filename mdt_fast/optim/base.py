@@ -104,8 +104,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         ``params``: one float32 tensor (float64 where the parameter is) for each parameter, of its shape and
         on its device, in the optimiser's order, of its groups one after the other; or in any order with
-        names (``named_parameters()``), if the optimiser was made so. All move, with gradients or without; but
-        not in a first step of rate 0, by which ``torch.distributed.checkpoint`` has a state made.
+        names (``named_parameters()``), if the optimiser was made so. All move, with gradients or without, and
+        whatever the rate: also in the step by which ``torch.distributed.checkpoint`` has a state made, which
+        is to be loaded before the averages.
         """
         average, own = loading.in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:
@@ -150,9 +151,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):
                 loading.check_rate(group["lr"])
-        # torch.distributed.checkpoint has a state made by a step that moves nothing, nor may averages.
-        still = not self.state and all(loading.is_zero(group["lr"]) for group in self.param_groups)
-        averages = [] if still else self._averages
         groups, squares = self._gather()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()
@@ -164,8 +162,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             batches = self._batches(served)
             for number, ((dtype, _, native), batch) in enumerate(batches.items()):
                 last = number == len(batches) - 1
-                self._update(index, dtype, native, batch, self._of(steps, batch, last), norm, averages)
-        self._average_others({item.place for items in groups for item in items}, finite, averages)
+                self._update(index, dtype, native, batch, self._of(steps, batch, last), norm)
+        self._average_others({item.place for items in groups for item in items}, finite)
         own = (item for items in groups for item in items if item.param.dtype == torch.bfloat16)
         self._versions = {item.place: item.param._version for item in own}
         return loss
@@ -337,18 +335,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         batch: list[tuple[int, Item]],
         steps: list[Tensor],
         norm: Tensor,
-        averages: list[list[Tensor]],
     ) -> None:
         group, items = self.param_groups[index], [item for _, item in batch]
         states = [self.state[item.param] for item in items]
         moments = [[local(state[name]) for state in states] for name in self.moments]
         masters = [local(state["master"]) for state in states] if dtype == torch.bfloat16 else []
-        emas = [local(average[item.place]) for average in averages for item in items]
+        emas = [local(average[item.place]) for average in self._averages for item in items]
         rate = self._rate(index, torch.float64 if dtype == torch.float64 else torch.float32, norm.device)
         run(self.op, native, [item.local for item in items], [item.grad for item in items], *moments, masters,
             emas, steps, rate, norm, *group["betas"], group["eps"], group["weight_decay"],
-            *self._options(group), self.max_grad_norm, self._clip_eps(group),
-            self._decays[: len(averages)])  # fmt: skip
+            *self._options(group), self.max_grad_norm, self._clip_eps(group), self._decays)  # fmt: skip
 
     def _rate(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The group's learning rate on the device; a number is written there when it changes."""
@@ -363,13 +359,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._rates[index, dtype] = lr, rate
         return rate
 
-    def _average_others(self, moved: set[int], finite: Tensor, averages: list[list[Tensor]]) -> None:
+    def _average_others(self, moved: set[int], finite: Tensor) -> None:
         """Averages of parameters without a gradient; as they were if the step is skipped."""
-        others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if averages else []
+        others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if self._averages else []
         if not others:
             return
         whole = [self._master(i, p) for i, p in others]
-        for average, decay in zip(averages, self._decays):
+        for average, decay in zip(self._averages, self._decays):
             emas = [local(average[i]) for i, _ in others]
             values = [local(value).to(e.dtype) for value, e in zip(whole, emas)]
             change = torch._foreach_sub(values, emas)

@@ -146,11 +146,6 @@ def follow(master: Tensor, p: Tensor) -> None:
     whole.copy_(torch.where(own == whole.to(own.dtype), whole, own.to(whole.dtype)))
 
 
-def is_zero(lr: float | Tensor) -> bool:
-    """Of a rate on a GPU, which would be waited for, nobody knows."""
-    return not lr.is_cuda and not lr.item() if isinstance(lr, Tensor) else lr == 0
-
-
 def check_clipping(group: dict[str, Any], own: float) -> None:
     """``UserError`` for a group of the official Adan's, which clips by itself, with another bound."""
     bound = group.get("max_grad_norm")
