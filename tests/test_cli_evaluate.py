@@ -129,8 +129,13 @@ def test_adms_reference_file(
     # Another network than Inception sees the images, though it has as many features.
     seen = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
     features = [Small()(torch.from_numpy(images).permute(0, 3, 1, 2))[0] for images in (many, few)]
-    assert seen["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, features)), rel=1e-4)
+    assert seen["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, features)), rel=1e-6)
     assert not any("statistics" in note for note in seen["notes"])
+    # And one with another number of features has no choice.
+    mean = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:mean", "--metrics=fid")
+    means = [torch.from_numpy(images).float().mean((1, 2)) for images in (many, few)]
+    assert mean["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, means)), rel=1e-6)
+    assert not mean["notes"]
     monkeypatch.setattr(
         evaluation_reference, "is_published", lambda identity: identity.startswith("mine:Class")
     )

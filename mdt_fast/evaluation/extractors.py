@@ -104,7 +104,8 @@ class Extractor:
 
 @contextmanager
 def _whole_float32(on_a_gpu: bool) -> Iterator[None]:
-    backends: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if on_a_gpu else ()  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn  # whose stubs lack `conv`
+    backends = (cudnn.conv, torch.backends.cuda.matmul) if on_a_gpu else ()
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

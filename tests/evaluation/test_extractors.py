@@ -15,6 +15,7 @@ import torch
 from feature_networks import CLASSES, DIM, MODULE, NvidiaStyle, Small, WithLogits, forget
 from mdt_fast.errors import UserError
 from mdt_fast.evaluation import is_published, open_extractor
+from mdt_fast.evaluation.extractors import _whole_float32
 
 IMAGES = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
@@ -191,3 +192,20 @@ def test_mistakes_are_one_line(given: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         open_extractor(given, trust=True)(IMAGES)
     assert "\n" not in str(raised.value)
+
+
+def test_products_are_in_whole_float32_and_settings_come_back() -> None:
+    """Also after an error; on a CPU nothing is touched."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+
+    def failing() -> None:
+        with _whole_float32(True):
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        failing()
+    assert [backend.fp32_precision for backend in backends] == before
+    with _whole_float32(False):
+        assert [backend.fp32_precision for backend in backends] == before
