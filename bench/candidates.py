@@ -6,7 +6,7 @@ have theirs compiled in.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -166,7 +166,8 @@ def entries(arch: str) -> list[Entry]:
 
 def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[[], points.Call]]:
     """What an entry is timed on, by title: every published width of its class, attention with all tokens and
-    with some. Empty where no published model has the class."""
+    with some. Empty where no published model has the class. Those of TF32 are float32's: which products are
+    taken is said by torch's setting (:func:`products`)."""
     kernel, shape = entry
     tunable, (size, kind) = KERNELS[kernel], shape.split()
     dtype = torch.bfloat16 if kind == "half" else torch.float32
@@ -186,6 +187,18 @@ def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[
         f"{model}, batch {batch}": partial(_call, tunable, model, batch, dtype, device)
         for model in dict.fromkeys((*models[:1], *models[-1:]))
     }
+
+
+@contextmanager
+def products(entry: Entry) -> Iterator[None]:
+    """Float32's products, PyTorch's own too, by TF32 or not, as an entry says."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if entry[1].endswith("tf32") else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _call(tunable: Tunable, model: str, batch: int, dtype: torch.dtype, device: torch.device) -> points.Call:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str], kept: command.Kept) -> int:
     args = _parser().parse_args(argv)
     wanted = kernels_of(args.ops)
-    kinds = command.names("--dtype", args.dtype, ("half", "float32"))
+    kinds = command.names("--dtype", args.dtype, ("half", "float32", "tf32"))
     batch, top = command.whole("--batch", args.batch), command.whole("--top", args.top)
     command.at_least_one("--repeats", args.repeats)
     command.positive_seconds("--time-limit", args.time_limit)
@@ -105,7 +105,8 @@ def _main(argv: list[str], kept: command.Kept) -> int:
             if time.monotonic() >= end:
                 print(f"the time limit was reached; {len(todo) - place} of {len(todo)} wait: run it again")
                 break
-            bench.compile_only(entry) if args.compile_only else bench.tune(entry)
+            with candidates.products(entry):
+                bench.compile_only(entry) if args.compile_only else bench.tune(entry)
     if not args.compile_only:
         conclude([*known, *rows.rows], wanted, args.write)
     command.conclude(rows, None, lambda rows, path: False)
@@ -219,6 +220,8 @@ class Tuner:
         call = make()
         expected = call()
         limit = max(points.TOLERANCE[tensor.dtype] for tensor in expected)
+        if entry[1].endswith("tf32"):  # as many bits as float16
+            limit = max(limit, points.TOLERANCE[torch.float16])
 
         def turn(choice: Choice | None) -> Callable[[int], Sequence[Tensor]]:
             def one(index: int) -> Sequence[Tensor]:
@@ -298,7 +301,7 @@ class Tuner:
 def _parser() -> argparse.ArgumentParser:
     parser = command.Parser(prog="tune", description="Launch choices of the Triton kernels.")
     parser.add_argument("--ops", help="kernels, ops or rooms, by comma (default: all)")
-    parser.add_argument("--dtype", default="half", help="half or float32, or both by a comma (default: half)")
+    parser.add_argument("--dtype", default="half", help="of half, float32, tf32, by comma (default: half)")
     parser.add_argument("--sizes", help="shape classes, or their numbers, by comma (default: all)")
     parser.add_argument("--batch", default="32", help="samples (default: 32)")
     parser.add_argument("--top", default="24", help="choices of an entry that are timed (default: 24)")

@@ -87,6 +87,12 @@ def backends() -> list[Backend]:
     return [_backend(op) for op in OPS]
 
 
+def tf32() -> bool:
+    """Whether PyTorch may take TF32's products for float32's on CUDA devices
+    (``torch.set_float32_matmul_precision("high")``, ``torch.backends.cuda.matmul.allow_tf32``)."""
+    return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def on_triton(x: Tensor) -> bool:
     """Whether a registered op that has a Triton kernel, once it is called, runs that on ``x``."""
     here = INTERPRETING or (x.is_cuda and HAS_TRITON)

@@ -84,9 +84,10 @@ def _forget() -> None:
         memory.cache_clear()
 
 
-def shape_class(size: int, half: bool) -> str:
-    """What a room goes by, and whether elements take two bytes: ``2048 half``."""
-    return f"{size} {'half' if half else 'float32'}"
+def shape_class(size: int, half: bool, tf32: bool = False) -> str:
+    """What a room goes by, and whether elements take two bytes, or are float32 in TF32's products:
+    ``2048 half``, ``2048 float32``, ``64 tf32``."""
+    return f"{size} {'half' if half else 'tf32' if tf32 else 'float32'}"
 
 
 def cdiv(size: int, block: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
 from parity import compare, run, same
+from tolerances import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 
@@ -72,6 +73,21 @@ def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
         return rel_attention(q, k, v, args[3], grid_size=9, **how)
 
     compare(op, partial(op, attention_backend="sdpa"), heads(2, 2, 81, 81, 79, 9), dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("d", [64, 72, 128])
+def test_tf32_where_products_of_float32_may_be(d: int, masked: bool) -> None:
+    """Rounded to ten bits on the way, as PyTorch's own products are then."""
+    pos = kept(3, 16, 153) if masked else None
+    op = partial(rel_attention, grid_size=16, q_pos=pos, k_pos=pos)
+    args = heads(3, 4, 153 if masked else 256, 153 if masked else 256, d, 16)
+    exact = run(partial(plain, grid_size=16, q_pos=pos, k_pos=pos), [a.double() for a in args])
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the fixture turns it off again
+    ours, again = run(op, args), run(op, args)
+    for i, (a, b, e) in enumerate(zip(ours, again, exact, strict=True)):
+        assert torch.equal(a, b), f"result {i}: two runs differ"
+        assert 1e-5 < relative_error(a, e) < 3e-3, f"result {i}"
 
 
 @DTYPES

@@ -9,6 +9,7 @@ from ..aot import Case
 from .config import (
     KERNELS,
     MAX_HEAD_DIM,
+    Kind,
     LaunchConfig,
     entry,
     gather_blocks,
@@ -33,6 +34,7 @@ from .kernel_table import (
 )
 
 HEAD_DIMS, DTYPES = (64, 72), ("bf16", "fp32")
+KINDS: dict[str, Kind] = {"bf16": "half", "fp32": "float32"}
 GRID = 16
 BIASES = {"no bias": NO_BIAS, "lookup": LOOKUP, "dense": DENSE}
 
@@ -40,7 +42,7 @@ BIASES = {"no bias": NO_BIAS, "lookup": LOOKUP, "dense": DENSE}
 def cases(arch: str) -> Iterator[Case]:
     """Every kernel: unmasked, masked and packed (ragged), each with the bias forms that it can meet there."""
     for d, dtype in product(HEAD_DIMS, DTYPES):
-        configs = launch_configs(arch, d, half=dtype == "bf16")
+        configs = launch_configs(arch, d, KINDS[dtype])
         for (form, bias), tokens in product(BIASES.items(), ("all", "kept", "packed")):
             if bias == NO_BIAS and tokens == "kept":
                 continue  # without a bias, positions mean nothing
@@ -80,20 +82,23 @@ def cases(arch: str) -> Iterator[Case]:
 
 
 def _wide_cases(arch: str) -> Iterator[Case]:
-    """Of the widest head what takes most registers, for NVIDIA's: float32, some tokens kept."""
-    d, dtype = MAX_HEAD_DIM, "fp32"
+    """For NVIDIA's, what takes most registers: float32 at the widest head, and TF32's products."""
     if arch.startswith("gfx"):
         return
-    configs, label = launch_configs(arch, d, half=False), f"d={d} kept lookup {dtype}"
-    shape = _shape(d, dtype, arch) | {"RAGGED": False}
-    scores = shape | {"BIAS": LOOKUP, "Q_POSITIONS": True, "K_POSITIONS": True}
-    for kernel, launch, constants in (
-        (rel_attention_fwd_kernel, configs.forward, scores),
-        (rel_attention_bwd_q_kernel, configs.q, scores),
-        (rel_attention_bwd_kv_kernel, configs.kv, scores | {"STORE": False}),
-        (rel_attention_bwd_bias_kernel, configs.bias, shape | {"Q_SLOTS": True, "K_SLOTS": True}),
-    ):
-        yield _case(kernel, label, constants | _blocks(launch), d, dtype, launch)
+    most: list[tuple[int, Kind]] = [(MAX_HEAD_DIM, "float32")]
+    most += [(d, "tf32") for d in (*HEAD_DIMS, MAX_HEAD_DIM)]
+    for d, kind in most:
+        configs = launch_configs(arch, d, kind)
+        shape = _shape(d, "fp32", arch) | {"RAGGED": True, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
+        scores = shape | {"BIAS": LOOKUP, "Q_POSITIONS": True, "K_POSITIONS": True}
+        for kernel, launch, constants in (
+            (rel_attention_fwd_kernel, configs.forward, scores),
+            (rel_attention_bwd_q_kernel, configs.q, scores),
+            (rel_attention_bwd_kv_kernel, configs.kv, scores | {"STORE": False}),
+            (rel_attention_bwd_bias_kernel, configs.bias, shape | {"Q_SLOTS": True, "K_SLOTS": True}),
+        ):
+            label = f"d={d} packed {kind}"
+            yield _case(kernel, label, constants | _blocks(launch), d, "fp32", launch, kind=kind)
 
 
 def _small_cases(arch: str) -> Iterator[Case]:
@@ -126,6 +131,7 @@ def _case(
     dtype: str,
     launch: LaunchConfig,
     tunable: bool = True,
+    kind: Kind | None = None,
 ) -> Case:
     op = kernel.__name__.removesuffix("_kernel")
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
@@ -143,7 +149,7 @@ def _case(
         aligned=frozenset(aligned),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        entry=entry(op, head_dim, dtype == "bf16") if tunable and op in KERNELS.values() else None,
+        entry=entry(op, head_dim, kind or KINDS[dtype]) if tunable and op in KERNELS.values() else None,
     )
 
 

@@ -19,6 +19,8 @@ write dS for some samples at a time, which are gathered; in half types and up to
 the gradient of q is made of them on the way, without scores of its own. The table's sums are of dS as it is
 stored, in half types of rounded numbers."""
 BIAS_FORMS, TABLE_GRADS = get_args(BiasForm), get_args(TableGrad)
+Kind = Literal["half", "float32", "tf32"]
+"""What products are of: float16 or bfloat16; float32; float32 by TF32's tensor cores."""
 
 MAX_HEAD_DIM = 128
 EIGHT = 8
@@ -99,6 +101,18 @@ _FLOAT32 = {
     ("gfx942", 80): _launches(*[(64, 32, 4, 1)] * 4),
     ("gfx942", 128): _launches((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
+_TF32 = {
+    ("sm_80", 64): _launches((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 1)),
+    ("sm_80", 80): _launches((64, 32, 8, 2), (32, 16, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)),
+    ("sm_80", 128): _launches((32, 64, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 64, 8, 1)),
+    ("sm_90", 64): _launches((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    ("sm_90", 80): _launches((64, 32, 4, 2), (64, 32, 8, 2), (16, 64, 8, 1), (64, 32, 4, 1)),
+    ("sm_90", 128): _launches((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1)),
+    ("sm_100", 64): _launches((64, 64, 4, 1), (64, 64, 8, 1), (32, 64, 8, 1), (64, 64, 8, 1)),
+    ("sm_100", 80): _launches((64, 64, 4, 1), (64, 32, 8, 1), (32, 64, 8, 1), (64, 64, 8, 1)),
+    ("sm_100", 128): _launches((64, 64, 8, 1), (64, 32, 8, 2), (32, 16, 8, 1), (64, 64, 8, 1)),
+}
+"""NVIDIA's alone."""
 _GATHER = {
     "sm_80": _launch(16, GATHERED, 8, 1),
     "sm_90": _launch(64, GATHERED, 16, 2),
@@ -121,24 +135,24 @@ _INTERPRETER = _launches(*[(64, 64, 1, 1)] * 4)
 """Few programs: in Triton's interpreter it is their number that takes time."""
 
 
-def launch_configs(arch: str, head_dim: int, half: bool) -> LaunchConfigs:
-    """For ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``; a head size; half types or not."""
+def launch_configs(arch: str, head_dim: int, kind: Kind) -> LaunchConfigs:
+    """For ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``, and a head size."""
     found = _INTERPRETER
     if arch != "interpreter":
-        found = (_HALF if half else _FLOAT32)[arch, _widest(head_dim)]
-    if half:
+        found = {"half": _HALF, "float32": _FLOAT32, "tf32": _TF32}[kind][arch, _widest(head_dim)]
+    if kind == "half":
         found = replace(found, gather=_GATHER[arch])
     measured = {
         field: replace(getattr(found, field), **choice)
         for field, kernel in KERNELS.items()
-        if (choice := tuned_for(entry(kernel, head_dim, half), arch))
+        if (choice := tuned_for(entry(kernel, head_dim, kind), arch))
     }
     return replace(found, **measured) if measured else found
 
 
-def entry(kernel: str, head_dim: int, half: bool) -> Entry:
+def entry(kernel: str, head_dim: int, kind: Kind) -> Entry:
     """Where ``tuned.json`` has the choice for one of ``KERNELS`` at a head size."""
-    return kernel, shape_class(_widest(head_dim), half)
+    return kernel, shape_class(_widest(head_dim), kind == "half", kind == "tf32")
 
 
 def _widest(head_dim: int) -> int:

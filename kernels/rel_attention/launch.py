@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends import INTERPRETING
+from ..backends import INTERPRETING, tf32
 from ..checks import cast
 from ..launches import architecture, cdiv, remembered
 from . import config
@@ -290,7 +290,7 @@ def _constants(call: Call, x_BHRd: Tensor, strides: list[int]) -> dict[str, Any]
     return {
         "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
         "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,
-        "ALIGN": 8 if aligned else 1, "PRECISION": "ieee",
+        "ALIGN": 8 if aligned else 1, "PRECISION": "tf32" if _kind(x_BHRd) == "tf32" else "ieee",
         "DIRECT": x_BHRd.is_cuda and torch.version.hip is None and not INTERPRETING,
     }  # fmt: skip
 
@@ -303,10 +303,19 @@ def _blocks(launch: config.LaunchConfig) -> dict[str, int]:
 
 
 def _configs(q_BHMd: Tensor) -> config.LaunchConfigs:
-    return _configs_of(_architecture(q_BHMd), q_BHMd.shape[3], q_BHMd.element_size() == 2)
+    return _configs_of(_architecture(q_BHMd), q_BHMd.shape[3], _kind(q_BHMd))
 
 
 _configs_of = remembered(config.launch_configs)
+
+
+def _kind(x: Tensor) -> config.Kind:
+    """float32 is TF32's where PyTorch's own products are."""
+    if x.element_size() == 2:
+        return "half"
+    if x.is_cuda and tf32() and torch.cuda.get_device_capability(x.device) >= (8, 0):
+        return "tf32"
+    return "float32"
 
 
 def _architecture(x: Tensor) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import RATIO_RANGE, ModelConfig
+from ..kernels.backends import tf32
 
 GIB, TERA = 2**30, 1e12
 
@@ -175,8 +176,8 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return peak_of(torch.cuda.get_device_name(device), "tf32" if dtype == "float32" and tf32 else dtype)
+    taken = "tf32" if dtype == "float32" and tf32() else dtype
+    return peak_of(torch.cuda.get_device_name(device), taken)
 
 
 def peak_of(name: str, dtype: str) -> float | None:

@@ -27,8 +27,10 @@ def test_every_compiled_choice_can_be_tuned(arch: str) -> None:
     without = {"quantize_rows", "quantize_weight"} if arch == "sm_80" else set()  # A100 has no float8
     assert {kernel for kernel, _ in entries} == set(candidates.KERNELS) - without
     for entry in entries:
-        assert entry[1].split()[1] in ("half", "float32")
-    assert {"64 half", "80 half"} <= {shape for kernel, shape in entries if kernel == "rel_attention_bwd_kv"}
+        assert entry[1].split()[1] in ("half", "float32", "tf32")
+    assert {"64 half", "80 half", "80 tf32"} <= {
+        shape for kernel, shape in entries if kernel == "rel_attention_bwd_kv"
+    }
 
 
 @pytest.mark.parametrize("kernel", candidates.KERNELS)

@@ -66,6 +66,12 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
 
     gather = {"rel_attention_bwd_gather_kernel"} if arch != "sm_100" else set()  # there 16 rows: mma.sync
     assert all(row["p50"] > 0 for row in of(MATRIX[arch]) if row["kernel"] in PRODUCTS | gather)
+    matrix: Counter[tuple[str, str]] = Counter()  # of float32, where TF32 may be taken
+    for row in rows:
+        if "tf32" in row["shape"] and row["metric"] in ("HMMA", "HGMMA", "UTCMMA"):
+            matrix[row["kernel"], row["shape"]] += row["p50"]
+    assert len(matrix) == len(PRODUCTS) * 3
+    assert all(matrix.values())
     wide: Counter[tuple[str, str]] = Counter()  # 16 bytes at a time
     for row in of("LDG.128") + of("LDGSTS.128"):
         wide[row["kernel"], row["shape"]] += row["p50"]

@@ -282,3 +282,30 @@ def test_a_model_takes_a_backend() -> None:
         model.set_attention_backend("fast")
     with pytest.raises(UserError, match="attention_backend: got 'fast'"):
         MDTv2_S_2(attention_backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "capability", "kind"),
+    [
+        (torch.float32, "tf32", (9, 0), "tf32"),
+        (torch.float32, "ieee", (9, 0), "float32"),
+        (torch.float32, "none", (9, 0), "float32"),
+        (torch.float32, "tf32", (7, 5), "float32"),
+        (torch.bfloat16, "tf32", (9, 0), "half"),
+    ],
+)
+def test_tf32_where_torch_may_take_it_and_the_gpu_has_it(
+    dtype: torch.dtype, allowed: str, capability: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from mdt_fast.kernels.rel_attention import launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch.backends.cuda.matmul.fp32_precision
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), element_size=lambda: dtype.itemsize)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = allowed
+        assert launch._kind(x) == kind
+        assert launch._kind(torch.ones(1)) == "float32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
