@@ -158,11 +158,7 @@ class Learner:
             self.drawing = build_model(settings.model).to(device)
         self.optimizer, self.ema, _ = optimize(self.model, settings.train)
         self.diffusion = create_diffusion(
-            noise_schedule=settings.diffusion.noise_schedule,
-            predict_xstart=settings.diffusion.predict_xstart,
-            learn_sigma=settings.model.learn_sigma,
-            diffusion_steps=settings.diffusion.diffusion_steps,
-            min_snr_gamma=settings.diffusion.min_snr_gamma,
+            learn_sigma=settings.model.learn_sigma, **to_dict(settings.diffusion)
         )
         self.passes: Passes | GraphedPasses | None = None  # as the product trains
         if job.variant.implementation == "fast" and job.variant.passes == "both":

@@ -340,7 +340,7 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
 
 
 def as_saved(values: Any) -> Any:
-    """A run's configuration with what was meant by it when it was saved."""
+    """A saved configuration in today's terms."""
     train = values.get("train") if isinstance(values, dict) else None
     if isinstance(train, dict) and train.get("float8") and "float8_by" not in train:
         return {**values, "train": {**train, "float8_by": "torchao"}}  # there was no other
@@ -348,15 +348,16 @@ def as_saved(values: Any) -> Any:
 
 
 def allowed_words(cls: type, section: str, key: str) -> tuple[Any, ...]:
-    """The values of a setting that has but these; of others none."""
+    """The words that a setting may be, if it is one of several; else none."""
     hint = typing.get_type_hints(typing.get_type_hints(cls)[section])[key]
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def check_types(config: Any) -> None:
-    """``UserError`` for a value of a settings' dataclass that is none of its field's."""
+def check_types(config: Any, prefix: str = "") -> None:
+    """``UserError`` for a field of a settings' dataclass whose value has the wrong type, or is none of its
+    words; ``prefix`` is put before the field's name."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        _checked(hint, getattr(config, name), name)
+        _checked(hint, getattr(config, name), prefix + name)
 
 
 def _is_number(value: Any) -> bool:

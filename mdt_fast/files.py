@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -35,7 +35,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
     What a process that was killed here, or in :func:`aside`, left for ``path`` is removed first.
     """
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, [path.name])
     temporary = _temporary(path)
     temporary.mkdir()
     try:
@@ -47,22 +47,22 @@ def folder_aside(path: Path) -> Iterator[Path]:
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
-def is_leftover(path: Path, *names: str) -> bool:
-    """Whether it has a temporary name, of a file or folder that is called one of ``names`` (any, if none)."""
+def is_leftover(path: Path, names: Collection[str] | None = None) -> bool:
+    """Whether ``path`` is the temporary file or folder of one of ``names`` (None: of any)."""
     match = LEFTOVER.fullmatch(path.name)
-    return match is not None and (not names or match[1] in names)
+    return match is not None and (names is None or match[1] in names)
 
 
-def remove_leftovers(folder: Path, *names: str) -> None:
-    """Remove what killed processes left in ``folder``: of ``names`` alone and folders too, else all files.
+def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what killed processes left in ``folder``: files and folders of ``names``, or (None) all files.
 
-    Only where no other process is writing there: what it has begun would go, too.
+    Only where no other process writes them: what it has begun would be removed, too.
     """
     for path in folder.glob(".*.partial"):
-        if is_leftover(path, *names):
+        if is_leftover(path, names):
             if path.is_file() or path.is_symlink():
                 path.unlink(missing_ok=True)
-            elif names:
+            elif names is not None:
                 shutil.rmtree(path, ignore_errors=True)
 
 

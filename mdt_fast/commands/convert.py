@@ -107,7 +107,7 @@ def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
         if name != "vae" and getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: says nothing of a pipeline; leave it out")
     check_writable(target, folder=True)
-    if target.is_dir() and not all(is_leftover(path, PIPELINE) for path in target.iterdir()):
+    if target.is_dir() and not all(is_leftover(path, [PIPELINE]) for path in target.iterdir()):
         raise UserError(f"cannot write {str(target)!r}: it holds files already; choose another place")
     from ..pipelines import MDTPipeline  # diffusers takes seconds to import
 

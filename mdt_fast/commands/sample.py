@@ -124,7 +124,7 @@ def sample(args: argparse.Namespace) -> int:
 
     if folder is None and targets.keys() == {"npz"}:  # written as they come, none is kept
         size, count = config.batch_size, len(labels)
-        remove_leftovers(targets["npz"].parent, targets["npz"].name)
+        remove_leftovers(targets["npz"].parent, [targets["npz"].name])
         batches = drawn([range(first, min(first + size, count)) for first in range(0, count, size)])
         with closing(batches):
             made = _write(targets, batches, labels, opened.classes, known)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import from_dict
 from ..errors import UserError
-from ..files import aside, flush, sha256_of
+from ..files import aside, flush, remove_leftovers, sha256_of
 from .latents import (
     INDEX,
     DamagedError,
@@ -84,10 +84,7 @@ class Folder:
         # Each rank clears what belongs to its own shards: another's may be in work.
         mine = range(self.encoding.shards)[ranks.rank :: ranks.world]
         stale = {path for shard in mine for path in (shard_name(shard), self._beside(shard).name)}
-        for path in self.root.glob(".*.partial"):
-            name = path.name[1:].removesuffix(".partial").rpartition(".")[0]
-            if name in stale or (name == INDEX and ranks.rank == 0):
-                path.unlink(missing_ok=True)
+        remove_leftovers(self.root, stale | ({INDEX} if ranks.rank == 0 else set()))
 
     def _check_same(self, path: Path) -> None:
         """``UserError`` if ``path`` was made with other settings or of another source."""

@@ -89,7 +89,7 @@ class Pretrained(nn.Module):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"save_pretrained: cannot make the folder {str(folder)!r}: {error}") from None
-        remove_leftovers(folder, WEIGHTS, CONFIG, CARD)
+        remove_leftovers(folder, [WEIGHTS, CONFIG, CARD])
         described = {"_class_name": CLASS_NAMES[self.config.family], **self.config.kwargs()}
         write_weights(folder / WEIGHTS, state, **{DIGEST: _digest(described)})
         with aside(folder / CONFIG) as file:

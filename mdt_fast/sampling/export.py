@@ -157,7 +157,7 @@ def export_step(
         _compile(program, archive, text)
     else:
         torch.export.save(program, archive, extra_files={DESCRIPTION: text})
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, [path.name])
     with full_disk_named(path), aside(path) as file:
         file.write_bytes(archive.getbuffer())
     return path

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import aside, flush
+from ..files import aside, flush, remove_leftovers
 from .npz import adm_name, save_npz
 
 SETTINGS = "settings.json"
@@ -95,9 +95,7 @@ class SampleFolder:
         if rank == 0:
             for left in self.root.glob(".samples_*.npz.*.partial"):
                 left.unlink(missing_ok=True)
-        for shard in mine:
-            for left in self.root.glob(f".{self._path(shard).name}.*.partial"):
-                left.unlink(missing_ok=True)
+        remove_leftovers(self.root, [self._path(shard).name for shard in mine])
         return [shard for shard in mine if not self._path(shard).exists()]
 
     def drawn(self) -> int:

@@ -96,7 +96,6 @@ def sample(
     labels: Sequence[int],
     config: SampleConfig = DEFAULT,
     *,
-    diffusion_steps: int = 1000,
     clip_denoised: bool | None = None,
     first_index: int = 0,
     on_batch: OnBatch | None = None,
@@ -106,17 +105,17 @@ def sample(
     """One image or latent per label (``config.num_samples`` is the command's): [N, C, S, S] on the CPU,
     pixels nominally in [-1, 1].
 
-    ``diffusion``: what the model was trained with, of which ``config.steps`` are taken, or that respaced
-    already (or of a class of one's own), of which all are; ``diffusion_steps`` is the number of its original
-    steps. All noise of image i, the start and what the steps add, comes from a generator seeded by
-    (``config.seed``, ``first_index`` + i): a picture does not depend on the batch it is drawn in (up to
-    rounding in the batched products), nor on which process draws it. ``clip_denoised`` clamps the predicted
-    image to [-1, 1], right for pixels and wrong for latents; None: where the model has 1 or 3 channels.
-    ``on_batch`` hears how many images are done, ``on_step`` of each batch how many steps, and of how many.
-    The model draws in eval mode, and is left in the mode it was in. Float32, of a float64 model float64.
-    Raises ``UserError`` for labels out of range and impossible settings.
+    ``diffusion``: the process the model was trained with, of which ``config.steps`` evenly spread steps are
+    taken; one that is respaced already, or of a class of your own, is used as it is. All noise of image i, at
+    the start and in every step, comes from a generator seeded by (``config.seed``, ``first_index`` + i): an
+    image depends neither on its batch (up to rounding in batched products) nor on the process that samples
+    it. ``clip_denoised`` clamps the predicted image to [-1, 1], right for pixels and wrong for latents; None:
+    if the model has 1 or 3 channels. ``on_batch(done)`` is called with the number of finished images,
+    ``on_step(done, total)`` after every step of a batch. The model runs in eval mode and gets its mode back.
+    The result is float32, or float64 of a float64 model. Raises ``UserError`` for labels out of range and
+    impossible settings.
     """
-    diffusion = respaced(model, diffusion, config, diffusion_steps)
+    diffusion = respaced(model, diffusion, config)
     with in_eval(model):
         sampler = Sampler(model, diffusion, config, clip_denoised=clip_denoised, switches=switches)
         return sampler.draw(labels, first_index, on_batch, on_step)
@@ -163,15 +162,10 @@ def respaced(
     model: nn.Module,
     diffusion: GaussianDiffusion | DiffusionConfig,
     config: SampleConfig,
-    diffusion_steps: int,
 ) -> GaussianDiffusion:
     """What ``sample`` was given as its diffusion, respaced."""
     if isinstance(diffusion, DiffusionConfig):
         return sampling_diffusion(config_of(model), diffusion, config)
-    if diffusion_steps != diffusion.original_num_steps:
-        raise UserError(
-            f"diffusion_steps: the diffusion has {diffusion.original_num_steps}, got {diffusion_steps}"
-        )
     if diffusion.num_timesteps != diffusion.original_num_steps or type(diffusion) is not GaussianDiffusion:
         return diffusion
     return GaussianDiffusion(

@@ -32,7 +32,6 @@ def inpaint(
     *,
     hide: float = 0.0,
     resample: int = 1,
-    diffusion_steps: int = 1000,
     clip_denoised: bool | None = None,
     first_index: int = 0,
     on_batch: OnBatch | None = None,
@@ -53,7 +52,7 @@ def inpaint(
     with different numbers of hidden tokens are drawn in different batches. Raises ``UserError`` for what does
     not fit.
     """
-    diffusion = respaced(model, diffusion, config, diffusion_steps)
+    diffusion = respaced(model, diffusion, config)
     with in_eval(model):
         sampler = Inpainter(
             model, diffusion, config, image, unknown, hide=hide, resample=resample,

@@ -10,7 +10,7 @@ from operator import add
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diffusion import GaussianDiffusion
 from ..masking import MaskPlan
@@ -103,18 +103,6 @@ def losses_by_pass(
     kwargs = {"y": labels, "drop_labels": False, "enable_mask": True, "mask_plan": draws.plan}
     masked = partial(diffusion.training_losses, model, x, draws.t, kwargs, draws.noise_masked)
     return [full, lambda: _as_masked(masked())]
-
-
-def two_pass_losses(
-    model: nn.Module, diffusion: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor
-) -> dict[str, Tensor]:
-    """The same, drawn as it goes, of any model: the reference's and the official one run two passes."""
-    if getattr(model, "mask_ratio", None) is None:
-        return diffusion.training_losses(model, x, t, {"y": y})
-    if hasattr(model, "training_step_outputs"):
-        return diffusion.two_pass_losses(model, x, t, y)
-    terms = diffusion.training_losses(model, x, t, {"y": y})
-    return terms | _as_masked(diffusion.training_losses(model, x, t, {"y": y, "enable_mask": True}))
 
 
 def _as_masked(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -201,12 +201,12 @@ def summary(
 
     ``row``: the last one of the metrics (may be empty). ``steps`` updates of ``batch_size`` images (of all
     processes together) are done; ``first`` of them were done before this process began, ``seconds`` ago.
-    ``num_images``: of the training set, for the epochs where the row has none. ``files``: where results lie.
+    ``num_images``: of the training set, to count epochs. ``files``: where results lie.
     The mean speed counts everything since the beginning: compilation, checkpoints and pictures too. To be
     printed when the progress display is closed.
     """
     images, here = steps * batch_size, (steps - first) * batch_size
-    epochs = row.get("epoch", images / num_images if num_images else None)
+    epochs = images / num_images if num_images else None
     table = [("steps", f"{steps:,}" + (f" ({steps - first:,} since it went on)" if first else ""))]
     seen = f"{images:,}" + ("" if epochs is None else f" ({epochs:.4g} epochs)")
     table += [("images seen", seen), ("time", clock(seconds))]

@@ -167,7 +167,6 @@ class Run:
         with self.ema.in_model() as model, torch.compiler.set_stance("force_eager"):
             latents = sample(
                 model, diffusion, own, config, first_index=first,
-                diffusion_steps=self.config.diffusion.diffusion_steps,
                 clip_denoised=self.first_stage.clip, on_step=self.on_sampling_step,
             )  # fmt: skip
         drawn = torch.cat(self.world.together(latents.cpu()))[: len(labels)]
@@ -225,13 +224,7 @@ def prepare(
     if start is not None:
         start.fill(checkpoint.EMA, ema.tensors, world)
         restore_optimizer(start, optimizer, loss_scale, parameters, world)
-    diffusion = create_diffusion(
-        noise_schedule=config.diffusion.noise_schedule,
-        predict_xstart=config.diffusion.predict_xstart,
-        learn_sigma=config.model.learn_sigma,
-        diffusion_steps=config.diffusion.diffusion_steps,
-        min_snr_gamma=config.diffusion.min_snr_gamma,
-    )
+    diffusion = create_diffusion(learn_sigma=config.model.learn_sigma, **to_dict(config.diffusion))
     passes = Passes(model, diffusion, config.train, sharded, device, replicas(config.train, world))
     return Run(
         config=config, out=out, world=world, step=start.step if start else 0,

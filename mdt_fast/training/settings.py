@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..config import RunConfig, to_dict
+from ..config import RunConfig, check_types, to_dict
 from ..errors import UserError
 from ..sampling import check_sampling, sampling_diffusion
 from .sinks import imported_wandb
@@ -34,8 +34,10 @@ def check_resumable(saved: RunConfig, wanted: RunConfig) -> list[str]:
 
 
 def check_settings(config: RunConfig) -> None:
-    """``UserError`` for settings that contradict each other or are out of range."""
+    """``UserError`` for settings of a wrong type, out of range, or that contradict each other."""
     settings = config.train
+    for section in ("model", "data", "diffusion", "train"):  # sample's: check_sampling
+        check_types(getattr(config, section), f"{section}.")
     for name, lowest in (
         ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("save_every", 1), ("keep", 1),
         ("keep_every", 0), ("warmup_steps", 0), ("lr_anneal_steps", 0), ("seed", 0), ("max_grad_norm", 0),
@@ -60,8 +62,6 @@ def check_settings(config: RunConfig) -> None:
         imported_wandb()
     if settings.weights == "bfloat16" and settings.dtype != "bfloat16":
         raise UserError(f"train.weights: bfloat16 goes with train.dtype bfloat16, got {settings.dtype}")
-    if settings.float8_by not in ("kernels", "torchao"):
-        raise UserError(f"train.float8_by: allowed are 'kernels' and 'torchao', got {settings.float8_by!r}")
     if settings.float8_by != "kernels" and not settings.float8:
         raise UserError(f"train.float8_by: {settings.float8_by} goes with train.float8=true")
     if settings.float8 and settings.dtype != "bfloat16":

@@ -11,8 +11,9 @@ from mdt_fast import reference
 from mdt_fast.config import TrainConfig
 from mdt_fast.diffusion import create_diffusion
 from mdt_fast.models import MDT, MDTv2
-from mdt_fast.training.objective import total_loss, two_pass_losses
+from mdt_fast.training.objective import total_loss
 from mdt_fast.training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
+from objective import two_pass_losses
 from tolerances import FLOAT32, PARAMETERS_AFTER_OPTIMISER, relative_error
 
 NAMES = ["train_v2_adamw", "train_v2_adan", "train_v2_adamw_anneal", "train_v1_adamw"]

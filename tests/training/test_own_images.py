@@ -68,3 +68,24 @@ def test_what_is_nothing_of_the_kind(tmp_path: Path) -> None:
     config: Any = "digits"
     with pytest.raises(UserError, match=r"config: got str, a RunConfig is needed"):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", {"optimizer": "sgd"}, "train.optimizer: 'sgd' is not one of 'adan', 'adamw'"),
+        ("train", {"parallel": "zero"}, "train.parallel: 'zero' is not one of 'fsdp', 'hybrid', 'ddp'"),
+        ("train", {"steps": 10.5}, "train.steps: expected int, got 10.5"),
+        ("train", {"ema_decay": "0.9"}, "train.ema_decay: expected float, got '0.9'"),
+        ("train", {"float8_by": "nvidia"}, "train.float8_by: 'nvidia' is not one of 'kernels', 'torchao'"),
+        ("data", {"crop": "middle"}, "data.crop: 'middle' is not one of 'center', 'random'"),
+        ("diffusion", {"noise_schedule": 3}, "diffusion.noise_schedule: 3 is not one of 'linear'"),
+    ],
+)
+def test_settings_that_are_none(section: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """From Python nothing has read them before."""
+    config = tiny(steps=2)
+    config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    with pytest.raises(UserError, match=f"^{message}"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from mdt_fast.training.sinks import Sinks
 
 ROW: dict[str, Any] = {
     "step": 10, "loss": 0.1234, "m_loss": 0.2345, "lr": 3e-4, "img_per_s": 5123.4, "tflop_per_s": 412.3,
-    "share_of_peak": 0.417, "memory_gib": 71.23, "skipped": 2, "epoch": 0.3,
+    "share_of_peak": 0.417, "memory_gib": 71.23, "skipped": 2,
 }  # fmt: skip
 BARE: dict[str, Any] = {"step": 10, "loss": 0.5, "lr": 1e-3, "img_per_s": 81.23}  # a CPU, no masks
 
@@ -245,12 +245,12 @@ def test_clock(seconds: float, text: str) -> None:
 
 def test_summary_of_a_run() -> None:
     lines = summary(
-        ROW, 1000, 100.0, batch_size=256, world_size=8, peak_memory_gib=72.0,
+        ROW, 1000, 100.0, batch_size=256, num_images=512_000, world_size=8, peak_memory_gib=72.0,
         files=("runs/x/metrics.jsonl", "runs/x/checkpoints/"),
     )  # fmt: skip
     assert lines == [
         "steps          1,000",
-        "images seen    256,000 (0.3 epochs)",
+        "images seen    256,000 (0.5 epochs)",
         "time           1:40",
         "mean speed     2560 img/s  206 TFLOP/s (21% of peak) in each process, "
         "start, saving and pictures included",
