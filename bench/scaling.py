@@ -5,7 +5,7 @@
     python bench/scaling.py --model MDTv2_XL_2 --step-ms 110 --gpus 16,64
     python bench/scaling.py --markdown docs/scaling.md      writes that document's tables
 
-Bytes are exact (``tests/training/test_scaling.py``). Times are a model's: nothing here is measured, but for
+Bytes are exact (``tests/bench/test_bench_network.py``). Times are a model's: nothing here is measured but
 the time of a step on one GPU, where ``--rows`` has it. See docs/scaling.md.
 """
 
@@ -28,7 +28,7 @@ from mdt_fast.errors import UserError
 from mdt_fast.models.zoo import SHAPES
 from mdt_fast.presets import PRESETS
 from mdt_fast.training.parallelize import DTYPES
-from mdt_fast.training.scaling import (
+from network import (
     Link,
     Links,
     Prediction,
@@ -37,9 +37,9 @@ from mdt_fast.training.scaling import (
     predict,
     smallest_batch,
 )
-from mdt_fast.training.traffic import MODES, Layout, Mode
 from providers import NAMES, in_turn, precision
 from rows import Row, few, read
+from traffic import MODES, Layout, Mode
 
 BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 MODELS = "MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2"

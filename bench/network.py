@@ -1,4 +1,4 @@
-"""How long a training step takes on many GPUs, by arithmetic: :mod:`.traffic` over given links.
+"""How long a training step takes on many GPUs, by arithmetic: ``traffic.py`` over given links.
 
 A model, not a measurement. A collective takes the time of its slowest link, and a latency for every hop; so
 NCCL itself estimates a ring (its ``src/graph/tuning.cc``). The rest is FSDP2's overlap, see
@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..config import ModelConfig
-from ..errors import UserError
-from ..models import flops
-from .traffic import Collective, Layout, Mode, Step, mean_kept, training_step, whole
+from mdt_fast.config import ModelConfig
+from mdt_fast.errors import UserError
+from mdt_fast.models import flops
+from traffic import Collective, Layout, Mode, Step, mean_kept, training_step, whole
 
 FORWARD = 1 / 3  # of a step's compute; the backward pass has two products for each of the forward pass's
 LARGEST_BATCH = 4096

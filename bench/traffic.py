@@ -1,7 +1,7 @@
 """What the GPUs of a run send each other in one training step: collective by collective, by arithmetic alone.
 
-The buffers are those that FSDP2 makes of a model that :func:`~.parallelize.parallelize` has wrapped, padding
-included; ``tests/training/test_scaling.py`` holds them against what real processes hand to their collectives.
+The buffers are those that FSDP2 makes of a model that ``parallelize`` has wrapped, padding included;
+``tests/bench/test_bench_network.py`` holds them against what real processes hand to their collectives.
 A ring moves them: of n processes each sends, and receives, (n - 1) / n of what is gathered or scattered, and
 twice that of what is all-reduced. Not listed is the gradient norm: one number of 8 bytes a step.
 
@@ -17,12 +17,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import RATIO_RANGE, ModelConfig
-from ..errors import UserError, nearest
-from ..masking import MaskPlan
-from ..models import flops
-from ..models.blocks import Block
-from .parallelize import DTYPES, sharded_dim
+from mdt_fast.config import RATIO_RANGE, ModelConfig
+from mdt_fast.errors import UserError, nearest
+from mdt_fast.masking import MaskPlan
+from mdt_fast.models import flops
+from mdt_fast.models.blocks import Block
+from mdt_fast.training.parallelize import DTYPES, sharded_dim
 
 Mode = Literal["fsdp", "hybrid", "ddp"]
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]

@@ -11,8 +11,8 @@ from mdt_fast.errors import UserError
 from mdt_fast.models import flops
 from mdt_fast.presets import published
 from mdt_fast.training.parallelize import sharded_dim
-from mdt_fast.training.scaling import Link, Links, compute_seconds, predict, smallest_batch, step_seconds
-from mdt_fast.training.traffic import Collective, Layout, Ring, Step, Visit, padded, training_step
+from network import Link, Links, compute_seconds, predict, smallest_batch, step_seconds
+from traffic import Collective, Layout, Ring, Step, Visit, padded, training_step
 
 DTYPES = ("float32", "bfloat16")
 CASES = {
