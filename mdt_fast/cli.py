@@ -111,31 +111,20 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    encode = _add_encode(commands)
-    train = _add_train(commands)
-
-    sample = add_sample(commands)
-
-    evaluate = _add_evaluate(commands)
-    convert = _add_convert(commands)
-    export = add_export(commands)
-
+    _add_encode(commands)
+    _add_train(commands)
+    add_sample(commands)
+    _add_evaluate(commands)
+    _add_convert(commands)
+    add_export(commands)
     doctor = commands.add_parser(
         "doctor", help="versions, devices, which backend serves each op and why", description=DOCTOR_HELP
     )
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    return parser, {
-        "encode": encode,
-        "train": train,
-        "sample": sample,
-        "evaluate": evaluate,
-        "convert": convert,
-        "export": export,
-        "doctor": doctor,
-    }
+    return parser, commands.choices
 
 
-def _add_encode(commands: Any) -> Parser:
+def _add_encode(commands: Any) -> None:
     encode: Parser = commands.add_parser(
         "encode", help="images to latents, once", description=ENCODE_HELP, usage=ENCODE_USAGE
     )
@@ -175,10 +164,9 @@ def _add_encode(commands: Any) -> Parser:
     add("--workers", type=int, default=4, metavar="N", help="threads that decode (default: 4)")
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
     add("--verify", action="store_true", help="encode nothing, check what is in DIR")
-    return encode
 
 
-def _add_evaluate(commands: Any) -> Parser:
+def _add_evaluate(commands: Any) -> None:
     evaluate: Parser = commands.add_parser(
         "evaluate", help="FID, sFID, Inception Score, precision, recall", description=EVALUATE_HELP
     )
@@ -206,10 +194,9 @@ def _add_evaluate(commands: Any) -> Parser:
     add("--json", metavar="FILE", help="values, what they are of, and notes")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
-    return evaluate
 
 
-def _add_convert(commands: Any) -> Parser:
+def _add_convert(commands: Any) -> None:
     convert: Parser = commands.add_parser(
         "convert",
         help="weights to .safetensors or .pt; official files; diffusers pipelines",
@@ -235,7 +222,6 @@ def _add_convert(commands: Any) -> Parser:
         preset="of a run (default: the published model of the weights' shape)",
         data="of a run: images, webdataset shards or encoded latents",
     )
-    return convert
 
 
 def _add_recipe(add: Any, preset: str, data: str) -> None:
@@ -258,7 +244,7 @@ def _add_recipe(add: Any, preset: str, data: str) -> None:
     )
 
 
-def _add_train(commands: Any) -> Parser:
+def _add_train(commands: Any) -> None:
     train: Parser = commands.add_parser(
         "train", help="train a model on images or encoded latents", description=TRAIN_HELP
     )
@@ -280,7 +266,6 @@ def _add_train(commands: Any) -> Parser:
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
     add("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     add("--dry-run", action="store_true", help="check everything, print all settings as YAML, write nothing")
-    return train
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

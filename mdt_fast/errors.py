@@ -12,3 +12,14 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest of ``allowed``, or an empty string."""
     close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of ``error`` on one line, cut off at ``limit`` characters; its type if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def not_importable(what: str, error: Exception, extra: str) -> UserError:
+    """``what`` names the package and who needs it; ``extra`` is ours that installs it."""
+    advice = f"install it with pip install 'mdt-fast[{extra}]'"
+    return UserError(f"{what}, which cannot be imported ({one_line(error)}); {advice}")

@@ -31,7 +31,7 @@ RUN_HELP = "a run's folder, one of its checkpoints, or a file of weights (.pt, .
 THREADS_HELP = "CPU threads (default: all cores); on a shared machine 1 is often the fastest"
 
 
-def add_sample(commands: Any) -> Any:
+def add_sample(commands: Any) -> None:
     sample = commands.add_parser("sample", help="draw images from a trained run", description=SAMPLE_HELP)
     add = sample.add_argument
     add("run", metavar="RUN", help=RUN_HELP)
@@ -112,10 +112,9 @@ def add_sample(commands: Any) -> Any:
     add("--png", metavar="DIR", help="one PNG per image")
     add("--out", metavar="DIR", help="shards that a later run goes on with, at last samples_NxHxWxC.npz")
     add("--shard-size", type=int, metavar="N", help=f"with --out: images in a shard (default: {SHARD_SIZE})")
-    return sample
 
 
-def add_export(commands: Any) -> Any:
+def add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="a sampling step as a .pt2 file, to run elsewhere", description=EXPORT_HELP
     )
@@ -126,4 +125,3 @@ def add_export(commands: Any) -> Any:
     add("--batch", default="dynamic", metavar="N|dynamic", help="images in a step (default: dynamic, any)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
     add("--threads", type=int, metavar="N", help=THREADS_HELP)
-    return export

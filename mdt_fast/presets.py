@@ -106,9 +106,13 @@ def published(family: Family, size: str, patch: int) -> RunConfig:
             dtype="bfloat16",
             compile="block",
         ),
-        sample=SampleConfig(steps=250, sampler="ddpm", cfg_scale=3.8, batch_size=32)
-        if not dit
-        else SampleConfig(steps=250, sampler="ddpm", cfg_scale=4.0, scale_pow=None, batch_size=32),
+        sample=SampleConfig(
+            steps=250,
+            sampler="ddpm",
+            cfg_scale=4.0 if dit else 3.8,
+            scale_pow=None if dit else 4.0,
+            batch_size=32,
+        ),
     )
 
 

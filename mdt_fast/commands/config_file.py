@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig, as_saved, from_dict, to_dict
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 
 INT = re.compile(r"[-+]?[0-9]+$")
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$")
@@ -36,7 +36,7 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
     except OSError as error:
         raise UserError(f"--config: cannot read {str(path)!r}: {error.strerror}") from None
     except Exception as error:  # of numbers and dates that are none, tags, and more
-        raise UserError(f"--config: {path}: not YAML: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"--config: {path}: not YAML: {one_line(error)}") from None
     if values is None:
         return None, {}
     if not isinstance(values, dict):

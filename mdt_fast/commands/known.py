@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import FirstStage
 from ..data.images import center_crop, center_crop_mask, read_image
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..sampling.folder import DIGEST
 
 GREY = 127
@@ -93,7 +93,7 @@ def _array(file: str, stage: FirstStage) -> Tensor:
     try:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--image: cannot read {file!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--image: cannot read {file!r}: {one_line(error)}") from None
     if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype.kind != "f":
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise UserError(f"--image: floats {shape} are needed of a .npy, got {got}")

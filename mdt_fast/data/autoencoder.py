@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, not_importable, one_line
 
 DECODED_AT_ONCE = 16 * 256**2
 """Pixels: of 16 images of this size a decoder's activations are some 4 GiB in float32."""
@@ -48,11 +48,7 @@ class Autoencoder:
         try:
             from diffusers import AutoencoderKL
         except (ImportError, RuntimeError) as error:  # diffusers turns failures inside it to RuntimeError
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"the autoencoder comes with diffusers, which cannot be imported ({reason}); install it with "
-                "pip install 'mdt-fast[latents]'"
-            ) from None
+            raise not_importable("the autoencoder comes with diffusers", error, "latents") from None
         if not str(name):
             raise UserError("vae: a folder or a hub name of an AutoencoderKL is needed, got ''")
         folder = _local_folder(name)
@@ -66,7 +62,7 @@ class Autoencoder:
                     output_loading_info=True,
                 )
         except Exception as error:  # hub, network, JSON, safetensors and torch each raise their own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             what = f"the folder {str(folder)!r}" if folder else f"the hub's {str(name)!r}"
             raise UserError(f"vae: cannot load an AutoencoderKL from {what}: {reason}") from None
         if missing := loading["missing_keys"]:  # diffusers leaves those at random values

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import DataConfig
-from ..errors import UserError
+from ..errors import UserError, not_importable, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_ASPECT = 100  # long side / short side; scaling the short side up makes anything longer fill the memory
@@ -132,10 +132,7 @@ class Digits:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise UserError(
-                f"the digits come with scikit-learn, which cannot be imported ({error}); install it with "
-                "pip install 'mdt-fast[train]'"
-            ) from None
+            raise not_importable("the digits come with scikit-learn", error, "train") from None
         digits = load_digits()
         self.images = (digits.images[:, None] / 8 - 1).astype(np.float32)
         self.labels = digits.target.astype(np.int64)
@@ -271,7 +268,7 @@ def read_image(file: Path | BinaryIO, channels: int, name: str | None = None) ->
                 )
             return _to_8_bits(image).convert("RGB" if channels == 3 else "L")
     except Exception as error:  # Pillow's decoders raise nearly anything, MemoryError included
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"cannot read image {name or str(file)!r}: {reason}") from None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .descriptors import Files
 from .images import SUFFIXES, mirrored, read_image, to_pixels
 
@@ -168,7 +168,7 @@ def read_members(shard: Path) -> Iterator[tarfile.TarInfo]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset}")
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{shard}: truncated, damaged or no plain .tar file: {reason}") from None
     except OSError as error:
         raise UserError(f"{shard}: cannot be read: {error.strerror}") from None

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 from .inception import INCEPTION, load_inception
 
 NAMES = (INCEPTION,)
@@ -61,7 +61,7 @@ class Extractor:
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # somebody else's program
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             raise UserError(
                 f"--features: {self.given!r} failed on uint8 {list(images_BCHW.shape)}: {reason}"
             ) from error
@@ -195,7 +195,7 @@ def _open_function(given: str, device: torch.device | str) -> Extractor:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"--features: cannot import {module_name!r}: {reason}") from error
     if not hasattr(module, name):
         raise UserError(f"--features: {module_name!r} has no {name!r}{nearest(name, dir(module))}")
@@ -206,7 +206,7 @@ def _open_function(given: str, device: torch.device | str) -> Extractor:
         if isinstance(found, nn.Module):
             found = found.to(device).eval()
     except Exception as error:
-        raise UserError(f"--features: cannot make {given!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--features: cannot make {given!r}: {one_line(error)}") from error
     if not callable(found):
         raise UserError(
             f"--features: {given!r} is {type(found).__name__}; a function or a torch.nn.Module is needed"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 INCEPTION = "inception-v3-compat"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -76,7 +76,7 @@ def load_inception(weights: str | None) -> tuple[str, Inception]:
                 INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy)
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"--weights: {str(path)!r} does not hold the weights of {INCEPTION}: {reason}"
         ) from error

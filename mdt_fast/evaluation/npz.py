@@ -17,9 +17,11 @@ DAMAGED = ValueError, EOFError, zipfile.BadZipFile, zlib.error
 
 @dataclass(frozen=True)
 class Header:
+    """As NumPy reads it."""
+
     shape: tuple[int, ...]
-    dtype: np.dtype
     fortran: bool
+    dtype: np.dtype
 
 
 class Npz:
@@ -77,14 +79,11 @@ class Npz:
 def _read_header(member: IO[bytes]) -> Header:
     version = np.lib.format.read_magic(member)
     if version == (1, 0):
-        return Header(*_reordered(np.lib.format.read_array_header_1_0(member)))
-    if version == (2, 0):
-        return Header(*_reordered(np.lib.format.read_array_header_2_0(member)))
-    raise ValueError(f"array format {version} is not known")
-
-
-def _reordered(header: tuple[tuple[int, ...], bool, np.dtype]) -> tuple[tuple[int, ...], np.dtype, bool]:
-    shape, fortran, dtype = header
-    if dtype.hasobject:
+        header = Header(*np.lib.format.read_array_header_1_0(member))
+    elif version == (2, 0):
+        header = Header(*np.lib.format.read_array_header_2_0(member))
+    else:
+        raise ValueError(f"array format {version} is not known")
+    if header.dtype.hasobject:
         raise ValueError("it holds Python objects, which are not read")
-    return shape, dtype, fortran
+    return header

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, not_importable
 from ..kernels.float8.registered import CAPABILITIES, MULTIPLE, multiplies
 from .base import Transformer
 from .ops import Float8Linear, is_readable
@@ -104,9 +104,7 @@ def _torchao(emulate: bool) -> Any:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise UserError(
-            f"float8: needs torchao, which cannot be imported ({error}); pip install 'mdt-fast[fp8]'"
-        ) from None
+        raise not_importable("float8: needs torchao", error, "fp8") from None
     # The number of tokens in a batch, which weight gradients sum over, is any number: it is padded.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig, from_dict
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, not_importable, one_line
 from ..files import aside, remove_leftovers
 
 CONFIG, WEIGHTS, CARD = "config.json", "diffusion_pytorch_model.safetensors", "README.md"
@@ -125,7 +125,7 @@ class Pretrained(nn.Module):
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, license=license)
-            return _one_line(f"push_to_hub: {repo_id!r}", upload, folder)
+            return _told(f"push_to_hub: {repo_id!r}", upload, folder)
 
     @classmethod
     def from_pretrained(
@@ -251,7 +251,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not a readable config.json: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"{file}: not a readable config.json: {one_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("_class_name"), str):
         run = "; it is a run's: mdt-fast convert makes files of it" if "train" in values else ""
         raise UserError(
@@ -315,7 +315,7 @@ def _hub_files(repo_id: str, how: dict[str, Any]) -> Callable[[str], Path]:
             return Path(_hub().hf_hub_download(repo_id, name, **how))
 
         pickled = " (pickled weights, .bin or .pt, are never read)" if name == WEIGHTS else ""
-        return _one_line(f"from_pretrained: no {name} of the hub's {repo_id!r}{pickled}", download, name)
+        return _told(f"from_pretrained: no {name} of the hub's {repo_id!r}{pickled}", download, name)
 
     return get
 
@@ -323,20 +323,16 @@ def _hub_files(repo_id: str, how: dict[str, Any]) -> Callable[[str], Path]:
 def _hub() -> Any:
     try:
         import huggingface_hub
-    except ImportError:
-        raise UserError(
-            "the hub needs huggingface_hub, which cannot be imported; install it with "
-            "pip install 'mdt-fast[latents]'"
-        ) from None
+    except ImportError as error:
+        raise not_importable("the hub needs huggingface_hub", error, "latents") from None
     return huggingface_hub
 
 
-def _one_line(what: str, function: Callable[..., Any], *args: Any) -> Any:
+def _told(what: str, function: Callable[..., Any], *args: Any) -> Any:
     """What the hub, the network and their libraries raise, as a ``UserError`` of one line."""
     try:
         return function(*args)
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"{what}: {one_line(error)}") from None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import not_importable
 from .schedulers import published_scheduler
 
 if TYPE_CHECKING:
@@ -17,11 +17,7 @@ def __getattr__(name: str) -> Any:
     try:
         import diffusers  # noqa: F401
     except (ImportError, RuntimeError) as error:  # diffusers turns failures inside it to RuntimeError
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"MDTPipeline: is one of diffusers, which cannot be imported ({reason}); install it with "
-            "pip install 'mdt-fast[latents]'"
-        ) from None
+        raise not_importable("MDTPipeline: is one of diffusers", error, "latents") from None
     from .pipeline import MDTPipeline
 
     return MDTPipeline

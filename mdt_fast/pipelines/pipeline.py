@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, SampleConfig, SampleSwitches
 from ..data.autoencoder import in_parts
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 from ..models import Transformer
 from ..models.hub import floating
 from ..sampling.generate import in_eval
@@ -91,7 +91,7 @@ class MDTPipeline(DiffusionPipeline):
         except UserError:
             raise
         except Exception as error:  # hub, network, JSON, safetensors and torch each raise their own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             raise UserError(f"from_pretrained: no pipeline can be made of {str(name)!r}: {reason}") from None
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DiffusionConfig, SamplerName
 from ..diffusion import make_betas, space_timesteps
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..sampling.schedulers import SOLVERS
 
 CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", **SOLVERS}
@@ -102,7 +102,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
     try:
         scheduler.set_timesteps(steps, device=device)
     except (ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"num_inference_steps: {name} cannot take {steps}: {reason}") from None
     times = scheduler.timesteps.tolist()
     if not 0 <= min(times) <= max(times) < total:

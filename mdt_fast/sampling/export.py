@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import DiffusionConfig, ModelConfig, SampleConfig, from_dict, to_dict
 from ..diffusion import GaussianDiffusion, channels_to_guide, make_betas
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import aside, remove_leftovers
 from ..kernels import ddim_coefficients, ddpm_coefficients
 from ..models.attention import Attention
@@ -269,7 +269,7 @@ def _compile(program: torch.export.ExportedProgram, archive: io.BytesIO, descrip
     try:
         aoti_compile_and_package(program, package_path=archive, inductor_configs=configs)
     except (InductorError, CppCompileError) as error:  # such as no compiler
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"aoti: AOTInductor cannot compile the step here ({reason})") from None
 
 
@@ -286,7 +286,7 @@ def _called(path: Path, package: Any) -> tuple[Any, torch.device]:
             program = torch.export.load(path)
         return program.module(), next(iter(program.state_dict.values())).device
     except Exception as error:  # each missing part of an archive makes torch raise something else
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{str(path)!r}: the step in it cannot be loaded: {reason}") from None
 
 
@@ -321,7 +321,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any]:
         reason = error.strerror or str(error)
         raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
     except Exception as error:  # zipfile and zlib raise many things where an archive is damaged
-        reason = f"it is no zip archive, or damaged ({' '.join(str(error).split())[:160]})"
+        reason = f"it is no zip archive, or damaged ({one_line(error)})"
         raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
     package = None
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import GaussianDiffusion
-from ..errors import UserError
+from ..errors import not_importable
 
 SOLVERS = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 ORDER = 2
@@ -43,11 +43,7 @@ def open_scheduler(sampler: str, diffusion: GaussianDiffusion) -> Callable[[Tens
 
         cls: Any = getattr(diffusers, SOLVERS[sampler])
     except (ImportError, RuntimeError) as error:  # diffusers turns failures inside it to RuntimeError
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"sampler: {sampler} comes with diffusers, which cannot be imported ({reason}); install it with "
-            "pip install 'mdt-fast[latents]'"
-        ) from None
+        raise not_importable(f"sampler: {sampler} comes with diffusers", error, "latents") from None
     T, a = diffusion.num_timesteps, diffusion.alphas_cumprod
     with warnings.catch_warnings():  # NumPy's, about diffusers
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..config import RunConfig, as_saved, from_dict
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import sha256_of
 from .distributed import World
 
@@ -352,7 +352,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
         for cause, _ in error.failures.values():
             return reason(cause)
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def quiet() -> None:

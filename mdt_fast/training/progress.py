@@ -145,9 +145,8 @@ class _Status:
         """The most important first."""
         if not self.row:
             return []
-        speed = describe_speed(self.row).split("  ")
         lr = [f"lr {self.row['lr']:.3g}"] if "lr" in self.row else []
-        return [describe_loss(self.row), *filter(None, speed), *lr]
+        return [describe_loss(self.row), *speed_parts(self.row), *lr]
 
 
 def _fitting(parts: Sequence[str], width: int) -> str:
@@ -170,8 +169,13 @@ def describe_loss(row: dict[str, Any]) -> str:
 
 
 def describe_speed(row: dict[str, Any]) -> str:
-    """Images per second of all processes, then of one GPU TFLOP/s, its share of the data sheet's, and memory:
-    what of these the row has."""
+    """What :func:`speed_parts` says, in one line."""
+    return "  ".join(speed_parts(row))
+
+
+def speed_parts(row: dict[str, Any]) -> list[str]:
+    """What the row has of: images per second of all processes; TFLOP/s of one GPU, with its share of the data
+    sheet's peak; memory."""
     parts = []
     if (images := row.get("img_per_s")) is not None:
         parts.append(f"{_number(images, 10)} img/s")
@@ -182,7 +186,7 @@ def describe_speed(row: dict[str, Any]) -> str:
         parts.append(rate + of_peak)
     if (memory := row.get("memory_gib")) is not None:
         parts.append(f"{memory:.1f} GiB")
-    return "  ".join(parts)
+    return parts
 
 
 def summary(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import RunConfig, SampleConfig, to_dict
 from ..data import FirstStage, ImageSet, Loader, check_classes, checked_set, open_first_stage, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import aside, remove_leftovers
 from ..models.base import Transformer
 from ..models.zoo import build_model
@@ -149,7 +149,7 @@ class Run:
             try:
                 plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
             except Exception as error:  # of numbers edited into the rows
-                raise UserError(f"loss.png: {' '.join(str(error).split())}") from error
+                raise UserError(f"loss.png: {one_line(error)}") from error
 
     def preview_labels(self) -> list[int]:
         shown = range(min(PREVIEW_ROWS, len(self.images.classes)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import RunConfig, to_dict
 from ..data import FirstStage, ImageSet
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models import Transformer, build_model
 from ..models.attention import share_index
 from ..models.convert import check_weights
@@ -106,7 +106,7 @@ def restore_optimizer(
             scale, good = counters[SCALE].to(loss_scale.scale.device).unbind()
             loss_scale.scale, loss_scale.good = scale.clone(), good.clone()
     except (UserError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{start.path}: no state of this optimiser ({type(error).__name__}: {reason})"
         ) from error
