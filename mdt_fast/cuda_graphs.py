@@ -1,7 +1,8 @@
 """CUDA graphs: one launch for all the kernels of a step."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ Key = tuple[Any, ...]
 """What a graph is captured for."""
 
 
+class _Streams(threading.local):
+    """Of each thread the stream of each GPU that it captures on: libraries keep a workspace for every one."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture did not end: torch 2.11 goes on pointing at them."""
+
+
 def key_of(args: Sequence[Tensor | None]) -> Key:
     """The arguments' shapes and dtypes."""
     return tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
@@ -28,8 +41,8 @@ class Graphed:
     It must not read values on the host, and what it keeps from call to call must be there after the first
     one: later captures may write over whatever else it allocates. What a call returns is written over by the
     next one. ``warmed_up`` is called before each capture: the function was called more often than was asked
-    for. ``done`` is called after it, with the arguments' key. ``beside``: another, whose memory and stream
-    this one's graphs share, as they run one after the other and nobody keeps what they return. ``warm_up``:
+    for. ``done`` is called after it, with the arguments' key. ``beside``: another, whose memory this
+    one's graphs share, as they run one after the other and nobody keeps what they return. ``warm_up``:
     the calls before the first capture.
     """
 
@@ -46,8 +59,7 @@ class Graphed:
         self.warm_up = warm_up
         self.captured: dict[Key, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
         self.pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside.pool
-        # Memory is taken again on the stream that it was taken on.
-        self.stream: torch.cuda.Stream = torch.cuda.Stream(device) if beside is None else beside.stream
+        self.stream = _stream(device)
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         key = key_of(args)
@@ -75,21 +87,39 @@ class Graphed:
         finally:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.warmed_up()
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Other threads load images, write checkpoints and watch NCCL meanwhile: that is no error.
         try:
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 output = self.function(*inputs)
-        except RuntimeError as error:
-            if "captur" not in str(error):
+        except BaseException as error:
+            self._end(graph, before)
+            if not isinstance(error, RuntimeError) or "captur" not in str(error):
                 raise
             raise UserError(
                 "CUDA graphs: something here reads numbers on the host, or takes memory, which no graph can; "
                 f"without graphs (cuda_graphs=False) it may ({str(error).splitlines()[0]})"
             ) from error
         return graph, inputs, output
+
+    def _end(self, graph: torch.cuda.CUDAGraph, before: torch.cuda.Stream) -> None:
+        """End a capture that has failed, which torch 2.11 leaves half begun: its stream is the current one,
+        its pool takes all memory, and the default generator draws for graphs alone."""
+        torch.cuda.set_stream(before)
+        here = torch.cuda.current_device(), self.pool
+        with suppress(RuntimeError):  # where the pool was left in order
+            torch._C._cuda_endAllocateToPool(*here)
+            torch._C._cuda_releasePool(*here)
+        _failed.append(graph)
+        with suppress(RuntimeError):  # a capture that ends well gives the generator back
+            with torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"
+            ):
+                torch.zeros(1, device=self.device)
+            return
+        torch.cuda.set_stream(before)
 
     @contextmanager
     def _lending(self) -> Iterator[None]:
@@ -107,6 +137,13 @@ class Graphed:
         finally:
             torch._C._cuda_endAllocateToPool(*here)
             torch._C._cuda_releasePool(*here)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _streams.of:
+        _streams.of[index] = torch.cuda.Stream(device)
+    return _streams.of[index]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mdt_fast import cuda_graphs
 from mdt_fast.cuda_graphs import WARM_UP, Graphed
+from mdt_fast.errors import UserError
 
 POOL = (0, 7)
 
@@ -42,9 +44,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("graph_pool_handle", lambda: POOL), ("Stream", Stand), ("current_stream", Stand),
         ("stream", nullcontext), ("device", nullcontext), ("CUDAGraph", Stand), ("current_device", lambda: 0),
         ("graph", lambda graph, pool, stream, capture_error_mode: nullcontext()),
-        ("empty_cache", lambda: done.append("empty")),
+        ("empty_cache", lambda: done.append("empty")), ("set_stream", lambda stream: done.append("stream")),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand)
+    monkeypatch.setattr(cuda_graphs, "_streams", cuda_graphs._Streams())
+    monkeypatch.setattr(cuda_graphs, "_failed", [])
     for name in ("beginAllocateCurrentThreadToPool", "endAllocateToPool", "releasePool"):
         monkeypatch.setattr(torch._C, f"_cuda_{name}", noted(name.partition("Allocate")[0]), raising=False)
     return done
@@ -83,3 +87,45 @@ def test_later_captures_borrow_the_graphs_memory(calls: list[str]) -> None:
     assert calls == ["empty", "begin", "call", "end", "releasePool"]
     assert torch.autograd.is_multithreading_enabled()
     assert len(graphed.captured) == 2
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_fails_leaves_nothing_half_begun(
+    ended: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch 2.11 an invalid capture leaves its pool and the generator as in a capture, and its stream the
+    current one; later versions end it."""
+
+    class Capture:
+        def __init__(self, graph: Any, stream: Any, capture_error_mode: str, pool: Any = None):
+            self.own = pool is None
+
+        def __enter__(self) -> None:
+            calls.append("spare" if self.own else "capture")
+
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+            calls.append("good" if error is None else "bad")
+
+    def end(device: int, pool: tuple[int, int]) -> None:
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        calls.append("end")
+
+    def function(x: Tensor) -> Tensor:
+        if calls[-1:] == ["capture"]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    graphed = Graphed(function, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"reads numbers on the host.*not permitted when stream is capturing"):
+        graphed(torch.zeros(1))
+    released = [] if ended else ["end", "releasePool"]
+    assert calls == ["capture", "bad", "stream", *released, "spare", "good"]
+    assert not graphed.captured
+
+
+def test_one_stream_to_capture_on(calls: list[str]) -> None:
+    first, second = (Graphed(lambda x: x, torch.device("cpu")) for _ in range(2))
+    assert first.stream is second.stream
