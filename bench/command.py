@@ -18,7 +18,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(
+            prog=prog, description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -32,11 +35,12 @@ class Kept:
 
 
 def guarded(name: str, body: Callable[[Kept], int]) -> int:
-    """``body``'s exit code; 2 after a user's mistake, 130 after Ctrl-C, each with one line on stderr."""
+    """``body``'s exit code; 2 after a user's mistake or a failing disk, 130 after Ctrl-C, each with one line
+    on stderr."""
     kept = Kept()
     try:
         return body(kept)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

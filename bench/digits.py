@@ -8,6 +8,7 @@ that was trained on the real digits what it recognises. Minutes on two CPU cores
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import command
 from mdt_fast.cli import main as mdt_fast
 from mdt_fast.errors import UserError
 
@@ -73,7 +75,7 @@ def recognised(npz: Path) -> float:
         return float((classifier.predict(images) == saved["arr_1"]).mean())
 
 
-def command(*arguments: str) -> None:
+def call(*arguments: str) -> None:
     print("mdt-fast", *arguments, flush=True)
     if mdt_fast(arguments) != 0:
         raise UserError(f"digits: 'mdt-fast {arguments[0]}' failed")
@@ -87,25 +89,37 @@ def run(args: argparse.Namespace) -> None:
     error = train_autoencoder(out / "vae", args.vae_steps)
     print(f"autoencoder: RMS error {error:.3f} of a range of 2, {time.perf_counter() - began:.0f} s")
     source = ["--image-size=8", f"--threads={args.threads}", "--device=cpu"]
-    command("encode", "digits", f"--vae={out / 'vae'}", f"--out={out / 'latents'}", "--no-mirror", *source)
+    call("encode", "digits", f"--vae={out / 'vae'}", f"--out={out / 'latents'}", "--no-mirror", *source)
     ways = {"pixels": [], "latents": [f"--data={out / 'latents'}", *LATENT_OPTIONS]}
     for way, options in ways.items():
-        if way not in args.ways.split(","):
+        if way not in args.ways:
             continue
         began, folder, npz = time.perf_counter(), out / way, out / f"{way}.npz"
         steps = [f"--steps={args.steps}", f"--threads={args.threads}", "--device=cpu"]
-        command("train", "--preset=digits", f"--out={folder}", *steps, *options)
+        call("train", "--preset=digits", f"--out={folder}", *steps, *options)
         seconds = time.perf_counter() - began
         sample = [f"--num-samples={args.samples}", f"--npz={npz}", f"--grid={out / f'{way}.png'}"]
-        command("sample", str(folder), *sample, "--device=cpu")
+        call("sample", str(folder), *sample, "--device=cpu")
         results.append(f"{way:8} {100 * recognised(npz):6.1f}% of {args.samples} recognised, {seconds:.0f} s")
     print(*results, sep="\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    return command.guarded("digits", lambda kept: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    for option in ("steps", "vae-steps", "samples", "threads"):
+        command.at_least_one(f"--{option}", getattr(args, option.replace("-", "_")))
+    args.ways = command.names("--ways", args.ways, ("pixels", "latents"))
+    run(args)
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="digits", description=__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for everything")
     parser.add_argument(
         "--steps", type=int, default=1000, metavar="N", help="updates of each (default: 1000)"
@@ -116,13 +130,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=200, metavar="N", help="images drawn (default: 200)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument("--ways", default="pixels,latents", metavar="A,B", help="one of them alone")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"digits: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -4,27 +4,26 @@
 to make each file, its size, and milliseconds a step (p20, median, p80).
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import command
 import mdt_fast
 from mdt_fast.config import DiffusionConfig, SampleConfig
-from mdt_fast.errors import UserError
+from mdt_fast.errors import UserError, nearest
+from mdt_fast.models.zoo import SHAPES
 from mdt_fast.sampling import export_step, read_description
 from mdt_fast.sampling.export import Step, load_step
 
 
 def compare(name: str, batch: int, rounds: int) -> None:
-    for option, value, least in (("--batch", batch, 1), ("--rounds", rounds, 2)):
-        if value < least:
-            raise UserError(f"{option}: got {value}, allowed is {least} or more")
     torch.manual_seed(0)
     model = getattr(mdt_fast, name)().eval()
     config = SampleConfig(sampler="ddpm", steps=250, cfg_scale=3.8)
@@ -52,22 +51,33 @@ def compare(name: str, batch: int, rounds: int) -> None:
         print(f"{kind:9} {statistics.median(values[1:]):8.1f} ms a step (p20 {low:.1f}, p80 {high:.1f})")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    return command.guarded("exported", lambda kept: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    if args.model not in SHAPES:
+        raise UserError(
+            f"--model: got {args.model!r}{nearest(args.model, SHAPES)}, allowed are {', '.join(SHAPES)}"
+        )
+    command.at_least_one("--batch", args.batch)
+    command.at_least_one("--threads", args.threads)
+    if args.rounds < 2:
+        raise UserError(f"--rounds: got {args.rounds}, allowed is 2 or more")
+    torch.set_num_threads(args.threads)
+    compare(args.model, args.batch, args.rounds)
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="exported", description=__doc__)
     parser.add_argument("--model", default="MDT_S_4", metavar="FACTORY", help="default: MDT_S_4")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument("--rounds", type=int, default=25, metavar="N", help="steps of each (default: 25)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    try:
-        compare(args.model, args.batch, args.rounds)
-    except (UserError, OSError, AttributeError) as error:
-        print(f"exported: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ truth in the hole (of the first fill, and of the best of ``--fills``), by what a
 recognises, and by the Fréchet distance of the completed pictures' pixels to those they were made of.
 """
 
-import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+import command
 from digits import pixels_of_digits
 from mdt_fast.config import SAMPLERS, SampleConfig
-from mdt_fast.errors import UserError
 from mdt_fast.evaluation.frechet import frechet_distance
 from mdt_fast.evaluation.moments import moments
 from mdt_fast.sampling import inpaint, save_picture, to_uint8
@@ -113,27 +113,32 @@ def picture(completion: Completion, config: SampleConfig) -> Image.Image:
     return sheet
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    return command.guarded("inpainting", lambda kept: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    for option in ("digits", "fills", "threads"):
+        command.at_least_one(f"--{option}", getattr(args, option))
+    torch.set_num_threads(args.threads)
+    completion = Completion(Path(args.run), args.digits, args.fills)
+    config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.digits * args.fills)
+    compare(completion, config)
+    if args.picture:
+        save_picture(Path(args.picture), picture(completion, config))
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="inpainting", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run of the digits preset")
     parser.add_argument("--picture", metavar="FILE", help="write the picture here")
     parser.add_argument("--digits", type=int, default=100, metavar="N", help="digits (default: 100)")
     parser.add_argument("--fills", type=int, default=4, metavar="N", help="fills of each (default: 4)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    try:
-        completion = Completion(Path(args.run), args.digits, args.fills)
-        config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.digits * args.fills)
-        compare(completion, config)
-        if args.picture:
-            save_picture(Path(args.picture), picture(completion, config))
-    except (UserError, OSError) as error:
-        print(f"inpainting: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 from the same noise. Also what ``skip_below`` changes: the distance to the exact pictures.
 """
 
-import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+import command
 from digits import pixels_of_digits
 from mdt_fast.config import SAMPLERS, SampleConfig
 from mdt_fast.errors import UserError
@@ -84,9 +85,9 @@ def compare(digits: Digits, config: SampleConfig) -> Image.Image:
     return sheet
 
 
-def skipping(digits: Digits, config: SampleConfig) -> None:
+def skipping(digits: Digits, config: SampleConfig, steps: int = 250) -> None:
     """Print what ``skip_below`` saves and changes, with the published guidance (3.8, power 4)."""
-    config = replace(config, sampler="ddpm", steps=250, cfg_scale=3.8, scale_pow=4.0)
+    config = replace(config, sampler="ddpm", steps=steps, cfg_scale=3.8, scale_pow=4.0)
     began = time.perf_counter()
     exact = digits.draw(config)
     seconds = time.perf_counter() - began
@@ -103,27 +104,32 @@ def skipping(digits: Digits, config: SampleConfig) -> None:
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    return command.guarded("solvers", lambda kept: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    command.at_least_one("--samples", args.samples)
+    command.at_least_one("--threads", args.threads)
+    torch.set_num_threads(args.threads)
+    digits = Digits(Path(args.run), args.samples)
+    config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.samples)
+    picture = compare(digits, config)
+    if args.picture:
+        save_picture(Path(args.picture), picture)
+    skipping(digits, config)
+    return 0
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="solvers", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run of the digits preset")
     parser.add_argument("--picture", metavar="FILE", help="write the picture here")
     parser.add_argument("--samples", type=int, default=200, metavar="N", help="images drawn (default: 200)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    try:
-        digits = Digits(Path(args.run), args.samples)
-        config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.samples)
-        picture = compare(digits, config)
-        if args.picture:
-            save_picture(Path(args.picture), picture)
-        skipping(digits, config)
-    except (UserError, OSError) as error:
-        print(f"solvers: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

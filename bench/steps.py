@@ -318,7 +318,9 @@ class GraphedSampleStep(SampleStep):
         super().__init__(case, replace(provider, forward_with_cfg=self.quick.forward_with_cfg), inputs)
 
     def own_bytes(self) -> int:
-        return super().own_bytes() + sum(pool_bytes(graph.pool) for graph in self.quick.graphs.values())
+        return super().own_bytes() + sum(
+            map(pool_bytes, {graph.pool for graph in self.quick.graphs.values()})
+        )
 
 
 def step_of(

@@ -1,0 +1,74 @@
+"""The bench's small scripts about the digits and exported steps: what they print, and users' mistakes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import digits
+import exported
+import inpainting
+import solvers
+from mdt_fast import train
+from tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(tiny(steps=1), folder)
+    return folder
+
+
+def test_solvers(run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(solvers, "STEPS", (2, 3))
+    monkeypatch.setattr(solvers, "BOUNDS", (0.1,))
+    whole = solvers.skipping
+    monkeypatch.setattr(solvers, "skipping", lambda *args: whole(*args, steps=2))
+    assert solvers.main([str(run), "--samples", "10", "--picture", str(tmp_path / "all.png")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^steps .* ddpm .* unipc$", printed, re.MULTILINE)
+    assert re.search(r"^ +3 ( +\d+\.\d% \(\d\.\d{3}\)){4}$", printed, re.MULTILINE)
+    assert "skip_below 0.1: " in printed
+    assert (tmp_path / "all.png").stat().st_size > 1000
+
+
+def test_inpainting(run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(inpainting, "SAMPLERS", ("ddpm", "ddim"))
+    config = inpainting.SampleConfig
+    monkeypatch.setattr(inpainting, "SampleConfig", lambda **kwargs: config(steps=2, **kwargs))
+    picture = str(tmp_path / "fills.png")
+    assert inpainting.main([str(run), "--digits", "60", "--fills", "2", "--picture", picture]) == 0
+    assert "right half" in capsys.readouterr().out
+    assert (tmp_path / "fills.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        (solvers, ["nowhere"], "solvers: error: "),
+        (solvers, ["nowhere", "--samples", "0"], "solvers: error: --samples: got 0, allowed is 1 or more"),
+        (solvers, ["nowhere", "--sample", "9"], "solvers: error: unrecognized arguments: --sample 9"),
+        (inpainting, ["nowhere"], "inpainting: error: "),
+        (inpainting, ["nowhere", "--fills", "0"], "inpainting: error: --fills: got 0, allowed is 1 or more"),
+        (exported, ["--model", "MDT_S4"], "error: --model: got 'MDT_S4' (did you mean 'MDT_S_4'?), allowed"),
+        (exported, ["--rounds", "1"], "exported: error: --rounds: got 1, allowed is 2 or more"),
+        (
+            digits,
+            ["--out", "new", "--ways", "voxels"],
+            "--ways: got 'voxels' (did you mean 'pixels'?), allowed",
+        ),
+        (digits, ["--out", "new", "--vae-steps", "0"], "digits: error: --vae-steps: got 0, allowed is 1 or"),
+        (digits, ["--out", "."], "digits: error: [Errno 17] File exists: '.'"),
+    ],
+)
+def test_mistakes(script: Any, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert script.main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    torch.set_num_threads(threads)
