@@ -55,6 +55,8 @@ class Rows:
         for row in rows:
             if row["p50"] is None or row.get("op") in RATES:
                 continue
+            if row.get("switches", {}).get("sampler", "ddpm") != "ddpm":  # the goals are the ancestral one's
+                continue
             keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there it names the line
             case = tuple(str(row.get(key)) for key in keys)
             if not (few(row) and case in self.latest and not few(self.latest[case])):

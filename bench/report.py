@@ -140,6 +140,8 @@ def _latest(rows: Sequence[Row], bench: str) -> list[Row]:
     for row in rows:
         if row["bench"] == bench and set(case) <= set(row) and row.get("op") not in plots.RATES:
             keys = ("device", *case, "dtype", "provider", "metric")
+            if (sampler := row.get("switches", {}).get("sampler", "ddpm")) != "ddpm":
+                row = row | {"mode": f"{row['mode']} {sampler}"}
             found[tuple(str(row[key]) for key in keys)] = row
     return [row for row in found.values() if row["p50"] is not None]
 
@@ -171,7 +173,7 @@ def _throughput(run: tuple[str, ...], rows: Sequence[Row]) -> str:
         "",
         f"{origin(run)} Of peak: of the best matmul rate of the same run. Memory: peak. "
         "Ratio: speed over the reference's in the same round, the median of all rounds."
-        + (SAMPLING if any(row["mode"] == "sample" for row in rows) else ""),
+        + (SAMPLING if any(row["mode"].startswith("sample") for row in rows) else ""),
     ]
     return "\n".join(lines)
 

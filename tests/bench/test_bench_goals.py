@@ -235,3 +235,9 @@ def test_goals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| CPU, train S/2 over eager, float32 | ≥ 1.25x |" in capsys.readouterr().out
     assert report.main(["--goals", "--readme", str(tmp_path / "README.md")]) == 2
     assert "--readme: not with --goals" in capsys.readouterr().err
+
+
+def test_a_goal_of_sampling_is_the_ancestral_samplers() -> None:
+    rows, ddim = models("fast", 3.9, mode="sample"), models("fast", 5, mode="sample")
+    rows += [row | {"switches": {"sampler": "ddim"}} for row in ddim]
+    assert "| 3.9 img/s (fast, batch 32) | **missed** |" in said(rows, "sample XL/2, 250 steps, one H200")

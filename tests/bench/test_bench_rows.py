@@ -91,6 +91,18 @@ def test_table_has_numbers_and_origin(tmp_path: Path) -> None:
     assert "guided steps" in report.markdown(case_rows(tmp_path / "rows.jsonl", mode="sample"))
 
 
+def test_each_sampler_has_lines_of_its_own(tmp_path: Path) -> None:
+    rows = [
+        row
+        for sampler in ("ddpm", "ddim")
+        for row in case_rows(tmp_path / f"{sampler}.jsonl", mode="sample", switches={"sampler": sampler})
+    ]
+    text = report.markdown(rows)
+    assert "| sample | digits, 4" in text
+    assert "| sample ddim | digits, 4" in text
+    assert "guided steps" in text
+
+
 def test_ratio_with_its_spread_unless_the_latest_run_has_none(tmp_path: Path) -> None:
     rows = case_rows(tmp_path / "rows.jsonl")
     file = RowFile(None, COMMON)
