@@ -1,7 +1,9 @@
 """What can be evaluated: sets of images, from a ``.npz`` or a folder, in batches of bytes."""
 
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +11,14 @@ import numpy as np
 from PIL import Image
 
 from ..config import DataConfig
+from ..data.ahead import read_ahead
 from ..data.images import Digits, center_crop, list_images, read_image
 from ..errors import UserError
 from .npz import Npz
 
 DIGITS = "digits"
+DECODERS = min(8, os.cpu_count() or 1)
+"""Threads that decode the images of a folder ahead of the network."""
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -85,8 +90,11 @@ class FolderImages:
         self.shape: tuple[int, int, int] = self._load(0).shape
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        for start in range(0, self.count, size):
-            yield np.stack([self._checked(index) for index in self.order[start : start + size]])
+        def begin(start: int, pool: Executor) -> Callable[[], np.ndarray]:
+            parts = [pool.submit(self._checked, index) for index in self.order[start : start + size]]
+            return lambda: np.stack([part.result() for part in parts])
+
+        return read_ahead(range(0, self.count, size), begin, DECODERS)
 
     def label(self, index: int) -> str:
         return str(self.paths[self.order[index]])
