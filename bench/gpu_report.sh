@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in stages that can be run alone; rows are appended, never rewritten.
 #   bash bench/gpu_report.sh [STAGE...]      without arguments all of them, in this order (docs/gpu.md):
-#   build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole float8 precisions
-#   official account training breakdown switches sampling sampling_compiled tune learning report
+#   build tests sanitize races kernels attention flex small middle large tf32 host compiled compiled4 whole float8
+#   precisions official account training breakdown switches sampling sampling_compiled tune learning report
 # Where a GPU is there for minutes only: `first`, then `survey` (or its parts: survey_ahead survey_large survey_128
 # survey_small survey_sample survey_compiled survey_switches) and single stages.
 # Each stage ends within eight minutes; one that fails or runs out of time does not stop the others, and what it
@@ -16,7 +16,7 @@ OFFICIAL=${OFFICIAL:-}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
-STAGES=(build tests sanitize races kernels attention flex small middle large host compiled compiled4 whole float8
+STAGES=(build tests sanitize races kernels attention flex small middle large tf32 host compiled compiled4 whole float8
     precisions official account training breakdown switches sampling sampling_compiled tune learning report)
 PARTS=(survey_ahead survey_large survey_128 survey_small survey_sample survey_compiled survey_switches)
 
@@ -116,6 +116,13 @@ large() { # float32 too: what the published models were trained in
         --time-limit 250
     bench throughput xl2_f32 --model MDTv2_XL_2 --batch 32 --mode train --dtype float32 \
         --providers reference,fast --time-limit 150
+}
+tf32() { # float32 whose products are TF32's: attention, the model, launch choices
+    local -x TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
+    bench attention attention_tf32 --providers "$ROOF,sdpa,$TRITON" --dtype float32 --tokens 256 --time-limit 60
+    bench throughput tf32 --model MDTv2_XL_2 --batch 32 --dtype float32 --lengths 2 \
+        --providers reference,fast,fast-graphs --time-limit 170
+    run tune_tf32 "$PYTHON" bench/tune.py --json "$OUT/tune.jsonl" --ops rel_attention --dtype tf32 --time-limit 200
 }
 host() { # what calling takes, with kernels that take nothing
     bench throughput host --model narrow --batch 2 --mode train --dtype bfloat16 \

@@ -18,6 +18,7 @@ import torch
 
 from mdt_fast import doctor
 from mdt_fast.errors import UserError
+from mdt_fast.kernels.backends import tf32
 from measure import MIN_ROUNDS
 
 Row = dict[str, Any]
@@ -116,7 +117,10 @@ class RowFile:
             raise UserError(f"--json: cannot write {str(path)!r}: {error.strerror}") from None
 
     def add(self, spread: Sequence[float | None] = (None, None, None), **fields: Any) -> Row:
-        """Make a row of ``fields``, the machine's keys and a spread (p20, p50, p80), and write it."""
+        """Make a row of ``fields``, the machine's keys and a spread (p20, p50, p80), and write it. On a GPU
+        float32 whose products may be TF32's is called ``tf32``: another case than float32."""
+        if fields.get("dtype") == "float32" and self.common.get("driver") and tf32():
+            fields["dtype"] = "tf32"
         p20, p50, p80 = spread
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = {**fields, "p20": p20, "p50": p50, "p80": p80, **self.common, "time": now}

@@ -8,6 +8,7 @@ import torch
 
 from formats import one_line
 from inputs import PERIOD, Inputs, len_keeps
+from mdt_fast.kernels.backends import tf32
 from mdt_fast.models import flops
 from measure import (
     MIN_ROUNDS,
@@ -343,7 +344,7 @@ class Session:
         switches = {
             "compile": provider.endswith("-compiled"),
             "autocast": case.dtype == torch.bfloat16,
-            "tf32": case.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+            "tf32": case.device.type == "cuda" and tf32(),
         }
         if case.mode == "sample":
             switches["sampler"] = case.sampler

@@ -265,3 +265,15 @@ def test_picture_target(tmp_path: Path) -> None:
     for bad in (tmp_path / "picture.jpg", tmp_path / "no" / "picture.png"):
         with pytest.raises(UserError, match="--plot"):
             plots.check_target(bad)
+
+
+def test_float32_by_tf32_is_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where its products may be; half types stay what they are."""
+    monkeypatch.setattr("rows.tf32", lambda: True)
+    for driver, dtype, called in (
+        ("580.1", "float32", "tf32"), ("580.1", "bfloat16", "bfloat16"), (None, "float32", "float32")
+    ):  # fmt: skip
+        row = RowFile(None, COMMON | {"driver": driver}).add(**fields(dtype=dtype))
+        assert row["dtype"] == called
+    monkeypatch.setattr("rows.tf32", lambda: False)
+    assert RowFile(None, COMMON | {"driver": "580.1"}).add(**fields())["dtype"] == "float32"

@@ -21,9 +21,9 @@ from providers import NAMES, model_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_report.sh"
 STAGES = [
-    "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large", "host",
-    "compiled", "compiled4", "whole", "float8", "precisions", "official", "account", "training", "breakdown",
-    "switches", "sampling", "sampling_compiled", "tune", "learning", "report",
+    "build", "tests", "sanitize", "races", "kernels", "attention", "flex", "small", "middle", "large", "tf32",
+    "host", "compiled", "compiled4", "whole", "float8", "precisions", "official", "account", "training",
+    "breakdown", "switches", "sampling", "sampling_compiled", "tune", "learning", "report",
 ]  # fmt: skip
 PARTS = [f"survey_{part}" for part in ("ahead", "large", "128", "small", "sample", "compiled", "switches")]
 STAND_IN = """#!/bin/sh
