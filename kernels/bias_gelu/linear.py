@@ -1,5 +1,8 @@
-"""GELU and the linear layer that reads it, as one step of autograd: the activation is computed again in the
-backward pass, or kept, which saves a write there. R rows, F features, O output width."""
+"""GELU and the linear layer after it, as one autograd function.
+
+The backward pass recomputes the activation, or reads the saved one, which spares it a write.
+R rows, F features, O output width.
+"""
 
 from typing import Any
 
@@ -29,11 +32,12 @@ def gelu_linear(
 ) -> Tensor:
     """``F.linear(bias_gelu(x, bias_F), weight, bias_O)``: ``x`` [..., F] -> [..., O].
 
-    ``bias_F`` [F] is added before the activation (see :func:`bias_gelu`), ``weight`` [O, F] and ``bias_O``
-    [O] are the layer's, in the dtype of ``x`` (under autocast any floating dtype). For the backward pass
-    ``x`` is kept; the activation only without ``recompute``. ``float8``: see
-    :func:`mdt_fast.kernels.linear`. Raises ``ValueError`` for shapes or dtypes that
-    do not fit.
+    ``bias_F`` [F] is added before the activation (see :func:`bias_gelu`). ``weight`` [O, F] and ``bias_O``
+    [O] belong to the linear layer and have the dtype of ``x``, or any floating dtype under autocast. ``x`` is
+    saved for the backward pass; the activation is saved only with ``recompute=False``. For ``float8``, see
+    :func:`mdt_fast.kernels.linear`.
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
     features = checks.width("x", x)
@@ -48,7 +52,7 @@ def gelu_linear(
 
 
 class _Linear(torch.autograd.Function):
-    """x [R, F], weight [O, F] -> [R, O] in ``dtype``, to which the layer's parameters are cast here."""
+    """x [R, F], weight [O, F] -> [R, O] in ``dtype``; weight and bias are cast to it here."""
 
     @staticmethod
     def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute, float8):  # type: ignore[no-untyped-def]
@@ -83,8 +87,8 @@ def _forward(ctx: Any, x: Tensor, bias_F: Tensor) -> Tensor:
 
 
 def _backward(x: Tensor, bias_F: Tensor, dout: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and the first bias, and the activation in the dtype of ``dout`` (unless ``recompute``
-    nothing of use)."""
+    """Gradients of x and the first bias, and the activation in the dtype of ``dout`` (a placeholder without
+    ``recompute``)."""
     if not (uses_triton(x) or uses_csrc(x, bias_F, dout)):
         z = x + bias_F.to(x.dtype)
         dx = torch.ops.aten.gelu_backward(dout.to(x.dtype), z, approximate="tanh")

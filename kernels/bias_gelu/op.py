@@ -1,4 +1,4 @@
-"""Checks and dispatch. F features."""
+"""Argument checks and dispatch. F features."""
 
 from torch import Tensor
 
@@ -10,9 +10,10 @@ from .registered import bias_gelu_fwd
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """``gelu(x + bias)`` in its tanh form: ``x`` [..., F], ``bias`` [F], floating; returns [..., F].
+    """``gelu(x + bias)`` with the tanh form of GELU.
 
-    Only ``x`` is kept for the backward pass, which computes the activation again.
+    ``x`` is [..., F] and ``bias`` is [F], both floating; the result is [..., F]. Only the inputs are saved
+    for the backward pass, which recomputes the activation.
 
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """

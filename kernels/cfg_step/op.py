@@ -1,4 +1,7 @@
-"""Checks and dispatch. B samples (n conditional, then n unconditional), C channels, K coefficients."""
+"""Argument checks and dispatch.
+
+B samples (n conditional, then n unconditional), C channels, K coefficients.
+"""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -27,23 +30,24 @@ def cfg_step(
     predicts: Predicts = "epsilon",
     clip_denoised: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of guided sampling: x_{t-1} and the predicted x_0, both like ``x``.
+    """One step of guided sampling; returns x_{t-1} and the predicted x_0, both like ``x``.
 
-    ``output`` [B, 2C, ...], what the model predicts and its variance's place between its bounds, or [B, C,
-    ...] for a fixed variance; ``x`` and ``noise`` [B, C, ...] (``noise`` None: none is added); each
-    floating. ``coefficients``: float32, a row of ``ddpm_coefficients`` or ``ddim_coefficients`` for the
-    whole batch, or as many rows as ``x`` has samples; on the device, so that a captured graph can be replayed
-    for every step.
+    ``output`` is the model's output. It is [B, 2C, ...] with a learned variance, whose channels hold the
+    interpolation between the variance's bounds, or [B, C, ...] with a fixed variance. ``x`` and ``noise`` are
+    [B, C, ...]; with ``noise`` None no noise is added. All are floating. ``coefficients`` (float32) is one
+    row of ``ddpm_coefficients`` or ``ddim_coefficients`` for the whole batch, or one row per sample of ``x``.
+    It is on the device of ``x``, so that one captured CUDA graph can be replayed for every step.
 
-    ``scale``: the guidance weight, a number or floating [n]: B is 2n then, n conditional samples and the
-    same n unconditional ones. In both halves the first ``guided_channels`` channels become uncond + scale *
-    (cond - uncond) (3 of 4 in the published models), the others stay as they are in each half, and so does
-    the variance. ``x`` and ``noise`` [n, C, ...]: the conditional samples alone are stepped, by the outputs
-    of both. None: no guidance. ``clip_denoised`` clamps the predicted x_0 to [-1, 1].
+    ``scale`` is the guidance weight: a number, or a floating tensor [n]. B is then 2n: n conditional samples,
+    followed by the same n unconditional ones. In both halves the first ``guided_channels`` channels (3 of 4
+    in the published models) become uncond + scale * (cond - uncond). Each half keeps its other channels and
+    its variance. If ``x`` and ``noise`` are [n, C, ...], only the conditional samples are stepped, from the
+    outputs of both halves. With ``scale`` None there is no guidance. ``clip_denoised`` clamps the predicted
+    x_0 to [-1, 1].
 
-    For inference: raises ``ValueError`` where a gradient is asked for, and for shapes, dtypes, devices or
-    names that do not fit. Source: Ho et al. 2020, algorithm 2; Song et al. 2021; Ho and Salimans 2022
-    (guidance).
+    For inference only: raises ``ValueError`` if an input requires a gradient while gradients are enabled, and
+    for shapes, dtypes, devices or names that do not fit. Source: Ho et al. 2020, algorithm 2; Song et al.
+    2021; Ho and Salimans 2022 (guidance).
     """
     names = (("kind", kind, get_args(Kind)), ("predicts", predicts, get_args(Predicts)))
     for name, value, allowed in names:
@@ -54,7 +58,7 @@ def cfg_step(
     coefficients_BK = _rows(coefficients, x, kind)
     serve: Callable[..., tuple[Tensor, Tensor]] = reference.cfg_step
     if uses_triton(x) and uses_triton(output):
-        from .triton_op import cfg_step_fwd  # here: not every machine has Triton
+        from .triton_op import cfg_step_fwd  # not at the top: not every machine has Triton
 
         serve = cfg_step_fwd
         output, x = output.contiguous(), x.contiguous()

@@ -1,4 +1,4 @@
-"""Checks and dispatch, and the products. R rows, D columns, O outputs."""
+"""Argument checks and dispatch, and the matrix products. R rows, D columns, O outputs."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,15 @@ from .registered import multiply, quantize_rows_fwd, quantize_weight_fwd
 def quantize_rows(
     x: Tensor, *, gelu_bias: Tensor | None = None, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of ``x`` [R, D], floating, in float8 (E4M3) [R, D], and their scales [R], float32 powers of two:
-    ``x`` is about ``rows * scales[:, None]``, each number within 1/16 of itself or 2^-10 of its row's scale.
+    """Quantize ``x`` [R, D] row by row to float8 (E4M3); returns the rows [R, D] and their scales [R].
 
-    ``gelu_bias`` [D]: of ``gelu(x + gelu_bias)``, tanh form, instead; ``factor`` [D]: of ``x * factor``. A
-    row with a number that is not finite has NaN for its scale. In float32, whatever ``x`` is; has no
-    derivative. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    The scales are float32 powers of two, and ``x`` is approximately ``rows * scales[:, None]``: each number
+    is within 1/16 of itself, or within 2^-10 of its row's scale. A row with a number that is not finite gets
+    the scale NaN.
+
+    With ``gelu_bias`` [D], ``gelu(x + gelu_bias)`` (tanh form) is quantized instead; with ``factor`` [D],
+    ``x * factor``. The arithmetic is float32 for every floating dtype of ``x``, and there is no derivative.
+    Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
     checks.shape("x", x, "R", "D")
@@ -31,9 +34,12 @@ def quantize_rows(
 
 
 def quantize_weight(weight: Tensor, *, columns: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of ``weight`` [O, D] as by :func:`quantize_rows`: [O, D], the same numbers transposed [D, O]
-    (empty unless ``columns``), which is what a product with the weight's columns reads, and the scales [O].
-    Raises ``ValueError`` for what is no floating matrix."""
+    """Quantize the rows of ``weight`` [O, D] as :func:`quantize_rows` does.
+
+    Returns the rows [O, D], the same numbers transposed [D, O] (empty unless ``columns``), which the product
+    for the input gradient reads, and the scales [O]. Raises ``ValueError`` if ``weight`` is not a floating
+    matrix.
+    """
     checks.floating("weight", weight)
     checks.shape("weight", weight, "O", "D")
     with torch.no_grad():
@@ -45,7 +51,7 @@ def quantize_weight(weight: Tensor, *, columns: bool = True) -> tuple[Tensor, Te
 def product(
     x_RD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``x @ weight.T + bias`` in ``dtype``: [R, O]; ``weight`` as by :func:`quantize_weight`."""
+    """``x @ weight.T + bias`` in ``dtype``: [R, O]; ``weight`` is from :func:`quantize_weight`."""
     rows_RD, scale_R, _ = quantize_rows_fwd(x_RD.contiguous(), None, None, None)
     return multiply(rows_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
 
@@ -54,7 +60,7 @@ def product_of_gelu(
     x_RD: Tensor, gelu_bias_D: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """:func:`product` of ``gelu(x + gelu_bias)``, which is rounded to float8 alone."""
+    """:func:`product` of ``gelu(x + gelu_bias)``; the activation is written only as float8."""
     rows_RD, scale_R, _ = quantize_rows_fwd(x_RD.contiguous(), gelu_bias_D.contiguous(), None, None)
     return multiply(rows_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
 
@@ -62,9 +68,12 @@ def product_of_gelu(
 def input_gradient(
     dout_RO: Tensor, columns_DO: Tensor, scale_O: Tensor, ones_D: Tensor, sums: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """``dout @ weight``: [R, D], by the rounded weight of the forward pass; its rows' scales are columns'
-    here, and go into ``dout`` before that is rounded. And the sum of its rows [O] in the dtype ``sums``,
-    which costs no further reading of them."""
+    """``dout @ weight`` [R, D], and the sum of the rows of ``dout`` [O] in the dtype ``sums``.
+
+    The product reads the quantized weight of the forward pass. The scales of the weight's rows lie along the
+    reduction here, so they are multiplied into ``dout`` before it is quantized. The sum is taken in the same
+    read of ``dout``.
+    """
     rows_RO, scale_R, sums_O = quantize_rows_fwd(dout_RO.contiguous(), None, scale_O, sums)
     return multiply(rows_RO, scale_R, columns_DO, ones_D, None, dout_RO.dtype), sums_O
 

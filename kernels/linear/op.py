@@ -1,4 +1,4 @@
-"""Checks and dispatch. D input width, O output width."""
+"""Argument checks and dispatch. D input width, O output width."""
 
 import platform
 from collections.abc import Sequence
@@ -23,36 +23,40 @@ BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def of_intel() -> bool:
-    """Whether the processor is one of Intel's (Linux and Windows tell)."""
+    """Whether the processor is made by Intel (known on Linux and Windows)."""
     with suppress(OSError), open("/proc/cpuinfo") as file:
         return "GenuineIntel" in file.read(1000)
     return "GenuineIntel" in platform.processor()
 
 
 MKL_SUFFICES = torch.backends.mkl.is_available() and of_intel()
-"""Whether PyTorch's own float32 products are at the processor's rate: by MKL on its maker's processors."""
+"""Whether PyTorch's own float32 products run at full speed: with MKL on Intel processors they do."""
 
 MIN_ROWS = 64
-"""Below, a product is bound by reading the weight, whoever multiplies."""
+"""With fewer rows, every library's product is bound by reading the weight."""
 
 
 Float8 = bool | tuple[Tensor, Tensor]
-"""Whether products are in float8; or a weight's rows [O, D] and scales [O], if it is rounded already."""
+"""Whether products are in float8, or the rows [O, D] and scales [O] of an already quantized weight."""
 Operand = tuple[Tensor, Tensor | None]
-"""A weight as a product takes it, [O, D]; in float8 with its rows' scales [O]."""
+"""A weight as the forward product takes it, [O, D], and in float8 the scales of its rows [O]."""
 Kept = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""A weight as its input's gradient takes it, in float8 its columns [D, O], rows' scales [O] and ones [D]; and
-itself, if that is another, for who asks for a second derivative and is to be refused."""
+"""A weight as saved for the input gradient; in float8, its transpose [D, O], the scales of its rows [O] and
+ones [D]. The last entry is the weight itself if it is another tensor, so that a request for a second
+derivative is found and refused."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Float8 = False) -> Tensor:
     """``x @ weight.T + bias``: ``x`` [..., D], ``weight`` [O, D], ``bias`` [O] -> [..., O].
 
-    In the dtype of ``x``, which all have (under autocast any floating dtype: it casts as for PyTorch's linear
-    layer). ``float8``: the product and that of the gradient of ``x`` are of numbers rounded to float8, row by
-    row (see :func:`mdt_fast.kernels.quantize_rows`); not under torch.func, nor in what torch.export makes. In
-    passes without gradients it may be the weight's rows and scales, as ``quantize_weight`` gave them. O and D
-    are multiples of 16 then.
+    All arguments and the result have the dtype of ``x``; under autocast the arguments may have any floating
+    dtype and are cast as for PyTorch's linear layer.
+
+    With ``float8``, the operands of this product and of the one for the gradient of ``x`` are quantized to
+    float8 row by row (see :func:`mdt_fast.kernels.quantize_rows`), and O and D must be multiples of 16. It
+    has no effect under torch.func or in programs that torch.export makes. Without gradients, ``float8`` may
+    also be the weight's rows and scales as ``quantize_weight`` returned them.
+
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
@@ -64,8 +68,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Flo
 
 
 def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tuple[Operand, Kept]:
-    """A weight for the product of a layer's forward pass, whose autograd context this is, and for that of its
-    input's gradient (where one is asked for)."""
+    """The weight as the forward product takes it, and as it is saved for the input gradient.
+
+    ``ctx`` is the layer's autograd context; it tells whether gradients are needed.
+    """
     if float8 is False:
         cast = checks.cast(weight, dtype)
         return (cast, None), (cast, None, None, None if cast is weight else weight)
@@ -86,7 +92,7 @@ def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tup
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
-    """:func:`linear` without its checks, of an :data:`Operand`."""
+    """:func:`linear` without its checks; ``weight`` and ``scale_O`` are an :data:`Operand`."""
     if scale_O is not None:
         return in_float8.product(x, weight, scale_O, bias, x.dtype)
     if not (uses_onednn(x, weight) or (bias is not None and _in_bfloat16(x, weight))):
@@ -95,16 +101,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale_O: Tens
 
 
 def gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
-    """Whether their product activates what it sums up, by GELU, for next to nothing: cuBLASLt does on a GPU,
-    oneDNN on a CPU, where there is enough of it."""
+    """Whether the product can apply GELU in its epilogue at almost no cost: with cuBLASLt on a GPU, with
+    oneDNN on a CPU if the product is large enough."""
     if x.device.type != "cpu":
         return x.is_cuda
     return _onednn_knows(x.dtype) and _enough(x, weight)
 
 
 def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU (tanh form) of :func:`product`, for passes without gradients. Half types on a GPU,
-    float32 and bfloat16 on a CPU get it as the product's epilogue, before anything is rounded. x [R, D]."""
+    """GELU (tanh form) of :func:`product`, without gradients; x is [R, D].
+
+    For half types on a GPU, and for float32 and bfloat16 on a CPU, GELU is the product's epilogue, applied
+    before the sums are rounded.
+    """
     if bias is not None and x.is_cuda and torch.version.hip is None and x.element_size() == 2 and x.numel():
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     if x.device.type == "cpu" and x.dtype == weight.dtype and _onednn_knows(x.dtype):
@@ -117,8 +126,11 @@ def _onednn_knows(dtype: torch.dtype) -> bool:
 
 
 class Linear(torch.autograd.Function):
-    """x [R, D], weight [O, D], bias [O] -> [R, O] in ``dtype``, to which all are cast here; so the gradients
-    of weight and bias are the parameters' own dtype from the start."""
+    """x [R, D], weight [O, D], bias [O] -> [R, O] in ``dtype``.
+
+    The casts to ``dtype`` are in here, so the gradients of weight and bias are computed directly in the
+    parameters' own dtypes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, dtype, float8):  # type: ignore[no-untyped-def]
@@ -139,7 +151,7 @@ class Linear(torch.autograd.Function):
 
 
 def weight_gradient(dout_RO: Tensor, x_RD: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dout.T @ x`` in ``dtype``: [O, D]. On a GPU half types give float32 unrounded."""
+    """``dout.T @ x`` in ``dtype``: [O, D]. On a GPU, half types give float32 without rounding in between."""
     if _widens(dout_RO, dtype):
         return torch.mm(dout_RO.t(), x_RD, out_dtype=dtype)
     if uses_onednn(dout_RO, x_RD.t()) or _in_bfloat16(dout_RO, x_RD.t()):
@@ -148,7 +160,7 @@ def weight_gradient(dout_RO: Tensor, x_RD: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def weight_gradient_into(out_OD: Tensor, dout_RO: Tensor, x_RD: Tensor) -> None:
-    """The same, written to where it shall stand."""
+    """:func:`weight_gradient`, written into ``out``."""
     if _widens(dout_RO, out_OD.dtype):
         torch.mm(dout_RO.t(), x_RD, out_dtype=out_OD.dtype, out=out_OD)
     elif out_OD.dtype == dout_RO.dtype:
@@ -158,7 +170,7 @@ def weight_gradient_into(out_OD: Tensor, dout_RO: Tensor, x_RD: Tensor) -> None:
 
 
 def _widens(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has a product of this tensor's dtype that writes what it has summed up in ``dtype``."""
+    """Whether PyTorch has a product of this tensor's dtype that writes its float32 sums as ``dtype``."""
     return x.is_cuda and torch.version.hip is None and dtype == torch.float32 and x.element_size() == 2
 
 
@@ -170,8 +182,11 @@ def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
 def gradients(
     dout_RO: Tensor, kept: Sequence[Any], bias_dtype: torch.dtype | None, *, of_input: bool = True
 ) -> tuple[Any, Tensor | None]:
-    """Of the input [R, D] (None unless ``of_input``), by the first three of what :func:`operand` keeps; of
-    the bias [O] in its dtype (None: of none)."""
+    """Gradients of the input [R, D] (None unless ``of_input``) and of the bias [O] in ``bias_dtype`` (None if
+    that is None).
+
+    ``kept`` is the first three entries of what :func:`operand` saves.
+    """
     weight, scale_O, ones_D = kept
     if of_input and scale_O is not None:
         both = in_float8.input_gradient(dout_RO, weight, scale_O, ones_D, bias_dtype)
@@ -181,15 +196,19 @@ def gradients(
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """In float32 on a CPU other than Intel's: PyTorch asks MKL there, which leaves AVX-512 unused on them."""
+    """Whether oneDNN serves a float32 product: on CPUs other than Intel's, where PyTorch calls MKL, which
+    does not use AVX-512 on them."""
     if MKL_SUFFICES or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     return _serves(x, weight)
 
 
 def _in_bfloat16(x: Tensor, weight: Tensor) -> bool:
-    """Of bfloat16 on a CPU PyTorch makes a product of oneDNN's itself, but a slow one with a bias, which it
-    writes first and then adds to, and of transposed operands."""
+    """Whether oneDNN can serve a bfloat16 product here.
+
+    On a CPU, PyTorch itself calls oneDNN for bfloat16. But that is slow with a bias, which PyTorch writes
+    first and then adds to, and with transposed operands.
+    """
     return BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16 and _serves(x, weight)
 
 
@@ -202,5 +221,5 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def _enough(x: Tensor, weight: Tensor) -> bool:
-    # A graph for any number of rows must not be compiled again at the threshold: there the op itself decides.
+    # A graph compiled for any number of rows must not be recompiled at the threshold: the op itself decides.
     return torch.compiler.is_compiling() or worthwhile(x.numel(), weight.shape[0])

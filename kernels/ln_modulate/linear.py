@@ -1,8 +1,8 @@
-"""A modulated normal and the linear layer that reads it, as one step of autograd.
+"""A modulated layer norm and the linear layer after it, as one autograd function.
 
-The normal is computed again in the backward pass, where the layer's weight gradient needs it: it is not kept,
-unless ``recompute`` is False, which saves a write there.
-B samples, R rows of all samples, D width, O output width.
+The weight gradient needs the modulated norm. By default it is not saved, and the backward pass recomputes it;
+with ``recompute=False`` it is saved, which spares the backward pass a write.
+B samples, R rows (tokens of all samples), D width, O output width.
 """
 
 from typing import Any
@@ -36,11 +36,13 @@ def ln_modulate_linear(
 ) -> Tensor:
     """``F.linear(ln_modulate(x, shift, scale), weight, bias)``: [B, L, O].
 
-    ``x``, ``shift``, ``scale``, ``offsets``, ``eps``: see :func:`ln_modulate`; ``weight`` [O, D], ``bias``
-    [O], in the dtype of ``x`` (under autocast any floating dtype: it casts as for a linear layer). For the
-    backward pass ``x`` and two numbers a row are kept; the normal, which the weight's gradient needs, only
-    without ``recompute``. ``float8``: see :func:`mdt_fast.kernels.linear`. Raises ``ValueError`` for what
-    does not fit.
+    For ``x``, ``shift``, ``scale``, ``offsets`` (cumulative sequence lengths) and ``eps``, see
+    :func:`ln_modulate`. ``weight`` [O, D] and ``bias`` [O] have the dtype of ``x``; under autocast they may
+    have any floating dtype and are cast as for a linear layer. ``x`` and two numbers per row are saved for
+    the backward pass. The modulated norm, which the weight gradient needs, is saved only with
+    ``recompute=False``. For ``float8``, see :func:`mdt_fast.kernels.linear`.
+
+    Raises ``ValueError`` for arguments that do not fit.
     """
     return residual_ln_modulate_linear(
         x_BLD, shift_BD, scale_BD, weight_OD, bias_O,
@@ -60,10 +62,10 @@ def residual_ln_modulate_linear(
     recompute: bool = True,
     float8: Float8 = False,
 ) -> tuple[Tensor, Tensor]:
-    """``x`` itself, and :func:`ln_modulate_linear`: where ``x`` goes on beside the layer, as the residual.
+    """``x`` and the result of :func:`ln_modulate_linear`, for an ``x`` that is also the residual.
 
-    Use the returned one, and change neither in place, as they may share memory: the gradients of both ways
-    are added as the backward kernel writes them.
+    Use the returned ``x`` as the residual: the backward kernel then adds the gradients of both paths as it
+    writes them. The returned ``x`` may share memory with the argument, so change neither in place.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
     checks.eps(eps)
@@ -93,11 +95,12 @@ def gate_residual_ln_modulate_linear(
     gelu: bool = False,
     float8: Float8 = False,
 ) -> tuple[Tensor, Tensor]:
-    """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``,
-    with ``gelu`` activated (tanh form), which is for passes without gradients: there a GPU's products do it.
+    """The new residual ``r = x + gate * y``, and ``F.linear(ln_modulate(r, shift, scale), weight, bias)``.
 
-    Arguments as in :func:`gate_residual_ln_modulate` and :func:`ln_modulate_linear`; kept for the backward
-    pass are ``x`` and ``y``. Raises ``ValueError`` for what does not fit.
+    With ``gelu``, GELU (tanh form) is applied to the second result. This is meant for passes without
+    gradients, where GELU is part of the product if the library offers that. The other arguments are those of
+    :func:`gate_residual_ln_modulate` and :func:`ln_modulate_linear`. ``x`` and ``y`` are saved for the
+    backward pass. Raises ``ValueError`` for arguments that do not fit.
     """
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.eps(eps)
@@ -122,15 +125,17 @@ def gate_residual_ln_modulate_linear(
 
 
 class _Linear(torch.autograd.Function):
-    """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> residual [R, D] (x, without y) and the layer's
-    [R, O] in ``dtype``, to which its parameters are cast here; with ``gelu``, whose gradients it does not
-    have, activated."""
+    """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> residual [R, D] (x if there is no y) and the
+    layer's output [R, O] in ``dtype``.
+
+    Weight and bias are cast to ``dtype`` here. ``gelu`` activates the output and has no gradient.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, x, y, gate, shift, scale, weight, bias, offsets, eps, dtype, recompute, gelu, float8
     ):
-        ctx.set_materialize_grads(False)  # nobody may use the residual
+        ctx.set_materialize_grads(False)  # the residual may be unused
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.out = dtype, len(weight)
         recompute = recompute or not weight.requires_grad
@@ -154,7 +159,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dresidual: Tensor | None, dout: Tensor | None):  # type: ignore[no-untyped-def]
         x, y, gate, shift, scale, offsets, mean, rstd, *kept_weight, _, kept = ctx.saved_tensors
         needs, (weight_dtype, bias_dtype) = ctx.needs_input_grad, ctx.dtypes
-        if dout is None:  # the residual alone is used
+        if dout is None:  # only the residual is used
             if y is None:
                 return dresidual, *(None,) * 12
             dtype, width = ctx.out
@@ -181,7 +186,7 @@ class _Linear(torch.autograd.Function):
 
 def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, recompute):  # type: ignore[no-untyped-def]
     if not serves(x, y, gate, shift, scale, dresidual, dout):
-        mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)  # a kernel's, where only this is under vmap
+        mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)  # [R] from a kernel, if only the backward is in vmap
         return reference.backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout)
     dx, dy, dgate, *rest = ln_modulate_bwd(
         x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, recompute
@@ -190,6 +195,6 @@ def _backward(x, y, gate, shift, scale, offsets, mean, rstd, dresidual, dout, re
 
 
 def _dtype(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> torch.dtype:
-    """What the layer's products are computed in."""
+    """The dtype of the layer's products."""
     checks.columns("weight", weight_OD, x.shape[-1], "O")
     return checks.layer(x, weight_OD, bias_O)

@@ -1,4 +1,4 @@
-"""Checks and dispatch. B samples, L tokens, R rows (tokens of all samples), D width."""
+"""Argument checks and dispatch. B samples, L tokens, R rows (tokens of all samples), D width."""
 
 from torch import Tensor
 
@@ -15,9 +15,11 @@ def ln_modulate(
 ) -> Tensor:
     """``LN(x) * (1 + scale) + shift``: layer norm without affine parameters, modulated per sample.
 
-    ``x`` [B, L, D], ``shift`` and ``scale`` [B, D], floating; returns [B, L, D]. For samples of
-    different lengths, ``x`` is [R, D] and ``offsets`` (int32 [B + 1], ascending, 0 to R) says where each one
-    begins; returns [R, D]. D is at most 8192 on CUDA. Raises ``ValueError`` for what does not fit.
+    ``x`` is [B, L, D], ``shift`` and ``scale`` are [B, D], all floating; the result is [B, L, D]. For a
+    ragged batch, ``x`` and the result are packed [R, D], and ``offsets`` are cumulative sequence lengths
+    (cu_seqlens), int32 [B + 1], ascending from 0 to R. On CUDA, D is at most 8192.
+
+    Raises ``ValueError`` for arguments that do not fit.
     Source: DiT (arXiv:2212.09748), section 3.2, adaLN-Zero.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
@@ -39,9 +41,9 @@ def gate_residual_ln_modulate(
 ) -> tuple[Tensor, Tensor]:
     """The new residual ``r = x + gate * y`` and ``LN(r) * (1 + scale) + shift``, both shaped as ``x``.
 
-    ``x``, ``y`` [B, L, D] (or [R, D] with ``offsets``, see :func:`ln_modulate`); ``gate``, ``shift``,
-    ``scale`` [B, D]; floating. The results have the dtype of ``x``. Raises ``ValueError`` for what does
-    not fit.
+    ``x`` and ``y`` are [B, L, D], or packed [R, D] with cumulative ``offsets`` (see :func:`ln_modulate`).
+    ``gate``, ``shift`` and ``scale`` are [B, D]. All are floating, and the results have the dtype of ``x``.
+    Raises ``ValueError`` for arguments that do not fit.
     """
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
     checks.eps(eps)
@@ -53,8 +55,11 @@ def gate_residual_ln_modulate(
 
 
 def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor, *, offsets: Tensor | None = None) -> Tensor:
-    """``x + gate * y``, like ``x``: ``x``, ``y`` [B, L, D] (or [R, D] with ``offsets``, see
-    :func:`ln_modulate`), ``gate`` [B, D], floating. Raises ``ValueError`` for what does not fit."""
+    """``x + gate * y``, in the shape and dtype of ``x``.
+
+    ``x`` and ``y`` are [B, L, D], or packed [R, D] with cumulative ``offsets`` (see :func:`ln_modulate`);
+    ``gate`` is [B, D]. All are floating. Raises ``ValueError`` for arguments that do not fit.
+    """
     check(x_BLD, offsets, gate=gate_BD)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
@@ -74,7 +79,7 @@ def _kernel(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     y_RD = None if y is None else as_rows(y)
-    # A modulation is one sixth of a wider tensor's columns: rows may be apart, columns may not.
+    # A modulation is one sixth of the columns of a wider tensor: its row stride is free, columns contiguous.
     gate = None if gate is None else columns_together(gate)
     residual_RD, out_RD, _, _ = ln_modulate_fwd(
         as_rows(x),
@@ -90,7 +95,8 @@ def _kernel(
 
 
 def serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel does, Triton's or the CPU's; ``ValueError`` for what the first cannot."""
+    """Whether a kernel serves these tensors, Triton's or the CPU's; ``ValueError`` if D is too wide for
+    Triton's."""
     if not uses_triton(x):
         return uses_csrc(x, *others)
     if x.shape[-1] > MAX_D:

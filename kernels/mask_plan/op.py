@@ -1,4 +1,4 @@
-"""The public function: checks, then csrc's op where it was built, else PyTorch."""
+"""Argument checks and dispatch: the op of ``csrc/`` if it was built, else PyTorch."""
 
 from numbers import Integral
 from typing import NamedTuple
@@ -13,11 +13,11 @@ MOST_TOKENS_ON_CUDA = 4096
 
 
 class MaskIds(NamedTuple):
-    """What a mask keeps: B samples, L tokens, K kept; int64 but for ``mask``.
+    """The tokens that a mask keeps and drops. B samples, L tokens, K kept; int64 except for ``mask``.
 
-    ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K]: kept and dropped token numbers, ascending.
-    ``ids_restore`` [B, L]: where each token stands in ``cat([ids_keep, ids_mask])``.
-    ``mask`` [B, L] (float32): 0 where a token is kept, 1 where it was dropped.
+    ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K] are the indices of the kept and dropped tokens, ascending.
+    ``ids_restore`` [B, L] is each token's index in ``cat([ids_keep, ids_mask])``.
+    ``mask`` [B, L] (float32) is 0 for kept tokens and 1 for dropped ones.
     """
 
     ids_keep: Tensor
@@ -29,12 +29,12 @@ class MaskIds(NamedTuple):
 def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
     """Keep the ``len_keep`` tokens with the smallest noise in each row of ``noise`` [B, L] (any float dtype).
 
-    The tokens kept are those of ``argsort(noise, stable=True)[:, :len_keep]``: equal numbers in the order of
-    their tokens, -0 equal to 0. No gradients. On CUDA one launch for the batch, up to 4096 tokens (more: two
-    sorts by PyTorch), and NaN counts as largest; on the CPU NaN raises.
+    The kept tokens are those of ``argsort(noise, stable=True)[:, :len_keep]``: ties go to the lower token
+    index, and -0 equals 0. There are no gradients. On CUDA one launch serves the batch for up to 4096 tokens
+    (beyond that, PyTorch sorts twice), and NaN counts as the largest value.
 
-    Raises ``ValueError`` for a noise that is not [B, L] of floats or has NaN (CPU), and a ``len_keep``
-    outside 0..L.
+    Raises ``ValueError`` if ``noise`` is not a floating [B, L] tensor, if it has NaN (on the CPU), or if
+    ``len_keep`` is outside 0..L.
     """
     if noise.ndim != 2 or not noise.is_floating_point():
         raise ValueError(f"noise: {noise.dtype} {list(noise.shape)}, expected floating-point [B, L]")
@@ -49,7 +49,7 @@ def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
     if not fits or not library(noise.device.type):
         return MaskIds(*reference.mask_plan(noise, len_keep))
     if noise.dtype != torch.float64:
-        noise = noise.float()  # exact, and in the same order
+        noise = noise.float()  # exact, so the order stays the same
     return MaskIds(*torch.ops.mdt_fast.mask_plan(noise.contiguous(), len_keep))
 
 

@@ -1,4 +1,5 @@
-"""Checks and dispatch: the native op where it is loaded and serves the tensors, else ``reference.py``."""
+"""Argument checks and dispatch: the native op if it is loaded and supports the tensors, else
+``reference.py``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,25 +12,27 @@ from ..native import library
 from . import reference
 
 MOST_AVERAGES = 64
-"""Of one call; the CUDA op's limit, kept everywhere."""
+"""Most averages per call: the CUDA op's limit, applied everywhere."""
 NATIVE = (torch.float32, torch.bfloat16)
-"""What the native ops take; they compute in float32, so float64 goes to PyTorch."""
+"""The dtypes of the native ops. They compute in float32, so float64 goes to PyTorch."""
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The global 2-norm of ``grads``: 0-dim float64 on their device, not waited for; 0 for an empty list.
+    """The global 2-norm of ``grads``: 0-dim float64 on their device, without a synchronisation.
 
-    Raises ``ValueError`` for tensors that are not floating-point or lie on several devices.
+    An empty list gives 0. Raises ``ValueError`` for tensors that are not floating-point or are on several
+    devices.
     """
     return grad_sumsq(grads).sqrt()
 
 
 def grad_sumsq(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements of ``grads``, accumulated in float64; else as :func:`grad_norm`.
+    """The sum of squares of all elements of ``grads``, accumulated in float64; otherwise as
+    :func:`grad_norm`.
 
-    On CUDA the at most 64 numbers of a thread are in float32: one beyond 1.8e19 counts as infinite.
+    On CUDA each thread sums its at most 64 numbers in float32, so a number beyond 1.8e19 counts as infinite.
 
-    To be added up over the ranks of a distributed run before its root is taken.
+    In a distributed run, add it up over the ranks before taking the root.
     """
     grads = list(grads)
     if not grads:
@@ -68,24 +71,27 @@ def adan_step(
     clip_eps: float = 1e-8,
     ema_decays: Sequence[float] = (),
 ) -> None:
-    """One step of Adan for n tensors, in place: clipping, update, master weights and averages in one sweep.
+    """One step of Adan for n tensors, in place: clipping, update, master weights and averages in one pass.
 
-    ``params``: n tensors, all float32 (``masters`` empty), all bfloat16 (``masters``: n float32 tensors,
-    which are updated and rounded into the parameters) or all float64 (reference only). ``grads``: n tensors
-    of one dtype, never written. The moments: n tensors each, all float32 or all bfloat16 (float64 with
-    float64 parameters). ``neg_pre_grad`` gets minus the clipped gradient; in step 1 it is not read.
-    ``emas``: E times n tensors, those of the first average first, for E ``ema_decays``; float32 (or float64
-    like the parameters). ``steps``: 1 or n 0-dim float32 tensors, counted up here. ``lr``: 0-dim, float32 or
-    float64. ``grad_norm``: 0-dim float64, over everything that is clipped together. All on one device, and
-    the tensors of one parameter have one shape and, for the native op, the same strides without gaps.
+    ``params`` are n tensors, all float32 (``masters`` is empty), all bfloat16 (``masters`` are n float32
+    tensors, which are updated and then rounded into the parameters) or all float64 (reference only).
+    ``grads`` are n tensors of one dtype and are never written. Each moment is n tensors, all float32 or all
+    bfloat16 (float64 with float64 parameters). ``neg_pre_grad`` receives minus the clipped gradient; step 1
+    does not read it. ``emas`` are E * n tensors for E ``ema_decays``, the n of the first average first;
+    float32, or float64 with float64 parameters. ``steps`` are 1 or n 0-dim float32 tensors, which this call
+    increments. ``lr`` is 0-dim float32, or float64 with float64 parameters. ``grad_norm`` is 0-dim float64,
+    the norm over everything that is clipped together. All tensors are on one device. The tensors of one
+    parameter have the same shape; the native op also needs them dense and with the same strides.
 
-    With g = grad * min(1, max_grad_norm / (grad_norm + clip_eps)) (0: not clipped) and k = step + 1:
+    With g = grad * min(1, max_grad_norm / (grad_norm + clip_eps)) (``max_grad_norm`` 0: no clipping) and
+    k = step + 1:
     d = g + neg_pre_grad (0 if k = 1); m = b1 m + (1-b1) g; v = b2 v + (1-b2) d;
     n = b3 n + (1-b3) (g + b2 d)^2;
     p -= lr (m / (1-b1^k) + b2 v / (1-b2^k)) / (sqrt(n / (1-b3^k)) + eps); p /= 1 + lr weight_decay
-    (``no_prox``: p *= 1 - lr weight_decay first, instead); ema = decay ema + (1 - decay) p. If ``grad_norm``
-    is not finite nothing is changed. Raises ``ValueError``, before anything is changed, for lists, shapes,
-    dtypes, devices or numbers that do not fit. Source: Xie et al. 2022, algorithm 1.
+    (with ``no_prox``, p *= 1 - lr weight_decay before the update instead); ema = decay ema + (1 - decay) p.
+
+    If ``grad_norm`` is not finite, nothing changes. Raises ``ValueError``, before anything changes, for
+    lists, shapes, dtypes, devices or numbers that do not fit. Source: Xie et al. 2022, algorithm 1.
     """
     moments = {
         "exp_avg": exp_avg, "exp_avg_diff": exp_avg_diff, "exp_avg_sq": exp_avg_sq,
@@ -118,11 +124,13 @@ def adamw_step(
     clip_eps: float = 1e-6,
     ema_decays: Sequence[float] = (),
 ) -> None:
-    """One step of AdamW for n tensors, in place; arguments, clipping, averages, errors as :func:`adan_step`.
+    """One step of AdamW for n tensors, in place.
+
+    Arguments, clipping, averages and errors are as for :func:`adan_step`.
 
     p *= 1 - lr weight_decay; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
-    p -= lr (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps). Source: Loshchilov and Hutter 2019, as
-    ``torch.optim.AdamW``.
+    p -= lr (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps).
+    Source: Loshchilov and Hutter 2019, in the form of ``torch.optim.AdamW``.
     """
     moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     betas = {"beta1": beta1, "beta2": beta2}
@@ -134,7 +142,7 @@ def adamw_step(
 
 
 def run(name: str, native: bool, params: list[Tensor], *args: Any) -> None:
-    """``adan_step`` or ``adamw_step``, unchecked; ``native``: the layouts are the native op's."""
+    """``adan_step`` or ``adamw_step`` without checks; ``native``: the layouts suit the native op."""
     if not params:
         return
     if native and params[0].dtype in NATIVE and library(params[0].device.type):
@@ -144,7 +152,7 @@ def run(name: str, native: bool, params: list[Tensor], *args: Any) -> None:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, dimensions in any order."""
+    """Whether the elements fill one range of memory without gaps or overlaps, in any order of dimensions."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -156,7 +164,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def _serves(lists: list[list[Tensor]]) -> bool:
-    """Whether the layouts are the native op's: dense, and the same for all tensors of a parameter."""
+    """Whether the layouts suit the native op: dense, with equal strides for all tensors of a parameter."""
     params = lists[0]
     return all(is_dense(p) for p in params) and all(
         tensor.stride() == p.stride() for tensors in lists[1:] for tensor, p in zip(tensors, params)
@@ -223,7 +231,7 @@ def _moment_dtype(moments: dict[str, list[Tensor]]) -> torch.dtype:
 def _list(
     name: str, tensors: list[Tensor], params: list[Tensor], n: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """``n`` tensors of the parameters' shapes on their device, all of one of these dtypes."""
+    """Check for ``n`` tensors with the parameters' shapes and device, all of one of ``dtypes``."""
     if len(tensors) != n:
         raise ValueError(f"{name}: {len(tensors)} tensors, expected {n}")
     for i, (tensor, param) in enumerate(zip(tensors, params)):
@@ -237,7 +245,7 @@ def _list(
             raise ValueError(f"{name}[{i}]: {tensor.dtype}, expected {allowed}, the same for all")
 
 
-if library("cpu") or library("cuda"):  # what the native ops do to shapes, for torch.compile
+if library("cpu") or library("cuda"):  # shape functions of the native ops, for torch.compile
     torch.library.register_fake(
         "mdt_fast::grad_sumsq", lambda grads: grads[0].new_empty((), dtype=torch.float64)
     )

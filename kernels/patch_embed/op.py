@@ -1,4 +1,7 @@
-"""Checks and dispatch. B images, C channels, S image side, p patch side, L tokens, K chosen ones, D width."""
+"""Argument checks and dispatch.
+
+B images, C channels, S image side, p patch side, L tokens, K selected tokens, D width.
+"""
 
 import torch
 from torch import Tensor
@@ -11,14 +14,16 @@ from . import reference
 def patch_embed(
     x_BCSS: Tensor, weight_DCpp: Tensor, bias_D: Tensor, pos_1LD: Tensor, ids_BK: Tensor | None = None
 ) -> Tensor:
-    """Cut images into patches, project them, add the position embedding: -> tokens [B, L, D], row by row.
+    """Cut images into patches, project them and add the position embedding; returns tokens [B, L, D].
 
-    ``x`` [B, C, S, S], ``weight`` [D, C, p, p] (a convolution's), ``bias`` [D], ``pos`` [1, L, D] with
-    L = (S/p)^2. With ``ids`` (int64 [B, K], 0..L-1; they may repeat) only those tokens: -> [B, K, D].
+    ``x`` is [B, C, S, S], ``weight`` is a convolution's [D, C, p, p], ``bias`` is [D] and ``pos`` is
+    [1, L, D] with L = (S/p)^2. The tokens are in row-major order of the patches. With ``ids`` (int64 [B, K],
+    0..L-1, repeats allowed) only those tokens are computed, and the result is [B, K, D].
 
-    x, weight and bias have one floating dtype, or any under autocast, which casts them as for a linear
-    layer; the result's dtype is that or ``pos``'s, whichever is wider. Raises ``ValueError`` for shapes or
-    dtypes that do not fit, and (on the CPU) ids out of range.
+    ``x``, ``weight`` and ``bias`` share one floating dtype; under autocast they may have any and are cast as
+    for a linear layer. The result has that dtype or the dtype of ``pos``, whichever is wider.
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit, and on the CPU for ids out of range.
     """
     checks.floating("x", x_BCSS)
     checks.shape("weight", weight_DCpp, "D", "C", "p", weight_DCpp.shape[-1] if weight_DCpp.ndim else "p")
@@ -42,7 +47,7 @@ def patch_embed(
         checks.token_ids("ids", ids_BK, (S // p) ** 2, x_BCSS)
     if not uses_triton(x_BCSS):
         return reference.patch_embed(x_BCSS, weight_DCpp, bias_D, pos_1LD, ids_BK)
-    from .triton_op import patch_embed_fwd  # here: not every machine has Triton
+    from .triton_op import patch_embed_fwd  # not at the top: not every machine has Triton
 
     dtype = torch.get_autocast_dtype(x_BCSS.device.type) if autocast else x_BCSS.dtype
     x, weight, bias = (tensor.to(dtype).contiguous() for tensor in (x_BCSS, weight_DCpp, bias_D))

@@ -1,6 +1,6 @@
-"""Checks and dispatch.
+"""Argument checks and dispatch.
 
-B samples, H heads, M queries, N keys, L tokens, R rows of all samples, d head size, G grid side.
+B samples, H heads, M queries, N keys, L tokens, R rows (tokens of all samples), d head size, G grid side.
 """
 
 import math
@@ -18,7 +18,7 @@ from .config import BIAS_FORMS, MAX_GRID, TABLE_GRADS, BiasForm, TableGrad
 
 @dataclass(frozen=True, kw_only=True)
 class _Side:
-    """One of the two sides, by its arguments' names: for errors."""
+    """Argument names of the query side or the key side, used in error messages."""
 
     tensor: str
     pos: str
@@ -49,27 +49,30 @@ def rel_attention(
     bias_form: BiasForm | None = None,
     table_grad: TableGrad | None = None,
 ) -> Tensor:
-    """``softmax(scale * q k^T + bias) v`` with ``bias`` read from a table by relative position.
+    """``softmax(scale * q k^T + bias) v``, with ``bias`` looked up in a table by relative position.
 
-    ``q`` [B, H, M, d], ``k`` and ``v`` [B, H, N, d], one floating dtype, a head's numbers side by side in
-    memory (strides are free otherwise); returns [B, H, M, d]. ``table`` [(2G-1)^2 + 3, H], or None for no
-    bias; its last three rows are never read. ``q_pos`` [B, M] and ``k_pos`` [B, N] (int64, 0..G*G-1,
-    distinct within a sample) say which of the G*G grid positions each token stands at; without them it is
-    all positions in order. ``scale`` is 1/sqrt(d) if None. A query without any key gives zeros.
+    ``q`` is [B, H, M, d], ``k`` and ``v`` are [B, H, N, d], and the result is [B, H, M, d]. All three share
+    one floating dtype and have stride 1 along d; the other strides are free. ``table`` is
+    [(2G-1)^2 + 3, H], or None for no bias; its last three rows are never read. ``q_pos`` [B, M] and ``k_pos``
+    [B, N] (int64, 0..G*G-1, distinct within a sample) give each token's position in the G x G grid; without
+    them the tokens are the whole grid in order. ``scale`` None means 1/sqrt(d). A query without any key gives
+    zeros.
 
-    Samples of different lengths stand one after the other: ``q`` [R, H, d] with ``q_offsets`` (int32 [B + 1],
-    ascending, 0 to R), positions [R], ``max_q`` the length of the longest (or more); ``k``, ``v`` likewise
-    (``k_offsets`` and ``max_k`` are those of q if None); returns [R, H, d].
+    For a ragged batch, the samples are packed along one dimension: ``q`` is [R, H, d], the positions are [R],
+    and the result is [R, H, d]. ``q_offsets`` and ``k_offsets`` are then cumulative sequence lengths
+    (cu_seqlens), int32 [B + 1], ascending from 0 to R. ``max_q`` and ``max_k`` are upper bounds on the
+    longest sample; on CUDA and under ``torch.compile`` they must be given. ``k_offsets`` and ``max_k``
+    default to those of ``q``.
 
-    ``attention_backend``: ``auto`` (Triton on CUDA; on a CPU ``samples`` or ``sdpa``, whichever is faster) or
-    one of ``triton``, ``samples``, ``sdpa``, ``flex``, ``xformers``, ``flash_attn``. ``bias_form`` and
-    ``table_grad`` choose between the Triton kernels' ways (``config.py``); None is the default there. Triton
-    takes d up to 128.
+    ``attention_backend`` is ``auto`` (Triton on CUDA; on a CPU the faster of ``samples`` and ``sdpa``) or one
+    of ``triton``, ``samples``, ``sdpa``, ``flex``, ``xformers``, ``flash_attn``. ``bias_form`` and
+    ``table_grad`` select variants of the Triton kernels (see ``config.py``); None picks the default. Triton
+    supports d up to 128.
 
-    Raises ``ValueError`` for shapes, dtypes, strides or devices that do not fit, on the CPU also for
-    positions out of the grid or twice in a sample, and for a backend that cannot serve the call.
+    Raises ``ValueError`` for shapes, dtypes, strides or devices that do not fit, and for a backend that
+    cannot serve the call; on the CPU also for positions outside the grid or repeated within a sample.
 
-    Source: MDT (arXiv:2303.14389), section 3; the table's form is BEiT's (arXiv:2106.08254).
+    Source: MDT (arXiv:2303.14389), section 3; the table follows BEiT (arXiv:2106.08254).
     """
     checks.floating("q", q_BHMd)
     grid_size = checks.whole(grid_size)
@@ -105,11 +108,12 @@ def rel_attention_qkvpacked(
     bias_form: BiasForm | None = None,
     table_grad: TableGrad | None = None,
 ) -> Tensor:
-    """Self-attention on ``qkv`` [B, L, 3, H, d] as one linear layer gives it: returns [B, L, H, d].
+    """Self-attention on ``qkv`` [B, L, 3, H, d], the output of one linear layer; returns [B, L, H, d].
 
-    The gradient comes back in one tensor like ``qkv``: nothing is split or put together. Samples of
-    different lengths: ``qkv`` [R, 3, H, d] with ``offsets``, ``pos`` [R] and ``max_length``; returns [R, H,
-    d]. All else as :func:`rel_attention`.
+    The gradient is one tensor shaped like ``qkv``, so nothing is split or concatenated. For a ragged batch,
+    ``qkv`` is [R, 3, H, d], ``pos`` is [R], ``offsets`` are cumulative sequence lengths (cu_seqlens), int32
+    [B + 1], and ``max_length`` bounds the longest sample; the result is [R, H, d]. Everything else is as for
+    :func:`rel_attention`.
     """
     checks.floating("qkv", qkv_BL3Hd)
     grid_size = checks.whole(grid_size)
@@ -199,7 +203,7 @@ def _side(
     table_RH: Tensor | None,
     grid_size: int,
 ) -> Side:
-    """Queries or keys ``x``, [B, ...] of ``length`` tokens each, or with offsets [R, ...], checked."""
+    """Check queries or keys ``x``: [B, ...] with ``length`` tokens each, or packed [R, ...] with offsets."""
     looking, longest = torch.compiler.is_compiling() or x.is_cuda, checks.whole(longest)
     if offsets is None:
         batch = x.shape[0]
@@ -247,7 +251,7 @@ def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None, positions: i
         samples = torch.arange(len(pos), device=pos.device)[:, None]
     else:
         samples = torch.arange(len(offsets) - 1, device=pos.device).repeat_interleave(offsets.diff())
-    places = (samples * positions + pos).flatten()  # of all samples' grids, one after the other
+    places = (samples * positions + pos).flatten()  # unique over the concatenated grids of all samples
     crowded = torch.bincount(places) > 1
     if crowded.any():
         i = int(crowded.nonzero()[0]) // positions

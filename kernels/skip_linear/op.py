@@ -1,4 +1,4 @@
-"""Checks and dispatch. B samples, L tokens, D width, O output width, P numbers of a patch."""
+"""Argument checks and dispatch. B samples, L tokens, D width, O output width, P numbers per patch."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from . import gemm_op, reference
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``cat([x, skip], -1) @ weight.T + bias`` without the concatenation.
 
-    ``x``, ``skip`` [..., D]; ``weight`` [O, 2D], its first D columns for ``x``; ``bias`` [O]; one floating
-    dtype, or any under autocast, which sets the dtype as it does for a linear layer. Returns [..., O].
+    ``x`` and ``skip`` are [..., D], ``weight`` is [O, 2D] with its first D columns for ``x``, ``bias`` is
+    [O], and the result is [..., O]. All share one floating dtype; under autocast they may have any, and
+    autocast sets the dtype as it does for a linear layer.
+
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     checks.floating("x", x)
@@ -21,7 +23,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     checks.columns("weight", weight, 2 * width, "O")
     checks.shape("bias", bias, weight.shape[0])
     _check_dtypes(x, skip=skip, weight=weight, bias=bias)
-    # Elsewhere there is nothing to gain: a CPU is as fast with three ops, and Inductor fuses the sum itself.
+    # Elsewhere nothing is gained: a CPU is as fast with three ops, and Inductor fuses the sum by itself.
     if not x.is_cuda or torch.compiler.is_compiling() or checks.plain_only():
         return reference.skip_linear(x, skip, weight, bias, product)
     return gemm_op.skip_linear(x, skip, weight, bias)
@@ -36,12 +38,13 @@ def patch_skip_linear(
     weight: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """:func:`skip_linear` where the skip is a patch embedding, by a product of rank P: [B, L, O].
+    """:func:`skip_linear` for a skip that is a patch embedding, as a product of rank P; returns [B, L, O].
 
-    ``skip = patches @ embed_weight.T + embed_bias + pos`` is never formed: ``patches`` [B, L, P] (P = 16: a
-    patch's numbers, in the order of ``embed_weight`` [D, P]), ``embed_bias`` [D], ``pos`` [1, L, D]; ``x``
-    [B, L, D], ``weight`` [O, 2D], ``bias`` [O]. The same function up to rounding, with every gradient. Dtypes
-    and errors as :func:`skip_linear`.
+    ``skip = patches @ embed_weight.T + embed_bias + pos`` is never formed. ``patches`` [B, L, P] holds the P
+    numbers of each patch (for example P = 16) in the order of ``embed_weight`` [D, P]; ``embed_bias`` is [D]
+    and ``pos`` is [1, L, D]. ``x`` is [B, L, D], ``weight`` [O, 2D] and ``bias`` [O]. The result equals that
+    of :func:`skip_linear` up to rounding, and every argument has a gradient. Dtypes and errors are as for
+    :func:`skip_linear`.
     """
     checks.floating("x", x_BLD)
     checks.shape("x", x_BLD, "B", "L", "D")

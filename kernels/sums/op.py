@@ -1,4 +1,4 @@
-"""Checks, dispatch and the registered op. R rows, D columns."""
+"""Argument checks, dispatch and the registered op. R rows, D columns."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from . import reference
 
 
 def sum_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum of all rows: ``x`` [R, D], floating -> [D] in ``dtype`` (default: that of ``x``).
+    """Sum the rows of ``x`` [R, D], floating; returns [D] in ``dtype`` (by default the dtype of ``x``).
 
-    On a GPU the sums are float32's, rounded once, in an order that depends on the shape alone. Raises
-    ``ValueError`` for what is no floating matrix, and for a dtype that is not floating.
+    On a GPU the sum is accumulated in float32 and rounded once, in an order that depends only on the shape.
+    Raises ``ValueError`` if ``x`` is not a floating matrix or ``dtype`` is not floating.
     """
     checks.floating("x", x)
     checks.shape("x", x, "R", "D")

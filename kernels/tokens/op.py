@@ -1,4 +1,4 @@
-"""Checks and dispatch. B samples, L tokens, K of them kept, N not, D width."""
+"""Argument checks and dispatch. B samples, L tokens, K kept, N masked, D width."""
 
 from torch import Tensor
 
@@ -9,11 +9,12 @@ from .config import MAX_D
 
 
 def gather_tokens(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | None = None) -> Tensor:
-    """Tokens ``ids`` (int64 [B, K], 0..L-1) of ``x`` [B, L, D]: -> [B, K, D].
+    """Gather the tokens ``ids`` (int64 [B, K], 0..L-1) of ``x`` [B, L, D]; returns [B, K, D].
 
-    ``ids`` may repeat. ``ids_restore`` (int64 [B, L]: where in ``cat([kept, masked])`` each token stands),
-    for ids that do not, spares the backward pass a search; it changes no result.
-    Raises ``ValueError`` for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
+    ``ids`` may repeat. If they do not, ``ids_restore`` (int64 [B, L], each token's index in
+    ``cat([kept, masked])``) spares the backward pass a search; it changes no result.
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit, and on the CPU for ids out of range.
     """
     checks.floating("x", x_BLD)
     checks.shape("x", x_BLD, "B", "L", "D")
@@ -26,18 +27,20 @@ def gather_tokens(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | None =
     if not uses_triton(x_BLD):
         return reference.gather_tokens(x_BLD, ids_BK)
     _check_width(D)
-    from .move_op import gather_tokens_fwd  # here: not every machine has Triton
+    from .move_op import gather_tokens_fwd  # not at the top: not every machine has Triton
 
     restore = None if ids_restore_BL is None else ids_restore_BL.contiguous()
     return gather_tokens_fwd(x_BLD.contiguous(), ids_BK.contiguous(), restore)
 
 
 def merge_tokens(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor) -> Tensor:
-    """``computed`` tokens in place of the masked ones of ``x``: -> [B, L, D].
+    """Replace the masked tokens of ``x`` by the ``computed`` ones; returns [B, L, D].
 
-    ``x`` [B, L, D]; ``computed`` [B, N, D], the N = L - K masked tokens in the order of ``ids_masked``;
-    ``ids_restore`` int64 [B, L]: where in ``cat([kept, masked])`` each token stands. One floating dtype.
-    Raises ``ValueError`` for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
+    ``x`` is [B, L, D]. ``computed`` [B, N, D] holds the N = L - K masked tokens in the order of ``ids_mask``.
+    ``ids_restore`` (int64 [B, L]) is each token's index in ``cat([kept, masked])``. ``x`` and ``computed``
+    share one floating dtype.
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit, and on the CPU for ids out of range.
     """
     checks.floating("x", x_BLD)
     checks.shape("x", x_BLD, "B", "L", "D")
@@ -57,11 +60,13 @@ def merge_tokens(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor) ->
 
 
 def unmask_tokens(x_BKD: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, ids_restore_BL: Tensor) -> Tensor:
-    """Kept tokens back to their places, the mask token everywhere else, plus the position embedding.
+    """Scatter the kept tokens to their places, fill the rest with the mask token, and add the position
+    embedding.
 
-    ``x`` [B, K, D]; ``mask_token`` [1, 1, D]; ``pos`` [1, L, D]; ``ids_restore`` int64 [B, L]: where in
-    ``cat([kept, masked])`` each token stands. Returns [B, L, D] in the dtype of ``x``. Raises ``ValueError``
-    for shapes or dtypes that do not fit, and (on the CPU) ids out of range.
+    ``x`` is [B, K, D], ``mask_token`` [1, 1, D] and ``pos`` [1, L, D]. ``ids_restore`` (int64 [B, L]) is each
+    token's index in ``cat([kept, masked])``. The result is [B, L, D] in the dtype of ``x``.
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit, and on the CPU for ids out of range.
     """
     checks.floating("x", x_BKD)
     checks.shape("x", x_BKD, "B", "K", "D")
