@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms share. Each raises a one-line ``ValueError``."""
+"""Argument checks shared by several kernel packages. Each raises a one-line ``ValueError``."""
 
 import operator
 from math import inf
@@ -11,17 +11,17 @@ from torch.autograd import forward_ad
 from .last import of_the_last
 
 FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
-"""What is computed with; float8 only holds numbers."""
+"""The dtypes to compute in. float8 is only a storage format."""
 
 
 def tensor(name: str, x: Any) -> None:
-    """``x`` must be one."""
+    """``x`` must be a tensor."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: got {type(x).__name__}, allowed is a tensor")
 
 
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
-    """``x`` must have these sizes; a string names a size that may be anything (it is shown in the error)."""
+    """``x`` must have these sizes. A string stands for any size and is shown in the error."""
     if not isinstance(x, Tensor):
         tensor(name, x)
     if not _fits(x.shape, sizes):
@@ -29,7 +29,7 @@ def shape(name: str, x: Tensor, *sizes: int | str) -> None:
 
 
 def columns(name: str, x: Tensor, width: int, rows: str) -> None:
-    """``x`` must have two sizes, of which the second is ``width``; ``rows`` names the first one."""
+    """``x`` must have two dimensions, the second of size ``width``; ``rows`` names the first in the error."""
     if not isinstance(x, Tensor):
         tensor(name, x)
     if x.ndim != 2 or x.shape[1] != width:
@@ -37,7 +37,7 @@ def columns(name: str, x: Tensor, width: int, rows: str) -> None:
 
 
 def _fits(shape: torch.Size, sizes: tuple[int | str, ...]) -> bool:
-    if not torch.compiler.is_compiling() and shape == sizes:  # the usual case, and a call of C's
+    if not torch.compiler.is_compiling() and shape == sizes:  # the usual case, in one C call
         return True
     if len(shape) != len(sizes):
         return False
@@ -48,7 +48,7 @@ def _fits(shape: torch.Size, sizes: tuple[int | str, ...]) -> bool:
 
 
 def width(name: str, x: Tensor) -> int:
-    """How many numbers a row of ``x`` has, which is [..., D]."""
+    """The width D of ``x`` [..., D]."""
     if not x.ndim:
         raise ValueError(f"{name}: shape [], expected [..., D]")
     return x.shape[-1]
@@ -71,7 +71,7 @@ def floating_on(name: str, x: Tensor, other: Tensor) -> None:
 
 
 def eps(value: Any) -> None:
-    """What is added to a variance."""
+    """``value``, which is added to a variance, must be finite and not negative."""
     if not isinstance(value, int | float) or not 0 <= value < inf:
         raise ValueError(f"eps: got {value!r}, allowed are finite numbers of 0 or more")
 
@@ -85,12 +85,12 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
-    """``ids`` must be int64 on the device of ``like``; on the CPU also within 0..high-1."""
+    """``ids`` must be int64 on the device of ``like``, and on the CPU also within 0..high-1."""
     if ids.dtype != torch.int64:
         raise ValueError(f"{name}: dtype {ids.dtype}, allowed is torch.int64")
     if ids.device != like.device:
         raise ValueError(f"{name}: on {ids.device}, but the tokens are on {like.device}")
-    # Reading the values of a CUDA tensor would wait for the device.
+    # Reading the values of a CUDA tensor would synchronise with the device.
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         _within(name, ids, high)
 
@@ -103,7 +103,10 @@ def _within(name: str, ids: Tensor, high: int) -> None:
 
 
 def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
-    """``offsets`` must be int32 [B + 1] on the device of ``rows`` [R, D]; on the CPU also 0, ascending, R."""
+    """``offsets`` (cu_seqlens) must be int32 [B + 1] on the device of ``rows`` [R, D].
+
+    On the CPU they must also ascend from 0 to R.
+    """
     shape(name, offsets, "B + 1")
     if offsets.dtype != torch.int32 or offsets.device != rows.device or not len(offsets):
         raise ValueError(
@@ -124,15 +127,17 @@ def _ascending(name: str, offsets: Tensor, rows: int) -> None:
 
 
 def whole(value: Any) -> Any:
-    """NumPy's or a tensor's whole number as Python's own, which kernels take; others as they are."""
+    """An integer of NumPy or in a tensor as a Python int, as kernels need it; other values unchanged."""
     if isinstance(value, int | float | str | torch.SymInt) or value is None or torch.compiler.is_compiling():
         return value
     return operator.index(value) if hasattr(value, "__index__") else value
 
 
 def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the products of a linear layer, ``weight`` [O, D] and ``bias`` [O], on ``x``: autocast's
-    where that is on (float64 stays), else the dtype of ``x``, which they must have."""
+    """Check ``weight`` [O, D] and ``bias`` [O] of a linear layer on ``x``; returns the dtype of its products.
+
+    That is autocast's dtype if autocast is on (float64 stays), else the dtype of ``x``, which both must have.
+    """
     autocast = autocasts(x)
     if weight.dtype != x.dtype or weight.device != x.device:
         parameter("weight", weight, x, autocast)
@@ -146,32 +151,38 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where ``x`` is."""
-    # The meta device has no autocast and must not be asked.
+    """Whether autocast is on for the device of ``x``."""
+    # The meta device has no autocast and must not be asked about it.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def parameter(name: str, p: Tensor, x: Tensor, autocast: bool) -> None:
-    """``p`` must have the dtype of ``x``, or any floating one under autocast (which leaves float64 alone)."""
+    """``p`` must have the dtype of ``x``; under autocast, any floating one (but it does not cast float64)."""
     floating_on(name, p, x)
     if p.dtype != x.dtype and (not autocast or torch.float64 in (p.dtype, x.dtype)):
         alike(name, p, "x", x)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, which takes the host ten times as long to find that there is nothing to do."""
+    """``x.to(dtype)``, but ten times faster on the host when there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def plain_only() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, which see into plain
-    PyTorch only, or torch.export, whose programs shall run where this package is not."""
+    """Whether only plain PyTorch may be used.
+
+    That is so under transforms of torch.func and forward-mode differentiation, which only see into plain
+    PyTorch, and under torch.export, whose programs must run without this package.
+    """
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return True
-    return bool(torch.compiler._is_exporting_flag)  # exporting(): a call less, of some twenty in a block
+    return bool(torch.compiler._is_exporting_flag)  # exporting() inlined: a block makes some twenty calls
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` is at work. By its flag: torch 2.11 compiles ``torch.compiler.is_exporting``
-    as true, under ``torch.compile`` as well."""
+    """Whether ``torch.export`` is running.
+
+    This reads its flag, because torch 2.11 compiles ``torch.compiler.is_exporting`` as true even under
+    ``torch.compile``.
+    """
     return bool(torch.compiler._is_exporting_flag)

@@ -1,7 +1,8 @@
-"""Launch choices that were measured, as data: ``tuned.json``, by kernel, architecture and shape class.
+"""Measured launch choices as data: ``tuned.json``, by kernel, architecture and shape class.
 
-``bench/tune.py --write`` fills that file. Each entry holds keyword arguments of a room's ``launch_config``;
-what it does not say stays as ``config.py`` has it. Nothing is tried at import or in a user's first step.
+``bench/tune.py --write`` fills that file. Each entry holds keyword arguments of a ``launch_config``;
+arguments it does not name keep their defaults from ``config.py``. Nothing is tuned at import or in a user's
+first step.
 """
 
 import json
@@ -19,25 +20,25 @@ TUNED = Path(__file__).with_name("tuned.json")
 Choice = Mapping[str, int]
 """Keyword arguments of a ``launch_config``."""
 Entry = tuple[str, str]
-"""A kernel's name, without ``_kernel``, after its op; and a shape class (:func:`shape_class`)."""
+"""A kernel's name, which follows its op's, without ``_kernel``; and a shape class (:func:`shape_class`)."""
 
 Config = TypeVar("Config")
-"""What a launch needs, as a room's ``config.py`` makes it."""
+"""The launch choices that a ``config.py`` returns."""
 
 _forced: dict[Entry, Choice] = {}
 _memories: list[Any] = []
 
 
 def remembered(function: Callable[..., Config]) -> Callable[..., Config]:
-    """``function``, called once for the same arguments: a launch has no time for reading tables."""
-    memory = lru_cache(4096)(function)  # lengths may go on being new
+    """``function``, called once for the same arguments: a launch has no time to look up tables."""
+    memory = lru_cache(4096)(function)  # bounded, because new lengths may keep coming
     _memories.append(memory)
     return memory
 
 
 def chosen(make: Callable[..., Config], kernel: str, x: Tensor, size: int, *sizes: int) -> Config:
-    """``make(*sizes)``, a room's launch choices, with what was found for ``kernel`` on the device and in the
-    dtype of ``x``; ``size`` is what its room goes by (columns, features, a head)."""
+    """The launch choices ``make(*sizes)``, with those measured for ``kernel`` on the device and in the dtype
+    of ``x``. ``size`` selects the shape class (columns, features or head size, depending on the kernel)."""
     arch = architecture(x.device.index) if x.is_cuda else "cpu"
     return _chosen(make, kernel, arch, x.element_size() == 2, size, sizes)
 
@@ -50,7 +51,7 @@ def _chosen(
 
 
 def tuned_for(entry: Entry, arch: str) -> Choice:
-    """What was found for a kernel, on an architecture of ``aot.ARCHITECTURES`` that need not be here."""
+    """The measured choices for a kernel on an architecture of ``aot.ARCHITECTURES``; needs no such GPU."""
     if entry in _forced:
         return _forced[entry]
     kernel, shape = entry
@@ -66,7 +67,7 @@ def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
 
 @contextmanager
 def forced(entry: Entry, choice: Choice) -> Iterator[None]:
-    """``choice`` in place of what ``tuned.json`` says, for all threads: for the tuner alone."""
+    """Use ``choice`` instead of ``tuned.json``'s entry, in all threads; only for the tuner."""
     before = _forced.get(entry)
     _forced[entry] = choice
     _forget()
@@ -85,25 +86,28 @@ def _forget() -> None:
 
 
 def shape_class(size: int, half: bool, tf32: bool = False) -> str:
-    """What a room goes by, and whether elements take two bytes, or are float32 in TF32's products:
-    ``2048 half``, ``2048 float32``, ``64 tf32``."""
+    """The name of a shape class: a size, and whether elements have two bytes, are float32, or are float32 in
+    TF32 products. Examples: ``2048 half``, ``2048 float32``, ``64 tf32``."""
     return f"{size} {'half' if half else 'tf32' if tf32 else 'float32'}"
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks hold ``size``; Triton's takes 2 us on the host."""
+    """The number of blocks that cover ``size``. Triton's own function takes 2 us on the host."""
     return -(-size // block)
 
 
 def columns(size: int) -> int:
-    """The power of two, 32 or more, that holds ``size``: what blocks of whole rows are as wide as."""
+    """The smallest power of two of at least 32 that holds ``size``: the width of blocks of whole rows."""
     return max(32, 1 << (size - 1).bit_length())
 
 
 @cache
 def architecture(device: int | None) -> str:
-    """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU; for those without a
-    data center's tensor cores (12.x) the oldest, whose choices fit into the 99 KB of 8.6, 8.9 and 12.x."""
+    """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU.
+
+    GPUs without data-centre tensor cores (12.x) get the oldest one. Its choices fit into the 99 KB of shared
+    memory of 8.6, 8.9 and 12.x.
+    """
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""Bias and GELU of the MLP's first layer, alone or with its second layer."""
+"""Bias and GELU of the MLP's first layer, alone or fused with its second layer."""
 
 from .linear import gelu_linear
 from .op import bias_gelu

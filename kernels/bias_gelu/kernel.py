@@ -1,6 +1,6 @@
-"""Triton kernels. R rows, F features, P partial sums of dbias. All arithmetic in float32.
+"""Triton kernels. R rows, F features, P partial sums of dbias. All arithmetic is float32.
 
-gelu(z) in its tanh form is z * sigmoid(2u) with u = sqrt(2/pi) (z + 0.044715 z^3).
+The tanh form of gelu(z) is z * sigmoid(2u) with u = sqrt(2/pi) (z + 0.044715 z^3).
 """
 
 import triton
@@ -11,7 +11,7 @@ FAR = tl.constexpr(256.0)
 
 @triton.jit
 def _tile(i_r, i_f, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Column numbers, and offsets and mask of a [BLOCK_R, BLOCK_F] tile."""
+    """Column indices, and the offsets and mask of a [BLOCK_R, BLOCK_F] tile."""
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     p_tile = o_r.to(tl.int64)[:, None] * F + o_f[None, :]
@@ -20,13 +20,13 @@ def _tile(i_r, i_f, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def sigmoid_of_twice_u(b_z):
-    """sigmoid(2u); 1.5957691216 is 2 sqrt(2/pi)."""
+    """sigmoid(2u). The constant 1.5957691216 is 2 sqrt(2/pi)."""
     return 1.0 / (1.0 + tl.exp((b_z + 0.044715 * b_z * b_z * b_z) * -1.5957691216057308))
 
 
 @triton.jit
 def bias_gelu_fwd_kernel(x_ptr, bias_ptr, out_ptr, R, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
-    blocks_f = tl.cdiv(F, BLOCK_F)  # one axis for all tiles: the others end at 65,535
+    blocks_f = tl.cdiv(F, BLOCK_F)  # all tiles on one grid axis: the other axes are limited to 65,535
     i_r, i_f = tl.program_id(0) // blocks_f, tl.program_id(0) % blocks_f
     o_f, p_tile, m_tile = _tile(i_r, i_f, R, F, BLOCK_R, BLOCK_F)
     b_bias = tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(tl.float32)
@@ -41,8 +41,8 @@ def bias_gelu_bwd_kernel(
     R, F,
     RECOMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``dbias`` [P, F]: program (f, p) sums over row blocks p, p + P, ..., STAGES of them on their way at a
-    time. RECOMPUTE: the forward pass's output is written again, to ``out``."""
+    """Program (f, p) walks row blocks p, p + P, ..., with STAGES of them in flight, and writes row p of the
+    partial sums ``dbias`` [P, F]. RECOMPUTE writes the forward pass's output again, to ``out``."""
     i_f, i_p, P = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     b_bias = tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def bias_gelu_bwd_kernel(
         b_out = b_z * b_s
         if RECOMPUTE:
             tl.store(out_ptr + p_tile, b_out.to(out_ptr.dtype.element_ty), mask=m_tile)
-        # Of 2u; far out, where the sigmoid is flat, nothing that 0 is multiplied with may be infinite.
+        # The slope of 2u. Far out the sigmoid is flat and the other factor 0, so the slope must stay finite.
         b_slope = (1.0 + 0.134145 * tl.minimum(b_z * b_z, FAR)) * 1.5957691216057308
         b_dz = b_dout * (b_s + b_out * (1.0 - b_s) * b_slope)
         b_dbias += tl.sum(b_dz, axis=0)

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels. R rows, F features, P partial sums."""
+"""Launches of the Triton kernels. R rows, F features, P partial sums."""
 
 import torch
 from torch import Tensor

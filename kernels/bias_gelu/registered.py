@@ -1,4 +1,4 @@
-"""The kernels as registered ops: Triton's, or on a CPU those of ``csrc/``. R rows, F features."""
+"""The kernels as registered ops: Triton's, or those of ``csrc/`` on a CPU. R rows, F features."""
 
 from typing import Any
 

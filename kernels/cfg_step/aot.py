@@ -1,4 +1,4 @@
-"""The kernel at the published models' latents (4 x 32 x 32), for compiling without a GPU."""
+"""The kernel at the published models' latents (4 x 32 x 32), to compile without a GPU."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -10,7 +10,7 @@ from .kernel import cfg_step_kernel
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """DDPM and DDIM, guided (both halves, or one) and not; the model's output in bfloat16 and in float32."""
+    """DDPM and DDIM, with guidance (both halves or one) and without; model output in bfloat16 and float32."""
     numbers = 4 * 32 * 32
     how = {"": (False, True), " guided": (True, True), " guided, one half": (True, False)}
     for kind, name, dtype in product(("ddpm", "ddim"), how, ("bf16", "fp32")):

@@ -1,4 +1,4 @@
-"""A sampler's step as a few numbers: a table with a row for each timestep, made once before the loop.
+"""A sampler's steps as a table of coefficients with one row per timestep, made once before the loop.
 
 Source: Ho et al. 2020 (DDPM) equations 6, 7 and 15; Nichol and Dhariwal 2021 equation 15 (learned variance);
 Song et al. 2021 (DDIM) equations 12 and 16.
@@ -16,13 +16,14 @@ Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 def ddpm_coefficients(
     alphas_cumprod: Tensor | Sequence[float], variance: Variance = "learned_range"
 ) -> Tensor:
-    """Ancestral sampling: float32 [T, 7] for the T timesteps of a (respaced) process, on the CPU.
+    """Coefficients of ancestral sampling: float32 [T, 7] on the CPU, for T (possibly respaced) timesteps.
 
-    ``alphas_cumprod`` [T] (a tensor, or numbers, taken as float64): the share of signal variance left after
-    each step, falling from below 1. Columns: sqrt(1/a), sqrt(1/a - 1), the posterior mean's factors of x_0
-    and x_t, the least and the largest log variance (posterior's, clipped at t = 0, and log beta), and 0 at
-    t = 0 but 1 after. With a fixed variance both log variances are that one. Raises ``ValueError`` for what
-    is no such list.
+    ``alphas_cumprod`` [T] (a tensor or numbers, taken as float64) is the share of signal variance left after
+    each step: strictly decreasing, below 1 and above 0. With a = ``alphas_cumprod``, the columns are
+    sqrt(1/a); sqrt(1/a - 1); the factors of x_0 and of x_t in the posterior mean; the lower and the upper
+    bound of the log variance (the posterior's, clipped at t = 0, and log beta); and a flag that is 0 at t = 0
+    and 1 elsewhere. With a fixed variance, both bounds are its log variance. Raises ``ValueError`` for other
+    ``alphas_cumprod`` and for an unknown ``variance``.
     """
     if variance not in get_args(Variance):
         raise ValueError(f"variance: got {variance!r}, allowed are {', '.join(get_args(Variance))}")
@@ -31,7 +32,7 @@ def ddpm_coefficients(
     alphas = a / prev
     betas = 1 - alphas
     posterior = betas * (1 - prev) / (1 - a)
-    # The posterior's variance is 0 at t = 0: its logarithm there is replaced by that of t = 1.
+    # The posterior variance is 0 at t = 0; use the variance of t = 1 there, before the logarithm.
     first = posterior[1:2] if len(a) > 1 else betas
     lower = torch.cat([first, posterior[1:]]).log()
     upper = betas.log()
@@ -44,15 +45,16 @@ def ddpm_coefficients(
 
 
 def ddim_coefficients(alphas_cumprod: Tensor | Sequence[float], eta: float = 0.0) -> Tensor:
-    """DDIM: float32 [T, 5]; see :func:`ddpm_coefficients`. ``eta`` 0 is deterministic, 1 has DDPM's variance.
+    """Coefficients of DDIM: float32 [T, 5] on the CPU; for ``alphas_cumprod``, see :func:`ddpm_coefficients`.
 
-    Columns: sqrt(1/a), sqrt(1/a - 1), sqrt(a_prev), the factor of the noise direction, and of fresh noise
-    (0 at t = 0).
+    ``eta`` 0 is deterministic, and 1 has DDPM's variance. The columns are sqrt(1/a), sqrt(1/a - 1),
+    sqrt(a_prev), the factor of the predicted noise, and the factor of fresh noise (0 at t = 0). Raises
+    ``ValueError`` for ``alphas_cumprod`` or ``eta`` out of range.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta}, allowed are 0 to 1")
     exact = _alphas_cumprod(alphas_cumprod)
-    # From values rounded to float32 on, in float32: the published samplers' arithmetic.
+    # As in the published samplers: round to float32 first, then compute in float32.
     a = exact.float()
     prev = torch.cat([a.new_ones(1), a[:-1]])
     sigma = eta * ((1 - prev) / (1 - a)).sqrt() * (1 - a / prev).sqrt()

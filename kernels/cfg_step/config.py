@@ -1,6 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+``bench/tune.py`` varies the keyword arguments; ``tuned.json`` holds the choices it found better than the
+defaults.
 """
 
 from dataclasses import dataclass
@@ -8,15 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """``block`` numbers of a sample that a program takes."""
+    """A program handles ``block`` numbers of a sample."""
 
     block: int
     num_warps: int
 
 
 def launch_config(numbers: int, *, widest: int = 1024, each: int = 8) -> LaunchConfig:
-    """For samples of ``numbers`` numbers, ``each`` of them to a thread: 8 are 16-byte accesses in half types,
-    two in float32. The defaults are not measured on a GPU.
+    """Launch choices for samples of ``numbers`` numbers, with ``each`` numbers per thread.
+
+    8 numbers are one 16-byte access in half types and two in float32. The defaults are not measured on a GPU.
     """
     block = min(widest, max(32, 1 << (numbers - 1).bit_length()))
     return LaunchConfig(block=block, num_warps=max(1, block // (32 * each)))

@@ -1,8 +1,8 @@
-"""The Triton kernel. n pairs of samples with GUIDED (conditional, unconditional), else n samples.
+"""The Triton kernel. n pairs of samples (conditional, unconditional) with GUIDED, else n samples.
 
-N numbers of each sample, ``width`` of its output. Program (i, e) takes a block of numbers of pair i: both
-halves' outputs are read once and both halves are stepped, or, without BOTH, the conditional one alone. All
-arithmetic in float32.
+A sample has N numbers, and its output ``width``. Program (i, e) handles block e of pair i. It reads the
+outputs of both halves once and steps both halves, or only the conditional one without BOTH. All arithmetic is
+float32.
 """
 
 import triton
@@ -20,7 +20,7 @@ def _step(
     i_b, o_e, m_e, N, width, stride_k,
     KIND: tl.constexpr, START_X: tl.constexpr, LEARNED: tl.constexpr, NOISE: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """One sample's block: from what the model predicts to x_{t-1} and x_0."""
+    """Step one block of one sample: from the model's prediction to x_{t-1} and x_0."""
     p_k = coefficients_ptr + i_b * stride_k
     recip, recipm1 = tl.load(p_k), tl.load(p_k + 1)
     b_x = _load(x_ptr, i_b * N + o_e, m_e)
@@ -29,7 +29,7 @@ def _step(
     else:
         b_xstart = recip * b_x - recipm1 * b_value
     if CLIP:
-        b_xstart = tl.maximum(b_xstart, -1.0, propagate_nan=tl.PropagateNan.ALL)  # or NaN becomes -1
+        b_xstart = tl.maximum(b_xstart, -1.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN becomes -1
         b_xstart = tl.minimum(b_xstart, 1.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == 0:
         lower = tl.load(p_k + 4)
@@ -56,7 +56,8 @@ def cfg_step_kernel(
     GUIDED: tl.constexpr, BOTH: tl.constexpr, KIND: tl.constexpr, START_X: tl.constexpr,
     LEARNED: tl.constexpr, NOISE: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, width], x and noise [B, N] or [n, N]; an output's first ``guided`` numbers are guided."""
+    """Output is [B, width]; x and noise are [B, N] or [n, N]. Guidance applies to the first ``guided``
+    numbers of an output."""
     i_b = tl.program_id(0).to(tl.int64)
     o_e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < N

@@ -1,5 +1,7 @@
-"""Plain PyTorch, any device and dtype. B samples (n conditional, n unconditional, or, with x [n], the
-conditional ones alone), K coefficients."""
+"""Plain PyTorch, any device and dtype.
+
+B samples (n conditional, then n unconditional; x may hold only the n conditional ones), K coefficients.
+"""
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def cfg_step(
         sample = coef1 * pred_xstart + coef2 * x_t
     else:
         signal_prev, direction, sigma = columns[2:]
-        eps = (recip * x_t - pred_xstart) / recipm1  # of the x_0 that was clipped
+        eps = (recip * x_t - pred_xstart) / recipm1  # from the clipped x_0
         sample = pred_xstart * signal_prev + direction * eps
     if noise is not None:
         sample = sample + sigma * noise.to(dtype)

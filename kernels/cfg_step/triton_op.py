@@ -25,14 +25,15 @@ def cfg_step_fwd(
     predicts: str,
     clip_denoised: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t-1} and the predicted x_0, both like ``x``; expanded coefficients or scales are not copied."""
+    """x_{t-1} and the predicted x_0, both like ``x``. Expanded coefficients and scales are read without a
+    copy."""
     sample, xstart, B = torch.empty_like(x), torch.empty_like(x), output.shape[0]
     if not x.numel():
         return sample, xstart
     numbers = x[0].numel()
     config = chosen(launch_config, "cfg_step", output, columns(numbers), numbers)
     pairs = B if scale_n is None else B // 2
-    # A grid's first axis alone may pass 65535.
+    # Only the first grid axis may exceed 65535.
     cfg_step_kernel[(pairs, cdiv(numbers, config.block))](
         output, x, x if noise is None else noise, coefficients_BK, x if scale_n is None else scale_n,
         sample, xstart, pairs, numbers, output[0].numel(), guided_channels * math.prod(x.shape[2:]),

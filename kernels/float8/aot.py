@@ -1,4 +1,4 @@
-"""The kernels at the widths of the published models (S, B, L, XL), for compiling without a GPU."""
+"""Kernels at the widths of the published models (S, B, L, XL), to compile without a GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +9,15 @@ from .config import rows_config, weight_config
 from .kernel import quantize_rows_kernel, quantize_weight_kernel, weight_scales_kernel
 
 WIDTHS = (384, 768, 1024, 1152)
-"""D; the others are 3 D and 4 D."""
+"""The values of D; the other widths are 3 D and 4 D."""
 WITHOUT = ("sm_80", "gfx942")
-"""A100 has no float8; MI300's E4M3 is another."""
+"""The A100 has no float8, and the MI300 has a different E4M3 format."""
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Activations (GELU's bias in float32, as under autocast) and gradients in bfloat16, float32 at the
-    widest; weights in both, for training and, without their columns, for sampling."""
+    """Activations and gradients in bfloat16 at every width, and float32 at the widest; GELU's bias is
+    float32, as under autocast. Weights in both dtypes, with their transpose (training) and without
+    (sampling)."""
     if arch in WITHOUT:
         return
     for D in WIDTHS:

@@ -1,6 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+``bench/tune.py`` varies the keyword arguments; ``tuned.json`` holds the choices it found better than the
+defaults.
 """
 
 from dataclasses import dataclass
@@ -8,13 +9,13 @@ from dataclasses import dataclass
 from ..launches import columns
 
 MOST_PARTS = 1024
-"""Partial sums of rows, each of which is written and read again."""
+"""Most partial sums of rows. Each is written once and read again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """A row of ``block_d`` numbers at a time; ``programs`` share the rows; ``num_stages``: rows on their way
-    at a time."""
+    """``programs`` programs share the rows. Each takes one row of ``block_d`` numbers at a time, with
+    ``num_stages`` rows in flight."""
 
     block_d: int
     programs: int
@@ -25,8 +26,10 @@ class LaunchConfig:
 def rows_config(
     rows: int, D: int, *, each: int = 16, programs: int = 2048, num_stages: int = 1
 ) -> LaunchConfig:
-    """For ``rows`` rows of ``D`` numbers, ``each`` of them to a thread, which is two 128-bit loads of a half
-    type. The defaults are not measured on a GPU."""
+    """Launch choices for ``rows`` rows of ``D`` numbers, with ``each`` numbers per thread.
+
+    The default of 16 is two 128-bit loads of a half type. The defaults are not measured on a GPU.
+    """
     block_d = columns(D)
     num_warps = max(1, min(16, block_d // (32 * each)))
     return LaunchConfig(
@@ -36,8 +39,8 @@ def rows_config(
 
 @dataclass(frozen=True, kw_only=True)
 class WeightConfig:
-    """Tiles of ``block_o`` rows by ``block_d`` columns; before, for the scales, ``row_block`` numbers of a
-    row at a time."""
+    """Tiles of ``block_o`` rows by ``block_d`` columns. The kernel for the scales, which runs before, reads
+    ``row_block`` numbers of a row at a time."""
 
     block_o: int
     block_d: int
@@ -49,8 +52,10 @@ class WeightConfig:
 def weight_config(
     D: int, *, block_o: int = 32, block_d: int = 128, num_warps: int = 4, row_warps: int = 4
 ) -> WeightConfig:
-    """For a weight of rows of D numbers: 324 tiles or more for those of XL/2. The defaults are not measured
-    on a GPU."""
+    """Launch choices for a weight with rows of ``D`` numbers; the weights of XL/2 have 324 tiles or more.
+
+    The defaults are not measured on a GPU.
+    """
     widest = columns(D)
     return WeightConfig(
         block_o=block_o, block_d=min(block_d, widest), num_warps=num_warps, row_block=min(widest, 4096),

@@ -1,7 +1,7 @@
 """Triton kernels. R rows, D columns.
 
-A row's scale is the least power of two by which its largest number is one of float8's (E4M3: 448 at most), so
-that scaling rounds nothing. All arithmetic in float32.
+A row's scale is the smallest power of two that brings its largest number into the range of float8 (E4M3: at
+most 448). As a power of two, it causes no rounding of its own. All arithmetic is float32.
 """
 
 import triton
@@ -12,7 +12,7 @@ from ..bias_gelu.kernel import sigmoid_of_twice_u
 
 @triton.jit
 def magnitude(b_x):
-    """As the bits of a float32, of which infinity's and NaN's are the largest."""
+    """The magnitudes as float32 bit patterns; those of infinity and NaN compare as the largest."""
     return b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -24,7 +24,8 @@ def most(b_x):
 
 @triton.jit
 def scales(b_most):
-    """Scale and its inverse for rows whose largest numbers have these bits; NaN for what is not finite."""
+    """Scale and inverse scale for rows whose largest magnitudes have these bits; the scale is NaN if the
+    magnitude is not finite."""
     # 448 is 1.75 * 2^8: a larger mantissa carries into the exponent.
     exponent = tl.maximum(((b_most + 0x1FFFFF) >> 23) - 8, 1)
     scale = (exponent << 23).to(tl.float32, bitcast=True)
@@ -39,9 +40,9 @@ def quantize_rows_kernel(
     GELU: tl.constexpr, FACTOR: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes rows p, p + P, ..., STAGES of them on their way at a time. GELU: of ``x + bias``, which
-    is what is rounded. FACTOR: times one number for each column. SUMS: its rows of ``x`` added up, row p of
-    ``sums`` [P, D]."""
+    """Program p takes rows p, p + P, ..., with STAGES of them in flight. GELU quantizes GELU of ``x + bias``
+    instead of ``x``. FACTOR multiplies each column by one number. SUMS writes the sum of the program's rows
+    of ``x`` to row p of ``sums`` [P, D]."""
     i_p, P = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -71,7 +72,7 @@ def quantize_rows_kernel(
 
 @triton.jit
 def weight_scales_kernel(weight_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
-    """Program i has row i."""
+    """Program i computes the scale of row i."""
     i_o = tl.program_id(0).to(tl.int64)
     b_most = tl.zeros([BLOCK_D], dtype=tl.int32)
     for start in tl.range(0, D, BLOCK_D):
@@ -88,9 +89,9 @@ def quantize_weight_kernel(
     outputs, D,
     COLUMNS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program i has one tile, by the scales of its rows; read again, mostly from the cache. COLUMNS: it is
-    written transposed, too, and ones [D] as the scales of that."""
-    blocks_d = tl.cdiv(D, BLOCK_D)  # one axis for all tiles: the others end at 65,535
+    """Each program quantizes one tile with the scales of its rows. This second read of the weight mostly hits
+    the cache. COLUMNS also writes the transposed tile, and ones [D] as the scales of the transpose."""
+    blocks_d = tl.cdiv(D, BLOCK_D)  # all tiles on one grid axis: the other axes are limited to 65,535
     i_o, i_d = tl.program_id(0) // blocks_d, tl.program_id(0) % blocks_d
     o_o, o_d = i_o * BLOCK_O + tl.arange(0, BLOCK_O), i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_o, m_d = o_o < outputs, o_d < D

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels. R rows, D columns, O outputs."""
+"""Launches of the Triton kernels. R rows, D columns, O outputs."""
 
 import torch
 from torch import Tensor

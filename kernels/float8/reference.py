@@ -9,7 +9,7 @@ from .. import checks
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST = -126
-"""Of float8's numbers, and of the exponents that a scale may have."""
+"""``LARGEST``: the largest float8 number. ``SMALLEST``: the smallest exponent of a scale."""
 
 
 def quantize_rows(x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,8 @@ def multiply(
     x_RD: Tensor, scale_R: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """By the numbers that float8 stands for, which bfloat16 holds exactly; float16 would overflow."""
+    """The product of the dequantized numbers. bfloat16 holds float8's numbers exactly; float16 could
+    overflow, so float32 replaces it."""
     exact = torch.float32 if dtype == torch.float16 else dtype
     x_RD, weight_OD = (x.to(exact) for x in (x_RD, weight_OD))
     x_RD = x_RD * scale_R[:, None].to(exact)
@@ -40,12 +41,13 @@ def multiply(
     bias_O = None if bias_O is None else bias_O.to(exact)
     if not checks.autocasts(x_RD):
         return F.linear(x_RD, weight_OD, bias_O).to(dtype)
-    with torch.autocast(x_RD.device.type, enabled=False):  # a backward pass may be within
+    with torch.autocast(x_RD.device.type, enabled=False):  # a backward pass may run under autocast
         return F.linear(x_RD, weight_OD, bias_O).to(dtype)
 
 
 def _scale(most_R: Tensor) -> Tensor:
-    """The least power of two by which a row's largest number is one of float8's; NaN where there is none."""
+    """The smallest power of two that brings a row's largest number into float8's range; NaN if that number is
+    not finite."""
     mantissa, exponent = torch.frexp(most_R)
     exponent = exponent - 9 + (mantissa > LARGEST / 512).to(exponent.dtype)
     exponent = torch.where(most_R == 0, SMALLEST, exponent)

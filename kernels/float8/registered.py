@@ -13,19 +13,19 @@ from . import reference
 from .reference import FLOAT8
 
 CAPABILITIES = ((8, 9), (9, 0), (10, 0), (10, 3))
-"""Ada, Hopper and data centers' Blackwell, for which PyTorch has products with a scale for each row."""
+"""Ada, Hopper and data-centre Blackwell, for which PyTorch has products with one scale per row."""
 MULTIPLE = 16
-"""Widths of operands have to be multiples of it."""
+"""The widths of the operands must be multiples of it."""
 MAX_D = 2**16
-"""Of a row, which a kernel has in registers."""
+"""Widest row; a program holds a row in registers."""
 
 
 @registered("mdt_fast::quantize_rows")
 def quantize_rows_fwd(
     x_RD: Tensor, bias_D: Tensor | None, factor_D: Tensor | None, sums: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in float8 [R, D], their scales [R] in float32, and the sum of the rows of ``x`` in the dtype
-    ``sums`` [D] (None: empty)."""
+    """The rows in float8 [R, D], their scales [R] in float32, and the sum of the rows of ``x`` [D] in the
+    dtype ``sums`` (empty if that is None)."""
     if not rounds(x_RD):
         rows = reference.quantize_rows(x_RD, bias_D, factor_D)
         return *rows, x_RD.new_empty(0) if sums is None else sum_rows(x_RD, sums)
@@ -43,8 +43,8 @@ def quantize_rows_fwd(
 
 @registered("mdt_fast::quantize_weight")
 def quantize_weight_fwd(weight_OD: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows in float8 [O, D], the same transposed [D, O] (empty unless ``columns``), the scales of its rows
-    [O] in float32, and ones as those of its columns [D]."""
+    """The rows in float8 [O, D], their transpose [D, O] (empty unless ``columns``), the scales of the rows
+    [O] in float32, and ones [D] as the scales of the transpose."""
     if not rounds(weight_OD):
         return reference.quantize_weight(weight_OD, columns)
     outputs = rows_OD, columns_DO, scale_O, ones_D = _weight(weight_OD, columns)
@@ -66,8 +66,10 @@ def multiply(
     bias_O: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``x @ weight.T + bias`` of operands in float8 with the scales of their rows: [R, O] in ``dtype``. Sums
-    are float32's; a GPU rounds them to bfloat16, whatever ``dtype`` is then."""
+    """``x @ weight.T + bias`` [R, O] in ``dtype``, for float8 operands with the scales of their rows.
+
+    The sums are float32. A GPU rounds them to bfloat16 first, whatever ``dtype`` is.
+    """
     if not multiplies(x_RD.device):
         return reference.multiply(x_RD, scale_R, weight_OD, scale_O, bias_O, dtype)
     if not len(x_RD):
@@ -81,13 +83,13 @@ def multiply(
 
 
 def rounds(x: Tensor) -> bool:
-    """Whether a Triton kernel that writes float8 runs on ``x``: not on GPUs that have none."""
+    """Whether a Triton kernel that writes float8 can run on ``x``; GPUs without float8 products cannot."""
     return on_triton(x) and (not x.is_cuda or multiplies(x.device))
 
 
 @cache
 def multiplies(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU with products of float8's E4M3."""
+    """Whether ``device`` is a GPU with products of float8 (E4M3)."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) in CAPABILITIES

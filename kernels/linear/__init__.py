@@ -1,4 +1,4 @@
-"""A linear layer, by whichever library multiplies fastest."""
+"""A linear layer that uses the fastest available library for its products."""
 
 from .op import linear
 

@@ -1,6 +1,6 @@
-"""How many FLOPs our own products are, for torch's ``FlopCounterMode``; import it to have them counted.
+"""FLOP formulas of the registered products for torch's ``FlopCounterMode``; import this module to use them.
 
-It stands apart because torch's counter imports Triton, which ``import mdt_fast`` does without.
+It is a separate module because torch's counter imports Triton, which ``import mdt_fast`` does not.
 """
 
 from math import prod
@@ -36,5 +36,5 @@ def _addmm_activation(bias_shape, x_shape, weight_shape, *_, **__):  # type: ign
     return 2 * prod(x_shape) * weight_shape[1]
 
 
-if torch.ops.aten._addmm_activation not in flop_registry:  # torch's own op, which it has no formula for
+if torch.ops.aten._addmm_activation not in flop_registry:  # torch's own op, for which it has no formula
     register_flop_formula(torch.ops.aten._addmm_activation)(_addmm_activation)

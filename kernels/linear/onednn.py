@@ -1,4 +1,4 @@
-"""Products by oneDNN, as registered ops. R rows, D input width, O output width."""
+"""oneDNN's products as registered ops. R rows, D input width, O output width."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from ..backends import uses_csrc
 from ..registry import registered
 
 MIN_FLOPS = 1e8
-"""Below, oneDNN's own 0.01 to 0.2 ms a call, more with a transposed operand, are more than it saves."""
+"""Below it, oneDNN saves less than its overhead: 0.01 to 0.2 ms per call, more with a transposed operand."""
 
 
 def worthwhile(elements: int, outputs: int) -> bool:
-    """Whether a product of as many elements with as many outputs is one for oneDNN."""
+    """Whether oneDNN pays off for a product of ``elements`` input elements with ``outputs`` outputs."""
     return 2 * elements * outputs >= MIN_FLOPS
 
 
@@ -24,7 +24,7 @@ def linear_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor
 
 @registered("mdt_fast::linear_gelu")
 def linear_gelu_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """GELU (tanh form) of the product, [R, O]; no gradients."""
+    """GELU (tanh form) of the product, [R, O]; without gradients."""
     if not torch.backends.mkldnn.enabled or not worthwhile(x_RD.numel(), len(weight_OD)):
         return F.gelu(F.linear(x_RD, weight_OD, bias_O), approximate="tanh")
     return _pointwise(x_RD, weight_OD, bias_O, "gelu", "tanh")
@@ -34,7 +34,7 @@ def linear_gelu_fwd(x_RD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> T
 def linear_bwd(
     dout_RO: Tensor, x_RD: Tensor, weight_OD: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight (empty where they are not needed)."""
+    """Gradients of x and weight; empty if not needed."""
     dx_RD, dweight_OD = dout_RO.new_empty(0), dout_RO.new_empty(0)
     if needs_x:
         dx_RD = _product(dout_RO, weight_OD.t(), None)
@@ -58,7 +58,7 @@ def _weight_gradient(dout_RO: Tensor, x_RD: Tensor) -> Tensor:
 
 
 def _turned(x_RD: Tensor) -> Tensor:
-    """``x.T``, its rows together: so oneDNN wants a product's first operand, and is slow to make it so."""
+    """``x.T``, contiguous: oneDNN wants the first operand so, and is slow at making this copy itself."""
     if not uses_csrc(x_RD):
         return x_RD.t().contiguous()
     out_DR = x_RD.new_empty(x_RD.shape[1], x_RD.shape[0])
@@ -67,7 +67,7 @@ def _turned(x_RD: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Of bfloat16 without a bias PyTorch makes a product of oneDNN's itself, with less around it.
+    # For bfloat16 without a bias, PyTorch calls oneDNN itself, with less overhead.
     ours = bias is not None or x.dtype == torch.float32
     if not ours or not torch.backends.mkldnn.enabled or not worthwhile(x.numel(), len(weight)):
         return F.linear(x, weight, bias)
@@ -75,8 +75,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, form: str) -> Tensor:
-    bias = None if bias is None else bias.contiguous()  # it is read as if it were
-    # For a part of a wider matrix oneDNN has only its slow reference code.
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were contiguous
+    # For a slice of a wider matrix, oneDNN has only its slow reference code.
     x, weight = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, function, [], form)
 

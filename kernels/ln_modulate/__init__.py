@@ -1,4 +1,4 @@
-"""adaLN: layer norm and modulation, alone or behind a gated residual, with the linear layer behind or not."""
+"""adaLN: layer norm and modulation, optionally after a gated residual and before a linear layer."""
 
 from .linear import gate_residual_ln_modulate_linear, ln_modulate_linear, residual_ln_modulate_linear
 from .op import gate_residual, gate_residual_ln_modulate, ln_modulate

@@ -1,4 +1,4 @@
-"""The kernels at the widths of the published models (S, B, L, XL), for compiling without a GPU."""
+"""Kernels at the widths of the published models (S, B, L, XL), to compile without a GPU."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -20,10 +20,10 @@ FLOAT32 = ("out_scale_ptr", "mean_ptr", "rstd_ptr", "dgate_ptr", "dshift_ptr", "
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Forward and backward, with and without the gated residual, uniform and ragged.
+    """Forward and backward, with and without the gated residual, for uniform and ragged batches.
 
-    bfloat16 at every width, float32 at the widest; the forward pass of ragged bfloat16 with its output in
-    float8, too; the backward pass with the output computed again.
+    bfloat16 at every width, float32 at the widest. The forward pass of ragged bfloat16 also with its output
+    in float8. The backward pass recomputes the output.
     """
     types = [*product(WIDTHS, ("bf16",)), (max(WIDTHS), "fp32")]
     for (D, dtype), ragged in product(types, (False, True)):

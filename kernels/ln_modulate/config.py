@@ -1,6 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+``bench/tune.py`` varies the keyword arguments; ``tuned.json`` holds the choices it found better than the
+defaults.
 """
 
 from dataclasses import dataclass
@@ -8,13 +9,13 @@ from dataclasses import dataclass
 from ..launches import columns
 
 MAX_D = 8192
-"""Widest row a program holds in registers."""
+"""The widest row that a program holds in registers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """``block_d``: columns a program holds; ``programs``: per sample; ``num_warps`` of each program;
-    ``num_stages``: rows on their way at a time."""
+    """``block_d``: columns that a program holds. ``programs``: programs per sample. ``num_warps``: warps per
+    program. ``num_stages``: rows in flight at a time."""
 
     block_d: int
     programs: int
@@ -25,11 +26,12 @@ class LaunchConfig:
 def launch_config(
     D: int, batch: int, tokens: int, *, each: int = 16, programs: int = 2048, num_stages: int = 1
 ) -> LaunchConfig:
-    """For rows of width ``D``, ``batch`` samples of about ``tokens`` tokens; ``programs`` in all, at most.
+    """Launch choices for ``batch`` samples of about ``tokens`` rows of width ``D``.
 
-    16 numbers to ``each`` thread keep a row and its modulation in registers; enough programs to give each of
-    a large GPU's 132 to 148 multiprocessors several, and at least four rows to each program. The defaults are
-    not measured on a GPU.
+    ``each`` is numbers per thread; 16 keep a row and its modulation in registers. ``programs`` is about how
+    many programs there are in all: several for each of the 132 to 148 multiprocessors of a large GPU, and
+    with at least four rows per program. The defaults were chosen by compiling; ``kernels/tuned.json`` holds
+    the choices measured on sm_90.
     """
     block_d = columns(D)
     num_warps = min(16, max(1, block_d // (32 * each)))
@@ -38,10 +40,10 @@ def launch_config(
 
 
 def thin_config(D: int, batch: int, tokens: int, *, each: int = 8, **choice: int) -> LaunchConfig:
-    """With half as many numbers a thread: one 128-bit load of a half type.
+    """:func:`launch_config` with half as many numbers per thread: one 128-bit load of a half type.
 
-    For the gated residual alone, which forms no statistics (with more, the compiler for sm_100 spills), and
-    for the gated backward pass, which holds three sums and a gate besides the row (with more it takes 168
-    registers, and of ragged samples it spills on sm_80 and sm_90).
+    It serves the gated residual alone, which computes no statistics (with more numbers per thread, the
+    compiler for sm_100 spills), and the gated backward pass, which holds three sums and a gate besides the
+    row (with more, it takes 168 registers, and for ragged batches it spills on sm_80 and sm_90).
     """
     return launch_config(D, batch, tokens, each=each, **choice)

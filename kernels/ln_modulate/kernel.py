@@ -1,8 +1,8 @@
-"""Triton kernels. B samples, L tokens of a sample (ragged with OFFSETS), D width, P programs a sample.
+"""Triton kernels. B samples, L tokens per sample (ragged with OFFSETS), D width, P programs per sample.
 
-Program (b, p) walks tokens p, p + P, ... of sample b with its modulation in registers, so that sums over
-tokens need no atomics: each program writes its part into a [B, P, D] buffer. Statistics and sums are float32.
-STAGES rows are on their way at a time.
+Program (b, p) walks tokens p, p + P, ... of sample b with its modulation in registers. Sums over tokens need
+no atomics: each program writes its partial sum into a [B, P, D] buffer. Statistics and sums are float32.
+STAGES rows are in flight at a time.
 """
 
 import triton
@@ -13,7 +13,7 @@ from ..float8.kernel import most, scales
 
 @triton.jit
 def _tokens_of(offsets_ptr, i_b, L, OFFSETS: tl.constexpr):
-    """Sample ``i_b``'s first row and its number of tokens."""
+    """The first row of sample ``i_b`` and its number of tokens."""
     if OFFSETS:
         start = tl.load(offsets_ptr + i_b).to(tl.int64)
         length = tl.load(offsets_ptr + i_b + 1).to(tl.int64) - start
@@ -25,7 +25,7 @@ def _tokens_of(offsets_ptr, i_b, L, OFFSETS: tl.constexpr):
 
 @triton.jit
 def _row(ptr, offset, m_d):
-    """A vector of D numbers as float32, zeros beyond D."""
+    """Load a vector of D numbers as float32, with zeros beyond D."""
     return tl.load(ptr + offset, mask=m_d, other=0.0).to(tl.float32)
 
 
@@ -37,7 +37,7 @@ def ln_modulate_fwd_kernel(
     GATED: tl.constexpr, OFFSETS: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """FLOAT8: ``out`` is written in float8, each row with its scale."""
+    """FLOAT8 writes ``out`` in float8, with one scale per row."""
     i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -53,7 +53,7 @@ def ln_modulate_fwd_kernel(
         if GATED:
             b_residual = (b_x + b_gate * _row(y_ptr, p_row, m_d)).to(residual_ptr.dtype.element_ty)
             tl.store(residual_ptr + p_row, b_residual, mask=m_d)
-            # The normal is that of the residual as stored.
+            # Normalise the residual as stored, after rounding.
             b_x = b_residual.to(tl.float32)
         mean = tl.sum(b_x, axis=0) / D
         b_centred = tl.where(m_d, b_x - mean, 0.0)
@@ -76,10 +76,10 @@ def ln_modulate_bwd_kernel(
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, OFFSETS: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]. GATED: the residual is computed again.
-    RESIDUAL: ``dresidual`` is added to its gradient. RECOMPUTE: the forward pass's output is written again,
-    to ``out``. Everything of a row is read before anything is written: a load that stands behind a store or a
-    sum waits for it."""
+    """``dgate``, ``dshift`` and ``dscale`` are partial sums [B, P, D]. GATED recomputes the residual.
+    RESIDUAL adds ``dresidual`` to the residual's gradient. RECOMPUTE writes the forward pass's output again,
+    to ``out``. All loads of a row come before its first store or sum, because a later load would wait for
+    them."""
     i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -150,7 +150,7 @@ def gate_residual_bwd_kernel(
     L, D, stride_gate,
     OFFSETS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``dgate``: partial sums [B, P, D]. The gradient of x is that of the output."""
+    """``dgate`` is partial sums [B, P, D]. The gradient of x is the gradient of the output."""
     i_b, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels. B samples, R rows (tokens of all samples), D width, P parts."""
+"""Launches of the Triton kernels. B samples, R rows (tokens of all samples), D width, P partial sums."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .kernel import (
 
 
 def _length(R: int, B: int, offsets: Tensor | None) -> int:
-    """Of every sample; with offsets 0, which nobody reads: Triton may compile anew for another number."""
+    """Tokens per sample. With offsets it is not read, and 0: Triton may compile again for another number."""
     return R // B if offsets is None else 0
 
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch, any device and dtype. B samples, L tokens, R rows of all samples, D width."""
+"""Plain PyTorch, any device and dtype. B samples, L tokens, R rows (tokens of all samples), D width."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def per_row(m_BD: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
-    """A modulation in a shape that broadcasts over the rows: [B, 1, D], or [R, D] for ragged samples."""
+    """A modulation in a shape that broadcasts over the rows: [B, 1, D], or [R, D] for a ragged batch."""
     if offsets is None:
         return m_BD[:, None]
     return m_BD.index_select(0, samples_of(offsets, rows))
 
 
 def samples_of(offsets: Tensor, rows: int) -> Tensor:
-    """Which sample each row is of; one of them also where nobody has checked ``offsets``."""
+    """The index of each row's sample; within range even for unchecked ``offsets``."""
     row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
     return torch.bucketize(row, offsets[1:].contiguous(), right=True).clamp_max(max(len(offsets) - 2, 0))
 
@@ -50,7 +50,7 @@ def forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual (``x`` without ``y``), modulated normal in ``dtype``, mean and 1/std [R, 1]."""
+    """Residual (``x`` itself if there is no ``y``), modulated norm in ``dtype``, mean and 1/std [R, 1]."""
     rows = _Rows(x_RD, scale_BD, offsets)
     r_RD = x_RD
     if y_RD is not None and gate_BD is not None:
@@ -72,7 +72,7 @@ def backward(
     dresidual_RD: Tensor | None,
     dout_RD: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, gate, shift, scale, and the forward pass's output again."""
+    """Gradients of x, y, gate, shift and scale, and the forward pass's output again."""
     rows, r_RD = _Rows(x_RD, scale_BD, offsets), x_RD
     if y_RD is not None and gate_BD is not None:
         r_RD = rows.residual(x_RD, y_RD, gate_BD)
@@ -92,7 +92,7 @@ def backward(
 
 
 class _Rows:
-    """Modulations spelt out for rows, and sums over each sample's rows."""
+    """Expand modulations to rows, and sum over each sample's rows."""
 
     def __init__(self, x_RD: Tensor, m_BD: Tensor, offsets: Tensor | None):
         self.R, self.B, self.dtype = x_RD.shape[0], m_BD.shape[0], x_RD.dtype

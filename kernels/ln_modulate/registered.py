@@ -1,4 +1,4 @@
-"""The kernels as registered ops: Triton's, or on a CPU those of ``csrc/``.
+"""The kernels as registered ops: Triton's, or those of ``csrc/`` on a CPU.
 
 B samples, R rows (tokens of all samples), D width.
 """
@@ -25,7 +25,7 @@ def ln_modulate_fwd(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual (empty without ``y``), modulated normal in ``dtype``, mean [R] and 1/std [R] in float32."""
+    """Residual (empty without ``y``), modulated norm in ``dtype``, mean [R] and 1/std [R] in float32."""
     outputs = residual_RD, out_RD, mean_R, rstd_R = _outputs(x_RD, y_RD, dtype)
     if len(x_RD):
         _kernels(x_RD).ln_modulate_fwd(
@@ -45,7 +45,7 @@ def ln_modulate_float8_fwd(
     offsets: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with the normal in float8, its rows' scales [R] in float32 behind it. By Triton alone."""
+    """The same with the modulated norm in float8, followed by its row scales [R] in float32. Triton only."""
     residual_RD, out_RD, out_scale_R, mean_R, rstd_R = outputs = _in_float8(x_RD, y_RD)
     if len(x_RD):
         launching(__package__).ln_modulate_fwd(
@@ -69,7 +69,7 @@ def ln_modulate_bwd(
     dout_RD: Tensor,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, gate, shift, scale. Then the forward pass's output again in the dtype of ``dout``
+    """Gradients of x, y, gate, shift and scale, then the forward pass's output again in the dtype of ``dout``
     (empty unless ``recompute``)."""
     gradients = dx_RD, dy_RD, dgate_BD, dshift_BD, dscale_BD, out_RD = _gradients(
         x_RD, y_RD, gate_BD, shift_BD, scale_BD, dout_RD, recompute
@@ -109,7 +109,7 @@ def gate_residual_bwd(
 
 
 def _together(offsets: Tensor | None) -> Tensor | None:
-    """Side by side in memory, as the kernels read them."""
+    """Contiguous, as the kernels read them."""
     return None if offsets is None else offsets.contiguous()
 
 
@@ -177,13 +177,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, _, _ = inputs
     mean_R, rstd_R = output[2:]
     ctx.mark_non_differentiable(mean_R, rstd_R)
-    ctx.set_materialize_grads(False)  # nobody may use the residual
+    ctx.set_materialize_grads(False)  # the residual may be unused
     ctx.gated, ctx.dtype = y_RD is not None, output[1].dtype
     ctx.save_for_backward(x_RD, y_RD, gate_BD, shift_BD, scale_BD, offsets, mean_R, rstd_R)
 
 
 def _backward(ctx, dresidual_RD, dout_RD, _dmean, _drstd):  # type: ignore[no-untyped-def]
-    if dout_RD is None:  # the residual alone is used
+    if dout_RD is None:  # only the residual is used
         x_RD, *_ = ctx.saved_tensors
         dout_RD = x_RD.new_zeros(x_RD.shape, dtype=ctx.dtype)
     dresidual_RD = dresidual_RD.contiguous() if ctx.gated and dresidual_RD is not None else None

@@ -1,4 +1,4 @@
-"""Which tokens a mask keeps, from one random number per token."""
+"""Choose the tokens that a mask keeps, from one random number per token."""
 
 from .op import MaskIds, mask_plan
 

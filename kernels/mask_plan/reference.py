@@ -1,4 +1,4 @@
-"""The plan by a stable sort, in plain PyTorch. B samples, L tokens, K kept."""
+"""The mask plan by stable sorting, in plain PyTorch. B samples, L tokens, K kept."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,7 @@
-"""The optimiser steps in plain PyTorch, as lists of ``torch._foreach_*`` operations; any device, float64 too.
+"""The optimiser steps in plain PyTorch with ``torch._foreach_*`` operations; any device, float64 too.
 
-Same arguments and meaning as the native ops, with two differences: whether the norm is finite, the learning
-rate and the step counts are read by the host, which on a GPU waits for the device; and bfloat16 moments are
-rounded to nearest.
+Arguments and meaning are those of the native ops, with two differences. The host reads the norm, the learning
+rate and the step counts, which synchronises with a GPU. And bfloat16 moments are rounded to nearest.
 """
 
 import math
@@ -13,7 +12,7 @@ from torch import Tensor
 
 
 def grad_sumsq(grads: list[Tensor]) -> Tensor:
-    """The sum of the squares of all elements: 0-dim float64, accumulated in float64."""
+    """The sum of squares of all elements: 0-dim float64, accumulated in float64."""
     norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
     return torch.stack(norms).square().sum()
 
@@ -111,7 +110,7 @@ def adamw_step(
 
 
 def _advance(steps: list[Tensor], n: int) -> list[float]:
-    """Count this step; the counts of the n parameters as numbers."""
+    """Increment the step counts; returns those of the n parameters as numbers."""
     torch._foreach_add_(steps, 1)
     counts = torch.stack(steps).tolist()
     return counts if len(counts) == n else counts * n
@@ -120,7 +119,7 @@ def _advance(steps: list[Tensor], n: int) -> list[float]:
 def _clipped(
     grads: list[Tensor], weights: list[Tensor], norm: float, max_grad_norm: float, clip_eps: float
 ) -> list[Tensor]:
-    """The gradients in the dtype of the weights; ``grads`` themselves where there is nothing to do."""
+    """The clipped gradients in the dtype of the weights; ``grads`` themselves if there is nothing to do."""
     g = _as(grads, weights)
     bound, long = max_grad_norm, norm + clip_eps
     scale = bound / long if 0 < bound < long else 1.0
@@ -145,7 +144,7 @@ def _finish(
     ema_decays: Sequence[float],
     moments: Iterable[tuple[list[Tensor], list[Tensor]]],
 ) -> None:
-    """Store what was computed in another dtype, and move the averages."""
+    """Store results that were computed in another dtype, and update the averages."""
     for stored, computed in moments:
         if any(to is not value for to, value in zip(stored, computed)):
             torch._foreach_copy_(stored, computed)

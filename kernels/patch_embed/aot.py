@@ -1,4 +1,4 @@
-"""The kernels at the published models' widths and patches, for compiling without a GPU."""
+"""Kernels at the widths and patch sizes of the published models, to compile without a GPU."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,7 +12,7 @@ WIDTHS, CHANNELS = (384, 768, 1024, 1152), 4
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Forward and backward, all tokens and chosen ones; bfloat16 at patch 2 and 8, float32 at patch 2."""
+    """Forward and backward, all tokens and selected ones; bfloat16 at patch 2 and 8, float32 at patch 2."""
     types = [("bf16", 2), ("bf16", 8), ("fp32", 2)]
     for kernel, D, (dtype, p), ids in product(
         (patch_embed_fwd_kernel, patch_embed_bwd_kernel), (min(WIDTHS), max(WIDTHS)), types, (False, True)

@@ -1,6 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+``bench/tune.py`` varies the keyword arguments; ``tuned.json`` holds the choices it found better than the
+defaults.
 """
 
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """``block_r`` tokens by ``block_d`` columns, ``block_j`` numbers of a patch at a time.
+    """Tiles of ``block_r`` tokens by ``block_d`` columns, with ``block_j`` numbers of a patch at a time.
 
-    ``parts``: programs that share the images of a block in the backward pass.
+    In the backward pass, ``parts`` programs share the images of a tile.
     """
 
     block_r: int
@@ -34,7 +35,7 @@ def launch_config(
     num_warps: int = 8,
     num_stages: int = 2,
 ) -> LaunchConfig:
-    """For patches of ``numbers`` numbers, ``tokens`` of each of ``batch`` images, width ``D``.
+    """Launch choices for patches of ``numbers`` numbers; ``batch`` images of ``tokens`` tokens, width ``D``.
 
     The backward pass has about ``programs`` programs, each with four images or more. The defaults are not
     measured on a GPU.

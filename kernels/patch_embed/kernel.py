@@ -1,6 +1,7 @@
-"""Triton kernels. B images, C channels, p patch side, G x G = L tokens, K of them chosen, D width, P = C p p.
+"""Triton kernels. B images, C channels, p patch side, G x G = L tokens, K selected, D width, P = C p p.
 
-A patch is read straight from the image: number j of it is channel j // (p p), row j // p % p, column j % p.
+Patches are read directly from the image: number j of a patch is channel j // (p p), row j // p % p, column
+j % p.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _patches(x_ptr, i_b, i_l, o_j, m_r, C, G, p: tl.constexpr):
-    """Numbers ``o_j`` of the patches of tokens ``i_l`` of images ``i_b``: [rows, numbers]."""
+    """Load numbers ``o_j`` of the patches at tokens ``i_l`` of images ``i_b``: [rows, numbers]."""
     S = G * p
     o_image = (o_j // (p * p)) * (S * S) + o_j // p % p * S + o_j % p
     o_token = i_b.to(tl.int64) * C * S * S + i_l // G * p * S + i_l % G * p
@@ -22,13 +23,13 @@ def patch_embed_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, pos_ptr, ids_ptr, out_ptr, R, L, K, C, G, D,
     p: tl.constexpr, IDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """R = B K rows of the output, in blocks of rows and of columns."""
+    """Each program computes a tile of rows and columns of the output, which has R = B K rows."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_r, m_d = o_r < R, o_d < D
     i_b = o_r // K
     i_l = o_r % K
-    if IDS:  # kept inside, so that nothing outside of the image is ever read
+    if IDS:  # clamped, so that nothing outside the image is ever read
         i_l = tl.minimum(tl.maximum(tl.load(ids_ptr + o_r, mask=m_r, other=0).to(tl.int32), 0), L - 1)
     P = C * p * p
     b_out = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
@@ -50,10 +51,10 @@ def patch_embed_bwd_kernel(
     x_ptr, ids_ptr, dout_ptr, dweight_ptr, dbias_ptr, dpos_ptr, B, L, K, C, G, D,
     p: tl.constexpr, IDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens and of columns, over images i_p, i_p + parts, ...: sums for the parameters.
+    """Parameter gradients of one block of tokens and one of columns, over images i_p, i_p + parts, ....
 
-    ``dweight`` [blocks, parts, D, P] and ``dbias`` [blocks, parts, D] are partial, so is ``dpos``
-    [parts, L, D] (not with IDS, where a block of tokens stands at other positions in each image).
+    ``dweight`` [blocks, parts, D, P] and ``dbias`` [blocks, parts, D] are partial sums. So is ``dpos``
+    [parts, L, D], which is not written with IDS: a block of tokens has other positions in each image then.
     """
     i_r, i_p, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)

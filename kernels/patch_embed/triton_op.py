@@ -1,4 +1,4 @@
-"""The Triton kernels as registered ops. B images, K tokens of each, D width, P = C p p numbers of a patch."""
+"""The Triton kernels as registered ops. B images, K tokens of each, D width, P = C p p numbers per patch."""
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def patch_embed_bwd(
     ids_BK: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty where it is not needed), weight, bias (in the weight's dtype) and pos."""
+    """Gradients of x (empty if not needed), weight, bias (in the weight's dtype) and pos."""
     (B, K, D), (_, C, p, _), L = dout_BKD.shape, weight_DCpp.shape, pos_1LD.shape[1]
     dx_BCSS = x_BCSS.new_empty(x_BCSS.shape if needs_x else (0,))
     if not dout_BKD.numel():
@@ -80,7 +80,7 @@ def _config(kernel: str, tokens_BKD: Tensor, weight_DCpp: Tensor) -> LaunchConfi
 
 
 def _fold(patches_BLP: Tensor, x_BCSS: Tensor, p: int) -> Tensor:
-    """Patches back to images: what ``patchify`` undoes."""
+    """Patches back to images: the inverse of ``patchify``."""
     B, C, S, _ = x_BCSS.shape
     G = S // p
     return patches_BLP.view(B, G, G, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, S, S)
@@ -109,7 +109,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dout_BKD):  # type: ignore[no-untyped-def]
     needs_x = ctx.needs_input_grad[0]
-    if dout_BKD.dtype == torch.float64:  # of a wide pos; the kernel's sums are float32
+    if dout_BKD.dtype == torch.float64:  # from a float64 pos; the kernel's sums are float32
         dout_BKD = dout_BKD.float()
     dx, *gradients = patch_embed_bwd(dout_BKD.contiguous(), *ctx.saved_tensors, needs_x)
     return dx if needs_x else None, *gradients, None, None

@@ -10,7 +10,7 @@ from ..sums import sum_rows
 
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[..., O]. Autocast does not look into a registered op: what it would cast is cast here."""
+    """[..., O]. Autocast does not see into a registered op, so its casts are made here."""
     rows = [a.reshape(-1, x.shape[-1]) for a in (x, skip)]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -20,8 +20,8 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 
 @registered("mdt_fast::skip_linear")
 def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: Tensor) -> Tensor:
-    """[R, O] in the dtype of ``x`` and ``skip``, to which the layer's parameters are cast; the second product
-    is added to the first where it lies."""
+    """[R, O] in the dtype of ``x`` and ``skip``, to which weight and bias are cast. The second product
+    accumulates into the output of the first."""
     weight_x, weight_skip = cast(weight_O2D, x_RD.dtype).chunk(2, dim=1)
     out_RO = torch.addmm(cast(bias_O, x_RD.dtype), x_RD, weight_x.t())
     return out_RO.addmm_(skip_RD, weight_skip.t())
@@ -31,8 +31,8 @@ def skip_linear_fwd(x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_O: T
 def skip_linear_bwd(
     dout_RO: Tensor, x_RD: Tensor, skip_RD: Tensor, weight_O2D: Tensor, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, skip, weight (both halves written in place) and bias; the latter two in the dtypes of
-    the parameters."""
+    """Gradients of x, skip, weight (both halves written into one tensor) and bias; the last two in the
+    parameters' dtypes."""
     (weight_x, weight_skip), D = cast(weight_O2D, x_RD.dtype).chunk(2, dim=1), x_RD.shape[1]
     dweight_O2D = weight_O2D.new_empty(weight_O2D.shape)
     weight_gradient_into(dweight_O2D[:, :D], dout_RO, x_RD)

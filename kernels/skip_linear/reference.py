@@ -1,4 +1,4 @@
-"""Plain PyTorch, any device and dtype. L tokens, D width, O output width, P numbers of a patch."""
+"""Plain PyTorch, any device and dtype. L tokens, D width, O output width, P numbers per patch."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import plain_only
 
 Product = Callable[..., Tensor]
-"""What multiplies: as ``F.linear``."""
+"""A function that multiplies, with the signature of ``F.linear``."""
 
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, product: Product = F.linear) -> Tensor:
@@ -35,7 +35,7 @@ def patch_skip_linear(
 
 
 def _sum(first: Tensor, *others: Tensor) -> Tensor:
-    """Added up in ``first``, but where a transform of torch.func may have made others wider."""
+    """Add up into ``first``; out of place under torch.func, whose transforms may have made others larger."""
     if plain_only():
         return reduce(add, others, first)
     for other in others:

@@ -1,4 +1,4 @@
-"""Sums over rows: what a bias's gradient is, and what partial sums come to."""
+"""Sums over rows, for bias gradients and for adding up partial sums."""
 
 from .op import sum_rows
 

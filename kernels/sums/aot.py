@@ -1,4 +1,4 @@
-"""The kernel at the widths of the published models (S, B, L, XL), for compiling without a GPU."""
+"""The kernel at the widths of the published models (S, B, L, XL), to compile without a GPU."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,7 +12,7 @@ COLUMNS = (384, 768, 1024, 1152, 3456, 4608)
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Rows in bfloat16 at every width; partial sums, in float32, at the widest, and in narrow blocks."""
+    """bfloat16 rows at every width; float32 partial sums at the widest, also in narrow blocks."""
     types = [*product(COLUMNS, ("bf16",)), (max(COLUMNS), "fp32")]
     for D, dtype, narrow in [*((D, dtype, False) for D, dtype in types), (max(COLUMNS), "fp32", True)]:
         entry = None if narrow else ("sum_chunks", shape_class(ANY, dtype == "bf16"))

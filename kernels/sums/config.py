@@ -1,22 +1,23 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+``bench/tune.py`` varies the keyword arguments; ``tuned.json`` holds the choices it found better than the
+defaults.
 """
 
 from dataclasses import dataclass
 
 ANY = 0
-"""The shape class of every width: one choice serves all."""
+"""The one shape class for all widths: a single choice serves all of them."""
 
 CHUNKS = {"widest": 16, "block_p": 128}
-"""Where chunks are added up: few rows, at most 128 of them on their way at once, shared by many
-multiprocessors."""
+"""Choices for the second pass, which adds up the chunks. It has few rows, at most 128 of them in flight at
+once; narrow column blocks share the work among many multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """``block_p`` rows by ``block_d`` columns at a time; ``chunks``: programs that share a column, each with
-    its own partial sum; ``num_stages``: blocks on their way at a time."""
+    """Tiles of ``block_p`` rows by ``block_d`` columns. ``chunks`` programs share a column, each with its own
+    partial sum; ``num_stages`` tiles are in flight at a time."""
 
     block_p: int
     block_d: int
@@ -35,11 +36,11 @@ def launch_config(
     num_warps: int = 4,
     num_stages: int = 1,
 ) -> LaunchConfig:
-    """For the sum of ``rows`` rows of ``D`` numbers.
+    """Launch choices for the sum of ``rows`` rows of ``D`` numbers.
 
-    A thread has four 128-bit loads of a half type in flight; about a thousand programs, several for each
-    multiprocessor of a large GPU, share the rows, at least two blocks each. On an H200 19 us for
-    8192 x 1152 in bfloat16, before chunks were whole blocks.
+    A thread has four 128-bit loads of a half type in flight. About a thousand programs, several per
+    multiprocessor of a large GPU, share the rows, with at least two blocks each. On an H200, 8192 x 1152 in
+    bfloat16 took 19 us, measured before chunks were whole blocks.
     """
     block_d = min(widest, max(16, 1 << (D - 1).bit_length()))
     columns = -(-D // block_d)

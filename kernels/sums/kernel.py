@@ -1,4 +1,4 @@
-"""Triton kernel. K tensors of R rows, in chunks of P rows; D columns. Sums are float32, in a fixed order."""
+"""Triton kernel. K tensors of R rows and D columns, in chunks of P rows. Float32 sums in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -10,9 +10,9 @@ def sum_chunks_kernel(
     R, P, D,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x [K, R, D] -> a tensor [ceil(R / P), D] for each of at most three K: program (chunk and column block,
-    k) sums one chunk of rows, STAGES blocks of which are on their way at a time."""
-    chunks, i_k = tl.cdiv(R, P), tl.program_id(1)  # the second axis and the third end at 65,535
+    """x [K, R, D] -> K (at most three) tensors [ceil(R / P), D]. Program (chunk and column block, k) sums one
+    chunk of rows, with STAGES row blocks in flight."""
+    chunks, i_k = tl.cdiv(R, P), tl.program_id(1)  # grid axes two and three are limited to 65,535
     i_c, i_d = (tl.program_id(0) % chunks).to(tl.int64), tl.program_id(0) // chunks
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

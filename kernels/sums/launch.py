@@ -1,4 +1,4 @@
-"""Launching the Triton kernel. R rows, D columns, B sums of P parts each."""
+"""Launches of the Triton kernel. R rows, D columns, B sums of P parts each."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def total(parts: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_parts(parts_KBPD: Tensor, outs: list[Tensor]) -> None:
-    """Partial sums [K, B, P, D] in float32 into ``outs``: K (1 to 3) contiguous tensors [B, D]."""
+    """Add up float32 partial sums [K, B, P, D] into ``outs``, K (1 to 3) contiguous tensors [B, D]."""
     _, B, P, D = parts_KBPD.shape
     _sum(parts_KBPD, outs, B * P, P, chosen(launch_config, "sum_chunks", parts_KBPD, ANY, P, D))
 

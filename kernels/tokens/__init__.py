@@ -1,4 +1,4 @@
-"""Taking tokens out and putting them back: the masking's data movement."""
+"""Data movement of masking: take tokens out and put them back."""
 
 from .op import gather_tokens, merge_tokens, unmask_tokens
 

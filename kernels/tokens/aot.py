@@ -1,4 +1,4 @@
-"""The kernels at the widths of the published models (S, B, L, XL), for compiling without a GPU."""
+"""Kernels at the widths of the published models (S, B, L, XL), to compile without a GPU."""
 
 from collections.abc import Iterator
 from itertools import product

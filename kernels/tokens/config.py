@@ -1,6 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Keyword arguments are what ``bench/tune.py`` varies; ``tuned.json`` holds what it found better than a default.
+``bench/tune.py`` varies the keyword arguments; ``tuned.json`` holds the choices it found better than the
+defaults.
 """
 
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from dataclasses import dataclass
 from ..launches import columns
 
 MAX_D = 8192
-"""Widest token a program holds in registers."""
+"""The widest token that a program holds in registers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """``block_d``: columns a program holds; ``parts``: programs that share the samples of one position."""
+    """A program holds ``block_d`` columns; ``parts`` programs share the samples of one position."""
 
     block_d: int
     parts: int
@@ -22,7 +23,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RowConfig:
-    """``block_d``: columns a program moves; ``block_k``: ids it looks through at a time."""
+    """A program moves ``block_d`` columns and searches ``block_k`` ids at a time."""
 
     block_d: int
     block_k: int
@@ -30,7 +31,7 @@ class RowConfig:
 
 
 def row_config(D: int, *, each: int = 16, block_k: int = 256) -> RowConfig:
-    """For kernels that move one row of width ``D`` a program, ``each`` thread so many numbers.
+    """Launch choices for kernels that move one row of width ``D`` per program, ``each`` numbers per thread.
 
     The defaults are not measured on a GPU.
     """
@@ -39,10 +40,10 @@ def row_config(D: int, *, each: int = 16, block_k: int = 256) -> RowConfig:
 
 
 def launch_config(D: int, batch: int, tokens: int, *, each: int = 16, programs: int = 1024) -> LaunchConfig:
-    """For ``batch`` samples of ``tokens`` tokens of width ``D``.
+    """Launch choices for ``batch`` samples of ``tokens`` tokens of width ``D``.
 
-    Each program keeps its position's embedding in registers and walks samples; there are about a thousand
-    programs, several for each multiprocessor of a large GPU. The defaults are not measured on a GPU.
+    Each program keeps its position's embedding in registers and walks the samples. There are about a thousand
+    programs, several per multiprocessor of a large GPU. The defaults are not measured on a GPU.
     """
     block_d = columns(D)
     parts = max(1, min(batch, -(-programs // max(tokens, 1))))

@@ -1,8 +1,8 @@
-"""Triton kernels. B samples, L tokens, K of them kept, N = L - K not, D width, P programs a position.
+"""Triton kernels. B samples, L tokens, K kept, N = L - K masked, D width, P programs per position.
 
-Gathering and merging move rows: a program for each row that is written. Unmasking: program (l, p) holds what
-belongs to position l and walks samples p, p + P, ...: the position embedding is read once, and its gradient
-needs no atomics, only a [P, L, D] buffer and one sum.
+Gathering and merging move rows, with one program per written row. For unmasking, program (l, p) holds the
+data of position l and walks samples p, p + P, .... It reads the position embedding once, and the embedding's
+gradient needs no atomics, only a [P, L, D] buffer and one sum.
 """
 
 import triton
@@ -33,7 +33,8 @@ def unmask_tokens_fwd_kernel(
 def unmask_tokens_bwd_kernel(
     dout_ptr, restore_ptr, dx_ptr, dmask_ptr, dpos_ptr, B, L, K, D, BLOCK_D: tl.constexpr
 ):
-    """``dmask`` and ``dpos`` [P, L, D]: sums over samples p, p + P, ..., over masked ones and over all."""
+    """``dmask`` and ``dpos`` are [P, L, D]: sums over samples p, p + P, ..., of masked tokens and of all
+    tokens."""
     i_l, i_p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     L_64, K_64 = L + tl.zeros([], dtype=tl.int64), K + tl.zeros([], dtype=tl.int64)
     o_d = tl.arange(0, BLOCK_D)
@@ -59,7 +60,7 @@ def gather_tokens_fwd_kernel(x_ptr, ids_ptr, out_ptr, L, K, D, BLOCK_D: tl.const
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    # Kept inside, so that nothing outside of x is ever read.
+    # Clamped, so that nothing outside x is ever read.
     i_l = tl.minimum(tl.maximum(tl.load(ids_ptr + row), 0), L - 1)
     b_x = tl.load(x_ptr + (row // K * L + i_l) * D + o_d, mask=m_d)
     tl.store(out_ptr + row * D + o_d, b_x, mask=m_d)
@@ -67,7 +68,7 @@ def gather_tokens_fwd_kernel(x_ptr, ids_ptr, out_ptr, L, K, D, BLOCK_D: tl.const
 
 @triton.jit
 def _next_slot(ids_ptr, i_l, after, K, BLOCK_K: tl.constexpr):
-    """The first slot behind ``after`` that holds token ``i_l``, or K."""
+    """The first slot after ``after`` that holds token ``i_l``, or K if there is none."""
     slot = K
     for start in range(0, K, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
@@ -81,7 +82,7 @@ def gather_tokens_bwd_kernel(
     dout_ptr, ids_ptr, restore_ptr, dx_ptr, L, K, D,
     RESTORE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A row of dx: the row that was taken from it, the sum of those if it was taken twice, or zeros."""
+    """One row of dx: the sum of the rows of dout that were gathered from it, or zeros."""
     row = tl.program_id(0).to(tl.int64)
     i_b, i_l = row // L, row % L
     o_d = tl.arange(0, BLOCK_D)
@@ -115,7 +116,7 @@ def merge_tokens_fwd_kernel(x_ptr, computed_ptr, restore_ptr, out_ptr, L, N, D, 
 
 @triton.jit
 def merge_tokens_bwd_kernel(dout_ptr, restore_ptr, dx_ptr, dcomputed_ptr, L, N, D, BLOCK_D: tl.constexpr):
-    """dx is zero where a computed token stood; every row of dcomputed has one token."""
+    """dx is zero where a computed token was merged; every row of dcomputed belongs to one token."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D

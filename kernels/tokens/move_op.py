@@ -1,4 +1,4 @@
-"""Gathering and merging as registered ops. B samples, L tokens, K kept, N = L - K masked, D width."""
+"""Gather and merge as registered ops. B samples, L tokens, K kept, N = L - K masked, D width."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .kernel import (
 
 @registered("mdt_fast::gather_tokens")
 def gather_tokens_fwd(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | None) -> Tensor:
-    """Tokens [B, K, D]; ``ids_restore`` is for the backward pass alone."""
+    """Tokens [B, K, D]; only the backward pass uses ``ids_restore``."""
     (B, L, D), K = x_BLD.shape, ids_BK.shape[1]
     out_BKD = x_BLD.new_empty(B, K, D)
     if out_BKD.numel():

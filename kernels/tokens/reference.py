@@ -1,4 +1,4 @@
-"""Plain PyTorch, any device and dtype. B samples, L tokens, K of them kept, N = L - K not, D width."""
+"""Plain PyTorch, any device and dtype. B samples, L tokens, K kept, N = L - K masked, D width."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The Triton kernels as registered ops. B samples, L tokens, K of them kept, D width, P partial sums."""
+"""The Triton kernels as registered ops. B samples, L tokens, K kept, D width, P partial sums."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def unmask_tokens_fwd(
 def unmask_tokens_bwd(
     dout_BLD: Tensor, ids_restore_BL: Tensor, mask_token_11D: Tensor, pos_1LD: Tensor, len_keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, mask_token and pos, the last two in their own dtypes."""
+    """Gradients of x, mask_token and pos; the last two in the parameters' dtypes."""
     B, L, D = dout_BLD.shape
     dx_BKD = dout_BLD.new_empty(B, len_keep, D)
     if not dout_BLD.numel():
