@@ -1,14 +1,15 @@
-"""Where the packages lie, and how ``csrc/`` is built; everything else is in ``pyproject.toml``.
+"""Package locations and the build of ``csrc/``; everything else is in ``pyproject.toml``.
 
-The kernel rooms stand at the top of the repository and are installed as ``mdt_fast.kernels``: a
-top-level package called ``kernels`` would collide with a published one.
+The kernel packages are in ``kernels/`` at the top of the repository and are installed as
+``mdt_fast.kernels``, because a top-level package called ``kernels`` would collide with a published one.
 
-The native ops become two libraries, ``_cpu`` and ``_cuda``, on torch's stable ABI (2.11): one binary serves
-later versions of torch, and any Python. They are extras of speed: where they cannot be built, the package
-installs without them, says why, and PyTorch serves. In the environment:
+The native ops become two libraries, ``_cpu`` and ``_cuda``, on torch's stable ABI (2.11), so that one binary
+serves later versions of torch and any Python. They only add speed: if they cannot be built, the package
+installs without them and says why, and PyTorch serves. Environment variables:
 
-- ``MDT_FAST_CUDA``: ``auto`` (the default: with nvcc and a CUDA build of torch), ``1`` (or fail), ``0``;
-- ``TORCH_CUDA_ARCH_LIST``: GPUs to build for (default: the one that is here, or 8.0, 9.0 and 10.0);
+- ``MDT_FAST_CUDA``: ``auto`` (the default: if there are nvcc and a CUDA build of torch), ``1`` (build or
+  fail), ``0`` (do not build);
+- ``TORCH_CUDA_ARCH_LIST``: GPUs to build for (default: the one in this machine, or 8.0, 9.0 and 10.0);
 - ``MAX_JOBS``, ``CXX``, ``CUDA_HOME``: as for every extension of torch.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, find_packages, setup
 
-# Only `pip install --no-build-isolation` can meet an old one; it would fail on the licence field.
+# Only `pip install --no-build-isolation` can find an older setuptools, which would fail on the licence field.
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"mdt-fast is built with setuptools 77 or later, found {setuptools.__version__}: "
@@ -30,8 +31,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-# No -march: the inner loops choose by the processor they run on (targets.h). No fused multiply-add, but where
-# products ask for it: the same bits on all of them.
+# No -march: the inner loops are dispatched by processor at run time (targets.h). No fused multiply-add except
+# where products request it, so that all processors give the same bits.
 CXX_FLAGS = [
     *TARGET,
     "-std=c++17",
@@ -54,7 +55,7 @@ def say(line: str) -> None:
 
 
 def find_torch():
-    """torch's extension tools; pip's isolated build hides an installed torch, so it is looked for there."""
+    """torch and its extension tools. pip's isolated build hides an installed torch, so also search there."""
     sys.path.append(sysconfig.get_path("platlib"))
     try:
         import torch
@@ -72,7 +73,7 @@ def find_torch():
 
 
 def cuda_home(torch, cpp_extension) -> Path | None:
-    """Where CUDA's compiler lies, if CUDA ops are to be built."""
+    """The folder of the CUDA toolkit, if CUDA ops are to be built."""
     if CUDA == "0":
         return None
     on_path = shutil.which("nvcc")
@@ -141,19 +142,19 @@ if torch is not None:
         extensions.append(cuda_extension(cpp_extension, home))
 
     class BuildNative(cpp_extension.BuildExtension):
-        """torch's builder (with ninja where it is installed); a library that fails is left out, and said."""
+        """torch's builder (with ninja if installed). It reports and leaves out libraries that fail to build."""
 
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except Exception as error:  # torch asks the compiler its version first
+            except Exception as error:  # torch first asks the compiler for its version
                 if not all(extension.optional for extension in self.extensions):
                     raise
                 say(f"no native ops: they could not be built: {error}")
 
         def build_extension(self, extension: Extension) -> None:
             library = Path(self.get_ext_fullpath(extension.name))
-            library.unlink(missing_ok=True)  # never an old one beside new sources
+            library.unlink(missing_ok=True)  # never keep an old library beside new sources
             if extension.name.endswith("_cuda") and torch.version.cuda is None:
                 self._stand_in_for("torch_cuda", extension)
             try:
@@ -164,7 +165,7 @@ if torch is not None:
                 say(f"no {extension.name}: it could not be built: {error}")
 
         def _stand_in_for(self, name: str, extension: Extension) -> None:
-            """An empty library to link with, in place of one that only a CUDA build of torch has."""
+            """Build an empty library to link with, in place of one that only a CUDA build of torch has."""
             folder = Path(self.build_temp).resolve()
             folder.mkdir(parents=True, exist_ok=True)
             soname = f"lib{name}.so"

@@ -1,4 +1,4 @@
-// adaLN on the CPU: gated residual, layer norm and modulation in one sweep over the rows, forward and backward.
+// adaLN on the CPU: gated residual, layer norm and modulation in one pass over the rows, forward and backward.
 #include <cmath>
 
 #include "rows.h"
@@ -133,7 +133,7 @@ void ln_modulate_bwd(
       for (int64_t i = chunks[c].first; i < chunks[c].last; ++i) {
         float *n = buffer[3], *g = buffer[4], *dx_D = dxs.write(i, buffer[5]);
         const float *r = xs.read(i, buffer[6]), *y_D = ys ? ys.read(i, buffer[10]) : nullptr;
-        if (ys) {  // the residual again, which nobody has kept
+        if (ys) {  // recompute the residual, which was not saved
           add_product(r, gate_D, y_D, buffer[11], D);
           xs.round(buffer[11]);
           r = buffer[11];

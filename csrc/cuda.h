@@ -1,4 +1,4 @@
-// What every CUDA op needs: the device's current stream, and launches that say when they failed.
+// Shared by all CUDA ops: the device's current stream, and the error check after a launch.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -5,14 +5,14 @@
 namespace mdt_fast {
 namespace {
 
-constexpr int64_t kStrip = 256;  // columns at a time: all that is read and written then fits into the nearest cache
+constexpr int64_t kStrip = 256;  // columns at a time, so that everything read and written fits into the L1 cache
 constexpr float kSlope = 1.5957691216057308f;  // 2 sqrt(2/pi): 2u = kSlope * (z + 0.044715 z^3)
 constexpr float kOfTwo = -1.4426950408889634f * kSlope;
-constexpr float kFar = 9.0f;  // from here on the sigmoid is 1 as far as a float tells, and at -kFar 0
+constexpr float kFar = 9.0f;  // beyond kFar the sigmoid is 1 in float32, and beyond -kFar it is 0
 
 inline float within_reach(float z) { return z > kFar ? kFar : z < -kFar ? -kFar : z; }
 
-// sigmoid(2u) of z, which is `near` within reach.
+// sigmoid(2u) of z; `near` is z clamped to [-kFar, kFar].
 inline float gate(float z, float near) {
   const float s = 1.0f / (1.0f + power_of_two(near * (kOfTwo + kOfTwo * 0.044715f * (near * near))));
   return z < -kFar ? 0.0f : s;

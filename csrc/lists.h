@@ -1,4 +1,4 @@
-// The tensor lists of an optimiser step, checked and turned into pointers.
+// Check the tensor lists of an optimiser step and convert them to pointers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ using Tensors = std::vector<Tensor>;
 
 inline bool is_bfloat16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
 
-// Pointers to one parameter's tensors. What a call does not have is null.
+// Pointers to one parameter's tensors. Those that a call does not have are null.
 struct Pointers {
   float* p = nullptr;          // the float32 parameter, or the float32 master of a bfloat16 one
   uint16_t* half = nullptr;    // that bfloat16 parameter
@@ -31,12 +31,12 @@ struct Pointers {
   int64_t numel = 0;
 };
 
-// All parameters of a call. `emas`: number-major, as in the schema.
+// All parameters of a call. `emas` has all tensors of the first average first, as in the schema.
 struct Lists {
   std::vector<Pointers> parameters;
   std::vector<float*> emas;
-  std::vector<float*> steps;  // one for all parameters, or one each
-  std::vector<float> ema_weights;  // 1 - decay, which float32 has not in 1 - float(decay)
+  std::vector<float*> steps;  // one for all parameters, or one per parameter
+  std::vector<float> ema_weights;  // 1 - decay in double, then rounded: 1 - float(decay) would be less exact
   int moments;
   bool grads_bfloat16 = false, moments_bfloat16 = false;
 };
@@ -46,7 +46,8 @@ inline void check_list(const char* name, const Tensors& list, size_t count) {
       list.size() == count, name, ": ", list.size(), " tensors, expected ", count);
 }
 
-// Every tensor like the first list's at the same place, all of the list in one of the allowed dtypes.
+// Check that each tensor has the size of the parameter at the same index and the device of the first one, and that
+// the whole list has one allowed dtype. Returns whether that is bfloat16.
 inline bool check_like(const char* name, const Tensors& list, const Tensors& params, bool half_allowed) {
   check_list(name, list, params.size());
   const bool half = half_allowed && !list.empty() && is_bfloat16(list[0]);

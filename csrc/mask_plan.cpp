@@ -1,4 +1,4 @@
-// Which tokens are kept, on the CPU: the smallest numbers of each row, without sorting the row.
+// Choose the kept tokens on the CPU: the smallest numbers of each row, without sorting the row.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,7 +35,7 @@ MDT_TARGETS void mark(const uint64_t* keys, uint64_t last, int32_t* kept, int32_
   for (int32_t i = 0; i < length; ++i) kept[i] = keys[i] <= last;
 }
 
-// Writes the plan of one row from its marks.
+// Write the plan of one row from its marks.
 void compact(const int32_t* kept, int32_t length, int32_t len_keep, const Outputs& out) {
   int32_t k = 0;
   for (int32_t i = 0; i < length; ++i) {
@@ -48,7 +48,7 @@ void compact(const int32_t* kept, int32_t length, int32_t len_keep, const Output
   }
 }
 
-// Equal numbers are kept in the order of their tokens: the token is the lower half of the key.
+// Ties go to the lower token index, which is the low half of the key.
 void plan_row(const float* noise, int32_t length, int32_t len_keep, uint64_t* keys, int32_t* kept) {
   make_keys(noise, keys, length);
   if (len_keep == 0) return std::fill(kept, kept + length, 0);

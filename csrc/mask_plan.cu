@@ -1,4 +1,4 @@
-// Which tokens are kept, on CUDA: one block per sample, one launch for the batch, up to 4096 tokens.
+// Choose the kept tokens on CUDA: one block per sample, one launch for the batch, up to 4096 tokens.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -21,9 +21,9 @@ constexpr int64_t kMostTokens = 4096;
 inline __device__ uint32_t key_of(float x) { return ordered(x); }
 inline __device__ uint64_t key_of(double x) { return ordered(x); }
 
-// Sorts (number, token) of a sample in registers, marks the first len_keep tokens in shared memory, and
-// counts the marks: the count before a token is its slot. The sort is stable, so equal numbers are kept in
-// the order of their tokens.
+// Sort the (number, token) pairs of a sample in registers, mark the first len_keep tokens in shared memory, and
+// scan the marks: the count before a kept token is its slot. The sort is stable, so ties go to the lower token
+// index.
 template <class Number, int kThreads, int kItems>
 __global__ __launch_bounds__(kThreads) void mask_plan_kernel(
     const Number* __restrict__ noise, int length, int len_keep, int64_t* __restrict__ ids_keep,
@@ -44,7 +44,7 @@ __global__ __launch_bounds__(kThreads) void mask_plan_kernel(
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     tokens[j] = first + j;
-    keys[j] = tokens[j] < length ? key_of(noise[sample * length + tokens[j]]) : Key(~Key(0));  // stays behind
+    keys[j] = tokens[j] < length ? key_of(noise[sample * length + tokens[j]]) : Key(~Key(0));  // sorts last
   }
   Sort(shared.sort).Sort(keys, tokens);
 #pragma unroll

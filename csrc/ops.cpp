@@ -1,4 +1,4 @@
-// The schemas of all native ops. Implementations: <op>.cpp for the CPU, <op>.cu for CUDA.
+// The schemas of all native ops. The implementations are in the other .cpp files for the CPU, in .cu files for CUDA.
 #include <torch/csrc/stable/library.h>
 
 #include "targets.h"
@@ -13,7 +13,7 @@ __attribute__((target("avx512f"))) int64_t vector_bits() { return 512; }
 __attribute__((target("avx2"))) int64_t vector_bits() { return 256; }
 __attribute__((target("default"))) int64_t vector_bits() { return 128; }
 #else
-int64_t vector_bits() { return 0; }  // whatever the compiler was told
+int64_t vector_bits() { return 0; }  // whatever the compiler flags say
 #endif
 
 int64_t chosen_bits() { return vector_bits(); }
@@ -22,7 +22,7 @@ int64_t chosen_bits() { return vector_bits(); }
 }  // namespace mdt_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
-  m.def("vector_bits() -> int");  // of the code that the loader picked
+  m.def("vector_bits() -> int");  // the vector width of the code that the loader picked
   m.def("mask_plan(Tensor noise, int len_keep) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("grad_sumsq(Tensor[] grads) -> Tensor");
   m.def(
@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
       "Tensor(d!)[] masters, Tensor(e!)[] emas, Tensor(f!)[] steps, Tensor lr, Tensor grad_norm, "
       "float beta1, float beta2, float eps, float weight_decay, float max_grad_norm, float clip_eps, "
       "float[] ema_decays) -> ()");
-  // These fill what the caller has allocated.
+  // These write into tensors that the caller has allocated.
   m.def(
       "ln_modulate_fwd_cpu(Tensor x, Tensor? y, Tensor? gate, Tensor shift, Tensor scale, Tensor? offsets, "
       "float eps, Tensor(a!)? residual, Tensor(b!) out, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mdt_fast, m) {
       "bias_gelu_bwd_cpu(Tensor x, Tensor bias, Tensor dout, Tensor(a!) dx, Tensor(b!) dbias, "
       "Tensor(c!)? out) -> ()");
   m.def("transposed_cpu(Tensor x, Tensor(a!) out) -> ()");
-  // To dtable they add.
+  // The backward op adds to dtable.
   m.def(
       "rel_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? q_places, Tensor? k_places, "
       "Tensor? q_offsets, Tensor? k_offsets, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");

@@ -1,4 +1,4 @@
-// Adan, AdamW and the sum of squares on the CPU: one sweep, in chunks that stay in the first-level cache.
+// Adan, AdamW and the sum of squares on the CPU: one pass, in chunks that stay in the L1 cache.
 #include <cmath>
 
 #include "lists.h"
@@ -8,13 +8,13 @@ namespace mdt_fast {
 namespace {
 
 constexpr int64_t kChunk = 1024;        // elements: nine float32 streams of a chunk fit in 48 KiB
-constexpr int64_t kChunksPerTask = 32;  // the smallest piece of work for a thread
+constexpr int64_t kChunksPerTask = 32;  // grain size: the smallest task of a thread
 
 struct Chunk {
   int64_t parameter, begin, end;
 };
 
-// All tensors cut into chunks. The cut does not depend on the number of threads, so neither do the bits.
+// Cut all tensors into chunks. The cut does not depend on the number of threads, so neither do the bits.
 template <class Size>
 std::vector<Chunk> cut(int64_t count, const Size& size) {
   std::vector<Chunk> chunks;
@@ -64,7 +64,7 @@ MDT_TARGETS double sumsq_chunk(const float* g, int64_t length) {
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
-// A chunk of a float32 tensor where it lies; of a bfloat16 one, widened into `buffer`.
+// A chunk of a float32 tensor in place; that of a bfloat16 tensor is widened into `buffer`.
 float* chunk_of(const void* tensor, bool half, int64_t begin, int64_t length, float* buffer) {
   if (!half) return static_cast<float*>(const_cast<void*>(tensor)) + begin;
   widen(static_cast<const uint16_t*>(tensor) + begin, buffer, length);

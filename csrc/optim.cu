@@ -1,6 +1,6 @@
-// Adan, AdamW and the sum of squares on CUDA: hundreds of tensors in one launch, everything read once and
-// written once, nothing waited for. The table of pointers travels in the launch's own arguments (32 KB since
-// CUDA 12.1), so a step can be captured in a graph as it is.
+// Adan, AdamW and the sum of squares on CUDA: hundreds of tensors in one launch, everything read once and written
+// once, without synchronisation. The table of pointers is passed in the kernel arguments (32 KB since CUDA 12.1), so
+// a step can be captured in a CUDA graph as it is.
 #include "cuda.h"
 #include "lists.h"
 
@@ -8,19 +8,19 @@ namespace mdt_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 4;            // numbers that a thread takes at once: 128 bits of float32
-constexpr int64_t kChunk = 16384;     // numbers of one block
-constexpr int kWords = 3900;          // of the table: with the other arguments below 32,764 bytes
+constexpr int kVector = 4;            // numbers per access of a thread: 128 bits of float32
+constexpr int64_t kChunk = 16384;     // numbers per block
+constexpr int kWords = 3900;          // of the table; with the other arguments it stays below 32,764 bytes
 constexpr uint64_t kUnaligned = 1ull << 63;
 
-// `count` records of `width` words. The last two words of a record: its number of elements, and the number
-// of chunks in the records before it (the top bit: some pointer is not aligned to a vector).
+// `count` records of `width` words. The last two words of a record are its number of elements and the number of
+// chunks in the records before it. The top bit of the latter says that some pointer is not aligned to a vector.
 struct Table {
   uint64_t words[kWords];
   int count, width;
 };
 
-// Words of a record of an optimiser step.
+// The first words of an optimiser step's record; the moments and averages follow from kMoments on.
 enum Word { kParam, kGrad, kStep, kHalf, kMoments };
 
 struct Forms {
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint64_t first_chunk(const Table& table, int record) 
   return table.words[record * table.width + table.width - 1] & ~kUnaligned;
 }
 
-// The record that holds this chunk: the last one that starts at or before it.
+// The record that holds this chunk: the last record that starts at or before it.
 __device__ __forceinline__ int find(const Table& table, uint64_t chunk) {
   int low = 0, high = table.count - 1;
   while (low < high) {
@@ -146,7 +146,7 @@ __global__ __launch_bounds__(kThreads) void step_kernel(
     update<kAdan, 1>(words, forms, weights.of, f, uint32_t(step), parameter, i);
 }
 
-// Counts the step, once per counter, unless the gradient is not finite.
+// Increment each step counter once, unless the gradient norm is not finite.
 __global__ void count_kernel(const __grid_constant__ Table steps, const double* grad_norm) {
   if (!isfinite(*grad_norm)) return;
   for (int i = threadIdx.x; i < steps.count; i += blockDim.x)
@@ -163,10 +163,10 @@ __device__ double block_sum(double x) {
   x = threadIdx.x < kSize / 32 ? warps[threadIdx.x] : 0;
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) x += __shfl_down_sync(0xffffffffu, x, offset);
-  return x;  // in thread 0
+  return x;  // valid in thread 0
 }
 
-// parts[chunk]: the sum of squares of this chunk. Words of a record: pointer, whether bfloat16.
+// parts[chunk] is the sum of squares of this chunk. The first words of a record: pointer, whether bfloat16.
 __global__ __launch_bounds__(kThreads) void sumsq_kernel(const __grid_constant__ Table table, double* parts) {
   const int record = find(table, blockIdx.x);
   const uint64_t* words = table.words + record * table.width;
@@ -201,7 +201,7 @@ __global__ __launch_bounds__(kSumThreads) void sum_kernel(const double* parts, i
   if (threadIdx.x == 0) *sum = x;
 }
 
-// Fills tables with records and launches for each full one. A launch has fewer than 2^31 blocks.
+// Fills a table with records and launches whenever it is full. A launch has fewer than 2^31 blocks.
 template <class Launch>
 class Batches {
  public:
@@ -210,7 +210,8 @@ class Batches {
     STD_TORCH_CHECK(width <= kWords, "too many tensors for one parameter");
   }
 
-  // A record's words but for the last, with its number of elements. `unaligned`: no vectors.
+  // Add a record from its words (all but the last two) and its number of elements. `unaligned` disables vector
+  // accesses.
   void add(const uint64_t* words, int64_t numel, bool unaligned) {
     const int64_t chunks = (numel + kChunk - 1) / kChunk;
     STD_TORCH_CHECK(chunks < INT32_MAX, "a tensor of ", numel, " elements is too large");

@@ -1,4 +1,4 @@
-// Floating-point numbers as unsigned integers in the same order, -0 equal to 0, NaN after everything.
+// Map floating-point numbers to unsigned integers in the same order, with -0 equal to 0 and NaN last.
 #pragma once
 
 #include "update.h"

@@ -21,7 +21,7 @@ namespace avx512 {
 using Number = float;
 using Vector = __m512;
 using Factor = __m512;
-constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 of B and one of A in 32 registers
+constexpr int kWidth = 16, kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 vectors of B, 1 of A: 29 of 32 registers
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
@@ -36,7 +36,7 @@ inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm512_fmadd_p
 namespace avx512_pairs {
 using Number = Pair;
 using Factor = __m512bh;
-using avx512::kTileRows, avx512::kTileVectors, avx512::kWidth, avx512::Vector;  // sums are the same
+using avx512::kTileRows, avx512::kTileVectors, avx512::kWidth, avx512::Vector;  // the sums are float32, too
 using avx512::load, avx512::store, avx512::zero;
 inline Factor load(const Pair* x) { return (Factor)_mm512_loadu_si512(x); }
 inline Factor fill(Pair x) { return (Factor)_mm512_set1_epi32(x); }
@@ -53,7 +53,7 @@ namespace avx2 {
 using Number = float;
 using Vector = __m256;
 using Factor = __m256;
-constexpr int kWidth = 8, kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 of B and one of A in 16 registers
+constexpr int kWidth = 8, kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 vectors of B, 1 of A: 15 of 16 registers
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
@@ -65,7 +65,7 @@ inline Vector multiply_add(Factor a, Factor b, Vector c) { return _mm256_fmadd_p
 #endif
 
 namespace any {
-// As wide as C's rows: the compiler makes what vectors it can of it.
+// Whole rows of C at a time; the compiler vectorises them as far as it can.
 void tiles(
     Matrix<float> a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K,
     bool add) {
@@ -94,7 +94,7 @@ Product<float> chosen() {
 Product<Pair> chosen_for_pairs() {
 #ifdef MDT_AVX512
 #ifndef MDT_ALWAYS_PAIRS  // set by a test
-  if (__builtin_cpu_is("intel")) return nullptr;  // it multiplies as many floats in a cycle
+  if (__builtin_cpu_is("intel")) return nullptr;  // there, float32 products are as fast per cycle
 #endif
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")) return avx512_pairs::tiles;
 #endif

@@ -1,6 +1,6 @@
-// Attention on the CPU, with the bias read from a table, forward and backward: one head of one sample after the
-// other, in blocks of queries whose scores stay in a core's own cache. Sums, softmax and the scores' gradients are in
-// float32, and so are the factors of products, but for bfloat16 where the processor multiplies it.
+// Attention on the CPU with a bias from a table, forward and backward: one head of one sample at a time, in blocks of
+// queries whose scores stay in a core's private cache. Sums, softmax and the gradients of the scores are float32. The
+// factors of products are float32 too, except for bfloat16 on processors that multiply it.
 // H heads, M queries and N keys of a sample, d head size, T rows of the table.
 #include "products.h"
 #include "scores.h"
@@ -10,8 +10,8 @@ namespace mdt_fast {
 namespace {
 
 constexpr int64_t kBlock = 64;   // queries whose scores are computed together
-constexpr int64_t kAhead = 8;    // rows that are fetched before they are read
-constexpr int64_t kPiece = 256;  // queries of a piece of work of the forward pass
+constexpr int64_t kAhead = 8;    // rows to prefetch ahead of reading
+constexpr int64_t kPiece = 256;  // queries per task of the forward pass
 
 int64_t whole_lanes(int64_t x) { return (x + kLanes - 1) / kLanes * kLanes; }
 
@@ -30,10 +30,10 @@ MDT_TARGETS void interleave(const float* one, const float* two, Pair* to, int64_
     for (int64_t i = 0; i < length; ++i) to[i] = to_bfloat16(one[i]);
 }
 
-// Queries, keys or values, [B, H, rows, d] by strides, a head's numbers side by side.
+// Queries, keys or values: strided [B, H, rows, d], contiguous along d.
 class Heads {
  public:
-  // With the sizes and the dtype of `like`.
+  // Checks that the tensor has the sizes and the dtype of `like`.
   Heads(const char* name, const Tensor& tensor, const Tensor& like)
       : data_(static_cast<char*>(tensor.data_ptr())), dtype_(tensor.scalar_type()) {
     STD_TORCH_CHECK(
@@ -50,7 +50,7 @@ class Heads {
     entry_ = tensor.stride(0), head_ = tensor.stride(1), row_ = tensor.stride(2);
   }
 
-  // Rows [first, first + count) of a sample's head, as float32, `to_row` apart.
+  // Read rows [first, first + count) of a sample's head as float32, into rows of the stride `to_row`.
   void read(const Span& span, int64_t h, int64_t first, int64_t count, float* to, int64_t to_row) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = place(span, h, first + i);
@@ -62,7 +62,7 @@ class Heads {
     }
   }
 
-  // The same of bfloat16, as it is.
+  // The same for bfloat16, without conversion.
   void read(const Span& span, int64_t h, int64_t first, int64_t count, Pair* to, int64_t to_row) const {
     for (int64_t i = 0; i < count; ++i) {
       if (i + kAhead < count) fetch(place(span, h, first + i + kAhead));
@@ -72,7 +72,7 @@ class Heads {
     }
   }
 
-  // Row i of a sample's head.
+  // Write row i of a sample's head.
   void write(const Span& span, int64_t h, int64_t i, const float* row) const {
     const int64_t at = place(span, h, i);
     if (dtype_ == ScalarType::Float) std::copy_n(row, d_, reinterpret_cast<float*>(data_) + at);
@@ -81,7 +81,7 @@ class Heads {
   }
 
  private:
-  // Into the cache, while other rows are read: processors foresee no rows that lie apart.
+  // Prefetch a row while other rows are read: the hardware prefetcher does not foresee rows that are apart.
   void fetch(int64_t at) const {
     const int64_t bytes = dtype_ == ScalarType::Float ? 4 : 2;
     for (int64_t byte = 0; byte < d_ * bytes; byte += int64_t(kAlignment)) prefetch(data_ + at * bytes + byte);
@@ -96,7 +96,7 @@ class Heads {
   int64_t d_ = 0, entry_ = 0, head_ = 0, row_ = 0;
 };
 
-// Each sample's rows: all of an entry of the batch, or, by offsets, a part of its only one.
+// The rows of each sample: a whole entry of the batch, or, with offsets (cu_seqlens), a part of its only entry.
 std::vector<Span> spans_of(const char* name, const Tensor& x, const Optional& offsets) {
   std::vector<Span> spans;
   const int64_t rows = x.size(2);
@@ -110,7 +110,7 @@ std::vector<Span> spans_of(const char* name, const Tensor& x, const Optional& of
       name, ": expected int32 [B + 1], of a batch of one");
   const auto* ends = static_cast<const int32_t*>(offsets->data_ptr());
   const int64_t samples = offsets->size(0) - 1;
-  // All rows belong to a sample: those of none would stay unwritten.
+  // Every row must belong to a sample; rows of no sample would stay unwritten.
   STD_TORCH_CHECK(ends[0] == 0 && ends[samples] == rows, name, ": expected 0, ascending, ", rows);
   for (int64_t b = 0; b < samples; ++b) {
     STD_TORCH_CHECK(ends[b] <= ends[b + 1] && ends[b + 1] <= rows, name, ": expected 0, ascending, ", rows);
@@ -119,7 +119,7 @@ std::vector<Span> spans_of(const char* name, const Tensor& x, const Optional& of
   return spans;
 }
 
-// log(sum(exp(score))) [H, all rows of all entries].
+// log(sum(exp(score))): [H, all rows of all entries].
 class Sums {
  public:
   Sums(const Tensor& lse, const Tensor& q) : entry_rows_(q.size(2)), rows_(q.size(0) * q.size(2)) {
@@ -138,9 +138,9 @@ class Sums {
   int64_t entry_rows_, rows_;
 };
 
-// How the factors of products are held. Rows of heads, as they were read, are a left factor and, transposed, a right
-// one; where they are summed over, they are `stacked`. Scores come row by row in float32 and are kept as a left factor,
-// as they stand or turned.
+// Storage formats for the factors of products. Rows of heads serve as a left factor as they were read, and as a right
+// factor once transposed; where the reduction runs over the rows, they are `stacked`. Scores come row by row in float32
+// and are kept as a left factor, as they are or transposed (`turned`).
 struct Floats {
   using Number = float;
   static constexpr int64_t kTogether = 1;
@@ -156,7 +156,7 @@ struct Pairs {
   using Number = Pair;
   static constexpr int64_t kTogether = 2;
 
-  // Two rows at a time, each number of the first beside the second's.
+  // Two rows at a time, interleaved number by number.
   static const Pair* stacked(const Pair* rows, int64_t count, int64_t depth, Pair* to) {
     for (int64_t i = 0; i < count; i += 2) {
       const auto* one = reinterpret_cast<const uint16_t*>(rows + i * depth);
@@ -185,7 +185,7 @@ void across_from(const Pair* rows, int64_t depth, Pair* to, int64_t to_row, int6
   transpose(reinterpret_cast<const float*>(rows), depth, reinterpret_cast<float*>(to), to_row, count, depth);
 }
 
-// What both passes are given.
+// The arguments of both passes.
 struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& table, const Optional& q_places,
        const Optional& k_places, const Optional& q_offsets, const Optional& k_offsets, double scale, const Tensor& lse)
@@ -196,20 +196,20 @@ struct Call {
     STD_TORCH_CHECK(
         k.size(1) == H && k.size(3) == q.size(3) && k.scalar_type() == q.scalar_type(), "k: expected heads as of q");
     for (const Span& span : keys) longest = std::max(longest, span.length);
-    row = whole_lanes(longest) + kLanes;  // no power of two: rows of a column then lie in different sets of the cache
+    row = whole_lanes(longest) + kLanes;  // no power of two, so that a column's rows fall into different cache sets
   }
 
-  int64_t H, width;  // width: of a head, filled up with zeros
+  int64_t H, width;  // width: the head size, padded with zeros
   float scale;
   Heads q, k, v;
   std::vector<Span> queries, keys;
   Sums sums;
   Bias bias;
   bool in_pairs;
-  int64_t longest = 0, row = 0;  // keys of a sample; from one row of scores to the next
+  int64_t longest = 0, row = 0;  // most keys of a sample; the row stride of the scores
 };
 
-// Memory of one thread.
+// Buffers of one thread.
 template <class Format>
 class Blocks {
  public:
@@ -273,7 +273,7 @@ void forward(const Call& call, const Heads& out) {
 
 struct Gradients {
   Heads q, k, v;
-  float* table;  // [T, H], added to; or none
+  float* table;  // [T, H], which is added to; null for none
 };
 
 template <class Format>
@@ -329,7 +329,7 @@ void backward(const Call& call, const Heads& douts, const Gradients& gradients) 
       }
     }
   });
-  for (int64_t first = 0; first < pieces * T; first += H * T)  // of one sample after the other
+  for (int64_t first = 0; first < pieces * T; first += H * T)  // one sample at a time, in order
     for (int64_t t = 0; t < T; ++t)
       for (int64_t h = 0; h < H; ++h) gradients.table[t * H + h] += parts[first + call.bias.at(t, h)];
 }

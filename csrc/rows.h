@@ -1,4 +1,4 @@
-// Rows of numbers in float32, bfloat16 or float16, as float32: where they lie, or in a buffer.
+// Access rows of float32, bfloat16 or float16 as float32: in place, or through a buffer.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kRows = 32;    // of a chunk, the smallest piece of work; does not depend on the threads
+constexpr int64_t kRows = 32;    // rows per chunk, the smallest task; it does not depend on the number of threads
 
 MDT_TARGETS inline void widen_bfloat16(const uint16_t* from, float* to, int64_t length) {
   for (int64_t i = 0; i < length; ++i) to[i] = from_bfloat16(from[i]);
@@ -43,7 +43,7 @@ inline void narrow_half(const float* from, torch::headeronly::Half* to, int64_t 
   for (int64_t i = 0; i < length; ++i) to[i] = torch::headeronly::Half(from[i]);
 }
 
-// A tensor [rows, columns] whose columns lie side by side; or none.
+// A tensor [rows, columns] that is contiguous, or at least along its columns if `apart`; or no tensor.
 class Rows {
  public:
   Rows() = default;
@@ -69,15 +69,15 @@ class Rows {
 
   explicit operator bool() const { return data_ != nullptr; }
 
-  // Row i to read: where it lies, or widened into `buffer`.
+  // Row i for reading: in place, or widened into `buffer`.
   const float* read(int64_t i, float* buffer) const { return read(i, 0, columns_, buffer); }
 
-  // Where to write row i: there, or in `buffer`; then `done`.
+  // Where to write row i: in place, or in `buffer`. Call `done` afterwards.
   float* write(int64_t i, float* buffer) const { return write(i, 0, buffer); }
 
   void done(int64_t i, const float* buffer) const { done(i, 0, columns_, buffer); }
 
-  // The same for columns [first, first + length) alone.
+  // The same for columns [first, first + length) only.
   const float* read(int64_t i, int64_t first, int64_t length, float* buffer) const {
     if (dtype_ == ScalarType::Float) return reinterpret_cast<float*>(data_) + i * stride_ + first;
     const auto* row = reinterpret_cast<uint16_t*>(data_) + i * stride_ + first;
@@ -97,7 +97,7 @@ class Rows {
     else narrow_half(buffer, reinterpret_cast<torch::headeronly::Half*>(row), length);
   }
 
-  // A row of floats as it is once stored.
+  // Round a row of floats to the tensor's dtype.
   void round(float* row) const {
     if (dtype_ == ScalarType::BFloat16) round_bfloat16(row, columns_);
     else if (dtype_ == ScalarType::Half)
@@ -117,7 +117,7 @@ struct Chunk {
   int64_t sample, first, last;
 };
 
-// Every sample's rows in chunks of kRows, in order; a sample without rows has none.
+// The rows of every sample in chunks of at most kRows, in order. A sample without rows has no chunk.
 inline std::vector<Chunk> chunks_of(int64_t rows, int64_t samples, const Optional& offsets) {
   std::vector<Chunk> chunks;
   const int32_t* ends = nullptr;
@@ -142,7 +142,7 @@ inline std::vector<Chunk> chunks_of(int64_t rows, int64_t samples, const Optiona
   return chunks;
 }
 
-// total[b] = the sum of the parts of sample b's chunks, in their order.
+// total[b] = the sum of the partial sums of sample b's chunks, in their order.
 inline void add_parts(
     const std::vector<float>& parts, const std::vector<Chunk>& chunks, const Rows& total, int64_t samples, int64_t D) {
   std::vector<float> buffer(D);

@@ -1,5 +1,5 @@
-// Rows of attention's scores: the bias read from a table, the softmax, and their gradients. H heads, M queries and N
-// keys of a sample, T rows of the table.
+// Operations on rows of attention scores: the bias from a table, the softmax, and their gradients. H heads, M queries
+// and N keys of a sample, T rows of the table.
 #pragma once
 
 #include <algorithm>
@@ -11,17 +11,17 @@
 
 namespace mdt_fast {
 
-// One sample's queries or keys: rows [first, first + length) of a batch's entry.
+// One sample's queries or keys: rows [first, first + length) of an entry of the batch.
 struct Span {
   int64_t entry, first, length;
 };
 
-// Keys [key, key + length) whose places follow each other, from `place` on.
+// Keys [key, key + length) with consecutive places from `place` on.
 struct Run {
   int64_t key, place, length;
 };
 
-constexpr int64_t kLong = 8;  // keys of a run, on average, for runs to be quicker than places one by one
+constexpr int64_t kLong = 8;  // average keys per run from which runs are faster than single places
 
 MDT_TARGETS inline void multiply(float* x, float factor, int64_t length) {
   for (int64_t i = 0; i < length; ++i) x[i] *= factor;
@@ -57,7 +57,7 @@ MDT_TARGETS inline float largest(const float* x, int64_t length) {
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = x[0];
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) {
-#pragma GCC unroll 1  // or GCC makes 16 scalar comparisons of it
+#pragma GCC unroll 1  // otherwise GCC emits 16 scalar comparisons
     for (int lane = 0; lane < kLanes; ++lane) {
       const float other = x[i + lane];
       lanes[lane] = lanes[lane] < other ? other : lanes[lane];
@@ -72,15 +72,16 @@ MDT_TARGETS inline void exponentials(float* x, float less, int64_t length) {
   for (int64_t i = 0; i < length; ++i) x[i] = exponential(x[i] - less);
 }
 
-// dp becomes ds. All of a row's p share the rounding of the logarithm that they were made with: their sum is not 1. The
-// sum of ds is 0 only if that is divided out, and what is to cancel in sums over ds does not otherwise.
+// Turn dp into ds in place. All p of a row share the rounding error of the logarithm they were computed with, so their
+// sum is not exactly 1. Dividing by that sum makes the sum of ds 0; otherwise terms that should cancel in sums over ds
+// would not.
 MDT_TARGETS inline void score_gradient(const float* __restrict p, float* __restrict dp, int64_t length) {
   const float delta = dot(p, dp, length) / sum(p, length);
   for (int64_t i = 0; i < length; ++i) dp[i] = p[i] * (dp[i] - delta);
 }
 
-// The bias of each score: the row of the table at its query's place and its key's, added, counted from the last one:
-// so keys side by side read numbers side by side of a head's table, which is made here.
+// The bias of each score. The sum of its query's and its key's place is its row of the table, counted backwards from
+// the last one. Adjacent keys thus read adjacent numbers of a head's reversed table, which the constructor builds.
 class Bias {
  public:
   Bias(const Optional& table, const Optional& q_places, const Optional& k_places, int64_t H,
@@ -108,7 +109,7 @@ class Bias {
 
   int64_t rows() const { return rows_; }
 
-  // Where the number of row t, head h stands among those of all heads.
+  // The index of row t of head h in the table of all heads.
   int64_t at(int64_t t, int64_t h) const { return h * rows_ + rows_ - 1 - t; }
 
   // x = scale * x + bias, the scores [N] of query m of sample b, head h.
@@ -119,7 +120,7 @@ class Bias {
     else add_bias(x, scale, row, runs_[b].data(), runs_[b].size());
   }
 
-  // To the head's gradient of the table, from those of these scores.
+  // Add the gradients of these scores to the head's gradient of the table.
   void add_gradient_of(const float* ds, float* dtable, int64_t b, int64_t m, int64_t N) const {
     float* row = dtable + queries_[b][m];
     if (runs_[b].empty()) add_gradient(ds, row, keys_[b], N);
@@ -127,7 +128,7 @@ class Bias {
   }
 
  private:
-  using Places = std::vector<const int32_t*>;  // each sample's
+  using Places = std::vector<const int32_t*>;  // one pointer per sample
 
   static Places places_of(const char* name, const Tensor& tensor, const std::vector<Span>& spans) {
     STD_TORCH_CHECK(
@@ -159,7 +160,7 @@ class Bias {
   }
 
   int64_t rows_ = 0;
-  std::vector<float> table_;  // [H, T], its last row first
+  std::vector<float> table_;  // [H, T], with the last row first
   Places queries_, keys_;
   std::vector<std::vector<Run>> runs_;
 };

@@ -1,5 +1,6 @@
-// MDT_TARGETS: compile a function for several widths of x86's vectors; the loader picks the widest that the processor
-// has. Named by what a processor has: of a named one ("arch=haswell") GCC picks the code on that very model alone.
+// MDT_TARGETS compiles a function for several x86 vector widths, and the loader picks the widest that the processor
+// has. The targets are named by feature, because GCC picks the code of a named model ("arch=haswell") only on exactly
+// that model.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \

@@ -1,6 +1,6 @@
-// The tile of a product, in registers. Included by products.cpp once for each instruction set, which says what it
-// multiplies (Number, in vectors: Factor), what it sums up in (Vector, of kWidth floats), how these are loaded, stored,
-// filled and multiplied, and how many rows and vectors of C a tile has.
+// A product's register tile. products.cpp includes this file once per instruction set. Before, it defines the operand
+// type (Number, and Factor for a vector of them), the accumulator (Vector, of kWidth floats), how these are loaded,
+// stored, filled and multiplied, and the number of rows and vectors of C in a tile.
 
 // C [rows, vectors * kWidth] (+)= A B.
 template <int rows, int vectors>
@@ -20,7 +20,7 @@ void tile(Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_
     for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * kWidth, sums[i][j]);
 }
 
-// All rows of C, `vectors` of its columns: whole tiles, then one of what is left.
+// All rows of C for `vectors` vectors of columns: whole tiles, then smaller ones for the remaining rows.
 template <int vectors, int rows = kTileRows>
 void column_of_tiles(
     Matrix<Number> a, const Number* b, int64_t b_row, float* c, int64_t c_row, int64_t M, int64_t K, bool add) {

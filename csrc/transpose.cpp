@@ -14,7 +14,7 @@
 namespace mdt_fast {
 namespace {
 
-constexpr int64_t kStrip = 64;  // rows of a piece of work: a line of the cache or more of each row of the result
+constexpr int64_t kStrip = 64;  // rows per task: at least one cache line of each row of the result
 
 #if defined(__GNUC__) && !defined(__clang__)
 using Lanes = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
@@ -30,7 +30,7 @@ inline void store(uint16_t* x, const Lanes& lanes) {
   *reinterpret_cast<Halves*>(x) = __builtin_convertvector(lanes, Halves);
 }
 
-// A block of kLanes rows and columns: rows r and r + 8 shuffled into each other like cards, four times.
+// A block of kLanes rows and columns: interleave rows r and r + 8 (a perfect shuffle), four times.
 template <class T>
 __attribute__((always_inline)) inline void block(const T* from, int64_t from_row, T* to, int64_t to_row) {
   constexpr Lanes kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};

@@ -1,4 +1,4 @@
-// One element's update by Adan and by AdamW, for the CPU and for CUDA: one formula, two loops over it.
+// The update of one element by Adan and by AdamW. The CPU and CUDA share the formulas; each has its own loop.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 
 namespace mdt_fast {
 
-// What a step is told; the same for every parameter of the call.
+// The settings of a step, the same for every parameter of the call.
 struct Settings {
   Settings(double beta1, double beta2, double beta3, double eps, double weight_decay, double max_grad_norm,
            double clip_eps, bool no_prox)
@@ -24,21 +24,21 @@ struct Settings {
         log1(std::log(beta1)), log2(std::log(beta2)), log3(std::log(beta3)) {}
 
   double beta1, beta2, beta3, eps, weight_decay, max_grad_norm, clip_eps;
-  bool no_prox;  // Adan: decay before the step by a product, as AdamW does, not after it by a quotient
+  bool no_prox;  // Adan: decay by a product before the step, as AdamW does, not by a quotient after it
   double log1, log2, log3;
 };
 
 // 1 - beta^k, from the logarithm of beta.
 MDT_HOST_DEVICE double correction(double log_beta, double k) { return -expm1(k * log_beta); }
 
-// What one parameter's elements need: from the settings, its step count k, the rate and the norm.
+// The factors for the elements of one parameter, from the settings, its step count k, the learning rate and the norm.
 struct Factors {
   float clip, beta1, beta2, beta3, lerp1, lerp2, lerp3, eps;
   float step_m, step_v, inv_root, shrink, grow;
   bool first;
 };
 
-// The factor that brings a gradient of this norm to max_grad_norm at most.
+// The factor that scales a gradient of this norm down to at most max_grad_norm.
 MDT_HOST_DEVICE double clip_factor(const Settings& s, double norm) {
   if (!(s.max_grad_norm > 0)) return 1;
   const double factor = s.max_grad_norm / (norm + s.clip_eps);
@@ -72,7 +72,7 @@ MDT_HOST_DEVICE Factors adamw_factors(const Settings& s, double k, double lr, do
   return f;
 }
 
-// Xie et al. 2022, Algorithm 1; `prev` is minus the clipped gradient of the step before.
+// Xie et al. 2022, Algorithm 1. `prev` is minus the clipped gradient of the previous step.
 MDT_HOST_DEVICE void adan_update(
     const Factors& f, float grad, float& p, float& m, float& v, float& n, float& prev) {
   const float g = grad * f.clip;
@@ -86,7 +86,7 @@ MDT_HOST_DEVICE void adan_update(
   prev = -g;
 }
 
-// Loshchilov & Hutter 2019, as torch.optim.AdamW has it.
+// Loshchilov & Hutter 2019, in the form of torch.optim.AdamW.
 MDT_HOST_DEVICE void adamw_update(const Factors& f, float grad, float& p, float& m, float& v) {
   const float g = grad * f.clip;
   m += f.lerp1 * (g - m);
@@ -107,15 +107,15 @@ MDT_HOST_DEVICE float from_bfloat16(uint16_t half) {
   return x;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even; NaN stays NaN.
 MDT_HOST_DEVICE uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-// Up or down, by chance in proportion: a moment whose change is below half a bfloat16 step still moves on
-// average. The chance is a hash of (seed, index): the same bits in every run.
+// Stochastic rounding, so that a moment whose change is below half a bfloat16 step still moves on average. The random
+// bits are a hash of (seed, index), so every run gives the same result.
 MDT_HOST_DEVICE uint16_t to_bfloat16_by_chance(float x, uint32_t seed, int64_t index) {
   uint32_t h = uint32_t(index) ^ uint32_t(index >> 32) * 0x9e3779b9u ^ seed;
   h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;

@@ -1,4 +1,4 @@
-// Vectors of floats: their sums, in an order that no processor changes, exp, and memory for them.
+// Vectors of floats: sums in an order that is the same on every processor, exp, and buffers.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace mdt_fast {
 
-constexpr int kLanes = 16;  // of a sum: floats of an AVX-512 register
+constexpr int kLanes = 16;  // partial sums of a reduction: the floats of an AVX-512 register
 constexpr size_t kAlignment = 64;
 
 MDT_TARGETS inline float sum(const float* x, int64_t length) {
@@ -41,11 +41,12 @@ inline To bits(From from) {
   return to;
 }
 
-// exp(x) to 2 units in the last place (below -87 that of -87, 1.6e-38; infinity above 88.4), in a form that compilers vectorise.
+// exp(x) to 2 units in the last place, in a form that compilers vectorise. Below -87 it is exp(-87) = 1.6e-38; above
+// 88.4 it is infinity.
 inline float exponential(float x) {
   x = x > 88.8f ? 88.8f : x;
   x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+  const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -64,7 +65,7 @@ inline void prefetch(const void* at) { __builtin_prefetch(at); }
 inline void prefetch(const void*) {}
 #endif
 
-// 2^x to 2 units in the last place, for x from -126 to 126: exponential's cheaper sister.
+// 2^x to 2 units in the last place, for x from -126 to 126; cheaper than `exponential`.
 inline float power_of_two(float x) {
   const float shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
   float p = 1.3264727e-3f;
@@ -76,7 +77,7 @@ inline float power_of_two(float x) {
   return p * bits<float>((bits<uint32_t>(shifted) + (127u - 0x4B400000u)) << 23);
 }
 
-// Buffers of D floats for one thread.
+// Aligned buffers of D floats for one thread.
 class Buffers {
  public:
   Buffers(int count, int64_t D) : size_((D + kLanes - 1) / kLanes * kLanes), floats_((count + 1) * size_ + kLanes) {}

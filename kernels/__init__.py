@@ -1,7 +1,7 @@
-"""The operations that MDT and DiT are made of, one room each; use them in your own model.
+"""The operations of MDT and DiT, one package each, for use in your own models.
 
-Every room has a plain PyTorch ``reference.py`` that serves any device; :func:`backends` says what
-serves each op on this machine, and why.
+Every package has a plain PyTorch ``reference.py`` that serves any device. :func:`backends` says what serves
+each op on this machine, and why.
 """
 
 from .backends import Backend, backends

@@ -1,6 +1,7 @@
-"""Compiling Triton kernels for GPUs that are not there, and reading what the machine code says.
+"""Compile Triton kernels for GPUs that this machine does not have, and read statistics from the machine code.
 
-Rooms list their kernels at the shapes they serve as :class:`Case`; ``bench/kernels.py`` compiles them all.
+Each kernel package lists its kernels at the shapes they serve as :class:`Case`; ``bench/kernels.py`` compiles
+them all.
 """
 
 import re
@@ -16,16 +17,16 @@ from typing import Any
 from .launches import Entry
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-"""A100, H100 and H200, B200; AMD's MI300."""
+"""A100; H100 and H200; B200; AMD's MI300."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One kernel at one shape.
 
-    ``dtypes``: Triton's type name of every argument that is no constant (``*bf16``, ``i32``, ``fp32``).
-    ``aligned``: arguments whose value divides by 16 at this shape, as Triton would see at launch.
-    ``entry``: where ``tuned.json`` has its launch choice, if one can be measured.
+    ``dtypes``: Triton's type name of every argument that is not a constant (``*bf16``, ``i32``, ``fp32``).
+    ``aligned``: the arguments that are multiples of 16 at this shape, as Triton would see at launch.
+    ``entry``: its entry in ``tuned.json``, if its launch choice can be tuned.
     """
 
     kernel: Any
@@ -39,10 +40,10 @@ class Case:
 
 
 def compile_cases(cases: Sequence[Case], arch: str) -> list[dict[str, int] | Exception]:
-    """Compile each for ``arch``; registers, spills, shared memory and instruction counts by name.
+    """Compile each case for ``arch``; returns its registers, spills, shared memory and instruction counts.
 
-    In a kernel's place what Triton raised, where it does not compile or does not fit. Many at a time cost
-    less than one by one: the disassembler takes longer to start than to read.
+    A kernel that does not compile or does not fit yields Triton's exception instead. Many cases per call cost
+    less than one at a time, because the disassembler takes longer to start than to read.
     """
     compiled = [_compile(case, arch) for case in cases]
     good = [one for one in compiled if not isinstance(one, Exception)]
@@ -56,14 +57,14 @@ def compile_cases(cases: Sequence[Case], arch: str) -> list[dict[str, int] | Exc
             for path, one in zip(paths, good, strict=True):
                 path.write_bytes(one.asm["cubin"])
             read = [numbers for kernels in read_cubins(paths) for numbers in kernels.values()]
-    # Shared memory is asked for at launch: the binary itself does not tell.
+    # Shared memory is requested at launch, so the binary itself does not say how much.
     full = [numbers | {"shared_bytes": one.metadata.shared} for numbers, one in zip(read, good, strict=True)]
     numbers = iter(full)
     return [one if isinstance(one, Exception) else next(numbers) for one in compiled]
 
 
 def _compile(case: Case, arch: str) -> Any:
-    """Triton's compiled kernel, or what it raised."""
+    """Triton's compiled kernel, or the exception it raised."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -71,7 +72,7 @@ def _compile(case: Case, arch: str) -> Any:
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.dtypes[name] for name in names}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    # Sorted: Triton's cache goes by their order too, and a set's differs from process to process.
+    # Sorted, because Triton's cache key depends on the order, and a set's order differs between processes.
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(case.aligned)}
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -86,7 +87,7 @@ def _compile(case: Case, arch: str) -> Any:
 def read_cubins(paths: Sequence[Path]) -> list[dict[str, dict[str, int]]]:
     """Registers, spills, stack, static shared memory and instruction counts of each kernel in each file.
 
-    The files are for one architecture.
+    All files must be for the same architecture.
     """
     usage: list[dict[str, tuple[int, ...]]] = []
     code: dict[tuple[int, str], bytes] = {}
@@ -110,7 +111,7 @@ def read_cubins(paths: Sequence[Path]) -> list[dict[str, dict[str, int]]]:
 
 
 def _disassemble(binaries: Sequence[bytes], arch: str) -> list[str]:
-    """The instructions of each, a line each, of one run over all of them one after the other."""
+    """The instructions of each binary, one per line, from one run over all binaries concatenated."""
     ends = list(accumulate(map(len, binaries)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "all.bin"
@@ -132,7 +133,7 @@ def _numbers(sass: str, registers: int, stack: int, shared: int, local: int) -> 
             "LDGSTS.128": r"\bLDGSTS\S*\.128", "STG": r"\bSTG\b", "STG.128": r"\bSTG\S*\.128",
         }.items()
     }  # fmt: skip
-    # Local memory is where registers go that do not fit; loads and stores of it tell of spills too.
+    # Registers spill to local memory, so loads and stores of it also indicate spills.
     spills = local + 4 * 32 * (counts["LDL"] + counts["STL"])
     return {
         "registers": registers, "stack_bytes": stack, "shared_bytes": shared, "spill_bytes": spills,
@@ -146,10 +147,11 @@ UNIFORM_RESULT = re.compile(
 
 
 def unset_registers(sass: str) -> list[str]:
-    """Instructions of Hopper's that read a uniform register (UR) which none before them has written.
+    """Hopper instructions that read a uniform register (UR) which no instruction before them has written.
 
-    ptxas 12.8 makes such code of some ``wgmma`` whose operand in shared memory is not filled ahead: the
-    descriptor is whatever the register held. Seen on an H100, as an illegal memory access now and then.
+    ptxas 12.8 generates such code for some ``wgmma`` whose operand in shared memory is not filled by a
+    pipelined load. The descriptor is then whatever the register held. This was seen on an H100, as an
+    occasional illegal memory access.
     """
     written: set[int] = set()
     found = []
@@ -164,7 +166,7 @@ def unset_registers(sass: str) -> list[str]:
             if result is not None and i == target:
                 continue
             if descriptor := re.search(r"gdesc\[UR(\d+)\]", text):
-                # Four registers: A's descriptor (not read where A is in registers) and B's.
+                # Four registers: A's descriptor (not read if A is in registers) and B's.
                 first, a_in_registers = int(descriptor[1]), i == 2
                 read |= set(range(first + 2 * a_in_registers, first + 4))
                 continue
@@ -179,7 +181,7 @@ def unset_registers(sass: str) -> list[str]:
 
 
 def _tool(name: str, *arguments: str | Path, cwd: str | None = None) -> str:
-    """What one of the tools prints that Triton brings."""
+    """The output of one of the tools that come with Triton."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

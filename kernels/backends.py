@@ -1,8 +1,8 @@
 """Which implementation serves each op on this machine, and why.
 
 Ops with a Triton kernel run it on CUDA (float32, float16, bfloat16), and under ``TRITON_INTERPRET=1`` in
-Triton's interpreter (for tests); those of ``csrc/`` run there where it was built; everything else runs the
-plain PyTorch of the room's ``reference.py``.
+Triton's interpreter (for tests). Ops of ``csrc/`` run on the devices for which it was built. Everything else
+runs the plain PyTorch of the package's ``reference.py``.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from .native import MISSING, vector_bits
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the Triton kernels take; they compute in float32, so float64 goes to PyTorch."""
+"""The dtypes of the Triton kernels. They compute in float32, so float64 goes to PyTorch."""
 
 WITH_TRITON = (
     "ln_modulate",
@@ -45,7 +45,7 @@ WITH_TRITON = (
 )
 
 IN_FLOAT8 = ("quantize_rows", "quantize_weight")
-"""Of these, what writes float8, which not every GPU has."""
+"""Those that write float8, which not every GPU supports."""
 
 WITH_CPP = {
     "ln_modulate": 0,
@@ -59,8 +59,8 @@ WITH_CPP = {
     "rel_attention": 256,
     "rel_attention_qkvpacked": 256,
 }
-"""Of these, what ``csrc/`` serves on a CPU, with the narrowest vectors (in bits): with narrower ones,
-attention's products are slower than PyTorch's."""
+"""Those that ``csrc/`` serves on a CPU, with the narrowest vectors (in bits) for which it does. With narrower
+ones, attention's products are slower than PyTorch's."""
 
 NATIVE = ("mask_plan", "grad_sumsq", "adan_step", "adamw_step")
 
@@ -75,7 +75,7 @@ OPS = (
 
 @dataclass(frozen=True)
 class Backend:
-    """One op's implementation: ``op`` its public name, ``backend`` what serves it, ``reason`` why."""
+    """One op's implementation: ``op`` is its public name, ``backend`` what serves it, and ``reason`` why."""
 
     op: str
     backend: str
@@ -88,31 +88,33 @@ def backends() -> list[Backend]:
 
 
 def tf32() -> bool:
-    """Whether PyTorch may take TF32's products for float32's on CUDA devices
+    """Whether PyTorch may use TF32 for float32 products on CUDA devices
     (``torch.set_float32_matmul_precision("high")``, ``torch.backends.cuda.matmul.allow_tf32``)."""
     return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether a registered op that has a Triton kernel, once it is called, runs that on ``x``."""
+    """Whether a registered op with a Triton kernel runs that kernel when it is called on ``x``."""
     here = INTERPRETING or (x.is_cuda and HAS_TRITON)
     return here and x.dtype in DTYPES
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether ``x`` is to be given to such an op: not where plain PyTorch has to be seen."""
+    """Whether to call such an op on ``x``: not if only plain PyTorch may be used."""
     return on_triton(x) and not plain_only()
 
 
 @cache
 def launching(room: str) -> Any:
-    """The module of a room, by the name of its package, that launches its Triton kernels; imported when it is
-    first needed, as not every machine has Triton."""
+    """The module that launches the Triton kernels of a kernel package, by the package's name.
+
+    It is imported on first use, because not every machine has Triton.
+    """
     return importlib.import_module(f"{room}.launch")
 
 
 def uses_csrc(*tensors: Tensor | None) -> bool:
-    """Whether an op that has a C++ kernel for the CPU runs it on these."""
+    """Whether an op with a C++ kernel for the CPU runs it on these tensors."""
     if MISSING["cpu"] is not None or INTERPRETING or plain_only():
         return False
     for x in tensors:  # noqa: SIM110 - a generator takes half a microsecond more

@@ -1,5 +1,7 @@
-"""What the host reads off tensors, for as long as the same ones are asked about: all blocks of a step are
-given the offsets and positions of one batch."""
+"""Cache values that the host reads from tensors, as long as the same tensors are asked about.
+
+All transformer blocks of a step get the same offsets and positions of one batch.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -15,10 +17,13 @@ R = TypeVar("R")
 
 
 def of_the_last(function: Callable[..., R]) -> Callable[..., R]:
-    """``function`` of tensors, numbers and names, not called again with what it was last called with, unless
-    a tensor was written to since (by ``.data`` or a NumPy array of its memory is not seen). The answer goes
-    with the first of the tensors that does; what is raised is not kept, nor what a dispatch mode looks at,
-    such as checkpointing, which has to see the same operations twice."""
+    """``function`` of tensors, numbers and names, with its last result cached.
+
+    A call with the same arguments as the last one returns the cached result, unless one of the tensors was
+    written to since. Writes through ``.data`` or a NumPy array on the same memory are not noticed. The result
+    is dropped when any of the tensors is freed. Exceptions are not cached, and neither are results under a
+    dispatch mode such as checkpointing, which must see the same operations twice.
+    """
     last: tuple[tuple[Any, ...], Any] | None = None
 
     def forget(_: Any) -> None:
@@ -33,7 +38,7 @@ def of_the_last(function: Callable[..., R]) -> Callable[..., R]:
         nonlocal last
         if torch.compiler.is_compiling() or not _can_be_noted(args):
             return function(*args)
-        kept = last  # another thread may forget it
+        kept = last  # another thread may clear it
         if kept is not None and all(map(_is_noted, kept[0], args)):
             known: R = kept[1]
             return known
@@ -45,7 +50,7 @@ def of_the_last(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def _can_be_noted(args: tuple[Any, ...]) -> bool:
-    if torch.is_inference_mode_enabled() or modes():  # what is made in the first is of no use outside
+    if torch.is_inference_mode_enabled() or modes():  # results of inference mode are of no use outside it
         return False
     return all(type(arg) in PLAIN and not arg.is_inference() for arg in args if isinstance(arg, Tensor))
 

@@ -1,7 +1,7 @@
-"""The ops of ``csrc/``: two libraries, for the CPU and for CUDA, built with the package where possible.
+"""The ops of ``csrc/``: two libraries, for the CPU and for CUDA, built with the package if possible.
 
-They are looked for beside this file, or in ``MDT_FAST_NATIVE`` if that names a folder; with
-``MDT_FAST_NATIVE=0`` they are left alone. Where one is missing, PyTorch serves.
+They are loaded from this file's folder, or from the folder that ``MDT_FAST_NATIVE`` names. With
+``MDT_FAST_NATIVE=0`` they are not loaded. If one is missing, PyTorch serves.
 """
 
 import os
@@ -15,7 +15,7 @@ SETTING = os.environ.get("MDT_FAST_NATIVE", "")
 
 
 def _load(device: str) -> str | None:
-    """Load a device's library. Returns what keeps it from serving, or None."""
+    """Load a device's library; returns the reason if it cannot serve, else None."""
     if SETTING == "0":
         return "turned off by MDT_FAST_NATIVE=0"
     folder = Path(SETTING) if SETTING else Path(__file__).parent
@@ -38,7 +38,7 @@ def _load(device: str) -> str | None:
 
 
 MISSING: dict[str, str | None] = {}
-"""For each device, why its library is not loaded; None where it is."""
+"""For each device, the reason why its library is not loaded, or None if it is."""
 for _device in DEVICES:
     MISSING[_device] = _load(_device)
 
@@ -49,26 +49,26 @@ def library(device: str) -> bool:
 
 
 def vector_bits() -> int:
-    """Width of the vectors that the CPU's ops compute in on this processor: 128, 256 or 512; 0 where the
-    compiler chose for all processors. ``RuntimeError`` without the library."""
+    """The vector width in bits of the CPU ops on this processor: 128, 256 or 512, or 0 if the compiler chose
+    one for all processors. Raises ``RuntimeError`` without the library."""
     if not library("cpu"):
         raise RuntimeError(f"the CPU ops are {MISSING['cpu']}")
     return _VECTOR_BITS
 
 
 _VECTOR_BITS: int = torch.ops.mdt_fast.vector_bits() if library("cpu") else 0
-"""Asked once, for torch.compile's sake: its graphs hold no op that returns a number."""
+"""Asked once at import, because the graphs of torch.compile cannot hold an op that returns a number."""
 
 
 class _Ops:
-    """A library's ops by the names of Triton's launches: ``CPU.bias_gelu_fwd`` is ``bias_gelu_fwd_cpu``."""
+    """A library's ops, named as Triton's launches: ``CPU.bias_gelu_fwd`` is ``bias_gelu_fwd_cpu``."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def __getattr__(self, name: str) -> Any:
         op = getattr(torch.ops.mdt_fast, f"{name}_{self._device}").default
-        setattr(self, name, op)  # found at once from now on
+        setattr(self, name, op)  # later look-ups find it directly
         return op
 
 

@@ -1,8 +1,8 @@
-"""The rooms' functions as operators ``mdt_fast::...`` of PyTorch.
+"""Kernel functions as PyTorch operators ``mdt_fast::...``.
 
-What looks at operators sees one: ``torch.compile``, fake tensors, checkpointing by operator, counters of
-FLOPs. Eager code has no use for the way through the dispatcher, which takes longer than many a kernel: there
-an op is a call of its function, of which the profiler sees the kernels alone.
+Everything that looks at operators sees one: ``torch.compile``, fake tensors, selective checkpointing, FLOP
+counters. Eager code does not need the dispatcher, which takes longer than many kernels. There, calling an op
+calls its function directly, and the profiler sees only the kernels.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 R = TypeVar("R")
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Whose memory is what it seems to be; a subclass may be a shard, or have none."""
+"""Types that own the memory they appear to; a subclass may be a shard, or have no memory."""
 
 _FUNC, _VMAP, _TRACER = map(
     torch._C._dispatch_key_parse, ("FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")
@@ -47,18 +47,18 @@ class Op(Generic[R]):
         return self.formula.apply(*args) if gradients and self.formula else self.function(*args)
 
     def within(self, ctx: Any) -> Callable[..., R]:
-        """What to call in the forward pass of an autograd function with this context: the function itself
-        where :func:`applied` has found that nothing looks at operators."""
+        """What to call in the forward pass of an autograd function with this context: the function itself if
+        :func:`applied` has found that nothing looks at operators, else the op."""
         return self.function if type(ctx) is _Nothing else self
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What the outputs look like, from tensors without numbers."""
+        """Register the function that makes outputs of the right shapes from fake tensors."""
         torch.library.register_fake(self.name)(function)
         return function
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """As ``torch.library.register_autograd``, for the operator and for its function. There is no second
-        derivative: asking for one is an error."""
+        """As ``torch.library.register_autograd``, for both the operator and its function. There is no second
+        derivative; asking for one raises an error."""
         backward = once(backward)
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
 
@@ -72,16 +72,16 @@ class Op(Generic[R]):
 
 
 def registered(name: str) -> Callable[[Callable[..., R]], Op[R]]:
-    """Register the function below, which changes none of its arguments, as the operator ``name``.
+    """Register the decorated function, which must not change its arguments, as the operator ``name``.
 
-    Its annotations are the schema (``torch.library.infer_schema``). Called on plain tensors where nothing
-    looks at operators, it is the function itself.
+    Its annotations are the schema (``torch.library.infer_schema``). On plain tensors, and if nothing looks at
+    operators, a call runs the function directly.
     """
     return lambda function: Op(name, function)
 
 
 def on_their_device(function: Callable[..., R]) -> Callable[..., R]:
-    """``function`` with the GPU of its tensors as the current one, which is where Triton launches kernels."""
+    """``function`` with the GPU of its tensors as the current device, on which Triton launches kernels."""
 
     @wraps(function)
     def run(*args: Any) -> R:
@@ -97,8 +97,11 @@ def on_their_device(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that cannot be differentiated: whoever tries gets an error, and never a gradient that
-    lacks its part (as PyTorch's ``once_differentiable`` gives it where the incoming gradient is constant)."""
+    """A backward pass that cannot be differentiated.
+
+    An attempt raises an error and never gives a gradient that lacks this function's part, as PyTorch's
+    ``once_differentiable`` does if the incoming gradient is constant.
+    """
 
     @wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
@@ -110,7 +113,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return results
         several = results if isinstance(results, tuple) else (results,)
         given = [x for x in several if isinstance(x, Tensor)]
-        # Of what they follow from, too: autograd looks at nothing that the inputs asked for do not reach.
+        # They must also depend on their sources: autograd skips what the requested inputs do not reach.
         sources = [x for x in (*ctx.saved_tensors, *gradients) if isinstance(x, Tensor) and x.requires_grad]
         once_alone = iter(_OnceAlone.apply(len(given), *(sources or [_nowhere()]), *given))
         return tuple(next(once_alone) if isinstance(x, Tensor) else x for x in several)
@@ -119,7 +122,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _ReadOnce:
-    """A context of autograd whose saved tensors are asked for once, as checkpointing has it."""
+    """An autograd context that reads its saved tensors only once, as checkpointing requires."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx
@@ -132,7 +135,7 @@ class _ReadOnce:
 
 
 class _OnceAlone(torch.autograd.Function):
-    """The last ``number`` tensors, which all of them would be differentiated for."""
+    """Returns the last ``number`` tensors; differentiating them with respect to any of the inputs raises."""
 
     @staticmethod
     def forward(ctx: Any, number: int, *tensors: Tensor) -> Any:
@@ -147,12 +150,12 @@ class _OnceAlone(torch.autograd.Function):
 
 
 def _nowhere() -> Tensor:
-    """A tensor whose gradient may be asked for, of whom nobody knows."""
+    """A tensor that requires a gradient and that nothing else refers to."""
     return torch.empty(0, requires_grad=True)
 
 
 class _Nothing:
-    """In place of an autograd context where no gradient will be asked for."""
+    """Replaces an autograd context if no gradient will be asked for."""
 
     needs_input_grad: tuple[bool, ...] = ()
 
@@ -162,15 +165,15 @@ class _Nothing:
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``; of eager code without gradients the forward pass alone."""
+    """``function.apply(*args)``; in eager code without gradients, only the forward pass."""
     if torch.compiler.is_compiling() or needs_grad(args) or watched(args):
         return function.apply(*args)
     return function.forward(_Nothing(), *args)
 
 
 def watched(args: tuple[Any, ...]) -> bool:
-    """Whether anything looks at operators here, or memory does not hold the numbers: a dispatch mode, a
-    transform of torch.func, a tracer, a subclass, the meta device, a lazy sign."""
+    """Whether anything looks at operators here, or an argument's memory does not hold its values: a dispatch
+    mode, a transform of torch.func, a tracer, a subclass, the meta device, a lazy negation."""
     if modes() or _included(_FUNC) or _included(_VMAP) or _included(_TRACER):
         return True
     for arg in args:
@@ -183,7 +186,7 @@ def watched(args: tuple[Any, ...]) -> bool:
 
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
-    """Whether the gradient of one of these is asked for."""
+    """Whether a gradient is needed for any of these arguments."""
     if torch.is_grad_enabled():
         for arg in args:
             if isinstance(arg, Tensor) and arg.requires_grad:

@@ -1,4 +1,4 @@
-"""Attention with a learnt relative position bias."""
+"""Attention with a learned relative position bias."""
 
 from .backends import attention_backends
 from .op import rel_attention, rel_attention_qkvpacked

@@ -1,4 +1,4 @@
-"""The kernels at the published models' head sizes, 64 (S, B, L) and 72 (XL): compiling without a GPU."""
+"""Kernels at the head sizes of the published models, 64 (S, B, L) and 72 (XL), to compile without a GPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,12 +40,12 @@ BIASES = {"no bias": NO_BIAS, "lookup": LOOKUP, "dense": DENSE}
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Every kernel: unmasked, masked and packed (ragged), each with the bias forms that it can meet there."""
+    """Every kernel, for unmasked, masked and packed (ragged) batches, with the bias forms possible there."""
     for d, dtype in product(HEAD_DIMS, DTYPES):
         configs = launch_configs(arch, d, KINDS[dtype])
         for (form, bias), tokens in product(BIASES.items(), ("all", "kept", "packed")):
             if bias == NO_BIAS and tokens == "kept":
-                continue  # without a bias, positions mean nothing
+                continue  # without a bias, positions have no effect
             label = f"d={d} {tokens} {form} {dtype}"
             places = bias != NO_BIAS and tokens != "all"
             shape = _shape(d, dtype, arch) | {
@@ -82,7 +82,7 @@ def cases(arch: str) -> Iterator[Case]:
 
 
 def _wide_cases(arch: str) -> Iterator[Case]:
-    """For NVIDIA's, what takes most registers: float32 at the widest head, and TF32's products."""
+    """On NVIDIA, the cases with most registers: float32 at the widest head, and TF32 products."""
     if arch.startswith("gfx"):
         return
     most: list[tuple[int, Kind]] = [(MAX_HEAD_DIM, "float32")]
@@ -102,7 +102,7 @@ def _wide_cases(arch: str) -> Iterator[Case]:
 
 
 def _small_cases(arch: str) -> Iterator[Case]:
-    """The kernels that know no head size."""
+    """The kernels that do not depend on the head size."""
     launch = LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=2)
     constants = {"G": GRID, "BLOCK_M": 16, "BLOCK_N": 128}
     yield _case(rel_attention_bias_kernel, "fp32", constants, 64, "fp32", launch)
@@ -135,7 +135,7 @@ def _case(
 ) -> Case:
     op = kernel.__name__.removesuffix("_kernel")
     dtypes = {name: _dtype(name, dtype) for name in kernel.arg_names if name not in constants}
-    # Rows of a head are a multiple of 16 numbers apart in all published models; heads are not at 72.
+    # The row stride of a head is a multiple of 16 in all published models; the head stride is not at 72.
     aligned = {name for name in dtypes if name.endswith("_ptr") or name.startswith("stride")}
     if head_dim % 16:
         aligned -= {name for name in aligned if name.startswith("stride") and name.endswith("h")} - {

@@ -1,4 +1,4 @@
-"""Which library computes attention: each has a module, with what it refuses and how it is called."""
+"""The libraries that compute attention. Each has a module with what it refuses and how it is called."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ ATTENTION_BACKENDS = ("auto", *LIBRARIES)
 
 
 def choose(name: str, q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str:
-    """The backend that serves this call. ``ValueError`` where the one asked for cannot, with the reason."""
+    """The backend that serves this call; ``ValueError`` with the reason if the requested one cannot."""
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend: got {name!r}, allowed are {', '.join(ATTENTION_BACKENDS)}")
     if name == "auto" and uses_triton(q):
@@ -54,7 +54,7 @@ def attend_packed(name: str, qkv: Tensor, table_RH: Tensor | None, call: Call) -
 
 
 def attention_backends() -> list[Backend]:
-    """One row per library: its version or what it lacks here, what it serves and what it cannot."""
+    """One row per library: its version, or whether it is here; what it serves and what it does not."""
     triton = uses_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
     rows = {
         "triton": ("here" if triton else None, "all of it, deterministic; CUDA, head sizes up to 128"),

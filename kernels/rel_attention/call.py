@@ -1,4 +1,4 @@
-"""What one call of attention is about, apart from the tensors that carry gradients."""
+"""The arguments of one attention call, apart from the tensors that carry gradients."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,12 @@ from torch import Tensor
 
 
 class Side(NamedTuple):
-    """Where queries or keys stand: ``pos`` [B, length] or [R], or None for the whole grid in order; with
-    ``offsets`` (int32 [B + 1]) samples differ in length, and the longest has ``length`` tokens at most."""
+    """Layout of the queries or keys.
+
+    ``pos`` are the grid positions [B, length] or [R], or None for the whole grid in order. ``length`` is the
+    number of tokens per sample. For a ragged batch, ``offsets`` are the cumulative sequence lengths (int32
+    [B + 1]), and ``length`` bounds the longest sample.
+    """
 
     pos: Tensor | None
     offsets: Tensor | None
@@ -16,7 +20,7 @@ class Side(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Both sides, G, the factor of q k^T, and the Triton kernels' ways (``config.py``)."""
+    """Both sides, G, the factor of q k^T, and the variants of the Triton kernels (see ``config.py``)."""
 
     queries: Side
     keys: Side

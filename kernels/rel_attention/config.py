@@ -1,7 +1,7 @@
-"""Launch choices as plain data: no autotuning in a user's first step.
+"""Launch choices as plain data, so that a user's first step does no autotuning.
 
-Found by compiling for each architecture (no spills at the published head sizes); ``tuned.json`` holds what
-was found faster on a GPU.
+The defaults were chosen by compiling for each architecture (no spills at the published head sizes);
+``kernels/tuned.json`` holds the choices measured on sm_90.
 """
 
 from dataclasses import dataclass, replace
@@ -11,25 +11,25 @@ from typing import Literal, get_args
 from ..launches import Entry, shape_class, tuned_for
 
 BiasForm = Literal["lookup", "dense"]
-"""``lookup``: every score reads the table. ``dense``: one float32 bias [H, G*G, G*G] is written per call, and
-shared by the batch."""
+"""``lookup``: every score reads the table. ``dense``: each call writes one float32 bias [H, G*G, G*G], which
+the batch shares."""
 TableGrad = Literal["recompute", "store"]
-"""``recompute``: scores once more, dS summed over samples in registers. ``store``: the gradients of k and v
-write dS for some samples at a time, which are gathered; in half types and up to ``GATHERED`` grid positions
-the gradient of q is made of them on the way, without scores of its own. The table's sums are of dS as it is
-stored, in half types of rounded numbers."""
+"""``recompute``: compute the scores once more and sum dS over samples in registers. ``store``: the kernel for
+the gradients of k and v stores dS for some samples at a time, and another kernel gathers it. In half types
+and up to ``GATHERED`` grid positions, that kernel also computes the gradient of q from dS, without scores of
+its own. The table's sums are of dS as stored, which half types round."""
 BIAS_FORMS, TABLE_GRADS = get_args(BiasForm), get_args(TableGrad)
 Kind = Literal["half", "float32", "tf32"]
-"""What products are of: float16 or bfloat16; float32; float32 by TF32's tensor cores."""
+"""The operands of the products: float16 or bfloat16; float32; float32 on TF32 tensor cores."""
 
 MAX_HEAD_DIM = 128
 EIGHT = 8
-"""Numbers of two bytes in the widest access."""
+"""Two-byte numbers in the widest memory access."""
 MAX_GRID = 64
-"""64 x 64 tokens: images of 1024 pixels at patch 2 on latents, or 512 pixels at patch 8."""
+"""64 x 64 tokens: 1024-pixel images at patch 2 on latents, or 512-pixel images at patch 8."""
 
 DS_BYTES = 128 * 2**20
-"""Most memory for dS at a time with ``store``, unless one sample takes more."""
+"""Most memory for dS at a time with ``store``, unless a single sample needs more."""
 GATHERED = 256
 """Most grid positions whose dS a program reads at once."""
 DBIAS_BYTES = 256 * 2**20
@@ -38,7 +38,7 @@ DBIAS_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """``block_m`` queries and ``block_n`` keys a program holds; warps and pipeline stages of each program."""
+    """A program's tile of ``block_m`` queries by ``block_n`` keys, its warps and its pipeline stages."""
 
     block_m: int
     block_n: int
@@ -48,8 +48,8 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfigs:
-    """One for each kernel: forward; gradient of q; of k and v; of the table by ``recompute``; of the table
-    and q by ``store``."""
+    """One choice per kernel: forward; gradient of q; gradients of k and v; gradient of the table with
+    ``recompute``; gradients of the table and q with ``store``."""
 
     forward: LaunchConfig
     q: LaunchConfig
@@ -63,11 +63,11 @@ def _launch(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Laun
 
 
 _SUMMING = _launch(32, 64, 4, 2)
-"""Of stored dS that is added up, and no more."""
+"""For a gather that only sums the stored dS."""
 
 
 def _launches(*each: tuple[int, int, int, int]) -> LaunchConfigs:
-    """Block of queries, block of keys, warps, stages: forward, q, kv, bias."""
+    """(``block_m``, ``block_n``, ``num_warps``, ``num_stages``) of each of: forward, q, kv, bias."""
     forward, q, kv, bias = (_launch(*one) for one in each)
     return LaunchConfigs(forward=forward, q=q, kv=kv, bias=bias, gather=_SUMMING)
 
@@ -86,7 +86,7 @@ _HALF = {
     ("gfx942", 80): _launches(*[(64, 64, 4, 1)] * 4),
     ("gfx942", 128): _launches((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
-"""By architecture and the widest head that a row serves (80: as 64 + 16 columns)."""
+"""By architecture and the largest head size that the entry serves (80 is held as 64 + 16 columns)."""
 _FLOAT32 = {
     ("sm_80", 64): _launches((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 2)),
     ("sm_80", 80): _launches((32, 32, 8, 1), (32, 32, 8, 2), (32, 16, 4, 2), (32, 32, 4, 2)),
@@ -112,7 +112,7 @@ _TF32 = {
     ("sm_100", 80): _launches((64, 64, 4, 1), (64, 32, 8, 1), (32, 64, 8, 1), (64, 64, 8, 1)),
     ("sm_100", 128): _launches((64, 64, 8, 1), (64, 32, 8, 2), (32, 16, 8, 1), (64, 64, 8, 1)),
 }
-"""NVIDIA's alone."""
+"""Only NVIDIA has these."""
 _GATHER = {
     "sm_80": _launch(16, GATHERED, 8, 1),
     "sm_90": _launch(64, GATHERED, 16, 2),
@@ -120,9 +120,9 @@ _GATHER = {
     "gfx942": _launch(16, GATHERED, 8, 1),
     "interpreter": _launch(64, GATHERED, 1, 1),
 }
-"""Of half types, for the gradient of q, too, where a program reads all keys."""
+"""For half types, where the gather also computes the gradient of q, so that a program reads all keys."""
 _STORING = _launch(16, 32, 8, 2)
-"""Of float32 and heads up to 80: gradients of k and v that store dS."""
+"""For gradients of k and v that store dS, in float32 and with heads up to 80."""
 KERNELS = {
     "forward": "rel_attention_fwd",
     "q": "rel_attention_bwd_q",
@@ -130,13 +130,13 @@ KERNELS = {
     "bias": "rel_attention_bwd_bias",
     "gather": "rel_attention_bwd_gather",
 }
-"""Whose choice each field of :class:`LaunchConfigs` is."""
+"""The kernel of each field of :class:`LaunchConfigs`."""
 _INTERPRETER = _launches(*[(64, 64, 1, 1)] * 4)
-"""Few programs: in Triton's interpreter it is their number that takes time."""
+"""Large tiles, because the interpreter's time goes with the number of programs."""
 
 
 def launch_configs(arch: str, head_dim: int, kind: Kind) -> LaunchConfigs:
-    """For ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``, and a head size."""
+    """Launch choices for a head size on ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` or ``interpreter``."""
     found = _INTERPRETER
     if arch != "interpreter":
         found = {"half": _HALF, "float32": _FLOAT32, "tf32": _TF32}[kind][arch, _widest(head_dim)]
@@ -151,7 +151,7 @@ def launch_configs(arch: str, head_dim: int, kind: Kind) -> LaunchConfigs:
 
 
 def entry(kernel: str, head_dim: int, kind: Kind) -> Entry:
-    """Where ``tuned.json`` has the choice for one of ``KERNELS`` at a head size."""
+    """The entry of ``tuned.json`` for one of ``KERNELS`` at a head size."""
     return kernel, shape_class(_widest(head_dim), kind == "half", kind == "tf32")
 
 
@@ -161,25 +161,26 @@ def _widest(head_dim: int) -> int:
 
 @cache
 def split_head(head_dim: int) -> tuple[int, int]:
-    """Head size as two tile widths, 72 as 64 + 16: a power of two from 16 on, and one for the rest (or 0)."""
+    """The head size as two tile widths, each a power of two of at least 16; the second may be 0. Example: 72
+    as 64 + 16."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(0, head_dim - first)
     return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
 def bias_parts(batch: int, tiles: int) -> int:
-    """Programs that share the samples of one tile of the table's gradient: some 500 in all, each with four
-    samples or more."""
+    """The number of programs that share the samples of one tile of the table's gradient: about 500 in all,
+    each with four samples or more."""
     return max(1, min(batch // 4, -(-512 // tiles)))
 
 
 def gathers_queries(half: bool, grid_size: int) -> bool:
-    """Whether ``store`` makes the gradient of q of the stored dS: a program reads those of all keys."""
+    """Whether ``store`` computes the gradient of q from the stored dS; programs then read dS of all keys."""
     return half and grid_size**2 <= GATHERED
 
 
 def gather_blocks(configs: LaunchConfigs, queries: bool, grid_size: int) -> LaunchConfig:
-    """A tile of grid positions, with all keys where the gradient of q is made of it."""
+    """The gather's tile of grid positions; it has all keys if the gradient of q is computed from it."""
     if not queries:
         return _SUMMING
     wide = max(16, 1 << (grid_size**2 - 1).bit_length())
@@ -187,18 +188,19 @@ def gather_blocks(configs: LaunchConfigs, queries: bool, grid_size: int) -> Laun
 
 
 def kv_blocks(configs: LaunchConfigs, store: bool, head_dim: int, half: bool) -> LaunchConfig:
-    """Of the gradients of k and v, which may store dS on the way."""
+    """Launch choice for the gradients of k and v, with or without storing dS."""
     return _STORING if store and not half and _widest(head_dim) < MAX_HEAD_DIM else configs.kv
 
 
 def gather_parts(samples: int, tiles: int) -> int:
-    """Programs that share the samples of one tile of stored dS: some 128 in all, as each has a
-    multiprocessor to itself, with four samples or more."""
+    """The number of programs that share the samples of one tile of stored dS: about 128 in all, as each
+    occupies a multiprocessor, each with four samples or more."""
     return max(1, min(samples // 4, 128 // tiles))
 
 
 def table_blocks(arch: str, grid_size: int) -> dict[str, int]:
-    """What of ``dbias`` a program of the table's gradient reads at once: up to 8,192 numbers (AMD: 4,096)."""
+    """The block of ``dbias`` that a program of the table's gradient reads at once: up to 8,192 numbers (AMD:
+    4,096)."""
     numbers = 4096 if arch.startswith("gfx") else 8192
     wide, side = (1 << (size - 1).bit_length() for size in (2 * grid_size - 1, grid_size))
     return {"BLOCK_R": max(1, min(side, numbers // (wide * side))), "BLOCK_W": wide, "BLOCK_G": side}

@@ -1,5 +1,7 @@
-"""The samples of a batch in groups that are computed together. H heads, M queries, N keys, n samples of a
-group."""
+"""Split the samples of a batch into groups that are computed together.
+
+H heads, M queries, N keys, n samples of a group.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -13,8 +15,11 @@ from .call import Call, Side
 
 @dataclass
 class Rows:
-    """The queries or keys of a group of samples of one length, n in all. ``sample``: the first in the batch;
-    ``row``: the first row of all samples' rows."""
+    """The queries or keys of a group of ``count`` samples of one ``length``.
+
+    ``sample`` is the index of the first sample in the batch, ``row`` the index of its first row among all
+    rows.
+    """
 
     sample: int
     row: int
@@ -23,17 +28,17 @@ class Rows:
     packed: bool
 
     def of(self, x_BHRd: Tensor) -> Tensor:
-        """A view of theirs: [n, H, length, d]."""
+        """The group's part of ``x`` as a view [n, H, length, d]."""
         if not self.packed:
             return x_BHRd[self.sample : self.sample + self.count]
         return self._split(x_BHRd[0])
 
     def of_all(self, x_HR: Tensor) -> Tensor:
-        """A view of theirs among the rows of all: [n, H, length]."""
+        """The group's part of ``x`` [H, all rows] as a view [n, H, length]."""
         return self._split(x_HR)
 
     def of_positions(self, x: Tensor) -> Tensor:
-        """Theirs of what is like all samples' positions, [B, length] or [R]: [n, length]."""
+        """The group's part of ``x``, which is shaped like the positions, [B, length] or [R]: [n, length]."""
         if not self.packed:
             return x[self.sample : self.sample + self.count]
         return x[self.row : self.row + self.count * self.length].unflatten(0, (self.count, self.length))
@@ -50,13 +55,13 @@ class Group:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What scores and sums are in."""
+    """The dtype of scores and sums."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def groups(q_BHMd: Tensor, k_BHNd: Tensor, call: Call, scores_bytes: int) -> Iterator[Group]:
-    """Samples in order; those that follow each other in one group have equal lengths, and scores within
-    ``scores_bytes``, unless it is one sample."""
+    """Groups of consecutive samples of equal lengths, in order; a group's scores take at most
+    ``scores_bytes``, unless it is a single sample."""
     queries, keys = _lengths(call.queries, q_BHMd), _lengths(call.keys, k_BHNd)
     first, row_q, row_k = 0, 0, 0
     for (M, N), same in itertools.groupby(zip(queries, keys, strict=True)):

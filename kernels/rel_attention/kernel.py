@@ -1,15 +1,15 @@
 """Triton kernels: forward. B samples, H heads, M queries, N keys, d head size, G grid side.
 
-Tensors are addressed as [B, H, rows, d] by strides; with RAGGED, B is 1 there and ``offsets`` [B + 1] say
-where each sample's rows begin. ``lse`` and ``delta`` are [H, all rows]. Head size d is held as D0 + D1
-columns (72 as 64 + 16, of which 8 are read), so that nothing is padded to 128.
+Tensors are strided [B, H, rows, d]. With RAGGED, that B is 1, and ``offsets`` [B + 1] are the cumulative
+sequence lengths. ``lse`` and ``delta`` are [H, all rows]. A head is held as D0 + D1 columns (72 as 64 + 16,
+of which 8 are read), so that nothing is padded to 128.
 
-The bias of a score is ``bias[h, row term of the query + column term of the key]``: with LOOKUP a sum of two
-coordinates points into the table [H, (2G-1)^2 + 3], with DENSE into one [H, G*G, G*G] shared by the batch.
-Scores and biases are held in powers of two: they and ``scale`` times LOG2E.
+The bias of a score is ``bias[h, row term of the query + column term of the key]``. With LOOKUP the two terms
+are coordinates whose sum indexes the table [H, (2G-1)^2 + 3]; with DENSE it indexes a bias [H, G*G, G*G] that
+the batch shares. The softmax is in base 2: scores and biases are multiplied by LOG2E.
 
-With DIRECT (NVIDIA) biases, and what else is read one by one, go from the first-level cache into registers.
-Triton would bring them in ahead, by way of shared memory, four bytes an instruction.
+With DIRECT (NVIDIA), biases and other numbers that are read one by one go from the L1 cache directly into
+registers. Triton would prefetch them through shared memory, four bytes per instruction.
 """
 
 import triton
@@ -21,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _sample(offsets_ptr, i_b, length, RAGGED: tl.constexpr):
-    """First row (of all rows) and number of rows of sample ``i_b``, at most ``length``."""
+    """The first row of sample ``i_b`` among all rows, and its number of rows, at most ``length``."""
     if RAGGED:
         start = tl.load(offsets_ptr + i_b).to(tl.int64)
         return start, tl.minimum((tl.load(offsets_ptr + i_b + 1) - start).to(tl.int32), length)
@@ -30,7 +30,8 @@ def _sample(offsets_ptr, i_b, length, RAGGED: tl.constexpr):
 
 @triton.jit
 def _head(i_b, i_h, row, stride_b, stride_h, stride_r, RAGGED: tl.constexpr, ALIGN: tl.constexpr):
-    """Where head ``i_h`` of a sample begins. At head size 72 it divides by 8, which Triton cannot see."""
+    """The offset of head ``i_h`` of a sample. ALIGN tells Triton that it is a multiple of 8, which Triton
+    cannot see at head size 72."""
     i_h = i_h.to(tl.int64)
     if RAGGED:
         return tl.multiple_of(row * stride_r + i_h * stride_h, ALIGN)
@@ -39,7 +40,7 @@ def _head(i_b, i_h, row, stride_b, stride_h, stride_r, RAGGED: tl.constexpr, ALI
 
 @triton.jit
 def _load(ptr, o_r, m_r, stride_r, o_d, D: tl.constexpr, FIRST: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows of a head, the columns ``o_d``; zeros outside. The FIRST columns need no mask."""
+    """Load rows of a head at the columns ``o_d``, with zeros outside. FIRST columns need no mask."""
     p_tile = ptr + o_r[:, None] * (stride_r // ALIGN * ALIGN) + o_d[None, :]
     if FIRST:
         return tl.load(p_tile, mask=m_r[:, None], other=0.0)
@@ -64,7 +65,7 @@ def _read(address):
 
 @triton.jit
 def _each(ptr, index, DIRECT: tl.constexpr):
-    """Float32 numbers that are read one by one, and stay the same while a kernel runs."""
+    """Load float32 numbers one by one; they must not change while a kernel runs."""
     if DIRECT:
         return _read((ptr + index).to(tl.int64))
     return tl.load(ptr + index)
@@ -72,7 +73,7 @@ def _each(ptr, index, DIRECT: tl.constexpr):
 
 @triton.jit
 def _low_half(ptr, index, DIRECT: tl.constexpr):
-    """The same for whole numbers of eight bytes, of which the low four are taken."""
+    """The same for eight-byte integers; only the low four bytes are read."""
     p = ptr + index
     if DIRECT:
         return tl.inline_asm_elementwise(
@@ -83,7 +84,7 @@ def _low_half(ptr, index, DIRECT: tl.constexpr):
 
 @triton.jit
 def _position(pos_ptr, row, o_r, length, POSITIONS: tl.constexpr, G: tl.constexpr, DIRECT: tl.constexpr):
-    """Where tokens stand in the grid; kept inside it, so that nothing outside the table is ever read."""
+    """Grid positions of tokens, clamped to the grid, so that nothing outside the table is ever read."""
     if POSITIONS:
         pos = _low_half(pos_ptr + row, tl.minimum(o_r, length - 1), DIRECT)
         return tl.minimum(pos.to(tl.uint32, bitcast=True), G * G - 1).to(tl.int32)
@@ -106,7 +107,7 @@ def _key_term(pos, BIAS: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _bias(p_bias, row_term, column_term, DIRECT: tl.constexpr):
-    """The bias of a tile of scores; terms of rows that are not there point into it, too."""
+    """The bias of a tile of scores. It needs no mask: terms of rows out of range also point into the bias."""
     if DIRECT:
         address = (p_bias + row_term).to(tl.int64)[:, None] + (4 * column_term).to(tl.uint32).to(tl.int64)[
             None, :
@@ -130,7 +131,7 @@ def rel_attention_fwd_kernel(
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head against all keys; ``lse`` is log(sum(exp(score)))."""
+    """One block of queries of one head over all keys; ``lse`` is log(sum(exp(score)))."""
     pid = tl.program_id(0)
     i_m, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
     q_row, M = _sample(q_offsets_ptr, i_b, M, RAGGED)
@@ -158,7 +159,7 @@ def rel_attention_fwd_kernel(
     for start in range(0, N, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        if BIAS:  # on its way while the tensor cores work
+        if BIAS:  # loaded first, so it is in flight while the tensor cores work
             k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
             b_bias = _bias(p_bias, q_term, k_term, DIRECT)
         b_s = _dot(b_q0, _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D, ALIGN).trans(), PRECISION)

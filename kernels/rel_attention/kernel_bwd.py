@@ -1,8 +1,9 @@
-"""Triton kernels: gradients of q, k and v. Names and layouts as in ``kernel.py``; scores are computed again.
+"""Triton kernels: gradients of q, k and v. Names and layouts are as in ``kernel.py``; scores are recomputed.
 
 With P = exp(score - lse), dO the gradient of the output and delta = rowsum(dO * out):
 dS = P * (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO. Each program owns what it
-writes: no atomics. Where dS is stored for the table's gradient (``kernel_table.py``), dQ is made from that.
+writes, so there are no atomics. If dS is stored for the table's gradient, ``kernel_table.py`` computes dQ
+from it where ``config.gathers_queries`` allows.
 """
 
 import triton
@@ -34,7 +35,7 @@ def rel_attention_bwd_q_kernel(
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: dQ and delta."""
+    """dQ and delta of one block of queries of one head."""
     pid = tl.program_id(0)
     i_m, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
     q_row, M = _sample(q_offsets_ptr, i_b, M, RAGGED)
@@ -72,7 +73,7 @@ def rel_attention_bwd_q_kernel(
     for start in range(0, N, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        if BIAS:  # on its way while the tensor cores work
+        if BIAS:  # loaded first, so it is in flight while the tensor cores work
             k_term = _key_term(_position(k_pos_ptr, k_row, o_n, N, K_POSITIONS, G, DIRECT), BIAS, G)
             b_bias = _bias(p_bias, q_term, k_term, DIRECT)
         b_k0 = _load(k_ptr, o_n, m_n, stride_kn, o_d0, D, D0 <= D, ALIGN)
@@ -112,8 +113,8 @@ def rel_attention_bwd_kv_kernel(
     PRECISION: tl.constexpr, DIRECT: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one head, against all queries; scores stand transposed here. With STORE also dS
-    [samples from ``first``, H, N, G*G], each query's where it stands in the grid."""
+    """dK and dV of one block of keys of one head, over all queries. Scores are transposed here. STORE also
+    writes dS [samples from ``first``, H, N, G*G], with each query's column at its grid position."""
     pid = tl.program_id(0)
     i_n, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
     ds_ptr += (i_b * H + i_h) * stride_dsh
@@ -150,7 +151,7 @@ def rel_attention_bwd_kv_kernel(
         m_m = o_m < M
         p_row = i_h.to(tl.int64) * rows + q_row + tl.minimum(o_m, M - 1)
         b_lse, b_delta = _each(lse_ptr, p_row, DIRECT) * LOG2E, _each(delta_ptr, p_row, DIRECT)
-        if BIAS:  # on its way while the tensor cores work
+        if BIAS:  # loaded first, so it is in flight while the tensor cores work
             pos_m = _position(q_pos_ptr, q_row, o_m, M, Q_POSITIONS, G, DIRECT)
             q_term = _query_term(pos_m, BIAS, G)
             b_bias = _bias(p_bias, k_term, q_term, DIRECT)
@@ -193,7 +194,7 @@ def rel_attention_bwd_delta_kernel(
     RAGGED: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta of one block of queries of one head."""
+    """``delta`` of one block of queries of one head."""
     pid = tl.program_id(0)
     i_m, i_h, i_b = pid % n_blocks, pid // n_blocks % H, (pid // n_blocks // H).to(tl.int64)
     q_row, M = _sample(q_offsets_ptr, i_b, M, RAGGED)

@@ -1,10 +1,11 @@
-"""Triton kernels: the table spelt out as a bias, and the table's gradient. Names as in ``kernel.py``.
+"""Triton kernels: the table expanded to a bias, and the table's gradient. Names are as in ``kernel.py``.
 
-The gradient goes by way of ``dbias`` [parts, H, G*G, G*G]: for every pair of grid positions the sum of dS
-over the samples that keep both (``slots`` [B, G*G] says which token of a sample stands where, -1 for none).
-It is either computed again from q, k, v, dO and kept in registers over samples, or read from dS as the
-gradients of k and v left it, on the way to that of q. Then each of the table's rows is a sum along one
-diagonal. Every sum has one owner and one order: no atomics.
+The gradient is computed in two steps. The first forms ``dbias`` [parts, H, G*G, G*G]: for every pair of grid
+positions, the sum of dS over the samples that keep both. ``slots`` [B, G*G] is the token of a sample at each
+grid position, or -1 for none. dS is either recomputed from q, k, v and dO and summed over samples in
+registers, or read as the kernel for the gradients of k and v stored it; that read can also yield the gradient
+of q. In the second step, each row of the table is a sum along one diagonal of ``dbias``. Every sum has one
+owner and one order, so there are no atomics.
 """
 
 import triton
@@ -18,7 +19,8 @@ def rel_attention_slots_kernel(
     pos_ptr, offsets_ptr, slots_ptr, placed_ptr, length, RAGGED: tl.constexpr, G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``slots`` of one sample; ``placed`` [B] is 0 where a token found its place taken or outside, else 1."""
+    """``slots`` of one sample. ``placed`` [B] is 0 if a token's position is taken or outside the grid, else
+    1."""
     i_b = tl.program_id(0).to(tl.int64)
     row, length = _sample(offsets_ptr, i_b, length, RAGGED)
     slots_ptr += i_b * (G * G)
@@ -56,7 +58,7 @@ def rel_attention_bias_kernel(
 
 @triton.jit
 def _token(slots_ptr, i_b, o_pos, SLOTS: tl.constexpr, G: tl.constexpr):
-    """Which token of a sample stands at these grid positions, and whether there is one."""
+    """The tokens of a sample at these grid positions, and whether there are any."""
     if SLOTS:
         slot = tl.load(slots_ptr + i_b * (G * G) + o_pos, mask=o_pos < G * G, other=-1)
         return tl.maximum(slot, 0), slot >= 0
@@ -74,7 +76,7 @@ def rel_attention_bwd_bias_kernel(
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``dbias`` [parts, heads, G*G, G*G], of heads from ``first`` on: scores are computed again."""
+    """A tile of ``dbias`` [parts, heads, G*G, G*G], for heads from ``first`` on. Scores are recomputed."""
     i_n, i_m = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
     i_head, i_p, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     i_h = first + i_head
@@ -124,8 +126,9 @@ def rel_attention_bwd_gather_kernel(
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS [samples from ``first``, H, N, G*G] to a tile of ``dbias`` [parts, H, G*G, G*G], each part every
-    ``parts``-th sample; at first 0, set it. With QUERIES (where the tile has all keys) dQ, too."""
+    """Add dS [samples from ``first``, H, N, G*G] to a tile of ``dbias`` [parts, H, G*G, G*G]; each part takes
+    every ``parts``-th sample. With ``first`` 0, the tile is set instead. QUERIES, for tiles that have all
+    keys, also computes dQ."""
     i_n, i_m, i_h = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks, tl.program_id(1)
     i_p, parts = tl.program_id(2), tl.num_programs(2)
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -142,7 +145,8 @@ def rel_attention_bwd_gather_kernel(
         t_n, m_n = _token(k_slots_ptr, first + i_b, o_n, K_SLOTS, G)
         p_ds = ds_ptr + (i_b * H + i_h) * stride_dsh + (t_n[:, None] * stride_dsn + o_m[None, :])
         b_ds = tl.load(p_ds, mask=m_n[:, None], other=0.0)
-        # Nothing was written where no query stands. The products may have it: it stays in its row of dQ.
+        # Columns without a query were never written, so they are masked here. The product below may read
+        # them: they affect only their own rows of dQ, which are not stored.
         b_dbias += tl.where(m_m[None, :], b_ds.to(tl.float32), 0.0)
         if QUERIES:
             i_b += first
@@ -164,13 +168,13 @@ def rel_attention_bwd_table_kernel(
     dbias_ptr, dtable_ptr, first, parts, heads, H,
     G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """One row difference of one head: ``dtable`` [(2G-1)^2 + 3, H], summed along diagonals of ``dbias``."""
+    """``dtable`` [(2G-1)^2 + 3, H] for one row difference of one head: sums along diagonals of ``dbias``."""
     i_r, i_head = tl.program_id(0), tl.program_id(1)
     o_w, o_q = tl.arange(0, BLOCK_W)[None, :, None], tl.arange(0, BLOCK_G)[None, None, :]
     o_k = o_q - o_w + (G - 1)
     inside = (o_q < G) & (o_k >= 0) & (o_k < G)
     b_sum = tl.zeros([BLOCK_R, BLOCK_W, BLOCK_G], dtype=tl.float32)
-    # Query row r_q and key row r_q - (i_r - (G-1)), both in the grid; BLOCK_R of them are read at once.
+    # Query row r_q and key row r_q - (i_r - (G-1)), both inside the grid; BLOCK_R pairs are read at once.
     low, high = tl.maximum(i_r - (G - 1), 0), tl.minimum(i_r + 1, G)
     for part in range(parts):
         p_part = dbias_ptr + (part * heads + i_head).to(tl.int64) * (G * G * G * G)

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels. q, k, v and their gradients are [B, H, rows, d] by strides."""
+"""Launches of the Triton kernels. q, k, v and their gradients are strided [B, H, rows, d]."""
 
 from math import gcd
 from typing import Any
@@ -30,7 +30,7 @@ from .kernel_table import (
 def forward(
     q_BHMd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, table_RH: Tensor | None, call: Call, out_BHMd: Tensor
 ) -> Tensor:
-    """Write ``out``; returns log(sum(exp(score))), float32 [H, all rows of q]."""
+    """Write ``out``; returns log(sum(exp(score))) as float32 [H, all rows of q]."""
     q_BHMd = aligned(q_BHMd, call.queries.length)
     k_BHNd, v_BHNd = (aligned(x, call.keys.length) for x in (k_BHNd, v_BHNd))
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
@@ -62,7 +62,7 @@ def backward(
     dv_BHNd: Tensor,
     dtable_RH: Tensor | None,
 ) -> None:
-    """Write the gradients of q, k, v, and of the table where ``dtable`` (zeros at first) is given."""
+    """Write the gradients of q, k and v, and that of the table if ``dtable`` (initially zeros) is given."""
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
     lengths = call.queries.length, call.keys.length
     if not rows or not k_BHNd.numel() or not min(lengths):
@@ -70,14 +70,14 @@ def backward(
         return
     dout_BHMd, q_BHMd = (aligned(x, lengths[0]) for x in (dout_BHMd, q_BHMd))
     k_BHNd, v_BHNd = (aligned(x, lengths[1]) for x in (k_BHNd, v_BHNd))
-    if out_BHMd.stride() != dout_BHMd.stride():  # kernels read both by the same ones
+    if out_BHMd.stride() != dout_BHMd.stride():  # the kernels read both with the same strides
         out_BHMd = torch.empty_like(dout_BHMd).copy_(out_BHMd)
     delta = torch.empty_like(lse)
     bias, bias_size, form = _bias(q_BHMd, table_RH, call)
     scene = _scene(q_BHMd, bias, call)
     configs = _configs(q_BHMd)
     store = dtable_RH is not None and call.table_grad == "store"
-    # Whether dq is made of the stored dS, too.
+    # Whether dq is computed from the stored dS, too.
     queries = store and config.gathers_queries(q_BHMd.element_size() == 2, call.grid_size)
 
     n_blocks = cdiv(lengths[0], configs.q.block_m)
@@ -130,13 +130,14 @@ def backward(
 
 
 def aligned(x: Tensor, length: int) -> Tensor:
-    """``x``, in half types with rows that begin at multiples of 16 bytes: a copy where its do not, or where
-    a head's rows, of which a sample has ``length``, lie too far apart.
+    """``x``, or a contiguous or aligned copy if the kernels cannot address it.
 
-    Without the alignment, shared memory is not filled ahead, and what ptxas 12.8 (of Triton 3.6 and 3.7) then
-    makes of a head's narrow part on Hopper is wrong: it reads a descriptor that was never written.
+    A copy is made if the rows of a head, of which a sample has ``length``, are too far apart, or if rows of a
+    half type do not begin at multiples of 16 bytes. Without that alignment, loads through shared memory are
+    not pipelined, and ptxas 12.8 (of Triton 3.6 and 3.7) then miscompiles the narrow part of a head on
+    Hopper: the code reads a descriptor that was never written.
     """
-    # A sample's rows of a head are addressed by 32 bits, from its first one.
+    # The rows of a head are addressed with 32 bits, from the sample's first row.
     if (min(x.shape[2], length) - 1) * x.stride(2) >= 2**31:
         return x.clone(memory_format=torch.contiguous_format)
     if x.element_size() != 2:
@@ -144,7 +145,7 @@ def aligned(x: Tensor, length: int) -> Tensor:
     for step, n in zip(x.stride(), x.shape[:-1]):
         if n > 1 and step % config.EIGHT:
             return x.clone(memory_format=torch.contiguous_format)
-    return x if x.data_ptr() % (2 * config.EIGHT) == 0 else x.clone()  # with the strides that it has
+    return x if x.data_ptr() % (2 * config.EIGHT) == 0 else x.clone()  # keeps the strides
 
 
 def _recompute(
@@ -159,7 +160,7 @@ def _recompute(
     call: Call,
     dtable_RH: Tensor,
 ) -> None:
-    """The table's gradient, some heads at a time; ``bias`` in its form for looking up."""
+    """The table's gradient by ``recompute``, some heads at a time; ``bias`` is in its LOOKUP form."""
     B, H, L = call.queries.batch, q_BHMd.shape[1], call.grid_size**2
     launch = _configs(q_BHMd).bias
     n_blocks = cdiv(L, launch.block_n)
@@ -194,7 +195,7 @@ def _gather(
     dq_BHMd: Tensor | None,
     sums: Tensor,
 ) -> None:
-    """Add ``samples`` of stored dS, from ``first`` on, to ``sums``; their gradients of q, if asked for."""
+    """Add the stored dS of ``samples`` samples from ``first`` on to ``sums``; write ``dq`` if it is given."""
     H, L, (q_slots, k_slots) = ds.shape[1], call.grid_size**2, slots
     n_blocks, dq = cdiv(L, launch.block_n), k_BHNd if dq_BHMd is None else dq_BHMd
     strides = _strides(k_BHNd, dq)
@@ -210,7 +211,7 @@ def _gather(
 
 
 def _table(sums: Tensor, dtable_RH: Tensor, first: int, call: Call) -> None:
-    """Rows of the table from sums over samples [parts, heads from ``first``, G*G * G*G]."""
+    """Write the table's gradient from sums over samples [parts, heads from ``first``, G*G * G*G]."""
     G = call.grid_size
     rel_attention_bwd_table_kernel[(2 * G - 1, sums.shape[1])](
         sums, dtable_RH, first, sums.shape[0], sums.shape[1], dtable_RH.shape[1],
@@ -219,17 +220,17 @@ def _table(sums: Tensor, dtable_RH: Tensor, first: int, call: Call) -> None:
 
 
 def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, int, int]:
-    """What the kernels read scores' biases from, its size for a head, and its form."""
+    """The tensor from which the kernels read biases, its size per head, and its form."""
     if table_RH is None:
         return q_BHMd, 0, NO_BIAS
     R, H = table_RH.shape
-    # A head's biases side by side: 4 KB at 16 x 16 tokens, which stays in the first-level cache.
+    # Contiguous per head: 4 KB at 16 x 16 tokens, which stays in the L1 cache.
     table_HR = table_RH.new_empty(H, R, dtype=torch.float32)
     torch.mul(cast(table_RH.t(), torch.float32), LOG2E.value, out=table_HR)
     if call.bias_form == "lookup":
         return table_HR, R, LOOKUP
     L = call.grid_size**2
-    # Float32: in half types it would save bytes, but 4-byte loads are what the pipeline can bring in ahead.
+    # Float32: half types would save bytes, but the pipeline can only prefetch loads of 4 bytes.
     bias_HLL = q_BHMd.new_empty(H, L, L, dtype=torch.float32)
     grid = (cdiv(L, 128), cdiv(L, 16), H)
     rel_attention_bias_kernel[grid](
@@ -239,7 +240,7 @@ def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, 
 
 
 def _slots(call: Call, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """For queries and keys: which token stands at each grid position, int32 [B, G*G]; None: all in order."""
+    """The token at each grid position, int32 [B, G*G], for queries and for keys; None: the grid in order."""
     queries = _slots_of(call.queries, call.grid_size, batch)
     if call.keys.pos is call.queries.pos and call.keys.offsets is call.queries.offsets:
         return queries, queries
@@ -256,7 +257,7 @@ def _slots_of(side: Side, G: int, batch: int) -> Tensor | None:
         RAGGED=side.offsets is not None, G=G,
         BLOCK=min(1024, triton.next_power_of_2(G * G)), num_warps=4,
     )  # fmt: skip
-    # Does not wait for the device; a CPU tensor was checked before.
+    # This does not synchronise with the device. CPU tensors were checked before.
     torch._assert_async(
         placed.all(), "q_pos, k_pos: two tokens of a sample stand at one position, or outside"
     )
@@ -264,7 +265,7 @@ def _slots_of(side: Side, G: int, batch: int) -> Tensor | None:
 
 
 def _scene(q_BHMd: Tensor, bias: Tensor, call: Call) -> tuple[Tensor, ...]:
-    """Bias, positions and offsets as kernels take them; q stands in for what is not there."""
+    """Bias, positions and offsets as the kernels take them, with q as the placeholder for missing ones."""
     sides = call.queries, call.keys
     return bias, *(_or(side.pos, q_BHMd) for side in sides), *(_or(side.offsets, q_BHMd) for side in sides)
 
@@ -274,7 +275,7 @@ def _or(x: Tensor | None, unused: Tensor) -> Tensor:
 
 
 def _strides(*tensors_BHRd: Tensor) -> list[int]:
-    """Of each the first three; 0 where there is but one row, whose stride means nothing."""
+    """The first three strides of each tensor; 0 for dimensions of size 1, whose strides mean nothing."""
     steps: list[int] = []
     for x in tensors_BHRd:
         (B, H, R, _), (sample, head, row, _) = x.shape, x.stride()
@@ -283,7 +284,7 @@ def _strides(*tensors_BHRd: Tensor) -> list[int]:
 
 
 def _constants(call: Call, x_BHRd: Tensor, strides: list[int]) -> dict[str, Any]:
-    """Of a launch on tensors like ``x`` with these strides."""
+    """The compile-time constants of a launch on tensors like ``x`` with these strides."""
     head_dim = x_BHRd.shape[3]
     first, rest = config.split_head(head_dim)
     aligned = gcd(head_dim, *strides) % 8 == 0
@@ -310,7 +311,7 @@ _configs_of = remembered(config.launch_configs)
 
 
 def _kind(x: Tensor) -> config.Kind:
-    """float32 is TF32's where PyTorch's own products are."""
+    """The kind of products; float32 uses TF32 if PyTorch's own products do."""
     if x.element_size() == 2:
         return "half"
     if x.is_cuda and tf32() and torch.cuda.get_device_capability(x.device) >= (8, 0):

@@ -1,8 +1,7 @@
-"""Attention on a CPU by ``csrc/``: one head of one sample after the other, in blocks of queries.
-Sums are in float32.
+"""Attention on a CPU by ``csrc/``: one head of one sample at a time, in blocks of queries, with float32 sums.
 
 B samples, H heads, M queries, N keys, d head size, T table rows, G grid side. q, k, v and their gradients are
-[B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d].
+strided [B, H, rows, d], or [1, H, all rows, d] with offsets.
 """
 
 from functools import cache
@@ -27,7 +26,7 @@ def forward(
     out_BHMd: Tensor,
     lse: Tensor,
 ) -> None:
-    """Write ``out``, and into ``lse`` [H, all rows of q] log(sum(exp(score)))."""
+    """Write ``out``, and log(sum(exp(score))) into ``lse`` [H, all rows of q]."""
     CPU.rel_attention_fwd(q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), out_BHMd, lse)
 
 
@@ -44,7 +43,7 @@ def backward(
     dv_BHNd: Tensor,
     dtable_TH: Tensor | None,
 ) -> None:
-    """Write the gradients of q, k, v, and of the table into zeros ``dtable`` where they are given."""
+    """Write the gradients of q, k and v, and that of the table if ``dtable`` (initially zeros) is given."""
     sums_TH = dtable_TH
     if sums_TH is not None and (sums_TH.dtype != torch.float32 or not sums_TH.is_contiguous()):
         sums_TH = torch.zeros(sums_TH.shape, device="cpu")
@@ -61,7 +60,8 @@ def _table(table_TH: Tensor | None) -> Tensor | None:
 
 
 def _rest(table_TH: Tensor | None, call: Call) -> tuple[Any, ...]:
-    """The places of queries and keys, whose sums are rows of the table from its last one; offsets; scale."""
+    """The places of queries and keys, the offsets and the scale. A query's place plus a key's place is a row
+    of the table, counted backwards from its last one."""
     places: tuple[Tensor | None, Tensor | None] = None, None
     if table_TH is not None:
         places = _places(call, call.grid_size, len(table_TH) - 1)
@@ -69,7 +69,7 @@ def _rest(table_TH: Tensor | None, call: Call) -> tuple[Any, ...]:
 
 
 def _places(call: Call, G: int, last: int) -> tuple[Tensor, Tensor]:
-    """Of queries, which bring the table's ``last`` row, and of keys."""
+    """The places of queries, which include the table's ``last`` row, and of keys."""
     of_queries, of_keys = _placed(call.queries.pos, call.keys.pos, G, last)
     return _laid_out(of_queries, call.queries), _laid_out(of_keys, call.keys)
 
@@ -83,7 +83,7 @@ def _laid_out(places: Tensor, side: Side) -> Tensor:
 
 @of_the_last
 def _placed(q_pos: Tensor | None, k_pos: Tensor | None, G: int, last: int) -> tuple[Tensor, Tensor]:
-    """None: all positions of a grid in order."""
+    """Places from positions; None means the whole grid in order."""
     u, v = (_whole(G) if pos is None else coordinates(pos, G) for pos in (q_pos, k_pos))
     return (last - center(G) - u).int(), v.int()
 

@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 
 def relative_bias(table_RH: Tensor, grid_size: int, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """The bias between tokens at these positions (numbers 0..G*G-1, row by row).
+    """The bias between tokens at the given grid positions (0..G*G-1, in row-major order).
 
-    ``table`` [(2G-1)^2 + 3, H]; ``q_pos`` [M] or [B, M], ``k_pos`` [N] or [B, N] (int64). Returns [H, M, N],
-    or [B, H, M, N] where positions differ per sample.
+    ``table`` is [(2G-1)^2 + 3, H]; ``q_pos`` is [M] or [B, M] and ``k_pos`` is [N] or [B, N] (int64). The
+    result is [H, M, N], or [B, H, M, N] if the positions differ per sample.
     """
     u_q, u_k = coordinates(q_pos, grid_size), coordinates(k_pos, grid_size)
     index = u_q[..., :, None] - u_k[..., None, :] + center(grid_size)
-    # gather's gradient is a scatter_add over one row per head: many times faster on a CPU than indexing's.
+    # gather's gradient is a scatter_add over one row per head, many times faster on a CPU than indexing's.
     H, (*batch, M, N) = table_RH.shape[1], index.shape
     flat = index.reshape(*batch, 1, M * N).expand(*batch, H, -1)
     return table_RH.t().expand(*batch, -1, -1).gather(-1, flat).view(*batch, H, M, N)
 
 
 def coordinates(pos: Tensor, grid_size: int) -> Tensor:
-    """row * (2G-1) + column: the difference of two of them, plus :func:`center`, is a row of the table."""
+    """row * (2G-1) + column. The difference of two of them, plus :func:`center`, is a row of the table."""
     return pos // grid_size * (2 * grid_size - 1) + pos % grid_size
 
 
 def center(grid_size: int) -> int:
-    """The table's row of a token and itself."""
+    """The table's row for a token and itself."""
     return 2 * grid_size * (grid_size - 1)
 
 
@@ -42,12 +42,12 @@ def bias_mask(
     k_pos: Tensor | None,
     multiple: int = 1,
 ) -> Tensor:
-    """[B, H, M, N] in the dtype of q, spelt out for every sample where positions differ, else a view.
+    """The bias [B, H, M, N] in the dtype of q: one per sample if the positions differ, else an expanded view.
 
-    Its rows lie a multiple of ``multiple`` elements apart: memory-efficient attention asks for 8.
+    The stride of its rows is a multiple of ``multiple`` elements; memory-efficient attention needs 8.
     """
     if torch.is_grad_enabled() and table_RH.requires_grad and table_RH.element_size() == 2:
-        table_RH = table_RH.float()  # a row's gradient is a sum of hundreds of numbers
+        table_RH = table_RH.float()  # the gradient of a row sums hundreds of numbers
     every = torch.arange(call.grid_size**2, device=q_BHMd.device)
     q_pos, k_pos = (every if pos is None else pos for pos in (q_pos, k_pos))
     if multiple == 1:
@@ -60,7 +60,7 @@ def bias_mask(
 
 
 def rel_attention(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: "Call") -> Tensor:
-    """q [B, H, M, d], k and v [B, H, N, d]; or samples one after the other, [R, H, d]: one at a time."""
+    """q [B, H, M, d], k and v [B, H, N, d]; or a packed batch [R, H, d], computed one sample at a time."""
     queries, keys = call.queries, call.keys
     if queries.offsets is None or keys.offsets is None:
         return _attend(q, k, v, table_RH, call, queries.pos, keys.pos)
@@ -87,6 +87,6 @@ def _attend(
         return q_BHMd @ k_BHNd.transpose(2, 3) @ v_BHNd  # zeros, with gradients
     if table_RH is None:
         return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, scale=call.scale)
-    # A mask for every sample, without memory: given [H, M, N], PyTorch takes its slowest way on a CPU.
+    # One mask per sample as an expanded view. With [H, M, N], PyTorch takes its slowest path on a CPU.
     mask = bias_mask(q_BHMd, table_RH, call, q_pos, k_pos, multiple=8 if q_BHMd.is_cuda else 1)
     return F.scaled_dot_product_attention(q_BHMd, k_BHNd, v_BHNd, attn_mask=mask, scale=call.scale)

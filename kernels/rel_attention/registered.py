@@ -1,8 +1,7 @@
-"""The kernels as registered ops: Triton's, or on a CPU those of ``samples.py``.
+"""The kernels as registered ops: Triton's, or those of ``samples.py`` on a CPU.
 
-B samples, H heads, M queries, N keys, L tokens, d head size, R table rows. With offsets, samples stand one
-after the other in a batch of one. Outputs are [B, M, H, d] in memory: what the projection after attention
-reads.
+B samples, H heads, M queries, N keys, L tokens, d head size, R table rows. With offsets, the samples are
+packed in a batch of one. Outputs are [B, M, H, d] in memory, as the projection after attention reads them.
 """
 
 from typing import Any
@@ -33,7 +32,7 @@ def rel_attention_fwd(
     bias_form: str,
     table_grad: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, M, H, d] and log(sum(exp(score))) [H, B * M], float32 (float64 for float64)."""
+    """Output [B, M, H, d], and log(sum(exp(score))) [H, B * M] in float32 (float64 for float64)."""
     call = Call(
         queries=_side(q_BHMd, q_pos, q_offsets, max_q), keys=_side(k_BHNd, k_pos, k_offsets, max_k),
         grid_size=grid_size, scale=scale, bias_form=bias_form, table_grad=table_grad,
@@ -65,7 +64,7 @@ def rel_attention_bwd(
     table_grad: str,
     needs_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q [B, M, H, d], k and v [B, N, H, d] and the table (empty where it is not needed)."""
+    """Gradients of q [B, M, H, d], k and v [B, N, H, d], and the table (empty if not needed)."""
     call = Call(
         queries=_side(q_BHMd, q_pos, q_offsets, max_q), keys=_side(k_BHNd, k_pos, k_offsets, max_k),
         grid_size=grid_size, scale=scale, bias_form=bias_form, table_grad=table_grad,
@@ -91,7 +90,7 @@ def rel_attention_qkvpacked_fwd(
     bias_form: str,
     table_grad: str,
 ) -> tuple[Tensor, Tensor]:
-    """As ``rel_attention_fwd``, for queries and keys of the same tokens in one tensor."""
+    """As ``rel_attention_fwd``, for queries, keys and values of the same tokens in one tensor."""
     call = _packed_call(qkv_BL3Hd, pos, offsets, max_length, grid_size, scale, bias_form, table_grad)
     q, k, v = _unpack(qkv_BL3Hd)
     out_BLHd = _rows_first(q)
@@ -114,7 +113,7 @@ def rel_attention_qkvpacked_bwd(
     table_grad: str,
     needs_table: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv [B, L, 3, H, d], written in place of it, and of the table."""
+    """Gradients of qkv, written as one tensor [B, L, 3, H, d], and of the table (empty if not needed)."""
     call = _packed_call(qkv_BL3Hd, pos, offsets, max_length, grid_size, scale, bias_form, table_grad)
     q, k, v = _unpack(qkv_BL3Hd)
     dqkv_BL3Hd = qkv_BL3Hd.new_empty(qkv_BL3Hd.shape)

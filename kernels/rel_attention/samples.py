@@ -1,9 +1,11 @@
-"""Attention on a CPU, sample by sample: their scores fit into the cache, a batch's do not. By ``csrc/``, or,
-for float64 and where that is not built, a few samples after the other in PyTorch.
+"""Attention on a CPU, sample by sample: the scores of a sample fit into the cache, those of a batch do not.
+
+``csrc/`` computes it. PyTorch does, a few samples at a time, for float64 and if ``csrc/`` is not built or the
+processor has no vectors of 256 bits.
 
 B samples, H heads, M queries, N keys, d head size, T table rows, n samples of a group. q, k, v and their
-gradients are [B, H, rows, d] by strides, or, with offsets, [1, H, all rows, d]. Softmax, sums and the table's
-gradient in float32 (float64 for float64); PyTorch's products in the dtype of q.
+gradients are strided [B, H, rows, d], or [1, H, all rows, d] with offsets. Softmax, sums and the table's
+gradient are float32 (float64 for float64); PyTorch's products have the dtype of q.
 """
 
 from torch import Tensor
@@ -16,11 +18,11 @@ from .groups import groups, wide
 from .scores import Scores
 
 SCORES_BYTES = 1 << 20
-"""A group's scores, at most: about what a core's own cache holds."""
+"""Most bytes of a group's scores: about what a core's private cache holds."""
 
 
 def by_csrc(q: Tensor) -> bool:
-    """Whether ``csrc/`` computes attention of such queries."""
+    """Whether ``csrc/`` computes attention for queries like these."""
     return uses_csrc(q) and vector_bits() >= WITH_CPP["rel_attention"]
 
 
@@ -57,7 +59,7 @@ def backward(
     dv_BHNd: Tensor,
     dtable_RH: Tensor | None,
 ) -> None:
-    """Write the gradients of q, k, v, and of the table into zeros ``dtable`` where they are given."""
+    """Write the gradients of q, k and v, and that of the table if ``dtable`` (initially zeros) is given."""
     if by_csrc(q_BHMd):
         native.backward(
             dout_BHMd, q_BHMd, k_BHNd, v_BHNd, table_RH, lse, call, dq_BHMd, dk_BHNd, dv_BHNd, dtable_RH

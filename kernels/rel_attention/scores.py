@@ -1,4 +1,4 @@
-"""Attention of a group of samples on a CPU in PyTorch, for any dtype.
+"""Attention of a group of samples on a CPU, in PyTorch, for any dtype.
 
 n samples of a group, H heads, M queries, N keys, d head size, T table rows, G grid side.
 """
@@ -12,7 +12,7 @@ from .reference import center, coordinates
 
 
 class Scores:
-    """The bias of each group is read from the table."""
+    """Attention and its gradients, group by group; each group's bias is read from the table."""
 
     def __init__(self, table_RH: Tensor | None, call: Call, like: Tensor, with_gradient: bool):
         self.call = call
@@ -25,7 +25,7 @@ class Scores:
         )
 
     def attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Write ``out`` [n, H, M, d] and ``lse`` [n, H, M]: by PyTorch's fused attention."""
+        """Write ``out`` [n, H, M, d] and ``lse`` [n, H, M], by PyTorch's fused attention."""
         mask = self._bias(group)
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=self.call.scale
@@ -52,14 +52,14 @@ class Scores:
         dv.copy_(torch.matmul(p.mT, dout))
 
     def table_gradient(self) -> Tensor:
-        """[T, H], of all groups."""
+        """The table's gradient [T, H], summed over all groups."""
         assert self.gradient_HT is not None
         if self.whole_gradient is not None:
             self._scatter(None, None, self.whole_gradient[None])
         return self.gradient_HT.t()
 
     def _bias(self, group: Group) -> Tensor | None:
-        """[n, H, M, N]; in whole grids a view."""
+        """[n, H, M, N]; an expanded view for whole grids."""
         if self.table_HT is None:
             return None
         if not self._is_whole(group):
@@ -77,7 +77,7 @@ class Scores:
             self.whole_gradient.add_(ds_nHMN.sum(0))
 
     def _positions(self, group: Group) -> tuple[Tensor | None, Tensor | None]:
-        """[n, rows]; None: all positions of the grid, in order."""
+        """[n, rows]; None means the whole grid in order."""
         q, k = self.call.queries.pos, self.call.keys.pos
         return (
             None if q is None else group.q.of_positions(q),
@@ -91,7 +91,7 @@ class Scores:
         )
 
     def _index(self, q_pos: Tensor | None, k_pos: Tensor | None) -> Tensor:
-        """Rows of the table, [n, M, N]; without positions [1, M, N]."""
+        """Rows of the table, [n, M, N], or [1, M, N] without positions."""
         G = self.call.grid_size
         u_q, u_k = (coordinates(self.every[None] if pos is None else pos, G) for pos in (q_pos, k_pos))
         return u_q[:, :, None] - (u_k[:, None, :] - center(G))
@@ -103,7 +103,7 @@ class Scores:
         return self.table_HT.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
 
     def _scatter(self, q_pos: Tensor | None, k_pos: Tensor | None, ds_nHMN: Tensor) -> None:
-        # A row of the table per head and thread: the same order, so the same bits, in every run.
+        # One row of the transposed table per head and thread: the same order, so the same bits in every run.
         assert self.gradient_HT is not None
         index = self._index(q_pos, k_pos).expand(len(ds_nHMN), -1, -1).flatten()
         values_HS = ds_nHMN.transpose(0, 1).flatten(1)

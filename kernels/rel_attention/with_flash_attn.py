@@ -1,6 +1,7 @@
-"""Attention by flash-attn: 2.x and 3 without a bias (DiT), 4 the forward pass with a table.
+"""Attention by flash-attn: 2.x and 3 without a bias (DiT), 4 for the forward pass with a table.
 
-Not run on a GPU yet: 4 was written from the source of 4.0.0b36, and compiled without one.
+Not run on a GPU yet. The code for version 4 was written from the source of 4.0.0b36 and compiled without a
+GPU.
 """
 
 import importlib
@@ -30,14 +31,14 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-# Asked in every call. flash-attn 3 comes as one module, under distribution names that vary.
+# Every call reads these. flash-attn 3 is a single module whose distribution name varies.
 VERSION_2 = _version("flash-attn")
 VERSION_3 = "3" if importlib.util.find_spec("flash_attn_interface") else None
 VERSION_4 = _version("flash-attn-4")
 
 
 def installed() -> str | None:
-    """The versions that are here, or None."""
+    """The installed versions, or None."""
     return ", ".join(found for found in (VERSION_2, VERSION_3, VERSION_4) if found) or None
 
 
@@ -55,7 +56,7 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def limits(q: Tensor, table_RH: Tensor | None, capability: tuple[int, int]) -> str | None:
-    """What it cannot on a GPU of this compute capability."""
+    """The reason why it cannot serve the call on a GPU of this compute capability, or None."""
     d, (major, minor) = q.shape[-1], capability
     if table_RH is not None:
         if major not in (9, 10):

@@ -1,6 +1,6 @@
-"""The forward pass by flash-attn 4, whose ``score_mod`` reads the table. Imported only where it serves.
+"""The forward pass by flash-attn 4, with a ``score_mod`` that reads the table. Imported only when it serves.
 
-B samples, H heads, M queries, N keys, R rows of all samples, T rows of the table, d head size.
+B samples, H heads, M queries, N keys, R rows (tokens of all samples), T rows of the table, d head size.
 """
 
 import importlib
@@ -44,9 +44,9 @@ def rel_attention_flash_attn_4(
     max_k: int,
     scale: float,
 ) -> Tensor:
-    """q [B, M, H, d], u_q [B * M], or [R, H, d] with u_q [R] and offsets; k, v, u_k likewise. Returns like q.
+    """q is [B, M, H, d] with u_q [B * M], or [R, H, d] with u_q [R] and offsets; k, v and u_k likewise.
 
-    ``table`` float32; ``u_q - u_k`` (int32) is its row.
+    Returns a tensor like q. ``table`` is float32, and ``u_q - u_k`` (int32) is its row.
     """
     library: Any = importlib.import_module("flash_attn.cute")
     batched, ragged = _score_mods()
@@ -71,7 +71,7 @@ def _(
 
 
 def _coordinates(side: Side, grid_size: int, device: torch.device) -> Tensor:
-    """One dimension, which has one layout whatever the sizes: [B * length] or [R]."""
+    """[B * length] or [R]: one dimension, so that the layout is the same for all sizes."""
     pos = side.pos
     if pos is None:
         pos = torch.arange(grid_size**2, device=device).expand(side.batch, -1)
@@ -80,7 +80,7 @@ def _coordinates(side: Side, grid_size: int, device: torch.device) -> Tensor:
 
 @cache
 def _score_mods() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """For samples of one length, and of different ones. Scores and indices come as vectors of one number."""
+    """The ``score_mod`` for uniform and for ragged batches. Scores and indices are one-element vectors."""
     cutlass: Any = importlib.import_module("cutlass")
     cute: Any = importlib.import_module("cutlass.cute")
 

@@ -1,7 +1,7 @@
 """Attention by PyTorch's FlexAttention, with a ``score_mod`` that reads the table.
 
-On CUDA it is compiled, and its gradient of the table is summed by atomics: not the same bits in every run. On
-the CPU it has no gradients, and runs as plain PyTorch. The compiled form has run on an H200.
+On CUDA it is compiled and sums the table's gradient with atomics, so its bits can differ between runs. On the
+CPU it has no gradients and runs as plain PyTorch. The compiled form has run on an H200.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,10 @@ from .call import Call, Side
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST = 16
-"""The smallest head size that the compiled form takes."""
+"""The smallest head size that the compiled form supports."""
 VARIANTS = 64
-"""Compiled forms in one process (PyTorch's 8 are few: dtype, gradients, one length or many, models)."""
+"""Most compiled variants in one process. PyTorch's 8 are too few: dtypes, gradients, one length or many, and
+models multiply."""
 
 
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
@@ -28,7 +29,7 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def limits(q: Tensor, needs_grad: bool, device: str) -> str | None:
-    """What it cannot on a device of this type."""
+    """The reason why it cannot serve the call on a device of this type, or None."""
     if device != "cuda":
         return f"FlexAttention has no gradients on {device}" if needs_grad else None
     if q.dtype not in DTYPES:
@@ -42,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call)
     if not q.numel() or not k.numel():
         return reference.rel_attention(q, k, v, table_RH, call)
     if not q.is_cuda:
-        q, k, v = (x.detach() for x in (q, k, v))  # under no_grad too it refuses a leaf that requires one
+        q, k, v = (x.detach() for x in (q, k, v))  # even under no_grad it refuses leaves that require grad
     score_mod = None if table_RH is None else _score_mod(table_RH, call, q.device)
     if torch.compiler.is_compiling():
         return _flex_attention()(q, k, v, score_mod=score_mod, scale=call.scale)
@@ -60,12 +61,12 @@ def _flex_attention() -> Callable[..., Any]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    # fullgraph: past the limit of variants it raises, where it would go on uncompiled, slowly, unsaid.
+    # fullgraph: beyond the limit of variants it raises, instead of silently running uncompiled and slow.
     return torch.compile(_flex_attention(), fullgraph=True)
 
 
 def _score_mod(table_RH: Tensor, call: Call, device: torch.device) -> Callable[..., Tensor]:
-    # Numbers in tensors: a captured int would be one more thing to compile anew for.
+    # All numbers are in tensors: a captured int would be one more reason to recompile.
     u_q = _coordinates(call.queries, call.grid_size, device) + reference.center(call.grid_size)
     u_k = _coordinates(call.keys, call.grid_size, device)
 
@@ -76,6 +77,6 @@ def _score_mod(table_RH: Tensor, call: Call, device: torch.device) -> Callable[.
 
 
 def _coordinates(side: Side, grid_size: int, device: torch.device) -> Tensor:
-    """[B, length], whether or not positions differ per sample: one ``score_mod`` for both."""
+    """[B, length], whether or not positions differ per sample, so that one ``score_mod`` serves both."""
     pos = torch.arange(grid_size**2, device=device) if side.pos is None else side.pos
     return reference.coordinates(pos, grid_size).expand(side.batch, -1).contiguous()

@@ -1,4 +1,4 @@
-"""Attention on a CPU by ``samples.py``: the table's gradient without all scores, samples of any lengths."""
+"""Attention on a CPU by ``samples.py``: table gradients without storing all scores, and ragged batches."""
 
 from torch import Tensor
 
@@ -19,8 +19,8 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 
 def better(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> bool:
-    """Whether it beats PyTorch's fused attention: always where that lacks what is asked for, the table's
-    gradient or samples of different lengths; else by ``csrc/``."""
+    """Whether it beats PyTorch's fused attention: always for what that lacks, the table's gradient and ragged
+    batches; otherwise if ``csrc/`` serves."""
     if refusal(q, table_RH, call, needs_grad) is not None:
         return False
     if call.ragged or (needs_grad and table_RH is not None and table_RH.requires_grad):

@@ -1,4 +1,4 @@
-"""Attention by PyTorch's ``scaled_dot_product_attention``, with the bias spelt out as its mask."""
+"""Attention by PyTorch's ``scaled_dot_product_attention``, with the bias materialised as its mask."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from ..checks import exporting, plain_only
 from . import reference
 from .call import Call
 
-# Without a mask FLASH serves, with one EFFICIENT, and MATH what they cannot (float64, head sizes that are no
-# multiple of 8). Never cuDNN: with a mask its gradients have been wrong in some versions, or NaN.
+# FLASH serves calls without a mask, EFFICIENT those with one, and MATH the rest (float64, head sizes that are
+# not a multiple of 8). Never cuDNN: in some versions its gradients with a mask were wrong or NaN.
 PINNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -20,7 +20,7 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
     if plain_only() and not exporting():
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no derivatives there, or not the bias's
+        with sdpa_kernel(SDPBackend.MATH):  # the others lack derivatives there, or those of the bias
             return reference.rel_attention(q, k, v, table_RH, call)
     if not q.is_cuda:
         return reference.rel_attention(q, k, v, table_RH, call)
@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call)
 
 
 def _pinned(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call) -> Tensor:
-    # Where the mask alone needs a gradient, EFFICIENT has read memory that was not there.
+    # When only the mask needs a gradient, EFFICIENT has read invalid memory.
     heads_need_grad = q.requires_grad or k.requires_grad or v.requires_grad
     mask_alone = table_RH is not None and table_RH.requires_grad and not heads_need_grad
     q, k, v = (_aligned(x) for x in (q, k, v))
@@ -37,8 +37,8 @@ def _pinned(q: Tensor, k: Tensor, v: Tensor, table_RH: Tensor | None, call: Call
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """A copy where rows could begin at multiples of 16 bytes and do not: EFFICIENT takes them, and has no
-    kernel."""
+    """``x``, or a copy if its rows could begin at multiples of 16 bytes but do not: EFFICIENT accepts such
+    tensors, but has no kernel for them."""
     size = x.element_size()
     steps = [step for step, n in zip(x.stride()[:-1], x.shape) if n > 1]
     if not torch.compiler.is_compiling():
@@ -49,5 +49,5 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def installed() -> str:
-    """Its version."""
+    """PyTorch's version."""
     return torch.__version__

@@ -1,4 +1,4 @@
-"""Attention by the Triton kernels of this room."""
+"""Attention by the Triton kernels of this package."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,5 +53,5 @@ def _too_narrow(x: Tensor) -> bool:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """With zeros up to the next head size that divides by eight: they change no score."""
+    """``x`` padded with zeros to the next head size that is a multiple of 8; the zeros change no score."""
     return F.pad(x, (0, -x.shape[-1] % EIGHT))

@@ -1,6 +1,6 @@
-"""Attention by xformers' ``memory_efficient_attention``, with the bias spelt out, gradients included.
+"""Attention by xformers' ``memory_efficient_attention``, with the bias materialised, and with gradients.
 
-Written from the source of xformers 0.0.35, whose wheel on PyPI needs CUDA 12's runtime to be loaded.
+Written from the source of xformers 0.0.35, whose wheel on PyPI needs the CUDA 12 runtime to load.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from .call import Call
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NEWEST = (9, 0)
-"""The newest compute capability that its kernel with a bias is made for."""
+"""The newest compute capability that its kernel with a bias supports."""
 
 
 def _version() -> str | None:
@@ -24,22 +24,22 @@ def _version() -> str | None:
         return None
 
 
-VERSION = _version()  # asked in every call
+VERSION = _version()  # every call reads it
 
 
 def installed() -> str | None:
-    """Its version, or None."""
+    """The installed version, or None."""
     return VERSION
 
 
 @cache
 def built() -> bool:
-    """Whether it came with CUDA kernels that load here: its wheels do for one version of torch and CUDA."""
+    """Whether it has CUDA kernels that load here; a wheel has them for one version of torch and CUDA."""
     try:
         from xformers import _cpp_lib
         from xformers.ops.fmha import cutlass
 
-        # The kernel is PyTorch's own, but xformers takes it only where its extension was loaded.
+        # The kernel is PyTorch's own, but xformers uses it only if its extension was loaded.
         return bool(cutlass.FwOp.is_available() and _cpp_lib._built_with_cuda)
     except (ImportError, AttributeError, OSError, RuntimeError):
         return False
@@ -61,7 +61,7 @@ def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) ->
 def limits(
     q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool, capability: tuple[int, int]
 ) -> str | None:
-    """What it cannot on a GPU of this compute capability."""
+    """The reason why it cannot serve the call on a GPU of this compute capability, or None."""
     if call.ragged:
         return "samples of different lengths (q_offsets); pad them, or take triton or sdpa"
     multiple = 16 // q.element_size()
