@@ -142,7 +142,7 @@ if torch is not None:
         extensions.append(cuda_extension(cpp_extension, home))
 
     class BuildNative(cpp_extension.BuildExtension):
-        """torch's builder (with ninja if installed). It reports and leaves out libraries that fail to build."""
+        """torch's builder, with ninja if installed. It notes and leaves out libraries that fail to build."""
 
         def build_extensions(self) -> None:
             try:
