@@ -165,7 +165,7 @@ struct Pairs {
     return to;
   }
   static void keep(float* scores, int64_t m, int64_t N, int64_t row, Pair* to) {
-    scores[m * row + N] = 0.0f;  // the last one's partner, if N is odd
+    scores[m * row + N] = 0.0f;  // the partner of the last number if N is odd
     narrow_bfloat16(scores + m * row, reinterpret_cast<uint16_t*>(to + m * (row / 2)), N + 1);
   }
   static void keep_turned(float* scores, int64_t m, int64_t count, int64_t N, int64_t row, Pair* to) {

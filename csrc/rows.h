@@ -43,7 +43,7 @@ inline void narrow_half(const float* from, torch::headeronly::Half* to, int64_t 
   for (int64_t i = 0; i < length; ++i) to[i] = torch::headeronly::Half(from[i]);
 }
 
-// A tensor [rows, columns] that is contiguous, or at least along its columns if `apart`; or no tensor.
+// A contiguous tensor [rows, columns], or none. With `apart`, only its columns must be contiguous.
 class Rows {
  public:
   Rows() = default;

@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 R = TypeVar("R")
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Types that own the memory they appear to; a subclass may be a shard, or have no memory."""
+"""Types whose memory is what it appears to be; a subclass may be a shard, or have no memory."""
 
 _FUNC, _VMAP, _TRACER = map(
     torch._C._dispatch_key_parse, ("FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")

@@ -1,4 +1,4 @@
-"""Products in float8: rows of both operands are rounded to 8 bits, each with a scale of its own."""
+"""Products in float8: the rows of both operands are quantized to 8 bits, each with its own scale."""
 
 from .op import quantize_rows, quantize_weight
 

@@ -15,9 +15,8 @@ WITHOUT = ("sm_80", "gfx942")
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Activations and gradients in bfloat16 at every width, and float32 at the widest; GELU's bias is
-    float32, as under autocast. Weights in both dtypes, with their transpose (training) and without
-    (sampling)."""
+    """Activations and gradients in bfloat16, and float32 at the widest; GELU's bias is float32, as under
+    autocast. Weights in both dtypes, with their transpose (training) and without (sampling)."""
     if arch in WITHOUT:
         return
     for D in WIDTHS:

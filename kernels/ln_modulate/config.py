@@ -28,9 +28,9 @@ def launch_config(
 ) -> LaunchConfig:
     """Launch choices for ``batch`` samples of about ``tokens`` rows of width ``D``.
 
-    ``each`` is numbers per thread; 16 keep a row and its modulation in registers. ``programs`` is about how
-    many programs there are in all: several for each of the 132 to 148 multiprocessors of a large GPU, and
-    with at least four rows per program. The defaults were chosen by compiling; ``kernels/tuned.json`` holds
+    With ``each`` = 16 numbers per thread, a row and its modulation stay in registers. About ``programs``
+    programs run in all, several for each of the 132 to 148 multiprocessors of a large GPU, but only so many
+    that each has about four rows or more. The defaults were chosen by compiling; ``kernels/tuned.json`` holds
     the choices measured on sm_90.
     """
     block_d = columns(D)

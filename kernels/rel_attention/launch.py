@@ -130,7 +130,7 @@ def backward(
 
 
 def aligned(x: Tensor, length: int) -> Tensor:
-    """``x``, or a contiguous or aligned copy if the kernels cannot address it.
+    """``x``, or a copy if the kernels cannot address ``x`` itself.
 
     A copy is made if the rows of a head, of which a sample has ``length``, are too far apart, or if rows of a
     half type do not begin at multiples of 16 bytes. Without that alignment, loads through shared memory are
@@ -230,7 +230,7 @@ def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, 
     if call.bias_form == "lookup":
         return table_HR, R, LOOKUP
     L = call.grid_size**2
-    # Float32: half types would save bytes, but the pipeline can only prefetch loads of 4 bytes.
+    # Float32: half types would save bytes, but the pipeline can prefetch 4-byte loads, not 2-byte ones.
     bias_HLL = q_BHMd.new_empty(H, L, L, dtype=torch.float32)
     grid = (cdiv(L, 128), cdiv(L, 16), H)
     rel_attention_bias_kernel[grid](

@@ -61,8 +61,8 @@ def rel_attention(
     For a ragged batch, the samples are packed along one dimension: ``q`` is [R, H, d], the positions are [R],
     and the result is [R, H, d]. ``q_offsets`` and ``k_offsets`` are then cumulative sequence lengths
     (cu_seqlens), int32 [B + 1], ascending from 0 to R. ``max_q`` and ``max_k`` are upper bounds on the
-    longest sample; on CUDA and under ``torch.compile`` they must be given. ``k_offsets`` and ``max_k``
-    default to those of ``q``.
+    longest sample; on CUDA and under ``torch.compile`` they must be given. ``k_offsets`` defaults to
+    ``q_offsets``, and ``max_k`` then to ``max_q``.
 
     ``attention_backend`` is ``auto`` (Triton on CUDA; on a CPU the faster of ``samples`` and ``sdpa``) or one
     of ``triton``, ``samples``, ``sdpa``, ``flex``, ``xformers``, ``flash_attn``. ``bias_form`` and

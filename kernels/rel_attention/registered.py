@@ -198,7 +198,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     tensors, ctx.settings = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros in place of its gradient
+    ctx.set_materialize_grads(False)  # no zeros for a gradient that is missing
 
 
 def _backward(ctx, dout_BMHd, _dlse):  # type: ignore[no-untyped-def]
@@ -214,7 +214,7 @@ def _setup_context_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyp
     tensors, ctx.settings = inputs[:4], inputs[4:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros in place of its gradient
+    ctx.set_materialize_grads(False)  # no zeros for a gradient that is missing
 
 
 def _backward_packed(ctx, dout_BLHd, _dlse):  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """Attention on a CPU, sample by sample: the scores of a sample fit into the cache, those of a batch do not.
 
-``csrc/`` computes it. PyTorch does, a few samples at a time, for float64 and if ``csrc/`` is not built or the
-processor has no vectors of 256 bits.
+``csrc/`` computes it. PyTorch does, a few samples at a time, for float64, and if ``csrc/`` is not built or
+its vectors on this processor are narrower than 256 bits.
 
 B samples, H heads, M queries, N keys, d head size, T table rows, n samples of a group. q, k, v and their
 gradients are strided [B, H, rows, d], or [1, H, all rows, d] with offsets. Softmax, sums and the table's

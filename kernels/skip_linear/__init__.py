@@ -1,4 +1,4 @@
-"""MDTv2's long skip."""
+"""MDTv2's long skip connection."""
 
 from .op import patch_skip_linear, skip_linear
 

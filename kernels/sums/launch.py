@@ -14,7 +14,7 @@ def sum_rows(x_RD: Tensor, out_D: Tensor) -> None:
     config = chosen(launch_config, "sum_chunks", x_RD, ANY, R, D)
     if config.chunks == 1:
         return _sum(x_RD, [out_D], R, R, config)
-    rows = cdiv(cdiv(R, config.chunks), config.block_p) * config.block_p  # whole blocks
+    rows = cdiv(cdiv(R, config.chunks), config.block_p) * config.block_p  # rounded up to whole blocks
     parts_CD = x_RD.new_empty(-(-R // rows), D, dtype=torch.float32)
     _sum(x_RD, [parts_CD], R, rows, config)
     chunks = launch_config(len(parts_CD), D, **CHUNKS)
