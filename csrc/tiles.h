@@ -1,6 +1,6 @@
-// A product's register tile. products.cpp includes this file once per instruction set. Before, it defines the operand
-// type (Number, and Factor for a vector of them), the accumulator (Vector, of kWidth floats), how these are loaded,
-// stored, filled and multiplied, and the number of rows and vectors of C in a tile.
+// A product's register tile. products.cpp includes this file once per instruction set, and defines before each include
+// the operand type (Number, and Factor for a vector of them), the accumulator (Vector, of kWidth floats), how these are
+// loaded, stored, filled and multiplied, and the number of rows and vectors of C in a tile.
 
 // C [rows, vectors * kWidth] (+)= A B.
 template <int rows, int vectors>

@@ -111,8 +111,8 @@ def gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
 def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU (tanh form) of :func:`product`, without gradients; x is [R, D].
 
-    For half types on a GPU, and for float32 and bfloat16 on a CPU, GELU is the product's epilogue, applied
-    before the sums are rounded.
+    For half types with a bias on an NVIDIA GPU, and for large products in float32 and bfloat16 on a CPU, GELU
+    is the product's epilogue, applied before the sums are rounded.
     """
     if bias is not None and x.is_cuda and torch.version.hip is None and x.element_size() == 2 and x.numel():
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
