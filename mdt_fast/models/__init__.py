@@ -1,4 +1,4 @@
-"""The models: constructors and keys as in the reference, the work done by ``mdt_fast.kernels``."""
+"""The models: constructors and ``state_dict`` keys of the reference, computed by ``mdt_fast.kernels``."""
 
 from .base import Transformer
 from .compiling import compile_for_training

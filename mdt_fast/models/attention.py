@@ -1,4 +1,4 @@
-"""Self-attention on the ``rel_attention`` kernel. B samples, L tokens, D width, H heads, d = D/H."""
+"""Self-attention by the ``rel_attention`` kernel. B samples, L tokens, D width, H heads, d = D/H."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from .rows import WHOLE, Rows
 
 
 class RelativePositionBias(nn.Module):
-    """The bias table [(2G-1)^2 + 3, H] of one layer, with the index that official checkpoints hold.
+    """The bias table [(2G-1)^2 + 3, H] of one layer, with the index buffer of official checkpoints.
 
-    The kernel computes the index from positions; the buffer serves the ``state_dict`` alone, and all
+    The kernel computes the index from positions. The buffer exists only for the ``state_dict``, and all
     layers of a model share one (see :func:`share_index`).
     """
 
@@ -37,7 +37,7 @@ def share_index(model: nn.Module) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with a relative position bias where ``grid_size`` is given (not in DiT)."""
+    """Multi-head self-attention, with a relative position bias if ``grid_size`` is given (not in DiT)."""
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.rel_pos_bias = None if grid_size is None else RelativePositionBias(grid_size, num_heads)
 
     def forward(self, qkv: Tensor, rows: Rows = WHOLE) -> Tensor:
-        """From what ``qkv`` gave, [B, L, 3D] -> [B, L, D], or packed rows [R, 3D] -> [R, D]."""
+        """Attend from ``qkv`` [B, L, 3D] to [B, L, D], or from packed rows [R, 3D] to [R, D]."""
         out = rel_attention_qkvpacked(
             qkv.unflatten(-1, (3, self.num_heads, -1)), self.table, grid_size=self.grid_size,
             pos=rows.positions, offsets=rows.offsets, max_length=rows.longest, attention_backend=self.backend,
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         return apply_linear(self.proj, out.flatten(-2))
 
     def chosen(self, q: Tensor, kv: Tensor, ids: Tensor) -> Tensor:
-        """Queries [B, N, D] of tokens ``ids`` [B, N] alone, keys and values [B, L, 2D] of a whole grid."""
+        """Attend with queries [B, N, D] of tokens ``ids`` [B, N] only, and ``kv`` [B, L, 2D] of all tokens."""
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = rel_attention(
@@ -78,6 +78,6 @@ class Attention(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Without the fused kernel, PyTorch's attention serves what would be chosen by itself."""
+        """The backend to use; without the fused kernel, ``auto`` means PyTorch's attention."""
         automatic = self.attention_backend == "auto"
         return "sdpa" if automatic and not self.switches.fused_attention else self.attention_backend

@@ -1,6 +1,6 @@
-"""What MDT v1, MDTv2 and DiT share: constructor, embeddings, the way out, guidance.
+"""What MDT v1, MDTv2 and DiT share: constructor, embeddings, output layer, guidance.
 
-B batch, S image (or latent) side, C its channels, O output channels, L tokens, D width.
+B batch, S side of the image (or latent), C its channels, O output channels, L tokens, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,13 +28,13 @@ AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Transformer(Pretrained):
-    """Base of the three models. The constructor's arguments are the official ones.
+    """Base class of the three models. The constructor takes the official arguments.
 
-    ``input_size`` S is the side of the image or latent, ``mlp_ratio`` the MLP's width over D,
-    ``class_dropout_prob`` the part of labels dropped in training, ``mask_ratio`` the part of tokens dropped
-    in a masked pass (None: never), ``decode_layer`` the number of decoder blocks (None: the published 4 in
-    MDTv2, 2 in MDT v1). ``attention_backend``: see :meth:`set_attention_backend`. Raises ``UserError`` for
-    values that do not fit together.
+    ``input_size`` S is the side of the image or latent, ``mlp_ratio`` the MLP's width divided by D,
+    ``class_dropout_prob`` the fraction of labels dropped in training, ``mask_ratio`` the fraction of tokens
+    dropped in a masked pass (None: never), ``decode_layer`` the number of decoder blocks (None: as published,
+    4 in MDTv2 and 2 in MDT v1). ``attention_backend``: see :meth:`set_attention_backend`. Raises
+    ``UserError`` for values that do not fit together.
     """
 
     family: Family
@@ -87,7 +87,7 @@ class Transformer(Pretrained):
 
     @property
     def mask_ratio(self) -> float | None:
-        """The part of tokens dropped in training. It may be set; ``UserError`` for what is not allowed."""
+        """The fraction of tokens dropped in training. Settable; ``UserError`` for a value not allowed."""
         return self.config.mask_ratio
 
     @mask_ratio.setter
@@ -98,9 +98,9 @@ class Transformer(Pretrained):
             self.mask_token.requires_grad_(before is None)
 
     def set_attention_backend(self, name: str) -> None:
-        """What computes attention from now on: ``auto`` (Triton on CUDA, else csrc or PyTorch), or
-        one that :func:`mdt_fast.kernels.attention_backends` lists. Raises ``UserError`` for another name; a
-        library that cannot serve a call raises ``ValueError`` then.
+        """Choose what computes attention: ``auto`` (Triton on CUDA, else csrc or PyTorch), or a backend
+        listed by :func:`mdt_fast.kernels.attention_backends`. Raises ``UserError`` for any other name. A
+        library that does not support its inputs raises ``ValueError`` when it is called.
         """
         known = ("auto", *(row.op for row in attention_backends()))
         if name not in known:
@@ -110,7 +110,7 @@ class Transformer(Pretrained):
                 module.attention_backend = name
 
     def make_parameters(self) -> None:
-        """Everything but the blocks and the last layer."""
+        """Make all parameters except those of the blocks and the last layer."""
         config = self.config
         L, D = config.grid_size**2, config.hidden_size
         self.pos_embed = nn.Parameter(torch.zeros(1, L, D), requires_grad=self.family != "dit")
@@ -122,7 +122,7 @@ class Transformer(Pretrained):
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
 
     def make_blocks(self) -> None:
-        """The blocks, under the names that the state_dict uses."""
+        """Make the blocks, under the names used in the ``state_dict``."""
         raise NotImplementedError
 
     def blocks_of(self, number: int, skip: bool = False) -> nn.ModuleList:
@@ -134,8 +134,8 @@ class Transformer(Pretrained):
         )
 
     def set_switches(self, switches: Switches) -> None:
-        """What the model does faster than a plain one from now on; see :class:`Switches`. Set it before
-        ``torch.compile``."""
+        """Choose the model's optimisations over a plain implementation; see :class:`Switches`. Call this
+        before ``torch.compile``."""
         if not isinstance(switches, Switches):
             raise UserError(f"switches: got {type(switches).__name__}, expected a Switches")
         for module in self.modules():
@@ -143,9 +143,9 @@ class Transformer(Pretrained):
                 vars(module)["switches"] = switches
 
     def set_checkpointing(self, mode: str) -> None:
-        """What is computed again in the backward pass instead of being kept: ``none`` (but see
-        :class:`Switches`), ``selective`` (each block, but for its attention), ``full`` (each block). Raises
-        ``UserError`` for another mode.
+        """Choose what the backward pass recomputes instead of keeping: ``none`` (but see :class:`Switches`),
+        ``selective`` (each block except its attention) or ``full`` (each block). Raises ``UserError`` for any
+        other mode.
         """
         if mode not in CHECKPOINTING:
             raise UserError(f"checkpointing: got {mode!r}, allowed are {', '.join(CHECKPOINTING)}")
@@ -153,37 +153,38 @@ class Transformer(Pretrained):
             block.checkpointing = mode
 
     def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
-        """Of times and labels [B]; ``drop``: some labels are dropped, as in training."""
+        """The conditioning for times and labels [B]; ``drop`` drops some labels, as in training."""
         by_itself = drop and not hasattr(self.y_embedder, "drop")
         c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y) if drop else y, by_itself)
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
 
     def mark_lengths(self, x: Tensor, rows: Rows, plan: MaskPlan) -> None:
-        """Say what follows the number of kept tokens; replaced by ``compile_for_training``."""
+        """Mark the sizes that depend on the number of kept tokens; ``compile_for_training`` replaces this."""
 
     def drop_labels(self, y: Tensor) -> Tensor:
-        """Labels y [B] with some replaced by the null class, as in training; in eval mode y itself. An
-        embedder of one's own does so by its ``dropout_prob`` and a method ``drop``; one without is told in
-        :meth:`forward`, as the official one is, that it is training, and drops nothing elsewhere."""
+        """Labels y [B], some of them replaced by the null class in training; in eval mode y itself. A custom
+        embedder can do the same with ``dropout_prob`` and a method ``drop``. Without ``drop``, it is told
+        about training in :meth:`forward` only, as the official one is, and drops nothing elsewhere."""
         embedder = self.y_embedder
         drops = self.training and hasattr(embedder, "drop") and getattr(embedder, "dropout_prob", 0) > 0
         return embedder.drop(y) if drops else y
 
     @property
     def takes_labels(self) -> bool:
-        """Whether y are labels [B], and not what an embedder of one's own takes, [B, ...]."""
+        """Whether y is a batch of labels [B], and not the input [B, ...] of a custom embedder."""
         return isinstance(self.y_embedder, LabelEmbedder)
 
     def every_block(self) -> Iterator[Block]:
-        """In the order of ``modules()``, of which there are hundreds: this is called in every step."""
+        """All blocks in the order of ``modules()``, but without walking its hundreds of modules: this is
+        called in every step."""
         return iter(dict.fromkeys(_blocks_in(self)))
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
-        """One block."""
+        """Run one block."""
         return block(x, c.given_to(block), rows, modulation=c.modulations.get(block), **kwargs)
 
     def image(self, x: Tensor, c: Conditioning) -> Tensor:
-        """Tokens [B, L, D] -> [B, O, S, S]."""
+        """Turn tokens [B, L, D] into images [B, O, S, S]."""
         patches = self.final_layer(x, c.given_to(self.final_layer), c.modulations.get(self.final_layer))
         return unpatchify(patches, self.patch_size, self.out_channels)
 
@@ -196,14 +197,15 @@ class Transformer(Pretrained):
         diffusion_steps: int = 1000,
         scale_pow: float | None = 4.0,
     ) -> Tensor:
-        """Output under classifier-free guidance: [2n, O, S, S], both halves guided alike.
+        """Output under classifier-free guidance: [2n, O, S, S], the same guidance in both halves.
 
         ``x`` [2n, C, S, S]: its first n samples are used for both halves; ``t`` [2n]; ``y`` [2n]: n classes,
-        then n times the null class. ``cfg_scale``: a number, or one for each of the n samples [n]; None:
-        plain :meth:`forward`. The guidance weight rises with the power-cosine schedule from 1 at ``t =
-        diffusion_steps`` to ``cfg_scale`` at 0, or is constant where ``scale_pow`` is None. Of four channels
-        the first three are guided and the rest is each half's own, as published; of other numbers all are.
-        Raises ``UserError`` for an odd batch. Source: MDT (arXiv:2303.14389), section 4.
+        then the null class n times. ``cfg_scale``: a number, or one per sample [n]; None calls plain
+        :meth:`forward`. The guidance weight follows the power-cosine schedule, from 1 at ``t =
+        diffusion_steps`` up to ``cfg_scale`` at 0; it is constant if ``scale_pow`` is None. With four
+        channels the first three are guided and each half keeps its own for the rest, as published; with any
+        other number all are guided. Raises ``UserError`` for an odd batch.
+        Source: MDT (arXiv:2303.14389), section 4.
         """
         if cfg_scale is None:
             return self(x, t, y)
@@ -215,24 +217,25 @@ class Transformer(Pretrained):
         return guide(cond, uncond, scale, channels=channels_to_guide(self.in_channels))
 
     def in_a_loop(self, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
-        """``method`` of this model, or the model, for a sampling loop that calls it so many times with
-        tensors of equal shapes: one launch each on a GPU (:class:`GraphedModel`), if nothing is around it. Of
-        a model in a half type x, which loops have in float32, is brought into that.
+        """Prepare ``method`` of this model (or the model itself) for a sampling loop that calls it ``calls``
+        times with tensors of the same shapes. On a GPU each call becomes one launch (:class:`GraphedModel`),
+        unless something wraps the model or a layer. For a model in half precision, x is cast to its dtype, as
+        sampling loops keep x in float32.
         """
         from .graphed import in_a_loop
 
         return in_a_loop(self, method, calls)
 
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
-        """Raise ``UserError`` for inputs the model cannot take; values are read on the CPU only (no sync).
-        ``names``: what it calls x and y."""
+        """Raise ``UserError`` for inputs the model cannot take. Values are checked on the CPU only (no sync).
+        ``names``: what error messages call x and y."""
         S, weight, (image, label) = self.input_size, self.pos_embed, names
         for name, v in ((image, x), ("t", t), (label, y)):
             if not isinstance(v, Tensor):
                 raise UserError(f"{name}: got {type(v).__name__}, expected a torch.Tensor")
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, S, S):
             raise UserError(f"{image}: shape {list(x.shape)}, expected [B, {self.in_channels}, {S}, {S}]")
-        # The meta device has no autocast and must not be asked.
+        # The meta device has no autocast, and must not be asked about it.
         if x.dtype != weight.dtype and not (
             x.dtype in AUTOCAST_DTYPES and torch.is_autocast_enabled(x.device.type)
         ):
@@ -263,7 +266,7 @@ class Transformer(Pretrained):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .cuda() and their kin copy every buffer: make the layers share one index again.
+        # .to(), .cuda() and the like copy every buffer: make the layers share one index again.
         super()._apply(fn, recurse)
         share_index(self)
         return self
@@ -281,7 +284,7 @@ def _blocks_in(module: nn.Module) -> Iterator[Block]:
 
 
 def _separate_index(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    """A state_dict hook: copies of the index that all layers share: file formats may refuse sharing."""
+    """A state_dict hook that copies the index shared by all layers: file formats may refuse shared memory."""
     keys = [key for key in state if key.startswith(prefix) and key.endswith("relative_position_index")]
     for key in keys[1:]:
         state[key] = state[key].clone()

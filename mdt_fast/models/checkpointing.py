@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a block: what is computed again in the backward pass instead of being kept."""
+"""Gradient checkpointing of a block: the backward pass recomputes activations instead of keeping them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,16 +14,16 @@ ATTENTION = ("rel_attention", "rel_attention_qkvpacked", "scaled_dot_product", "
 
 
 LAYERS = (nn.Linear, nn.SiLU, nn.Sequential)
-"""What a block is made of, beside this package's modules and torchao's linear layers."""
+"""The layers in a block, besides this package's modules and torchao's linear layers."""
 
 
 def draws(block: nn.Module) -> bool:
-    """Whether ``block`` may draw random numbers, as dropout does: none of its own parts do. Its own hooks run
-    outside of what is computed again."""
+    """Whether ``block`` may draw random numbers, as dropout does. Its standard parts never do. Hooks on the
+    block itself do not count: they run outside of what is recomputed."""
     for module in block.modules():
         cls, itself = type(module), module is block
         if itself and isinstance(module, FSDPModule):
-            cls = cls.__mro__[2]  # FSDP's class of this block, FSDPModule, and what it was
+            cls = cls.__mro__[2]  # after FSDP's class for this block and FSDPModule comes the original class
         ours = cls in LAYERS or cls.__module__.partition(".")[0] in ("mdt_fast", "torchao")
         hooked = not itself and (module._forward_hooks or module._forward_pre_hooks)
         if not ours or hooked or "forward" in vars(module):
@@ -32,8 +32,8 @@ def draws(block: nn.Module) -> bool:
 
 
 def checkpointed(block: nn.Module, compute: Callable[..., Tensor], mode: str, *args: Any) -> Tensor:
-    """``compute(*args)`` of a block. In ``selective`` mode the outputs of attention are kept: it costs the
-    most time for the bytes it leaves behind. A block does this inside, so that it is compiled around it."""
+    """A block's ``compute(*args)``. The ``selective`` mode keeps the outputs of attention, which takes the
+    most time per byte it stores. A block calls this inside its forward, so compiling a block includes it."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws(block)}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)

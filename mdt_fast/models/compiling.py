@@ -1,4 +1,4 @@
-"""``torch.compile`` for a training step: the whole model, or block by block."""
+"""``torch.compile`` for a training step: the whole model, or one block at a time."""
 
 from functools import partial
 from typing import Any
@@ -16,13 +16,13 @@ RECOMPILE_LIMIT = 64
 
 
 def compile_for_training(model: Transformer, scope: str = "block", **options: Any) -> None:
-    """Compile ``model``, in place: its ``forward`` and, in MDT, ``training_step_outputs``.
+    """Compile ``model`` in place: its ``forward`` and, in MDT, ``training_step_outputs``.
 
-    ``scope``: ``model`` compiles them whole, ``block`` each block alone (a fraction of the time, as equal
-    blocks share one compilation; what FSDP needs). ``options`` are those of ``torch.compile``; graphs are
-    always full. The number of kept tokens is dynamic: no length compiles anew. Call it after
-    ``set_switches``, ``set_checkpointing`` and ``set_attention_backend``, and after ``to``.
-    Raises ``UserError`` for another scope, and for what wraps a model.
+    ``scope``: ``model`` compiles each of these as a whole. ``block`` compiles each block on its own: it takes
+    a fraction of the time, as equal blocks share one compilation, and FSDP needs it. ``options`` are passed
+    to ``torch.compile``; graphs are always full (``fullgraph``). The number of kept tokens is dynamic, so a
+    new length does not recompile. Call this after ``set_switches``, ``set_checkpointing``,
+    ``set_attention_backend`` and ``to``. Raises ``UserError`` for another scope, and for a wrapped model.
     """
     if scope not in SCOPES:
         raise UserError(f"scope: got {scope!r}, allowed are {', '.join(SCOPES)}")
@@ -31,7 +31,7 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
             f"model: got a {type(model).__name__}, allowed are this package's models; compile before wrapping"
         )
     options = {"fullgraph": True} | options
-    # All blocks share one cache: encoder, decoder and side block, with gradients and without, each counts.
+    # All blocks share one cache: encoder, decoder and side block, with and without gradients, add entries.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     vars(model)["mark_lengths"] = mark
@@ -42,7 +42,7 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
     model.compile(**options)
     step = getattr(type(model), "training_step_outputs", None)
     if step is not None:
-        # Not a bound method: a deep copy of the model has to run its own weights.
+        # Not a bound method: a deep copy of the model must run with its own weights.
         vars(model)["training_step_outputs"] = partial(_drawn_first, torch.compile(step, **options), model)
 
 
@@ -56,7 +56,7 @@ def _drawn_first(
     y_masked: Tensor | None = None,
     mask_plan: MaskPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``training_step_outputs`` by ``step``, which is compiled; what it would draw is drawn before it."""
+    """Draw the random numbers of ``training_step_outputs`` first, then run it compiled (``step``)."""
     model.check_step_inputs(x_full, x_masked, t, y, y_masked)
     if y_masked is None:
         y, y_masked = model.drop_labels(y), model.drop_labels(y)
@@ -67,7 +67,7 @@ def _drawn_first(
 
 
 def mark(x: Tensor, rows: Rows, plan: MaskPlan) -> None:
-    """Declare the sizes that follow the number of kept tokens, so that the first compilation serves all."""
+    """Mark the sizes that depend on the number of kept tokens as dynamic, so one compilation serves all."""
     if torch.compiler.is_compiling():
         return
     for tensor, dim in ((x, x.ndim - 2), (rows.positions, -1), (plan.ids_keep, 1), (plan.ids_mask, 1)):

@@ -16,21 +16,21 @@ class DiT(Transformer):
         self.blocks = self.blocks_of(self.depth)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, *, drop_labels: bool = True) -> Tensor:
-        """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
+        """Predict noise (and variance) [B, O, S, S] for noisy x [B, C, S, S], times t [B] and labels y [B].
 
-        ``drop_labels`` False: in training too, the labels are taken as they are. Raises ``UserError`` for
-        inputs that do not fit.
+        ``drop_labels`` False keeps all labels, in training too. Raises ``UserError`` for inputs that do not
+        fit.
         """
         self.check_inputs(x, t, y)
         c = self.condition(t, y, drop=self.training and drop_labels)
         return self.from_tokens(*self.embed(x), c)
 
     def embed(self, x: Tensor, plan: None = None) -> tuple[Tensor, None]:
-        """Images -> tokens [B, L, D]. There are no masks and no long skips here."""
+        """Turn images into tokens [B, L, D]. DiT has no masks and no long skips."""
         return self.x_embedder(x, self.pos_embed), None
 
     def from_tokens(self, tokens: Tensor, skip: None, c: Conditioning, plan: None = None) -> Tensor:
-        """What :meth:`embed` gave -> [B, O, S, S]."""
+        """Turn the result of :meth:`embed` into the output [B, O, S, S]."""
         for block in self.blocks:
             tokens = self.run(block, tokens, c)
         return self.image(tokens, c)

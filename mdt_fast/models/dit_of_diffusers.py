@@ -1,8 +1,8 @@
-"""DiT as diffusers keeps it, read as our own: other names, and queries, keys and values apart.
+"""Read diffusers' DiT as ours: it has other names, and separate queries, keys and values.
 
-Diffusers' class differs from the published model in two places that no weights can make up for: its
-timesteps' frequencies are ``10000^(-k/127)`` instead of ``10000^(-k/128)``, and its second norm adds 1e-5
-(``norm_eps``) instead of 1e-6. What is read here computes what was published.
+Diffusers' class differs from the published model in two places that weights cannot make up for: its
+timestep frequencies are ``10000^(-k/127)`` instead of ``10000^(-k/128)``, and its second norm adds 1e-5
+(``norm_eps``) instead of 1e-6. A model read here computes what was published.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..reference.embed import sincos_position_table
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-"""The first name, and what it was saved as before it had one of its own."""
+"""Its class name, and the one it was saved under before it had its own class."""
 
 BLOCK = {
     "attn1.to_out.0": "attn.proj",
@@ -33,12 +33,12 @@ AROUND = {
     "proj_out_2": "final_layer.linear",
 }
 MOST_PATCHES = 1024
-"""On a side: more is a mistake that would take all memory."""
+"""Per side. A larger number is a mistake, and would use up all memory."""
 LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 
 def config_of_diffusers(values: Mapping[str, Any], file: Path) -> ModelConfig:
-    """Of a ``config.json``; ``UserError`` for another model than DiT."""
+    """The configuration in a ``config.json``; ``UserError`` for any model other than DiT."""
     fixed = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
     for name, value in fixed.items():
         if values.get(name, value) != value:
@@ -66,10 +66,10 @@ def config_of_diffusers(values: Mapping[str, Any], file: Path) -> ModelConfig:
 
 
 def weights_of_diffusers(state: Mapping[str, Tensor], config: ModelConfig, file: Path) -> dict[str, Tensor]:
-    """A ``DiTTransformer2DModel``'s state_dict under the names of :class:`DiT`.
+    """The ``state_dict`` of a ``DiTTransformer2DModel``, under the names of :class:`DiT`.
 
-    Each block's copy of the embeddings is left out, as diffusers reads the first one's alone for the last
-    layer: ``UserError`` if they differ, or if a tensor is missing.
+    Each block has its own copy of the embeddings, but diffusers' last layer reads only the first block's:
+    the others are dropped. Raises ``UserError`` if the copies differ, or if a tensor is missing.
     """
     made: dict[str, Tensor] = {}
     try:
@@ -98,7 +98,7 @@ def weights_of_diffusers(state: Mapping[str, Tensor], config: ModelConfig, file:
         raise UserError(
             f"{file}: weights of another model: hidden_size {width} instead of {config.hidden_size}"
         )
-    if config.grid_size > MOST_PATCHES:  # the file holds no table that says better
+    if config.grid_size > MOST_PATCHES:  # the file holds no table to check this against
         raise UserError(
             f"{file}: sample_size is {config.input_size}: more than {MOST_PATCHES} patches a side"
         )

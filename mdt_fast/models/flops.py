@@ -1,7 +1,7 @@
-"""Matmul FLOPs (2 per multiply-add) of a model, counted by torch on the meta device: no memory, no
-arithmetic.
+"""Matmul FLOPs (2 per multiply-add) of a model, counted by torch on the meta device, which uses no memory
+and does no arithmetic.
 
-All providers are credited with what the *reference* needs; what a provider executes may be less.
+All providers are credited with what the *reference* needs; a provider may execute fewer.
 """
 
 from collections.abc import Callable
@@ -15,31 +15,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..config import ModelConfig, Switches
-from ..kernels.linear import flops as flops  # the formulas of our own products
+from ..kernels.linear import flops as flops  # the formulas for our own products
 from ..masking import MaskPlan
 from . import zoo
 
 DEEP = 12
-"""Blocks of the three shallow models together that stand for a deeper one (:func:`of_any_depth`)."""
+"""Number of blocks in the three shallow models that stand in for a deeper one (:func:`of_any_depth`)."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """FLOPs of something, and our own ops in it that have no FLOP formula (then ``flops`` is too low)."""
+    """A number of FLOPs, and which of our ops ran without a FLOP formula (then ``flops`` is too low)."""
 
     flops: int
     uncounted: tuple[str, ...] = ()
 
 
 def count(call: Callable[[], object]) -> Count:
-    """FLOPs of all matmuls, convolutions and attentions that ``call`` runs, its backward included."""
+    """FLOPs of all matmuls, convolutions and attentions that ``call`` runs, including its backward pass."""
     with FlopCounterMode(display=False) as counter, _OwnOps() as own:
         call()
     return Count(counter.get_total_flops(), tuple(sorted(own.names)))
 
 
 class _OwnOps(TorchDispatchMode):
-    """Notes which of our ops run without a formula."""
+    """Records which of our ops run without a formula."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class _OwnOps(TorchDispatchMode):
 
 
 def of_any_depth(config: ModelConfig, counted: Callable[[ModelConfig], Count]) -> Count:
-    """``counted(config)``, of a deep model from three of few blocks: a block needs what others of its kind do
-    (in the first half of the encoder, in its second half, in the decoder), so that it is linear in how many
-    there are of each. Exact, and of 28 blocks in less than half of the time."""
+    """``counted(config)``; for a deep model, extrapolated from three shallow ones. All blocks of a kind (in
+    the encoder's first half, its second half, the decoder) need the same FLOPs, so the total is linear in the
+    number of each kind. This is exact, and takes less than half the time for 28 blocks."""
     decoder = config.decode_layer
     encoder = config.depth - decoder
     few, one = 2 + encoder % 2, min(decoder, 1)
@@ -74,7 +74,7 @@ def of_any_depth(config: ModelConfig, counted: Callable[[ModelConfig], Count]) -
 def meta_model(
     config: ModelConfig, implementation: zoo.Implementation = "reference", switches: Switches | None = None
 ) -> nn.Module:
-    """The model of ``config`` without storage; ``switches`` for the fast one."""
+    """The model of ``config`` without storage; ``switches`` are for the fast implementation."""
     with torch.device("meta"):
         model: Any = zoo.build_model(config, implementation=implementation)
     if switches is not None:
@@ -86,7 +86,7 @@ def meta_model(
 def forward(
     config: ModelConfig, len_keep: int | None = None, implementation: zoo.Implementation = "reference"
 ) -> Count:
-    """One forward pass of one image; ``len_keep``: masked, with so many kept tokens."""
+    """One forward pass of one image; with ``len_keep``, a masked pass that keeps that many tokens."""
     return of_any_depth(config, lambda config: count(lambda: _forward(config, len_keep, implementation)))
 
 
@@ -98,8 +98,8 @@ def train_step(
     batch: int = 1,
     switches: Switches | None = None,
 ) -> Count:
-    """Forward and backward of ``batch`` images: all tokens, and (unless ``len_keep`` is None) the masked
-    pass. A packed step has the products of two passes."""
+    """Forward and backward of ``batch`` images: a pass over all tokens and (unless ``len_keep`` is None) a
+    masked pass. A packed step has the same products as these two passes."""
 
     def passes(config: ModelConfig) -> None:
         loss = _forward(config, None, implementation, batch, switches).sum()

@@ -1,4 +1,4 @@
-"""MDTv2 and MDT v1 on the kernel rooms.
+"""MDTv2 and MDT v1, built on ``mdt_fast.kernels``.
 
 B samples, S side, C channels, O output channels, L tokens, K of them kept, R rows of a packed batch, D width.
 Source: MDT (arXiv:2303.14389; MDTv2 is its second version).
@@ -25,7 +25,7 @@ from .rows import Rows
 
 
 class MaskedTransformer(Transformer):
-    """What both MDTs share: a pass, both passes of a training step in one, the side-interpolater."""
+    """What both MDTs share: a pass, the two passes of a training step in one, the side-interpolater."""
 
     sideblocks: nn.ModuleList
 
@@ -41,13 +41,13 @@ class MaskedTransformer(Transformer):
         x_masked: Tensor | None = None,
         y_masked: Tensor | None = None,
     ) -> Any:
-        """Predicted noise (and variance) [B, O, S, S] of noisy x [B, C, S, S] at times t [B], labels y [B].
+        """Predict noise (and variance) [B, O, S, S] for noisy x [B, C, S, S], times t [B] and labels y [B].
 
-        ``mask_plan`` drops the tokens that it says, as in training, and ``enable_mask``, without one, those
-        of a new plan; it does nothing where the model's ``mask_ratio`` is None. ``drop_labels`` False: in
-        training too, the labels are taken as they are. With ``x_masked`` it is both passes of a training
-        step, for what wraps the model and sees its forward alone: the two outputs of
-        :meth:`training_step_outputs`. Raises ``UserError`` for inputs that do not fit.
+        ``mask_plan`` drops tokens according to the plan, as in training. ``enable_mask`` without a plan draws
+        a new one; it does nothing if the model's ``mask_ratio`` is None. ``drop_labels`` False keeps all
+        labels, in training too. With ``x_masked`` this runs both passes of a training step and returns the
+        two outputs of :meth:`training_step_outputs`, for wrappers of the model that see only its forward.
+        Raises ``UserError`` for inputs that do not fit.
         """
         if x_masked is not None:
             y_masked = y if y_masked is None and not drop_labels else y_masked
@@ -63,7 +63,7 @@ class MaskedTransformer(Transformer):
         return self.from_tokens(tokens, skip, c, plan)
 
     def from_tokens(self, tokens: Tensor, skip: Skip, c: Conditioning, plan: MaskPlan | None) -> Tensor:
-        """What :meth:`embed` gave -> [B, O, S, S]."""
+        """Turn the result of :meth:`embed` into the output [B, O, S, S]."""
         where = rows.kept(plan)
         if plan is not None:
             self.mark_lengths(tokens, where, plan)
@@ -80,13 +80,14 @@ class MaskedTransformer(Transformer):
         y_masked: Tensor | None = None,
         mask_plan: MaskPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both passes of a training step: all tokens of ``x_full``, and the kept ones of ``x_masked``.
+        """Both passes of a training step: all tokens of ``x_full``, and the kept tokens of ``x_masked``.
 
-        The same as ``forward(x_full, t, y)`` and ``forward(x_masked, t, y, enable_mask=True)``, drawing in
-        that order, but as one batch: every weight is read once. Shapes as there; returns both outputs. With
-        ``y_masked``, the labels of the second pass, no label is dropped: both are taken as they are. By
-        ``forward(x_full, t, y, x_masked=...)`` what wraps the model (FSDP2, DDP) sees it, too. Raises
-        ``UserError`` for inputs that do not fit, and for an attention backend that cannot take them.
+        Equal to ``forward(x_full, t, y)`` and ``forward(x_masked, t, y, enable_mask=True)``, with random
+        draws in that order, but computed as one batch, so every weight is read once. Shapes as in
+        :meth:`forward`; returns both outputs. With ``y_masked`` (the labels of the second pass) no labels are
+        dropped: y and ``y_masked`` are used as given. Under a wrapper (FSDP2, DDP) call ``forward(x_full, t,
+        y, x_masked=...)``. Raises ``UserError`` for inputs that do not fit, and for an attention backend that
+        cannot take them.
         """
         self.check_step_inputs(x_full, x_masked, t, y, y_masked)
         if y_masked is None:
@@ -113,13 +114,13 @@ class MaskedTransformer(Transformer):
     def check_step_inputs(
         self, x_full: Tensor, x_masked: Tensor, t: Tensor, y: Tensor, y_masked: Tensor | None
     ) -> None:
-        """:meth:`check_inputs` of both passes."""
+        """Run :meth:`check_inputs` for both passes."""
         self.check_inputs(x_full, t, y)
         labels, name = (y, "y") if y_masked is None else (y_masked, "y_masked")
         self.check_inputs(x_masked, t, labels, ("x_masked", name))
 
     def join(self, x: Tensor, c: Conditioning, plan: MaskPlan | None) -> Tensor:
-        """Encoder's output [B, K, D] -> decoder's input [B, L, D].
+        """Turn the encoder's output [B, K, D] into the decoder's input [B, L, D].
 
         The side block predicts the dropped tokens from the kept ones; kept tokens bypass it.
         """
@@ -134,7 +135,7 @@ class MaskedTransformer(Transformer):
         return side.where(plan.mask[:, :, None] > 0, full)
 
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
-        """Images -> the encoder's tokens [B, K, D], and what the decoder mixes in."""
+        """Turn images into the encoder's tokens [B, K, D], and the input that the decoder mixes in."""
         return self.x_embedder(x, self.pos_embed, plan), None
 
     def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
@@ -144,7 +145,7 @@ class MaskedTransformer(Transformer):
         raise NotImplementedError
 
     def plan(self, x: Tensor, enable_mask: bool, mask_plan: MaskPlan | None) -> MaskPlan | None:
-        """The mask of this pass: the given one, a new one, or None for all tokens."""
+        """The mask of this pass: the given one, a newly drawn one, or None to see all tokens."""
         B, L, ascending = x.shape[0], self.config.grid_size**2, self.switches.sorted_tokens
         if mask_plan is not None:
             if not isinstance(mask_plan, MaskPlan):
@@ -154,7 +155,7 @@ class MaskedTransformer(Transformer):
         return self.draw_plan(B, x.device) if enable_mask and self.mask_ratio is not None else None
 
     def draw_plan(self, batch: int, device: torch.device) -> MaskPlan:
-        """A mask for a training step, from torch's default generators; see :meth:`MaskPlan.draw`."""
+        """Draw a mask for a training step from torch's default generators; see :meth:`MaskPlan.draw`."""
         if self.mask_ratio is None:
             raise UserError("mask_plan: needed, as the model's mask_ratio is None")
         return MaskPlan.draw(
@@ -190,7 +191,7 @@ class MDTv2(MaskedTransformer):
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
         layers = [block.get_submodule("skip_linear") for block in self.de_blocks]
         plain = embeds_plainly(self.x_embedder) and all(map(is_plain, layers))
-        # Of one sample alone it would be no less work: a part of it is done once for the batch.
+        # With a single sample this would save nothing: part of the work is done once per batch.
         if self.switches.thin_skip and x.shape[0] > 1 and plain:
             weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias
             assert bias is not None

@@ -1,7 +1,7 @@
-"""What a sampler asks of a model: times and labels of all steps are known before the first one.
+"""Model passes for a sampler, which knows the times and labels of all steps before the first one.
 
-n images, B rows: n, or 2n with guidance (n with their classes, then n with the null class); U different
-labels, D width, W numbers of all modulations of a row.
+n images, B rows: n, or 2n with guidance (n with their classes, then n with the null class); U distinct
+labels, D width, W modulation values per row (all blocks together).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,15 +21,15 @@ from .conditioning import Conditioning
 from .ops import Float8Linear, in_float8, is_plain, takes_activated
 
 CHUNK_BYTES = 2**28
-"""Memory for the modulations of a chunk of steps."""
+"""Memory for the modulations of one chunk of steps."""
 
 
 def is_open(model: nn.Module) -> TypeGuard[Transformer]:
-    """Whether a pass may be put together from the model's parts.
+    """Whether a sampler may run the model's parts itself, instead of its ``forward``.
 
-    Not where something of its own surrounds the whole forward pass: hooks (FSDP's, too), another ``forward``,
-    of a subclass or put in front of it (accelerate's, which brings weights to the GPU), or ``torch.compile``;
-    nor where modulations are more than SiLU and a layer.
+    It may not if something wraps the whole forward pass: hooks (including FSDP's), another ``forward`` (a
+    subclass's, or one set on the instance, as accelerate does to bring weights to the GPU), or
+    ``torch.compile``. Nor may it if modulations are more than SiLU and a linear layer.
     """
     hooks = model._forward_hooks or model._forward_pre_hooks
     surrounded = hooks or "forward" in vars(model) or model._compiled_call_impl is not None
@@ -52,10 +52,10 @@ def guided_pass(
     guided: bool,
     shared: bool,
 ) -> Tensor:
-    """The model's output [B, O, S, S] for images x [n, C, S, S]; ``c`` of all B rows.
+    """The model's output [B, O, S, S] for images x [n, C, S, S]; ``c`` has all B rows.
 
-    ``plan``: which tokens of the n images the encoder sees (None: all). ``guided``: B is 2n. ``shared``: the
-    patches of both halves are the same, and are embedded once.
+    ``plan``: which tokens of the n images the encoder sees (None: all). ``guided``: B is 2n. ``shared``: both
+    halves have the same patches, which are embedded once.
     """
     both = plan if plan is None or not guided else plan.twice()
     if guided and not shared:
@@ -68,10 +68,10 @@ def guided_pass(
 
 
 class CastWeights:
-    """The weights of the blocks' linear layers in ``dtype``, autocast's, instead of the float32 ones; those
-    of layers in float8 are rounded.
+    """The weights of the blocks' linear layers, cast from float32 to autocast's ``dtype``; for float8 layers
+    they are rounded to float8 instead.
 
-    Those that :meth:`refresh` finds are cast there, once; in the layers they are :meth:`within` a pass alone.
+    :meth:`refresh` casts the weights once. The layers hold the cast weights only :meth:`within` a pass.
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype):
@@ -82,7 +82,7 @@ class CastWeights:
 
     @torch.no_grad()
     def refresh(self) -> bool:
-        """From the weights as they are now. Whether they are in other memory than those before."""
+        """Cast the current weights. Returns whether the cast weights are now in other memory than before."""
         aside = {id(block) for block in getattr(self.model, "sideblocks", ())}  # for masked passes
         blocks = (block for block in self.model.every_block() if id(block) not in aside)
         layers = [layer for block in blocks for layer in _layers_of_steps(block)]
@@ -92,7 +92,7 @@ class CastWeights:
             for m, cast in zip(self.layers, self.cast, strict=True)
         ]
         if not same:
-            with torch.inference_mode(False):  # they outlive the one that may be on here
+            with torch.inference_mode(False):  # they outlive an inference mode that may be active here
                 self.cast = [self._empty(layer) for layer in layers]
         self.layers, self.whole = layers, whole
         plain = [(cast[0], own) for cast, own in zip(self.cast, whole, strict=True) if len(cast) == 1]
@@ -113,7 +113,7 @@ class CastWeights:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Here the layers have the cast weights, but for those that were given others since."""
+        """Put the cast weights into the layers, except those whose weight was replaced since the cast."""
         here = list(zip(self.layers, self.whole, self.cast, strict=True))
         for layer, before, after in here:
             if layer._parameters["weight"] is before:
@@ -132,7 +132,7 @@ class CastWeights:
 
 
 Cast = tuple[nn.Parameter] | tuple[Tensor, Tensor]
-"""Of one layer: its weight in another dtype, or rows in float8 and their scales."""
+"""One layer's cast weight: in another dtype, or as float8 rows and their scales."""
 
 
 def _parts(layer: nn.Linear) -> int:
@@ -140,8 +140,8 @@ def _parts(layer: nn.Linear) -> int:
 
 
 def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
-    """Those whose weights, float32 or to be rounded, nothing but a step's products reads. Modulations are
-    none of them: they can be computed for many steps at once."""
+    """The layers whose weights (float32, or to be rounded to float8) are read only by a step's products.
+    Modulation layers are not among them: they can be computed for many steps at once."""
     modules: tuple[nn.Module, ...] = block, block.attn, block.mlp
     if tuple(map(type, modules)) != (Block, Attention, Mlp):
         return
@@ -159,16 +159,16 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
 
 
 def conditions_plainly(model: Transformer) -> bool:
-    """Whether times and labels condition it as they do the published models: not by a method of its own."""
+    """Whether the model uses times and labels as the published models do, without its own ``condition``."""
     return type(model).condition is Transformer.condition and "condition" not in vars(model)
 
 
 class StepModulations:
     """The modulations of all blocks and of the last layer, computed for a chunk of steps at a time.
 
-    One product per layer and chunk, with a row for each step and each label that occurs: the weights, a third
-    of the model's, are read once per chunk, and the null class costs one row a step. ``times``: the original
-    timestep of each step's index; steps are asked for from the last index down.
+    Each layer does one product per chunk, with a row for each step and each distinct label. Its weights (a
+    third of the model's) are thus read once per chunk, and the null class costs one row per step. ``times``:
+    the original timestep at each step index. Steps are requested from the last index down.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class StepModulations:
             block
             for name, block in model.named_modules()
             if isinstance(getattr(block, "adaLN_modulation", None), nn.Sequential)
-            and not name.startswith("sideblocks")  # those of masked passes
+            and not name.startswith("sideblocks")  # used in masked passes only
         ]
         self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.blocks]
         D = model.hidden_size
@@ -191,19 +191,19 @@ class StepModulations:
         self.first, self.values = len(times), weight.new_empty(0)
 
     def __call__(self, index: int, rows: Tensor) -> Tensor:
-        """[B, W] of the step ``index``, row i for ``labels[rows[i]]``."""
+        """The modulations [B, W] of step ``index``; row i is for ``labels[rows[i]]``."""
         if not self.first <= index < self.first + len(self.values):
             self._compute(max(0, index + 1 - self.chunk), index + 1)
         return self.values[index - self.first].index_select(0, rows)
 
     def conditioning(self, modulations: Tensor) -> Conditioning:
-        """[B, W] as the blocks take it."""
+        """Modulations [B, W], as the blocks take them."""
         parts = modulations.split(self.widths, dim=1)
         nothing = modulations[:, :0]
         return Conditioning(nothing, nothing, dict(zip(self.blocks, parts, strict=True)))
 
     def _compute(self, first: int, end: int) -> None:
-        self.values = self.values.new_empty(0)  # before the next chunk needs the memory
+        self.values = self.values.new_empty(0)  # free it before the next chunk needs the memory
         t, y = self.model.t_embedder(self.times[first:end]), self.model.y_embedder(self.labels, False)
         c = F.silu(t[:, None] + y).flatten(0, 1)
         values, start = c.new_empty(0), 0

@@ -45,7 +45,7 @@ def _factory(name: str) -> Callable[..., Transformer]:
 
 
 FACTORIES: dict[str, Callable[..., Transformer]] = {name: _factory(name) for name in SHAPES}
-"""Every published model's constructor, by name."""
+"""The constructor of every published model, by name."""
 
 MDTv2_S_2 = FACTORIES["MDTv2_S_2"]
 MDTv2_B_2 = FACTORIES["MDTv2_B_2"]
@@ -80,11 +80,11 @@ DiT_XL_8 = FACTORIES["DiT_XL_8"]
 DiT_models = {
     name.replace("_", "-", 1).replace("_", "/"): FACTORIES[name] for name in SHAPES if name[0] == "D"
 }
-"""Those of DiT under the names of its own code: ``DiT_models["DiT-XL/2"]``."""
+"""DiT's constructors under the names used in its original code: ``DiT_models["DiT-XL/2"]``."""
 
 
 def shape_of(name: str) -> tuple[Family, dict[str, int]]:
-    """Family and sizes of a published model; ``UserError`` (with the nearest name) for an unknown one."""
+    """Family and sizes of a published model; ``UserError`` (with the nearest name) for an unknown name."""
     if name not in SHAPES:
         raise UserError(f"model: {name!r} is unknown{nearest(name, SHAPES)}; known: {', '.join(SHAPES)}")
     return SHAPES[name]
@@ -97,7 +97,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 
 
 def build_model(config: ModelConfig, implementation: Implementation = "fast") -> nn.Module:
-    """A fresh model of this shape, by the fast classes or by the reference's."""
+    """A new model of this configuration, as a fast or as a reference class."""
     if implementation not in CLASSES:
         known = ", ".join(CLASSES)
         raise UserError(
@@ -107,5 +107,5 @@ def build_model(config: ModelConfig, implementation: Implementation = "fast") ->
 
 
 def make(name: str, *, implementation: Implementation = "fast", **kwargs: Any) -> nn.Module:
-    """A fresh published model by name; ``kwargs`` as its constructor takes them."""
+    """A new published model by name; ``kwargs`` are its constructor's."""
     return build_model(model_config(name, **kwargs), implementation)
