@@ -1,4 +1,4 @@
-"""CUDA graphs: one launch for all the kernels of a step."""
+"""CUDA graphs: one launch for all kernels of a step."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from .errors import UserError
 
 WARM_UP = 3
-"""Calls before the first capture, in which libraries choose algorithms and take their workspaces; before
-another one it takes one, for the kernels of new shapes to be compiled."""
+"""Warm-up calls before the first capture, in which libraries choose algorithms and allocate workspaces. Later
+captures take one such call, which compiles the kernels for the new shapes."""
 
 Key = tuple[Any, ...]
-"""What a graph is captured for."""
+"""Identifies what a graph was captured for."""
 
 
 class _Streams(threading.local):
-    """Of each thread the stream of each GPU that it captures on: libraries keep a workspace for every one."""
+    """The stream on which each thread captures, per GPU: libraries keep a workspace for every stream."""
 
     def __init__(self) -> None:
         self.of: dict[int, torch.cuda.Stream] = {}
@@ -27,23 +27,23 @@ class _Streams(threading.local):
 
 _streams = _Streams()
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture did not end: torch 2.11 goes on pointing at them."""
+"""Graphs whose capture did not finish: torch 2.11 keeps pointing at them."""
 
 
 def key_of(args: Sequence[Tensor | None]) -> Key:
-    """The arguments' shapes and dtypes."""
+    """The shapes and dtypes of the arguments."""
     return tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
 
 
 class Graphed:
-    """A function of tensors (or None) that is captured at its first call with arguments of these shapes.
+    """A function of tensors (or None), captured at its first call with arguments of given shapes and dtypes.
 
-    It must not read values on the host, and what it keeps from call to call must be there after the first
-    one: later captures may write over whatever else it allocates. What a call returns is written over by the
-    next one. ``warmed_up`` is called before each capture: the function was called more often than was asked
-    for. ``done`` is called after it, with the arguments' key. ``beside``: another, whose memory this
-    one's graphs share, as they run one after the other and nobody keeps what they return. ``warm_up``:
-    the calls before the first capture.
+    The function must not read values on the host. Memory that it keeps between calls must exist after the
+    first call: later captures may overwrite anything else that it allocates. The next call overwrites the
+    returned tensor. ``warmed_up`` is called before each capture, as the function has by then run more often
+    than requested; ``done`` is called after it, with the arguments' key. ``beside``: another ``Graphed``
+    whose memory pool this one's graphs share, as they run one after the other and nobody keeps their
+    results. ``warm_up``: calls before the first capture.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Graphed:
     def _capture(
         self, args: tuple[Tensor | None, ...]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
-        with torch.inference_mode(False):  # they outlive the one that may be on here
+        with torch.inference_mode(False):  # they outlive an inference mode that may be active here
             inputs = [None if arg is None else _copy(arg) for arg in args]
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -88,7 +88,7 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.warmed_up()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # Other threads load images, write checkpoints and watch NCCL meanwhile: that is no error.
+        # Meanwhile other threads load images, write checkpoints and watch NCCL; that must not be an error.
         try:
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
@@ -99,21 +99,21 @@ class Graphed:
             if not isinstance(error, RuntimeError) or "captur" not in str(error):
                 raise
             raise UserError(
-                "CUDA graphs: something here reads numbers on the host, or takes memory, which no graph can; "
-                f"without graphs (cuda_graphs=False) it may ({str(error).splitlines()[0]})"
+                "CUDA graphs: something here reads values on the host or allocates memory, which a graph "
+                f"cannot do; cuda_graphs=False may work ({str(error).splitlines()[0]})"
             ) from error
         return graph, inputs, output
 
     def _end(self, graph: torch.cuda.CUDAGraph, before: torch.cuda.Stream) -> None:
-        """End a capture that has failed, which torch 2.11 leaves half begun: its stream is the current one,
-        its pool takes all memory, and the default generator draws for graphs alone."""
+        """Clean up after a failed capture. torch 2.11 leaves it half open: its stream is still current, its
+        pool takes all allocations, and the default generator still draws for graphs only."""
         torch.cuda.set_stream(before)
         here = torch.cuda.current_device(), self.pool
-        with suppress(RuntimeError):  # where the pool was left in order
+        with suppress(RuntimeError):  # the pool may already be in order
             torch._C._cuda_endAllocateToPool(*here)
             torch._C._cuda_releasePool(*here)
         _failed.append(graph)
-        with suppress(RuntimeError):  # a capture that ends well gives the generator back
+        with suppress(RuntimeError):  # a capture that succeeds gives the generator back
             with torch.cuda.graph(
                 torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"
             ):
@@ -123,16 +123,16 @@ class Graphed:
 
     @contextmanager
     def _lending(self) -> Iterator[None]:
-        """From the second capture on, what is allocated here comes from the memory of the graphs, none of
-        which runs now: otherwise a step would be in memory twice."""
+        """From the second capture on, allocate here from the graphs' memory, as no graph runs now: otherwise
+        a step would be in memory twice."""
         if not self.captured:
             yield
             return
-        torch.cuda.empty_cache()  # as a capture does: what is cached elsewhere is out of reach from here on
+        torch.cuda.empty_cache()  # as a capture does: memory cached elsewhere is out of reach from here on
         here = torch.cuda.current_device(), self.pool
         torch._C._cuda_beginAllocateCurrentThreadToPool(*here)
         try:
-            with torch.autograd.set_multithreading_enabled(False):  # backward passes, too, in this thread
+            with torch.autograd.set_multithreading_enabled(False):  # run backward passes in this thread too
                 yield
         finally:
             torch._C._cuda_endAllocateToPool(*here)
@@ -151,8 +151,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def lent(tensor: Tensor, graph: torch.cuda.CUDAGraph) -> Tensor:
-    """The same memory on a GPU, which is there for as long as ``graph``, and so for as long as this; when
-    ``tensor`` is gone, the graphs captured next may write to it. Elsewhere ``tensor`` itself."""
+    """On a GPU, a tensor in the same memory, which keeps ``graph`` and so the memory alive. Once ``tensor``
+    is gone, graphs captured later may write to it. Elsewhere, ``tensor`` itself."""
     if tensor.device.type != "cuda" or not tensor.numel():
         return tensor
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -162,7 +162,7 @@ def lent(tensor: Tensor, graph: torch.cuda.CUDAGraph) -> Tensor:
 
 
 class _Memory:
-    """Bytes that are another's, as array libraries hand them on, and their ``owner``."""
+    """Memory that belongs to ``owner``, in the form in which array libraries exchange it."""
 
     def __init__(self, address: int, size: int, owner: object):
         self.owner = owner
@@ -172,14 +172,14 @@ class _Memory:
 
 
 class Numbers:
-    """A model's parameters and buffers, which graphs read where they are. Modules are those of now."""
+    """A model's parameters and buffers, which graphs read in place. Its modules are those at construction."""
 
     def __init__(self, model: nn.Module):
         self.held = [each for m in model.modules() for each in (m._parameters, m._buffers) if each]
         self.before: list[tuple[Tensor, int, bool]] = []
 
     def moved(self) -> bool:
-        """Whether some are others than at the last call, or in other memory, or frozen or not any more."""
+        """Whether any were replaced, moved in memory, frozen or unfrozen since the last call."""
         now = [
             (x, x.data_ptr(), x.requires_grad) for each in self.held for x in each.values() if x is not None
         ]

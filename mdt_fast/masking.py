@@ -1,4 +1,4 @@
-"""Masks: the only place that draws them.
+"""Masks: the only module that draws them.
 
 A :class:`MaskPlan` says which tokens of each sample the encoder sees in the masked pass. Shapes:
 B samples, L tokens, K kept tokens.
@@ -19,12 +19,12 @@ TENSORS = ("ids_keep", "ids_mask", "ids_restore", "mask")
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
-    """Which tokens are kept, for a batch.
+    """Which tokens of each sample in a batch are kept.
 
-    ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K] (int64) are the kept and the dropped token numbers;
-    ``ids_restore`` [B, L] (int64) is where each token stands in ``cat([ids_keep, ids_mask])``;
-    ``mask`` [B, L] (float32) is 0 where a token is kept and 1 where it was dropped. ``ascending``: both
-    numbers stand in ascending order (False: perhaps not).
+    ``ids_keep`` [B, K] and ``ids_mask`` [B, L-K] (int64) are the indices of the kept and dropped tokens.
+    ``ids_restore`` [B, L] (int64) is each token's position in ``cat([ids_keep, ids_mask])``. ``mask`` [B, L]
+    (float32) is 0 for kept tokens and 1 for dropped ones. ``ascending``: both index lists are in ascending
+    order (False: perhaps not).
     """
 
     ids_keep: Tensor
@@ -46,8 +46,8 @@ class MaskPlan:
     ) -> "MaskPlan":
         """Draw a plan as the official model does: the ratio (MDTv2 only), then one noise value per token.
 
-        Both come from torch's default generators, in that order. The ratio is always drawn on the host,
-        so that no device is waited for; the noise is drawn on ``device``. ``ascending``: see
+        Both come from torch's default generators, in that order. The ratio is always drawn on the host, so
+        that nothing waits for a device; the noise is drawn on ``device``. ``ascending``: see
         :meth:`from_noise`.
         """
         if not 0 <= mask_ratio <= 1:
@@ -59,12 +59,12 @@ class MaskPlan:
 
     @classmethod
     def from_noise(cls, noise: Tensor, len_keep: int, *, ascending: bool = False) -> "MaskPlan":
-        """Keep the ``len_keep`` tokens with the smallest noise; ``noise`` is [B, L], any float dtype.
+        """Keep the ``len_keep`` tokens with the smallest noise; ``noise`` is [B, L], of any float dtype.
 
-        Tokens stand in the order of their noise (the official order), or with ``ascending`` in the order of
-        their numbers, in one step (``kernels.mask_plan``) and as :meth:`sorted` would have them. Equal noise
-        is ordered by token number. Raises ``UserError`` for a noise that is not [B, L] or has NaN (on
-        the CPU), and for a ``len_keep`` that is no whole number in 0..L.
+        Tokens are ordered by their noise (the official order), or by their index with ``ascending``, in one
+        step (``kernels.mask_plan``) that gives what :meth:`sorted` would. Equal noise is ordered by token
+        index. Raises ``UserError`` for noise that is not [B, L] or contains NaN (checked on the CPU only),
+        and for a ``len_keep`` that is not an integer in 0..L.
         """
         if isinstance(len_keep, bool | float):
             raise UserError(f"len_keep: got {len_keep!r}, allowed are whole numbers")
@@ -90,7 +90,7 @@ class MaskPlan:
         kept = torch.zeros(ids_keep.shape[0], num_tokens, dtype=torch.int64, device=ids_keep.device)
         kept.scatter_add_(1, ids_keep, torch.ones_like(ids_keep))
         if (kept > 1).any():
-            raise UserError("ids_keep: a token number stands twice in a row; allowed is once")
+            raise UserError("ids_keep: a row has the same token number twice; allowed is once")
         ids_mask = torch.argsort(kept, dim=1, stable=True)[:, : num_tokens - ids_keep.shape[1]]
         return cls._from_ids(ids_keep, ids_mask)
 
@@ -98,14 +98,16 @@ class MaskPlan:
     def from_mask(cls, mask: Tensor) -> "MaskPlan":
         """The plan that drops the tokens where ``mask`` [B, L] (bool) is True, in ascending order.
 
-        Raises ``UserError`` unless as many are dropped of every sample, which a GPU is waited for to know.
+        Raises ``UserError`` unless every sample drops the same number of tokens; checking this waits for a
+        GPU.
         """
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
             raise UserError(f"mask: expected bool [batch, tokens], got {_named(mask)}")
         dropped = mask.sum(dim=1).tolist() or [0]
         if min(dropped) != max(dropped):
             raise UserError(
-                f"mask: drops {min(dropped)} to {max(dropped)} tokens of a sample, allowed is one number"
+                f"mask: drops {min(dropped)} to {max(dropped)} tokens of a sample; "
+                "allowed is the same number for every sample"
             )
         ids = mask.byte().argsort(dim=1, stable=True)
         len_keep = mask.shape[1] - dropped[0]
@@ -117,10 +119,10 @@ class MaskPlan:
         return cls(ids_keep, ids_mask, ids_restore, (ids_restore >= ids_keep.shape[1]).float())
 
     def sorted(self) -> "MaskPlan":
-        """The same tokens kept, in ascending order.
+        """The plan with the same tokens, in ascending order.
 
-        Everything between gather and scatter is token-wise or attention, so the order changes nothing
-        but rounding; ascending order makes gathers and bias look-ups nearly contiguous.
+        Everything between gather and scatter is token-wise or attention, so the order affects only rounding.
+        Ascending order makes gathers and bias look-ups nearly contiguous.
         """
         if self.ascending:
             return self
@@ -137,7 +139,7 @@ class MaskPlan:
 
     @property
     def len_keep(self) -> int:
-        """K: how many tokens of each sample the encoder sees."""
+        """K: the number of tokens per sample that the encoder sees."""
         return self.ids_keep.shape[1]
 
     def check(self, batch: int, num_tokens: int, device: torch.device) -> None:
@@ -155,7 +157,7 @@ class MaskPlan:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     def twice(self) -> "MaskPlan":
-        """The plan of the same samples two times over, as guidance has them."""
+        """The plan repeated for a second copy of the samples, as guidance needs it."""
         both: Any = {name: torch.cat([getattr(self, name)] * 2) for name in TENSORS}
         return replace(self, **both)
 
@@ -169,17 +171,17 @@ def _named(value: object) -> str:
 
 
 def len_keeps(num_tokens: int, mask_ratio: float) -> range:
-    """All that :func:`draw_len_keep` can give, ascending."""
+    """All values that :func:`draw_len_keep` can return, ascending."""
     ratios = torch.tensor([1, 0], device="cpu") * RATIO_RANGE + mask_ratio
     least, most = (int(num_tokens * (1 - ratio)) for ratio in ratios)
     return range(least, most + 1)
 
 
 def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator | None = None) -> int:
-    """MDTv2's number of kept tokens: one uniform draw for the whole batch (float32, truncated).
+    """Draw MDTv2's number of kept tokens: one uniform draw for the whole batch (float32, truncated).
 
-    With 256 tokens and ``mask_ratio`` 0.3 the result is 128..179. ``generator``: of the CPU; torch's default
-    one if None. Processes that share a batch draw alike with generators of one seed.
+    With 256 tokens and ``mask_ratio`` 0.3 the result is in 128..179. ``generator``: a CPU generator; None:
+    torch's default one. Processes that share a batch get the same number from generators with the same seed.
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"mask_ratio: allowed are 0 to below 1, got {mask_ratio!r}")

@@ -119,7 +119,7 @@ def test_a_capture_that_fails_leaves_nothing_half_begun(
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     graphed = Graphed(function, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"reads numbers on the host.*not permitted when stream is capturing"):
+    with pytest.raises(UserError, match=r"reads values on the host.*not permitted when stream is capturing"):
         graphed(torch.zeros(1))
     released = [] if ended else ["end", "releasePool"]
     assert calls == ["capture", "bad", "stream", *released, "spare", "good"]

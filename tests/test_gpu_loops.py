@@ -80,7 +80,7 @@ def test_what_reads_numbers_on_the_host_is_said() -> None:
     step = TrainingStep(model.cuda().train(), create_diffusion())
     stream, y = torch.cuda.current_stream(), torch.randn(8, 8, device="cuda")
     for _ in range(2):
-        with pytest.raises(UserError, match="reads numbers on the host"):
+        with pytest.raises(UserError, match="reads values on the host"):
             step(batch(0)[0], y)
         assert torch.cuda.current_stream() == stream
         torch.randn(8, device="cuda")  # by the default generator, which draws for this stream again

@@ -53,7 +53,10 @@ def test_lengths_at_256_tokens() -> None:
         (lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2), "noise: expected floats"),
         (lambda: MaskPlan.from_noise(torch.full((1, 4), torch.nan), 2), "noise: has NaN values"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0, 4]]), 4), "ids_keep: values 0..4, allowed are 0..3"),
-        (lambda: MaskPlan.from_keep(torch.tensor([[1, 1]]), 4), "ids_keep: a token number stands twice"),
+        (
+            lambda: MaskPlan.from_keep(torch.tensor([[1, 1]]), 4),
+            "ids_keep: a row has the same token number twice",
+        ),
         (lambda: MaskPlan.from_keep(torch.tensor([[0.0]]), 4), "ids_keep: expected int64"),
         (lambda: MaskPlan.from_keep([[0]], 4), r"ids_keep: expected int64 \[batch, kept\], got a list"),
         (lambda: MaskPlan.from_mask([[True]]), r"mask: expected bool \[batch, tokens\], got a list"),

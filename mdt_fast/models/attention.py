@@ -59,7 +59,7 @@ class Attention(nn.Module):
         return apply_linear(self.proj, out.flatten(-2))
 
     def chosen(self, q: Tensor, kv: Tensor, ids: Tensor) -> Tensor:
-        """Attend with queries [B, N, D] of tokens ``ids`` [B, N] only, and ``kv`` [B, L, 2D] of all tokens."""
+        """Attend with queries [B, N, D] of tokens ``ids`` [B, N] only, to ``kv`` [B, L, 2D] of all tokens."""
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = rel_attention(

@@ -1,6 +1,6 @@
-"""The transformer block and the last layer, on the kernel rooms.
+"""The transformer block and the last layer, built on ``mdt_fast.kernels``.
 
-x [B, L, D], or packed rows [R, D] (see ``rows.py``); B samples, L tokens, D width, P numbers of a patch.
+x [B, L, D], or packed rows [R, D] (see ``rows.py``); B samples, L tokens, D width, P values per patch.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from .rows import WHOLE, Rows
 
 
 class Embedded(NamedTuple):
-    """The embedded input, not spelt out: patches [B, L, P], and what makes tokens of them."""
+    """The embedded input in factored form: patches [B, L, P], and the parameters that make tokens of them."""
 
     patches: Tensor
     weight: Tensor
@@ -45,7 +45,7 @@ Skip = Tensor | Embedded | None
 
 
 def both_skips(full: Skip, masked: Skip) -> Skip:
-    """For the samples of both passes, one after the other."""
+    """Concatenate the skips of both passes along the samples."""
     if isinstance(full, Embedded) and isinstance(masked, Embedded):
         return full._replace(patches=torch.cat([full.patches, masked.patches]))
     if isinstance(full, Tensor) and isinstance(masked, Tensor):
@@ -54,7 +54,7 @@ def both_skips(full: Skip, masked: Skip) -> Skip:
 
 
 class Mlp(nn.Module):
-    """Linear, bias and GELU (tanh form), linear. The block runs the first one, behind its norm."""
+    """Linear, bias and GELU (tanh form), linear. The block runs the first linear layer, after its norm."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class Mlp(nn.Module):
         return self.switches.fused_mlp and is_plain(self.fc1) and is_plain(self.fc2)
 
     def takes_gelu(self, x: Tensor) -> bool:
-        """Whether the first layer's product is to have GELU as its epilogue, with nothing but ``fc2`` left to
-        do. Not where something looks at what :meth:`forward` is given, or stands in its place."""
-        if torch.is_grad_enabled():  # the backward pass needs what was before it
+        """Whether the first layer's product gets GELU as its epilogue, so that only ``fc2`` is left to run.
+        Not if something observes the input of :meth:`forward`, or replaces it."""
+        if torch.is_grad_enabled():  # the backward pass needs the input of GELU
             return False
         fused = self.fused and type(self) is Mlp and in_float8(self.fc1) is False
         if not (fused and gelu_epilogue(x, self.fc1.weight)):
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
         return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """From what the first layer gave, with its bias unless ``fused``."""
+        """From the first layer's output, which includes its bias unless ``fused``."""
         if self.fused:
             weight, bias = self.fc2.weight, self.fc2.bias
             recompute, float8 = self.switches.recompute, in_float8(self.fc2)
@@ -87,7 +87,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero conditioning, and in MDTv2 a long skip on entry."""
+    """A transformer block with adaLN-Zero conditioning and, in MDTv2, a long skip at its input."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None, skip: bool = False
@@ -108,10 +108,11 @@ class Block(nn.Module):
         masked: MaskPlan | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:
-        """x and conditioning c [B, D], activated (SiLU) if ``adaLN_modulation`` takes that -> like x.
+        """Map x to an output of its shape; c [B, D] is activated (SiLU) if ``adaLN_modulation`` takes that.
 
-        ``skip``: like x, or the embedded input. ``masked``: only the masked tokens of whole grids x [B, L, D]
-        are computed, the others stay. ``modulation`` [B, 6D]: this block's, if it is known already.
+        ``skip``: shaped like x, or the embedded input. ``masked``: x [B, L, D] are whole grids, of which only
+        the masked tokens are computed; the others stay. ``modulation`` [B, 6D]: this block's, if already
+        computed.
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, c, rows, skip, masked, modulation)
@@ -131,7 +132,7 @@ class Block(nn.Module):
             x = self.mix(x, skip, self.skip_linear)
         if modulation is None:
             modulation = modulation_from(self.adaLN_modulation, c)
-        attn, mlp = self.attn, self.mlp  # looked up once: a module's attributes take the host long
+        attn, mlp = self.attn, self.mlp  # looked up once: attribute access on a module is slow on the host
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
         how: dict[str, Any] = {"offsets": rows.offsets, "fused": fused, "recompute": recompute}
@@ -149,13 +150,13 @@ class Block(nn.Module):
             how |= {"with_bias": gelu or not mlp.fused, "gelu": gelu}
             x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, mlp.fc1, **how)
             y = apply_linear(mlp.fc2, hidden) if gelu else mlp(hidden)
-        else:  # one of the user's own, which takes tokens
+        else:  # a user's module, which takes tokens
             x, y = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, mlp, **how)
         x = gated(x, y, gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)
 
     def mix(self, x: Tensor, skip: Tensor | Embedded, layer: nn.Linear) -> Tensor:
-        """``layer`` on x and skip, side by side."""
+        """Apply ``layer`` to x and skip, concatenated along the width."""
         if isinstance(skip, Embedded):
             return patch_skip_linear(x, *skip, layer.weight, layer.bias)
         if is_plain(layer):
@@ -164,8 +165,8 @@ class Block(nn.Module):
 
 
 def chooses_tokens(block: nn.Module) -> bool:
-    """Whether ``block`` may be run for some tokens alone: not where something (but FSDP, which changes no
-    numbers) looks at it or at the attention of all, or stands in its place."""
+    """Whether ``block`` may be run on some tokens only. Not if something (except FSDP, which changes no
+    values) observes the block or its attention over all tokens, or replaces them."""
     hooked = block._forward_hooks or block._forward_pre_hooks
     if not isinstance(block, Block) or (hooked and not isinstance(block, FSDPModule)):
         return False
@@ -173,8 +174,8 @@ def chooses_tokens(block: nn.Module) -> bool:
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, L, D] and conditioning [B, D], activated (SiLU) if ``adaLN_modulation`` takes that, to
-    patches [B, L, p*p*O]."""
+    """Turn tokens [B, L, D] into patches [B, L, p*p*O], with conditioning [B, D] that is activated (SiLU) if
+    ``adaLN_modulation`` takes that."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """``modulation`` [B, 2D]: this layer's, if it is known already."""
+        """``modulation`` [B, 2D]: this layer's, if already computed."""
         if modulation is None:
             modulation = modulation_from(self.adaLN_modulation, c)
         shift, scale = modulation.chunk(2, dim=1)

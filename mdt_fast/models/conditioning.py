@@ -1,4 +1,4 @@
-"""What conditions the blocks: times and labels, as every adaLN layer reads them. B samples, D width."""
+"""The conditioning of the blocks: times and labels, as the adaLN layers take them. B samples, D width."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,25 +15,25 @@ from .ops import is_plain, takes_activated
 
 @dataclass(frozen=True)
 class Conditioning:
-    """``plain`` [B, D], and ``activated`` (SiLU); ``modulations`` [B, 6D] of those blocks that have been
-    computed already, and [B, 2D] of the last layer."""
+    """The conditioning ``plain`` [B, D] and ``activated`` (SiLU). ``modulations``: those already computed,
+    [B, 6D] per block and [B, 2D] for the last layer."""
 
     plain: Tensor
     activated: Tensor
     modulations: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
     def of(self, samples: slice) -> "Conditioning":
-        """For some samples."""
+        """The conditioning of some of the samples."""
         modulations = {block: m[samples] for block, m in self.modulations.items()}
         return Conditioning(self.plain[samples], self.activated[samples], modulations)
 
     def given_to(self, module: Any) -> Tensor:
-        """What a block or the last layer takes."""
+        """The conditioning that a block or the last layer takes: plain or activated."""
         return self.activated if takes_activated(getattr(module, "adaLN_modulation", None)) else self.plain
 
 
 def conditioning(c: Tensor, blocks: Sequence[Block], *, batched: bool) -> Conditioning:
-    """From times and labels, embedded [B, D]; ``batched``: all blocks' modulations by one product."""
+    """From embedded times and labels [B, D]; ``batched``: compute all blocks' modulations in one product."""
     activated = F.silu(c)
     if not batched or not blocks:
         return Conditioning(c, activated)

@@ -1,4 +1,4 @@
-"""Weights in and out: official ``.pt`` files, safetensors, and models that already hold them.
+"""Read and write weights: official ``.pt`` files, safetensors, and models that already hold them.
 
 No pickled code is ever executed: ``.pt`` files are read with ``weights_only=True``.
 """
@@ -28,22 +28,22 @@ from .zoo import CLASSES
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile and Lightning put before the names of a model's weights."""
+"""Prefixes that DistributedDataParallel, torch.compile and Lightning put before a model's weight names."""
 ENTRIES = ("ema", "model", "state_dict")
-"""What trainings call the weights among other things; as in DiT's code, the average comes first."""
+"""The entries of a training file that hold weights. As in DiT's code, the EMA comes first."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""What weights may be."""
+"""The dtypes allowed for weights."""
 
 
 def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Tensor]:
-    """The state_dict in a ``.pt`` (``.pth``, ``.ckpt``) or ``.safetensors`` file, on the CPU.
+    """Read the state_dict in a ``.pt`` (``.pth``, ``.ckpt``) or ``.safetensors`` file, on the CPU.
 
-    Of a training's file that holds it among other things, as ``{"model": ..., "ema": ..., ...}``, it is
-    ``ema``, else ``model`` or ``state_dict``. What a wrapper (``DistributedDataParallel``,
-    ``torch.compile``, a module of Lightning) has put before all names is taken off. ``mmap``: a ``.pt``
-    file's tensors are read when they are used, and take no memory of their own. Raises ``UserError`` naming
-    the file where it is missing, truncated, of another kind, holds anything but tensors under names, or would
-    need code from the file to be executed.
+    If the file is a training's, as ``{"model": ..., "ema": ..., ...}``, this is its ``ema``, else its
+    ``model`` or ``state_dict``. A prefix that a wrapper (``DistributedDataParallel``, ``torch.compile``, a
+    Lightning module) put before all names is removed. ``mmap``: the tensors of a ``.pt`` file are read when
+    they are used, and take no memory of their own. Raises ``UserError`` naming the file if it is missing,
+    truncated or of another kind, if it holds anything but tensors under names, or if reading it would
+    execute code from the file.
     """
     path = Path(path)
     state = read_saved(path, mmap=mmap)
@@ -62,7 +62,7 @@ def _is_state(value: Any) -> bool:
 
 
 def read_saved(path: Path, *, mmap: bool = False) -> Any:
-    """What a file with one of these endings (``SUFFIXES``) holds, whatever that is; errors as above."""
+    """Whatever a file with one of these endings (``SUFFIXES``) holds; errors as above."""
     _check_suffix(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -70,7 +70,7 @@ def read_saved(path: Path, *, mmap: bool = False) -> Any:
         return load_file(path) if path.suffix == ".safetensors" else _read_pt(path, mmap)
     except UserError:
         raise
-    except Exception as error:  # what a damaged file makes the readers raise is not documented
+    except Exception as error:  # what the readers raise for a damaged file is not documented
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:160]
         raise UserError(
             f"{path}: not a readable {path.suffix} file (truncated or damaged?): {reason}"
@@ -78,17 +78,17 @@ def read_saved(path: Path, *, mmap: bool = False) -> Any:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a ``.safetensors`` file that :func:`read_weights` reads says beside its tensors."""
+    """The metadata of a ``.safetensors`` file that :func:`read_weights` reads."""
     with safe_open(path, framework="pt") as opened:
         return opened.metadata() or {}
 
 
 def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **metadata: Any) -> None:
-    """Write a state_dict as ``.pt`` or ``.safetensors`` (by the name's ending; ``metadata`` with the latter).
+    """Write a state_dict as ``.pt`` or ``.safetensors``, by its name (``metadata``: only the latter).
 
-    Written aside, flushed to disk and renamed: a file of that name is whole, old or new, at every moment.
-    Raises ``UserError`` for another ending, a folder that does not exist, a full disk or a missing
-    permission; a file that was there before stays.
+    The file is written under a temporary name, flushed to disk and renamed: a file of that name is complete,
+    old or new, at every moment. Raises ``UserError`` for another ending, a folder that does not exist, a full
+    disk or a missing permission; an existing file is then kept.
     """
     path = Path(path)
     _check_suffix(path)
@@ -107,8 +107,8 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
 
 
 def _sort_metadata(file: Path) -> None:
-    """In a ``.safetensors`` file that was just written, which has it in any order: equal weights are equal
-    bytes then."""
+    """Sort the metadata of a newly written ``.safetensors`` file, whose order is arbitrary, so that equal
+    weights give equal bytes."""
     with open(file, "r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header: dict[str, Any] = json.loads(opened.read(size))
@@ -121,7 +121,7 @@ def _sort_metadata(file: Path) -> None:
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """What is raised where a disk is full becomes a ``UserError`` that names ``path``."""
+    """Turn what is raised when a disk is full into a ``UserError`` that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -131,10 +131,10 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
-    """``model.load_state_dict(state, strict=True)``, or one line that says which keys or shapes differ.
+    """``model.load_state_dict(state, strict=True)``, with a one-line error that names what differs.
 
-    What wraps the model (``DistributedDataParallel``, ``torch.compile``) may be given in its place. The model
-    is left as it was if anything differs. Raises ``UserError``, also for a model that FSDP2 shards.
+    The model may be wrapped (``DistributedDataParallel``, ``torch.compile``). It is left unchanged if any key
+    or shape differs. Raises ``UserError``, also for a model that FSDP2 shards.
     """
     inner = model
     while state.keys() != inner.state_dict().keys() and (wrapped := _wrapped(inner)) is not None:
@@ -150,13 +150,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    """What torch.compile or a parallel wrapper has inside."""
+    """The module inside torch.compile's or a parallel wrapper."""
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     return model._modules.get("module" if parallel else "_orig_mod")
 
 
 def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
-    """``UserError``, in one line, unless ``state`` has the keys, shapes and kinds of numbers of ``own``."""
+    """Raise a one-line ``UserError`` unless ``state`` has the keys, shapes and kinds of dtype of ``own``."""
     differences = [
         *_listed("missing", own.keys() - state.keys()),
         *_listed("unexpected", state.keys() - own.keys()),
@@ -179,7 +179,7 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
     ]
     if differences:
         if _of_another_size(own, state):
-            differences.append("resize_weights makes them of another image size")
+            differences.append("resize_weights converts them to another image size")
         put_before = next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None)
         if put_before is not None:
             differences.append(f"all names begin with {put_before!r}, which a wrapper put there: take it off")
@@ -187,7 +187,7 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
 
 
 def _of_another_size(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Whether the weights differ in what has a number for each place alone."""
+    """Whether the weights differ only in those that are stored per grid position."""
     other = {key for key in own if key not in state or own[key].shape != state[key].shape}
     ends = ("pos_embed", "relative_position_bias_table", "relative_position_index")
     same_width = (
@@ -197,9 +197,10 @@ def _of_another_size(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
 
 
 def check_sizes(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> None:
-    """``UserError`` if ``state`` is of another size than ``config`` says: before a model of it is built.
+    """Raise ``UserError`` if ``state`` has other sizes than ``config``, before a model is built from it.
 
-    What building takes grows with these sizes; :func:`check_weights` compares the built model's weights.
+    The memory and time to build a model grow with these sizes; :func:`check_weights` then compares the built
+    model's weights.
     """
     try:
         found = shape_of(state)
@@ -220,7 +221,7 @@ def check_sizes(config: ModelConfig, state: Mapping[str, Tensor], source: str) -
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """``UserError`` naming the weights that hold NaN or infinities."""
+    """Raise ``UserError`` naming the weights that hold NaN or infinities."""
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UserError(f"{source}: weights that are not finite: {_listed('tensors', broken)[0]}")
@@ -253,12 +254,12 @@ def config_of(module: Any) -> ModelConfig:
 
 
 def shape_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What weights alone say of their ``ModelConfig``.
+    """The part of a ``ModelConfig`` that weights alone determine.
 
-    Not there: ``mask_ratio``, ``class_dropout_prob`` and with it ``num_classes`` (:func:`label_rows`), MDT
-    v1's ``decode_layer`` and DiT's ``num_heads``. Of an MDTv2 whose ``depth - decode_layer`` was odd the
-    depth is that without the block it lost. Raises ``KeyError``, ``ValueError`` or ``IndexError`` for
-    weights of anything else.
+    Missing are ``mask_ratio``, ``class_dropout_prob`` and with it ``num_classes`` (:func:`label_rows`), MDT
+    v1's ``decode_layer`` and DiT's ``num_heads``. For an MDTv2 whose ``depth - decode_layer`` was odd, the
+    depth lacks the block that was lost. Raises ``KeyError``, ``ValueError`` or ``IndexError`` for weights of
+    anything else.
     """
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     prefix, family = _family(state)
@@ -282,17 +283,17 @@ def shape_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def label_rows(state: Mapping[str, Tensor]) -> int:
-    """The classes in the label table, and the null class if labels are dropped."""
+    """The number of classes in the label table, plus the null class if labels are dropped."""
     return state["y_embedder.embedding_table.weight"].shape[0]
 
 
 def from_reference(module: nn.Module) -> Transformer:
-    """The fast model with the weights of a reference or official one, sharing its storage.
+    """The fast model with the weights of a reference or official one, sharing their storage.
 
-    Parameters are the same objects: an optimiser or a checkpoint made for one serves the other.
-    Raises ``UserError`` for a module that is no MDT, MDTv2 or DiT.
+    The parameters are the same objects: an optimiser or a checkpoint made for one model serves the other.
+    Raises ``UserError`` for a module that is not an MDT, MDTv2 or DiT.
     """
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    module = getattr(module, "_orig_mod", module)  # the model that torch.compile wraps
     config = config_of(module)
     with torch.device("meta"):
         fast: Any = CLASSES["fast"][config.family](**config.kwargs())
@@ -306,7 +307,7 @@ def from_reference(module: nn.Module) -> Transformer:
     for key, parameter in fast.named_parameters():
         parameter.requires_grad_(
             trained[key]
-        )  # assigning gave the given module's own parameters the fast one's
+        )  # assigning gave the given module's own parameters the fast model's requires_grad
     share_index(fast)
     return fast.train(module.training)
 
@@ -315,7 +316,7 @@ def _read_pt(path: Path, mmap: bool) -> Any:
     mmap = mmap and zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
     try:
         known = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals([*known]):  # DiT's training keeps its options so
+        with torch.serialization.safe_globals([*known]):  # DiT's training saves its options as a Namespace
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -324,7 +325,7 @@ def _read_pt(path: Path, mmap: bool) -> Any:
 
 
 def _is_weight(name: Any, value: Any) -> bool:
-    """Whether this may stand in a state_dict: a name, and a dense tensor with its numbers in memory."""
+    """Whether this can be an entry of a state_dict: a name, and a dense tensor with its values in memory."""
     if not isinstance(name, str) or name == "__metadata__" or not isinstance(value, Tensor):
         return False
     return (
@@ -343,7 +344,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def _listed(what: str, names: Iterable[str], most: int = 4) -> list[str]:
-    """At most one phrase: how many names, and the first few."""
+    """At most one phrase: how many names there are, and the first few."""
     ordered = sorted(names)
     if not ordered:
         return []
@@ -352,7 +353,7 @@ def _listed(what: str, names: Iterable[str], most: int = 4) -> list[str]:
 
 
 def _family(state: Mapping[str, Tensor]) -> tuple[str, Family]:
-    """The prefix of a block's keys, and the family that has such keys."""
+    """The prefix of a block's keys, and the family that uses such keys."""
     if "blocks.0.attn.qkv.weight" not in state:
         return "sideblocks.0", "mdtv2"
     return "blocks.0", "mdt" if "sideblocks.0.attn.qkv.weight" in state else "dit"

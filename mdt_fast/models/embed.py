@@ -1,4 +1,4 @@
-"""Images, timesteps and labels on their way in."""
+"""Embeddings of images, timesteps and labels."""
 
 from torch import Tensor, nn
 
@@ -13,16 +13,16 @@ __all__ = ["LabelEmbedder", "PatchEmbed", "TimestepEmbedder"]
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, S, S] -> tokens with their position embedding [B, L, D], in one kernel."""
+    """Embed images [B, C, S, S] as tokens with position embedding [B, L, D], in one kernel."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.switches = Switches()
-        # A convolution's parameters, under its name: official checkpoints hold them.
+        # A convolution's parameters, under the name used in official checkpoints.
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor, pos_embed: Tensor, plan: MaskPlan | None = None) -> Tensor:
-        """With a plan only the tokens that it keeps: [B, K, D]."""
+        """With a plan, only the tokens it keeps: [B, K, D]."""
         if self.switches.fused_tokens and is_plain(self.proj, nn.Conv2d):
             weight, bias = self.proj.weight, self.proj.bias
             return patch_embed(x, weight, bias, pos_embed, None if plan is None else plan.ids_keep)
@@ -31,5 +31,5 @@ class PatchEmbed(nn.Module):
 
 
 def embeds_plainly(embedder: nn.Module) -> bool:
-    """Whether its convolution's parameters say all of what a call gives."""
+    """Whether the convolution's parameters fully describe what ``embedder`` computes."""
     return is_itself(embedder, PatchEmbed) and is_plain(embedder.get_submodule("proj"), nn.Conv2d)

@@ -1,7 +1,7 @@
-"""Linear layers in float8: each product's operands are rounded to 8 bits, those of weights' gradients stay.
+"""Linear layers in float8: each product's operands are rounded to 8 bits, except for weight gradients.
 
-Master weights stay what they are, keys and shapes of the ``state_dict`` too. What it costs in learning is for
-a run to show; it is no exact switch.
+Master weights are unchanged, and so are the ``state_dict``'s keys and shapes. This is not an exact switch:
+only a training run shows what it costs in quality.
 """
 
 from typing import Any, Literal
@@ -19,21 +19,21 @@ LAYERS = {
     "kernels": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
     "torchao": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"),
 }
-"""Of each block: products over tokens. The adaLN layers' are over samples, too few to win anything, and of a
-long skip this package computes a part of low rank."""
+"""The layers of each block, whose products are over tokens. The adaLN layers' products are over samples, too
+few to gain anything, and for a long skip this package computes a low-rank part."""
 
 
 def use_float8(
     model: Transformer, by: Literal["kernels", "torchao"] = "kernels", *, emulate: bool = False
 ) -> int:
-    """Have the blocks' linear layers multiply in float8, in place; returns how many. Before compiling and
-    sharding.
+    """Make the blocks' linear layers multiply in float8, in place; returns the number of layers. Call it
+    before compiling and sharding.
 
-    ``by``: this package's kernels, for training and sampling, each row of activations, gradients and weights
-    with a scale of its own; or torchao, for training (it scales whole tensors, weights' gradients are in
-    float8, too, and ``torch.compile`` is what makes it fast). ``emulate``: round to float8 and multiply as
-    before, which any device can, slowly. Raises ``UserError`` on a device without float8 products, for widths
-    that are no multiples of 16, and where torchao is asked for and not there.
+    ``by``: this package's kernels, for training and sampling, with a scale for each row of activations,
+    gradients and weights; or torchao, for training (one scale per tensor, weight gradients in float8 too, and
+    fast only with ``torch.compile``). ``emulate``: round to float8, then multiply as before; works on any
+    device, but is slow. Raises ``UserError`` on a device without float8 products, for widths that are not
+    multiples of 16, and if torchao is requested but not installed.
     """
     if not isinstance(by, str) or by not in LAYERS:
         raise UserError(f"by: got {by!r}, allowed are {' and '.join(map(repr, LAYERS))}")
@@ -54,7 +54,7 @@ def use_float8(
 
 
 def _converted(model: nn.Module) -> str | None:
-    """By whom layers are in float8 already."""
+    """Which implementation has already converted layers to float8, if any."""
     for module in model.modules():
         if type(module) is Float8Linear:
             return "kernels"
@@ -64,7 +64,7 @@ def _converted(model: nn.Module) -> str | None:
 
 
 def check_float8(device: torch.device, config: ModelConfig | None = None) -> None:
-    """``UserError`` where there are no products in float8, or none of these widths."""
+    """Raise ``UserError`` if the device has no float8 products, or none for these widths."""
     if config is not None:
         for width in (config.hidden_size, int(config.hidden_size * config.mlp_ratio)):
             if width % MULTIPLE:
@@ -75,7 +75,7 @@ def check_float8(device: torch.device, config: ModelConfig | None = None) -> Non
 
 
 def _names(model: Transformer, by: str) -> list[str]:
-    """The layers to be replaced: those that are no others yet."""
+    """The layers to replace: those not replaced yet."""
     blocks, names = set(model.every_block()), []
     for prefix, module in model.named_modules():
         for layer in LAYERS[by] if module in blocks else ():
@@ -105,7 +105,7 @@ def _torchao(emulate: bool) -> Any:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise not_importable("float8: needs torchao", error, "fp8") from None
-    # The number of tokens in a batch, which weight gradients sum over, is any number: it is padded.
+    # Weight gradients sum over the tokens in a batch, whose number is arbitrary: torchao pads it.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
 
     def convert(model: nn.Module, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A model whose passes without gradients are CUDA graphs, in sampling loops: published ones and others."""
+"""A model whose passes without gradients are CUDA graphs, for the published sampling loops and others."""
 
 import warnings
 from collections.abc import Callable, Sequence, Sized
@@ -18,27 +18,26 @@ from .base import Transformer
 METHODS = "forward", "forward_with_cfg"
 OWN = "model", "numbers", "names", "graphs", "plain", "warm_up"
 MOST = 16
-"""Captures; of what comes then the model is called as it is."""
+"""Most captures per model; after that, new arguments run the model without a graph."""
 LONG = 10
-"""Steps of a loop that are worth a capture, which takes as long as two of them."""
+"""Fewest steps of a loop for which a capture pays; a capture takes as long as two steps."""
 PLAIN = 2
-"""A loop's first steps, launched one by one: in them kernels are compiled."""
+"""A loop's first steps, which run without a graph: kernels are compiled in them."""
 
 
 class GraphedModel:
-    """``model`` with its ``forward`` (by calling this) and ``forward_with_cfg`` as one launch each.
+    """``model``, with ``forward`` (call this object) and ``forward_with_cfg`` as one CUDA graph launch each.
 
-    For loops that are not :func:`mdt_fast.sample`, which does more than this: launched one by one, the
-    kernels of few images take less time than launching them. Each shape of the tensors, and each other
-    argument, is captured when it is first met (``graphs``). Everything else (``in_channels``, ``eval()``) is
-    the model's.
+    For loops other than :func:`mdt_fast.sample`, which does more than this: with few images, launching the
+    kernels one by one takes longer than running them. Each new combination of tensor shapes and other
+    arguments is captured when it first occurs (``graphs``). All other attributes (``in_channels``,
+    ``eval()``) are the model's.
 
-    Off a GPU, in training mode, with gradients asked for, with a mask, and for weights that FSDP shards or
-    that are no plain tensors the model itself is called.
+    The model itself is called off a GPU, in training mode, with gradients enabled, with a mask, and for
+    weights that FSDP shards or that are not plain tensors.
 
-    A graph sees new numbers in the weights, and weights that are others now; it does not see what is changed
-    around the layers after its capture (hooks, switches, adapters). Raises ``UserError`` for another model
-    than this package's.
+    New values in the weights and replaced weights take effect. Changes around the layers after a capture
+    (hooks, switches, adapters) do not. Raises ``UserError`` for a model that is not this package's.
     """
 
     def __init__(self, model: Transformer):
@@ -51,18 +50,18 @@ class GraphedModel:
         self.warm_up = WARM_UP
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``model(x, t, y)``."""
+        """Call ``model(x, t, y)``."""
         return self._run(self.model.__call__, "forward", args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self(*args, **kwargs)
 
     def forward_with_cfg(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the model's; ``cfg_scale`` may be a tensor [n] where it changes from step to step."""
+        """As the model's; ``cfg_scale`` may be a tensor [n] if it changes from step to step."""
         return self._run(self.model.forward_with_cfg, "forward_with_cfg", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # of a copy that is being made
+        if name == "model":  # a copy that is still being made
             raise AttributeError(name)
         value = getattr(self.model, name)
         return self._chained(value) if ismethod(value) else value
@@ -74,7 +73,7 @@ class GraphedModel:
             setattr(self.model, name, value)
 
     def _chained(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's ``method``, which returns this where it would the model: ``eval()``, ``cuda()``."""
+        """The model's ``method``, returning this object in place of the model: ``eval()``, ``cuda()``."""
 
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +83,7 @@ class GraphedModel:
         return call
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "graphs": {}}  # a copy captures its own
+        return {**vars(self), "graphs": {}}  # a copy captures its own graphs
 
     def _run(self, call: Callable[..., Tensor], name: str, args: Any, kwargs: Any) -> Tensor:
         given = self._given(self.names[name], args, kwargs)
@@ -110,15 +109,15 @@ class GraphedModel:
     def _given(
         self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The arguments by name, in the order of ``names``; None for others than these."""
+        """The arguments by name, in the order of ``names``; None if there are any others."""
         given = {**dict(zip(names, args)), **kwargs}
         if len(given) < len(args) + len(kwargs) or not given.keys() <= set(names):
             return None
         return {name: given[name] for name in names if name in given}
 
     def _goes(self, values: Sequence[Any]) -> bool:
-        """Whether a graph does the same as the model: of tensors on the GPU, and of numbers and None alone.
-        Masks and label drops, which are asked for by True, are drawn on the host."""
+        """Whether a graph does the same as the model: all arguments must be tensors on the GPU, numbers or
+        None. Masks and label drops, which are requested by True, are drawn on the host."""
         if torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling():
             return False
         tensors = [value for value in values if isinstance(value, Tensor)]
@@ -133,9 +132,9 @@ class GraphedModel:
 
 
 def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
-    """``method``, ``model`` itself or one of its own, as a loop calls it so many times: on a GPU by graphs
-    from its third call on, where all of it is this package's. What one has put around layers (hooks, modules,
-    another forward, ``torch.compile``) is not for a graph to leave out."""
+    """Prepare ``method`` (``model`` itself or one of its methods) for a loop that calls it ``calls`` times.
+    On a GPU it runs as graphs from the third call on, if all of its code is this package's: a graph must not
+    bypass what a user put around layers (hooks, modules, another forward, ``torch.compile``)."""
     name = "forward" if method is model else getattr(method, "__name__", "")
     if calls >= LONG and on_a_gpu(next(model.parameters())) and _ours(model, method, name):
         method = _InALoop(model, method, name)
@@ -144,18 +143,18 @@ def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> 
 
 
 class _OfAModel:
-    """What is called in a model's place, and has all else of it."""
+    """A callable in place of a model, with all of the model's attributes."""
 
     model: Transformer
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # of a copy that is being made
+        if name == "model":  # a copy that is still being made
             raise AttributeError(name)
         return getattr(self.model, name)
 
 
 class _InItsDtype(_OfAModel):
-    """``method`` of a model in a half type, with x in that."""
+    """``method`` of a model in half precision; casts x to the model's dtype."""
 
     def __init__(self, model: Transformer, method: Callable[..., Tensor]):
         self.model, self.method = model, method
@@ -165,9 +164,9 @@ class _InItsDtype(_OfAModel):
 
 
 class _InALoop(_OfAModel):
-    """A method of ``model`` from call to call: as it is, and from the third on by graphs. Not where the GPU
-    is still at work on the second when the third comes, as it does not wait for launches there; nor where
-    nothing can be captured, nor from where on something is put around a layer or takes a layer's place."""
+    """A method of ``model`` over many calls: unchanged at first, as graphs from the third call on. It stays
+    unchanged if the GPU is still busy with the second call when the third comes (launching is then not the
+    bottleneck), if nothing can be captured, and as soon as a layer gets a hook or is replaced."""
 
     def __init__(self, model: Transformer, method: Callable[..., Tensor], name: str):
         self.model, self.method, self.name, self.calls = model, method, name, 0
@@ -208,13 +207,13 @@ class _InALoop(_OfAModel):
         return output
 
     def _parts(self) -> tuple[Any, ...]:
-        """What a hook, another method of a layer or another layer changes."""
+        """What changes if a layer gets a hook or another method, or is replaced."""
         return sum(map(len, self.tables)), [each for m in self.modules for each in m._modules.values()]
 
 
 def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
-    """Whether ``method`` and everything that it calls is this package's and PyTorch's, and nothing looks at
-    it: no subclass's method, no hooks, nothing compiled, no counter of operations, no other graph."""
+    """Whether ``method`` and all that it calls is this package's and PyTorch's, and nothing observes it: no
+    subclass's method, no hooks, nothing compiled, no counter of operations, no other graph."""
     if name not in METHODS or method not in (model, getattr(model, name)):
         return False
     called = [getattr(type(model), each) for each in (name, "forward")]
@@ -234,7 +233,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 def mark(output: Tensor) -> torch.cuda.Event:
-    """An event behind what computes ``output``."""
+    """Record an event after the computation of ``output``."""
     with torch.cuda.device(output.device):
         event = torch.cuda.Event()
         event.record()
@@ -246,7 +245,7 @@ def on_a_gpu(tensor: Tensor) -> bool:
 
 
 def _names(function: Callable[..., Any]) -> list[str]:
-    """Of a method's arguments, in their order, but a training step's; none where it takes whatever comes."""
+    """A method's argument names in order, without those of a training step; none if it takes ``*args``."""
     _, *parameters = signature(function).parameters.values()
     if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
         return []
@@ -262,7 +261,7 @@ def _of_tensors(
     """``call`` as a function of the tensors with these names."""
 
     def function(*tensors: Tensor) -> Tensor:
-        # Casts that autocast keeps would be gone when the graph is replayed.
+        # Casts cached by autocast would be gone when the graph is replayed.
         with torch.autocast("cuda", enabled=autocast[0], dtype=autocast[1], cache_enabled=False):
             return call(**dict(zip(names, tensors, strict=True)), **rest)
 

@@ -1,6 +1,6 @@
-"""Models in folders and on the hub: ``config.json`` and safetensors, as diffusers lays out a component.
+"""Models in folders and on the hub: ``config.json`` and safetensors, laid out as a diffusers component.
 
-huggingface_hub is needed for what goes over the network alone. Pickled weights are never read.
+huggingface_hub is needed only for network access. Pickled weights are never read.
 """
 
 import hashlib
@@ -20,23 +20,23 @@ from ..files import aside, remove_leftovers
 
 CONFIG, WEIGHTS, CARD = "config.json", "diffusion_pytorch_model.safetensors", "README.md"
 DIGEST = "config_sha256"
-"""Under this name the weights' metadata says which config.json they were saved with."""
+"""The weights' metadata key that identifies the config.json they were saved with."""
 Token = str | bool | None
 
 
 class Pretrained(nn.Module):
-    """What a :class:`~mdt_fast.models.Transformer` has for folders and for the hub."""
+    """Loading and saving of a :class:`~mdt_fast.models.Transformer`, in folders and on the hub."""
 
     config: ModelConfig
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self._weight.dtype
 
     @property
@@ -44,11 +44,11 @@ class Pretrained(nn.Module):
         return next(self.parameters())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, license: str | None = None) -> None:
-        """Write ``config.json``, the weights as safetensors and, where there is no README.md, a model card.
+        """Write ``config.json``, the weights as safetensors and, if there is no README.md, a model card.
 
-        ``license``: what the card names, such as "apache-2.0". Files there are replaced; if it is interrupted
-        between them, loading refuses what is there. ``UserError`` where the folder cannot be written, for a
-        model on the meta device, or where each process has a part of the weights.
+        ``license``: the license named in the card, such as "apache-2.0". Existing files are replaced; if
+        saving is interrupted between them, loading refuses the folder. Raises ``UserError`` if the folder
+        cannot be written, for a model on the meta device, or if each process holds a part of the weights.
         """
         self.save_component(save_directory)
         card = Path(save_directory) / CARD
@@ -57,7 +57,7 @@ class Pretrained(nn.Module):
                 file.write_text(model_card(self.config, license), encoding="utf-8")
 
     def save_component(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True) -> None:
-        """:meth:`save_pretrained` without the card: a part of a pipeline's folder."""
+        """:meth:`save_pretrained` without the card, for a component of a pipeline's folder."""
         from .convert import write_weights
         from .zoo import CLASSES
 
@@ -108,8 +108,8 @@ class Pretrained(nn.Module):
     ) -> str:
         """Upload what :meth:`save_pretrained` writes, in one commit; returns that commit's address.
 
-        The repository is made if there is none (``private``: as the account has it, if None); a README.md
-        that it has stays. ``token``: that of ``hf auth login``, if None. Raises ``UserError`` if
+        The repository is created if needed (``private`` None: by the account's default); an existing
+        README.md is kept. ``token`` None: the one from ``hf auth login``. Raises ``UserError`` if
         huggingface_hub is missing or the hub refuses.
         """
         api = _hub().HfApi(token=token)
@@ -141,16 +141,16 @@ class Pretrained(nn.Module):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Self:
-        """The model of a folder that :meth:`save_pretrained` wrote, or of a hub's repository, in eval mode.
+        """Load a model, in eval mode, from a folder written by :meth:`save_pretrained` or from the hub.
 
-        ``Transformer.from_pretrained`` takes any of the models, ``MDTv2``, ``MDT`` and ``DiT`` theirs, and
-        what is derived from one of them makes one of its own.
-        ``subfolder``: of the folder or repository ("transformer" of a pipeline's). ``dtype``, also under
-        diffusers' name ``torch_dtype``: of the weights, float32, float16, bfloat16 or float64, of torch or by
-        name; None: as they were saved. The other arguments are those of huggingface_hub's
+        ``Transformer.from_pretrained`` loads any of the models; ``MDTv2``, ``MDT`` and ``DiT`` load their
+        own, and a class derived from one of them makes a model of that class.
+        ``subfolder``: within the folder or repository ("transformer" in a pipeline's). ``dtype``, or
+        diffusers' name for it, ``torch_dtype``: the weights' dtype (float32, float16, bfloat16 or float64,
+        from torch or by name); None: as saved. The other arguments are those of huggingface_hub's
         ``hf_hub_download``. A ``DiTTransformer2DModel`` of diffusers becomes a :class:`DiT`. Raises
-        ``UserError`` for what is no such folder, for weights of another model, saved with another config or
-        not finite, and for pickled weights.
+        ``UserError`` for anything but such a folder, for weights that belong to another model, were saved
+        with another config or are not finite, and for pickled weights.
         """
         from .attention import share_index
         from .convert import check_finite, check_sizes, check_weights, read_metadata, read_weights
@@ -170,7 +170,7 @@ class Pretrained(nn.Module):
         other = kind in OTHERS
         config = config_of_diffusers(values, file) if other else _config(values, file)
         found: Any = CLASSES["fast"][config.family]
-        if issubclass(cls, found):  # one of the user's own
+        if issubclass(cls, found):  # a user's subclass
             found = cls
         if not issubclass(found, cls):
             raise UserError(
@@ -182,7 +182,7 @@ class Pretrained(nn.Module):
         if other:
             state = weights_of_diffusers(state, config, weights)
         own = found is not CLASSES["fast"][config.family]
-        if not own:  # whose parts are known
+        if not own:  # the published classes, whose parts are known
             check_sizes(config, state, str(weights))
         try:
             with torch.device("meta"):
@@ -207,7 +207,7 @@ CLASS_NAMES = {"mdtv2": "MDTv2", "mdt": "MDT", "dit": "DiT"}
 
 
 def model_card(config: ModelConfig, license: str | None = None) -> str:
-    """A README.md for the hub: what the model is, and how it is loaded."""
+    """A README.md for the hub: what the model is, and how to load it."""
     name = CLASS_NAMES[config.family]
     licence = [f"license: {license}"] if license else []
     head = ["library_name: mdt_fast", *licence, "pipeline_tag: unconditional-image-generation"]
@@ -227,7 +227,7 @@ def model_card(config: ModelConfig, license: str | None = None) -> str:
 
 
 def floating(argument: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype that weights may have, also by its name; ``UserError`` naming ``argument`` for any other."""
+    """A dtype allowed for weights, given as such or by name; ``UserError`` naming ``argument`` for others."""
     from .convert import FLOATS
 
     names = {str(allowed).removeprefix("torch."): allowed for allowed in FLOATS}
@@ -238,7 +238,7 @@ def floating(argument: str, dtype: torch.dtype | str | None) -> torch.dtype | No
 
 
 def saved_in(folder: Path) -> str | None:
-    """Where in ``folder`` a model was saved: "", or "transformer" of a pipeline's; None if there is none."""
+    """The subfolder of a saved model: "", or "transformer" in a pipeline's folder; None if there is none."""
     for subfolder in ("", "transformer"):
         file = folder / subfolder / CONFIG
         if file.is_file() and '"_class_name"' in file.read_text(encoding="utf-8", errors="replace"):
@@ -247,7 +247,7 @@ def saved_in(folder: Path) -> str | None:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A ``config.json`` that names its class; ``UserError`` for anything else."""
+    """Read a ``config.json`` that names its class; ``UserError`` for anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -261,7 +261,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """Of what a config.json says: how it is laid out, and what others add under ``_`` names, is no matter."""
+    """Hash of a config.json's values. Its layout, and what others add under ``_`` names, do not count."""
     counted = {key: value for key, value in values.items() if key == "_class_name" or not key.startswith("_")}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
@@ -277,7 +277,7 @@ def _config(values: dict[str, Any], file: Path) -> ModelConfig:
 
 
 def _local_files(path: Path, subfolder: str) -> Callable[[str], Path] | None:
-    """Where a folder's files are; None if ``path`` looks like a name on the hub."""
+    """A function that locates a folder's files; None if ``path`` looks like a name on the hub."""
     if not path.exists():
         if path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
             raise UserError(f"from_pretrained: no folder {str(path)!r}, nor is it a hub name such as me/mdt")
@@ -329,7 +329,7 @@ def _hub() -> Any:
 
 
 def _told(what: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What the hub, the network and their libraries raise, as a ``UserError`` of one line."""
+    """Call ``function``; turn errors of the hub, the network and libraries into a one-line ``UserError``."""
     try:
         return function(*args)
     except UserError:

@@ -1,4 +1,4 @@
-"""The fast classes in place of the official ones, for scripts that import ``masked_diffusion.models``."""
+"""Replace the official classes by the fast ones, for scripts that import ``masked_diffusion.models``."""
 
 import importlib
 import sys
@@ -20,17 +20,17 @@ LOOPS = "p_sample_loop_progressive", "ddim_sample_loop_progressive"
 
 _replaced: dict[str, Any] = {}
 _loops: dict[str, tuple[type, Callable[..., Any]]] = {}
-"""Of the official process's class: what its loops were."""
+"""The official process's class and its original method, by the name of the loop."""
 
 
 def install() -> None:
-    """Let ``masked_diffusion.models`` give the fast classes and factories; official scripts run unchanged.
+    """Make ``masked_diffusion.models`` provide the fast classes and factories to unchanged official scripts.
 
     Call it before the script's own imports (``python -c "import mdt_fast; mdt_fast.install(); ..."``) or
-    after them: factories looked up in the module from then on are the fast ones. The official
-    ``models.py`` itself is not imported, so neither it nor timm needs to work. The official sampling loops
-    call these models as this package's do: on a GPU a step's pass is one launch. Raises ``UserError`` where
-    no package ``masked_diffusion`` can be imported. :func:`uninstall` undoes it.
+    after them: factories looked up in the module from then on are the fast ones. The official ``models.py``
+    itself is not imported, so neither it nor timm needs to work. The official sampling loops run these models
+    as this package's loops do: on a GPU, a step's pass is one launch. Raises ``UserError`` if no package
+    ``masked_diffusion`` can be imported. :func:`uninstall` undoes it.
     """
     try:
         package = importlib.import_module("masked_diffusion")
@@ -44,7 +44,7 @@ def install() -> None:
     official = _replaced["module"]
     module = ModuleType(MODULE, "The models of mdt_fast under the official module's name.")
     if official is not None:
-        # Helpers that a script may have taken from the official module stay reachable.
+        # Helpers that a script may have imported from the official module stay available.
         module.__dict__.update({key: v for key, v in vars(official).items() if not key.startswith("__")})
     module.__dict__.update({"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT, **FACTORIES})
     sys.modules[MODULE] = module
@@ -57,7 +57,7 @@ def install() -> None:
 
 
 def _process() -> Any:
-    """The class of the official sampling loops, or None."""
+    """The class with the official sampling loops, or None."""
     try:
         module = importlib.import_module("masked_diffusion.gaussian_diffusion")
     except ImportError:

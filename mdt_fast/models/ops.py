@@ -1,7 +1,7 @@
-"""adaLN with the linear layer behind it: by the kernels, or, with ``fused`` False, in plain PyTorch.
+"""adaLN and the linear layer after it: by the kernels, or in plain PyTorch with ``fused`` False.
 
 x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D]. ``recompute``: the kernels keep no
-normal for the backward pass.
+normalised activations for the backward pass.
 """
 
 from typing import TypeGuard
@@ -28,23 +28,23 @@ EPS = 1e-6
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer whose products, but for its weight's gradient, are in float8 (see ``float8.py``).
+    """A linear layer with float8 products, except the one for its weight's gradient (see ``float8.py``).
 
-    ``rounded``: of its weight, rows and scales, while somebody knows that it does not change.
+    ``rounded``: the weight's float8 rows and scales, set only while the weight is known not to change.
     """
 
     rounded: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, input: Tensor) -> Tensor:  # as PyTorch names it
-        if not is_readable(self.weight):  # quantised since
+    def forward(self, input: Tensor) -> Tensor:  # PyTorch's name for the argument
+        if not is_readable(self.weight):  # quantised since then
             return super().forward(input)
         return linear(input, self.weight, self.bias, float8=in_float8(self))
 
 
 def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` is the forward pass of ``kind`` and nothing besides: no class of its own
-    (but for float8), no hooks, no function in its place."""
-    own = vars(module)  # a module's attributes take seven times as long, and a block asks for eight layers
+    """Whether calling ``module`` runs exactly the forward pass of ``kind``: no subclass (except float8's), no
+    hooks, no replaced ``forward``."""
+    own = vars(module)  # attribute access on a module is seven times slower, and a block checks eight layers
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
     hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
     same = type(module) is kind or (kind is nn.Linear and type(module) is Float8Linear)
@@ -52,7 +52,7 @@ def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def in_float8(layer: nn.Module) -> Float8:
-    """Whether the products of ``layer`` are in float8, by this package; or its rounded weight."""
+    """Whether this package multiplies ``layer`` in float8; or its rounded weight, if there is one."""
     if type(layer) is not Float8Linear:
         return False
     return True if layer.rounded is None else layer.rounded
@@ -61,14 +61,14 @@ def in_float8(layer: nn.Module) -> Float8:
 def plain_parameters(
     layer: nn.Module, kind: type[nn.Module] = nn.Linear
 ) -> tuple[nn.Parameter, nn.Parameter] | None:
-    """Weight and bias of a linear layer (or convolution) if they say all about it: no hooks, no other module
-    or function in its place (torchao's float8, adapters), whose own forward has to run, and no weight of
-    other tensors (torchao's numbers and scales), which a whole product alone can read."""
+    """Weight and bias of a linear layer (or convolution) if they fully describe it. None if it has hooks or
+    another module or function in its place (torchao's float8, adapters), whose forward must run, or if its
+    weight wraps other tensors (torchao's values and scales), which only a whole product can read."""
     if not is_itself(layer, kind):
         return None
     parameters = vars(layer)["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or bias is None:  # FSDP's first version keeps both as attributes
+    if weight is None or bias is None:  # FSDP1 keeps both as attributes
         weight, bias = layer.weight, layer.bias
     return (weight, bias) if bias is not None and is_readable(weight) else None
 
@@ -79,15 +79,15 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[n
 
 
 def takes_activated(modulation: nn.Module | None) -> bool:
-    """Whether ``modulation`` is SiLU and a layer, so that what conditions can be activated once for all."""
-    if modulation is None:  # of a module in a block's place
+    """Whether ``modulation`` is SiLU and one layer, so that the conditioning is activated once for all."""
+    if modulation is None:  # of a module that replaces a block
         return True
     parts = [*vars(modulation)["_modules"].values()]
     return is_itself(modulation, nn.Sequential) and len(parts) == 2 and is_itself(parts[0], nn.SiLU)
 
 
 def modulation_from(modulation: nn.Module, c: Tensor) -> Tensor:
-    """From c [B, D], activated if ``modulation`` takes that."""
+    """The modulation from c [B, D]; c is already activated if ``modulation`` takes that."""
     if not takes_activated(modulation):
         result: Tensor = modulation(c)
         return result
@@ -100,7 +100,7 @@ def is_readable(weight: Tensor) -> bool:
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer`` on x."""
+    """Apply ``layer`` to x."""
     plain = plain_parameters(layer)
     return layer(x) if plain is None else linear(x, *plain, float8=in_float8(layer))
 
@@ -116,7 +116,7 @@ def norm_linear(
     recompute: bool,
     outputs: slice | None = None,
 ) -> Tensor:
-    """``layer`` on the modulated norm of x; ``outputs``: only these of its outputs."""
+    """Apply ``layer`` to the modulated norm of x; ``outputs`` selects some of its outputs."""
     plain, float8 = _part(plain_parameters(layer), outputs), in_float8(layer)
     if outputs is not None and isinstance(float8, tuple):
         float8 = float8[0][outputs], float8[1][outputs]
@@ -144,7 +144,7 @@ def residual_norm_linear(
     fused: bool,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x as the residual to go on with, and ``layer`` on the modulated norm of x."""
+    """Return x as the residual to continue with, and ``layer`` applied to the modulated norm of x."""
     if fused and (plain := plain_parameters(layer)) is not None:
         return residual_ln_modulate_linear(
             x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute, float8=in_float8(layer)
@@ -153,7 +153,7 @@ def residual_norm_linear(
 
 
 def _part(plain: tuple[Tensor, Tensor] | None, outputs: slice | None) -> tuple[Tensor, Tensor] | None:
-    """Of weight and bias; whole ones as they are, as a slice's gradient is a copy."""
+    """A part of weight and bias; whole ones are returned as they are, as a slice's gradient is a copy."""
     return plain if plain is None or outputs is None else (plain[0][outputs], plain[1][outputs])
 
 
@@ -171,8 +171,8 @@ def gated_norm_linear(
     with_bias: bool = True,
     gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + gate * y``, and ``layer`` (a plain one also without its bias, or activated) on the modulated
-    norm of r."""
+    """Return ``r = x + gate * y``, and ``layer`` applied to the modulated norm of r (for a plain layer,
+    optionally without its bias; optionally followed by GELU)."""
     plain, float8 = plain_parameters(layer), in_float8(layer)
     if fused and plain is not None:
         weight, bias = plain

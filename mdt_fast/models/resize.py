@@ -1,4 +1,4 @@
-"""Weights of one image size for a model of another: what has a number for each place, or offset, of the grid.
+"""Convert weights for one image size to another: everything stored per grid position, or per grid offset.
 
 G tokens along one side, L = G*G, D width, H heads.
 """
@@ -17,19 +17,19 @@ from .convert import shape_of
 POSITIONS = ("pos_embed", "decoder_pos_embed")
 TABLE, INDEX = "attn.rel_pos_bias.relative_position_bias_table", "attn.rel_pos_bias.relative_position_index"
 UNUSED = 3
-"""Rows at the end of every bias table that nothing reads."""
+"""Unused rows at the end of every bias table."""
 
 
 def resize_weights(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:
-    """The ``state_dict`` of an MDTv2, MDT or DiT for inputs of ``input_size``, to fine-tune there.
+    """The ``state_dict`` of an MDTv2, MDT or DiT, converted to inputs of ``input_size`` for fine-tuning.
 
-    The picture stays as large as it was and gets more tokens (or fewer): a token's position embedding is that
-    of the place where its middle is, the bias between two tokens that of their distance. Position embeddings
-    are the fixed sine-cosine table at the new places, plus what was learnt beside it, interpolated; bias
-    tables are interpolated (bicubic, in float64). All else is the same tensors, and so is everything where
-    the size stays. As vision transformers (arXiv:2010.11929, section 3.2) and Swin's tables
-    (arXiv:2103.14030) are moved to other sizes. Raises ``UserError`` for weights of another kind of model,
-    and for a size that the patches do not divide.
+    The picture keeps its extent and gets more (or fewer) tokens: a token gets the position embedding of the
+    place where its centre lies, and two tokens get the bias of the distance between them. Position embeddings
+    are the fixed sine-cosine table at the new places, plus the interpolated difference that was learnt on top
+    of it; bias tables are interpolated (bicubic, in float64). All other tensors are passed through, and so is
+    everything if the size does not change. Vision transformers (arXiv:2010.11929, section 3.2) and Swin's
+    tables (arXiv:2103.14030) are resized in this way. Raises ``UserError`` for weights of another kind of
+    model, and for a size that is not a multiple of the patch size.
     """
     try:
         shape = shape_of(state)
@@ -37,7 +37,7 @@ def resize_weights(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
         raise UserError(f"state: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
     patch, before = shape["patch_size"], shape["input_size"] // shape["patch_size"]
     if state["pos_embed"].shape[1] != before**2:
-        raise UserError(f"state: {state['pos_embed'].shape[1]} tokens are no square of them")
+        raise UserError(f"state: {state['pos_embed'].shape[1]} tokens, expected a square number of them")
     if type(input_size) is not int or input_size < patch or input_size % patch:
         raise UserError(f"input_size: got {input_size!r}, allowed are multiples of the patch size, {patch}")
     after, made = input_size // patch, dict(state)
@@ -52,7 +52,7 @@ def resize_weights(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
 
 
 def _positions(embedding: Tensor, before: int, after: int) -> Tensor:
-    """[1, before^2, D] -> [1, after^2, D]: token i has its middle at (i + 1/2) / G of the picture's side."""
+    """[1, before^2, D] -> [1, after^2, D]; token i has its centre at (i + 1/2) / G of the picture's side."""
     D, old = embedding.shape[2], np.arange(before, dtype=np.float64)
     new = (np.arange(after, dtype=np.float64) + 0.5) * (before / after) - 0.5
     fixed, there = (torch.from_numpy(sincos_of_positions(D, places)) for places in (old, new))
@@ -61,7 +61,7 @@ def _positions(embedding: Tensor, before: int, after: int) -> Tensor:
 
 
 def _table(table: Tensor, before: int, after: int) -> Tensor:
-    """[(2*before-1)^2 + 3, H] -> [(2*after-1)^2 + 3, H]: an offset of n tokens is n / G of the side."""
+    """[(2*before-1)^2 + 3, H] -> [(2*after-1)^2 + 3, H]; an offset of n tokens is n / G of the side."""
     side = 2 * before - 1
     offsets = np.arange(1 - after, after) * (before / after)
     read = _at(table[:-UNUSED].double().cpu().unflatten(0, (side, side)), offsets + before - 1)
@@ -69,9 +69,9 @@ def _table(table: Tensor, before: int, after: int) -> Tensor:
 
 
 def _at(grid: Tensor, places: np.ndarray) -> Tensor:
-    """What stands at every pair of ``places`` [n] of a square grid [m, m, C], numbered from 0 -> [n, n, C].
+    """Interpolate a square grid [m, m, C] at every pair of ``places`` [n], counted from 0 -> [n, n, C].
 
-    By cubic convolution (Keys 1981), which gives back what is quadratic; beyond the border its values.
+    Uses cubic convolution (Keys 1981), which is exact for quadratics. Border values repeat beyond the border.
     """
     taps = np.floor(places)[:, None] + np.arange(-1, 3)
     far = np.abs(places[:, None] - taps)  # 0 to 2

@@ -152,7 +152,9 @@ def test_files_of_dits_training(tmp_path: Path) -> None:
 def test_weights_of_another_size_say_what_to_do() -> None:
     model = MDTv2(**TINY)
     larger = MDTv2(**{**TINY, "input_size": 2 * TINY["input_size"]})
-    with pytest.raises(UserError, match=r"other shape .*; resize_weights makes them of another image size$"):
+    with pytest.raises(
+        UserError, match=r"other shape .*; resize_weights converts them to another image size$"
+    ):
         load_weights(model, larger.state_dict())
     for state in (
         MDTv2(**{**TINY, "hidden_size": 32}).state_dict(),
