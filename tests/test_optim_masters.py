@@ -74,8 +74,8 @@ def test_masters_and_states(cls: Any) -> None:
     other = cls(copied[1])
     other.add_ema([master.clone() for master in masters], 0.9)
     for given, message in (
-        ([master + 1 for master in masters], r"masters\[0\]: rounded to bfloat16 it is not its parameter"),
-        (other._averages[0], r"masters\[0\]: is a tensor that the optimiser has already; make a copy"),
+        ([master + 1 for master in masters], r"masters\[0\]: does not round to its parameter in bfloat16"),
+        (other._averages[0], r"masters\[0\]: is a tensor that the optimiser already has; make a copy"),
     ):
         with pytest.raises(UserError, match=message):
             other.set_masters(given)
@@ -86,10 +86,10 @@ def test_masters_and_states(cls: Any) -> None:
     ):
         with pytest.raises(UserError, match=message):
             cls(copied[1]).set_masters(given)
-    with pytest.raises(UserError, match=r"params\[0\]: is a tensor that the optimiser has already"):
+    with pytest.raises(UserError, match=r"params\[0\]: is a tensor that the optimiser already has"):
         optimizer.add_ema(masters, 0.9)
     twice = cls([nn.Parameter(torch.ones(2)) for _ in range(2)])
-    with pytest.raises(UserError, match=r"params\[1\]: is a tensor that the optimiser has already"):
+    with pytest.raises(UserError, match=r"params\[1\]: is a tensor that the optimiser already has"):
         twice.add_ema([torch.ones(2)] * 2, 0.9)
     with pytest.raises(UserError, match="set_masters: there are masters already"):
         optimizer.set_masters(masters)

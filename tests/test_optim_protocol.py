@@ -79,7 +79,7 @@ def test_adamw_is_made_as_torchs() -> None:
     run(FusedAdamW(theirs, lr=1e-2), theirs, 2)
     assert same(ours, theirs)
     for option in ("amsgrad", "maximize", "differentiable"):
-        with pytest.raises(UserError, match=f"{option}: True is not served, only False"):
+        with pytest.raises(UserError, match=f"{option}: True is not supported, only False"):
             FusedAdamW(parameters(), **{option: True})
     with pytest.raises(TypeError, match="unexpected keyword argument 'weight_deacy'"):
         FusedAdamW(parameters(), weight_deacy=0.1)
@@ -329,7 +329,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
         (other, r"betas: three values in \[0, 1\) needed, got \(0.9, 0.999\)"),
         (adamw.state_dict(), "state of parameter 0: no 'exp_avg_diff'; it has step, exp_avg, exp_avg_sq"),
         (wrong, r"state of parameter 0: exp_avg of shape \[2\], or sharded otherwise, for .* \[7, 5\]"),
-        (cautious, "caution: True is not served, only False"),
+        (cautious, "caution: True is not supported, only False"),
     ):
         with pytest.raises(UserError, match=message):
             optimizer.load_state_dict(state)
@@ -338,7 +338,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     with pytest.raises(UserError, match="state of parameter 1: no 'step'; it has exp_avg, exp_avg_sq"):
         adamw.load_state_dict(uncounted)
     for option in ("amsgrad", "maximize"):
-        with pytest.raises(UserError, match=f"{option}: True is not served, only False"):
+        with pytest.raises(UserError, match=f"{option}: True is not supported, only False"):
             adamw.load_state_dict(torch.optim.AdamW(parameters(), **{option: True}).state_dict())
     assert same(bits(optimizer, params), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks

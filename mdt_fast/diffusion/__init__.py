@@ -1,7 +1,7 @@
-"""Gaussian diffusion for MDT and DiT: schedules, losses and samplers under the published code's names.
+"""Gaussian diffusion for MDT and DiT: schedules, losses and samplers, with the published code's names.
 
 ``schedule.py`` has the arrays, ``process.py`` the distributions q and p, ``loss.py`` the objective,
-``sampler.py`` the way from noise to samples, ``guidance.py`` classifier-free guidance and ``timesteps.py``
+``sampler.py`` the loops from noise to samples, ``guidance.py`` classifier-free guidance and ``timesteps.py``
 the choice of timesteps in training.
 """
 
@@ -30,10 +30,10 @@ __all__ = [
 
 
 class GaussianDiffusion(GaussianProcess):
-    """A diffusion process with its loss and its samplers as methods; made by ``create_diffusion``.
+    """A diffusion process with its losses and samplers as methods; made by ``create_diffusion``.
 
-    Models are called with the original timesteps (``timestep_map``), so a model trained on 1000 steps
-    samples in 50.
+    Models are called with the original timesteps (``timestep_map``), so a model trained on 1000 steps can
+    sample in 50.
     """
 
     training_losses = loss.training_losses
@@ -63,20 +63,20 @@ def create_diffusion(
     *,
     min_snr_gamma: float | None = 5.0,
 ) -> GaussianDiffusion:
-    """The process of a model trained with ``diffusion_steps`` steps.
+    """The process for a model trained with ``diffusion_steps`` steps.
 
-    timestep_respacing: the steps to use, for sampling: "" or None (all), "250", "ddim50", "10,15,20"
+    timestep_respacing: the steps to use for sampling: "" or None (all), "250", "ddim50", "10,15,20"
         (``space_timesteps``).
     noise_schedule: ``linear`` or ``squaredcos_cap_v2``.
     predict_xstart: the model predicts x_0 instead of the noise.
-    learn_sigma: the model also predicts its variance; otherwise it is fixed, beta or (``sigma_small``) the
-        posterior's.
-    use_kl, rescale_learned_sigmas: train on the bound alone, or rescale it beside the squared error
+    learn_sigma: the model also predicts its variance. Otherwise the variance is fixed: beta, or the
+        posterior's with ``sigma_small``.
+    use_kl, rescale_learned_sigmas: train on the bound alone, or rescale it when added to the squared error
         (``loss.training_losses``).
-    min_snr_gamma: cap of the signal-to-noise ratio in the loss weight; 5 is MDTv2's, None (weight 1) MDT
-        v1's and DiT's.
+    min_snr_gamma: cap of the signal-to-noise ratio in the loss weight; 5 as in MDTv2, None (weight 1) as in
+        MDT v1 and DiT.
 
-    Raises ``UserError`` for an unknown schedule and for respacings that do not exist.
+    Raises ``UserError`` for an unknown schedule and for an impossible respacing.
     """
     if min_snr_gamma is not None and not 0 < min_snr_gamma <= torch.finfo(torch.float32).max:
         raise UserError(f"min_snr_gamma: must be None or above 0, and a float32, got {min_snr_gamma}")

@@ -16,9 +16,9 @@ def power_cosine_scale(
 
     ``1 + (cfg_scale - 1) * (1 - cos(pi * (1 - t / diffusion_steps) ** scale_pow)) / 2``
 
-    ``t`` [B], any dtype: original timesteps, 0..diffusion_steps. ``cfg_scale``: a number, or one each, [B].
-    A large ``scale_pow`` keeps guidance for the last, cleanest steps; 0.01 is almost full guidance
-    throughout; None is ``cfg_scale`` at every t. Float32 also for float64 ``t``.
+    ``t`` [B], any dtype: original timesteps, 0..diffusion_steps. ``cfg_scale``: a number, or one per sample
+    [B]. A large ``scale_pow`` keeps guidance for the last, cleanest steps; 0.01 is almost full guidance
+    throughout; None means ``cfg_scale`` at every t. The result is float32 for float64 ``t`` too.
     """
     if isinstance(cfg_scale, Tensor) and cfg_scale.ndim:
         if cfg_scale.shape != t.shape:
@@ -43,15 +43,16 @@ def power_cosine_scale(
 
 
 def channels_to_guide(in_channels: int) -> int:
-    """How many of a model's channels guidance changes: 3 of 4, as in the published models, else all."""
+    """Number of channels that guidance changes: 3 of 4, as in the published models, otherwise all."""
     return 3 if in_channels == 4 else in_channels
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, channels: int) -> Tensor:
     """Guided output [2n, O, ...] from the conditional and unconditional outputs, [n, O, ...] each.
 
-    The first ``channels`` are ``uncond + scale * (cond - uncond)`` in both halves; the others stay as they
-    are in each half. ``scale``: a number or [n]. The published models guide 3 of their 4 noise channels.
+    The first ``channels`` become ``uncond + scale * (cond - uncond)`` in both halves; the other channels stay
+    as they are in each half. ``scale``: a number or [n]. The published models guide 3 of their 4 noise
+    channels.
     """
     if cond.shape != uncond.shape:
         raise UserError(f"uncond: expected the shape of cond, {list(cond.shape)}, got {list(uncond.shape)}")

@@ -1,4 +1,4 @@
-"""What the model is trained on: weighted squared error plus the variational bound that teaches the variance.
+"""The training objective: weighted squared error, plus the variational bound that teaches the variance.
 
 All values are [B] float tensors; bounds are in bits per dimension (mean over all but the batch, over ln 2).
 Source: Ho et al. 2020 equations 5, 13 and 14; Nichol and Dhariwal 2021 section 3.1 (hybrid loss);
@@ -28,11 +28,11 @@ def training_losses(
     model_kwargs: dict[str, Any] | None = None,
     noise: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Loss of every sample, with its parts: ``loss`` = ``mse`` + ``vb``, each [B].
+    """Loss of every sample and its parts: ``loss`` = ``mse`` + ``vb``, each [B].
 
-    ``mse`` is between the model's prediction and the noise (or x_0), times ``min_snr_weight``. ``vb`` trains
-    the variance only: the prediction in it is detached. It is absent with a fixed variance, and scaled by
-    num_timesteps / 1000 for ``rescaled_mse``. ``rescaled_kl`` has ``loss`` alone: num_timesteps times the
+    ``mse`` compares the model's prediction with the noise (or x_0), times ``min_snr_weight``. ``vb`` trains
+    only the variance: the prediction in it is detached. It is absent with a fixed variance, and scaled by
+    num_timesteps / 1000 for ``rescaled_mse``. ``rescaled_kl`` has only ``loss``: num_timesteps times the
     bound, with nothing detached. ``noise`` is drawn if it is None.
     """
     if noise is None:
@@ -54,19 +54,19 @@ def two_pass_losses(
     noise_masked: Tensor | None = None,
     mask_plan: Any = None,
 ) -> dict[str, Tensor]:
-    """MDT's objective: the terms of :func:`training_losses` over all tokens, and, as ``m_...``, those of the
+    """MDT's objective: the terms of :func:`training_losses` over all tokens and, as ``m_...``, those of the
     masked pass; each [B].
 
-    Both passes share ``x_start``, ``t`` and ``y``; noise, label drops and the mask are drawn anew where they
-    are not given. With ``y_masked``, the labels of the masked pass, no label is dropped. Both run as one
-    batch. The order of draws, and so every number drawn on a CPU, is that of two passes, one after the other.
+    Both passes share ``x_start``, ``t`` and ``y``; noise, label drops and the mask are newly drawn unless
+    given. With ``y_masked``, the labels of the masked pass, no labels are dropped. Both passes run as one
+    batch. Random draws have the order of two separate passes, so every number drawn on a CPU is the same.
 
-    ``model``: an MDT of this package, or what wraps one and calls its forward: ``DistributedDataParallel``,
-    FSDP, accelerate, ``torch.compile``. It is called once, as ``model(x_full, t, y, x_masked=...)``; where
-    its ``training_step_outputs`` is an attribute of its own (FSDP2's ``register_fsdp_forward_method``,
-    ``compile_for_training``), that is. A class with a forward of its own has to name the keywords
-    ``x_masked``, ``y_masked`` and ``mask_plan``; when it is called, labels have been dropped. ``UserError``
-    for other models, and for labels that are none.
+    ``model``: an MDT of this package, or a wrapper that calls its forward: ``DistributedDataParallel``, FSDP,
+    accelerate, ``torch.compile``. It is called once, as ``model(x_full, t, y, x_masked=...)``; if its
+    ``training_step_outputs`` is an instance attribute (FSDP2's ``register_fsdp_forward_method``,
+    ``compile_for_training``), that is called instead. A class with its own forward must name the keywords
+    ``x_masked``, ``y_masked`` and ``mask_plan``; labels have been dropped before it is called. Raises
+    ``UserError`` for other models, and if y is not a batch of labels.
     """
     diffusion.check_timesteps(t, x_start)
     mdt = _unwrapped(model)
@@ -93,8 +93,8 @@ def two_pass_losses(
 
 
 def _unwrapped(model: Any) -> Any:
-    """The MDT in ``model``, by the names under which wrappers keep it. Some hand on all that they are asked
-    for, so it is the class that tells."""
+    """The MDT in ``model``, by the attributes under which wrappers keep it. Some wrappers forward all
+    attributes, so the class decides."""
     inner = getattr(model, "_orig_mod", model)
     while not hasattr(type(inner), STEP) and STEP not in getattr(inner, "__dict__", ()):
         if not hasattr(inner, "module"):
@@ -111,7 +111,7 @@ def _check_two_passes(mdt: Any, x_start: Tensor, y: Any) -> None:
     named = inspect.signature(mdt.forward).parameters
     lacking = [name for name in ("x_masked", "y_masked", "mask_plan") if name not in named]
     if lacking and STEP not in vars(mdt):
-        whose = "what stands in place of its forward" if "forward" in vars(mdt) else "a forward of its own"
+        whose = "a replaced forward" if "forward" in vars(mdt) else "a forward of its own"
         raise UserError(
             f"model: {type(mdt).__name__} has {whose}, without the keyword {' or '.join(lacking)}; give it "
             "x_masked, y_masked and mask_plan, with both outputs there, or take training_losses twice"
@@ -129,8 +129,8 @@ def _as_it_is(y: Tensor) -> Tensor:
 def losses_from_output(
     diffusion: GaussianProcess, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
-    """:func:`training_losses` of an ``output`` that the model has already given for ``x_t``; of half types
-    in float32."""
+    """:func:`training_losses` from an ``output`` that the model has already computed for ``x_t``; half
+    precision is computed in float32."""
     output, x_start, x_t, noise = map(widened, (output, x_start, x_t, noise))
     if diffusion.loss_type == "rescaled_kl":
         bound, _ = vb_term(diffusion, output, x_start, x_t, t)
@@ -153,7 +153,7 @@ def losses_from_output(
 def min_snr_weight(diffusion: GaussianProcess, t: Tensor) -> Tensor:
     """Weight of the squared error, float32 [B], with SNR = alphas_cumprod / (1 - alphas_cumprod).
 
-    min(SNR, gamma) / SNR where noise is predicted, min(SNR, gamma) for x_0; 1 without ``min_snr_gamma``.
+    min(SNR, gamma) / SNR if the model predicts noise, min(SNR, gamma) for x_0; 1 without ``min_snr_gamma``.
     """
     if diffusion.min_snr_gamma is None:
         return torch.ones(t.shape, device=t.device)
@@ -175,7 +175,7 @@ def vb_term(
     """One term of the variational bound [B], and the predicted x_0 like ``x_start``.
 
     t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). t = 0: -log p(x_0 | x_1), with ``x_start`` taken as
-    8-bit pixels in [-1, 1] (also where it is a latent and is not).
+    8-bit pixels in [-1, 1] (even if it is a latent, which is not).
     """
     output, x_start, x_t = map(widened, (output, x_start, x_t))
     true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
@@ -198,7 +198,7 @@ def calc_bpd_loop(
     """The whole bound: ``total_bpd`` and ``prior_bpd`` [B]; ``vb``, ``xstart_mse`` and ``mse`` [B,
     num_timesteps].
 
-    Columns are in the order of evaluation, t = num_timesteps-1 down to 0; each draws its own noise.
+    Columns are in the order of evaluation, t = num_timesteps-1 down to 0, each with its own noise.
     """
     model = in_a_loop(model, diffusion.num_timesteps)
     columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}

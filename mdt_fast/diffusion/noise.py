@@ -1,4 +1,4 @@
-"""Where Gaussian noise comes from."""
+"""Sources of Gaussian noise."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import UserError
 
 NoiseSource = torch.Generator | Callable[[Tensor], Tensor] | None
-"""None: torch's default generator of the device. A generator: its own stream (a CPU generator serves any
+"""None: torch's default generator of the device. A generator: its own stream (a CPU generator works for any
 device, and gives the same numbers on each). A function: called with a tensor, returns noise like it."""
 
 
@@ -17,7 +17,7 @@ def draw(source: NoiseSource, like: Tensor) -> Tensor:
     if not like.is_floating_point():
         raise UserError(f"x: expected a float tensor, got {like.dtype}")
     if source is None:
-        # Contiguous whatever the layout of ``like``: the same seed gives the same picture.
+        # Contiguous whatever the layout of ``like``: the same seed gives the same image.
         return torch.randn_like(like, memory_format=torch.contiguous_format)
     if isinstance(source, torch.Generator):
         noise = torch.randn(like.shape, generator=source, dtype=like.dtype, device=source.device)
@@ -33,7 +33,7 @@ def draw_shape(source: NoiseSource, shape: Sequence[int], device: torch.device) 
 
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """``UserError`` unless both have one shape (broadcasting here would hide a mistake)."""
+    """Raise ``UserError`` unless both have the same shape (broadcasting here would hide a mistake)."""
     if tensor.shape != other.shape:
         raise UserError(
             f"{name}: expected the shape of {other_name}, {list(other.shape)}, got {list(tensor.shape)}"

@@ -1,7 +1,7 @@
-"""The Gaussian diffusion process: noising q, and the reverse step p that a model's output defines.
+"""The Gaussian diffusion process: noising q, and the reverse step p defined by a model's output.
 
-``x`` is [B, C, ...] in any float dtype, ``t`` int64 [B] in 0..num_timesteps-1. Every coefficient is a
-float64 array's entry rounded to float32, also for float64 ``x``, as in the published model.
+``x`` is [B, C, ...] in any float dtype, ``t`` int64 [B] in 0..num_timesteps-1. Every coefficient comes from a
+float64 array and is rounded to float32, for float64 ``x`` too, as in the published code.
 Source: Ho et al. 2020 equations 4 to 7 and 15; Nichol and Dhariwal 2021 equation 15 (learned variance).
 """
 
@@ -23,15 +23,15 @@ DenoisedFn = Callable[[Tensor], Tensor]
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half types as float32: between the variances that v chooses from there is less than they can tell."""
+    """Cast half precision to float32: it cannot resolve the range of variances in which v chooses."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GaussianProcess(Schedule):
-    """A schedule together with what the model predicts and how the loss is scaled.
+    """A schedule, together with what the model predicts and how the loss is scaled.
 
     mean_type: the model predicts the noise (``epsilon``) or the clean x (``start_x``).
-    var_type: ``learned_range``: its channels C..2C-1 are v, which places the log variance between the
+    var_type: with ``learned_range``, output channels C..2C-1 are v, which places the log variance between the
         posterior's (v = -1) and beta's (v = 1); ``fixed_large`` is beta, ``fixed_small`` the posterior's.
     loss_type and min_snr_gamma: see ``loss.training_losses``.
     """
@@ -87,12 +87,12 @@ class GaussianProcess(Schedule):
         return coef1 * x_start + coef2 * x_t
 
     def predict_xstart(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_0 from x_t and its noise."""
+        """Compute x_0 from x_t and its noise."""
         recip = self.lookup("sqrt_recip_alphas_cumprod", t, x_t)
         return recip * x_t - self.lookup("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def predict_eps(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        """The noise of x_t from x_0."""
+        """Compute the noise in x_t from x_0."""
         recip = self.lookup("sqrt_recip_alphas_cumprod", t, x_t)
         return (recip * x_t - x_start) / self.lookup("sqrt_recipm1_alphas_cumprod", t, x_t)
 
@@ -105,11 +105,11 @@ class GaussianProcess(Schedule):
         denoised_fn: DenoisedFn | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """The model's p(x_{t-1} | x_t): ``mean``, ``variance``, ``log_variance`` and ``pred_xstart``, like
-        ``x``.
+        """The model's p(x_{t-1} | x_t): ``mean``, ``variance``, ``log_variance`` and ``pred_xstart``, each
+        shaped like ``x``.
 
-        The predicted x_0 passes through ``denoised_fn`` and then, if ``clip_denoised``, is clamped to [-1,
-        1]. ``UserError`` if ``t`` or the model's output does not fit ``x``.
+        The predicted x_0 passes through ``denoised_fn`` and is then, if ``clip_denoised``, clamped to [-1,
+        1]. Raises ``UserError`` if ``t`` or the model's output does not fit ``x``.
         """
         output = self.call_model(model, x, t, model_kwargs)
         return self.p_from_output(output, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
@@ -117,12 +117,12 @@ class GaussianProcess(Schedule):
     def call_model(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        """``model(x, original timesteps, **model_kwargs)``, its shape checked: [B, 2C or C, ...]."""
+        """``model(x, original timesteps, **model_kwargs)``, after a check of its shape: [B, 2C or C, ...]."""
         self.check_timesteps(t, x)
         return self.checked(model(x, self.original_timesteps(t), **(model_kwargs or {})), x)
 
     def checked(self, output: Tensor, x: Tensor) -> Tensor:
-        """A model's ``output`` for ``x``, if its shape is right: [B, 2C or C, ...]."""
+        """Return a model's ``output`` for ``x`` if its shape is right: [B, 2C or C, ...]."""
         factor = 2 if self.var_type == "learned_range" else 1
         expected = (x.shape[0], factor * x.shape[1], *x.shape[2:])
         if not isinstance(output, Tensor) or output.shape != expected:
@@ -140,13 +140,13 @@ class GaussianProcess(Schedule):
         clip_denoised: bool = True,
         denoised_fn: DenoisedFn | None = None,
     ) -> dict[str, Tensor]:
-        """``p_mean_variance`` for an ``output`` that the model has already given."""
+        """``p_mean_variance`` from an ``output`` that the model has already computed."""
         output, x = widened(output), widened(x)
         if self.var_type == "learned_range":
             output, v = output.chunk(2, dim=1)
             lower = self.lookup("posterior_log_variance_clipped", t, x)
             upper = self.lookup("log_betas", t, x)
-            fraction = (v + 1) / 2  # v in [-1, 1] is meant but not enforced
+            fraction = (v + 1) / 2  # v is intended to be in [-1, 1], but this is not enforced
             log_variance = fraction * upper + (1 - fraction) * lower
             variance = log_variance.exp()
         elif self.var_type == "fixed_large":

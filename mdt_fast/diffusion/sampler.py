@@ -1,8 +1,8 @@
-"""From noise to samples: ancestral steps (DDPM), DDIM steps and DDIM steps backwards.
+"""From noise to samples: ancestral steps (DDPM), DDIM steps and reverse DDIM steps.
 
-Every step draws one noise tensor, also the last one and also for eta = 0, where it is not used: a seed then
-gives the same samples as in the published code. Loops run under ``no_grad``; the model must be in eval mode
-already.
+Every step draws one noise tensor, even the last one and even for eta = 0, where it is not used: a seed then
+gives the same samples as in the published code. Loops run under ``no_grad``; the model must already be in
+eval mode.
 Source: Ho et al. 2020 algorithm 2; Song et al. 2021 (DDIM) equations 12 and 16;
 Dhariwal and Nichol 2021 algorithms 1 and 2 (``cond_fn``).
 """
@@ -35,8 +35,8 @@ def p_sample(
 ) -> dict[str, Tensor]:
     """One ancestral step: ``sample`` = x_{t-1} ~ p(x_{t-1} | x_t) and ``pred_xstart``, both like ``x``.
 
-    ``cond_fn(x, original t, **model_kwargs)`` is the gradient of log p(y | x); the mean moves by variance
-    times it.
+    ``cond_fn(x, original t, **model_kwargs)`` is the gradient of log p(y | x). It is multiplied by the
+    variance and added to the mean.
     """
     p = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
     noise = draw(generator, x)
@@ -60,17 +60,17 @@ def ddim_sample(
     *,
     generator: NoiseSource = None,
 ) -> dict[str, Tensor]:
-    """One DDIM step: ``sample`` and ``pred_xstart``, like ``x``. ``eta`` 0 is deterministic, 1 has DDPM's
+    """One DDIM step: ``sample`` and ``pred_xstart``, like ``x``. ``eta`` 0 is deterministic, 1 uses DDPM's
     posterior variance."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta: allowed are 0 to 1, got {eta}")
     pred_xstart = _pred_xstart(diffusion, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-    eps = diffusion.predict_eps(x, t, pred_xstart)  # of the x_0 that was clipped
+    eps = diffusion.predict_eps(x, t, pred_xstart)  # from the clipped x_0
     signal = diffusion.lookup("alphas_cumprod", t, x)
     signal_prev = diffusion.lookup("alphas_cumprod_prev", t, x)
     sigma = eta * ((1 - signal_prev) / (1 - signal)).sqrt() * (1 - signal / signal_prev).sqrt()
     noise = draw(generator, x)
-    # At eta = 1 and a large stride the difference can round to just below 0.
+    # With eta = 1 and a large stride the difference can round to just below 0.
     direction = (1 - signal_prev - sigma**2).clamp(min=0).sqrt()
     mean = pred_xstart * signal_prev.sqrt() + direction * eps
     return {"sample": mean + _unless_last(t, x) * sigma * noise, "pred_xstart": pred_xstart}
@@ -90,7 +90,7 @@ def ddim_reverse_sample(
     """One deterministic DDIM step towards noise: ``sample`` = x_{t+1} and ``pred_xstart``. ``eta`` must be
     0."""
     if eta != 0:
-        raise UserError(f"eta: the reverse of DDIM exists for 0 only, got {eta}")
+        raise UserError(f"eta: reverse DDIM exists for 0 only, got {eta}")
     pred_xstart = _pred_xstart(diffusion, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
     eps = diffusion.predict_eps(x, t, pred_xstart)
     signal_next = diffusion.lookup("alphas_cumprod_next", t, x)
@@ -112,7 +112,7 @@ def p_sample_loop_progressive(
     *,
     generator: NoiseSource = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """``p_sample`` from the last t down to 0, yielding each step's result. Arguments as ``p_sample_loop``."""
+    """``p_sample`` from the last t down to 0, yielding each step's result. Arguments of ``p_sample_loop``."""
 
     called = in_a_loop(model, diffusion.num_timesteps)
 
@@ -142,14 +142,14 @@ def p_sample_loop(
     """Samples of ``shape`` [B, C, ...] by ancestral sampling.
 
     model: called as ``model(x, original t, **model_kwargs)``; a module, a bound method such as
-        ``module.forward_with_cfg`` or any function. Of a model of this package each step is a CUDA graph on a
-        GPU (:func:`in_a_loop`).
+        ``module.forward_with_cfg``, or any function. On a GPU, each step of a model of this package is a CUDA
+        graph (:func:`in_a_loop`).
     noise: x_T, of ``shape``; drawn if None.
     clip_denoised: clamp the predicted x_0 to [-1, 1]: right for pixels, wrong for latents.
     denoised_fn, cond_fn: hooks on the predicted x_0 (``p_mean_variance``) and on the mean (``p_sample``).
-    device: where to sample; if None where ``noise`` is, or else where the model's parameters are.
+    device: where to sample; None: the device of ``noise``, or else of the model's parameters.
     progress: show a progress bar.
-    generator: where x_T and each step's noise come from (``NoiseSource``).
+    generator: the source of x_T and of each step's noise (``NoiseSource``).
     """
     for result in p_sample_loop_progressive(
         diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress,
@@ -203,7 +203,7 @@ def ddim_sample_loop(
     *,
     generator: NoiseSource = None,
 ) -> Tensor:
-    """Samples of ``shape`` by DDIM. Arguments as ``p_sample_loop``, and ``eta`` as ``ddim_sample``."""
+    """Samples of ``shape`` by DDIM. Arguments of ``p_sample_loop``, and ``eta`` of ``ddim_sample``."""
     for result in ddim_sample_loop_progressive(
         diffusion, model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress,
         eta, generator=generator,
@@ -226,8 +226,8 @@ def _steps(step: Step, x: Tensor, num_timesteps: int, progress: bool) -> Iterato
 
 
 def in_a_loop(model: Model, calls: int) -> Model:
-    """``model`` as a loop calls it so many times: a module's class may have a method ``in_a_loop(model,
-    calls)``, which gives the module, or the method of it that ``model`` is, in a quicker form."""
+    """``model``, prepared for a loop that calls it ``calls`` times. A module's class may have a method
+    ``in_a_loop(model, calls)`` that returns a faster form of ``model`` (the module or one of its methods)."""
     owner = getattr(model, "__self__", model)
     quicker = getattr(type(owner), "in_a_loop", None)
     return model if quicker is None else quicker(owner, model, calls)
@@ -240,16 +240,16 @@ def _initial_noise(
     device: torch.device | str | None,
     generator: NoiseSource,
 ) -> Tensor:
-    """x_T on the device that ``device``, ``noise`` or the model's parameters name, in that order."""
+    """x_T on the device given by ``device``, ``noise`` or the model's parameters, in that order."""
     if noise is not None:
         if tuple(noise.shape) != tuple(shape):
             raise UserError(f"noise: expected shape {list(shape)}, got {list(noise.shape)}")
         return noise if device is None else noise.to(device)
     if device is None:
-        module = getattr(model, "__self__", model)  # a bound method's own module
+        module = getattr(model, "__self__", model)  # the module of a bound method
         parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None
         if parameter is None:
-            raise UserError("device: must be given where neither noise nor the model's parameters show it")
+            raise UserError("device: must be given if there is neither noise nor a model with parameters")
         device = parameter.device
     return draw_shape(generator, shape, torch.device(device))
 
@@ -264,7 +264,7 @@ def _pred_xstart(
     cond_fn: CondFn | None,
     model_kwargs: dict[str, Any] | None,
 ) -> Tensor:
-    """Predicted x_0; with ``cond_fn``, that of the noise moved by -sqrt(1 - alphas_cumprod) times its
+    """Predicted x_0; with ``cond_fn``, computed from noise shifted by -sqrt(1 - alphas_cumprod) times the
     gradient."""
     pred_xstart = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)[
         "pred_xstart"

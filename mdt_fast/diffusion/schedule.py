@@ -1,8 +1,7 @@
-"""The noise schedule: betas, which of the timesteps are used, and the float64 arrays made of them.
+"""The noise schedule: betas, the choice of timesteps, and the float64 arrays computed from them.
 
 ``beta_t`` is the variance added at step t, ``alphas_cumprod`` the share of signal variance left after it. A
-respaced
-process walks through a subset of the original timesteps: step i of it stands for ``timestep_map[i]``.
+respaced process walks through a subset of the original timesteps: its step i is ``timestep_map[i]``.
 Source: Ho et al. 2020 (DDPM) equations 4 to 7; Nichol and Dhariwal 2021, section 3.2 (cosine) and 4
 (respacing).
 """
@@ -25,11 +24,11 @@ NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 
 
 def make_betas(noise_schedule: str, steps: int) -> Array:
-    """Betas of ``steps`` steps, float64 [steps]: ``linear`` or ``squaredcos_cap_v2`` (cosine, capped at
+    """Betas for ``steps`` steps, float64 [steps]: ``linear`` or ``squaredcos_cap_v2`` (cosine, capped at
     0.999).
 
     Raises ``UserError`` for an unknown name, for no steps, and for fewer than 21 linear steps: the linear
-    schedule is 1e-4 to 0.02 times 1000 / steps, which must stay below 1.
+    schedule runs from 1e-4 to 0.02, times 1000 / steps, and must stay below 1.
     """
     if steps < 1:
         raise UserError(f"diffusion_steps: must be at least 1, got {steps}")
@@ -53,9 +52,9 @@ def space_timesteps(num_timesteps: int, respacing: Respacing) -> list[int]:
     """The original timesteps in 0..``num_timesteps``-1 that a respaced process uses, ascending.
 
     ``respacing``: None or "" for all of them; "250" (or 250) for 250 spread from the first to the last;
-    "10,15,20" (or [10, 15, 20]) for that many in each of three equal sections (the first ones are one longer
-    if they are not equal); "ddim50" for the first whole stride that gives exactly 50, starting at 0.
-    Raises ``UserError`` if it cannot be read, if a section is too short, or if no stride fits.
+    "10,15,20" (or [10, 15, 20]) for that many in each of three equal sections (if they cannot be equal, the
+    first ones are one longer); "ddim50" for the first integer stride that gives exactly 50, starting at 0.
+    Raises ``UserError`` if ``respacing`` cannot be read, if a section is too short, or if no stride fits.
     """
     if respacing is None or respacing == "":
         return list(range(num_timesteps))
@@ -75,7 +74,7 @@ def space_timesteps(num_timesteps: int, respacing: Respacing) -> list[int]:
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
-            used.append(start + round(position))  # half to even; the stride is summed up, not multiplied
+            used.append(start + round(position))  # half to even; the stride is accumulated, not multiplied
             position += stride
         start += size
     if not used:
@@ -116,12 +115,12 @@ def _whole_stride(num_timesteps: int, respacing: str) -> list[int]:
 
 
 class Schedule:
-    """The arrays of a (respaced) process, float64 NumPy [num_timesteps] each, and their look-up by timestep.
+    """The arrays of a (respaced) process, float64 NumPy [num_timesteps] each, with look-up by timestep.
 
-    ``betas`` are those of the original process; step i of this one is the original timestep
-    ``timestep_map[i]``. The posterior's variance is 0 at t = 0, so its logarithm there is replaced by that
-    of t = 1 (``posterior_log_variance_clipped``). A process of one step has no t = 1: it takes log(beta),
-    its upper bound.
+    The argument ``betas`` is for the original process; step i of this one is the original timestep
+    ``timestep_map[i]``. The posterior's variance is 0 at t = 0, so its logarithm there is replaced by the one
+    at t = 1 (``posterior_log_variance_clipped``). A process with a single step has no t = 1, and uses
+    log(beta), its upper bound.
     """
 
     def __init__(self, betas: Array, use_timesteps: Sequence[int]) -> None:
@@ -153,18 +152,18 @@ class Schedule:
         self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / total
         self.posterior_mean_coef2 = prev * np.sqrt(alphas) / total
 
-        # The two ends of the variance a model may choose: clipped posterior variance and beta.
+        # The two ends of the range of variances for the model: clipped posterior variance and beta.
         self.log_betas = np.log(self.betas)
         self.fixed_large_variance = np.append(first, self.betas[1:])
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def to(self, device: torch.device | str) -> Self:
-        """Copies the arrays to ``device`` now rather than at their first use; returns the object itself.
+        """Copy the arrays to ``device`` now rather than at their first use; returns the object itself.
 
-        Worth a call before ``torch.compile`` with CUDA graphs, whose memory a table made inside would share.
+        Useful before ``torch.compile`` with CUDA graphs: a table made inside would be in the graphs' memory.
         """
-        exact = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
+        exact = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
         for name, value in list(vars(self).items()):
             if isinstance(value, np.ndarray) or name == "timestep_map":
                 self._table(name, exact)
@@ -181,7 +180,7 @@ class Schedule:
         return self._table("timestep_map", t.device)[t].to(t.dtype)
 
     def check_timesteps(self, t: Tensor, x: Tensor) -> None:
-        """``UserError`` unless ``t`` is one whole number in range per row of ``x``, on the same device.
+        """Raise ``UserError`` unless ``t`` has one integer in range per row of ``x``, on the same device.
 
         The range is checked on the CPU only: reading values from a GPU would wait for it.
         """
@@ -202,11 +201,11 @@ class Schedule:
                 )
 
     def _table(self, array: str, device: torch.device) -> Tensor:
-        """An array as a tensor on ``device``, copied there once: a copy waits for the GPU."""
+        """An array as a tensor on ``device``, copied there only once, as a copy waits for the GPU."""
         table = self._on_device.get((array, device))
         if table is None:
             values = torch.as_tensor(getattr(self, array))
-            with torch.inference_mode(False):  # or a table first used while sampling could not serve training
+            with torch.inference_mode(False):  # a table first used in sampling must also work in training
                 table = values.to(device, torch.float32 if values.is_floating_point() else torch.int64)
             self._on_device[array, device] = table
         return table

@@ -1,6 +1,6 @@
-"""Which timesteps a training batch uses, with the importance weights that keep the expected loss unchanged.
+"""Choose the timesteps of a training batch, with importance weights that keep the expected loss unchanged.
 
-Draws come from NumPy's global state unless a ``rng`` is given, so that ``np.random.seed`` gives the
+Timesteps are drawn from NumPy's global state unless a ``rng`` is given: ``np.random.seed`` then gives the
 published code's timesteps.
 """
 
@@ -17,7 +17,7 @@ Rng = np.random.Generator | np.random.RandomState
 
 
 class UniformSampler:
-    """Every timestep is equally likely; all weights are 1."""
+    """Every timestep is equally likely, and all weights are 1."""
 
     def __init__(self, num_timesteps: int, *, rng: Rng | None = None) -> None:
         if num_timesteps < 1:
@@ -30,7 +30,7 @@ class UniformSampler:
         return np.ones(self.num_timesteps)
 
     def sample(self, batch_size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Timesteps, int64 [B], and their losses' weights, float32 [B]: 1 / (num_timesteps * probability)."""
+        """Timesteps, int64 [B], and loss weights, float32 [B]: 1 / (num_timesteps * probability)."""
         weights = self.weights()
         probabilities = weights / weights.sum()
         t = self.rng.choice(self.num_timesteps, size=(batch_size,), p=probabilities)
@@ -39,10 +39,10 @@ class UniformSampler:
 
 
 class LossSecondMomentSampler(UniformSampler):
-    """Timesteps are drawn in proportion to sqrt(E[loss^2]) of their last losses.
+    """Draws timesteps in proportion to sqrt(E[loss^2]) over each timestep's most recent losses.
 
-    Uniform until every timestep has ``history_per_term`` losses; then mixed with ``uniform_prob`` of uniform.
-    Source: Nichol and Dhariwal 2021, section 3.3.
+    Uniform until every timestep has ``history_per_term`` losses; after that, a mixture with ``uniform_prob``
+    of uniform. Source: Nichol and Dhariwal 2021, section 3.3.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class LossSecondMomentSampler(UniformSampler):
         return weights + self.uniform_prob / self.num_timesteps
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the unweighted ``losses`` [B] of timesteps ``t`` [B]; a timestep's oldest makes room.
+        """Record the unweighted ``losses`` [B] of timesteps ``t`` [B], replacing a timestep's oldest loss.
 
-        With several processes each may keep its own history; gather both tensors first for a shared one.
+        With several processes, each can keep its own history; for a shared one, gather both tensors first.
         """
         if t.shape != losses.shape or t.ndim != 1:
             raise UserError(

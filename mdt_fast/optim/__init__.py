@@ -1,4 +1,4 @@
-"""Optimisers whose whole step is one sweep over memory; they stand in for torch's AdamW and timm's Adan."""
+"""Optimisers whose whole step is one sweep over memory; they replace torch's AdamW and timm's Adan."""
 
 from .fused import FusedAdamW, FusedAdan
 

@@ -1,8 +1,8 @@
-"""Adan and AdamW whose whole step is one sweep over memory: clipping, update, master weights, averages.
+"""Adan and AdamW whose whole step is one sweep over memory: clipping, update, master weights, EMA.
 
-The gradients are read twice (once for their norm), everything else once. Nothing waits for the device, but
-in the step that first meets a parameter, so a step can be captured in a CUDA graph after a few ordinary ones.
-A step in which a gradient is not finite changes nothing and is counted in ``skipped_steps``.
+Gradients are read twice (once for their norm), everything else once. Nothing waits for the device, except in
+the step that first sees a parameter, so a step can be captured in a CUDA graph after a few ordinary ones. A
+step with a gradient that is not finite changes nothing, and is counted in ``skipped_steps``.
 """
 
 import math
@@ -27,7 +27,7 @@ OWN = ("max_grad_norm", "clip_norm", "moments_dtype", "process_group", "grad_nor
 
 
 class Item(NamedTuple):
-    """A parameter with a gradient: its place among all parameters, and what of both lies on this rank."""
+    """A parameter with a gradient: its index among all parameters, and the parts of both on this rank."""
 
     place: int
     param: Tensor
@@ -36,29 +36,29 @@ class Item(NamedTuple):
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """What both optimisers share; not to be made itself. Their keyword-only arguments:
+    """Base class of both optimisers, not to be instantiated. Their keyword-only arguments:
 
-    - ``max_grad_norm``: the gradients of all groups together are scaled to at most this norm; 0: they are
-      not. ``.grad`` is never written.
-    - ``clip_norm``: ``"global"`` clips by the norm over all ranks; ``"rank"`` by the norm of what is on this
-      one, as the official Adan does under ZeroRedundancyOptimizer.
+    - ``max_grad_norm``: the gradients of all groups together are scaled to at most this norm; 0 disables
+      this. ``.grad`` is never written.
+    - ``clip_norm``: ``"global"`` clips by the norm over all ranks, ``"rank"`` by the norm of this rank's
+      gradients, as the official Adan does under ZeroRedundancyOptimizer.
     - ``moments_dtype``: ``torch.bfloat16`` halves the memory of the moments (rounded stochastically by the
-      native op, to nearest by PyTorch); default float32, float64 for float64 parameters.
-    - ``process_group``: the ranks among which whole parameters are split; their squares are added up. What
-      DTensor shards is known from its placements and needs none.
+      native op, to nearest by PyTorch). Default: float32, or float64 for float64 parameters.
+    - ``process_group``: the ranks that share out whole parameters; the squares of their gradients are summed
+      for the norm. DTensor shards are known from their placements and do not need it.
 
     Parameters are float32, bfloat16 (with a float32 ``master`` in the state, made in the first step or given
-    by :meth:`set_masters`) or float64 (plain PyTorch); ``lr`` is a number, or a 0-dim tensor that is read on
-    the device. After a step ``grad_norm`` is the norm before clipping (0-dim float64) and ``skipped_steps``
-    (0-dim int64) counts the steps left out so far; both are on the device.
+    to :meth:`set_masters`) or float64 (plain PyTorch). ``lr`` is a number, or a 0-dim tensor that is read on
+    the device. After a step, ``grad_norm`` is the norm before clipping (0-dim float64) and ``skipped_steps``
+    (0-dim int64) the number of steps skipped so far; both are on the device.
     """
 
     op: str  # of kernels.optim
-    betas: int  # how many
+    betas: int  # their number
     moments: tuple[str, ...]
-    counted: tuple[str, ...] = ()  # what else a parameter's state must have
-    fixed: ClassVar[dict[str, Any]]  # what the plain optimiser has in its groups besides
-    refused: tuple[str, ...]  # those keys of it that would change the result, had they another value
+    counted: tuple[str, ...] = ()  # other entries that a parameter's state must have
+    fixed: ClassVar[dict[str, Any]]  # further entries in the plain optimiser's groups
+    refused: tuple[str, ...]  # keys of ``fixed`` for which another value would change the result
 
     def __init__(
         self,
@@ -83,15 +83,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._decays: list[float] = []
         self._masters: list[Tensor] = []
         self._rates: dict[tuple[int, torch.dtype], tuple[float, Tensor]] = {}
-        self._versions: dict[int, int] = {}  # of bfloat16 parameters, by place, as the last step left them
+        self._versions: dict[int, int] = {}  # of bfloat16 parameters, by index, after the last step
         super().__init__(params, {**self.fixed, **defaults})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. ``UserError`` for values and dtypes that are not served, and after ``add_ema`` or
+        """As in torch. Raises ``UserError`` for unsupported values and dtypes, and after ``add_ema`` or
         ``set_masters``."""
         if self._averages or self._masters:
             given = "averages of add_ema" if self._averages else "masters of set_masters"
-            raise UserError(f"add_param_group: the {given} would lack its parameters; add it first")
+            raise UserError(f"add_param_group: the {given} would lack its parameters; add the group first")
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -100,13 +100,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
 
     def add_ema(self, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], decay: float) -> None:
-        """Move ``params`` in every step: ``ema = decay * ema + (1 - decay) * parameter``, in the same sweep.
+        """Update an EMA in every step: ``ema = decay * ema + (1 - decay) * parameter``, in the same sweep.
 
-        ``params``: one float32 tensor (float64 where the parameter is) for each parameter, of its shape and
-        on its device, in the optimiser's order, of its groups one after the other; or in any order with
-        names (``named_parameters()``), if the optimiser was made so. All move, with gradients or without, and
-        whatever the rate: also in the step by which ``torch.distributed.checkpoint`` has a state made, which
-        is to be loaded before the averages.
+        ``params``: one float32 tensor (or float64, for a float64 parameter) for each parameter, with its
+        shape and device, in the optimiser's order (one group after the other). They may come in any order
+        with names (``named_parameters()``), if the optimiser was made with names. All of them move, with or
+        without a gradient and at any learning rate. They also move in the step by which
+        ``torch.distributed.checkpoint`` creates an optimiser's state, so load that state before the EMA.
         """
         average, own = loading.in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:
@@ -120,13 +120,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._decays.append(float(decay))
 
     def set_masters(self, masters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Have ``masters`` be what bfloat16 parameters are roundings of, and move them in every step.
+        """Use ``masters`` as the float32 weights behind bfloat16 parameters, and update them in every step.
 
         ``masters``: one float32 tensor for each parameter, in the optimiser's order or by name (see
-        :meth:`add_ema`), of its shape and on its device, of which it is the rounding; all parameters are
-        bfloat16. Without this, a master begins as what its parameter has been rounded to. A loaded state's
-        masters are written into them; without such, a parameter that has got other weights gives its own.
-        ``UserError`` for tensors that do not fit, and where there are masters already.
+        :meth:`add_ema`), with its shape and device. Each must round to its parameter, and all parameters must
+        be bfloat16. Without this call, a master starts from its already rounded parameter. Loading a state
+        writes its masters into these tensors; without masters in it, a parameter whose weights have been
+        replaced overwrites its master. Raises ``UserError`` for tensors that do not fit, and if there are
+        masters already.
         """
         given, own = loading.in_order("masters", masters, self.param_groups), list(self._all())
         for label, p in zip(labels := loading.labels_of("masters", self.param_groups), own):
@@ -137,13 +138,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         loading.check_copies("masters", given, own, labels, self._copies())
         for label, master, p in zip(labels, given, own):
             if p.device.type != "meta" and not torch.equal(local(p), local(master).to(p.dtype)):
-                raise UserError(f"{label}: rounded to bfloat16 it is not its parameter")
+                raise UserError(f"{label}: does not round to its parameter in bfloat16")
         self._masters = [master.detach() for master in given]
 
     @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, by the gradients there are. ``UserError`` for none, and for sparse or partial ones."""
+        """Take one step. Raises ``UserError`` if no gradients exist, and for sparse or partial ones."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -169,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As the plain optimiser's, which can load it; bfloat16 parameters have a ``master`` too."""
+        """A state that the plain optimiser can load; bfloat16 parameters also have a ``master``."""
         packed = super().state_dict()
         for group in packed["param_groups"]:
             if "step" in group:
@@ -177,9 +178,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A state of this class or of the plain optimiser; moments and masters keep their own dtype.
+        """Load a state of this class or of the plain optimiser; moments and masters keep their own dtype.
 
-        ``UserError`` for options that are not served, and for states that lack something or do not fit.
+        Raises ``UserError`` for unsupported options, and for states that are incomplete or do not fit.
         """
         given: dict[str, Any] = {}
 
@@ -211,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._rates, self._versions = {}, {}
-        if state.get("_masters"):  # unpickled: those of parameters that have a state are in it, too
+        if state.get("_masters"):  # unpickled: masters of parameters with a state are also in that state
             self._masters = [
                 self.state.get(p, {}).get("master", m) for m, p in zip(self._masters, self._all())
             ]
@@ -219,25 +220,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, value in self.fixed.items():
                 group.setdefault(key, value)
 
-    # What the two differ in
+    # Where the two optimisers differ
 
     def _steps(self, group: dict[str, Any], items: list[Item]) -> list[Tensor]:
         """The step counts: one for the group, or one for each item."""
         raise NotImplementedError
 
     def _of(self, steps: list[Tensor], batch: list[tuple[int, Item]], last: bool) -> list[Tensor]:
-        """Those of them that the op may count up for ``batch``; ``last``: the group's last batch."""
+        """The step counts that the op may increment for ``batch``; ``last``: it is the group's last batch."""
         raise NotImplementedError
 
     def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """Arguments of the op that only one of the two has."""
+        """Arguments of the op that only one of the optimisers has."""
         return ()
 
     def _clip_eps(self, group: dict[str, Any]) -> float:
         raise NotImplementedError
 
     def _start(self, group: dict[str, Any], item: Item, norm: Tensor) -> bool:
-        """Fill the new state of ``item``, whose moments are zero; False: it cannot start with this step."""
+        """Fill the new state of ``item``, whose moments are zero; False if it cannot start in this step."""
         raise NotImplementedError
 
     # The parts of a step
@@ -246,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def _copies(self) -> Iterator[Tensor]:
-        """Of parameters, that were given."""
+        """All copies of parameters given so far: masters and EMAs."""
         return chain(self._masters, *self._averages)
 
     def _gather(self) -> tuple[list[list[Item]], dict[Any, list[Tensor]]]:
@@ -276,12 +277,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         devices = {item.local.device for items in groups for item in items}
         if len(devices) > 1:
             raise UserError(
-                f"optimizer.step(): parameters on {', '.join(sorted(map(str, devices)))}; one needed"
+                f"optimizer.step(): parameters on {', '.join(sorted(map(str, devices)))}; one device needed"
             )
         return groups, squares
 
     def _norm(self, squares: dict[Any, list[Tensor]]) -> Tensor:
-        """The norm to clip by. Not finite on any rank makes it so on all, that all of them skip the step."""
+        """The norm to clip by. If it is not finite on one rank, it is so on all, and all skip the step."""
         total = torch.zeros((), dtype=torch.float64, device=local(next(self._all())).device)
         own = total.clone()
         for where, grads in squares.items():
@@ -299,7 +300,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return total.sqrt()
 
     def _begin(self, group: dict[str, Any], items: list[Item], norm: Tensor) -> list[Item]:
-        """The items with a state, new ones included."""
+        """The items that have a state, including new ones."""
         served = []
         for item in items:
             p = item.param
@@ -311,13 +312,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
             if p.dtype == torch.bfloat16 and "master" not in self.state[p]:
                 self.state[p]["master"] = self._master(item.place, p).detach().float()
-            elif self._versions.get(item.place, p._version) != p._version:  # written to since
+            elif self._versions.get(item.place, p._version) != p._version:  # p was written to since
                 loading.follow(self.state[p]["master"], p)
             served.append(item)
         return served
 
     def _batches(self, items: list[Item]) -> dict[tuple, list[tuple[int, Item]]]:
-        """What one call of the op takes: alike in dtypes, and in whether the layout is the native op's."""
+        """Batches for one call of the op each: equal dtypes, and all or none in the native op's layout."""
         batches: dict[tuple, list[tuple[int, Item]]] = {}
         for number, item in enumerate(items):
             strides, state = item.local.stride(), self.state[item.param]
@@ -347,7 +348,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             *self._options(group), self.max_grad_norm, self._clip_eps(group), self._decays)  # fmt: skip
 
     def _rate(self, index: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The group's learning rate on the device; a number is written there when it changes."""
+        """The group's learning rate on the device; a number is written there only when it changes."""
         lr = self.param_groups[index]["lr"]
         if isinstance(lr, Tensor):
             return lr.detach().to(device, dtype, non_blocking=True).reshape(())
@@ -360,7 +361,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return rate
 
     def _average_others(self, moved: set[int], finite: Tensor) -> None:
-        """Averages of parameters without a gradient; as they were if the step is skipped."""
+        """Update the EMAs of parameters without a gradient; unchanged if the step is skipped."""
         others = [(i, p) for i, p in enumerate(self._all()) if i not in moved] if self._averages else []
         if not others:
             return
@@ -373,13 +374,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(emas, change)
 
     def _master(self, place: int, p: Tensor) -> Tensor:
-        """The float32 weight that a bfloat16 parameter has, if it has one yet; else the parameter."""
+        """A bfloat16 parameter's float32 master if it has one yet, otherwise the parameter."""
         return self._masters[place] if self._masters else self.state.get(p, {}).get("master", p)
 
     def _moments_dtype(self, p: Tensor) -> torch.dtype:
         return self.moments_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
 
-    # Checks, and state from elsewhere
+    # Checks, and loading of states
 
     def _check_group(self, group: dict[str, Any]) -> None:
         loading.check_numbers(group, self.betas, self.fixed, self.refused)

@@ -9,18 +9,17 @@ from torch import Tensor
 from .base import FusedOptimizer, Item
 from .shards import local
 
-CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s, for AdamW; Adan's published form has its own eps
+CLIP_EPS = 1e-6  # for AdamW, from torch.nn.utils.clip_grad_norm_; published Adan uses its own eps
 
 
 class FusedAdan(FusedOptimizer):
-    """Adan (Xie et al. 2022, algorithm 1); its states and timm's Adan's are interchangeable.
+    """Adan (Xie et al. 2022, algorithm 1). States can be exchanged with timm's Adan in both directions.
 
     With the clipped gradient g, its change d = g - g_prev (0 in the first step) and step k:
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) d;  n = b3 n + (1-b3) (g + b2 d)^2;
     p -= lr (m / (1-b1^k) + b2 v / (1-b2^k)) / (sqrt(n / (1-b3^k)) + eps);  p /= 1 + lr weight_decay
-    (``no_prox``: p *= 1 - lr weight_decay before, instead). Steps are counted for each group. The
-    keyword-only arguments are described at :class:`FusedOptimizer`. Raises ``UserError`` for values that are
-    not allowed.
+    (with ``no_prox``, p *= 1 - lr weight_decay first instead). Steps are counted per group. The keyword-only
+    arguments are described at :class:`FusedOptimizer`. Raises ``UserError`` for values that are not allowed.
     """
 
     op = "adan_step"
@@ -71,7 +70,7 @@ class FusedAdan(FusedOptimizer):
         return group["eps"]
 
     def _start(self, group: dict[str, Any], item: Item, norm: Tensor) -> bool:
-        """In a group's first step the op itself takes d = 0; who joins later gets it by this."""
+        """In a group's first step the op itself uses d = 0; this sets it for parameters that join later."""
         if group["step"] == 0:
             return True
         if not norm.isfinite():
@@ -84,12 +83,12 @@ class FusedAdan(FusedOptimizer):
 
 
 class FusedAdamW(FusedOptimizer):
-    """AdamW (Loshchilov and Hutter 2019); its states and ``torch.optim.AdamW``'s are interchangeable.
+    """AdamW (Loshchilov and Hutter 2019). States can be exchanged with ``torch.optim.AdamW``, both ways.
 
     With the clipped gradient g and the parameter's step k: p *= 1 - lr weight_decay; m = b1 m + (1-b1) g;
     v = b2 v + (1-b2) g^2; p -= lr (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps). The keyword-only arguments are
-    described at :class:`FusedOptimizer`; ``plain``: torch's other options, of which those that would change a
-    number have to be as they are by default. Raises ``UserError`` for values that are not allowed.
+    described at :class:`FusedOptimizer`. ``plain``: torch's other options; those that would change the result
+    must keep their defaults. Raises ``UserError`` for values that are not allowed.
     """
 
     op = "adamw_step"

@@ -1,4 +1,4 @@
-"""Numbers, copies of parameters, states from elsewhere: what they must be, and how states come in."""
+"""Checks of an optimiser's numbers, of copies of parameters and of loaded states; loading of states."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,12 +12,12 @@ from ..errors import UserError
 from .shards import laid_out, local
 
 NUMBERS = {2: "two", 3: "three"}
-UNUSED = ("prev_grad", "master")  # of what is loaded; a master that is needed is put back
+UNUSED = ("prev_grad", "master")  # entries of a loaded state; a master that is needed is put back
 
 
 def in_order(what: str, given: Iterable[Any], groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """``given``, with names or without, in the order of an optimiser's ``groups``. ``UserError`` for other
-    names."""
+    """``given``, with or without names, in the order of an optimiser's ``groups``. Raises ``UserError`` for
+    other names."""
     items = list(given)
     if not items or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return items
@@ -34,12 +34,12 @@ def in_order(what: str, given: Iterable[Any], groups: Sequence[dict[str, Any]]) 
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Of the parameters of an optimiser's ``groups``, in order; none if it was made without."""
+    """Names of the parameters in an optimiser's ``groups``, in order; none if it was made without names."""
     return [name for group in groups for name in group.get("param_names", ())]
 
 
 def labels_of(what: str, groups: Sequence[dict[str, Any]]) -> list[str]:
-    """What to call the tensors of the argument ``what``, one for each parameter: by name if they have any."""
+    """What messages call the argument ``what``'s tensors, one per parameter: by name if they have names."""
     names: Sequence[Any] = names_of(groups) or range(sum(len(group["params"]) for group in groups))
     return [f"{what}[{name!r}]" for name in names]
 
@@ -51,8 +51,8 @@ def check_copies(
     labels: Sequence[str],
     others: Iterable[Tensor],
 ) -> None:
-    """``UserError`` unless there is a float32 tensor (float64 where the parameter may be that) for each, with
-    memory that is not another's nor of ``others``. ``labels``: what each is called."""
+    """Raise ``UserError`` unless there is a float32 copy (float64 is allowed for a float64 parameter) for
+    each, which shares memory neither with it nor with another copy or ``others``. ``labels``: their names."""
     taken = {local(other).data_ptr() for other in others}
     if len(copies) != len(params):
         raise UserError(f"{name}: {len(copies)} tensors for {len(params)} parameters")
@@ -74,7 +74,7 @@ def check_copies(
             if any(n > 1 and not stride for n, stride in zip(copy.shape, copy.stride())):
                 raise UserError(f"{label}: is expanded, its elements share memory; make a copy")
             if local(copy).data_ptr() in taken:
-                raise UserError(f"{label}: is a tensor that the optimiser has already; make a copy")
+                raise UserError(f"{label}: is a tensor that the optimiser already has; make a copy")
             taken.add(local(copy).data_ptr())
 
 
@@ -85,7 +85,7 @@ def _memory(tensor: Tensor) -> int:
 def check_state(
     loaded: dict[str, Any], params: list[Tensor], moments: Sequence[str], counted: Sequence[str]
 ) -> None:
-    """``UserError`` where an entry of the state is missing or does not fit its parameter."""
+    """Raise ``UserError`` if an entry of the state is missing or does not fit its parameter."""
     for i, p, entries in _entries(loaded, params):
         for name in counted:
             if name not in entries:
@@ -110,9 +110,9 @@ def restore(
     moments: Sequence[str],
     moments_dtype: torch.dtype | None,
 ) -> None:
-    """Put the entries of ``loaded`` into ``state`` again, in the dtypes and layouts that the step needs.
+    """Put the entries of ``loaded`` back into ``state``, in the dtypes and layouts that the step needs.
 
-    ``Optimizer.load_state_dict`` has brought them into the parameter's dtype, which would round a float32
+    ``Optimizer.load_state_dict`` has converted them to the parameter's dtype, which would round a float32
     master weight to bfloat16.
     """
     for _, p, entries in _entries(loaded, params):
@@ -122,7 +122,7 @@ def restore(
             kept["step"] = torch.tensor(float(entries["step"]), device=local(p).device)
         master = entries.get("master")
         if p.dtype == torch.bfloat16 and master is not None and master.dtype != torch.bfloat16:
-            # (In bfloat16 a plain optimiser has carried it along, and not moved it.)
+            # (A plain optimiser has kept a bfloat16 master without updating it.)
             kept["master"] = _fit(master, p, torch.float32)
         state[p] = {**{name: state[p][name] for name in entries if name not in UNUSED}, **kept}
 
@@ -130,8 +130,8 @@ def restore(
 def tie_masters(
     masters: Sequence[Tensor], params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]
 ) -> None:
-    """Write what was loaded into ``masters``, which the state has from then on. Where nothing was, a
-    parameter that is not the rounding of its master any more has been given other weights: those count."""
+    """Write loaded masters into ``masters``, which the state then refers to. If none was loaded and a
+    parameter is no longer the rounding of its master, its weights were replaced and overwrite the master."""
     for master, p in zip(masters, params):
         loaded = state.get(p, {}).get("master")
         if loaded is not None:
@@ -141,13 +141,13 @@ def tie_masters(
 
 
 def follow(master: Tensor, p: Tensor) -> None:
-    """Where ``p`` is not the rounding of its master any more it has been given other weights: those count."""
+    """Overwrite the master where ``p`` is no longer its rounding, as its weights were replaced."""
     own, whole = local(p).detach(), local(master)
     whole.copy_(torch.where(own == whole.to(own.dtype), whole, own.to(whole.dtype)))
 
 
 def check_clipping(group: dict[str, Any], own: float) -> None:
-    """``UserError`` for a group of the official Adan's, which clips by itself, with another bound."""
+    """Raise ``UserError`` for a group of the official Adan, which clips by itself, with another bound."""
     bound = group.get("max_grad_norm")
     if bound not in (None, own):
         raise UserError(
@@ -159,8 +159,8 @@ def check_clipping(group: dict[str, Any], own: float) -> None:
 def check_numbers(
     group: dict[str, Any], betas: int, fixed: Mapping[str, Any], refused: Sequence[str]
 ) -> None:
-    """``UserError`` for a group's values that are not allowed: of so many ``betas``; what is ``fixed`` may be
-    nothing else where that is ``refused``."""
+    """Raise ``UserError`` for values of a group that are not allowed, including a number of betas other than
+    ``betas``, and another value than in ``fixed`` for a name in ``refused``."""
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if name == "lr" and isinstance(value, Tensor):
@@ -175,7 +175,7 @@ def check_numbers(
         raise UserError(f"betas: {NUMBERS[betas]} values in [0, 1) needed, got {given}")
     for name, value in fixed.items():
         if name in refused and group.get(name, value) != value:
-            raise UserError(f"{name}: {group[name]} is not served, only {value}")
+            raise UserError(f"{name}: {group[name]} is not supported, only {value}")
 
 
 def check_rate(lr: float) -> None:
@@ -192,7 +192,7 @@ def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int
 
 
 def _moment(entries: dict[str, Any], name: str) -> Any:
-    """An entry; Adan's last gradient was once saved without its sign turned."""
+    """An entry of a state; Adan's last gradient was once saved without negating it."""
     if name == "neg_pre_grad" and name not in entries and "prev_grad" in entries:
         return -entries["prev_grad"]
     return entries.get(name)

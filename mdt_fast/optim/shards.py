@@ -1,4 +1,4 @@
-"""What of a tensor lies on this rank, and in which layout."""
+"""The part of a tensor on this rank, and its memory layout."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from ..kernels.optim.op import is_dense
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part: a view of a DTensor's shard, any other tensor itself."""
+    """This rank's part: a view of a DTensor's shard; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def split(index: int, p: DTensor, grad: Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """The device mesh, and those of its dimensions that hold different parts of ``grad``; None: all the same.
+    """The device mesh and those dimensions across which ``grad`` is sharded; None if it is replicated.
 
-    ``UserError`` unless the gradient is placed as its parameter is.
+    Raises ``UserError`` unless the gradient has the placements of its parameter.
     """
     placements = grad.placements if isinstance(grad, DTensor) else "none, it is no DTensor"
     if placements != p.placements:
@@ -31,7 +31,7 @@ def split(index: int, p: DTensor, grad: Tensor) -> tuple[Any, tuple[int, ...]] |
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` with the strides of ``like`` (contiguous if those have gaps); itself if it has them."""
+    """``tensor`` with the strides of ``like`` (contiguous if those have gaps); itself if they match."""
     if not is_dense(like):
         return tensor.contiguous()
     if tensor.stride() == like.stride():

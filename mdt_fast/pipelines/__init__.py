@@ -1,4 +1,4 @@
-"""The models as a diffusers pipeline. Diffusers is imported when ``MDTPipeline`` is first asked for."""
+"""The models as a diffusers pipeline. Diffusers is imported when ``MDTPipeline`` is first accessed."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         import diffusers  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # diffusers turns failures inside it to RuntimeError
-        raise not_importable("MDTPipeline: is one of diffusers", error, "latents") from None
+    except (ImportError, RuntimeError) as error:  # diffusers turns its internal failures into RuntimeError
+        raise not_importable("MDTPipeline: needs diffusers", error, "latents") from None
     from .pipeline import MDTPipeline
 
     return MDTPipeline

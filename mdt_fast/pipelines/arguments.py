@@ -1,4 +1,4 @@
-"""What a pipeline is given, checked: each ``UserError`` names the argument.
+"""Checks of a pipeline's arguments; each ``UserError`` names the argument.
 
 n images, C channels and side S.
 """
@@ -38,7 +38,7 @@ def checked_labels(class_labels: Any, classes: int) -> list[int]:
 
 
 def checked_names(id2label: Any, classes: int) -> dict[int, str]:
-    """Names by class, as the constructor takes them: numbers may be strings, as JSON has them."""
+    """Names by class, as the constructor takes them; classes may be strings, as in JSON."""
     if id2label is None:
         return {}
     if not isinstance(id2label, Mapping):
@@ -50,13 +50,13 @@ def checked_names(id2label: Any, classes: int) -> dict[int, str]:
         if not 0 <= int(key) < classes:
             raise UserError(f"id2label: classes are 0 to {classes - 1}, got {key}")
         if not isinstance(value, str):
-            raise UserError(f"id2label: the name of class {key} is to be a string, got {value!r}")
+            raise UserError(f"id2label: the name of class {key} must be a string, got {value!r}")
         names[int(key)] = value
     return names
 
 
 def checked_generator(generator: Any, count: int) -> Generators:
-    """One for all images, or a list with one for each."""
+    """One generator for all images, or a list with one for each."""
     if not isinstance(generator, Sequence):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise UserError(f"generator: got {type(generator).__name__}, expected a torch.Generator")
@@ -70,7 +70,7 @@ def checked_generator(generator: Any, count: int) -> Generators:
 
 
 def checked_scale(guidance_scale: Any, config: ModelConfig) -> float:
-    """The guidance, 1 where there is none; None: as much as the model has been trained for."""
+    """The guidance scale, 1 for no guidance; None: 4, or 1 for a model trained without label dropout."""
     if guidance_scale is None:
         return GUIDANCE if config.class_dropout_prob > 0 else 1.0
     scale = _number("guidance_scale", guidance_scale)
@@ -84,14 +84,14 @@ def checked_scale(guidance_scale: Any, config: ModelConfig) -> float:
 
 
 def checked_power(scale_pow: Any, config: ModelConfig) -> float | None:
-    """Of the guidance's schedule; "auto": as published."""
+    """The power of the guidance schedule; "auto": as published."""
     if isinstance(scale_pow, str) and scale_pow == "auto":
         return None if config.family == "dit" else 4.0
     return None if scale_pow is None else _number("scale_pow", scale_pow, "None, 'auto' or a number")
 
 
 def checked_eta(eta: Any, taken: bool) -> float:
-    """DDIM's noise; ``taken``: the scheduler takes it."""
+    """DDIM's noise; ``taken``: whether the scheduler takes it."""
     value = _number("eta", eta)
     if not 0 <= value <= 1 or (value and not taken):
         raise UserError(f"eta: allowed are 0 to 1 with DDIM, and 0 with others, got {eta}")
@@ -99,7 +99,7 @@ def checked_eta(eta: Any, taken: bool) -> float:
 
 
 def checked_channels(guided_channels: Any, config: ModelConfig) -> int | None:
-    """How many channels are guided."""
+    """The number of channels to guide."""
     C = config.in_channels
     if guided_channels is None:
         return None
@@ -114,7 +114,7 @@ def check_output(output_type: Any, config: ModelConfig, has_vae: bool) -> None:
         raise UserError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}{hint}")
     if not has_vae and config.in_channels not in (1, 3) and output_type != "latent":
         raise UserError(
-            f"output_type: {config.in_channels} channels are no picture without a vae; use 'latent'"
+            f"output_type: {config.in_channels} channels make no picture without a vae; use 'latent'"
         )
 
 
@@ -123,7 +123,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(latents, Tensor):
         raise UserError(f"latents: got {type(latents).__name__}, expected a tensor or None")
     if not latents.is_floating_point():
-        raise UserError(f"latents: got numbers of {latents.dtype}, expected floating ones such as float32")
+        raise UserError(f"latents: dtype {latents.dtype}, expected a floating-point one such as float32")
     if tuple(latents.shape) != shape:
         raise UserError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
     if not latents.isfinite().all():

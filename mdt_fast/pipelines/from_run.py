@@ -1,4 +1,4 @@
-"""A pipeline's parts from a run of ``mdt-fast train``."""
+"""A pipeline's components from a run of ``mdt-fast train``."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[s
         if stage.vae is not None:
             autoencoder = stage.opened().model
             own = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
-            if own != (stage.scale, stage.shift):  # the pipeline decodes by what its autoencoder says
+            if own != (stage.scale, stage.shift):  # the pipeline decodes with its autoencoder's values
                 autoencoder.register_to_config(scaling_factor=stage.scale, shift_factor=stage.shift)
     elif vae is not None:
         raise UserError("vae: the run was trained on pixels, and takes none")

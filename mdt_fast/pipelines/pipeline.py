@@ -1,6 +1,6 @@
-"""``MDTPipeline``: a transformer, a scheduler and perhaps an autoencoder, as diffusers keeps and runs them.
+"""``MDTPipeline``: a transformer, a scheduler and optionally an autoencoder, as a diffusers pipeline.
 
-n images, C channels and S side of what the transformer sees.
+n images; C channels and S side of the transformer's input.
 """
 
 import inspect
@@ -37,20 +37,20 @@ from .arguments import (
 from .from_run import components_of_run
 from .schedulers import ready
 
-# Where diffusers looks up which libraries' classes are parts of pipelines, and how they are saved and loaded.
+# Diffusers' tables of the libraries whose classes can be components, and of their save and load methods.
 METHODS = ["save_component", "from_pretrained"]
 loading.LOADABLE_CLASSES["mdt_fast"] = {"Transformer": METHODS}
 loading.ALL_IMPORTABLE_CLASSES["Transformer"] = METHODS
 
 
 class MDTPipeline(DiffusionPipeline):
-    """Images of classes, by MDTv2, MDT v1 or DiT; called as diffusers' ``DiTPipeline`` is.
+    """Class-conditional images by MDTv2, MDT v1 or DiT; called like diffusers' ``DiTPipeline``.
 
-    ``transformer``: a model of this package, or one that ``torch.compile`` made of it. ``scheduler``: any of
-    diffusers for models that predict the noise (or the image), such as
-    :func:`~mdt_fast.pipelines.published_scheduler` makes. ``vae``: an ``AutoencoderKL``; None where the
-    transformer works on pixels. ``id2label``: names by class, several separated by commas. Raises
-    ``UserError`` for parts that do not fit.
+    ``transformer``: a model of this package, optionally compiled by ``torch.compile``. ``scheduler``: any of
+    diffusers' for models that predict the noise (or the image), such as the result of
+    :func:`~mdt_fast.pipelines.published_scheduler`. ``vae``: an ``AutoencoderKL``; None if the transformer
+    works on pixels. ``id2label``: names by class; a class's alternative names are separated by commas. Raises
+    ``UserError`` for components that do not fit.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -73,16 +73,16 @@ class MDTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """The pipeline of a folder that ``save_pretrained`` wrote, or of a hub's repository.
+        """Load a pipeline from a folder written by ``save_pretrained``, or from a repository on the hub.
 
-        ``kwargs`` as diffusers' pipelines take them (``torch_dtype``, also by name, ``revision``, parts by
-        name, ...). Weights are read from safetensors only. Raises ``UserError`` for anything that is no such
+        ``kwargs`` are those of diffusers' pipelines (``torch_dtype``, also by name, ``revision``, components
+        by name, ...). Weights are read from safetensors only. Raises ``UserError`` for anything but such a
         pipeline.
         """
         _check_folder(Path(name))
         if not kwargs.setdefault("use_safetensors", True):
             raise UserError("use_safetensors: got False, but pickled weights are never read")
-        if not isinstance(kwargs.get("torch_dtype"), dict):  # of parts by name, which diffusers checks
+        if not isinstance(kwargs.get("torch_dtype"), dict):  # a dict is by component; diffusers checks it
             kwargs["torch_dtype"] = floating("torch_dtype", kwargs.get("torch_dtype"))
         if "device_map" not in kwargs:
             kwargs.setdefault("low_cpu_mem_usage", False)  # else diffusers warns if accelerate is missing
@@ -90,7 +90,7 @@ class MDTPipeline(DiffusionPipeline):
             return super().from_pretrained(str(name), **kwargs)
         except UserError:
             raise
-        except Exception as error:  # hub, network, JSON, safetensors and torch each raise their own
+        except Exception as error:  # hub, network, JSON, safetensors and torch each raise their own errors
             reason = one_line(error)
             raise UserError(f"from_pretrained: no pipeline can be made of {str(name)!r}: {reason}") from None
 
@@ -102,16 +102,16 @@ class MDTPipeline(DiffusionPipeline):
         weights: Literal["ema", "model"] = "ema",
         vae: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """The pipeline of a run of ``mdt-fast train``, of one of its checkpoints, or of a file of weights, as
-        ``mdt-fast convert`` writes them and models were published.
+        """The pipeline of a run of ``mdt-fast train``, of one of its checkpoints, or of a weight file as
+        written by ``mdt-fast convert`` or published.
 
-        Its scheduler is the run's own sampler (``sample.sampler``). ``vae``: another autoencoder than that
-        which the run names. Raises ``UserError`` if the run or the autoencoder cannot be read.
+        Its scheduler is the run's own sampler (``sample.sampler``). ``vae``: an autoencoder to use instead of
+        the run's. Raises ``UserError`` if the run or the autoencoder cannot be read.
         """
         return cls(**components_of_run(Path(run), weights, None if vae is None else str(vae)))
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Classes by name; ``UserError`` (with the nearest name) for one that there is not."""
+        """Look up classes by name; ``UserError`` (with the nearest name) for an unknown name."""
         if not isinstance(label, str | Sequence):
             raise UserError(f"label: expected a name or several, got {label!r}")
         names = [label] if isinstance(label, str) else list(label)
@@ -137,19 +137,19 @@ class MDTPipeline(DiffusionPipeline):
         eta: float = 0.0,
         latents: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """One image per class of ``class_labels``, as ``.images`` (or a tuple of them alone).
+        """One image per class in ``class_labels``, as ``.images`` (or as the only item of a tuple).
 
-        ``guidance_scale``: classifier-free guidance; 1 and less is none. None: 4, or 1 for a model that was
-        trained without label dropout. ``scale_pow``: the power of its cosine schedule, None for the same
-        weight at every step; "auto": as published, 4 for MDT and None for DiT. ``guided_channels``: how many
-        channels are guided; None: as published, 3 of 4 (``DiTPipeline`` has all), and all of other numbers.
-        ``eta``: DDIM's noise. ``generator``: one for all images, or a list with one for each. ``latents``
-        [n, C, S, S]: the noise to start from.
+        ``guidance_scale``: classifier-free guidance; 1 or less means none. None: 4, or 1 for a model trained
+        without label dropout. ``scale_pow``: the power of the cosine schedule of the guidance, None for the
+        same weight at every step; "auto": as published, 4 for MDT and None for DiT. ``guided_channels``: the
+        number of guided channels; None: as published, 3 of 4 (``DiTPipeline`` guides all), or all of any
+        other number. ``eta``: DDIM's noise. ``generator``: one for all images, or a list with one for each.
+        ``latents`` [n, C, S, S]: the noise to start from.
 
-        ``output_type``: "pil" pictures, "np" float32 [n, H, W, 3] in [0, 1] (1 for grey ones), "pt" the same
-        as a tensor [n, 3, H, W], "latent" what the transformer drew, [n, C, S, S]. Noise and steps are
-        float32 whatever the weights are (of a float64 model float64). Raises ``UserError`` for arguments out
-        of range.
+        ``output_type``: "pil" images, "np" float32 [n, H, W, 3] in [0, 1] (1 channel for grey images), "pt"
+        the same as a tensor [n, 3, H, W], "latent" the transformer's result [n, C, S, S]. Noise and steps are
+        float32 for any dtype of the weights (float64 for a float64 model). Raises ``UserError`` for arguments
+        out of range.
         """
         transformer = self.transformer
         about: ModelConfig = transformer.config
@@ -172,7 +172,7 @@ class MDTPipeline(DiffusionPipeline):
         known = inspect.signature(scheduler.step).parameters
         eta = checked_eta(eta, "eta" in known)
         x = self._noise(len(labels), latents, own, device) * scheduler.init_noise_sigma
-        # DDIM's noise, of the image that was clamped, as the published sampler has it.
+        # DDIM's noise is derived from the clamped image, as in the published sampler.
         extra = {"eta": eta, "generator": own, "use_clipped_model_output": True}
         extra = {key: value for key, value in extra.items() if key in known}
         with in_eval(transformer):
@@ -210,7 +210,7 @@ class MDTPipeline(DiffusionPipeline):
 
 
 def _check_parts(transformer: Any, scheduler: Any, vae: Any) -> None:
-    whole = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wraps
+    whole = getattr(transformer, "_orig_mod", transformer)  # the model that torch.compile wraps
     if not isinstance(whole, Transformer):
         raise UserError(
             f"transformer: got {type(whole).__name__}, expected an MDTv2, MDT or DiT of mdt_fast "
@@ -235,7 +235,7 @@ def _check_parts(transformer: Any, scheduler: Any, vae: Any) -> None:
 
 
 def _check_folder(path: Path) -> None:
-    """``UserError`` for a path that is neither a pipeline's folder nor a name on the hub."""
+    """Raise ``UserError`` for a path that is neither a pipeline's folder nor a name on the hub."""
     if path.exists():
         if not (path / DiffusionPipeline.config_name).is_file():
             reason = ""

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers: those with the published noise schedule, and any of them made ready to step."""
+"""Diffusers' schedulers: make one with the published noise schedule, and prepare any of them for sampling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 def published_scheduler(
     diffusion: DiffusionConfig, *, learn_sigma: bool = True, clip: bool = False, sampler: SamplerName = "ddpm"
 ) -> Any:
-    """The scheduler of a model trained so: ``mdt_fast.sample``'s ``sampler``, with its timesteps.
+    """The scheduler for a model trained with ``diffusion``: ``mdt_fast.sample``'s ``sampler`` and timesteps.
 
-    ``learn_sigma``: the model predicts its variance. ``clip``: predicted images are clamped to [-1, 1], right
-    for pixels. Any scheduler made of it by ``from_config`` keeps the noise schedule and the timesteps: evenly
-    spread from the first to the last (``linspace``), as the published respacing has them.
+    ``learn_sigma``: the model predicts its variance. ``clip``: clamp predicted images to [-1, 1], which is
+    right for pixels. Any scheduler made from this one by ``from_config`` keeps the noise schedule and the
+    timesteps, which are spread evenly from the first to the last (``linspace``), as in the published
+    respacing.
     """
     import diffusers
 
@@ -41,17 +42,17 @@ def published_scheduler(
         clip_sample=clip,
         timestep_spacing="linspace",
     )
-    # The solvers have no clip_sample; their thresholding at a largest value of 1 is a clamp.
+    # The solvers have no clip_sample, but their thresholding with a maximum of 1 is a clamp.
     clamp = {"thresholding": True, "sample_max_value": 1.0} if clip and sampler in SOLVERS else {}
     return getattr(diffusers, CLASSES[sampler]).from_config(scheduler.config, **clamp)
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A scheduler with its ``timesteps`` set, from noise to images, in its own count.
+    """A scheduler with its ``timesteps`` set, from noise to images, in its own numbering.
 
-    ``times``: the original timesteps that the model is asked at, in the same order. ``takes_variance``: it
-    is given the model's variance, too.
+    ``times``: the original timesteps at which the model is called, in the same order. ``takes_variance``:
+    the scheduler also takes the model's variance.
     """
 
     scheduler: Any
@@ -64,13 +65,13 @@ class Ready:
 
 
 def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -> Ready:
-    """``scheduler`` for ``steps`` steps. ``UserError`` for one that these models cannot follow.
+    """Prepare ``scheduler`` for ``steps`` steps. Raises ``UserError`` if it cannot be used with these models.
 
-    The scheduler itself is used, but for two cases. DDIM steps back by ``num_train_timesteps // steps``
-    whatever its timesteps are, and would miss those of ``linspace``: a copy is given the noise levels of the
-    timesteps alone, as if no others had been trained. Solvers whose config has DDPM's learned variance would
-    cut the noise to three channels: a copy is told that there is none. DDPM's and DDIM's ``linspace`` is the
-    published respacing, which rounds a few halves the other way.
+    The scheduler itself is used, except in two cases. DDIM always steps back by ``num_train_timesteps //
+    steps``, and would miss the timesteps of ``linspace``: a copy gets only the noise levels of those
+    timesteps, as if no others had been trained. Solvers whose config has DDPM's learned variance would cut
+    the noise to three channels: a copy gets no learned variance. For DDPM and DDIM, ``linspace`` is the
+    published respacing, which rounds a few halves the other way than diffusers.
     """
     name, config = type(scheduler).__name__, scheduler.config
     kinds = {cls.__name__ for cls in type(scheduler).__mro__}
@@ -79,8 +80,8 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
         raise UserError(f"scheduler: {name} predicts {kind!r}; the models predict 'epsilon' or 'sample'")
     if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
         raise UserError(
-            f"scheduler: {name} has rescale_betas_zero_snr=True: its first step starts from nothing but "
-            "noise, of which predicted noise ('epsilon') makes no image; use False"
+            f"scheduler: {name} has rescale_betas_zero_snr=True: its first step starts from pure noise, "
+            "from which predicted noise ('epsilon') gives no image; use False"
         )
     total = config.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
@@ -107,7 +108,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
     times = scheduler.timesteps.tolist()
     if not 0 <= min(times) <= max(times) < total:
         raise UserError(
-            f"scheduler: {name} asks at {min(times):g} to {max(times):g}, not at 0 to {total - 1}"
+            f"scheduler: {name} uses timesteps {min(times):g} to {max(times):g}, allowed are 0 to {total - 1}"
         )
     return Ready(scheduler, times, takes_variance)
 

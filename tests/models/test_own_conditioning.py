@@ -380,7 +380,7 @@ def test_a_forward_that_two_passes_would_not_fit_is_refused() -> None:
         losses(made(One))
     model = made()
     model.forward = lambda x, t, y: x
-    with pytest.raises(UserError, match=r"^model: MDTv2 has what stands in place of its forward, without"):
+    with pytest.raises(UserError, match=r"^model: MDTv2 has a replaced forward, without"):
         losses(model)
 
 

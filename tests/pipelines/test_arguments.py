@@ -58,9 +58,9 @@ def piped(model: Any, scheduler: Any = SCHEDULER, **parts: Any) -> MDTPipeline:
         ({"latents": ZEROS.numpy()}, "latents: got ndarray, expected a tensor or None"),
         (
             {"latents": ZEROS.to(torch.complex64)},
-            "latents: got numbers of torch.complex64, expected floating",
+            "latents: dtype torch.complex64, expected a floating-point",
         ),
-        ({"latents": ZEROS.long()}, "latents: got numbers of torch.int64, expected floating"),
+        ({"latents": ZEROS.long()}, "latents: dtype torch.int64, expected a floating-point"),
         ({"latents": ZEROS * float("nan")}, "latents: must be finite, got NaN or infinities"),
     ],
 )
@@ -88,7 +88,7 @@ def test_refused_parts(model: Any) -> None:
         ({"id2label": "cat"}, "id2label: expected names by class, got str"),
         ({"id2label": {"one": "cat"}}, "id2label: classes are numbers, got 'one'"),
         ({"id2label": {1.5: "cat"}}, "id2label: classes are numbers, got 1.5"),
-        ({"id2label": {1: 5}}, "id2label: the name of class 1 is to be a string, got 5"),
+        ({"id2label": {1: 5}}, "id2label: the name of class 1 must be a string, got 5"),
         ({"id2label": {-1: "cat"}}, "id2label: classes are 0 to 9, got -1"),
     ):
         with pytest.raises(UserError) as caught:
@@ -105,7 +105,7 @@ def test_refused_parts(model: Any) -> None:
 def test_schedules_that_end_in_noise_alone(model: Any, cls: Any) -> None:
     """Predicted noise would be divided by nothing; a predicted image does not need that."""
     ends = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    with pytest.raises(UserError, match="rescale_betas_zero_snr=True: its first step starts from nothing"):
+    with pytest.raises(UserError, match="rescale_betas_zero_snr=True: its first step starts from pure noise"):
         piped(model, cls(**ends))(**USUAL)
     images = piped(model, cls(**ends, prediction_type="sample"))(**USUAL).images
     assert images.isfinite().all()

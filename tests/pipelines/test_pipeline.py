@@ -309,7 +309,7 @@ def test_one_generator_for_each_image() -> None:
         ({"scale_pow": -1.0}, "scale_pow: must be None, or finite and at least 0, got -1.0"),
         ({"guided_channels": 5}, "guided_channels: allowed are 1 to 4, got 5"),
         ({"output_type": "png"}, "output_type: 'png' is none of pil, np, pt, latent"),
-        ({"output_type": "pil"}, "output_type: 4 channels are no picture without a vae; use 'latent'"),
+        ({"output_type": "pil"}, "output_type: 4 channels make no picture without a vae; use 'latent'"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents: expected shape [2, 4, 8, 8], got [1, 4, 8, 8]"),
     ],
 )
@@ -335,7 +335,7 @@ def test_no_guidance_without_label_dropout() -> None:
     [
         (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler predicts None"),
         (DDIMScheduler(prediction_type="v_prediction"), "DDIMScheduler predicts 'v_prediction'"),
-        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler asks at -"),
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler uses timesteps -"),
         (DDPMScheduler(variance_type="learned"), "models of this kind learn its range (learned_range)"),
     ],
 )
@@ -395,5 +395,5 @@ def test_refused_folders(tmp_path: Path) -> None:
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"MDTPipeline: is one of diffusers.*'mdt-fast\[latents\]'"):
+    with pytest.raises(UserError, match=r"MDTPipeline: needs diffusers.*'mdt-fast\[latents\]'"):
         _ = mdt_fast.MDTPipeline
