@@ -1,4 +1,4 @@
-"""Image quality: FID, sFID, Inception Score, precision and recall, with any network that makes features."""
+"""Image quality: FID, sFID, Inception Score, precision and recall, with any feature network."""
 
 from .extractors import Extractor, open_extractor
 from .features import Features, extract, load_features, save_features

@@ -1,4 +1,4 @@
-"""Networks that make features of images: by name, by path of a program, or a function of the user's own.
+"""Feature networks: by name, by path of a program, or as a user's function.
 
 A network takes uint8 [B, C, H, W], 0 to 255, and returns one of
 
@@ -27,12 +27,12 @@ from .inception import INCEPTION, load_inception
 
 NAMES = (INCEPTION,)
 PROGRAMS = (".pt", ".pth", ".ts", ".pt2")
-SUM_OFF = 1e-2  # from 1, of a row of probabilities in half precision
+SUM_OFF = 1e-2  # allowed deviation from 1 of the sum of a row of probabilities, in half precision
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network said of B images: ``pooled`` [B, D] and, if it has them, ``spatial`` [B, K, h, w] and
+    """A network's outputs for B images: ``pooled`` [B, D] and, if it has them, ``spatial`` [B, K, h, w] and
     ``probabilities`` [B, K] (non-negative, rows sum to 1)."""
 
     pooled: Tensor
@@ -46,11 +46,11 @@ class Extractor:
 
     name: str
     network: Callable[[Tensor], Any]
-    given: str  # as the user wrote it
+    given: str  # as the user specified it
 
     def __call__(self, images_BCHW: Tensor) -> Outputs:
-        """Raises ``UserError`` where the network fails or returns something else than it should. On a GPU
-        there is no TF32 in convolutions and products, as published values were taken without."""
+        """Raises ``UserError`` if the network fails, or returns something other than it should. On a GPU,
+        convolutions and products run without TF32, as published values were computed without it."""
         with _whole_float32(images_BCHW.is_cuda):
             return self._called(images_BCHW)
 
@@ -60,7 +60,7 @@ class Extractor:
                 return self._read(self.network(images_BCHW), len(images_BCHW))
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # somebody else's program
+        except Exception as error:  # raised by a user's program
             reason = one_line(error)
             raise UserError(
                 f"--features: {self.given!r} failed on uint8 {list(images_BCHW.shape)}: {reason}"
@@ -104,7 +104,7 @@ class Extractor:
 
 @contextmanager
 def _whole_float32(on_a_gpu: bool) -> Iterator[None]:
-    cudnn: Any = torch.backends.cudnn  # whose stubs lack `conv`
+    cudnn: Any = torch.backends.cudnn  # its stubs lack `conv`
     backends = (cudnn.conv, torch.backends.cuda.matmul) if on_a_gpu else ()
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
@@ -119,12 +119,12 @@ def _whole_float32(on_a_gpu: bool) -> Iterator[None]:
 def open_extractor(
     given: str, *, device: torch.device | str = "cpu", weights: str | None = None, trust: bool = False
 ) -> Extractor:
-    """The network that ``given`` names, on ``device`` and in eval mode.
+    """Open the network that ``given`` names, on ``device`` and in eval mode.
 
-    ``inception-v3-compat``: torch-fidelity's Inception, ``weights`` its local file. A path: a TorchScript
-    or ``torch.export`` program; loading one runs what is in it, so ``trust`` must say that it may.
-    ``module:name``: a function, a module or a class of modules that Python can import, also from the current
-    folder. Nothing is ever downloaded. Raises ``UserError``.
+    ``inception-v3-compat``: torch-fidelity's Inception, with ``weights`` as its local file. A path: a
+    TorchScript or ``torch.export`` program; loading it runs code from the file, so ``trust`` must permit
+    that. ``module:name``: a function, a module or a module class that Python can import, also from the
+    current folder. Nothing is ever downloaded. Raises ``UserError``.
     """
     if weights is not None and given not in NAMES:
         raise UserError(f"--weights: is for {INCEPTION} only; {given!r} brings its own")
@@ -153,7 +153,7 @@ def _open_program(given: str, device: torch.device | str, trust: bool) -> Extrac
     with open(path, "rb") as file:
         identity = f"program sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     try:
-        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, its files remain
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, but its files remain
             if path.suffix == ".pt2":
                 network: Any = torch.export.load(path).module().to(device)
             else:
@@ -169,8 +169,8 @@ def _open_program(given: str, device: torch.device | str, trust: bool) -> Extrac
 
 
 class TorchScriptInception:
-    """NVIDIA's ``inception-2015-12-05.pt`` and what follows its conventions: features by
-    ``return_features=True``, probabilities without the last bias by ``no_output_bias=True``. Colours only."""
+    """NVIDIA's ``inception-2015-12-05.pt``, and programs with its conventions: ``return_features=True`` for
+    features, ``no_output_bias=True`` for probabilities without the last bias. RGB only."""
 
     def __init__(self, program: Any):
         self.program = program
@@ -217,7 +217,7 @@ def _open_function(given: str, device: torch.device | str) -> Extractor:
 
 
 def _weights_digest(network: Any) -> str:
-    """Two modules from one source file may have different weights."""
+    """Distinguishes two modules from the same source file with different weights."""
     if not isinstance(network, nn.Module):
         return ""
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Features of a set of images: made, written to a file, read again."""
+"""Features of a set of images: compute them, write them to a file, read them again."""
 
 import json
 from collections.abc import Callable
@@ -18,15 +18,16 @@ from .moments import Moments, MomentSum
 from .sources import Images
 
 FORMAT = "mdt_fast features 1"
-SPATIAL_CHANNELS = 7  # ADM: the first 7 of mixed_6/conv, 17x17: 2023 numbers, about as many as pooled ones
+SPATIAL_CHANNELS = 7  # as ADM: the first 7 of mixed_6/conv, 17x17: 2023 values, about as many as pooled ones
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network made of a set of images; parts that a file or a network does not have are None.
+    """A network's features of a set of images; parts that a file or network does not provide are None.
 
-    ``pooled`` [N, D] and ``probabilities`` [N, K] float32, ``moments`` of the pooled and ``spatial`` of the
-    flattened spatial features. ``extractor`` is the network's identity, "" where a file does not say.
+    ``pooled`` [N, D] and ``probabilities`` [N, K] are float32, ``moments`` are those of the pooled features
+    and ``spatial`` those of the flattened spatial ones. ``extractor`` is the network's identity, "" if a file
+    does not give it.
     """
 
     name: str
@@ -49,7 +50,7 @@ def extract(
     on_batch: Callable[[int], None] | None = None,
 ) -> Features:
     """Run the network over all images. Pooled features stay in memory (50,000 x 2048: 0.4 GB), spatial ones
-    do not. The last batch is filled up with its last image: a program made for one batch size serves.
+    do not. The last batch is padded with its last image, so a program with a fixed batch size works too.
 
     Raises ``UserError`` for fewer than 2 images and for features that are not finite.
     """
@@ -66,7 +67,7 @@ def extract(
         finite = features.isfinite().all(1)
         if outputs.spatial is not None:
             part = outputs.spatial[: len(batch), :SPATIAL_CHANNELS].float()
-            part = part.permute(0, 2, 3, 1).flatten(1)  # channels last: the order of ADM's mu_s
+            part = part.permute(0, 2, 3, 1).flatten(1)  # channels last, the order of ADM's mu_s
             finite &= part.isfinite().all(1)
             spatial.add(part)
         if outputs.probabilities is not None:
@@ -87,7 +88,7 @@ def extract(
 
 
 def save_features(path: Path, features: Features) -> None:
-    """Write a ``.safetensors`` that ``load_features`` reads, and nothing executes."""
+    """Write a ``.safetensors`` file for ``load_features``; reading it executes no code."""
     assert features.pooled is not None
     assert features.moments is not None
     tensors = {
@@ -106,7 +107,7 @@ def save_features(path: Path, features: Features) -> None:
 
 
 def load_features(path: Path, what: str) -> Features:
-    """What ``save_features`` wrote. ``UserError``, which begins with ``what``, for anything else."""
+    """Read a file written by ``save_features``. ``UserError``, beginning with ``what``, for any other."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

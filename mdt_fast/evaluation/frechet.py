@@ -1,4 +1,4 @@
-"""The Fréchet distance of two Gaussians (FID, sFID: Heusel et al. 2017, Nash et al. 2021)."""
+"""The Fréchet distance between two Gaussians (FID, sFID: Heusel et al. 2017, Nash et al. 2021)."""
 
 import torch
 from torch import Tensor
@@ -6,22 +6,22 @@ from torch import Tensor
 from ..errors import UserError
 from .moments import Moments
 
-NEGATIVE = 1e-4  # of the largest eigenvalue: more below zero than float32 rounding explains
+NEGATIVE = 1e-4  # relative to the largest eigenvalue: further below zero than float32 rounding explains
 
 
 def frechet_distance(a: Moments, b: Moments, names: tuple[str, str] = ("features", "features")) -> float:
     """``|m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))``, in float64; at least 0.
 
-    With ``S = R R'`` the last trace is the sum of the singular values of ``R_a' R_b``. R comes from the
-    eigenvalues of the symmetric S, so nothing is ill-posed where S is singular: unlike a square root of the
-    product, neither complex numbers nor a multiple of the identity added to S can come up.
+    With ``S = R R'``, the last trace is the sum of the singular values of ``R_a' R_b``. R comes from the
+    eigenvalues of the symmetric S, so nothing is ill-posed if S is singular: unlike with a square root of the
+    product, no complex numbers arise, and no multiple of the identity has to be added to S.
 
-    Error: eigenvalues of S are exact to ``e = D 2^-52 max(eigenvalue)``. By Powers and Størmer's inequality
-    the distance is then within ``2 (sqrt(D e_a tr S_b) + sqrt(D e_b tr S_a))``, reached only if both are
-    singular, in different directions; the tests see less than 1e-6 of ``tr(S_a) + tr(S_b)``.
+    Error: eigenvalues of S are exact to ``e = D 2^-52 max(eigenvalue)``. By Powers and Størmer's inequality,
+    the distance is then exact to ``2 (sqrt(D e_a tr S_b) + sqrt(D e_b tr S_a))``. This bound is reached only
+    if both are singular, in different directions; the tests see less than 1e-6 of ``tr(S_a) + tr(S_b)``.
 
-    Raises ``UserError``, which begins with one of ``names``, for what is no mean or no covariance; and for
-    dimensions that differ.
+    Raises ``UserError``, beginning with one of ``names``, if a mean or covariance is not valid; also if the
+    dimensions differ.
     """
     if a.dim != b.dim:
         raise UserError(f"features: of dimension {a.dim} and {b.dim}; they must come from the same network")
@@ -32,7 +32,7 @@ def frechet_distance(a: Moments, b: Moments, names: tuple[str, str] = ("features
 
 
 def _root(part: Moments, name: str) -> Tensor:
-    """R [D, D] with ``R R'`` the covariance."""
+    """R [D, D] such that ``R R'`` is the covariance."""
     for what, numbers in (("mean", part.mean), ("covariance", part.covariance)):
         if not numbers.isfinite().all():
             raise UserError(f"{name}: their {what} is not finite")

@@ -1,4 +1,5 @@
-"""torch-fidelity's Inception: the network of FID with its weights of 2015, and ADM's spatial features."""
+"""torch-fidelity's Inception: the network that defines FID, with its weights of 2015, and ADM's spatial
+features."""
 
 import hashlib
 import tempfile
@@ -12,14 +13,14 @@ from ..errors import UserError, one_line
 INCEPTION = "inception-v3-compat"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-PUBLISHED = FILE.removesuffix(".pth").rpartition("-")[2]  # its sha256 begins so
+PUBLISHED = FILE.removesuffix(".pth").rpartition("-")[2]  # the first digits of its sha256
 
 
 class Inception(nn.Module):
-    """uint8 [B, C, H, W], C 3 or 1 (repeated): ``pooled`` [B, 2048], ``spatial`` [B, 192, 17, 17], ``logits``
-    [B, 1008] without the last bias, all as in ADM's evaluator.
+    """uint8 [B, C, H, W], C 3 or 1 (repeated) to ``pooled`` [B, 2048], ``spatial`` [B, 192, 17, 17] and
+    ``logits`` [B, 1008] without the last bias, all as in ADM's evaluator.
 
-    Its ``mixed_6/conv`` is the 1x1 branch of the block that torch-fidelity calls Mixed_6d, after the ReLU.
+    ADM's ``mixed_6/conv`` is the 1x1 branch of the block that torch-fidelity calls Mixed_6d, after the ReLU.
     """
 
     def __init__(self, network: nn.Module):
@@ -40,13 +41,13 @@ class Inception(nn.Module):
 
 
 def is_published(identity: str) -> bool:
-    """Whether features are of the network that FID is defined by, with its own weights."""
+    """Whether features come from the network that defines FID, with its own weights."""
     return identity.startswith(f"{INCEPTION} sha256:{PUBLISHED}")
 
 
 def load_inception(weights: str | None) -> tuple[str, Inception]:
-    """Its identity and itself, with the weights of a local file; by default from where torch-fidelity would
-    have put them. Never downloads: ``UserError`` says what to get."""
+    """The network's identity and the network, with weights from a local file, by default where torch-fidelity
+    would have put it. Never downloads: a ``UserError`` says which files to get."""
     path = Path(weights) if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / FILE
     lacking = []
     try:
@@ -67,7 +68,7 @@ def load_inception(weights: str | None) -> tuple[str, Inception]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        # torch-fidelity would unpickle the file whatever is in it: it gets a copy of the tensors instead.
+        # torch-fidelity would unpickle the file whatever it contains: it gets a copy with only the tensors.
         state = torch.load(path, map_location="cpu", weights_only=True)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / FILE

@@ -1,4 +1,4 @@
-"""The Inception Score (Salimans et al. 2016): are samples each of one class, and together of all?"""
+"""The Inception Score (Salimans et al. 2016): is each sample clearly of one class, do all classes occur?"""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ SPLIT = 5000
 def inception_score(probabilities_NK: Tensor, split: int = SPLIT) -> tuple[float, float]:
     """Mean and standard deviation, over parts of ``split`` samples, of exp(mean KL(p(y|x) || p(y))); float64.
 
-    As in ADM's evaluator: parts in the samples' order, which must not be by class; the last one may be
-    shorter; one part has no deviation (0). Between 1 (all alike) and K (one-hot, all classes as often).
+    As in ADM's evaluator: parts follow the samples' order, which must not be sorted by class; the last part
+    may be shorter; a single part has deviation 0. The score is between 1 (all alike) and K (one-hot, all
+    classes equally frequent).
     """
     scores = []
     for part in probabilities_NK.split(split):

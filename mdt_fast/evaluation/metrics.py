@@ -1,4 +1,4 @@
-"""The metrics by name: what each needs, and its value."""
+"""The metrics by name: their requirements and values."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ METRICS = ("fid", "sfid", "is", "precision", "recall")
 
 
 def parse_metrics(text: str) -> list[str]:
-    """``fid,is`` as a list in the order of METRICS; ``UserError`` for a name that is not one."""
+    """Parse ``fid,is`` into a list in the order of METRICS; ``UserError`` for an unknown name."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METRICS:
@@ -28,7 +28,7 @@ def parse_metrics(text: str) -> list[str]:
 
 
 def missing(metric: str, samples: Features, reference: Features | None) -> str | None:
-    """Why ``metric`` cannot be computed, or None."""
+    """The reason why ``metric`` cannot be computed, or None."""
     if metric == "is":
         if samples.probabilities is None:
             return f"the features of {samples.name!r} come without class probabilities"
@@ -52,7 +52,7 @@ def missing(metric: str, samples: Features, reference: Features | None) -> str |
 
 
 def check_same_network(samples: Features, reference: Features) -> None:
-    """``UserError`` if both sides say what their features are of, and it is not the same."""
+    """Raise ``UserError`` if both sides name the network of their features, and the names differ."""
     if samples.extractor and reference.extractor and samples.extractor != reference.extractor:
         raise UserError(
             f"--reference: its features are of {reference.extractor!r}, those of the samples of "
@@ -67,9 +67,9 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Values by name; ``is`` brings ``is_std`` with it. ``UserError`` for a metric that lacks what it needs.
+    """Values by name; ``is`` also gives ``is_std``. ``UserError`` for a metric whose inputs are missing.
 
-    ``device`` is where the distances of precision and recall are computed.
+    ``device``: where the distances for precision and recall are computed.
     """
     for metric in metrics:
         if (reason := missing(metric, samples, reference)) is not None:
@@ -104,7 +104,7 @@ def pair(metric: str, samples: Features, reference: Features | None) -> tuple[Mo
 
 
 def warnings(samples: Features, reference: Features | None, metrics: Sequence[str]) -> list[str]:
-    """What a reader of the values must know: one line each."""
+    """Warnings that a reader of the values needs, one line each."""
     lines = []
     for metric in [name for name in ("fid", "sfid") if name in metrics]:
         for side, part in zip((samples, reference), pair(metric, samples, reference)):

@@ -1,4 +1,4 @@
-"""Mean and covariance of features that come in parts, in float64."""
+"""Mean and covariance of features that arrive in parts, in float64."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor
 class Moments:
     """``mean`` [D] and ``covariance`` [D, D] (divided by N - 1), float64 on the CPU.
 
-    ``count``: how many samples they are of; None where a file does not say.
+    ``count``: the number of samples; None if a file does not give it.
     """
 
     mean: Tensor
@@ -23,10 +23,10 @@ class Moments:
 
 
 class MomentSum:
-    """Collects ``Moments`` part by part.
+    """Accumulates ``Moments`` part by part.
 
-    Parts are centred before they are multiplied and then merged (Chan, Golub and LeVeque 1979): unlike
-    ``sum(x x') - N mean mean'`` this does not cancel where the mean is large beside the spread.
+    Parts are centred before they are multiplied, and then merged (Chan, Golub and LeVeque 1979). Unlike
+    ``sum(x x') - N mean mean'``, this loses no digits if the mean is large compared with the spread.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class MomentSum:
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)
 
     def add(self, features_BD: Tensor) -> None:
-        """Any floating-point dtype and device; the sums are kept on that device."""
+        """Add a part, of any floating-point dtype and device; the sums are kept on that device."""
         if not len(features_BD):
             return
         part = features_BD.double()
@@ -52,14 +52,14 @@ class MomentSum:
         self.count = total
 
     def result(self) -> Moments:
-        """Of at least two samples (``ValueError`` otherwise)."""
+        """The moments of at least two samples (``ValueError`` otherwise)."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return Moments(self.mean.cpu(), (self.scatter / (self.count - 1)).cpu(), self.count)
 
 
 def moments(features_ND: Tensor, rows: int = 4096) -> Moments:
-    """``Moments`` of features that are all there."""
+    """``Moments`` of features that are all in memory."""
     total = MomentSum()
     for part in features_ND.split(rows):
         total.add(part)

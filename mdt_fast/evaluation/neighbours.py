@@ -1,8 +1,9 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019): are samples where the reference is, and the
-other way round?
+"""Improved precision and recall (Kynkäänniemi et al. 2019): do samples lie where the reference does, and the
+reverse?
 
-A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour
-of the same set. Distances are float64 and computed a tile at a time: N x M of them are never in memory.
+A set's manifold is the union of balls around its points; each ball reaches to the point's k-th nearest
+neighbour in the same set. Distances are float64 and computed one tile at a time: the N x M distances are
+never in memory together.
 """
 
 import torch
@@ -22,9 +23,9 @@ def precision_recall(
     tile: tuple[int, int] = TILE,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Precision: the share of samples within the reference's manifold; recall: the reverse.
+    """Precision is the share of samples within the reference's manifold; recall is the reverse.
 
-    Each set needs more than ``neighbours`` points (``UserError``). The tile's size changes no result.
+    Each set needs more than ``neighbours`` points (``UserError``). The tile size does not affect the result.
     """
     for name, points in (("samples", samples_ND), ("reference", reference_MD)):
         if len(points) <= neighbours:
@@ -44,7 +45,7 @@ def precision_recall(
 
 
 def _share_within(points: Tensor, others: Tensor, neighbours: int, tile: tuple[int, int]) -> float:
-    """The share of ``points`` that lie in a ball around one of ``others``."""
+    """The share of ``points`` that lie in a ball around at least one of ``others``."""
     radii = _radii(others, neighbours, tile)
     inside = 0
     for rows in points.split(tile[0]):
@@ -56,7 +57,7 @@ def _share_within(points: Tensor, others: Tensor, neighbours: int, tile: tuple[i
 
 
 def _radii(points: Tensor, neighbours: int, tile: tuple[int, int]) -> Tensor:
-    """[N] squared distances to the k-th neighbour; a point is its own zeroth."""
+    """Squared distances [N] to the k-th neighbour; a point counts as its own zeroth neighbour."""
     radii = []
     for rows in points.split(tile[0]):
         nearest = rows.new_full((len(rows), 0), 0)
@@ -68,7 +69,8 @@ def _radii(points: Tensor, neighbours: int, tile: tuple[int, int]) -> Tensor:
 
 
 def squared_distances(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """[N, M], by one matrix product. What is within its rounding of zero is zero, so copies are at 0."""
+    """Squared distances [N, M], by one matrix product. Values within rounding of zero become 0, so copies
+    have distance 0."""
     lengths = a_ND.square().sum(1)[:, None] + b_MD.square().sum(1)
     squared = torch.addmm(lengths, a_ND, b_MD.T, alpha=-2)
     rounding = 4 * torch.finfo(a_ND.dtype).eps * a_ND.shape[1]

@@ -1,4 +1,4 @@
-"""``.npz`` files read member by member: headers first, images in parts, nothing unpickled."""
+"""Read ``.npz`` files member by member: headers first, images in parts, without unpickling."""
 
 import zipfile
 import zlib
@@ -12,12 +12,12 @@ import numpy as np
 from ..errors import UserError
 
 DAMAGED = ValueError, EOFError, zipfile.BadZipFile, zlib.error
-"""What is raised where a file is not what it was when it was written."""
+"""Errors raised for a file that was damaged after it was written."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """As NumPy reads it."""
+    """An array's header, as NumPy reads it."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -25,7 +25,7 @@ class Header:
 
 
 class Npz:
-    """The arrays of a ``.npz``, by name. Raises ``UserError``, which begins with ``what``, for a bad file."""
+    """The arrays of a ``.npz`` by name. Raises ``UserError``, beginning with ``what``, for a bad file."""
 
     def __init__(self, path: Path, what: str):
         self.path, self.what = path, what
@@ -62,7 +62,7 @@ class Npz:
         return values
 
     def parts(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """The array in order, ``rows`` of its first axis at a time; only one part is in memory."""
+        """The array in order, ``rows`` along its first axis at a time; only one part is in memory."""
         header = self.headers[name]
         stride = int(np.prod(header.shape[1:])) * header.dtype.itemsize
         try:

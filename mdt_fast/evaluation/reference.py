@@ -1,4 +1,4 @@
-"""From a path to ``Features``: a file of them, statistics and images of ADM, or images to be seen first."""
+"""From a path to ``Features``: a features file, ADM's statistics and images, or images still to process."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +20,15 @@ STATISTICS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclass(frozen=True)
 class Opened:
-    """What lies at a path: ``features`` (of their file, or a ``.npz``'s statistics), ``images``, or both."""
+    """The contents of a path: ``features`` (from a features file, or a ``.npz``'s statistics), ``images``, or
+    both."""
 
     features: Features | None
     images: Images | None
 
 
 def open_source(path: Path, what: str, image_size: int | None = None) -> Opened:
-    """``what``: how the user gave it (SAMPLES, --reference). Raises ``UserError``."""
+    """Open a path; ``what`` is the name the user knows it by (SAMPLES, --reference). Raises ``UserError``."""
     if path.is_dir():
         return Opened(None, FolderImages(path, what, image_size))
     if path == Path(DIGITS) and not path.exists():
@@ -67,11 +68,11 @@ def complete(
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> Features:
-    """All that ``metrics`` need. Images are seen through ``extractor()`` if there are any.
+    """All features that ``metrics`` need. Images, if there are any, are run through ``extractor()``.
 
-    ``samples``: whose reference this is. Of a reference with both, statistics go before images where they are
-    of the same network (:func:`statistics_for`): ADM's are of more images than it brings. Where they suffice,
-    its images are not looked at.
+    ``samples``: the samples that this is the reference for. If a reference has both statistics and images,
+    statistics of the same network take precedence (:func:`statistics_for`), as ADM's cover more images than
+    the file contains. If the statistics suffice, the images are not processed.
     """
     if opened.images is None:
         assert opened.features is not None
@@ -91,9 +92,9 @@ def complete(
 def statistics_for(
     reference: Opened, samples: Features, extractor: Callable[[], Extractor] | None = None
 ) -> Features | None:
-    """Those of a file that has images, too, as far as the samples' features can be held against them: by the
-    published Inception, whose statistics ADM's files hold, or by NVIDIA's program of it. Another network may
-    have as many features, but sees the images."""
+    """The statistics of a file that also has images, as far as they are comparable with the samples'
+    features: these must come from the published Inception, which made the statistics in ADM's files, or from
+    NVIDIA's program of it. Another network may have as many features, so then the images are used."""
     given = reference.features
     if given is None or given.moments is None or samples.moments is None:
         return None
@@ -108,7 +109,7 @@ def statistics_for(
 
 
 def suffice(statistics: Features | None, metrics: Sequence[str]) -> bool:
-    """Whether ``metrics`` need nothing else of a reference; the Inception Score needs none at all."""
+    """Whether ``metrics`` need nothing more of a reference; the Inception Score needs none at all."""
     return statistics is not None and all(
         metric in ("fid", "is") or (metric == "sfid" and statistics.spatial is not None) for metric in metrics
     )

@@ -1,4 +1,4 @@
-"""What can be evaluated: sets of images, from a ``.npz`` or a folder, in batches of bytes."""
+"""Sets of images to evaluate, from a ``.npz`` or a folder, in uint8 batches."""
 
 import os
 import random
@@ -23,23 +23,23 @@ GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 
 
 class Images(Protocol):
-    """``count`` images of one ``shape`` (H, W, C)."""
+    """``count`` images of the same ``shape`` (H, W, C)."""
 
     name: str
     count: int
     shape: tuple[int, int, int]
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """All of them in order: uint8 [b, H, W, C], b = ``size`` but for the last."""
+        """All images in order: uint8 [b, H, W, C], where b is ``size`` except in the last batch."""
         ...
 
     def label(self, index: int) -> str:
-        """What to call image ``index`` in a message."""
+        """The name of image ``index`` in messages."""
         ...
 
 
 class NpzImages:
-    """``arr_0`` uint8 [N, H, W, C], C 1 or 3: the sample and reference files of ADM."""
+    """``arr_0`` uint8 [N, H, W, C], C 1 or 3, as in ADM's sample and reference files."""
 
     def __init__(self, npz: Npz):
         self.npz, self.name = npz, str(npz.path)
@@ -66,11 +66,11 @@ class NpzImages:
 
 
 class FolderImages:
-    """Every image below a folder (:func:`list_images`), in an order drawn once and for all: by path they
-    would come class by class, and the parts of an Inception Score have to hold all classes.
+    """Every image below a folder (:func:`list_images`), in a fixed shuffled order: sorted by path they would
+    come class by class, but each part of an Inception Score must contain all classes.
 
-    ``image_size``: the short side is scaled to it and the centre square cut out, as for training; without,
-    all images must be of the first one's size. They are grey if the first one is.
+    ``image_size``: scale the short side to it and crop the centre square, as in training; without it, all
+    images must have the size of the first one. They are grey if the first one is.
     """
 
     def __init__(self, folder: Path, what: str, image_size: int | None = None):
@@ -85,7 +85,7 @@ class FolderImages:
         try:
             with Image.open(self.paths[0]) as first:
                 self.channels = 1 if first.mode in GREY else 3
-        except Exception as error:  # Pillow's decoders raise nearly anything
+        except Exception as error:  # Pillow's decoders raise all kinds of errors
             raise UserError(f"{what}: cannot read image {str(self.paths[0])!r}: {error}") from None
         self.shape: tuple[int, int, int] = self._load(0).shape
 
@@ -120,7 +120,7 @@ class FolderImages:
 
 
 class DigitImages:
-    """scikit-learn's digits, 8x8 grey, as bytes like those that a model trained on them draws."""
+    """scikit-learn's digits, 8x8 grey, as uint8 like the samples of a model trained on them."""
 
     name = DIGITS
 
@@ -138,7 +138,7 @@ class DigitImages:
 
 
 def check_same_size(samples: Images, reference: Images) -> None:
-    """``UserError`` unless both are of one height, width and number of channels."""
+    """Raise ``UserError`` unless both have the same height, width and number of channels."""
     if samples.shape != reference.shape:
         raise UserError(
             f"--reference: the images in {reference.name!r} are {_size(reference.shape)}, those in "

@@ -1,4 +1,4 @@
-"""The exact models in plain PyTorch, written for reading: what the fast ones are checked against."""
+"""The exact models in plain PyTorch, written to be read; the fast models are checked against them."""
 
 from .models import MDT, DiT, MDTv2
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCIES = 256
-"""Width of the sinusoid that a timestep becomes before its MLP."""
+"""Width of a timestep's sinusoid, the input of its MLP."""
 
 
 def sincos_position_table(hidden_size: int, grid_size: int, extra_tokens: int = 0) -> Tensor:
-    """The fixed 2-D sine-cosine table [L, D], float64; ``hidden_size`` must divide by 4.
+    """The fixed 2-D sine-cosine table [L, D], float64; ``hidden_size`` must be a multiple of 4.
 
-    ``extra_tokens`` rows of zeros stand before it (a class token's, say).
+    ``extra_tokens`` rows of zeros come before it (for a class token, say).
 
     With ``w_k = 10000^(-k/(D/4))`` and ``e(u) = [sin(u w_k).., cos(u w_k)..]``, the row of the token at
     (row, column) is ``[e(column), e(row)]``: the first half of the channels encodes the column.
@@ -27,7 +27,7 @@ def sincos_position_table(hidden_size: int, grid_size: int, extra_tokens: int = 
 
 
 def sincos_of_positions(hidden_size: int, positions: np.ndarray) -> np.ndarray:
-    """The same, [G*G, D], of a square grid whose rows, and columns, are at ``positions`` [G] (float64)."""
+    """The same table [G*G, D] for a square grid with rows and columns at ``positions`` [G] (float64)."""
     # numpy's pow, sin and cos: torch's differ in the last bit of float64.
     frequencies = 1.0 / 10000 ** (np.arange(hidden_size // 4, dtype=np.float64) / (hidden_size / 4.0))
     angles = positions[:, None] * frequencies
@@ -42,15 +42,15 @@ def timestep_embedding(t: Tensor, dim: int = FREQUENCIES, max_period: float = 10
 
 
 def frequencies(number: int, max_period: float, device: torch.device) -> Tensor:
-    """From 1 down to nearly 1 / ``max_period``, float32 [number]; the last bit is that of PyTorch's ``exp``,
-    which each kind of processor has its own."""
+    """Frequencies from 1 down to nearly 1 / ``max_period``, float32 [number]. The last bit depends on
+    PyTorch's ``exp``, which differs between kinds of processor."""
     return torch.exp(
         -math.log(max_period) * torch.arange(number, dtype=torch.float32, device=device) / number
     )
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, S, S] -> tokens [B, L, D], row by row."""
+    """Embed images [B, C, S, S] as tokens [B, L, D], row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B] -> [B, D]: sinusoid, linear, SiLU, linear."""
+    """Embed timesteps [B] as [B, D]: sinusoid, linear, SiLU, linear."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels [B] -> [B, D], dropping some of them in training for classifier-free guidance.
+    """Embed labels [B] as [B, D], dropping some of them in training for classifier-free guidance.
 
-    With ``dropout_prob`` > 0 there is one row more than classes: the null class, index ``num_classes``.
+    With ``dropout_prob`` > 0 the table has one row more than classes: the null class, index ``num_classes``.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -89,9 +89,9 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Labels with the dropped ones replaced by the null class; ``force_drop_ids`` [B]: drop where 1."""
+        """Labels, the dropped ones replaced by the null class; ``force_drop_ids`` [B]: drop where it is 1."""
         if force_drop_ids is None:
-            # On the CPU's generator whatever the device, as the official model draws.
+            # From the CPU's generator on any device, as in the official model.
             dropped = torch.rand(labels.shape[0]) < self.dropout_prob
         else:
             dropped = force_drop_ids == 1

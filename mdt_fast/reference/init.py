@@ -10,10 +10,10 @@ from .embed import sincos_position_table
 
 
 def initialise(model: Any, grid_size: int) -> None:
-    """Set the initial weights of a freshly constructed MDT, MDTv2 or DiT (reference or fast).
+    """Set the initial weights of a newly constructed MDT, MDTv2 or DiT (reference or fast).
 
-    Relative position tables keep what their constructor drew. adaLN and the output layer start at
-    zero, so a fresh model outputs zero everywhere.
+    Relative position tables keep the values from their constructor. adaLN and the output layer start at zero,
+    so a new model outputs zero everywhere.
     """
     model.apply(_xavier)
 
@@ -43,9 +43,9 @@ def _xavier(module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_bias_table(table: Tensor) -> None:
-    """N(0, 0.02) cut at +-2, by inverting the normal distribution: one uniform number an entry.
+    """N(0, 0.02) truncated at +-2, by inverting the normal distribution: one uniform number per entry.
 
-    The cut lies 100 standard deviations out, so the uniform numbers cover all of (-1, 1).
-    ``nn.init.trunc_normal_`` draws differently from torch version to torch version.
+    The truncation is 100 standard deviations out, so the uniform numbers cover all of (-1, 1).
+    ``nn.init.trunc_normal_`` draws differently in different torch versions.
     """
     table.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)

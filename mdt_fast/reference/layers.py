@@ -1,4 +1,4 @@
-"""The transformer's parts, written for reading.
+"""The transformer's parts, written to be read.
 
 B batch, L tokens (K of them kept in a masked pass), D width, H heads, d = D/H, G tokens along one
 side, p patch side, O output channels.
@@ -16,12 +16,12 @@ def modulate(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Tokens ``ids`` [B, K] of x [B, L, D] -> [B, K, D]."""
+    """Select tokens ``ids`` [B, K] of x [B, L, D], giving [B, K, D]."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def relative_position_index(rows: int, columns: int) -> Tensor:
-    """Row of the bias table for query i and key j, int64 [L, L]:
+    """The bias table's row for query i and key j, int64 [L, L]:
     ``(r_i - r_j + rows-1) * (2*columns-1) + (c_i - c_j + columns-1)``."""
     token = torch.arange(rows * columns)
     r, c = token // columns, token % columns
@@ -29,9 +29,9 @@ def relative_position_index(rows: int, columns: int) -> Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """A learnt number per head and offset between two tokens: -> [H, L, L].
+    """A learnt value for each head and each offset between two tokens: [H, L, L].
 
-    Three more rows stand at the table's end and are never read; official checkpoints hold them.
+    The table ends with three rows that are never used; official checkpoints contain them.
     """
 
     def __init__(self, grid_size: int, num_heads: int) -> None:
@@ -46,7 +46,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with a relative position bias where ``grid_size`` is given (not in DiT)."""
+    """Multi-head self-attention, with a relative position bias if ``grid_size`` is given (not in DiT)."""
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Attention(nn.Module):
             self.rel_pos_bias = RelativePositionBias(grid_size, num_heads)
 
     def bias(self, ids_keep: Tensor | None) -> Tensor | float:
-        """[H, L, L], or for a masked pass [B, H, K, K]: the kept rows and columns of each sample."""
+        """The bias [H, L, L] or, in a masked pass, [B, H, K, K]: each sample's kept rows and columns."""
         if not hasattr(self, "rel_pos_bias"):
             return 0.0
         bias = self.rel_pos_bias()
@@ -87,7 +87,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero conditioning, and in MDTv2 a long skip on entry."""
+    """A transformer block with adaLN-Zero conditioning and, in MDTv2, a long skip at its input."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None, skip: bool = False
@@ -112,7 +112,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, L, D] -> patches [B, L, p*p*O]."""
+    """Turn tokens [B, L, D] into patches [B, L, p*p*O]."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(x: Tensor, patch_size: int, out_channels: int) -> Tensor:
-    """Patches [B, L, p*p*O], channel fastest, -> images [B, O, S, S]."""
+    """Turn patches [B, L, p*p*O], channel fastest, into images [B, O, S, S]."""
     p, G = patch_size, int(x.shape[1] ** 0.5)
     x = x.view(-1, G, G, p, p, out_channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(-1, out_channels, G * p, G * p)

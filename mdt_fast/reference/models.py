@@ -1,6 +1,6 @@
-"""MDT v1, MDTv2 and DiT, step by step and in plain PyTorch: the oracle of tests and benches.
+"""MDT v1, MDTv2 and DiT, step by step in plain PyTorch: the oracle of tests and benchmarks.
 
-B batch, S image (or latent) side, C its channels, O output channels, L tokens, K kept tokens, D width.
+B batch, S side of the image (or latent), C its channels, O output channels, L tokens, K kept tokens, D width.
 """
 
 import math
@@ -16,7 +16,7 @@ from .layers import Block, FinalLayer, gather_tokens, unpatchify
 
 
 class _Transformer(nn.Module):
-    """What the three models share: embeddings on the way in, patches to images on the way out, guidance."""
+    """What the three models share: input embeddings, output patches to images, guidance."""
 
     family: Family
 
@@ -58,7 +58,7 @@ class _Transformer(nn.Module):
         initialise(self, config.grid_size)
 
     def make_parameters(self) -> None:
-        """Everything but the blocks and the last layer."""
+        """Make all parameters except those of the blocks and the last layer."""
         config = self.config
         L, D = config.grid_size**2, config.hidden_size
         self.pos_embed = nn.Parameter(torch.zeros(1, L, D), requires_grad=self.family != "dit")
@@ -70,7 +70,7 @@ class _Transformer(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
 
     def make_blocks(self) -> None:
-        """The blocks, under the names that the state_dict uses."""
+        """Make the blocks, under the names used in the ``state_dict``."""
         raise NotImplementedError
 
     def blocks_of(self, number: int, skip: bool = False) -> nn.ModuleList:
@@ -86,7 +86,7 @@ class _Transformer(nn.Module):
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, self.training)
 
     def image(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens [B, L, D] -> [B, O, S, S]."""
+        """Turn tokens [B, L, D] into images [B, O, S, S]."""
         return unpatchify(self.final_layer(x, c), self.config.patch_size, self.config.out_channels)
 
     def forward_with_cfg(
@@ -98,11 +98,11 @@ class _Transformer(nn.Module):
         diffusion_steps: int = 1000,
         scale_pow: float | None = 4.0,
     ) -> Tensor:
-        """Guided output for x [2n, C, S, S]: its first n rows are used; y: n classes, n null classes.
+        """Guided output for x [2n, C, S, S], of which the first n are used; y: n classes, n null classes.
 
-        The guidance weight rises from 1 at t = diffusion_steps to ``cfg_scale`` at t = 0 (power-cosine),
-        or is constant where ``scale_pow`` is None. Of four channels the first three are guided and
-        the rest is raw, of other numbers all are.
+        The guidance weight rises from 1 at t = diffusion_steps to ``cfg_scale`` at t = 0 (power-cosine), or
+        is constant if ``scale_pow`` is None. With four channels the first three are guided and the others
+        stay raw; with any other number all are guided.
         """
         if cfg_scale is None:
             return self(x, t, y)
@@ -125,16 +125,16 @@ class _MaskedTransformer(_Transformer):
     sideblocks: nn.ModuleList
 
     def plan(self, x: Tensor, enable_mask: bool, mask_plan: MaskPlan | None) -> MaskPlan | None:
-        """The mask of this pass: the given one, or a new one, or None for all tokens."""
+        """The mask of this pass: the given one, a new one, or None to see all tokens."""
         if mask_plan is None and enable_mask and self.mask_ratio is not None:
             B, L, _ = x.shape
             return MaskPlan.draw(B, L, self.mask_ratio, random_ratio=self.family == "mdtv2", device=x.device)
         return mask_plan
 
     def join(self, x: Tensor, c: Tensor, plan: MaskPlan | None) -> Tensor:
-        """Encoder's output [B, K, D] -> decoder's input [B, L, D].
+        """Turn the encoder's output [B, K, D] into the decoder's input [B, L, D].
 
-        Dropped tokens are predicted by the side block from the kept ones; kept tokens bypass it.
+        The side block predicts dropped tokens from the kept ones; kept tokens bypass it.
         """
         if plan is None:
             return x + self.decoder_pos_embed
