@@ -80,7 +80,7 @@ def test_a_class_that_came_later_is_named(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--grid={}/metrics.jsonl", "it is the run's; choose another name"),
+        ("--grid={}/metrics.jsonl", "it belongs to the run; choose another name"),
         ("--grid={}/other.jpg", "--grid: a name that ends in .png is needed, got"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFi
     said = error(
         capsys, "evaluate", str(samples), "--reference", str(samples), f"--json={run / 'config.json'}"
     )
-    assert said.endswith("it is the run's; choose another name")
+    assert said.endswith("it belongs to the run; choose another name")
 
 
 @pytest.mark.parametrize("threads", [1025, 10**20])

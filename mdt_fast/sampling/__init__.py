@@ -1,4 +1,4 @@
-"""Samples out: the guided sampler and the files it fills."""
+"""Sampling: the guided sampler and the files it writes."""
 
 from .export import export_step, read_description, run_exported
 from .folder import SampleFolder, assembled_in

@@ -1,4 +1,4 @@
-"""A sampler's step as a file: exported, or compiled, with all that a loop around it needs to know.
+"""A sampler's step as a file, exported or compiled, with everything that a loop around it needs to know.
 
 n images of C channels and side S, O output channels, K coefficients.
 """
@@ -32,21 +32,21 @@ DESCRIPTION = "mdt_fast.json"
 FORMAT = 1
 KINDS = ("ddpm", "ddim")
 MOST_IMAGES = 65536
-"""Of a fixed batch."""
+"""For a fixed batch."""
 COLUMNS = (
     "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "x_0", "x_t", "eps", "min_log_variance",
     "max_log_variance", "learned_noise", "noise",
 )  # fmt: skip
-"""Of a row of coefficients; see ``Step``."""
+"""The columns in a row of coefficients; see ``Step``."""
 
 
 class Step(nn.Module):
-    """A pass for both halves of a guided batch, and a step of ``ddpm`` or ``ddim``, as its coefficients say.
+    """A pass for both halves of a guided batch, and a ``ddpm`` or ``ddim`` step, chosen by the coefficients.
 
     With r, m, a, b, c, low, high, s and f, a row's ``COLUMNS``, and the guided output eps, v (0 with a fixed
-    variance): x_0 = r x - m eps (or what the model predicts), clamped where ``clip``; then eps = (r x -
-    x_0) / m, and the next x is a x_0 + b x + c eps + (s exp((w high + (1 - w) low) / 2) + f) noise with w =
-    (v + 1) / 2.
+    variance): x_0 = r x - m eps (or what the model predicts), clamped if ``clip``; then eps = (r x - x_0) /
+    m, and the next x is a x_0 + b x + c eps + (s exp((w high + (1 - w) low) / 2) + f) noise with w = (v + 1)
+    / 2.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Step(nn.Module):
         self.null, self.channels = config.num_classes, channels or channels_to_guide(config.in_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, noise: Tensor, row: Tensor, scale: Tensor) -> Tensor:
-        """x and noise float32 [n, C, S, S], t int64 [1] (an original timestep), y int64 [n], row float32 [K],
-        scale float32 [1] -> the next x."""
+        """From x and noise float32 [n, C, S, S], t int64 [1] (an original timestep), y int64 [n], row float32
+        [K] and scale float32 [1] to the next x."""
         n, C = x.shape[0], x.shape[1]
         images = x.to(next(self.model.parameters()).dtype)
         if self.guided:
@@ -74,14 +74,14 @@ class Step(nn.Module):
         start = value if self.start_x else recip * x - recipm1 * value
         if self.clip:
             start = start.clamp(-1, 1)
-        eps = (recip * x - start) / recipm1  # of the x_0 that was clipped
+        eps = (recip * x - start) / recipm1  # from the clipped x_0
         fraction = (v + 1) / 2 if output.shape[1] > C else torch.zeros_like(x)
         sigma = learned * (0.5 * (fraction * high + (1 - fraction) * low)).exp() + fixed
         return to_start * start + to_x * x + to_eps * eps + sigma * noise
 
 
 def step_coefficients(diffusion: GaussianDiffusion, config: SampleConfig) -> Tensor:
-    """A row for each step, float32 [T, K] on the CPU; the last is the first one's."""
+    """Coefficients, float32 [T, K] on the CPU: a row for each step, the last row for the first step taken."""
     a, zero = diffusion.alphas_cumprod, torch.zeros(diffusion.num_timesteps)
     if config.sampler == "ddpm":
         recip, recipm1, coef1, coef2, low, high, move = ddpm_coefficients(a, diffusion.var_type).unbind(1)
@@ -103,18 +103,18 @@ def export_step(
     aoti: bool = False,
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Write the sampler's step of ``model`` to ``path``, a .pt2: an ``ExportedProgram``, or with ``aoti`` a
-    package that AOTInductor compiled for the machine and device it is made on.
+    """Write the sampler's step of ``model`` to ``path``, a .pt2: an ``ExportedProgram`` or, with ``aoti``, a
+    package compiled by AOTInductor for this machine and the model's device.
 
-    No op of this package is in it: plain PyTorch is traced. What goes in and out, see ``Step``; it serves
-    ``ddpm`` and ``ddim`` with any number of steps. ``diffusion``: what the model was trained with.
-    ``config``: settings to sample with by default; with its ``cfg_scale`` 1 and for a model without label
-    dropout the unconditional half is left out for good. ``batch``: n, fixed; None: any. A description is in
-    the file (``read_description``): configurations, ``alphas_cumprod``, and times, guidance and coefficients
-    of ``config``'s steps. ``clip_denoised`` as in ``sample``; ``classes``: names to keep. The model is put in
-    eval mode. What a process that was killed here left for ``path`` is removed. Raises ``UserError`` for
-    settings that do not fit, a place that cannot be written, a model on the meta device, and where
-    AOTInductor finds no compiler.
+    The program contains none of this package's ops: plain PyTorch is traced. Inputs and outputs are those of
+    ``Step``; it supports ``ddpm`` and ``ddim`` with any number of steps. ``diffusion``: the process the model
+    was trained with. ``config``: default settings for sampling; with ``cfg_scale`` 1 (needed for a model
+    without label dropout), the unconditional half is left out for good. ``batch``: fixes n; None: any n. The
+    file includes a description (``read_description``): configurations, ``alphas_cumprod``, and the times,
+    guidance and coefficients of ``config``'s steps. ``clip_denoised`` as in ``sample``; ``classes``: names to
+    store. The model is put in eval mode. Leftovers of a killed export to ``path`` are removed. Raises
+    ``UserError`` for settings that do not fit, a path that cannot be written, a model on the meta device, and
+    if AOTInductor finds no compiler.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -125,7 +125,7 @@ def export_step(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("model: it is on the meta device, and has no weights to export")
     if not is_open(model):
-        raise UserError("model: hooks, FSDP or torch.compile surround it; export the model without them")
+        raise UserError("model: has hooks, FSDP or torch.compile around it; export the model without them")
     model_config: Any = model.config
     _check(model_config, config)
     clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
@@ -141,7 +141,7 @@ def export_step(
     chosen = [(m, m.attention_backend) for m in model.modules() if isinstance(m, Attention)]
     try:
         for attention, _ in chosen:
-            attention.attention_backend = "auto"  # a library of the user's choice may not be traced
+            attention.attention_backend = "auto"  # a library chosen by the user may not be traceable
         with torch.no_grad():
             program = torch.export.export(
                 step,
@@ -152,7 +152,7 @@ def export_step(
         for attention, name in chosen:
             attention.attention_backend = name
     text = json.dumps(description)
-    archive = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
+    archive = io.BytesIO()  # PyTorch's own writer aborts the process if a disk is full
     if aoti:
         _compile(program, archive, text)
     else:
@@ -164,7 +164,7 @@ def export_step(
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """What ``export_step`` wrote beside the program. ``UserError`` for another or a damaged file."""
+    """Read what ``export_step`` wrote beside the program. ``UserError`` for another or a damaged file."""
     return _opened(Path(path))[0]
 
 
@@ -176,12 +176,11 @@ def run_exported(
     *,
     first_index: int = 0,
 ) -> Tensor:
-    """``sample`` by a file that ``export_step`` wrote, and nothing else: [N, C, S, S] on the CPU.
+    """``sample`` from only a file that ``export_step`` wrote: [N, C, S, S] on the CPU.
 
-    ``config``: None for the settings it was exported with; ``ddpm`` and ``ddim`` alone, in the dtype of the
-    model. The pictures are those of ``sample`` up to rounding. An AOTInductor package is compiled code that
-    runs as it is: open none that you do not trust. Raises ``UserError`` for a file or settings that do not
-    fit.
+    ``config``: None for the exported settings; only ``ddpm`` and ``ddim``, in the model's dtype. The images
+    are those of ``sample`` up to rounding. An AOTInductor package runs compiled code as it is: open only
+    those you trust. Raises ``UserError`` for a file or settings that do not fit.
     """
     described, package = _opened(Path(path))
     model = from_dict(ModelConfig, described["model"], "model")
@@ -192,7 +191,9 @@ def run_exported(
         raise UserError(f"cfg_scale: the step was exported without guidance; use 1, got {config.cfg_scale:g}")
     channels = described["sample"].get("guided_channels") or channels_to_guide(model.in_channels)
     if (config.guided_channels or channels_to_guide(model.in_channels)) != channels:
-        raise UserError(f"guided_channels: {channels} were exported, got {config.guided_channels}")
+        raise UserError(
+            f"guided_channels: the step was exported with {channels}, got {config.guided_channels}"
+        )
     labels = checked_labels(labels, model.num_classes)
     trained = from_dict(DiffusionConfig, described["diffusion"], "diffusion")
     diffusion = sampling_diffusion(model, trained, config)
@@ -204,7 +205,7 @@ def run_exported(
     for start in range(0, len(labels), size):
         some = list(labels[start : start + size])
         n = len(some)
-        some += some[-1:] * ((fixed or n) - n)  # to the fixed batch
+        some += some[-1:] * ((fixed or n) - n)  # pad to the fixed batch
         noise = PerImageNoise(config.seed, first_index + start, len(some))
         y = torch.tensor(some, device=device)
         x = noise(torch.empty(len(some), *shape, device=device))
@@ -235,7 +236,7 @@ def _describe(
     batch: int | None,
     classes: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """JSON-ready; coefficients and guidance from the first step, the noisiest, to the last."""
+    """JSON-ready; coefficients and guidance go from the first step, the noisiest, to the last."""
     diffusion = sampling_diffusion(model, trained, config)
     betas = make_betas(trained.noise_schedule, trained.diffusion_steps)
     return {
@@ -274,7 +275,7 @@ def _compile(program: torch.export.ExportedProgram, archive: io.BytesIO, descrip
 
 
 def load_step(path: Path) -> tuple[Any, torch.device]:
-    """What to call as a ``Step``, and the device it is for. ``UserError`` for another or a damaged file."""
+    """A callable like ``Step``, and the device it is for. ``UserError`` for another or a damaged file."""
     return _called(path, _opened(path)[1])
 
 
@@ -282,10 +283,10 @@ def _called(path: Path, package: Any) -> tuple[Any, torch.device]:
     try:
         if package is not None:
             return package, torch.device(package.get_metadata()["AOTI_DEVICE_KEY"])
-        with _quiet(logging.getLogger("torch.export")):  # which prints a traceback of what it raises
+        with _quiet(logging.getLogger("torch.export")):  # it prints a traceback of what it raises
             program = torch.export.load(path)
         return program.module(), next(iter(program.state_dict.values())).device
-    except Exception as error:  # each missing part of an archive makes torch raise something else
+    except Exception as error:  # torch raises a different error for each missing part of an archive
         reason = one_line(error)
         raise UserError(f"{str(path)!r}: the step in it cannot be loaded: {reason}") from None
 
@@ -307,7 +308,7 @@ def _package(path: Path) -> Any:
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], Any]:
-    """Its description, and the package if it is compiled; every part is as it was written."""
+    """The description, and the package if it is compiled; checks that every part is intact."""
     try:
         with zipfile.ZipFile(path) as archive:
             inside = archive.namelist()
@@ -320,7 +321,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
-    except Exception as error:  # zipfile and zlib raise many things where an archive is damaged
+    except Exception as error:  # zipfile and zlib raise many kinds of errors for a damaged archive
         reason = f"it is no zip archive, or damaged ({one_line(error)})"
         raise UserError(f"cannot read the exported step {str(path)!r}: {reason}") from None
     package = None
@@ -331,7 +332,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any]:
         described = json.loads(text)
         known = described["format"]
     except (RuntimeError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{str(path)!r} is no file that export_step wrote, or for another machine") from None
+        raise UserError(f"{str(path)!r} was not written by export_step, or is for another machine") from None
     if known != FORMAT:
         raise UserError(f"{str(path)!r}: has format {known}, this version reads {FORMAT}")
     _check_description(described, str(path))

@@ -1,7 +1,7 @@
-"""A folder of many samples: shards that several processes write and a later run goes on with.
+"""A folder of many samples: shards that several processes write, and that a later run can resume.
 
-``settings.json`` says what the pictures follow from; ``shard-00012.npz`` holds ``arr_0`` uint8 [n, H, W, C]
-and ``arr_1``, the labels; at last ``samples_NxHxWxC.npz`` holds all of them, as evaluators read it.
+``settings.json`` has the settings that determine the images; ``shard-00012.npz`` has ``arr_0``, uint8 [n, H,
+W, C], and ``arr_1``, the labels; ``samples_NxHxWxC.npz``, written last, has all of them for evaluators.
 """
 
 import json
@@ -21,13 +21,13 @@ from .npz import adm_name, save_npz
 SETTINGS = "settings.json"
 OURS = re.compile(r"settings\.json|shard-\d{5,}\.npz|samples_\d+x\d+x\d+x\d+\.npz")
 DIGEST = "sha256"
-"""Of a setting that is a file: {DIGEST: of its bytes}."""
+"""The key under which a setting that is a file has the hash of its bytes: {DIGEST: hash}."""
 AGAIN = "go on with the same command"
 
 
 def assembled_in(folder: Path) -> Path | None:
-    """The ``samples_NxHxWxC.npz`` of a folder of shards, which may be gone; None if it is no such folder.
-    ``UserError`` if it is not complete yet."""
+    """The ``samples_NxHxWxC.npz`` in a folder of shards, which may have been removed; None if this is no such
+    folder. Raises ``UserError`` if it is not complete yet."""
     if not (folder / SETTINGS).is_file():
         return None
     for path in folder.glob("samples_*.npz"):
@@ -40,9 +40,9 @@ def assembled_in(folder: Path) -> Path | None:
 
 
 class SampleFolder:
-    """``root`` for one picture of each of ``labels``, in shards of ``shard_size``.
+    """Folder ``root`` with one image for each of ``labels``, in shards of ``shard_size``.
 
-    ``settings``: everything that the pictures follow from, by the name the user knows it by, JSON-ready.
+    ``settings``: everything that determines the images, under the user's names for it, JSON-ready.
     """
 
     def __init__(self, root: Path, settings: Mapping[str, Any], labels: Sequence[int], shard_size: int):
@@ -52,7 +52,7 @@ class SampleFolder:
 
     def prepare(self) -> None:
         """Make the folder, or check that it was begun with the same settings. ``UserError`` names the first
-        that differs, or a file that is not ours."""
+        setting that differs, or a file that is not ours."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root, prefix="."):
@@ -69,7 +69,7 @@ class SampleFolder:
         if SETTINGS in names:
             self._check_same(path)
             return
-        with aside(path) as file:  # by each of several processes, and the same
+        with aside(path) as file:  # each of several processes writes the same
             file.write_text(json.dumps(self.settings, indent=1) + "\n")
 
     def _check_same(self, path: Path) -> None:
@@ -77,7 +77,7 @@ class SampleFolder:
             found = json.loads(path.read_text())
             before = {name: found.get(name) for name in self.settings}
         except (OSError, ValueError, AttributeError, RecursionError):
-            raise UserError(f"{path}: truncated or edited, it is not what was written") from None
+            raise UserError(f"{path}: truncated or edited since it was written") from None
         for name, now in json.loads(json.dumps(self.settings)).items():
             if before[name] != now:
                 raise UserError(
@@ -90,7 +90,7 @@ class SampleFolder:
         return range(len(self.labels))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Those of this process's shards that are not there. What a killed process left is removed."""
+        """This process's missing shards. Leftovers of killed processes are removed."""
         mine = range(self.shards)[rank::world]
         if rank == 0:
             for left in self.root.glob(".samples_*.npz.*.partial"):
@@ -99,7 +99,7 @@ class SampleFolder:
         return [shard for shard in mine if not self._path(shard).exists()]
 
     def drawn(self) -> int:
-        """How many pictures are there, of all processes."""
+        """The number of images written so far, by all processes."""
         return sum(len(self.span(shard)) for shard in range(self.shards) if self._path(shard).exists())
 
     @property
@@ -107,7 +107,7 @@ class SampleFolder:
         return all(self._path(shard).exists() for shard in range(self.shards))
 
     def write(self, shard: int, images_NHWC: np.ndarray) -> None:
-        """A shard, all of it or nothing."""
+        """Write a shard, completely or not at all."""
         span = self.span(shard)
         try:
             save_npz(self._path(shard), images_NHWC, self.labels[span.start : span.stop])
@@ -118,7 +118,7 @@ class SampleFolder:
             ) from None
 
     def read(self, shard: int) -> np.ndarray:
-        """Its images, uint8 [n, H, W, C]. ``UserError`` if it is not what was written."""
+        """A shard's images, uint8 [n, H, W, C]. ``UserError`` if it is damaged."""
         path, span = self._path(shard), self.span(shard)
         try:
             with np.load(path, allow_pickle=False) as saved:
@@ -128,14 +128,14 @@ class SampleFolder:
                 return images
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
-        raise UserError(f"{path}: damaged, it is not what was written; remove it and {AGAIN}")
+        raise UserError(f"{path}: damaged since it was written; remove it and {AGAIN}")
 
     def images(self) -> Iterator[np.ndarray]:
-        """Shard by shard."""
+        """All images, one shard at a time."""
         return (self.read(shard) for shard in range(self.shards))
 
     def pick(self, indices: Sequence[int]) -> np.ndarray:
-        """These images, in the given, rising order."""
+        """The images with these indices, which must be in ascending order."""
         found = []
         for shard in range(self.shards):
             span = self.span(shard)
@@ -144,8 +144,8 @@ class SampleFolder:
         return np.concatenate(found)
 
     def assemble(self) -> Path:
-        """``samples_NxHxWxC.npz`` of a complete folder, written if it is not there; a shard is in memory at a
-        time."""
+        """The ``samples_NxHxWxC.npz`` of a complete folder, written if it is missing; one shard at a time is
+        in memory."""
         H, W, C = self.read(0).shape[1:]
         path = self.root / adm_name(len(self.labels), H, W, C)
         for _ in range(3):
@@ -154,7 +154,7 @@ class SampleFolder:
             try:
                 save_npz(path, self.images(), self.labels)
                 flush(self.root)
-            except FileNotFoundError:  # process 0 was only starting, and took ours for a leftover
+            except FileNotFoundError:  # process 0 was just starting, and took our file for a leftover
                 continue
             except OSError as error:
                 raise UserError(f"cannot write {str(path)!r}: {error.strerror}; {AGAIN}") from None
@@ -167,7 +167,7 @@ class SampleFolder:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """How the folder was begun. A file's digest tells a user nothing."""
+    """How the folder was begun; a file's hash is left out, as it tells a user nothing."""
     if not any(isinstance(value, dict) and DIGEST in value for value in (before, now)):
         begun = f"without {name}" if before is None else f"with {name} {_short(before)}"
         return f"{begun}, now {'there is none' if now is None else f'it is {_short(now)}'}"

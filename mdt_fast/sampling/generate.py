@@ -30,9 +30,9 @@ OnStep = Callable[[int, int], None]
 def sampling_diffusion(
     model: ModelConfig, diffusion: DiffusionConfig, config: SampleConfig
 ) -> GaussianDiffusion:
-    """The diffusion respaced to ``config.steps`` evenly spread steps of the training process.
+    """The diffusion, respaced to ``config.steps`` evenly spread steps of the training process.
 
-    ``UserError`` if ``config.sampler`` cannot take so many.
+    Raises ``UserError`` if ``config.sampler`` does not support that number of steps.
     """
     T = diffusion.diffusion_steps
     return GaussianDiffusion(
@@ -45,7 +45,7 @@ def sampling_diffusion(
 
 
 def steps_of(config: SampleConfig, T: int) -> list[int]:
-    """The original timesteps, of T, that ``config.steps`` evenly spread ones are; ``UserError`` as above."""
+    """The original timesteps (of T) for ``config.steps`` evenly spread steps; ``UserError`` as above."""
     solver = config.sampler in SOLVERS
     lowest, highest = (ORDER, T - 1) if solver else (1, T)
     if type(config.steps) is not int or not lowest <= config.steps <= highest:
@@ -55,8 +55,8 @@ def steps_of(config: SampleConfig, T: int) -> list[int]:
 
 
 def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
-    """``UserError`` for settings that ``sample`` cannot follow; ``sampling_diffusion`` checks how many
-    ``steps``."""
+    """Raise ``UserError`` for settings that ``sample`` does not support; ``sampling_diffusion`` checks the
+    number of ``steps``."""
     if config.sampler not in SAMPLERS:
         raise UserError(
             f"sampler: {config.sampler!r} is not known{nearest(config.sampler, SAMPLERS)}; "
@@ -102,18 +102,18 @@ def sample(
     on_step: OnStep | None = None,
     switches: SampleSwitches = ALL,
 ) -> Tensor:
-    """One image or latent per label (``config.num_samples`` is the command's): [N, C, S, S] on the CPU,
-    pixels nominally in [-1, 1].
+    """Draw one image or latent per label (``config.num_samples`` is for the command only): [N, C, S, S] on
+    the CPU, pixels nominally in [-1, 1].
 
-    ``diffusion``: the process the model was trained with, of which ``config.steps`` evenly spread steps are
-    taken; one that is respaced already, or of a class of your own, is used as it is. All noise of image i, at
-    the start and in every step, comes from a generator seeded by (``config.seed``, ``first_index`` + i): an
-    image depends neither on its batch (up to rounding in batched products) nor on the process that samples
-    it. ``clip_denoised`` clamps the predicted image to [-1, 1], right for pixels and wrong for latents; None:
-    if the model has 1 or 3 channels. ``on_batch(done)`` is called with the number of finished images,
-    ``on_step(done, total)`` after every step of a batch. The model runs in eval mode and gets its mode back.
-    The result is float32, or float64 of a float64 model. Raises ``UserError`` for labels out of range and
-    impossible settings.
+    ``diffusion``: the process the model was trained with, respaced here to ``config.steps`` evenly spread
+    steps; one that is already respaced, or of a class of your own, is used as it is. All noise of image i, at
+    the start and in every step, comes from a generator seeded by (``config.seed``, ``first_index`` + i). An
+    image thus depends neither on its batch (up to rounding in batched products) nor on the process that
+    samples it. ``clip_denoised`` clamps the predicted image to [-1, 1], right for pixels and wrong for
+    latents; None: clamp if the model has 1 or 3 channels. ``on_batch(done)`` is called with the number of
+    finished images, ``on_step(done, total)`` after every step of a batch. The model runs in eval mode, and
+    its mode is then restored. The result is float32, or float64 for a float64 model. Raises ``UserError`` for
+    labels out of range and impossible settings.
     """
     diffusion = respaced(model, diffusion, config)
     with in_eval(model):
@@ -122,7 +122,7 @@ def sample(
 
 
 def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
-    """As Python's own numbers; ``UserError`` for what is none, or out of range."""
+    """The labels as Python integers; ``UserError`` if they are not integers or out of range."""
     try:
         found = [operator.index(label) for label in labels]
     except TypeError:
@@ -138,7 +138,7 @@ def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Here ``model`` is in eval mode; behind it each of its parts is in its own again."""
+    """Put ``model`` in eval mode here; afterwards each of its parts gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -149,12 +149,12 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def config_of(model: nn.Module) -> ModelConfig:
-    """``UserError`` for what is no model of this package, or wraps one."""
+    """The model's configuration; ``UserError`` for other models than this package's, and for wrapped ones."""
     config = getattr(model, "config", None)
     if config is not None:
         return config
     inside = hasattr(getattr(model, "module", None), "config")
-    advice = "what it wraps is its .module" if inside else "models of this package have"
+    advice = "pass the model it wraps, its .module" if inside else "this package's models have one"
     raise UserError(f"model: a {type(model).__name__} has no config; {advice}")
 
 
@@ -163,7 +163,7 @@ def respaced(
     diffusion: GaussianDiffusion | DiffusionConfig,
     config: SampleConfig,
 ) -> GaussianDiffusion:
-    """What ``sample`` was given as its diffusion, respaced."""
+    """The diffusion that ``sample`` was given, respaced."""
     if isinstance(diffusion, DiffusionConfig):
         return sampling_diffusion(config_of(model), diffusion, config)
     if diffusion.num_timesteps != diffusion.original_num_steps or type(diffusion) is not GaussianDiffusion:
@@ -179,8 +179,8 @@ def respaced(
 
 
 class Sampler:
-    """Draws batches of images; what does not depend on the batch is kept from one to the next. The model is
-    put in eval mode."""
+    """Draws batches of images, keeping whatever does not depend on the batch between them. Puts the model in
+    eval mode."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Sampler:
         if next(model.parameters()).device.type == "meta":
             raise UserError("model: its weights are on the meta device, there is nothing to draw with")
         if config.sampler in SOLVERS:
-            open_scheduler(config.sampler, diffusion)  # now, if diffusers is missing
+            open_scheduler(config.sampler, diffusion)  # fails now if diffusers is missing
         self.diffusion, self.config = diffusion, config
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         C, S = int(model.in_channels), int(model.input_size)  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ class Sampler:
         on_batch: OnBatch | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """One image per label, batch by batch, [N, C, S, S] on the CPU; see ``sample``."""
+        """One image per label, drawn batch by batch: [N, C, S, S] on the CPU; see ``sample``."""
         labels = checked_labels(labels, self.num_classes)
         if type(first_index) is not int or first_index < 0:
             raise UserError(f"first_index: a whole number, 0 or more, is needed, got {first_index!r}")
@@ -231,9 +231,10 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, labels: Sequence[int], first_index: int = 0, on_step: OnStep | None = None) -> Tensor:
-        """One batch: x_0 [n, C, S, S] on the model's device, image i by the seed and ``first_index`` + i.
+        """Draw one batch: x_0 [n, C, S, S] on the model's device; the seed and ``first_index`` + i determine
+        image i.
 
-        ``on_step`` hears after each step how many are done, and of how many.
+        ``on_step(done, total)`` is called after each step.
         """
         noise = PerImageNoise(self.config.seed, first_index, len(labels))
         x = noise(torch.empty(len(labels), *self.shape, device=self.model.device, dtype=self.dtype))
@@ -243,10 +244,10 @@ class Sampler:
             x = step(x, index)
             if on_step:
                 on_step(T - index, T)
-        return x.clone()  # a graph's memory is its own
+        return x.clone()  # the next replay of a graph overwrites its memory
 
     def _steps(self, noise: "PerImageNoise") -> Callable[[Tensor, int], Tensor]:
-        """x and a step's index -> the next x."""
+        """A function from x and a step's index to the next x."""
         model, diffusion, config = self.model, self.diffusion, self.config
         if model.fused:
             noisy = config.sampler == "ddpm" or config.eta > 0
@@ -269,16 +270,16 @@ class Sampler:
         return separate
 
     def _pred_xstart(self, x: Tensor, index: int) -> Tensor:
-        """What the solvers work with; a learned variance, behind the first C channels, is none of theirs."""
+        """The predicted x_0, which solvers need; they do not use a learned variance after the C channels."""
         t = torch.full((len(x),), index, device=x.device)
         output = self.model.prediction(x, index)
         return self.diffusion.p_from_output(output, x, t, clip_denoised=self.clip)["pred_xstart"]
 
 
 class PerImageNoise:
-    """Standard normal noise, each image from its own generator, on the CPU: the same on every device.
+    """Standard normal noise; each image has its own CPU generator, so the noise is the same on every device.
 
-    ``images``: their numbers. ``stream``: further noise of the same images.
+    ``images``: the images' numbers. ``stream``: selects further noise for the same images.
     """
 
     def __init__(self, seed: int, first_index: int, count: int, *stream: int):
@@ -289,9 +290,9 @@ class PerImageNoise:
             self.generators.append(torch.Generator().manual_seed(int(state[0])))
 
     def __call__(self, like: Tensor) -> Tensor:
-        """Noise like ``like``; its numbers are float32's also where that is float64."""
+        """Noise like ``like``; drawn in float32 even if ``like`` is float64."""
         shape, dtype = like.shape[1:], torch.float32  # whatever torch's default is
         rows = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in self.generators])
-        if like.device.type == "cuda":  # the copy is made while the next numbers are drawn
+        if like.device.type == "cuda":  # the copy overlaps with drawing the next noise
             return rows.pin_memory().to(like.device, like.dtype, non_blocking=True)
         return rows.to(like)

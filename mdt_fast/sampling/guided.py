@@ -1,4 +1,4 @@
-"""One step's pass through the model, for both halves of a guided batch, and the step that follows it.
+"""The model's pass in one sampling step, for both halves of a guided batch, and the step that follows it.
 
 n images of C channels, O output channels, B rows: n, or 2n with guidance (classes, then null classes); T
 steps, K coefficients.
@@ -26,16 +26,16 @@ from ..models.sampling import CastWeights, StepModulations, conditions_plainly, 
 
 @dataclass(frozen=True)
 class Walk:
-    """What a pass has to know of a process that is none of ours: the original timestep of each step's index,
-    ascending on the way to noise (a fraction where a scheduler asks for one), out of how many."""
+    """What a pass must know of a process that is not ours: each step index's original timestep, ascending
+    towards noise (a fraction if a scheduler asks for one), and the number of original steps."""
 
     timestep_map: Sequence[float]
     original_num_steps: int
 
 
 def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig) -> Tensor:
-    """The guidance weight of each step, float32 [T] on the CPU: 1 where ``cfg_interval`` leaves guidance out,
-    and where it is nearer to 1 than ``skip_below``."""
+    """The guidance weight of each step, float32 [T] on the CPU: 1 outside of ``cfg_interval``, and where it
+    differs from 1 by less than ``skip_below``."""
     times, steps = torch.tensor(diffusion.timestep_map), diffusion.original_num_steps
     weights = power_cosine_scale(times, config.cfg_scale, steps, config.scale_pow)
     if config.cfg_interval is not None:
@@ -47,7 +47,7 @@ def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig) 
 
 
 def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:
-    """Where the numbers are; of a tensor that is made of others (quantised weights), theirs."""
+    """Memory addresses of the values; for a tensor made of others (quantised weights), of those."""
     for tensor in tensors:
         if type(tensor) not in PLAIN and is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
@@ -57,14 +57,14 @@ def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:
 
 
 def _around(module: nn.Module) -> tuple[Any, ...]:
-    """What decides how ``module`` is run, beside its weights."""
+    """Everything that decides how ``module`` is run, other than its weights."""
     own = vars(module)
     hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
     return type(module), hooks, own.get("forward"), own.get("switches"), own.get("attention_backend")
 
 
 class FusedStep:
-    """Guidance and a step of ``ddpm`` or ``ddim`` in one kernel, from the model's output."""
+    """Guidance and a ``ddpm`` or ``ddim`` step in one kernel, applied to the model's output."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class FusedStep:
     def __call__(
         self, output: Tensor, x: Tensor, noise: Tensor | None, row: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """The next x of x [n, C, S, S], by ``output`` [B, O, S, S], the guidance's ``weight`` [n] or None and
-        ``row`` [K], the step's of ``table_TK``."""
+        """The next x for x [n, C, S, S], from ``output`` [B, O, S, S], the guidance ``weight`` [n] or None,
+        and ``row`` [K], the step's row of ``table_TK``."""
         return cfg_step(
             output, x, noise, row, scale=weight, guided_channels=self.channels, kind=self.kind,
             predicts=self.predicts, clip_denoised=self.clip,
@@ -96,10 +96,10 @@ class FusedStep:
 
 
 class GuidedModel:
-    """The model as steps see it. ``fused``: the sampler's step, where it is part of the pass.
+    """The model as a sampling step calls it. ``fused``: the sampler's step, if it is part of the pass.
 
-    ``device``: where passes are computed, if that is not where the weights lie between them. ``plan``: which
-    tokens of the n images the encoder sees in the next passes; None: all.
+    ``device``: where passes run, if weights are kept elsewhere between them. ``plan``: which tokens of the n
+    images the encoder sees in the next passes; None: all.
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class GuidedModel:
             self.casts = CastWeights(self.parts, getattr(torch, config.dtype))
         self.fused: FusedStep | None = None
         fusable = switches.fused_step and config.sampler in ("ddpm", "ddim")
-        if fusable and type(diffusion) is GaussianDiffusion:  # what a class of one's own does is its own
+        if fusable and type(diffusion) is GaussianDiffusion:  # a user's subclass may step differently
             self.fused = FusedStep(diffusion, config, self.channels, clip_denoised, self.device)
         self.graphed = switches.cuda_graph and self.parts is not None and self.device.type == "cuda"
         self.graphs: Graphed | None = None
         self.captured_of: list[Any] = []
-        # Casts that autocast keeps would be gone when the graph is replayed.
+        # Casts cached by autocast would be gone when the graph is replayed.
         self.autocast = {
             "device_type": self.device.type,
             "dtype": getattr(torch, config.dtype),
@@ -145,7 +145,7 @@ class GuidedModel:
         self.plan: MaskPlan | None = None
 
     def begin(self, labels: Sequence[int]) -> None:
-        """A new batch, of these n classes, with the weights as they are now."""
+        """Start a batch of these n classes, with the weights as they are now."""
         moved = self.casts is not None and self.casts.refresh()
         if self.graphed:
             self._look_for_graphs(moved)
@@ -169,11 +169,11 @@ class GuidedModel:
         return exact or float(self.weights[index]) != 1
 
     def outputs(self, x: Tensor, index: int) -> Tensor:
-        """The model's outputs for x [n, C, S, S] at a step, [B, O, S, S]."""
+        """The model's output [B, O, S, S] for x [n, C, S, S] at a step."""
         return self._call(x, index, None, None)
 
     def step(self, x: Tensor, index: int, noise: Tensor | None) -> Tensor:
-        """The next x, of a ``fused`` sampler."""
+        """The next x, for a sampler with a ``fused`` step."""
         assert self.fused is not None
         return self._call(x, index, noise, self.fused.table_TK[index])
 
@@ -190,7 +190,7 @@ class GuidedModel:
         B = 2 * n if guided else n
         weight = self.weights_T[index].expand(n) if guided else None
         with torch.autocast(**self.autocast), self.casts.within() if self.casts else nullcontext():
-            # A plan is not what a graph takes, nor is its side-interpolater among the modulations.
+            # A graph takes no plan, and the side-interpolater is not among the modulations.
             compute = self._compute if self.graphs is None or self.plan is not None else self.graphs
             if self.modulations is not None and self.plan is None:
                 modulations = self.modulations(index, self.rows[:B])
@@ -198,20 +198,20 @@ class GuidedModel:
             return compute(x, self.times_T[index].expand(B), self.labels[:B], None, weight, noise, row)
 
     def _look_for_graphs(self, moved: bool) -> None:
-        """New ones where those there are read other memory than the weights are in now, or do not run what
-        stands around the model's parts now."""
+        """Replace the graphs if they read other memory than the weights are in now, or if the model's parts
+        now have other hooks, methods, switches or backends."""
         cast = set() if self.casts is None else {id(weight) for weight in self.casts.whole}
         numbers = chain(self.model.parameters(), self.model.buffers())
         before, self.captured_of = self.captured_of, [
             *_addresses(x for x in numbers if id(x) not in cast), *map(_around, self.model.modules())
         ]  # fmt: skip
         if self.graphs is None or moved or self.captured_of != before:
-            # If they held this object, which holds them, their memory would stay until garbage is collected.
+            # If graphs held this object, which holds them, memory would stay until garbage collection.
             itself = weakref.proxy(self)
             self.graphs = Graphed(lambda *args: itself._compute(*args), self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "graphs": None}  # a copy captures its own
+        return {**vars(self), "graphs": None}  # a copy captures its own graphs
 
     def _compute(
         self,
@@ -223,7 +223,7 @@ class GuidedModel:
         noise: Tensor | None,
         row: Tensor | None,
     ) -> Tensor:
-        """A pass, and with ``row`` a step: on tensors alone, as a graph takes it."""
+        """A pass and, with ``row``, a step; takes only tensors, as a graph needs."""
         guided, images, plan = weight is not None, x.to(self.dtype), self.plan
         if self.parts is None:
             hidden = {} if plan is None else {"mask_plan": plan.twice() if guided else plan}

@@ -1,4 +1,4 @@
-"""Images out: bytes, a grid by class, single files."""
+"""Image output: uint8 arrays, a grid by class, single files."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import aside
 
-CELL = 56  # pixels that a small image is enlarged to, at least
+CELL = 56  # small images are enlarged to at least this many pixels
 MAX_ROWS, MAX_COLUMNS = 24, 20
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
 
@@ -28,10 +28,11 @@ def grid(
     classes: Sequence[str],
     before: Sequence[np.ndarray] = (),
 ) -> Image.Image:
-    """One row per class, its name in front; small images are enlarged (bicubic: easier to read than squares).
+    """One row per class, with its name in front; small images are enlarged (bicubic, as squares are harder to
+    read).
 
-    The first 24 classes that occur and their first 20 images are shown; of each class after those that come
-    ``before``, uint8 [H, W, C].
+    Shows the first 24 classes that occur, with the first 20 images of each. Each row starts with the images
+    in ``before``, uint8 [H, W, C].
     """
     rows = {
         label: [*before, *images_NHWC[np.asarray(labels) == label][:MAX_COLUMNS]]
@@ -58,7 +59,7 @@ def grid(
 
 
 def shown(labels: Sequence[int]) -> list[int]:
-    """Which images :func:`grid` shows, in order: enough to make the same grid of."""
+    """Indices of the images that :func:`grid` shows, in order; these images alone give the same grid."""
     counts = dict.fromkeys(sorted(set(labels))[:MAX_ROWS], 0)
     chosen = []
     for i, label in enumerate(labels):
@@ -69,7 +70,7 @@ def shown(labels: Sequence[int]) -> list[int]:
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
-    """Write a PNG aside and rename it into place."""
+    """Write a PNG under a temporary name, then rename it into place."""
     with aside(path) as file:
         picture.save(file, format="PNG")
 
@@ -81,22 +82,22 @@ def save_pngs(
     classes: Sequence[str],
     first_index: int = 0,
 ) -> None:
-    """One file per image, ``CLASS_000012.png``: a folder that ``mdt-fast train --data`` reads."""
+    """Write one file per image, ``CLASS_000012.png``: a folder that ``mdt-fast train --data`` can read."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, pixels in zip(png_names(labels, classes, first_index), images_NHWC):
         save_picture(folder / name, _picture(pixels))
 
 
 def png_names(labels: Sequence[int], classes: Sequence[str], first_index: int = 0) -> list[str]:
-    """The files of :func:`save_pngs`."""
+    """The file names used by :func:`save_pngs`."""
     names = [classes[label] if label < len(classes) else str(label) for label in labels]
     plain = (name.replace("_", "-").replace("/", "-") for name in names)
     return [f"{name}_{i:06d}.png" for i, name in enumerate(plain, first_index)]
 
 
 def check_alone(folder: Path, names: Sequence[str]) -> None:
-    """``UserError`` if ``folder`` holds pictures that these would not replace: together they would be taken
-    for one set."""
+    """Raise ``UserError`` if ``folder`` holds images that these would not replace: together they would be
+    taken for one set."""
     others = sorted({path.name for path in folder.glob("*.png") if path.is_file()} - {*names})
     if others:
         raise UserError(
@@ -106,14 +107,14 @@ def check_alone(folder: Path, names: Sequence[str]) -> None:
 
 
 RUNS = ("config.json", "metrics.jsonl", ".lock")
-"""A run's files beside its checkpoints."""
+"""A run's files next to its checkpoints."""
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
-    """``UserError`` now, rather than after the samples are drawn, if ``path`` cannot or must not be written.
+    """Raise ``UserError`` now, not after sampling, if ``path`` cannot or must not be written.
 
-    ``folder``: a folder is meant, which need not exist yet. Nothing may be put among a run's checkpoints, nor
-    in place of what a run goes on with.
+    ``folder``: ``path`` is a folder, which need not exist yet. Nothing may be written among a run's
+    checkpoints, or over files that a run needs to resume.
     """
     if folder:
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -127,7 +128,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
             raise UserError(f"cannot write {str(path)!r}: no folder {str(parent)!r}")
     place = parent.resolve()
     if path.name in RUNS and (place / "checkpoints").is_dir():
-        raise UserError(f"cannot write {str(path)!r}: it is the run's; choose another name")
+        raise UserError(f"cannot write {str(path)!r}: it belongs to the run; choose another name")
     if (place / "state.json").exists() or any(
         above.name == "checkpoints" and any(above.glob("step_*")) for above in (place, *place.parents)
     ):

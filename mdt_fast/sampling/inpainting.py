@@ -1,4 +1,4 @@
-"""Parts of a picture drawn anew: the known part is put back at each step, the sampler draws the rest.
+"""Inpainting: the known part of an image is put back at each step, and the sampler draws the rest.
 
 N images of C channels and side S, a grid of G x G = L tokens.
 Source: Lugmayr et al. 2022 (RePaint, arXiv:2201.09865), algorithm 1; Gao et al. 2023 (MDT, arXiv:2303.14389),
@@ -19,7 +19,7 @@ from .generate import ALL, DEFAULT, OnBatch, OnStep, PerImageNoise, Sampler, in_
 from .schedulers import SOLVERS
 
 KNOWN = 1
-"""The stream of the known part's noise: the sampler's own noise stays what it is without an image."""
+"""The stream for the known part's noise, so that the sampler's own noise is the same as without an image."""
 
 
 def inpaint(
@@ -38,19 +38,20 @@ def inpaint(
     on_step: OnStep | None = None,
     switches: SampleSwitches = ALL,
 ) -> Tensor:
-    """``image`` with its unknown part drawn, once per label: [N, C, S, S] on the CPU.
+    """``image`` with its unknown part sampled, once per label: [N, C, S, S] on the CPU.
 
-    ``image``: what the model draws, pixels in [-1, 1] or latents, floating [C, S, S] for all N or [N, C, S,
-    S]. ``unknown``: bool [S, S] or [N, S, S], True where to draw; elsewhere the result is ``image`` exactly.
-    Before each step the known part becomes ``image`` with the step's noise, from generators of its own, so
-    that with everything unknown the result is ``sample``'s. ``resample``: each step is done so many times,
-    noised again in between (RePaint with jumps of one step; ``ddpm`` and ``ddim``).
+    ``image``: in the model's space, pixels in [-1, 1] or latents; floating [C, S, S] for all N, or [N, C, S,
+    S]. ``unknown``: bool [S, S] or [N, S, S], True where to draw; elsewhere the result is exactly ``image``.
+    Before each step, the known part is replaced by ``image`` with the step's noise. This noise has its own
+    generators, so with everything unknown the result is that of ``sample``. ``resample``: the number of times
+    each step is done, with noise added again in between (RePaint with jumps of one step; ``ddpm`` and
+    ``ddim``).
 
-    ``hide``: the part of the process, from the noise on, in which tokens that are unknown altogether are
-    hidden from the encoder and left to the side-interpolater, as in training: 0 never, 1 at every step. It
-    needs a model with a ``mask_ratio``. What is partly known is seen. The rest is as in ``sample``; images
-    with different numbers of hidden tokens are drawn in different batches. Raises ``UserError`` for what does
-    not fit.
+    ``hide``: the fraction of the process, starting from noise, in which completely unknown tokens are hidden
+    from the encoder and left to the side-interpolater, as in training: 0 never, 1 at every step. It needs a
+    model with a ``mask_ratio``. Partly known tokens are seen. Other arguments are as in ``sample``; images
+    with different numbers of hidden tokens are drawn in separate batches. Raises ``UserError`` for arguments
+    that do not fit.
     """
     diffusion = respaced(model, diffusion, config)
     with in_eval(model):
@@ -63,7 +64,7 @@ def inpaint(
 
 
 class Inpainter(Sampler):
-    """A ``Sampler`` of fills; see ``inpaint``. ``first_index``: the number of the first of several images."""
+    """A ``Sampler`` for ``inpaint``. ``first_index``: the number of the first of several images."""
 
     def __init__(
         self,
@@ -90,13 +91,13 @@ class Inpainter(Sampler):
         self.hidden = hidden_tokens(self.unknown[:, 0], self.about.patch_size) if hide else None
 
     def check_count(self, count: int) -> None:
-        """``UserError`` unless there is an image and a mask for each of ``count`` labels."""
+        """Raise ``UserError`` unless there is one image and mask for all ``count`` labels, or for each."""
         for name, tensor in (("image", self.image), ("unknown", self.unknown)):
             if len(tensor) not in (1, count):
-                raise UserError(f"{name}: {count} labels need 1 or as many, got {len(tensor)}")
+                raise UserError(f"{name}: {count} labels need 1 for all or 1 each, got {len(tensor)}")
 
     def batches(self, count: int) -> Iterator[range]:
-        """Those with equally many hidden tokens."""
+        """Batches of images with the same number of hidden tokens."""
         hidden = [0] if self.hidden is None else self.hidden.sum(dim=1).tolist()
         for _, same in groupby(range(count), lambda i: hidden[i % len(hidden)]):
             members = list(same)
@@ -133,12 +134,12 @@ class Inpainter(Sampler):
         return self.diffusion.timestep_map[index] >= (1 - self.hide) * steps
 
     def _at_level(self, image: Tensor, index: int, noise: Tensor) -> Tensor:
-        """The image as a step finds it."""
+        """The image at the noise level of a step's input."""
         t = torch.full((len(noise),), index, device=noise.device)
         return self.diffusion.q_sample(image.expand_as(noise), t, noise)
 
     def _noised_again(self, x: Tensor, index: int, noise: Tensor) -> Tensor:
-        """What a step gave, as it was before."""
+        """Noise a step's result back to the level of the step's input."""
         beta = float(self.diffusion.betas[index])
         return (1 - beta) ** 0.5 * x + beta**0.5 * noise
 
@@ -146,17 +147,15 @@ class Inpainter(Sampler):
 def check_inpainting(
     model: ModelConfig, config: SampleConfig, unknown_NSS: Tensor, *, hide: float, resample: int
 ) -> None:
-    """``UserError`` for settings that ``inpaint`` cannot follow."""
+    """Raise ``UserError`` for settings that ``inpaint`` does not support."""
     if not unknown_NSS.flatten(1).any(dim=1).all():
-        raise UserError("unknown: nothing is, there is nothing to draw")
+        raise UserError("unknown: a mask is all False, there is nothing to draw")
     if isinstance(hide, bool) or not isinstance(hide, int | float) or not 0 <= hide <= 1:
         raise UserError(f"hide: allowed are 0 to 1, got {hide!r}")
     if type(resample) is not int or resample < 1:
         raise UserError(f"resample: a whole number, 1 or more, is needed, got {resample!r}")
     if resample > 1 and config.sampler in SOLVERS:
-        raise UserError(
-            f"resample: {config.sampler} remembers the steps before and cannot go back; use ddpm or ddim"
-        )
+        raise UserError(f"resample: {config.sampler} uses earlier steps and cannot go back; use ddpm or ddim")
     if hide and (model.family == "dit" or model.mask_ratio is None):
         raise UserError("hide: the model was not trained with hidden tokens; use 0")
     if hide and hidden_tokens(unknown_NSS, model.patch_size).all(dim=1).any():
@@ -164,14 +163,14 @@ def check_inpainting(
 
 
 def hidden_tokens(unknown_NSS: Tensor, patch: int) -> Tensor:
-    """Which tokens are unknown altogether: bool [N, S, S] -> [N, L]."""
+    """Which tokens are completely unknown: bool [N, S, S] -> [N, L]."""
     N, S, _ = unknown_NSS.shape
     G = S // patch
     return unknown_NSS.view(N, G, patch, G, patch).all(dim=4).all(dim=2).flatten(1)
 
 
 def _checked(image: Tensor, unknown: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """As [N or 1, C, S, S] and [N or 1, 1, S, S]."""
+    """Both as [N or 1, C, S, S] and [N or 1, 1, S, S]."""
     C, S, _ = shape
     for name, value in (("image", image), ("unknown", unknown)):
         if not isinstance(value, Tensor) or value.device.type == "meta":

@@ -1,6 +1,6 @@
-"""The sample file of ADM's evaluator, written from batches as they come.
+"""The sample file for ADM's evaluator, written batch by batch.
 
-50,000 images of 256x256 are 9.8 GB: they are never in memory together, nor copied.
+50,000 images of 256x256 are 9.8 GB: they are never all in memory, nor copied.
 """
 
 import zipfile
@@ -14,16 +14,16 @@ from ..files import aside
 
 
 def adm_name(count: int, height: int, width: int, channels: int = 3) -> str:
-    """The usual name: ``samples_50000x256x256x3.npz``."""
+    """The usual file name: ``samples_50000x256x256x3.npz``."""
     return f"samples_{count}x{height}x{width}x{channels}.npz"
 
 
 def save_npz(path: Path, images_NHWC: np.ndarray | Iterable[np.ndarray], labels: Sequence[int]) -> None:
-    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], uncompressed, as ADM's evaluator reads them.
+    """Write ``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], uncompressed, for ADM's evaluator.
 
-    ``images_NHWC``: one array, or batches of it in order (a generator is drawn from as they are written), as
-    many images as ``labels``. The file appears when it is complete; the same images give the same bytes.
-    Raises ``UserError`` for batches of another dtype, size or number.
+    ``images_NHWC``: one array, or batches of it in order (a generator is consumed while they are written), as
+    many images as ``labels``. The file appears only when complete; the same images give the same bytes.
+    Raises ``UserError`` for batches of another dtype or size, and for another number of images.
     """
     classes = np.asarray(labels, dtype=np.int64)
     batches = [images_NHWC] if isinstance(images_NHWC, np.ndarray) else images_NHWC

@@ -1,4 +1,4 @@
-"""Fast solvers of the probability-flow equation, as diffusers has them: DPM-Solver++ (2M) and UniPC.
+"""Diffusers' fast solvers of the probability-flow ODE: DPM-Solver++ (2M) and UniPC.
 
 Source: Lu et al. 2022 (arXiv:2211.01095); Zhao et al. 2023 (arXiv:2302.04867).
 """
@@ -19,33 +19,33 @@ ORDER = 2
 
 
 def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """The original timesteps that a solver uses, ascending: ``steps`` + 1 evenly spread ones without the 0.
+    """The original timesteps that a solver uses, ascending: ``steps`` + 1 evenly spread ones, except 0.
 
-    The last step goes from the smallest of them to x_0, by a solver of first order. The respacing of ``ddpm``
-    and ``ddim`` ends at 0: that evaluation changes nothing that can be seen, and before it a solver of second
-    order would leap over the three quarters of the way in log signal-to-noise that lie between the last two
-    timesteps. On Gaussian data, 10 steps and the cosine schedule, the error is 0.032 this way, 0.131 that
-    way, and 0.071 with DDIM.
+    The last step, of first order, goes from the smallest of them to x_0. The respacing of ``ddpm`` and
+    ``ddim`` would end at timestep 0. The evaluation there has no visible effect, and in the step before it a
+    second-order solver would jump across three quarters of the range of log signal-to-noise, which lie
+    between the last two timesteps. On Gaussian data, with 10 steps and the cosine schedule, the error is
+    0.032 with these timesteps, 0.131 with that respacing, and 0.071 with DDIM.
     """
     return np.linspace(0, num_timesteps - 1, steps + 1).round().astype(int)[1:].tolist()
 
 
 def open_scheduler(sampler: str, diffusion: GaussianDiffusion) -> Callable[[Tensor, int, Tensor], Tensor]:
-    """A solver at the start of its way: called with the predicted x_0, the step's index (from the last down
-    to 0) and x_t, it returns the next x. ``UserError`` if diffusers is missing.
+    """A new solver. Called with the predicted x_0, the step's index (from the last down to 0) and x_t, it
+    returns the next x. Raises ``UserError`` if diffusers is missing.
 
-    It gets the respaced process as if that had been trained, so that the timesteps are ours whatever
-    diffusers' default is. Diffusers works in float32; it is given sigmas of the float64 arrays, as 1 -
-    alphas_cumprod would lose half of its digits.
+    The solver gets the respaced process as if the model had been trained on it, so that the timesteps are
+    ours whatever diffusers' default is. Diffusers computes in float32; it is given sigmas computed from the
+    float64 arrays, as 1 - alphas_cumprod would lose half of its digits.
     """
     try:
         import diffusers
 
         cls: Any = getattr(diffusers, SOLVERS[sampler])
-    except (ImportError, RuntimeError) as error:  # diffusers turns failures inside it to RuntimeError
+    except (ImportError, RuntimeError) as error:  # diffusers turns its internal failures into RuntimeError
         raise not_importable(f"sampler: {sampler} comes with diffusers", error, "latents") from None
     T, a = diffusion.num_timesteps, diffusion.alphas_cumprod
-    with warnings.catch_warnings():  # NumPy's, about diffusers
+    with warnings.catch_warnings():  # from NumPy, about diffusers
         warnings.simplefilter("ignore", DeprecationWarning)
         scheduler = cls(
             num_train_timesteps=T,

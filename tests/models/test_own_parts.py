@@ -230,9 +230,9 @@ def test_wrapped_models_are_named() -> None:
     for wrapper, advice in (
         (
             torch.optim.swa_utils.AveragedModel(made()),
-            "AveragedModel has no config; what it wraps is its .mod",
+            "AveragedModel has no config; pass the model it wraps, its .mod",
         ),
-        (nn.Linear(2, 2), "Linear has no config; models of this package have"),
+        (nn.Linear(2, 2), "Linear has no config; this package's models have one"),
     ):
         with pytest.raises(UserError, match=advice):
             sample(wrapper, DiffusionConfig(), [1], SampleConfig(steps=2))

@@ -112,7 +112,7 @@ def test_the_channels_that_were_exported_are_guided(model: nn.Module, tmp_path: 
     drawn = run_exported(package, LABELS)
     torch.testing.assert_close(drawn, sample(model, TRAINED, LABELS, config), **CLOSE)
     for other in (None, 3):
-        with pytest.raises(UserError, match=f"guided_channels: 4 were exported, got {other}"):
+        with pytest.raises(UserError, match=f"guided_channels: the step was exported with 4, got {other}"):
             run_exported(package, LABELS, replace(CONFIG, guided_channels=other))
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_exported(
 def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
     model = model_of(MODEL)
     model.register_forward_hook(lambda module, args, output: output)
-    with pytest.raises(UserError, match="model: hooks, FSDP or torch"):
+    with pytest.raises(UserError, match="model: has hooks, FSDP or torch"):
         export_step(model, TRAINED, tmp_path / "step.pt2", CONFIG)
 
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_run(package: Path, tmp_path: Path) -> None:
         run_exported(tmp_path / "text.pt2", LABELS)
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "other.pt2")
-    with pytest.raises(UserError, match="is no file that export_step wrote"):
+    with pytest.raises(UserError, match="was not written by export_step"):
         run_exported(tmp_path / "other.pt2", LABELS)
 
 
