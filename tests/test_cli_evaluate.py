@@ -281,7 +281,7 @@ def test_features_of_the_samples_outlive_a_bad_reference(capsys: pytest.CaptureF
     assert load_file("kept.safetensors")["pooled"].shape == (20, 3)
     for sides in (["good.npz", "--reference=kept.safetensors"], ["kept.safetensors", "--reference=good.npz"]):
         message = error(capsys, *sides, "--features=mine:Class", "--save-features=none.safetensors")
-        assert "they must be of the same network" in message
+        assert "they must come from the same network" in message
         assert not Path("none.safetensors").exists()
 
 
@@ -293,8 +293,8 @@ def test_a_reference_is_needed_and_networks_must_agree(capsys: pytest.CaptureFix
     )
     run(capsys, "good.npz", "--features=mine:mean", "--save-features=mean.safetensors")
     message = error(capsys, "good.npz", "--reference=mean.safetensors", "--features=mine:Class")
-    assert "its features are of 'mine:mean sha256:" in message
-    assert "they must be of the same network" in message
+    assert "its features come from 'mine:mean sha256:" in message
+    assert "they must come from the same network" in message
 
 
 @pytest.mark.usefixtures("files")

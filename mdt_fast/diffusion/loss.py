@@ -101,7 +101,7 @@ def _unwrapped(model: Any) -> Any:
             within = "" if inner is model else f" (in a {type(model).__name__})"
             raise UserError(
                 f"model: a {type(inner).__name__}{within} has no {STEP}; only MDT and MDTv2 have a masked "
-                "pass (within others the one that is their .module); for others there is training_losses"
+                "pass (in a wrapper, its .module is looked up); use training_losses for others"
             )
         inner = getattr(inner.module, "_orig_mod", inner.module)
     return inner

@@ -97,7 +97,7 @@ class Extractor:
             if (probabilities < 0).any() or ((sums - 1).abs() > SUM_OFF).any():
                 raise UserError(
                     f"--features: {self.given!r} returned probabilities that are below 0 or do not sum to 1; "
-                    "what comes before a softmax is 'logits'"
+                    "return values before the softmax as 'logits'"
                 )
         return Outputs(named["pooled"], named.get("spatial"), probabilities)
 

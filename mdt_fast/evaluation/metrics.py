@@ -47,7 +47,9 @@ def missing(metric: str, samples: Features, reference: Features | None) -> str |
             return f"{side.name!r} has no spatial features or statistics"
     a, b = (part.dim for part in parts if part is not None)
     if a != b:
-        return f"{samples.name!r} has {a} features, {reference.name!r} {b}; both must be of the same network"
+        return (
+            f"{samples.name!r} has {a} features, {reference.name!r} {b}; both must come from the same network"
+        )
     return None
 
 
@@ -55,8 +57,8 @@ def check_same_network(samples: Features, reference: Features) -> None:
     """Raise ``UserError`` if both sides name the network of their features, and the names differ."""
     if samples.extractor and reference.extractor and samples.extractor != reference.extractor:
         raise UserError(
-            f"--reference: its features are of {reference.extractor!r}, those of the samples of "
-            f"{samples.extractor!r}; they must be of the same network"
+            f"--reference: its features come from {reference.extractor!r}, the samples' from "
+            f"{samples.extractor!r}; they must come from the same network"
         )
 
 

@@ -159,7 +159,7 @@ class Transformer(Pretrained):
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
 
     def mark_lengths(self, x: Tensor, rows: Rows, plan: MaskPlan) -> None:
-        """Mark the sizes that depend on the number of kept tokens; ``compile_for_training`` replaces this."""
+        """A hook to mark sizes that depend on the number of kept tokens, set by ``compile_for_training``."""
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels y [B], some of them replaced by the null class in training; in eval mode y itself. A custom
@@ -284,7 +284,7 @@ def _blocks_in(module: nn.Module) -> Iterator[Block]:
 
 
 def _separate_index(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    """A state_dict hook that copies the index shared by all layers: file formats may refuse shared memory."""
+    """A state_dict hook that unshares the index of all layers, as file formats may refuse shared memory."""
     keys = [key for key in state if key.startswith(prefix) and key.endswith("relative_position_index")]
     for key in keys[1:]:
         state[key] = state[key].clone()

@@ -33,8 +33,8 @@ class GraphedModel:
     arguments is captured when it first occurs (``graphs``). All other attributes (``in_channels``,
     ``eval()``) are the model's.
 
-    The model itself is called off a GPU, in training mode, with gradients enabled, with a mask, and for
-    weights that FSDP shards or that are not plain tensors.
+    The model runs without a graph if it is not on a GPU, in training mode, with gradients enabled, with a
+    mask, and if its weights are sharded by FSDP or not plain tensors.
 
     New values in the weights and replaced weights take effect. Changes around the layers after a capture
     (hooks, switches, adapters) do not. Raises ``UserError`` for a model that is not this package's.
@@ -245,7 +245,7 @@ def on_a_gpu(tensor: Tensor) -> bool:
 
 
 def _names(function: Callable[..., Any]) -> list[str]:
-    """A method's argument names in order, without those of a training step; none if it takes ``*args``."""
+    """A method's argument names in order, except a training step's; none with ``*args`` or ``**kwargs``."""
     _, *parameters = signature(function).parameters.values()
     if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
         return []

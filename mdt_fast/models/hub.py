@@ -71,7 +71,7 @@ class Pretrained(nn.Module):
         other = sorted(state.keys() ^ plain.state_dict().keys())
         if other and type(self) is type(plain):
             raise UserError(
-                f"save_pretrained: parts of its own ({', '.join(other[:3])}, ...) make this a model that "
+                f"save_pretrained: additional parts ({', '.join(other[:3])}, ...) make this a model that "
                 "from_pretrained cannot build; take them out or merge them, or save its state_dict"
             )
         if any(hasattr(value, "full_tensor") for value in state.values()):
@@ -253,7 +253,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable config.json: {one_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("_class_name"), str):
-        run = "; it is a run's: mdt-fast convert makes files of it" if "train" in values else ""
+        run = "; it is a run's: mdt-fast convert makes model files from a run" if "train" in values else ""
         raise UserError(
             f"{file}: names no class (_class_name); a file that save_pretrained wrote is needed{run}"
         )
@@ -299,7 +299,7 @@ def _local_files(path: Path, subfolder: str) -> Callable[[str], Path] | None:
         elif (folder / "model_index.json").is_file():
             reason = "; it is a pipeline's: use MDTPipeline.from_pretrained, or subfolder='transformer'"
         elif (folder / "checkpoints").is_dir():
-            reason = "; it is a run: mdt-fast convert makes files of it"
+            reason = "; it is a run: mdt-fast convert makes model files from it"
         elif name == WEIGHTS and any(
             file for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}")
         ):

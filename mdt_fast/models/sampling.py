@@ -166,9 +166,9 @@ def conditions_plainly(model: Transformer) -> bool:
 class StepModulations:
     """The modulations of all blocks and of the last layer, computed for a chunk of steps at a time.
 
-    Each layer does one product per chunk, with a row for each step and each distinct label. Its weights (a
-    third of the model's) are thus read once per chunk, and the null class costs one row per step. ``times``:
-    the original timestep at each step index. Steps are requested from the last index down.
+    Each layer does one product per chunk, with a row for each step and each distinct label. The layers'
+    weights, a third of the model's, are thus read once per chunk, and the null class costs one row per step.
+    ``times``: the original timestep at each step index. Steps are requested from the last index down.
     """
 
     def __init__(

@@ -240,7 +240,7 @@ def _check_folder(path: Path) -> None:
         if not (path / DiffusionPipeline.config_name).is_file():
             reason = ""
             if (path / "checkpoints").is_dir():
-                reason = "; it is a run: MDTPipeline.from_run makes one of it"
+                reason = "; it is a run: MDTPipeline.from_run makes a pipeline of it"
             elif (path / "config.json").is_file():
                 reason = "; it may be a model's: Transformer.from_pretrained loads those"
             raise UserError(f"from_pretrained: no model_index.json in {str(path)!r}{reason}")

@@ -376,7 +376,7 @@ def test_refused_folders(tmp_path: Path) -> None:
     refused(folder / "transformer", "it may be a model's: Transformer.from_pretrained loads those")
     refused(folder, "pickled weights are never read", use_safetensors=False)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    refused(tmp_path / "run", "it is a run: MDTPipeline.from_run makes one of it")
+    refused(tmp_path / "run", "it is a run: MDTPipeline.from_run makes a pipeline of it")
 
     config = folder / "transformer" / "config.json"
     whole = config.read_text()
