@@ -117,7 +117,7 @@ class GaussianProcess(Schedule):
     def call_model(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        """``model(x, original timesteps, **model_kwargs)``, after a check of its shape: [B, 2C or C, ...]."""
+        """``model(x, original timesteps, **model_kwargs)``; the output must be [B, 2C or C, ...]."""
         self.check_timesteps(t, x)
         return self.checked(model(x, self.original_timesteps(t), **(model_kwargs or {})), x)
 

@@ -17,7 +17,7 @@ def frechet_distance(a: Moments, b: Moments, names: tuple[str, str] = ("features
     product, no complex numbers arise, and no multiple of the identity has to be added to S.
 
     Error: eigenvalues of S are exact to ``e = D 2^-52 max(eigenvalue)``. By Powers and Størmer's inequality,
-    the distance is then exact to ``2 (sqrt(D e_a tr S_b) + sqrt(D e_b tr S_a))``. This bound is reached only
+    the distance is then within ``2 (sqrt(D e_a tr S_b) + sqrt(D e_b tr S_a))``. The bound is reached only
     if both are singular, in different directions; the tests see less than 1e-6 of ``tr(S_a) + tr(S_b)``.
 
     Raises ``UserError``, beginning with one of ``names``, if a mean or covariance is not valid; also if the
