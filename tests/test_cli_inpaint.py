@@ -127,7 +127,7 @@ def test_a_latent_model_keeps_the_pixels(tmp_path: Path) -> None:
         (["--image=x.png", "--mask=m.png", "--hide=2"], "hide: allowed are 0 to 1, got 2"),
         (["--image=x.png", "--mask=all.png", "--hide=1"], "hide: everything is unknown"),
         (["--image=x.png", "--mask=m.png", "--resample=0"], "--resample: a whole number, 1 or more"),
-        (["--image=x.png", "--mask=m.png", "--resample=2", "--sampler=dpm++"], "resample: dpm++ remembers"),
+        (["--image=x.png", "--mask=m.png", "--resample=2", "--sampler=dpm++"], "resample: dpm++ uses ear"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_line(

@@ -170,7 +170,7 @@ def _open_program(given: str, device: torch.device | str, trust: bool) -> Extrac
 
 class TorchScriptInception:
     """NVIDIA's ``inception-2015-12-05.pt``, and programs with its conventions: ``return_features=True`` for
-    features, ``no_output_bias=True`` for probabilities without the last bias. RGB only."""
+    features, ``no_output_bias=True`` for probabilities without the last bias. Grey becomes RGB."""
 
     def __init__(self, program: Any):
         self.program = program
