@@ -1,7 +1,7 @@
-"""What a run is made of: frozen, keyword-only dataclasses and one table of presets.
+"""The configuration of a run: frozen, keyword-only dataclasses. The presets are in ``presets.py``.
 
 A run prints its configuration and saves it as ``config.json``; :func:`from_dict` reads it back and
-refuses keys it does not know.
+rejects unknown keys.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ RATIO_RANGE = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a model. The names are the constructor's keyword arguments (see ``models/mdt.py``)."""
+    """Shape of a model. Field names match the constructor's keyword arguments (see ``models/mdt.py``)."""
 
     family: Family = "mdtv2"
     input_size: int = 32
@@ -52,12 +52,12 @@ class ModelConfig:
                 raise UserError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
         if self.input_size % self.patch_size:
             raise UserError(
-                f"input_size: {self.input_size} does not divide by patch_size {self.patch_size}; nearest "
-                f"that do: {self.grid_size * self.patch_size}, {(self.grid_size + 1) * self.patch_size}"
+                f"input_size: {self.input_size} is not divisible by patch_size {self.patch_size}; nearest "
+                f"that are: {self.grid_size * self.patch_size}, {(self.grid_size + 1) * self.patch_size}"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(
-                f"hidden_size: {self.hidden_size} must divide by num_heads {self.num_heads} "
+                f"hidden_size: {self.hidden_size} must be divisible by num_heads {self.num_heads} "
                 "and by 4 (position embedding)"
             )
         if not _is_number(self.mlp_ratio) or not 1 / self.hidden_size <= self.mlp_ratio <= 1024:
@@ -82,9 +82,9 @@ class ModelConfig:
     def of(
         cls, family: Family, *, mask_ratio: Any = None, decode_layer: Any = None, **kwargs: Any
     ) -> "ModelConfig":
-        """From a constructor's arguments: ``mask_ratio`` and ``decode_layer`` may be strings (as from a
-        command line); ``decode_layer`` None is 4 in MDTv2 and 2 in MDT v1 (the published
-        recipes, but for MDTv2_S_2's 6)."""
+        """Build from a constructor's arguments. ``mask_ratio`` and ``decode_layer`` may be strings (as from
+        a command line); ``decode_layer`` None means 4 in MDTv2 and 2 in MDT v1, as in the published
+        recipes except MDTv2_S_2, which uses 6."""
         if family == "dit":
             if mask_ratio is not None or decode_layer is not None:
                 raise UserError("DiT takes neither mask_ratio nor decode_layer")
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: twice the input's where the variance is learnt."""
+        """Output channels: twice the input channels if the variance is learnt."""
         return self.in_channels * 2 if self.learn_sigma else self.in_channels
 
     def kwargs(self) -> dict[str, Any]:
@@ -125,19 +125,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """What the fast models do differently from a plain implementation: all exact, up to rounding.
+    """Optimisations of the fast models over a plain implementation. All are exact up to rounding.
 
-    ``packed``: a training step's two passes as one batch. ``sorted_tokens``: kept tokens in ascending order.
-    ``masked_side``: the side block computes the masked tokens only. ``thin_skip``: MDTv2's decoder mixes in
-    the embedded input by a product of the patch's width. ``fused_attention``: the bias is read from its table
-    where scores are computed. ``fused_adaln``: gate, norm and modulation in one step. ``fused_tokens``:
-    patches are embedded, tokens moved, in one write. ``fused_mlp``: bias and GELU in one step. ``recompute``:
-    what ``fused_adaln`` and ``fused_mlp`` give to a linear layer is computed again in the backward pass, not
-    kept (off: more memory, and one write less; not measured yet). ``batched_adaln``: the modulations of all
-    blocks by one product, from a copy of all their weights (off: it pays where launches cost more than that
-    copy). ``stored_scores``: on a GPU the gradients of attention's scores are stored, and those of queries
-    and bias table made of them, instead of scores being computed again for each (off: on an H200 it paid at
-    64 tokens, and cost up to twice the time with some of 256).
+    ``packed``: run the two passes of a training step as one batch. ``sorted_tokens``: keep the visible tokens
+    in ascending order. ``masked_side``: compute only the masked tokens in the side block. ``thin_skip``:
+    MDTv2's decoder mixes in the embedded input with a matmul as narrow as the patch. ``fused_attention``:
+    read the bias from its table while computing scores. ``fused_adaln``: gate, norm and modulation in one
+    step. ``fused_tokens``: embed patches and move tokens in one write. ``fused_mlp``: bias and GELU in one
+    step. ``recompute``: recompute the inputs that ``fused_adaln`` and ``fused_mlp`` pass to a linear layer in
+    the backward pass instead of storing them (off: more memory, one write less; not measured yet).
+    ``batched_adaln``: compute the modulations of all blocks with one matmul, from a copy of all their weights
+    (off by default: it pays only where kernel launches cost more than that copy). ``stored_scores``: on a
+    GPU, store the gradients of the attention scores and derive those of queries and bias table from them,
+    instead of recomputing the scores for each (off by default: on an H200 it was faster at 64 tokens, and up
+    to twice as slow for some shapes with 256).
     """
 
     packed: bool = True
@@ -160,13 +161,13 @@ class Switches:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from.
+    """The training data.
 
     ``source``: ``digits`` (scikit-learn's, 8x8 grey, no download), a folder of images or of webdataset
-    shards, or what ``mdt-fast encode`` made of one. ``image_size``: pixels they are cropped to. ``vae``: an
-    AutoencoderKL (a local folder or a hub's name) that makes latents of images as they come, and images of
+    shards, or the output of ``mdt-fast encode``. ``image_size``: crop size in pixels. ``vae``: an
+    AutoencoderKL (a local folder or a hub name) that encodes images to latents on the fly and decodes
     sampled latents; None: the model works on pixels. ``conditional`` False: labels are ignored.
-    ``on_unreadable``: stop the run at a bad file, or take the next good one. ``workers``: decoding threads.
+    ``on_unreadable``: stop the run at a bad file, or replace it by a good one. ``workers``: decoding threads.
     """
 
     source: str = "digits"
@@ -194,25 +195,24 @@ class DiffusionConfig:
 class TrainConfig:
     """The training recipe. ``steps`` counts optimiser updates; learning rates are per update.
 
-    ``batch_size``: images in an update, of all processes and ``accumulate`` parts together. ``passes``: both
-    passes of the objective as one batch, or ``in_turn``, each with its backward pass before the next one:
-    three fifths of the activations at a time, in a few percent more time. ``dtype``: what
-    is computed in; statistics are float32. ``weights``: bfloat16 keeps what the network reads, its gradients
-    (with ``accumulate``, their sum is float32) and what runs through its blocks in that dtype; the optimiser
-    has the float32 weights, which are what is saved (``dtype`` bfloat16, not sharded). ``moments``: those of
-    the optimiser; bfloat16 needs ``csrc/``. ``float8``: the blocks' products are in float8, on GPUs that have
-    it, by our kernels or by torchao (``float8_by``). ``keep``: the last so many
-    checkpoints stay, and those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a loss
-    or a gradient that is not finite are left out; after more than so many in a row the run stops.
+    ``batch_size``: images per update, over all processes and all ``accumulate`` micro-batches. ``passes``:
+    run both passes of the objective as one batch (``together``), or ``in_turn``, each followed by its own
+    backward pass: three fifths of the activation memory, for a few percent more time. ``dtype``: compute
+    dtype; statistics are float32. ``weights``: bfloat16 keeps the network's weights, gradients (with
+    ``accumulate``, their sum is float32) and block activations in that dtype; the optimiser keeps float32
+    weights, which are what checkpoints hold (needs ``dtype`` bfloat16, not sharded). ``moments``: dtype of
+    the optimiser's moments; bfloat16 needs ``csrc/``. ``float8``: run the blocks' matmuls in float8, on GPUs
+    that support it, with our kernels or torchao (``float8_by``). ``keep``: how many of the newest checkpoints
+    to keep, besides those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a non-finite
+    loss or gradient are skipped; after more than this many in a row the run stops.
 
-    ``parallel``: of several processes each keeps a part of the weights: among all of them (``fsdp``), or
-    among those of a machine (``hybrid``); or each has all of them, and gradients are averaged behind the
-    passes (``ddp``). ``compile``: each ``block``, the whole ``model`` (not sharded), or nothing.
-    ``cuda_graphs``: a step's passes are one launch, of weights that are not sharded (an H100 at batch 32:
-    half the time).
-    ``checkpointing``: what is computed again in the backward pass, see ``set_checkpointing``.
-    ``async_save``: a checkpoint is written while the training goes on. ``tensorboard`` None: where it is
-    installed. ``wandb``: the project to report to.
+    ``parallel``, with several processes: ``fsdp`` shards weights across all processes; ``hybrid`` shards
+    within a node and replicates across nodes; ``ddp`` replicates weights and averages gradients after the
+    backward passes. ``compile``: each ``block``, the whole ``model`` (not sharded), or ``none``.
+    ``cuda_graphs``: run a step's passes as one graph launch; weights must not be sharded (half the step time
+    on an H100 at batch 32). ``checkpointing``: what to recompute in the backward pass, see
+    ``set_checkpointing``. ``async_save``: write checkpoints in the background while training continues.
+    ``tensorboard`` None: log to it if it is installed. ``wandb``: the project to report to.
     """
 
     steps: int = 1000
@@ -250,20 +250,20 @@ class TrainConfig:
 SamplerName = Literal["ddim", "ddpm", "dpm++", "unipc"]
 SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
 SHARD_SIZE = 1000
-"""Pictures in a file of `mdt-fast sample --out`, if nothing else is said."""
+"""Default number of images per shard of `mdt-fast sample --out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How pictures are drawn. ``num_samples``: by ``mdt-fast sample``; in Python there is one for each label.
+    """Sampling settings. ``num_samples`` applies to ``mdt-fast sample``; in Python each label is one image.
 
-    ``sampler``: ancestral steps (``ddpm``), DDIM with its ``eta``, or diffusers' DPM-Solver++ (``dpm++``) and
-    UniPC, both of order 2. ``scale_pow`` None: constant guidance; else the power-cosine schedule.
-    ``cfg_interval`` (low, high): guidance from original timestep low to high alone, both included; as
-    fractions of the steps if high is at most 1. ``skip_below``: where the guidance weight is nearer to 1 than
-    this, it is taken as 1 and half of the work is saved (0: exact). ``guided_channels``: guidance changes the
-    first so many; None: 3 of 4, as published, else all. ``dtype``: what the model computes in
-    (autocast); noise, steps and pictures are float32.
+    ``sampler``: ancestral sampling (``ddpm``), DDIM with ``eta``, or diffusers' DPM-Solver++ (``dpm++``) and
+    UniPC, both of order 2. ``scale_pow`` None: constant guidance; else the exponent of the power-cosine
+    schedule. ``cfg_interval`` (low, high): guide only from original timestep low to high, both inclusive;
+    fractions of the timesteps if high is at most 1. ``skip_below``: where the guidance weight differs from 1
+    by less than this, use 1, which halves the cost of the step (0: exact). ``guided_channels``: guide only
+    the first N channels; None: 3 of 4, as published, else all. ``dtype``: the model's autocast dtype; noise,
+    sampler steps and images are float32.
     """
 
     num_samples: int = 100
@@ -282,13 +282,13 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSwitches:
-    """What sampling does faster than step by step: all exact, up to rounding.
+    """Optimisations of sampling over the plain loop. All are exact up to rounding.
 
-    ``batched_modulations``: those of a chunk of steps by one product per layer, once for each class.
-    ``shared_embedding``: both halves' patches are embedded once. ``fused_step``: guidance and the step in one
-    kernel (ddpm, ddim). ``skip_unit``: the unconditional half is left out where the weight is 1.
-    ``cuda_graph``: on a GPU, a step is one graph. ``cast_once``: in half types the blocks' weights are cast
-    for a batch and not for every step; the sampler keeps them.
+    ``batched_modulations``: compute the modulations of a chunk of steps with one matmul per layer, once per
+    class. ``shared_embedding``: embed the patches once for both guidance halves. ``fused_step``: guidance and
+    sampler step in one kernel (ddpm, ddim). ``skip_unit``: skip the unconditional half where the guidance
+    weight is 1. ``cuda_graph``: on a GPU, run each step as one CUDA graph. ``cast_once``: in half precision,
+    cast the blocks' weights once per batch rather than per step; the sampler keeps the copies.
     """
 
     batched_modulations: bool = True
@@ -321,7 +321,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Any, where: str = "") -> Any:
-    """Nested dicts back into ``cls``; ``UserError`` names an unknown key or a value of the wrong type."""
+    """Build ``cls`` from nested dicts; ``UserError`` names an unknown key or a value of the wrong type."""
     if not isinstance(values, dict):
         raise UserError(f"{where or 'config'}: expected a table of settings, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)
@@ -340,22 +340,22 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
 
 
 def as_saved(values: Any) -> Any:
-    """A saved configuration in today's terms."""
+    """A saved configuration, upgraded to the current settings."""
     train = values.get("train") if isinstance(values, dict) else None
     if isinstance(train, dict) and train.get("float8") and "float8_by" not in train:
-        return {**values, "train": {**train, "float8_by": "torchao"}}  # there was no other
+        return {**values, "train": {**train, "float8_by": "torchao"}}  # the only one then
     return values
 
 
 def allowed_words(cls: type, section: str, key: str) -> tuple[Any, ...]:
-    """The words that a setting may be, if it is one of several; else none."""
+    """The choices of a setting that is an enumeration; otherwise an empty tuple."""
     hint = typing.get_type_hints(typing.get_type_hints(cls)[section])[key]
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """``UserError`` for a field of a settings' dataclass whose value has the wrong type, or is none of its
-    words; ``prefix`` is put before the field's name."""
+    """``UserError`` for a field of a settings dataclass whose value has the wrong type or is not among its
+    choices; ``prefix`` precedes the field's name in the message."""
     for name, hint in typing.get_type_hints(type(config)).items():
         _checked(hint, getattr(config, name), prefix + name)
 
@@ -365,7 +365,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
-    """``value`` if it fits ``hint`` (an int is taken where a float is asked for)."""
+    """``value`` if it matches ``hint`` (an int is accepted where a float is expected)."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         if value in typing.get_args(hint) and not isinstance(value, bool):

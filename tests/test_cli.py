@@ -196,9 +196,9 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         ([*DIGITS, "--set=modl.depth=3"], "no section 'modl' (did you mean 'model'?)"),
         ([*DIGITS, "--set=depth"], "expected SECTION.KEY=VALUE, got 'depth'"),
         ([*DIGITS, "--set=model.depth=deep"], "model.depth: expected int, got 'deep'"),
-        ([*DIGITS, "--set=model.patch_size=3"], "does not divide by patch_size 3"),
+        ([*DIGITS, "--set=model.patch_size=3"], "is not divisible by patch_size 3"),
         ([*DIGITS, "--image-size=16"], "the digits are 8x8"),
-        ([*DIGITS, "--device=gpu"], "'gpu' is no device"),
+        ([*DIGITS, "--device=gpu"], "unknown device 'gpu'"),
         ([*DIGITS, "--device=cuda:99"], "'cuda:99' asked for"),
         (["train", "--out=x", "--data=nowhere"], "no folder 'nowhere'"),
         (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),
@@ -252,9 +252,9 @@ def test_mistakes(
 
 
 def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "already holds a run; go on with --resume auto" in error(capsys, *TINY, f"--out={run}")
+    assert "already holds a run; resume it with --resume auto" in error(capsys, *TINY, f"--out={run}")
     changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--seed=1", "--steps=6")
-    assert "--seed: cannot change when a run goes on" in changed
+    assert "--seed: cannot be changed on resume" in changed
 
 
 def test_a_learning_rate_may_be_lowered(

@@ -177,7 +177,7 @@ def test_mistakes_are_one_line(
         ([*good, "--dtype=float61"], "--dtype: 'float61' is not known (did you mean 'float16'?)"),
         ([*good, "--crop=random"], "--crop: 'random' is not known; known: center"),
         ([*good, "--shardsize=8"], "unknown argument '--shardsize' (did you mean '--shard-size'?)"),
-        ([*good, "--device=tpu9"], "--device: 'tpu9' is no device"),
+        ([*good, "--device=tpu9"], "--device: unknown device 'tpu9'"),
         ([*good, f"--vae={tmp_path}"], "vae: no autoencoder in"),
         ([str(tmp_path / "nowhere"), *good[1:]], "data.source: no folder"),
         ([f"--out={tmp_path / 'nowhere'}", "--verify"], "index.json: missing"),

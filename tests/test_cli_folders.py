@@ -74,7 +74,7 @@ def test_a_class_that_came_later_is_named(
     picture(tmp_path / "zz" / "0.png", 9)
     run = numbers / "run"
     said = error(capsys, "train", f"--data={tmp_path}", f"--out={run}", "--resume=auto", "--steps=3")
-    assert said == f"--data: its classes are not those of the run in {str(run)!r}: 1 new (zz)"
+    assert said == f"--data: its classes differ from those of the run in {str(run)!r}: 1 new (zz)"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_broken_files_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.
     ]
     assert main([*arguments, "--steps=6", f"--out={tmp_path / 'run'}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: 2 images left out, others in their place, the first: " in said
+    assert "warning: 2 unreadable images replaced by others; the first: " in said
     assert said.count("images left out") <= 2
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 6
 

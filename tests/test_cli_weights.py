@@ -148,7 +148,7 @@ def test_what_weights_are_taken_as_is_told(
     options = (f"--vae={tiny_vae}", "--num-samples=1")
     pictures(str(published), *options, out=tmp_path / "x.npz")
     said = capsys.readouterr().out
-    assert "taken as the published mdt-s8: 1000 classes, 2 blocks of decoder" in said
+    assert "taken as the published mdt-s8: 1000 classes, 2 decoder blocks" in said
     assert "warning" not in said  # of an average that would still be young
 
 
@@ -222,7 +222,7 @@ def test_a_pipeline_of_weights(published: Path, tiny_vae: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("pos_embed"), "no weights of an MDT, MDTv2 or DiT (lacks 'pos_embed')"),
+        (lambda state: state.pop("pos_embed"), "not weights of an MDT, MDTv2 or DiT (lacks 'pos_embed')"),
         (lambda state: state["pos_embed"].fill_(float("nan")), "weights that are not finite"),
         (
             lambda state: state.update(mask_token=torch.full((1, 1, 384), 1e300, dtype=torch.float64)),
@@ -246,7 +246,7 @@ def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, ca
     assert main(["convert", str(trained), str(file)]) == 0
     grid = f"--grid={tmp_path / 'x.png'}"
     save_file(load_file(file), bare)
-    message = f"{bare}: no published model has this shape, and the file does not say its configuration"
+    message = f"{bare}: no published model has this shape, and the file has no configuration"
     assert message in error(capsys, "sample", str(bare), grid)
     assert message in error(capsys, "export", str(bare), str(tmp_path / "x.pt2"))
     with pytest.raises(UserError, match="no published model has this shape"):
@@ -262,13 +262,16 @@ def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, ca
     ("changes", "message"),
     [
         ({"model": {"depth": 10**9}}, "weights of another model: depth 4 instead of 1000000000"),
-        ({"model": {"num_classes": 10**18}}, "its label table has 11 rows, its model 1000000000000000000"),
+        (
+            {"model": {"num_classes": 10**18}},
+            "its label table has 11 rows, but its model 1000000000000000000",
+        ),
         ({"model": {"wings": 2}}, "its 'model' cannot be read: "),
         ({"diffusion": {"diffusion_steps": 10**15}}, "diffusion.diffusion_steps: allowed are 1 to 100000"),
         ({"diffusion": []}, "its 'diffusion' cannot be read: "),
         ({"sample": {"cfg_interval": [1]}}, "its 'sample' cannot be read: "),
-        ({"classes": ["a"] * 11}, "has 11 classes, its model 10"),
-        ({"classes": []}, "has 0 classes, its model 10"),
+        ({"classes": ["a"] * 11}, "has 11 classes, but its model 10"),
+        ({"classes": []}, "has 0 classes, but its model 10"),
         ({"classes": [1]}, "its 'classes' cannot be read: [1]"),
         ({"step": True}, "its 'step' cannot be read: True"),
         ({"latents": []}, "its 'latents' cannot be read: []"),

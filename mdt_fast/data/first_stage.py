@@ -139,7 +139,7 @@ def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") 
         raise UserError(f"data.channels: {config.channels}, but data.vae takes {found.image_channels}")
     if config.image_size % found.factor:
         raise UserError(
-            f"data.image_size: {config.image_size} does not divide by {found.factor}, the pixels per latent "
+            f"data.image_size: {config.image_size} is not divisible by {found.factor}, the pixels per latent "
             "of data.vae"
         )
     size = config.image_size // found.factor

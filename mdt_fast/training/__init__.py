@@ -1,4 +1,4 @@
-"""Training: optimisers, checkpoints, metrics and the loop."""
+"""Training: optimisers, checkpoints, metrics and the training loop."""
 
 from ..optim import FusedAdamW, FusedAdan
 from .from_weights import load_run

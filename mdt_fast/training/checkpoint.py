@@ -1,10 +1,10 @@
-"""Checkpoints: complete or not there, checked when read, never pickled.
+"""Checkpoints: complete or absent, verified when read, never pickled.
 
 A checkpoint is a folder ``checkpoints/step_0000940/`` with ``model/``, ``ema/`` and ``optimizer/``, which
-torch.distributed.checkpoint writes as safetensors, a file from each process, and ``state.json`` (step,
-configuration, versions, and the SHA-256 of every file, itself included). It is written under a temporary name
-beside its place, flushed to the disk and then renamed; so a run killed at any moment leaves only complete
-ones (``saving.py``). When a run goes back to an earlier one, the later ones are set aside, not deleted.
+torch.distributed.checkpoint writes as safetensors, one file per process, and ``state.json`` (step,
+configuration, versions, and the SHA-256 of every file, itself included). It is written under a temporary
+name, flushed to disk and then renamed, so a run killed at any moment leaves only complete checkpoints
+(``saving.py``). When a run resumes from an earlier checkpoint, later ones are renamed, not deleted.
 """
 
 import hashlib
@@ -34,30 +34,30 @@ from .distributed import World
 FORMAT = 2
 STATE = "state.json"
 PARTS = MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
-METRICS = "metrics"  # in the optimizer's part, only if the run was stopped between two rows of its metrics
+METRICS = "metrics"  # in the optimizer part, only if the run was saved between two rows of its metrics
 NAME = re.compile(r"step_(\d{7,})")
 PARTIAL = ".partial_"
 UNREADABLE = (
     OSError, safetensors.SafetensorError, dcp.api.CheckpointException, KeyError, ValueError, TypeError,
     AttributeError,
 )  # fmt: skip
-"""What reading files raises that somebody has made by hand."""
+"""Exceptions that reading hand-made files can raise."""
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is torn, truncated or edited."""
+    """A checkpoint is incomplete, truncated or edited."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: ``state.json`` is verified, tensor files are when ``verify`` is called."""
+    """An opened checkpoint: ``state.json`` is verified; ``verify`` checks the tensor files."""
 
     path: Path
     state: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """How many updates the weights have had."""
+        """Number of updates the weights have had."""
         return self.state["step"]
 
     @property
@@ -80,7 +80,7 @@ class Checkpoint:
         return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
 
     def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
-        """The whole tensors of a part whose names start with ``prefix``, on the CPU."""
+        """The tensors of a part whose names start with ``prefix``, unsharded and on the CPU."""
         whole = {
             name: torch.empty(shape, dtype=dtype)
             for name, (shape, dtype) in self.shapes(part).items()
@@ -89,16 +89,16 @@ class Checkpoint:
         return self.fill(part, whole)
 
     def fill(self, part: str, tensors: dict[str, Tensor], world: World | None = None) -> dict[str, Tensor]:
-        """Read a part into ``tensors``, by name; of sharded ones each process its own rows, however many
-        processes wrote them. ``UserError`` if one is missing or of another shape."""
+        """Read a part into ``tensors`` by name. For sharded tensors each process reads its own rows, however
+        many processes wrote them. ``UserError`` if one is missing or has another shape or dtype."""
         shapes, world = self.shapes(part), world or World()
         for name, tensor in tensors.items():
             if name not in shapes:
-                raise UserError(f"{self.path / part}: has no {name!r}, which this model needs")
+                raise UserError(f"{self.path / part}: lacks {name!r}, which this model needs")
             shape, dtype = shapes[name]
             if (shape, dtype) != (tensor.shape, tensor.dtype):
                 needed = f"{tensor.dtype} {list(tensor.shape)}"
-                raise UserError(f"{self.path / part}: {name!r} is {dtype} {list(shape)}, {needed} is needed")
+                raise UserError(f"{self.path / part}: {name!r} is {dtype} {list(shape)}, expected {needed}")
         quiet()
         with self._readable(part) as reader:
             dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
@@ -106,7 +106,7 @@ class Checkpoint:
 
     def verify(self, *parts: str, world: World | None = None) -> None:
         """Raise ``DamagedCheckpointError``, naming the file, unless all files of these parts (default: all)
-        are the ones that were written. Each process reads some of them."""
+        are exactly as written. Each process reads some of them."""
         world = world or World()
         files = sorted(file for file in self.state["files"] if not parts or file.split("/")[0] in parts)
         wrong = None
@@ -125,7 +125,7 @@ class Checkpoint:
         try:
             size = path.stat().st_size
             sha256 = sha256_of(path)
-        except OSError as error:  # a trainer may be deleting it just now
+        except OSError as error:  # a running trainer may be deleting it right now
             raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         if size != expected["bytes"]:
             verb = "truncated" if size < expected["bytes"] else "edited"
@@ -149,21 +149,21 @@ class Checkpoint:
 
 
 def _what_it_is(path: Path) -> str:
-    """What a user may have taken for a run, and what to do with it."""
+    """What ``path`` is instead of a run, and what to do with it, as the end of an error message."""
     if path.name == "checkpoints" and path.is_dir():
         return f"; its run is {str(path.parent)!r}"
     if (path / "model_index.json").exists():
         return ", but a pipeline: MDTPipeline.from_pretrained reads it (docs/diffusers.md)"
     if path.is_file():
         return (
-            f", but a file; of weights, 'mdt-fast convert {path} RUN' makes a run that can be drawn from "
-            "and trained"
+            f", but a file; if it holds weights, 'mdt-fast convert {path} RUN' makes a run to sample from "
+            "or train"
         )
     return f" (no checkpoints/ and no {STATE} in it)"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``, or the newest of the run at ``path``. ``UserError`` says what is wrong."""
+    """Open the checkpoint at ``path``, or the newest of the run at ``path``. ``UserError`` if it cannot."""
     if not path.exists():
         raise UserError(f"no run or checkpoint at {str(path)!r}")
     if (path / "checkpoints").is_dir():
@@ -184,7 +184,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedCheckpointError(f"{file}: truncated or edited, it is not what was written") from None
     if signed != actual:
-        raise DamagedCheckpointError(f"{file}: edited or damaged, its own SHA-256 does not fit")
+        raise DamagedCheckpointError(f"{file}: edited or damaged, its own SHA-256 does not match")
     if state.get("format") != FORMAT:
         raise UserError(f"{file}: format {state.get('format')}; this version reads format {FORMAT}")
     if not _is_complete(state):
@@ -195,7 +195,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether this is the folder of a run, or of a checkpoint, whole or not."""
+    """Whether this is the folder of a run or of a checkpoint, complete or not."""
     return (path / "checkpoints").is_dir() or bool(NAME.search(path.name)) or (path / STATE).exists()
 
 
@@ -206,18 +206,18 @@ def steps(run: Path) -> list[Path]:
 
 
 def number_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
+    """The newest complete checkpoint of a run, or None."""
     found = steps(run)
     return found[-1] if found else None
 
 
 def newest_good(run: Path) -> Path | None:
-    """The newest checkpoint of a run in which every file is as it was written."""
+    """The newest checkpoint of a run in which every file is intact, or None."""
     for path in reversed(steps(run)):
         try:
             open_checkpoint(path).verify()
@@ -228,7 +228,7 @@ def newest_good(run: Path) -> Path | None:
 
 
 def make_folder(run: Path) -> None:
-    """The folder for checkpoints. ``UserError`` now, rather than at the first save, if it is not writable."""
+    """Make the folder for checkpoints. ``UserError`` if it is not writable, before the first save fails."""
     folder = run / "checkpoints"
     probe = folder / f"{PARTIAL}probe"
     try:
@@ -241,7 +241,7 @@ def make_folder(run: Path) -> None:
 
 
 def set_aside_later(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after ``step`` to ``superseded_...``: the run goes on without them."""
+    """Rename the checkpoints after ``step`` to ``superseded_...``: the run continues without them."""
     moved = []
     for path in steps(run):
         if number_of(path) > step:
@@ -266,9 +266,9 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make the folder and keep a second process from training in it.
+    """Make the run's folder and lock it, so that no second process trains in it.
 
-    The lock ends with the process, however it ends. What was made here is removed again if the block raises
+    The lock ends with the process, however it ends. Folders made here are removed again if the block raises
     before anything is written.
     """
     if run.exists() and not run.is_dir():
@@ -295,7 +295,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def _lock(file: TextIO) -> bool:
-    """Whether the file is ours until it is closed; always where there are no such locks."""
+    """Lock the file until it is closed; False if another process has it. Always True without file locks."""
     try:
         import fcntl
     except ImportError:
@@ -304,13 +304,13 @@ def _lock(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a network's file system that has none
+    except OSError:  # a network file system without locks
         return True
     return True
 
 
 def _is_complete(state: dict[str, Any]) -> bool:
-    """Whether everything that is read from ``state.json`` is there."""
+    """Whether ``state.json`` has every entry that is read from it."""
     for key, kind in (
         ("step", int), ("config", dict), ("classes", list), ("num_images", int), ("optimizer_groups", list),
         ("files", dict), ("streak", int), ("skipped", int),
@@ -326,7 +326,7 @@ def _is_complete(state: dict[str, Any]) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run left that was killed while it saved, but for what cannot be removed."""
+    """Remove what a run killed while saving left behind; skip what cannot be removed."""
     for leftover in folder.glob(f"{PARTIAL}*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -336,19 +336,19 @@ def clear(folder: Path) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Out of sight in one rename first, so that a kill half-way leaves no torn checkpoint."""
+    """Delete a checkpoint. It is renamed first, so that a kill half-way leaves no incomplete checkpoint."""
     doomed = checkpoint.with_name(PARTIAL + checkpoint.name)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def sign(state: dict[str, Any]) -> str:
-    """The SHA-256 of a state, as its file has it."""
+    """The SHA-256 of a state, as stored in its file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a line; of the causes that torch.distributed.checkpoint collects the first."""
+    """The error in one line; for torch.distributed.checkpoint's collected errors, the first of them."""
     if isinstance(error, dcp.api.CheckpointException):
         for cause, _ in error.failures.values():
             return reason(cause)
@@ -356,5 +356,5 @@ def reason(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """From now on no warning that there is a single process, which is what is meant."""
+    """Silence, from now on, the warning that there is a single process; that is intended."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

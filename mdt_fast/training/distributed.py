@@ -1,8 +1,8 @@
-"""The processes of a run: one, or those that torchrun (or Slurm) started, told by RANK and WORLD_SIZE.
+"""The processes of a run: one, or those started by torchrun (or Slurm), read from RANK and WORLD_SIZE.
 
-Two process groups: the default one moves parameters and gradients (NCCL on CUDA, gloo on a CPU), the
-``control`` one, always gloo, what the host has to know: a signal, a bad image, losses to be logged. Neither a
-device nor another process is waited for in a step but for the control message of the step before.
+The default process group moves parameters and gradients (NCCL on CUDA, gloo on a CPU). The ``control`` group,
+always gloo, carries what the host must know: signals, bad images, losses to log. Within a step the host waits
+neither for a device nor for another process, except for the control message of the previous step.
 """
 
 import os
@@ -26,25 +26,25 @@ STORE_TIMEOUT, REPORT_TIMEOUT = timedelta(minutes=5), timedelta(seconds=5)
 
 @dataclass
 class World:
-    """``rank`` of ``size`` processes, ``local_size`` of them on this machine."""
+    """This process: ``rank`` of ``size`` processes, ``local_size`` of them on this node."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     control: Any = None
-    checkpoints: Any = None  # a group of its own: a checkpoint is written beside the training
+    checkpoints: Any = None  # a separate group, because checkpoints are written during training
     _pending: tuple[Tensor, Any] | None = field(default=None, repr=False)
 
     @property
     def main(self) -> bool:
-        """Whether this process prints and writes what there is one of."""
+        """Whether this process is rank 0, which prints and writes shared files."""
         return self.rank == 0
 
     def agree(self, flag: int) -> int:
-        """The largest ``flag`` of all processes in the call before this one (0 in the first), alike on all.
+        """The largest ``flag`` of all processes in the previous call (0 in the first); the same on all ranks.
 
-        It costs no waiting, as the answer had a whole step to come. Alone: ``flag`` itself.
+        This hardly waits, as the answer had a whole step to arrive. With one process: ``flag`` itself.
         """
         if self.size == 1:
             return flag
@@ -54,7 +54,7 @@ class World:
         return agreed
 
     def settle(self) -> int:
-        """The answer to the last :meth:`agree`, waited for."""
+        """Wait for the answer to the last :meth:`agree` and return it."""
         if self._pending is None:
             return 0
         message, work = self._pending
@@ -63,7 +63,7 @@ class World:
         return int(message)
 
     def together(self, tensor: Tensor) -> list[Tensor]:
-        """``tensor`` (on the CPU, of one shape everywhere) of every process, by rank."""
+        """All-gather ``tensor`` (on the CPU, same shape on every rank); returns one tensor per rank."""
         if self.size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -71,7 +71,7 @@ class World:
         return parts
 
     def from_main(self, value: Any) -> Any:
-        """What process 0 passes, on all."""
+        """Broadcast rank 0's ``value`` to all ranks."""
         if self.size == 1:
             return value
         box = [value]
@@ -79,7 +79,7 @@ class World:
         return box[0]
 
     def everyones(self, value: Any, group: Any = None) -> list[Any]:
-        """What every process passes, by rank."""
+        """All-gather ``value``; returns one value per rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -92,12 +92,12 @@ class World:
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of processes) by the environment; (0, 1) where nothing launched several."""
+    """(rank, number of processes) from the environment; (0, 1) without a launcher."""
     try:
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
         raise UserError(
-            f"RANK and WORLD_SIZE: {os.environ.get('RANK')!r} and {os.environ.get('WORLD_SIZE')!r} are no "
+            f"RANK and WORLD_SIZE: {os.environ.get('RANK')!r} and {os.environ.get('WORLD_SIZE')!r} are not "
             "whole numbers; start the run with torchrun"
         ) from None
     return rank, size
@@ -105,9 +105,9 @@ def launched() -> tuple[int, int]:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """This process's place among those of the run, connected to the others until the block is left.
+    """Join the run's process group for the duration of the block; yields this process's :class:`World`.
 
-    ``UserError`` if they cannot be connected.
+    ``UserError`` if the processes cannot connect.
     """
     rank, size = launched()
     if size == 1:
@@ -121,7 +121,7 @@ def joined(device: torch.device) -> Iterator[World]:
     try:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps its store when it starts lost processes again; their old addresses stay in it.
+            # torchrun keeps its store when it restarts processes, with their old addresses still in it.
             store = dist.PrefixStore(f"mdt_fast/attempt_{_attempt()}", _torchruns_store(STORE_TIMEOUT))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         else:
@@ -138,21 +138,21 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def let_go(patience: float = 10.0) -> None:
-    """Waits, ``patience`` seconds at most, until gloo's threads hold no tensors of finished collectives.
+    """Wait, ``patience`` seconds at most, until gloo's threads hold no tensors of finished collectives.
 
-    A collective is over for its caller before the thread that ran it drops its tensors, which takes the
-    interpreter's lock; asking for it while the interpreter shuts down ends in an abort, and with the process
-    group such a thread outlives :func:`torch.distributed.destroy_process_group`. Linux tells who is at work.
+    A collective returns to its caller before the thread that ran it drops its tensors, which takes the GIL.
+    Taking the GIL while the interpreter shuts down aborts the process, and such a thread can outlive
+    :func:`torch.distributed.destroy_process_group`. Linux reports which threads are running.
     """
     until, idle = time.monotonic() + patience, 0
     while idle < 2 and time.monotonic() < until:
-        time.sleep(0.001)  # one that waited for the lock as it was looked at, has it at the second look
+        time.sleep(0.001)  # a thread that was waiting for the GIL at the first look has it at the second
         idle = 0 if any(_runs(task) for task in Path("/proc/self/task").glob("*")) else idle + 1
 
 
 def _runs(task: Path) -> bool:
-    """Whether it is one of gloo's threads and runs, or would if it had a processor."""
-    with suppress(OSError):  # it ended meanwhile
+    """Whether ``task`` is one of gloo's threads and is running or runnable."""
+    with suppress(OSError):  # it has ended meanwhile
         name, _, state = task.joinpath("stat").read_text().partition("(")[2].rpartition(") ")
         return "gloo" in name and state.startswith(("R", "D"))
     return False
@@ -160,7 +160,7 @@ def _runs(task: Path) -> bool:
 
 @contextmanager
 def losses_named(world: World) -> Iterator[None]:
-    """What another process's end raises here, when it is next waited for, becomes a ``UserError``."""
+    """Turn the error that a lost process causes here, when next waited for, into a ``UserError``."""
     try:
         yield
     except RuntimeError as error:
@@ -170,7 +170,7 @@ def losses_named(world: World) -> Iterator[None]:
 
 
 def is_loss(error: BaseException, world: World) -> bool:
-    """Whether ``error`` comes from another process's end."""
+    """Whether ``error`` was caused by the loss of another process."""
     words = ("gloo", "NCCL", "onnection", "Broken pipe", "ocket", "peer")
     told = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
     return world.size > 1 and isinstance(error, RuntimeError) and told
@@ -182,22 +182,22 @@ def _first_line(error: Exception) -> str:
 
 
 def first_to_report() -> bool:
-    """Whether no other process of the run has said why it ends: the first one's reason is the reason."""
+    """Whether this is the first process of the run to report an error; only the first one prints."""
     if launched()[1] == 1:
         return True
-    with suppress(Exception):  # a store that is gone as well: better twice than not at all
+    with suppress(Exception):  # if the store is gone too, better to report twice than not at all
         return _torchruns_store(REPORT_TIMEOUT).add(f"mdt_fast/reported_{_attempt()}", 1) == 1
     return True
 
 
 def warnings_of_launch() -> list[str]:
-    """What is wrong with how several machines' processes were started, as far as it shows."""
+    """Warnings about how a multi-node run was launched, as far as this can be detected."""
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     if not several or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return []
     return [
-        "warning: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not 1: after a restart that not all machines have "
-        "counted, their processes will not find each other; export it on all of them"
+        "warning: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not 1: after a restart that not all nodes have "
+        "counted, their processes will not find each other; export it as 1 on all nodes"
     ]
 
 
@@ -211,8 +211,8 @@ def _torchruns_store(timeout: timedelta) -> dist.Store:
 
 
 def leave(code: int) -> int:
-    """``code``, to exit with. One process of several ends at once: its threads may wait for others that are
-    gone."""
+    """Return ``code`` to exit with. With several processes, exit at once instead, because threads may be
+    waiting for lost processes."""
     if launched()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()

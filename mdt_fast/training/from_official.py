@@ -1,4 +1,4 @@
-"""A run that goes on from the files of the official training loop, or starts from published weights."""
+"""Makes a run that resumes from files of the official training loop, or starts from published weights."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ from .states import SKIPPED, all_finite, described
 
 TABLE, INITIAL_SPREAD = "y_embedder.embedding_table.weight", 0.02
 OPTIONS = ("betas", "eps", "no_prox", "step", "caution", "amsgrad", "maximize", "decoupled_weight_decay")
-"""What is taken of a group of the optimiser; learning rate and weight decay are the configuration's."""
+"""Options taken from the optimiser's group; learning rate and weight decay come from the configuration."""
 
 
 @dataclass(frozen=True)
 class PackedOptimizer:
-    """An official optimiser's ``state_dict``, as read: ``state`` by the number in ``group["params"]``."""
+    """An official optimiser's ``state_dict`` as read; ``state`` is keyed by ids in ``group["params"]``."""
 
     path: Path
     state: dict[int, dict[str, Any]]
@@ -48,13 +48,14 @@ class PackedOptimizer:
 
     @property
     def updates(self) -> int:
-        """How many it has counted."""
+        """Number of updates the optimiser has counted."""
         steps = [self.group.get("step", 0), *(entries.get("step", 0) for entries in self.state.values())]
         return max(int(step) for step in steps)
 
 
 def read_optimizer(path: Path) -> PackedOptimizer:
-    """``UserError`` for a file that is damaged, or holds no state of an optimiser with one group."""
+    """Read an optimiser file. ``UserError`` if it is damaged, or holds no state of an optimiser with one
+    parameter group."""
     packed = read_saved(path, mmap=True)
     try:
         state, (group,) = dict(packed["state"]), packed["param_groups"]
@@ -68,7 +69,7 @@ def read_optimizer(path: Path) -> PackedOptimizer:
             return found
     except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError):
         pass  # whatever else the file holds
-    raise UserError(f"{path}: holds no state of AdamW or Adan with one group of parameters")
+    raise UserError(f"{path}: holds no state of AdamW or Adan with one parameter group")
 
 
 def make_run(
@@ -78,11 +79,11 @@ def make_run(
     weights: Mapping[str, Tensor],
     packed: PackedOptimizer | None,
 ) -> list[str]:
-    """Make the folder ``run``, whose checkpoint of step ``files.step`` is what the files hold.
+    """Make the folder ``run`` with a checkpoint of step ``files.step`` that holds what the files hold.
 
-    ``weights``: those of ``files.model``; the average is the file of rate ``config.train.ema_decay``, or a
-    copy of the weights. Without ``packed`` the moments start at zero. Returns what there is to say.
-    ``UserError``, before anything is written, if the files, the settings and the data do not fit together.
+    ``weights``: those of ``files.model``; the EMA is the file of rate ``config.train.ema_decay``, or a copy
+    of the weights. Without ``packed`` the moments start at zero. Returns notes to print. ``UserError``,
+    before anything is written, if files, settings and data are inconsistent.
     """
     check_settings(config)
     average = files.averages.get(config.train.ema_decay)
@@ -110,7 +111,7 @@ def make_run(
             saver.save(files.step, parts, state)
         except UserError:
             with suppress(OSError):
-                (run / "checkpoints").rmdir()  # if it is there and empty: the folder was no run before
+                (run / "checkpoints").rmdir()  # if it exists and is empty: the folder was not a run before
             raise
         finally:
             saver.close()
@@ -120,7 +121,7 @@ def make_run(
 
 
 def refuse_used(run: Path) -> None:
-    """``UserError`` if there is a run in the folder."""
+    """``UserError`` if the folder already holds a run."""
     if checkpoint.latest(run) or any((run / name).exists() for name in ("metrics.jsonl", "config.json")):
         raise UserError(f"{str(run)!r} already holds a run; choose another folder")
 
@@ -132,7 +133,7 @@ def _remarks(
         if config.train.ema_decay not in files.averages:
             yield (
                 f"warning: no ema_{config.train.ema_decay}_{files.label:06d}.pt beside {files.model.name}: "
-                "the average starts as a copy of the weights"
+                "the EMA starts as a copy of the weights"
             )
         if packed is None:
             yield (
@@ -141,21 +142,21 @@ def _remarks(
             )
     if packed is not None and packed.updates != files.step:
         yield (
-            f"{packed.path.name} has counted {packed.updates} updates, the label says {files.step}: the "
-            "official loop counts one less each time it is resumed"
+            f"{packed.path.name} has counted {packed.updates} updates, but the label says {files.step}: the "
+            "official loop's label falls behind by one each time it is resumed"
         )
     if len(classes) < config.model.num_classes:
-        anew = "" if packed else f"; --set model.num_classes={len(classes)} begins it anew"
+        anew = "" if packed else f"; --set model.num_classes={len(classes)} makes a new table"
         yield (
-            f"the data has {len(classes)} classes, the weights {config.model.num_classes}: the first rows of "
-            f"the label table are theirs{anew}"
+            f"the data has {len(classes)} classes, the weights {config.model.num_classes}: the data uses the "
+            f"first rows of the label table{anew}"
         )
     if files.step >= config.train.steps:
-        yield f"train.steps is {config.train.steps}: pass --steps N with a larger one to train on"
+        yield f"train.steps is {config.train.steps}: pass --steps N with a larger number to continue training"
 
 
 def _parameters(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The parameters in float32, without the buffers. ``UserError`` unless they are such a model's."""
+    """The parameters in float32, without buffers. ``UserError`` unless they fit a model of ``config``."""
     with torch.device("meta"):
         model = build_model(config)
     state = _of_classes(config, _of_size(config, state))
@@ -167,8 +168,8 @@ def _parameters(config: ModelConfig, state: Mapping[str, Tensor], path: Path) ->
 
 
 def _of_size(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """For inputs of the configuration's size, if these are weights of such a model in another one."""
-    with suppress(KeyError, ValueError, IndexError, ZeroDivisionError):  # of other weights others say more
+    """Resize to the configuration's input size, if these are weights of the same model for another size."""
+    with suppress(KeyError, ValueError, IndexError, ZeroDivisionError):  # later checks report bad weights
         found = shape_of(state)
         if found["family"] == config.family and found["patch_size"] == config.patch_size:
             return resize_weights(state, config.input_size)
@@ -176,7 +177,7 @@ def _of_size(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, T
 
 
 def _of_classes(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """With a label table that begins anew where these weights have other classes, but for the null class."""
+    """Make a new label table if the number of classes differs; only the null class keeps its row."""
     table, null = state.get(TABLE), config.class_dropout_prob > 0
     rows = config.num_classes + null
     if table is None or table.ndim != 2 or len(table) == rows:
@@ -190,7 +191,7 @@ def _of_classes(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str
 def _optimizer(
     config: RunConfig, packed: PackedOptimizer | None
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimiser's part of a checkpoint, by name, and its groups."""
+    """The optimiser part of a checkpoint, by name, and its parameter groups."""
     parameters = parameters_of(config.model)
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     optimizer = build_optimizer([p for _, p in trained], config.train)
@@ -200,9 +201,9 @@ def _optimizer(
         return tensors, [group]
     path, ids = packed.path, packed.group["params"]
     if packed.kind != config.train.optimizer:
-        raise UserError(f"train.optimizer: {config.train.optimizer!r}, but {path} is of {packed.kind}")
+        raise UserError(f"train.optimizer: {config.train.optimizer!r}, but {path} is from {packed.kind}")
     if len(ids) not in (len(parameters), len(trained)):
-        raise UserError(f"{path}: state of {len(ids)} parameters, the model has {len(parameters)}")
+        raise UserError(f"{path}: has state of {len(ids)} parameters, but the model has {len(parameters)}")
     owners = parameters if len(ids) == len(parameters) else trained
     own = {number: owner for number, owner in zip(ids, owners) if owner[1].requires_grad}
     state = {number: entries for number, entries in packed.state.items() if number in own and entries}

@@ -1,4 +1,4 @@
-"""A file of weights, for what draws: opened as a run's checkpoint is."""
+"""Weights files for sampling, opened like a run's checkpoint."""
 
 import json
 import math
@@ -32,27 +32,27 @@ from .settings import check_settings
 from .states import model_of
 
 SD_SCALE = 0.18215
-"""What the latents of the published models were multiplied by."""
+"""The scaling factor of the published models' latents."""
 WRITTEN = {"model": ModelConfig, "diffusion": DiffusionConfig, "sample": SampleConfig}
 KINDS: dict[str, Any] = {
     **dict.fromkeys(WRITTEN, dict), "classes": list, "latents": dict | None, "step": int,
 }  # fmt: skip
-"""What ``mdt-fast convert`` writes beside a run's weights."""
+"""The metadata that ``mdt-fast convert`` writes with a run's weights, with types."""
 
 
 @dataclass(frozen=True)
 class WeightsFile(Checkpoint):
-    """``weights`` in float32, with what a checkpoint's ``state.json`` would say of them. ``taken``: as which
-    published model; None: the file says its configuration."""
+    """``weights`` in float32, with the state that a checkpoint's ``state.json`` would hold. ``taken``: the
+    published model that the weights are taken as; None: the file has its configuration."""
 
     weights: Mapping[str, Tensor]
     taken: str | None
 
     @property
     def note(self) -> str | None:
-        """What there is to say of weights that say nothing."""
+        """A note on weights without a configuration; otherwise None."""
         model = self.config.model
-        blocks = f", {model.decode_layer} blocks of decoder" if model.family == "mdt" else ""
+        blocks = f", {model.decode_layer} decoder blocks" if model.family == "mdt" else ""
         classes = f"{model.num_classes} classes" if self.config.data.conditional else "no classes"
         return self.taken and f"taken as the published {self.taken}: {classes}{blocks}"
 
@@ -61,16 +61,16 @@ class WeightsFile(Checkpoint):
 
 
 def open_for_drawing(path: Path, part: str, use: str) -> Checkpoint:
-    """:func:`~mdt_fast.training.run.open_or_advise` for ``part`` of a run, or a file of weights.
+    """:func:`~mdt_fast.training.run.open_or_advise` for ``part`` of a run, or open a weights file.
 
-    A file that ``mdt-fast convert`` wrote of a run says all that the run does; others are taken as published
-    models, by their shape. ``UserError`` for weights of another shape, damaged ones, and another part than
-    ``ema``, of which a file has but the one.
+    A file that ``mdt-fast convert`` made from a run has the run's configuration; others are taken as
+    published models, by their shape. ``UserError`` for weights of any other shape, damaged ones, and a part
+    other than ``ema``, as a file has only one set of weights.
     """
     if path.is_dir() or path.suffix not in SUFFIXES:
         return open_or_advise(path, [part], use)
     if part != EMA:
-        raise UserError(f"weights: {part!r} is of a run; {path} has one set of weights")
+        raise UserError(f"weights: {part!r} is for runs; {path} has one set of weights")
     weights = read_weights(path)
     said = what_is_said(path)
     config, taken = _config(path, weights, said)
@@ -89,17 +89,19 @@ def open_for_drawing(path: Path, part: str, use: str) -> Checkpoint:
         "files": {f"{EMA}/weights": {"sha256": sha256_of(path)}},
     }
     if not 1 <= len(state["classes"]) <= config.model.num_classes:
-        raise UserError(f"{path}: has {len(state['classes'])} classes, its model {config.model.num_classes}")
+        raise UserError(
+            f"{path}: has {len(state['classes'])} classes, but its model {config.model.num_classes}"
+        )
     return WeightsFile(path, state, floats, taken)
 
 
 def load_run(run: str | Path, weights: str = "ema") -> Transformer:
-    """The model that a run has trained, on the CPU and in eval mode: with the averaged weights, or with
-    ``weights`` "model" those of the last step.
+    """Load a run's model, on the CPU and in eval mode: with the EMA weights, or with ``weights`` "model"
+    those of the last step.
 
-    ``run``: its folder, one of its checkpoints (``run/checkpoints/step_0001000``), or a file of weights, as
-    ``mdt-fast convert`` writes them and models were published. ``UserError`` if there is none, or it is
-    damaged, and for weights of no published shape that do not say theirs.
+    ``run``: its folder, one of its checkpoints (``run/checkpoints/step_0001000``), or a weights file, written
+    by ``mdt-fast convert`` or published. ``UserError`` if it is missing or damaged, and for weights without
+    a configuration that match no published shape.
     """
     if weights not in (EMA, MODEL):
         raise UserError(f"weights: allowed are ema and model, got {weights!r}")
@@ -107,26 +109,26 @@ def load_run(run: str | Path, weights: str = "ema") -> Transformer:
 
 
 def said_by_weights(file: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
-    """What the weights say of the model's shape, and the rows of their label table."""
+    """The model's shape as read from the weights, and the number of rows of their label table."""
     try:
         return shape_of(weights), label_rows(weights)
     except KeyError as error:
-        raise UserError(f"{file}: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
+        raise UserError(f"{file}: not weights of an MDT, MDTv2 or DiT (lacks {error})") from None
     except (ValueError, IndexError, ZeroDivisionError):
-        raise UserError(f"{file}: no weights of an MDT, MDTv2 or DiT (shapes of none)") from None
+        raise UserError(f"{file}: not weights of an MDT, MDTv2 or DiT (shapes do not match)") from None
 
 
 def written(beside: Mapping[str, str], name: str) -> dict[str, Any]:
-    """A section of the configuration that ``convert`` has written beside a run's weights; of others {}."""
+    """A section of the configuration that ``convert`` wrote with a run's weights; {} if there is none."""
     try:
         values = json.loads(beside.get(name, "null"))
         return {} if values is None else to_dict(from_dict(WRITTEN[name], values))
-    except (ValueError, RecursionError):  # another's, who has other things to say
+    except (ValueError, RecursionError):  # metadata of another program
         return {}
 
 
 def what_is_said(file: Path) -> dict[str, Any]:
-    """What ``mdt-fast convert`` has written beside weights. ``UserError`` for what cannot be read."""
+    """The metadata that ``mdt-fast convert`` wrote with weights. ``UserError`` if it cannot be read."""
     beside = read_metadata(file) if file.suffix == ".safetensors" else {}
     said: dict[str, Any] = {}
     for name in (name for name in KINDS if name in beside):
@@ -143,7 +145,7 @@ def what_is_said(file: Path) -> dict[str, Any]:
 
 
 def published_preset(shape: Mapping[str, Any]) -> str | None:
-    """The preset of a published model of this shape."""
+    """The preset of the published model with this shape, or None."""
     wanted = ("family", "patch_size", "hidden_size", "depth")
     for name, preset in PRESETS.items():
         model = to_dict(preset.model)
@@ -155,13 +157,13 @@ def published_preset(shape: Mapping[str, Any]) -> str | None:
 def _config(
     file: Path, weights: Mapping[str, Tensor], said: Mapping[str, Any]
 ) -> tuple[RunConfig, str | None]:
-    """The configuration of weights, and the published preset that they are taken as, if they do not say."""
+    """The configuration of weights, and the published preset they are taken as if the file has none."""
     shape, rows = said_by_weights(file, weights)
     name, whole = published_preset(shape), "model" in said and "diffusion" in said
     if name is None and not whole:
         raise UserError(
-            f"{file}: no published model has this shape, and the file does not say its configuration, as "
-            "those of mdt-fast convert RUN FILE.safetensors do; mdt-fast convert FILE RUN --preset NAME "
+            f"{file}: no published model has this shape, and the file has no configuration, unlike files "
+            "from mdt-fast convert RUN FILE.safetensors; mdt-fast convert FILE RUN --preset NAME "
             "--data DATA makes a run of it"
         )
     preset = PRESETS[name or "images"]
@@ -175,11 +177,11 @@ def _config(
         values[section] |= said.get(section, {})
     size, channels = values["model"]["input_size"], 1 if values["model"]["in_channels"] == 1 else 3
     values["data"] |= {"conditional": rows > 1, "channels": channels, "image_size": size}
-    values["data"]["vae"] = None  # the latents name theirs
+    values["data"]["vae"] = None  # the latents name their own
     config: RunConfig = from_dict(RunConfig, values)
     if rows != config.model.num_classes + (config.model.class_dropout_prob > 0):
         raise UserError(
-            f"{file}: its label table has {rows} rows, its model {config.model.num_classes} classes"
+            f"{file}: its label table has {rows} rows, but its model {config.model.num_classes} classes"
         )
     if config.model.class_dropout_prob == 0:
         config = replace(config, sample=replace(config.sample, cfg_scale=1.0))
@@ -189,13 +191,13 @@ def _config(
 def _latents(
     file: Path, model: ModelConfig, said: Mapping[str, Any], taken: str | None
 ) -> dict[str, Any] | None:
-    """What ``described_stage`` makes the first stage of; None: pixels."""
+    """The description from which ``described_stage`` makes the first stage; None: pixels."""
     published = {"scale": SD_SCALE, "shift": 0.0, "vae": VAE, "fingerprint": None}
     found = said.get("latents", None if model.in_channels in (1, 3) else published)
     if found is None:
         return None
     if found is published and taken is None:
-        raise UserError(f"{file}: does not say what its latents are of; convert its run again")
+        raise UserError(f"{file}: does not say which autoencoder its latents are from; convert its run again")
     scale, shift, vae, fingerprint = (found.get(key) for key in published)
     numbers = all(type(number) in (int, float) and math.isfinite(number) for number in (scale, shift))
     if not numbers or scale <= 0 or not all(isinstance(text, str | None) for text in (vae, fingerprint)):

@@ -1,8 +1,8 @@
-"""The training loop: the two-pass objective of MDT, one step after the other.
+"""The training loop over MDT's two-pass objective.
 
-Everything random in step s comes from (seed, s), drawn for the whole batch: the images, timesteps, noise,
-label drops and masks. So a resumed run needs no generator states and goes on bit for bit as the unbroken one
-on the same machine, and a run on more processes, or in more accumulated parts, differs by rounding alone.
+Everything random in step s is seeded by (seed, s) and drawn for the whole batch: images, timesteps, noise,
+label drops and masks. So a resumed run needs no generator states and matches the uninterrupted one bit for
+bit on the same machine, and using more processes or micro-batches changes rounding only.
 """
 
 import signal
@@ -32,21 +32,21 @@ from .progress import TrainingProgress, summary
 from .run import Run, derive_seed, prepare, resolve_device
 from .sinks import TENSORBOARD_FOLDER, WANDB_ID, Sinks
 
-STEP, POSTERIOR = 11, 12  # the seed streams of training steps and of the autoencoder's noise
-PICTURE_SPACING = 20  # training takes this many times longer than drawing
+STEP, POSTERIOR = 11, 12  # seed streams of training steps and of the posterior noise
+PICTURE_SPACING = 20  # training must take at least this many times longer than drawing pictures
 MADE = (
     "samples.png", "samples", "loss.png", "metrics.jsonl", TENSORBOARD_FOLDER, WANDB_ID, "config.json",
     "checkpoints",
 )  # fmt: skip
-"""What a run leaves in its folder."""
-SAVE_FAILED = 1000  # what the processes agree on, beside the number of a signal
+"""What a run writes to its folder."""
+SAVE_FAILED = 1000  # a value the processes can agree on, besides signal numbers
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: updates done in all, the newest metrics, the signal that stopped it, if any.
+    """How a run ended: total updates, the latest row of metrics, and the signal that stopped it, if any.
 
-    ``summary``: the lines to print, of what was done since the run began or went on.
+    ``summary``: lines to print about the run since it started or resumed.
     """
 
     steps: int
@@ -57,7 +57,7 @@ class Result:
 
 
 def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
-    """One update from this process's rows of the batch, as the loader gives them, and their labels y [b]."""
+    """Do one update from this process's rows of the batch, as loaded, with labels y [b]."""
     settings = run.config.train
     torch.manual_seed(derive_seed(settings.seed, STEP, run.step))
     draws = draw(run.model, run.diffusion, settings.batch_size, run.device).rows(run.rows)
@@ -75,7 +75,7 @@ def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
     if run.loss_scale is not None:
         run.loss_scale.unscale(run.optimizer)
     set_learning_rate(run.optimizer, learning_rate(settings, run.step))
-    run.optimizer.step()  # moves the average too
+    run.optimizer.step()  # updates the EMA too
     if run.loss_scale is not None:
         run.loss_scale.update(run.optimizer.grad_norm)
     whole = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
@@ -84,7 +84,7 @@ def train_step(run: Run, batch: Tensor, y: Tensor, metrics: Metrics) -> None:
 
 
 def posterior_noise(run: Run) -> Tensor | None:
-    """This process's rows of the noise that draws a step's latents, [b, C, S, S]; None for pixels."""
+    """This process's rows of the noise that samples a step's latents, [b, C, S, S]; None for pixels."""
     stage, settings = run.first_stage, run.config.train
     if not stage.random:
         return None
@@ -101,19 +101,18 @@ def train(
     console: Console | None = None,
     images: ImageSet | None = None,
 ) -> Result:
-    """Train until ``config.train.steps`` updates are done, and leave everything in the folder ``out``.
+    """Train until ``config.train.steps`` updates are done, writing everything to the folder ``out``.
 
-    ``resume``: None starts a run, in a folder that has none; ``"auto"`` goes on from the newest checkpoint
-    in ``out``, or starts if there is none; a path goes on from that checkpoint. SIGINT, SIGTERM, SIGUSR1 and
-    SIGHUP save a checkpoint and end the run. ``images``: a data set of one's own in place of the one that
-    ``config.data.source`` names; give it again when the run goes on. Started by torchrun, each process does
-    its part of every batch. Raises ``UserError`` for bad settings, unreadable images, damaged checkpoints, a
-    full disk, losses that stay non-finite and a lost process; it names the last checkpoint. What is saved
-    stays.
+    ``resume``: None starts a run, in a folder without one; ``"auto"`` resumes from the newest checkpoint in
+    ``out``, or starts if there is none; a path resumes from that checkpoint. SIGINT, SIGTERM, SIGUSR1 and
+    SIGHUP save a checkpoint and end the run. ``images``: a custom data set that replaces
+    ``config.data.source``; pass it again when resuming. Under torchrun, each process handles its part of
+    every batch. Raises ``UserError`` for bad settings, unreadable images, damaged checkpoints, a full disk,
+    losses that stay non-finite and a lost process; it names the last checkpoint. Saved files stay.
     """
     if not isinstance(config, RunConfig):
         raise UserError(
-            f"config: got {type(config).__name__}, a RunConfig is needed (mdt_fast.presets has some)"
+            f"config: got {type(config).__name__}, expected a RunConfig (mdt_fast.presets has some)"
         )
     out = Path(out)
     with joined(resolve_device(config.train.device)) as world, ExitStack() as stack:
@@ -121,13 +120,13 @@ def train(
             stack.enter_context(locked(out))
         stack.enter_context(losses_named(world))
         run = prepare(config, out, resume, world, images)
-        world.barrier()  # all have looked at the folder before it is written to
+        world.barrier()  # all ranks have read the folder before it is written to
         bar = TrainingProgress(run.step, config.train.steps, console, quiet=not world.main)
         try:
             with losses_named(world), bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
         except (UserError, OSError) as error:
-            with suppress(Exception):  # a checkpoint in work is worth waiting for; the first error counts
+            with suppress(Exception):  # let a checkpoint in progress finish; report only the first error
                 run.saver.wait()
             last = latest(out)
             if last is None or str(last) in str(error):
@@ -158,15 +157,13 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
             sinks.write(row)
             if (unreadable := everyones_unreadable(run)) and len(unreadable) > left_out:
                 left_out, first_error = len(unreadable), next(iter(unreadable.values()))
-                bar.say(
-                    f"warning: {left_out} images left out, others in their place, the first: {first_error}"
-                )
+                bar.say(f"warning: {left_out} unreadable images replaced by others; the first: {first_error}")
         bar.update(run.step, row if logging else None)
         if saving:
             run.save(metrics)
             if not last:
                 pictures.draw_if_cheap(run.plot, run.draw_preview)
-            metrics.restart_clock()  # img/s is training's own
+            metrics.restart_clock()  # img/s covers training only
         if last:
             break
     run.saver.close()
@@ -187,13 +184,13 @@ def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
 
 
 Picture = tuple[str, Path, int] | None
-"""Name of its series, file, step."""
+"""Series name, file, step."""
 
 
 class Pictures:
-    """Draws the run's pictures: an extra, so what keeps one from being made is only said.
+    """Draws the run's pictures. They are an extra, so a failure only prints a warning.
 
-    A signal ends drawing with the sampler's step; the run's own work is done or saved before.
+    A signal stops drawing after the current sampling step; training progress is already saved by then.
     """
 
     def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: "Interrupts"):
@@ -204,7 +201,7 @@ class Pictures:
     def draw_if_cheap(self, *makers: Callable[[], Picture]) -> None:
         """Draw unless that would take more than a twentieth of the time, judging by the last drawing."""
         cheap = time.perf_counter() - self._finished >= PICTURE_SPACING * self._took
-        if self.run.world.from_main(cheap):  # all take part
+        if self.run.world.from_main(cheap):  # all ranks take part
             self.draw(*makers)
 
     def draw(self, *makers: Callable[[], Picture]) -> None:
@@ -218,22 +215,22 @@ class Pictures:
                 except (UserError, OSError) as error:
                     self.bar.say(f"warning: no picture: {error}")
                 except torch.OutOfMemoryError:
-                    if self.run.world.size > 1:  # the others wait for this one
+                    if self.run.world.size > 1:  # the other ranks are waiting for this one
                         raise
-                    self.bar.say("warning: no picture: the GPU has no memory left for it")
+                    self.bar.say("warning: no picture: not enough GPU memory")
         finally:
             self.run.world.settle()
         self._finished = time.perf_counter()
         self._took = self._finished - began
 
     def _go_on(self, done: int, of: int) -> None:
-        """After each step of the sampler; all processes stop after the same one."""
+        """Called after each sampling step; all processes stop after the same one."""
         if self.run.world.agree(self.interrupts.caught or 0):
             raise UserError("interrupted")
 
 
 def everyones_unreadable(run: Run) -> dict[int, str]:
-    """The images that any process has left out, and what is wrong with them. All processes call it."""
+    """Images that any process has skipped, with the errors. All processes must call this."""
     if run.config.data.on_unreadable == "stop":
         return {}
     found: dict[int, str] = {}
@@ -243,10 +240,10 @@ def everyones_unreadable(run: Run) -> dict[int, str]:
 
 
 class Interrupts:
-    """Within ``with``, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP is only noted in ``caught``.
+    """Within ``with``, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP is only recorded in ``caught``.
 
-    After it SIGINT and SIGTERM act as usual, but in one of several processes: there the same signal comes
-    from the scheduler and again from torchrun. Signals that are ignored (SIGHUP under nohup) stay so.
+    After that, SIGINT and SIGTERM act as usual, except with several processes: there the scheduler and
+    torchrun both send the same signal. Ignored signals (SIGHUP under nohup) stay ignored.
     """
 
     NUMBERS = tuple(
@@ -258,7 +255,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._before = {
                 number: signal.signal(number, self._note)
                 for number in self.NUMBERS
@@ -275,6 +272,6 @@ class Interrupts:
         self.caught = self.caught or number
         if launched()[1] > 1:
             return
-        for usual in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes sends several
+        for usual in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a closing terminal sends several
             if usual in self._before:
                 signal.signal(usual, self._before[usual])

@@ -1,19 +1,19 @@
-"""The files of the official training loop: names, what their labels mean, a checkpoint as such files.
+"""The files of the official training loop: their names and labels, and writing a checkpoint as such files.
 
-The loop leaves ``model010000.pt``, ``ema_0.9999_010000.pt`` (one for each rate) and ``opt010000.pt``: state
-dicts by ``torch.save``, the models' with their buffers. It counts steps from 0 and saves *after* a step's
-update, so files labelled s hold s + 1 updates: a checkpoint of our step n gets the label n - 1. With it,
-``--resume_checkpoint`` does what it does with the loop's own files of this moment. (The loop then begins with
-step s again where s + 1 is meant, so its labels and its annealed learning rate are one update late from there
-on: files of a run that was resumed r times hold s + 1 + r updates. The optimiser has counted them.)
+The loop writes ``model010000.pt``, ``ema_0.9999_010000.pt`` (one per rate) and ``opt010000.pt``: state dicts
+saved by ``torch.save``, the models' with their buffers. It counts steps from 0 and saves *after* a step's
+update, so files labelled s hold s + 1 updates: a checkpoint of our step n gets the label n - 1. With that
+label, ``--resume_checkpoint`` behaves as with the loop's own files of this step. (On resume the loop repeats
+step number s instead of s + 1, so its labels and its annealed learning rate are one update late from then on:
+files of a run that was resumed r times hold s + 1 + r updates. The optimiser has counted them.)
 
 ``opt010000.pt`` is the ``state_dict`` of an optimiser over *all* parameters, in the order of
-``named_parameters`` (under ZeRO put together on one rank): entry i of ``state`` belongs to parameter i. For
-MDT v1 and DiT it is that of ``torch.optim.AdamW``. For MDTv2 it is that of Adan as its authors publish it
+``named_parameters`` (under ZeRO, gathered on one rank): entry i of ``state`` belongs to parameter i. For
+MDT v1 and DiT it is that of ``torch.optim.AdamW``. For MDTv2 it is that of Adan as published by its authors
 (sail-sg/Adan, ``adan.py``): for each parameter ``exp_avg``, ``exp_avg_sq``, ``exp_avg_diff`` and
-``neg_pre_grad`` (the last clipped gradient, its sign turned), and in the group ``step`` (a whole number)
-beside ``lr``, ``betas``, ``eps``, ``weight_decay``, ``max_grad_norm``, ``no_prox``, ``foreach``, ``fused``.
-timm's Adan can load it, too.
+``neg_pre_grad`` (the negated last clipped gradient), and in the group ``step`` (an integer) besides ``lr``,
+``betas``, ``eps``, ``weight_decay``, ``max_grad_norm``, ``no_prox``, ``foreach``, ``fused``. timm's Adan can
+load it too.
 """
 
 import re
@@ -40,9 +40,9 @@ EMA_NAME = re.compile(r"ema_(\d+(?:\.\d+)?(?:e-?\d+)?)_(\d{6,})\.pt")
 
 @dataclass(frozen=True)
 class OfficialFiles:
-    """Files that belong together. ``label`` None: ``model`` is a file of weights and nothing else.
+    """Files that belong together. ``label`` None: ``model`` is a plain weights file.
 
-    ``averages``: the EMA's file by its rate. ``notes``: what a person should know about the choice.
+    ``averages``: the EMA files by rate. ``notes``: notes for the user about which files were chosen.
     """
 
     model: Path
@@ -53,23 +53,23 @@ class OfficialFiles:
 
     @property
     def step(self) -> int:
-        """How many updates the weights have had, by the label; 0 where there is none."""
+        """Number of updates the weights have had, by the label; 0 without a label."""
         return 0 if self.label is None else self.label + 1
 
 
 def find_files(source: Path) -> OfficialFiles:
-    """The newest files in a folder, those beside a ``modelNNNNNN.pt``, or a single file of weights.
+    """Find the newest files in a folder, those beside a given ``modelNNNNNN.pt``, or a single weights file.
 
-    ``UserError`` for a folder that has no ``modelNNNNNN.pt``.
+    ``UserError`` for a folder without a ``modelNNNNNN.pt``.
     """
     notes: list[str] = []
     if source.is_dir():
         labels = _labels(source)
         if not labels:
-            raise UserError(f"{str(source)!r}: no modelNNNNNN.pt of the official training loop in it")
+            raise UserError(f"{str(source)!r}: contains no modelNNNNNN.pt of the official training loop")
         folder, label = source, max(labels)
         if len(labels) > 1:
-            notes.append(f"{len(labels)} steps in {folder}; the newest is taken: {labels[label].name}")
+            notes.append(f"{len(labels)} steps in {folder}; using the newest: {labels[label].name}")
         model = labels[label]
     elif match := MODEL_NAME.fullmatch(source.name):
         model, folder, label = source, source.parent, int(match[1])
@@ -85,15 +85,15 @@ def find_files(source: Path) -> OfficialFiles:
 
 
 def write_official(opened: Checkpoint, folder: Path) -> OfficialFiles:
-    """The files of a checkpoint, as the official loop would have saved them at this moment, in ``folder``.
+    """Write a checkpoint to ``folder`` as the files that the official loop would have saved at this step.
 
-    All are written aside and get their names when all are whole, the model's last. ``UserError`` if one is
-    there already, for step 0, which the loop does not save, and for a full disk.
+    All are written under temporary names and renamed once all are complete, the model's last. ``UserError``
+    if one already exists, for step 0, which the loop does not save, and for a full disk.
     """
     if opened.step == 0:
         raise UserError(
-            f"{opened.path}: no update was made yet, and the official loop saves after one; "
-            "mdt-fast convert RUN FILE.pt writes the weights alone"
+            f"{opened.path}: is at step 0, and the official loop saves only after an update; "
+            "mdt-fast convert RUN FILE.pt writes just the weights"
         )
     config, label = opened.config, opened.step - 1
     rate = config.train.ema_decay
@@ -101,7 +101,7 @@ def write_official(opened: Checkpoint, folder: Path) -> OfficialFiles:
     optimizer = folder / f"opt{label:06d}.pt"
     for path in (model, average, optimizer):
         if path.exists():
-            raise UserError(f"{str(path)!r} is already there; nothing is overwritten")
+            raise UserError(f"{str(path)!r} already exists; nothing is overwritten")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as renamed_last_to_first:
         for path, make in (
@@ -114,12 +114,12 @@ def write_official(opened: Checkpoint, folder: Path) -> OfficialFiles:
                 torch.save(make(), target)
     notes = []
     if label == 0:
-        notes.append("the official loop takes label 0 for a start: it will load the weights and nothing else")
+        notes.append("the official loop takes label 0 as a fresh start: it will load only the weights")
     clipped = 1.0 if config.train.optimizer == "adan" else 0.0
     if config.train.max_grad_norm != clipped:
         notes.append(
-            f"the official loop clips to {clipped:g} with {config.train.optimizer} (0: not at all), this run "
-            f"to {config.train.max_grad_norm:g}; the loop's code decides that, not its files"
+            f"the official loop clips to {clipped:g} with {config.train.optimizer} (0: no clipping), this "
+            f"run to {config.train.max_grad_norm:g}; the loop's code decides that, not its files"
         )
     return OfficialFiles(model, label, {rate: average}, optimizer, tuple(notes))
 
@@ -132,31 +132,31 @@ def packed_optimizer(opened: Checkpoint) -> dict[str, Any]:
     for key, tensor in opened.tensors(OPTIMIZER).items():
         name, _, entry = key.rpartition("/")
         if name not in ("counters", METRICS):
-            state.setdefault(index[name], {})[entry] = tensor.float()  # as the official optimiser's are
+            state.setdefault(index[name], {})[entry] = tensor.float()  # like the official optimiser's
     (group,) = opened.state["optimizer_groups"]
     group = {**group, "betas": tuple(group["betas"]), "lr": next_rate(config.train, opened.step)}
     if config.train.optimizer == "adan":
-        # What the official loop sets. A group that is loaded replaces the one that the loop has made.
+        # What the official loop sets; the loaded group replaces the one that the loop has made.
         group |= {"max_grad_norm": config.train.max_grad_norm, "foreach": True, "fused": True}
     group["params"] = list(range(len(index)))
     return {"state": dict(sorted(state.items())), "param_groups": [group]}
 
 
 def next_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate that the official loop has set when it saves after ``step`` updates: the next one's.
+    """The learning rate that the official loop has set when it saves after ``step`` updates: the next step's.
 
-    It has no warm-up, and would stay at a rate of ours for ever.
+    The loop has no warm-up, and would keep one of our warm-up rates for ever.
     """
     return learning_rate(replace(config, warmup_steps=0), step)
 
 
 def parameters_of(config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """All parameters of such a model by name, on the meta device."""
+    """All parameters of a model of ``config`` by name, on the meta device."""
     with torch.device("meta"):
         return list(build_model(config).named_parameters())
 
 
 def _labels(folder: Path) -> dict[int, Path]:
-    """The models in a folder by their labels."""
+    """The model files in a folder by label."""
     matches = ((MODEL_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_file())
     return {int(match[1]): path for match, path in matches if match}

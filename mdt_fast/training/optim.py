@@ -1,4 +1,4 @@
-"""The optimiser that a configuration names, the learning-rate schedule and the moving average of weights."""
+"""The optimiser, the learning-rate schedule and the EMA of the weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from ..optim.shards import local
 
 
 def build_optimizer(params: Iterable[Tensor], config: TrainConfig) -> FusedAdan | FusedAdamW:
-    """The optimiser that ``config`` names, over the parameters that require a gradient."""
+    """Build the optimiser that ``config`` names, over the parameters that require a gradient."""
     for name, value in (("lr", config.lr), ("weight_decay", config.weight_decay)):
         if not 0 <= value < float("inf"):
             raise UserError(f"train.{name}: must be at least 0 and finite, got {value}")
@@ -30,14 +30,14 @@ def build_optimizer(params: Iterable[Tensor], config: TrainConfig) -> FusedAdan 
 def optimize(
     model: nn.Module, config: TrainConfig
 ) -> tuple[FusedAdan | FusedAdamW, "Ema", dict[str, Tensor]]:
-    """The optimiser of ``model`` and the average that it moves. Where ``config.weights`` says so the model's
-    weights are bfloat16 from now on, and those that they are roundings of, in float32, come third by name.
-    ``UserError`` for bfloat16 moments where nothing rounds them at random."""
+    """Return the optimiser of ``model``, the EMA that it updates, and float32 master weights by name. With
+    ``config.weights`` bfloat16, the model's weights become bfloat16 roundings of the masters; otherwise the
+    masters are empty. ``UserError`` for bfloat16 moments where stochastic rounding is not available."""
     device = next(model.parameters()).device.type
     if config.moments == "bfloat16" and not library(device):
         raise UserError(
-            "train.moments: 'bfloat16' needs the op of csrc, which rounds at random (to the nearest, a "
-            f"second moment hardly falls); on {device} it is {MISSING.get(device, 'not there')}"
+            "train.moments: 'bfloat16' needs the op of csrc with stochastic rounding (rounded to nearest, a "
+            f"second moment hardly decays); on {device} it is {MISSING.get(device, 'not there')}"
         )
     ema = Ema(model, config.ema_decay)
     parameters = dict(model.named_parameters())
@@ -46,7 +46,7 @@ def optimize(
         for name, p in parameters.items():
             masters[name], p.data = p.data.float(), p.data.bfloat16()
             if config.accumulate > 1:
-                p.grad_dtype = torch.float32  # many parts would be lost in a bfloat16 sum
+                p.grad_dtype = torch.float32  # a bfloat16 sum would lose many micro-batches' gradients
     optimizer = build_optimizer(parameters.values(), config)
     if masters:
         optimizer.set_masters(masters[name] for name, p in parameters.items() if p.requires_grad)
@@ -55,10 +55,10 @@ def optimize(
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of update ``step`` (counted from 0): linear warm-up, then the official linear anneal.
+    """Learning rate of update ``step`` (counted from 0): linear warm-up, then the official linear anneal.
 
-    The official loop sets the annealed rate *after* each step, so updates 0 and 1 both run at the full rate
-    and the last of ``lr_anneal_steps`` is above zero; reproduced.
+    The official loop sets the annealed rate *after* each step, so updates 0 and 1 both use the full rate
+    and the last of ``lr_anneal_steps`` is above zero. This function reproduces that.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     anneal = 1 - max(step - 1, 0) / config.lr_anneal_steps if config.lr_anneal_steps else 1.0
@@ -70,27 +70,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-MOST_INITIAL = 0.05  # of the average; with more, pictures are visibly noisy
+MOST_INITIAL = 0.05  # share of the EMA; above it, images are visibly noisy
 
 
-def unripe(decay: float, step: int, instead: str = "draw with mdt-fast sample --weights model") -> str | None:
-    """One line if after ``step`` updates more than 5% of an average of ``decay`` are the initial weights;
-    ``instead``: what can be done about it besides."""
+def unripe(decay: float, step: int, instead: str = "sample with --weights model") -> str | None:
+    """A one-line warning if, after ``step`` updates, an EMA of ``decay`` is still more than 5% initial
+    weights, else None; ``instead``: a further remedy to suggest."""
     share = decay**step
     if share <= MOST_INITIAL:
         return None
     return (
-        f"warning: after {step} steps the average of the weights (train.ema_decay={decay:g}) still holds "
-        f"{share:.0%} of the initial ones, which draw noise if they were random; train for more steps or "
-        f"with a smaller --set train.ema_decay, or {instead}"
+        f"warning: after {step} steps the EMA (train.ema_decay={decay:g}) is still {share:.0%} initial "
+        f"weights, so samples may be noise; train longer, lower train.ema_decay, or {instead}"
     )
 
 
 class Ema:
     """An exponential moving average of a model's parameters: ``ema = decay * ema + (1 - decay) * param``.
 
-    ``tensors`` by name, laid out and sharded as the parameters are; they start as copies (of bfloat16 ones
-    in float32). The optimiser it is attached to moves them, in every step that is not skipped.
+    ``tensors``: the averages by name, laid out and sharded like the parameters. They start as copies
+    (float32 copies of bfloat16 parameters). The attached optimiser updates them in every step it does not
+    skip.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -103,14 +103,14 @@ class Ema:
         }
 
     def attach(self, optimizer: FusedAdan | FusedAdamW) -> None:
-        """Have ``optimizer``, which is over parameters of the model, move the copies of those parameters."""
+        """Have ``optimizer``, which is over parameters of the model, update their averages."""
         copies = {p: self.tensors[name] for name, p in self.model.named_parameters()}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.add_ema([copies[p] for p in trained], self.decay)
 
     @contextmanager
     def in_model(self) -> Iterator[nn.Module]:
-        """Within the block the model has the averaged weights, in eval mode; then its own, bit for bit."""
+        """Within the block the model has the EMA weights, in eval mode; then its own again, bit for bit."""
         self._exchange()
         training = self.model.training
         try:
@@ -122,7 +122,7 @@ class Ema:
     @torch.no_grad()
     def _exchange(self) -> None:
         if isinstance(self.model, FSDPModule):
-            # What has been gathered of the weights before belongs to the others.
+            # Weights gathered before are those about to be swapped out.
             self.model.reshard()
         for name, parameter in self.model.named_parameters():
             own, average = local(parameter), local(self.tensors[name])
@@ -135,8 +135,8 @@ class Ema:
 
 
 class LossScale:
-    """float16's loss scale: halved after a step with a gradient that is not finite, doubled after
-    ``patience`` good ones. Kept on the device; nothing waits for it."""
+    """The loss scale for float16: halved after a step with a non-finite gradient, doubled after ``patience``
+    good ones. It stays on the device, so nothing waits for it."""
 
     LARGEST = 2.0**24
 
@@ -146,13 +146,13 @@ class LossScale:
         self.good = torch.zeros((), device=device)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients back to their size, in place."""
+        """Divide the gradients by the scale, in place."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [local(p.grad) for p in params if p.grad is not None]
         torch._foreach_mul_(grads, 1 / self.scale)
 
     def update(self, grad_norm: Tensor) -> None:
-        """After a step whose gradient had this norm."""
+        """Update the scale after a step whose gradient had norm ``grad_norm``."""
         finite = grad_norm.isfinite()
         self.good = torch.where(finite, self.good + 1, 0)
         grow = self.good >= self.patience

@@ -173,8 +173,8 @@ def rows_of(world: World, config: TrainConfig) -> slice:
         )
         nearest = max(parts, round(config.batch_size / parts) * parts)
         raise UserError(
-            f"train.batch_size: {config.batch_size} does not divide by {each}; "
-            f"the nearest that does is {nearest}"
+            f"train.batch_size: {config.batch_size} is not divisible by {each}; "
+            f"the nearest that is: {nearest}"
         )
     size = config.batch_size // world.size
     return slice(world.rank * size, (world.rank + 1) * size)

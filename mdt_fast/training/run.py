@@ -1,4 +1,4 @@
-"""A run's parts: checked settings, data, model, optimiser, and the folder they are kept in."""
+"""A run's parts: checked settings, data, model, optimiser, and the run's folder."""
 
 import json
 import os
@@ -33,14 +33,14 @@ from .sinks import Sink, open_sinks
 from .speed import Speed
 from .states import restore_optimizer, training_state
 
-INIT = 10  # the seed stream of the initial weights; the loader and the loop have theirs
+INIT = 10  # the seed stream of the initial weights; the loader and the loop have their own
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 10, 10, 20
 
 
 @dataclass
 class Run:
-    """Everything the loop works with; ``step`` updates are done. ``masters``: the float32 weights of a model
-    that has roundings of them, by name (``train.weights``)."""
+    """Everything the loop works with, after ``step`` updates. ``masters``: float32 master weights by name, if
+    the model holds them rounded to bfloat16 (``train.weights``)."""
 
     config: RunConfig
     out: Path
@@ -63,10 +63,10 @@ class Run:
     start: Checkpoint | None
     notes: list[str] = field(default_factory=list)
     on_sampling_step: Callable[[int, int], None] | None = None
-    """Hears of the steps of a picture; what it raises ends the drawing, on all processes alike."""
+    """Called after each sampling step of a picture. If it raises, sampling stops; it does so on all ranks."""
 
     def open(self) -> tuple[Metrics, list[str]]:
-        """Make the folder ready to be written to; returns its metrics and what there is to say about it."""
+        """Prepare the folder for writing; returns its metrics, and notes to print."""
         notes = [
             f"{section}: " + " ".join(f"{key}={value}" for key, value in settings.items())
             for section, settings in to_dict(self.config).items()
@@ -79,9 +79,9 @@ class Run:
         notes += self.notes
         pending: dict[str, Any] = {}
         if self.start is not None:
-            notes.append(f"going on from {self.start.path} ({self.step} steps done)")
+            notes.append(f"resuming from {self.start.path} ({self.step} steps done)")
             pending = self.start.tensors(checkpoint.OPTIMIZER, f"{checkpoint.METRICS}/")
-        self.world.barrier()  # all have read what they go on from
+        self.world.barrier()  # all ranks have read the checkpoint that they resume from
         if self.world.main:
             for moved in checkpoint.set_aside_later(self.out, self.step):
                 notes.append(f"later checkpoint kept as {moved}")
@@ -109,7 +109,7 @@ class Run:
         return metrics, notes
 
     def open_sinks(self) -> list[Sink]:
-        """TensorBoard and wandb, of the process that prints."""
+        """Open TensorBoard and wandb on rank 0; other ranks get an empty list."""
         settings = self.config.train
         if not self.world.main:
             return []
@@ -121,17 +121,17 @@ class Run:
         return Speed(self.config.model, self.device, self.config.train.dtype, self.world.size)
 
     def save(self, metrics: Metrics) -> None:
-        """A checkpoint of this moment, with the steps that are in no row of ``metrics`` yet."""
+        """Save a checkpoint of the current state, including the steps not yet in a row of ``metrics``."""
         parts, state = training_state(self, metrics)
         self.saver.save(self.step, parts, state)
 
     @property
     def replicas(self) -> int:
-        """How many processes have all the weights."""
+        """Number of processes that each hold all the weights."""
         return replicas(self.config.train, self.world)
 
     def draw_preview(self) -> tuple[str, Path, int]:
-        """``samples/step_....png``: ten images of each of the first ten classes, in few steps."""
+        """Draw ``samples/step_....png``: ten images of each of the first ten classes, in few steps."""
         config = replace(
             self.config.sample, steps=min(PREVIEW_STEPS, self.config.sample.steps), sampler="ddim"
         )
@@ -140,7 +140,7 @@ class Run:
         return "samples", path, self.step
 
     def draw_final(self) -> tuple[str, Path, int]:
-        """``samples.png``: the same with all of ``config.sample``'s steps."""
+        """Draw ``samples.png``: the same images with the full sampler settings of ``config.sample``."""
         self._draw(self.out / "samples.png", self.config.sample)
         return "samples", self.out / "samples.png", self.step
 
@@ -148,7 +148,7 @@ class Run:
         if self.world.main:
             try:
                 plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
-            except Exception as error:  # of numbers edited into the rows
+            except Exception as error:  # such as edited values in the rows
                 raise UserError(f"loss.png: {one_line(error)}") from error
 
     def preview_labels(self) -> list[int]:
@@ -156,14 +156,14 @@ class Run:
         return [label for label in shown for _ in range(PREVIEW_COLUMNS)]
 
     def _draw(self, path: Path, config: SampleConfig) -> None:
-        """Each process draws an equal share of the images, on the averaged weights.
+        """Sample with the EMA weights, an equal share of the images on each process.
 
-        What may fail on one of them alone (the autoencoder, the disk) is left to the one that prints.
+        Whatever could fail on a single process (the autoencoder, the disk) runs on rank 0 only.
         """
         labels = self.preview_labels()
         first, own = equal_share(labels, self.world.rank, self.world.size)
         diffusion = sampling_diffusion(self.config.model, self.config.diffusion, config)
-        # A picture now and then is not worth compiling blocks for other shapes and for no gradients.
+        # Occasional pictures are not worth compiling the blocks for other shapes and without gradients.
         with self.ema.in_model() as model, torch.compiler.set_stance("force_eager"):
             latents = sample(
                 model, diffusion, own, config, first_index=first,
@@ -174,14 +174,14 @@ class Run:
             try:
                 images = self.first_stage.decode(drawn)
             except torch.OutOfMemoryError:
-                raise UserError(f"{path.name}: the GPU has no memory left to decode it") from None
+                raise UserError(f"{path.name}: not enough GPU memory to decode it") from None
             path.parent.mkdir(exist_ok=True)
             save_picture(path, grid(to_uint8(images), labels, self.images.classes))
 
 
 def equal_share(labels: list[int], rank: int, size: int) -> tuple[int, list[int]]:
-    """Of ``labels`` the first place and the labels of one process; the last one is repeated, so that all have
-    as many."""
+    """Index of one process's first label, and its labels. The last label is repeated so that every process
+    gets the same number."""
     share = -(-len(labels) // size)
     padded = labels + labels[-1:] * (share * size - len(labels))
     return rank * share, padded[rank * share : (rank + 1) * share]
@@ -194,8 +194,8 @@ def prepare(
     world: World | None = None,
     images: ImageSet | None = None,
 ) -> Run:
-    """Check everything and build the run; nothing is written. ``images``: those of ``config.data.source``, if
-    None. ``UserError`` for whatever does not fit."""
+    """Check everything and build the run; nothing is written. ``images`` None: open ``config.data.source``.
+    ``UserError`` for anything inconsistent."""
     world = world or World()
     start = world.from_main(_starting_path(out, resume) if world.main else None)
     start = None if start is None else open_or_advise(start, world=world)
@@ -244,13 +244,13 @@ def prepare(
 
 
 def check_steps_left(start: Checkpoint, config: RunConfig, out: Path) -> None:
-    """``UserError`` if a run that is further, or a new one, would have no step to do."""
+    """``UserError`` if the checkpoint is past ``train.steps``, or a new run from it would have no steps."""
     steps, elsewhere = config.train.steps, start.run.resolve() != out.resolve()
     if start.step > steps or (elsewhere and start.step == steps):
         least = start.step + 1 if elsewhere else start.step
         raise UserError(
-            f"train.steps: {start.step} are done in {str(start.path)!r}; at least {least} are needed to go "
-            f"on from it, got {steps}"
+            f"train.steps: the checkpoint {str(start.path)!r} is at step {start.step}; "
+            f"use at least {least}, got {steps}"
         )
 
 
@@ -270,7 +270,7 @@ def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, wor
 
 
 def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
-    """``UserError`` if the run cannot go on with these images; a warning if it will go on differently."""
+    """``UserError`` if the run cannot resume with these images; a warning if its batches will differ."""
     if start.classes != tuple(images.classes):
         more, gone = (
             {*a} - {*b} for a, b in ((images.classes, start.classes), (start.classes, images.classes))
@@ -279,25 +279,25 @@ def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage
             f"{len(some)} {word} ({min(some)})" for word, some in (("new", more), ("gone", gone)) if some
         ]
         why = f": {', '.join(differing)}" if differing else ""
-        raise UserError(f"data.source: its classes are not those of the run in {str(start.run)!r}{why}")
+        raise UserError(f"data.source: its classes differ from those of the run in {str(start.run)!r}{why}")
     before, now = start.state.get("latents"), first_stage.described()
     if before is not None and now is not None:
         if before["fingerprint"] != now["fingerprint"]:
             raise UserError(
-                f"data.vae: the weights of {now['vae']!r} are not those that the run's latents were made with"
+                f"data.vae: the weights of {now['vae']!r} are not those that encoded the run's latents"
             )
         for name in ("scale", "shift"):
             if before[name] != now[name]:
                 raise UserError(
-                    f"data.vae: the run's latents have a {name} of {before[name]:g}, now it is {now[name]:g}"
+                    f"data.vae: the run's latents have {name} {before[name]:g}, but now it is {now[name]:g}"
                 )
     if start.state["num_images"] != len(images.labels):
         return [
             f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "
-            "batches will differ from the unbroken run's"
+            "batches will differ from those of an uninterrupted run"
         ]
     if start.state.get("data") not in (None, getattr(images, "digest", None)):
-        return ["warning: the encoded data is not what the run began with: batches will differ"]
+        return ["warning: the encoded data has changed since the run began: batches will differ"]
     return []
 
 
@@ -307,7 +307,7 @@ def _starting_path(out: Path, resume: str | None) -> Path | None:
 
 
 def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to start afresh. ``UserError`` if a run would be overwritten."""
+    """The checkpoint to resume from, or None to start afresh. ``UserError`` if a run would be overwritten."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {str(out)!r} is a file; a folder is needed")
     newest = checkpoint.latest(out)
@@ -315,7 +315,7 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     if resume is None:
         if holds_run:
             raise UserError(
-                f"--out: {str(out)!r} already holds a run; go on with --resume auto, or choose another folder"
+                f"--out: {str(out)!r} already holds a run; resume it with --resume auto or choose another"
             )
         return None
     if resume == "auto":
@@ -323,7 +323,7 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     start = open_or_advise(Path(resume), ())
     if holds_run and start.run.resolve() != out.resolve():
         raise UserError(
-            f"--resume: {resume!r} belongs to another run than the one in {str(out)!r}; choose another --out"
+            f"--resume: {resume!r} belongs to a different run than {str(out)!r}; choose another --out"
         )
     return start
 
@@ -334,9 +334,9 @@ def open_or_advise(
     use: str = "--resume {}",
     world: World | None = None,
 ) -> Checkpoint:
-    """The checkpoint at ``path``, these parts of it verified; each process of ``world`` verifies some files.
+    """Open the checkpoint at ``path`` and verify ``parts``; each process of ``world`` verifies some files.
 
-    If it is damaged, the error names the newest good one and says how to ``use`` it.
+    If it is damaged, the error names the newest intact one; ``use`` is the template of how to use it.
     """
     try:
         opened = checkpoint.open_checkpoint(path)
@@ -345,34 +345,36 @@ def open_or_advise(
     except checkpoint.DamagedCheckpointError as error:
         run = path if (path / "checkpoints").is_dir() else path.absolute().parent.parent
         good = checkpoint.newest_good(run)
-        advice = f"the newest good one is {good}: use {use.format(good)}" if good else "no other one is good"
+        advice = f"the newest intact one is {good}: use {use.format(good)}" if good else "no other is intact"
         raise checkpoint.DamagedCheckpointError(f"{error}; {advice}") from None
     return opened
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (CUDA if there is one), or a device by torch's name; of several processes on a machine each
-    takes the GPU of its number. ``UserError`` if there is none."""
+    """``auto`` (CUDA if available), or a torch device name. With several processes on a node, each takes the
+    GPU of its local rank. ``UserError`` if there is no such device."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise UserError(f"--device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         several = launched()[1] > 1
         if several and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
             raise UserError(
-                "LOCAL_RANK: not set, so that it is not known which GPU is whose; start it with torchrun"
+                "LOCAL_RANK: not set, so processes cannot be assigned to GPUs; start the run with torchrun"
             )
         index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
         if index >= torch.cuda.device_count():
-            asked = f"process {index} of this machine needs its own" if several else f"{name!r} asked for"
-            raise UserError(f"--device: {asked}, this machine has {torch.cuda.device_count()} CUDA devices")
+            asked = f"local rank {index} needs its own GPU" if several else f"got {name!r}"
+            raise UserError(
+                f"--device: {asked}, but this machine has {torch.cuda.device_count()} CUDA devices"
+            )
         device = torch.device("cuda", index)
     return device
 
 
 def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers; different numbers give unrelated seeds."""
+    """Derive one 63-bit seed from several numbers; different numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,7 +1,7 @@
-"""Writing checkpoints: copied at once, written while the training goes on, named when complete.
+"""Writing checkpoints: copied at once, written while training continues, renamed when complete.
 
-All processes save together. What is slow (serialising, the disk, SHA-256) happens in a thread, whose messages
-go through a process group of its own.
+All processes save together. The slow parts (serialising, disk, SHA-256) run in a thread, which communicates
+through its own process group.
 """
 
 import json
@@ -42,19 +42,19 @@ from .distributed import World, is_loss
 Parts = Mapping[str, dict[str, Tensor]]
 
 STAGES_AGAIN = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
-"""torch 2.11's stager forgets after one call how to copy a dict; later ones keep their buffers, too."""
+"""torch 2.11's stager can copy a dict only once; later stagers can be reused, and keep their buffers."""
 
 
 def _new_stager() -> DefaultStager:
-    """Copies to the host: to pinned memory and not waiting for each tensor, where there is a GPU."""
+    """A stager that copies to the host; on a GPU, to pinned memory and without waiting for each tensor."""
     pinned = torch.cuda.is_available()
     return DefaultStager(StagingOptions(pinned, False, False, pinned))
 
 
 class Saver:
-    """Writes the checkpoints of the run in ``run``; the last ``keep`` and each ``keep_every``-th step's stay.
+    """Writes the checkpoints of ``run``; keeps the last ``keep`` and those of every ``keep_every``-th step.
 
-    ``asynchronous`` False: each is complete when :meth:`save` returns.
+    ``asynchronous`` False: the checkpoint is complete when :meth:`save` returns.
     """
 
     def __init__(self, run: Path, world: World, *, keep: int, keep_every: int = 0, asynchronous: bool = True):
@@ -65,10 +65,10 @@ class Saver:
         self._writing: Future[None] | None = None
 
     def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
-        """Copy ``parts`` and have them written as the checkpoint of ``step``, with ``state`` in its JSON.
+        """Copy ``parts`` and write them as the checkpoint of ``step``, with ``state`` in its JSON.
 
-        Waits for the one before to be complete. Raises ``UserError`` if that failed, or (not asynchronous)
-        if this one does; complete checkpoints are kept.
+        Waits for the previous checkpoint to be complete. Raises ``UserError`` if that one failed, or (not
+        asynchronous) if this one does; complete checkpoints are kept.
         """
         self.wait()
         copies = {part: self._copied(tensors) for part, tensors in parts.items()}
@@ -83,17 +83,17 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint in work has failed; :meth:`wait` says why."""
+        """Whether the checkpoint in progress has failed; :meth:`wait` raises its error."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is in work."""
+        """Whether a checkpoint is in progress."""
         return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
-        """Until the checkpoint in work is complete. ``UserError`` if it failed."""
+        """Wait until the checkpoint in progress is complete. ``UserError`` if it failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -121,7 +121,7 @@ class Saver:
             if self.world.main:
                 shutil.rmtree(partial, ignore_errors=True)
             if is_loss(error, self.world):
-                raise  # not the disk's fault, and named where it is waited for
+                raise  # not a disk error; reported by whoever waits for this checkpoint
             last = latest(self.run)
             raise UserError(
                 f"cannot save the checkpoint {str(final)!r}: {reason(error)}; "
@@ -134,7 +134,7 @@ class Saver:
         partial.mkdir()
 
     def _write_part(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Name, size and SHA-256 of the files that all processes wrote."""
+        """Write one part; returns name, size and SHA-256 of the files of all processes."""
         quiet()
         writer = Writer(folder, self.world.rank)
         dcp.save(
@@ -162,20 +162,20 @@ class Saver:
         flush(final.parent)
 
     def _prune(self, step: int) -> None:
-        """Delete the older ones beyond ``keep``; what cannot be deleted stays, and says so."""
+        """Delete older checkpoints beyond ``keep``; one that cannot be deleted stays, with a warning."""
         older = [path for path in steps(self.run) if number_of(path) < step]
         for old in older[: max(0, len(older) - self.keep + 1)]:
             if self.keep_every and number_of(old) % self.keep_every == 0:
                 continue
             if old.is_symlink() or not (old / STATE).is_file():
-                continue  # not a checkpoint of ours to delete
+                continue  # not our checkpoint to delete
             try:
                 delete(old)
             except OSError as error:
-                warnings.warn(f"the old checkpoint {str(old)!r} stays: {error}", stacklevel=2)
+                warnings.warn(f"could not delete the old checkpoint {str(old)!r}: {error}", stacklevel=2)
 
     def _main(self, work: Any) -> None:
-        """``work`` on process 0 alone; what it raises is raised on all."""
+        """Run ``work`` on rank 0 only; an ``OSError`` from it is raised on all ranks."""
         failure = None
         if self.world.main:
             try:
@@ -186,10 +186,10 @@ class Saver:
 
 
 class Writer(HuggingFaceStorageWriter):
-    """One file of each process, as torch's own writer makes it, but from the tensors where they are.
+    """Writes one file per process in the format of torch's own writer, but directly from the tensors.
 
-    Torch's puts the whole file together in memory first, twice, and no other Python thread runs meanwhile:
-    the training would wait for some seconds a gigabyte.
+    Torch's writer first builds the whole file in memory, twice, while no other Python thread can run:
+    training would stall for some seconds per gigabyte.
     """
 
     def __init__(self, folder: Path, rank: int):
@@ -203,7 +203,7 @@ class Writer(HuggingFaceStorageWriter):
             assert item.tensor_data is not None
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
-            part = tensor.untyped_storage().nbytes() != tensor.nbytes  # no two may lie in one storage
+            part = tensor.untyped_storage().nbytes() != tensor.nbytes  # no two may share a storage
             tensors[item.index.fqn] = tensor.clone() if part else tensor
             offsets[item.index.fqn] = {header.SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
         if tensors:
@@ -218,7 +218,7 @@ class Writer(HuggingFaceStorageWriter):
                 raise OSError(str(error)) from error
             flush(self.file)
         written: torch.futures.Future[list[Any]] = torch.futures.Future()
-        written.set_result([])  # these files need no index, so nobody asks what is where
+        written.set_result([])  # these files need no index, so nobody asks where each tensor is
         return written
 
 

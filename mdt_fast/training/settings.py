@@ -1,4 +1,4 @@
-"""Settings: what contradicts itself, and what may change when a run goes on."""
+"""Checks of the settings: which contradict each other, and which may change on resume."""
 
 from typing import Any
 
@@ -13,22 +13,24 @@ MAY_CHANGE = (
     "train.cuda_graphs", "train.checkpointing", "train.max_skips", "train.async_save", "train.tensorboard",
     "train.wandb", "data.source", "data.workers", "data.on_unreadable",
 )  # fmt: skip
-"""What, beside all of ``sample``, may differ from the checkpoint when a run goes on; everything else decides
-the numbers (these at most their rounding)."""
+"""Settings that may change on resume, besides all of ``sample``. They affect rounding at most; all others
+affect the results."""
 RATES = "train.lr", "train.lr_anneal_steps"
-"""What decides the numbers, and may change all the same: it is said then."""
+"""Settings that affect the results but may still change on resume; the change is reported."""
 
 
 MOST_DIFFUSION_STEPS = 100_000
 
 
 def check_resumable(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    """What there is to say of learning rates that are others from here on. ``UserError`` if another setting
-    that decides the numbers is not the checkpoint's."""
+    """Notes on learning-rate settings that change from here on. ``UserError`` if any other setting that
+    affects the results differs from the checkpoint's."""
     before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
     for key, value in after.items():
         if before[key] != value and key not in (*RATES, *MAY_CHANGE) and not key.startswith("sample."):
-            raise UserError(f"{key}: cannot change when a run goes on; it has {before[key]!r}, got {value!r}")
+            raise UserError(
+                f"{key}: cannot be changed on resume: the checkpoint has {before[key]!r}, got {value!r}"
+            )
     changed = [key for key in RATES if before[key] != after[key]]
     return [f"{key}: {after[key]} from here on, {before[key]} before" for key in changed]
 
@@ -50,7 +52,7 @@ def check_settings(config: RunConfig) -> None:
             raise UserError(f"train.{name}: must be below 2^63, got {getattr(settings, name)}")
     if settings.lr_anneal_steps and settings.steps > settings.lr_anneal_steps:
         raise UserError(
-            f"train.steps: {settings.steps} goes beyond lr_anneal_steps {settings.lr_anneal_steps}, "
+            f"train.steps: {settings.steps} exceeds lr_anneal_steps {settings.lr_anneal_steps}, "
             "where the published run ends"
         )
     if not 1 <= config.diffusion.diffusion_steps <= MOST_DIFFUSION_STEPS:
@@ -61,15 +63,15 @@ def check_settings(config: RunConfig) -> None:
     if settings.wandb is not None:
         imported_wandb()
     if settings.weights == "bfloat16" and settings.dtype != "bfloat16":
-        raise UserError(f"train.weights: bfloat16 goes with train.dtype bfloat16, got {settings.dtype}")
+        raise UserError(f"train.weights: bfloat16 needs train.dtype bfloat16, got {settings.dtype}")
     if settings.float8_by != "kernels" and not settings.float8:
-        raise UserError(f"train.float8_by: {settings.float8_by} goes with train.float8=true")
+        raise UserError(f"train.float8_by: {settings.float8_by} needs train.float8=true")
     if settings.float8 and settings.dtype != "bfloat16":
-        raise UserError(f"train.float8: goes with train.dtype bfloat16, got {settings.dtype}")
+        raise UserError(f"train.float8: needs train.dtype bfloat16, got {settings.dtype}")
     if not config.data.conditional and config.model.num_classes != 1:
         raise UserError(
             f"model.num_classes: {config.model.num_classes}, but without labels (data.conditional=false) "
-            "there is 1; --unconditional sets it"
+            "it must be 1; --unconditional sets it"
         )
     try:
         sampling_diffusion(config.model, config.diffusion, config.sample)

@@ -82,8 +82,8 @@ def test_wrong_inputs_of_the_second_pass(
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"input_size": 9}, r"input_size: 9 does not divide by patch_size 2; nearest that do: 8, 10"),
-        ({"hidden_size": 30}, r"hidden_size: 30 must divide by num_heads 2 and by 4"),
+        ({"input_size": 9}, r"input_size: 9 is not divisible by patch_size 2; nearest that are: 8, 10"),
+        ({"hidden_size": 30}, r"hidden_size: 30 must be divisible by num_heads 2 and by 4"),
         ({"depth": 0}, r"depth: got 0"),
         ({"num_heads": -1}, r"num_heads: got -1"),
         ({"mask_ratio": 0.9}, r"mask_ratio: got 0.9, allowed are 0..0.8"),

@@ -261,7 +261,9 @@ def test_no_run_or_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"")
-    with pytest.raises(UserError, match=r"but a file; of weights, 'mdt-fast convert .* RUN' makes a run"):
+    with pytest.raises(
+        UserError, match=r"but a file; if it holds weights, 'mdt-fast convert .* RUN' makes a run"
+    ):
         open_checkpoint(weights)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")

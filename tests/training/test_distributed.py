@@ -224,7 +224,7 @@ def test_torchrun_starts_a_lost_process_again(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=120)
-    assert "going on from" in stdout
+    assert "resuming from" in stdout
     steps = [row["step"] for row in rows(tmp_path)]
     assert steps == sorted(set(steps))
 
@@ -242,7 +242,7 @@ def test_every_process_has_an_equal_share_of_the_pictures() -> None:
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     mistakes = {
-        "--batch-size=7": "--batch-size: 7 does not divide by 2 processes; the nearest that does is 8",
+        "--batch-size=7": "--batch-size: 7 is not divisible by 2 processes; the nearest that is: 8",
         "--set=train.compile=model": "train.compile: 'model' is for one process, or for train.parallel ddp",
     }
     for option, message in mistakes.items():
@@ -284,7 +284,7 @@ def test_processes_that_do_not_know_their_gpu(monkeypatch: pytest.MonkeyPatch) -
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match="LOCAL_RANK: not set, so that it is not known which GPU is whose"):
+    with pytest.raises(UserError, match="LOCAL_RANK: not set, so processes cannot be assigned to GPUs"):
         resolve_device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert resolve_device("cuda") == torch.device("cuda", 1)

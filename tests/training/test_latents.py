@@ -128,7 +128,7 @@ def test_refusals(
 ) -> None:
     out = f"--out={tmp_path / 'run'}"
     message = refusal(capsys, f"--data={photos}", f"--vae={tiny_vae}", "--image-size=15", out, *FAST)
-    assert "--image-size: 15 does not divide by 2, the pixels per latent" in message
+    assert "--image-size: 15 is not divisible by 2, the pixels per latent" in message
     message = refusal(capsys, f"--data={latents}", out, *FAST, "--set=model.in_channels=3")
     assert "model.in_channels: 3, but the data has 4" in message
     message = refusal(capsys, f"--data={latents}", out, *FAST, "--image-size=32")
@@ -145,7 +145,7 @@ def test_encoded_data_that_changed_is_noticed_when_a_run_goes_on(
     assert main(["encode", str(photos), *options]) == 0
     capsys.readouterr()
     assert main(["train", f"--data={other}", f"--out={run}", "--resume=auto", "--steps=6"]) == 0
-    assert "warning: the encoded data is not what the run began with" in capsys.readouterr().out
+    assert "warning: the encoded data has changed since the run began" in capsys.readouterr().out
 
 
 def test_images_without_the_autoencoder(latents: Path, tmp_path: Path) -> None:
@@ -192,5 +192,5 @@ def test_other_latents_are_noticed_also_where_there_are_more_images(latents: Pat
     with pytest.raises(UserError, match=r"data\.vae: the weights of .* are not those"):
         check_same_data(start, fewer, stage)
     stage.fingerprint, stage.scale = fingerprint, 2 * scale
-    with pytest.raises(UserError, match=f"data.vae: the run's latents have a scale of {scale:g}, now it is"):
+    with pytest.raises(UserError, match=f"data.vae: the run's latents have scale {scale:g}, but now it is"):
         check_same_data(start, images, stage)

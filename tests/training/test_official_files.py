@@ -166,7 +166,7 @@ def test_an_official_run_goes_on(
     convert(folder, tmp_path / "run", *options, "--set=train.device=cpu", "--set=train.batch_size=4")
     printed = capsys.readouterr().out
     assert "2 steps in" in printed
-    assert "the newest is taken: model000002.pt" in printed
+    assert "using the newest: model000002.pt" in printed
     for change in (
         "model.depth 3 (not 6)", "train.ema_decay 0.999 (not 0.995)", "train.weight_decay 0.01 (not 0.0)",
     ):  # fmt: skip
@@ -198,7 +198,7 @@ def test_without_average_and_optimiser_they_start_anew(
     options = ["--preset=digits", "--set=model.family=mdt", "--set=train.warmup_steps=0"]
     convert(folder / "model000000.pt", tmp_path / "run", *options, "--set=train.steps=2")
     printed = capsys.readouterr().out
-    assert "warning: no ema_0.995_000000.pt beside model000000.pt: the average starts as a copy" in printed
+    assert "warning: no ema_0.995_000000.pt beside model000000.pt: the EMA starts as a copy" in printed
     assert "warning: no opt000000.pt beside model000000.pt: the optimiser's moments start at zero" in printed
     opened = open_checkpoint(tmp_path / "run")
     assert opened.step == 1
@@ -218,7 +218,9 @@ def test_published_weights_start_a_run(tmp_path: Path, capsys: pytest.CaptureFix
     opened = open_checkpoint(tmp_path / "fine")
     assert (opened.step, opened.config) == (0, config)
     assert torch.equal(opened.tensors("ema")["pos_embed"], model.pos_embed.detach())
-    assert "no update was made yet" in error(capsys, tmp_path / "fine", tmp_path / "x", "--official")
+    assert "is at step 0, and the official loop saves only after an update" in error(
+        capsys, tmp_path / "fine", tmp_path / "x", "--official"
+    )
     assert train(config, tmp_path / "fine", resume="auto").steps == 2
 
 
@@ -252,7 +254,7 @@ def test_an_optimiser_that_counted_more_and_one_that_is_done(
     options = ["--preset=digits", "--set=model.family=mdt", "--set=train.steps=2"]
     convert(folder, tmp_path / "run", *options)
     printed = capsys.readouterr().out
-    assert "opt000001.pt has counted 3 updates, the label says 2" in printed
+    assert "opt000001.pt has counted 3 updates, but the label says 2" in printed
     assert "train.steps is 2: pass --steps N" in printed
 
 
@@ -312,7 +314,7 @@ def test_files_that_do_not_fit(
             ([1], "holds no state of AdamW or Adan"),
             ({**optimizer.state_dict(), "state": {0: {"exp_avg": 1}}}, "holds no state of AdamW or Adan"),
             ({**optimizer.state_dict(), "state": {0: {"step": 1}}}, "state of parameter 0: no 'exp_avg'"),
-            (torch.optim.AdamW([torch.ones(1)]).state_dict(), "state of 1 parameters, the model has"),
+            (torch.optim.AdamW([torch.ones(1)]).state_dict(), "state of 1 parameters, but the model has"),
             (torch.optim.AdamW(model.parameters(), amsgrad=True).state_dict(), "amsgrad: True is not supp"),
             (other_shapes(optimizer.state_dict()), "exp_avg of shape"),
         ],
@@ -321,7 +323,7 @@ def test_files_that_do_not_fit(
             (small().state_dict(), "weights of another model"),
         ],
         "model000002.pt": [
-            ({"a": torch.ones(1)}, "no weights of an MDT, MDTv2 or DiT"),
+            ({"a": torch.ones(1)}, "not weights of an MDT, MDTv2 or DiT"),
             (small().state_dict(), "weights of another model"),
             ({**model.state_dict(), "mask_token": torch.full((1, 1, 16), torch.nan)}, "are not finite"),
         ],
@@ -347,10 +349,10 @@ def test_files_that_do_not_fit(
 def test_official_files_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(config_of("mdtv2", steps=1), tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "a" / "b", "--official")
-    assert "takes label 0 for a start" in capsys.readouterr().out
+    assert "takes label 0 as a fresh start" in capsys.readouterr().out
     files = find_files(tmp_path / "a" / "b")
     (tmp_path / "a" / "b" / "model000000.pt").write_text("mine")
-    assert "model000000.pt' is already there" in error(
+    assert "model000000.pt' already exists" in error(
         capsys, tmp_path / "run", tmp_path / "a" / "b", "--official"
     )
     assert files.model.read_text() == "mine"

@@ -34,7 +34,7 @@ def test_it_trains_as_the_same_images_do(tmp_path: Path) -> None:
     assert train(config, str(tmp_path / "own"), images=Own(), resume="auto").steps == 4
     last = Path("checkpoints", "step_0000004")
     assert tensors_of(tmp_path / "own" / last) == tensors_of(tmp_path / "known" / last)
-    with pytest.raises(UserError, match="its classes are not those of the run"):
+    with pytest.raises(UserError, match="its classes differ from those of the run"):
         train(config, tmp_path / "own", images=Own(classes=[*"abcdefghij"]), resume="auto")
 
 
@@ -66,7 +66,7 @@ def test_what_is_nothing_of_the_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images: a list has no labels; mdt_fast.data.ImageSet has all"):
         train(tiny(), tmp_path / "run", images=images)
     config: Any = "digits"
-    with pytest.raises(UserError, match=r"config: got str, a RunConfig is needed"):
+    with pytest.raises(UserError, match=r"config: got str, expected a RunConfig"):
         train(config, tmp_path / "run")
 
 

@@ -79,12 +79,12 @@ def test_runs_of_before_are_torchaos(tmp_path: Path) -> None:
 
 def test_what_float8_does_not_go_with(tmp_path: Path) -> None:
     for settings, said in (
-        ({"dtype": "float16", "float8": True}, "train.float8: goes with train.dtype bfloat16, got float16"),
+        ({"dtype": "float16", "float8": True}, "train.float8: needs train.dtype bfloat16, got float16"),
         (
             {"float8": True, "float8_by": "apex"},
             "train.float8_by: allowed are 'kernels' and 'torchao', got 'a",
         ),
-        ({"float8_by": "torchao"}, "train.float8_by: torchao goes with train.float8=true"),
+        ({"float8_by": "torchao"}, "train.float8_by: torchao needs train.float8=true"),
         (
             {"dtype": "bfloat16", "float8": True},
             "float8: needs a GPU of compute capability 8.9, 9.0, 10.0, 10.3",
@@ -216,7 +216,7 @@ def test_a_run_may_go_on_with_other_weights_and_moments(tmp_path: Path) -> None:
 def test_what_bfloat16_weights_do_not_go_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in ("float32", "float16"):
         with pytest.raises(
-            UserError, match=f"train.weights: bfloat16 goes with train.dtype bfloat16, got {dtype}"
+            UserError, match=f"train.weights: bfloat16 needs train.dtype bfloat16, got {dtype}"
         ):
             train(tiny(dtype=dtype, weights="bfloat16"), tmp_path / "out")
     monkeypatch.setitem(MISSING, "cpu", "not built")

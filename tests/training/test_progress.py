@@ -293,7 +293,7 @@ def test_a_picture_without_memory(processes: int) -> None:
     pictures = Pictures(bar, run, Sinks([], said.append), Interrupts())
     if processes == 1:
         pictures.draw(full)
-        assert said == ["warning: no picture: the GPU has no memory left for it"]
+        assert said == ["warning: no picture: not enough GPU memory"]
     else:
         with pytest.raises(torch.OutOfMemoryError):
             pictures.draw(full)

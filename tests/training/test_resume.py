@@ -86,7 +86,7 @@ def test_another_runs_checkpoint_starts_a_new_run_from_it(tmp_path: Path) -> Non
 
 def test_settings_that_decide_the_numbers_cannot_change(tmp_path: Path) -> None:
     train(tiny(steps=4), tmp_path / "run")
-    with pytest.raises(UserError, match=r"train.weight_decay: cannot change.* has 0\.0, got 0\.5"):
+    with pytest.raises(UserError, match=r"train.weight_decay: cannot be changed.* has 0\.0, got 0\.5"):
         train(tiny(weight_decay=0.5), tmp_path / "run", resume="auto")
     assert latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_0000004"
 
@@ -94,7 +94,7 @@ def test_settings_that_decide_the_numbers_cannot_change(tmp_path: Path) -> None:
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     train(tiny(steps=2), tmp_path / "run")
     before = tensors_of(tmp_path / "run" / "checkpoints" / "step_0000002")
-    with pytest.raises(UserError, match="already holds a run; go on with --resume auto"):
+    with pytest.raises(UserError, match="already holds a run; resume it with --resume auto"):
         train(tiny(seed=1), tmp_path / "run")
     assert tensors_of(tmp_path / "run" / "checkpoints" / "step_0000002") == before
 
