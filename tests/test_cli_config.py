@@ -48,7 +48,7 @@ NONSENSE = {
     "train: 3": "train: expected settings, got 3",
     "train:\n  learning_rate: 1": "unknown key 'learning_rate'",
     "train:\n  stepz: 1": "unknown key 'stepz' (did you mean 'steps'?)",
-    "preset: 3": "preset: a name is needed, got 3",
+    "preset: 3": "preset: expected a name, got 3",
     "preset: digitz": "'digitz' is not known (did you mean 'digits'?)",
     "train: {seed: !!int x}": "not YAML",
     "train: {seed: !!python/object/apply:os.getcwd []}": "not YAML",

@@ -130,7 +130,7 @@ def test_a_signal_ends_it_with_whole_shards(
     assert code == 128 + number, err
     last = text.splitlines()[-1]
     assert re.fullmatch(
-        r"stopped; \d+ of 25 shards are complete in .*latents; go on with the same command", last
+        r"stopped; \d+ of 25 shards are complete in .*latents; resume with the same command", last
     )
     assert not [name for name in content(out) if name.startswith(".")]
     assert all(content(encoded)[name] == value for name, value in content(out).items())
@@ -140,9 +140,9 @@ def test_verify(
     photos: Path, encoded: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["encode", f"--out={encoded}", "--verify"]) == 0
-    assert "latents: 100 images in 25 shards, all as written\n" in capsys.readouterr().out
+    assert "latents: 100 images in 25 shards, all intact\n" in capsys.readouterr().out
     assert main(["encode", str(photos), f"--out={encoded}", "--verify"]) == 0
-    assert f"all as written, of the images that are in {photos}" in capsys.readouterr().out
+    assert f"all intact, from the images in {photos}" in capsys.readouterr().out
     for name, value in content(encoded).items():
         (tmp_path / "copy").mkdir(exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(value)

@@ -124,7 +124,7 @@ def test_adms_reference_file(
     assert bare["sfid"] == pytest.approx(0, abs=1e-4)
     notes = json.loads(Path("out.json").read_text())["notes"]
     assert any("comparable only if" in note for note in notes)
-    assert any("is is left out" in note for note in notes)
+    assert any("is is skipped" in note for note in notes)
     assert any("sfid: 80 images in many.npz for 448 features" in note for note in notes)
     # Another network than Inception sees the images, though it has as many features.
     seen = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
@@ -142,7 +142,7 @@ def test_adms_reference_file(
     whole = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
     assert {name: whole["metrics"][name] for name in ("fid", "sfid")} == bare
     assert 0 < whole["metrics"]["recall"] < 1
-    said = "fid and sfid: against the statistics in adm.npz, of images that it does not bring"
+    said = "fid and sfid: computed from the statistics in adm.npz, whose images it does not contain"
     assert said in whole["notes"]
     # Of features no network is asked for where the statistics are enough.
     run(capsys, "many.npz", "--features=mine:Class", "--save-features=many.safetensors")
@@ -227,8 +227,8 @@ REFUSED = [
     ("good.npz", ["--metrics=sfid"], "--metrics: sfid cannot be computed: 'good.npz' has no spatial"),
     ("good.npz", ["--metrics=is"], "is cannot be computed: the features of 'good.npz' come without class"),
     ("good.npz", ["--reference=nan.npz", "--batch-size=0"], "--batch-size: must be at least 1, got 0"),
-    ("good.npz", ["--image-size=8"], "--image-size: crops images in folders, and neither"),
-    ("good.npz", ["--json=good.npz"], "'good.npz' is to be read and to be written; choose another name"),
+    ("good.npz", ["--image-size=8"], "--image-size: crops images in folders, but neither"),
+    ("good.npz", ["--json=good.npz"], "'good.npz' is both an input and an output; choose another name"),
     ("good.npz", ["--save-features=x.npz"], "a name that ends in .safetensors is needed, got 'x.npz'"),
     ("good.npz", ["--weights=x.pth"], "--weights: is for inception-v3-compat only"),
     ("", [], "SAMPLES: a name is needed, got ''") ,
@@ -287,7 +287,7 @@ def test_features_of_the_samples_outlive_a_bad_reference(capsys: pytest.CaptureF
 
 @pytest.mark.usefixtures("files")
 def test_a_reference_is_needed_and_networks_must_agree(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--reference is needed for all metrics but is" in error(capsys, "good.npz")
+    assert "--reference is needed for all metrics except 'is'" in error(capsys, "good.npz")
     assert "--reference is needed" in error(
         capsys, "good.npz", "--metrics=fid", "--save-features=a.safetensors"
     )

@@ -39,9 +39,12 @@ def test_the_file_draws_what_the_run_draws(run: Path, tmp_path: Path) -> None:
         (["nowhere", "x.pt2"], "no run or checkpoint at 'nowhere'"),
         (["RUN", "x.pt"], "export: a name that ends in .pt2 is needed, got 'x.pt'"),
         (["RUN", "none/x.pt2"], "cannot write 'none/x.pt2': no folder 'none'"),
-        (["RUN", "x.pt2", "--batch=0"], "--batch: dynamic, or a number from 1 to 65536, is needed, got '0'"),
-        (["RUN", "x.pt2", "--batch=many"], "--batch: dynamic, or a number from 1 to 65536, is needed, got"),
-        (["RUN", "x.pt2", "--batch=99999999999999999999"], "--batch: dynamic, or a number from 1 to 65536"),
+        (["RUN", "x.pt2", "--batch=0"], "--batch: expected dynamic or a number from 1 to 65536, got '0'"),
+        (["RUN", "x.pt2", "--batch=many"], "--batch: expected dynamic or a number from 1 to 65536, got"),
+        (
+            ["RUN", "x.pt2", "--batch=99999999999999999999"],
+            "--batch: expected dynamic or a number from 1 to 65536",
+        ),
         (["RUN", "x.pt2", "--device=tpu"], "'tpu'"),
         (["RUN"], "the following arguments are required: FILE"),
     ],
@@ -70,7 +73,7 @@ def test_of_a_solver_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFi
     training = ["train", "--preset=digits", *options, "--set=sample.steps=3", "--unconditional"]
     assert main([*training, f"--out={run}"]) == 0
     assert main(["export", str(run), str(step), "--batch=2", "--device=cpu"]) == 0
-    assert "the run samples by unipc, which is diffusers' and not in the file" in capsys.readouterr().out
+    assert "the run samples with unipc from diffusers, which is not in the file" in capsys.readouterr().out
     described = read_description(step)
     assert (described["sample"]["sampler"], described["guided"], described["batch"]) == ("ddim", False, 2)
     with pytest.raises(UserError, match="cfg_scale: a model trained without label dropout cannot"):

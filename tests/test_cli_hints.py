@@ -89,13 +89,13 @@ def test_a_folder_that_goes_on_says_what_is_there(
     assert "already" not in capsys.readouterr().out
     (tmp_path / "o" / "shard-00002.npz").unlink()
     assert main(command) == 0
-    assert "4 of 5 are there already\n" in capsys.readouterr().out
+    assert "4 of 5 images already exist\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--vae=nosuch"], "--vae: the run was trained on pixels, and takes none"),
+        (["--vae=nosuch"], "--vae: the run was trained on pixels and uses no autoencoder"),
         (["--npz=x.txt"], "--npz: a name that ends in .npz is needed, got 'x.txt'"),
         (["--steps=0"], "--steps: allowed are 1 to 1000, got 0"),
         (["--sampler=ddpm", "--eta=1"], "--eta: only ddim has one; use 0 with ddpm, got 1"),
@@ -294,7 +294,7 @@ def test_a_full_disk_is_named(
 
 def test_float8_says_what_it_needs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = "sample", str(trained), "--float8", "--device=cpu"
-    assert error(capsys, *sample) == "--float8: goes with --dtype bfloat16, got float32"
+    assert error(capsys, *sample) == "--float8: needs --dtype bfloat16, got float32"
     needs = "--float8: needs a GPU of compute capability 8.9, 9.0, 10.0, 10.3, the model is on cpu"
     assert error(capsys, *sample, "--dtype=bfloat16") == needs
     assert not (trained / "grid.png").exists()

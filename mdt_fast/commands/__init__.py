@@ -1,4 +1,4 @@
-"""What the commands do, once their arguments are parsed."""
+"""The commands, run after their arguments are parsed."""
 
 from .convert import convert
 from .encode import encode

@@ -1,4 +1,4 @@
-"""A run's settings in a YAML file: any of the sections ``--dry-run`` prints, on top of a preset."""
+"""A run's settings in a YAML file: any of the sections that ``--dry-run`` prints, overriding a preset."""
 
 import json
 import re
@@ -15,10 +15,10 @@ FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9
 
 
 class Loader(yaml.SafeLoader):
-    """Plain data only, with JSON's numbers: YAML 1.1 takes ``1e-4`` for a word and ``1:30`` for 90."""
+    """Plain data only, with JSON's numbers: YAML 1.1 reads ``1e-4`` as a string and ``1:30`` as 90."""
 
 
-Loader.yaml_implicit_resolvers = {  # no dates, and no numbers to base 60: 1:30 is a word
+Loader.yaml_implicit_resolvers = {  # no dates, and no base-60 numbers: 1:30 is a string
     first: [
         (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))
     ]
@@ -29,13 +29,14 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+012345678
 
 
 def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The preset it names with ``preset:``, if any, and the settings by section. ``UserError`` names the file
-    and what is wrong in it: no YAML, an unknown key (with the nearest one), a value of the wrong type."""
+    """The preset that the file names with ``preset:``, if any, and the settings by section. ``UserError``
+    names the file and the problem: not YAML, an unknown key (with the nearest one), a section that is not a
+    table. Values are checked later."""
     try:
         values = yaml.load(path.read_text(), Loader)
     except OSError as error:
         raise UserError(f"--config: cannot read {str(path)!r}: {error.strerror}") from None
-    except Exception as error:  # of numbers and dates that are none, tags, and more
+    except Exception as error:  # invalid numbers and dates, tags, and more
         raise UserError(f"--config: {path}: not YAML: {one_line(error)}") from None
     if values is None:
         return None, {}
@@ -43,7 +44,7 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
         raise UserError(f"--config: {path}: expected sections of settings, got {type(values).__name__}")
     preset = values.pop("preset", None)
     if preset is not None and not isinstance(preset, str):
-        raise UserError(f"--config: {path}: preset: a name is needed, got {preset!r}")
+        raise UserError(f"--config: {path}: preset: expected a name, got {preset!r}")
     known = to_dict(RunConfig())
     for section, settings in values.items():
         if section not in known:
@@ -61,7 +62,7 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def read_saved_config(path: Path) -> RunConfig:
-    """A run's ``config.json``."""
+    """Read a run's ``config.json``."""
     try:
         values = json.loads(path.read_text(errors="replace"))
     except (ValueError, RecursionError):

@@ -23,8 +23,9 @@ from .official_config import RECIPE, official_config
 
 
 def convert(args: argparse.Namespace) -> int:
-    """To official files with ``--official``, to a pipeline's folder with ``--diffusers``; to a run from what
-    no run left, into a name that is no file's; else to one file of weights."""
+    """Convert to official files with ``--official``, or to a pipeline's folder with ``--diffusers``. From a
+    source that is not a run, to a target that is not a weights file: make a run. Otherwise write one weights
+    file."""
     source, target = Path(args.source), Path(args.target)
     if args.diffusers:
         return _pipeline(args, source, target)
@@ -34,12 +35,12 @@ def convert(args: argparse.Namespace) -> int:
     if becomes_run and not args.official:
         return _run(args, source, target)
     if recipe and not source.exists():
-        raise UserError(f"convert: there is no {str(source)!r}")
+        raise UserError(f"convert: {str(source)!r} does not exist")
     if recipe:
-        way = "" if elsewhere else "; a run's own weights are a file by mdt-fast convert RUN FILE.safetensors"
+        way = "" if elsewhere else "; mdt-fast convert RUN FILE.safetensors writes a run's weights to a file"
         raise UserError(
-            f"--{recipe[0].replace('_', '-')}: is for a run that is made of official files or of weights; "
-            f"from {str(source)!r} to {str(target)!r} there is none to be made{way}"
+            f"--{recipe[0].replace('_', '-')}: only for making a run from official files or weights; "
+            f"converting {str(source)!r} to {str(target)!r} does not make one{way}"
         )
     return _official_files(args, source, target) if args.official else _weights_file(args, source, target)
 
@@ -77,12 +78,12 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
 
 def check_no_part(args: argparse.Namespace, source: Path) -> None:
     if args.weights != checkpoint.EMA:
-        raise UserError(f"--weights: {args.weights!r} is of a run; {str(source)!r} has one set of weights")
+        raise UserError(f"--weights: {args.weights!r} is for runs; {str(source)!r} has one set of weights")
 
 
 def _official_files(args: argparse.Namespace, source: Path, target: Path) -> int:
     if args.weights != checkpoint.EMA:
-        raise UserError("--weights: official files have the average and the last step's; leave it out")
+        raise UserError("--weights: official files hold both the EMA and the last step's; leave it out")
     check_writable(target, folder=True)
     opened = open_or_advise(source, checkpoint.PARTS, "mdt-fast convert {}")
     files = write_official(opened, target)
@@ -92,23 +93,23 @@ def _official_files(args: argparse.Namespace, source: Path, target: Path) -> int
     print(
         f"{opened.path} ({opened.step} updates) in {target}: {', '.join(path.name for path in names if path)}"
     )
-    print(f"the official script goes on with --resume_checkpoint {files.model}")
+    print(f"resume the official script with --resume_checkpoint {files.model}")
     return 0
 
 
 PIPELINE = "pipeline"
-"""What its folder is called while it is written into a folder that is there."""
+"""Name of the temporary folder used when the pipeline is written into an existing folder."""
 
 
 def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
     if args.official:
-        raise UserError("--diffusers: makes a pipeline's folder, --official official files; pass one of them")
+        raise UserError("--diffusers: makes a pipeline's folder, --official official files; pass only one")
     for name in RECIPE:
         if name != "vae" and getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: says nothing of a pipeline; leave it out")
+            raise UserError(f"--{name.replace('_', '-')}: does not apply to a pipeline; leave it out")
     check_writable(target, folder=True)
     if target.is_dir() and not all(is_leftover(path, [PIPELINE]) for path in target.iterdir()):
-        raise UserError(f"cannot write {str(target)!r}: it holds files already; choose another place")
+        raise UserError(f"cannot write {str(target)!r}: it already holds files; choose another folder")
     from ..pipelines import MDTPipeline  # diffusers takes seconds to import
 
     pipeline = MDTPipeline.from_run(source, weights=args.weights, vae=args.vae)
@@ -129,7 +130,7 @@ def _pipeline(args: argparse.Namespace, source: Path, target: Path) -> int:
 
 def _run(args: argparse.Namespace, source: Path, target: Path) -> int:
     if args.weights != checkpoint.EMA:
-        raise UserError("--weights: is for what is made of a run; here a run is made, of all there is")
+        raise UserError("--weights: selects weights of a source run; making a run uses all of the source's")
     check_writable(target, folder=True)
     refuse_used(target)
     files = find_files(source)
@@ -139,6 +140,6 @@ def _run(args: argparse.Namespace, source: Path, target: Path) -> int:
     notes = [*files.notes, *notes, *make_run(target, config, files, weights, packed)]
     for note in notes:
         print(note)
-    print(f"{files.model} is step {files.step} of {target}; go on with")
+    print(f"{files.model} is step {files.step} of {target}; resume with")
     print(f"  mdt-fast train --out {target} --resume auto")
     return 0

@@ -19,14 +19,14 @@ from .shared import refuse_empty, set_threads
 
 
 def encode(args: argparse.Namespace) -> int:
-    """Encode, or with ``--verify`` check; returns the exit code."""
+    """Encode, or check with ``--verify``; returns the exit code."""
     set_threads(args.threads)
     refuse_empty(args, "out")
     if args.verify:
         return verify(args)
     for name, value in (("SOURCE", args.source), ("--vae", args.vae), ("--image-size", args.image_size)):
         if value is None:
-            raise UserError(f"encode: {name} is needed; see mdt-fast encode --help")
+            raise UserError(f"encode: {name} is required; see mdt-fast encode --help")
     ranks = Ranks.from_environment()
     console = Console(highlight=False, soft_wrap=True)
     config = DataConfig(
@@ -57,22 +57,22 @@ def encode(args: argparse.Namespace) -> int:
 
 
 def describe(result: engine.Encoded, out: str) -> str:
-    """One line on how it ended."""
+    """One line on the outcome."""
     shards = f"{result.shards} of {result.of_shards} shards are complete in {out}"
     if result.stopped and result.index is None:
-        return f"stopped; {shards}; go on with the same command"
+        return f"stopped; {shards}; resume with the same command"
     speed = f", {result.images / result.seconds:.1f} images/s" if result.images else ""
     share = f"{result.images} images encoded in {result.seconds:.1f} s{speed}"
     if result.index is not None and not result.images:
         return f"nothing to do: {out} is complete, {result.of_shards} shards"
     if result.index is None:
-        return f"{share}; {shards}; the rest is other processes'; if none is left, use the same command"
-    dropped = f"; {result.dropped} could not be read and are left out" if result.dropped else ""
+        return f"{share}; {shards}; other processes do the rest; if none is running, use the same command"
+    dropped = f"; {result.dropped} could not be read and were skipped" if result.dropped else ""
     return f"{share}; {out} is complete: {result.of_shards} shards{dropped}"
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every byte of DIR and, if SOURCE is given, that its images are those that were encoded."""
+    """Check every byte of DIR and, if SOURCE is given, that its images are the ones that were encoded."""
     latents = LatentSet(Path(args.out))
     console = Console(highlight=False, soft_wrap=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -89,9 +89,9 @@ def verify(args: argparse.Namespace) -> int:
                 f"{encoding.source_samples} images, now it has {len(images.labels)} (by name, size "
                 "and class)"
             )
-        same = f", of the images that are in {args.source}"
+        same = f", from the images in {args.source}"
     console.print(
-        f"{args.out}: {len(latents.labels)} images in {len(latents.shards)} shards, all as written{same}",
+        f"{args.out}: {len(latents.labels)} images in {len(latents.shards)} shards, all intact{same}",
         markup=False,
     )
     return 0

@@ -41,7 +41,7 @@ from .shared import refuse_empty, set_threads
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure, print a table, write what was asked for; returns the exit code."""
+    """Compute the metrics, print a table, write the requested files; returns the exit code."""
     set_threads(args.threads)
     asked = check_arguments(args)
     device = resolve_device(args.device)
@@ -53,13 +53,13 @@ def evaluate(args: argparse.Namespace) -> int:
     if reference is not None and (resting := rest_on(given, reference, metrics)):
         if not is_published(samples.extractor):
             notes.append(
-                f"the statistics in {args.reference} are comparable only if they are of the samples' network "
-                f"({samples.extractor or 'unknown'})"
+                f"the statistics in {args.reference} are comparable only if they come from the samples' "
+                f"network ({samples.extractor or 'unknown'})"
             )
         if reference.count is not None:
             names = " and ".join(resting)
             notes.append(
-                f"{names}: against the statistics in {args.reference}, of images that it does not bring"
+                f"{names}: computed from the statistics in {args.reference}, whose images it does not contain"
             )
     if args.json is not None:
         write_json(Path(args.json), record(samples, reference, values, notes))
@@ -68,7 +68,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> list[str] | None:
-    """The metrics that were asked for, or None: all that can be had. ``UserError`` before any work."""
+    """The requested metrics, or None for all computable ones. ``UserError`` before any work."""
     if not args.samples:
         raise UserError("SAMPLES: a name is needed, got ''")
     refuse_empty(args, "reference", "json", "save_features", "features", "weights")
@@ -79,7 +79,7 @@ def check_arguments(args: argparse.Namespace) -> list[str] | None:
     asked = parse_metrics(args.metrics) if args.metrics is not None else None
     if args.reference is None and asked != ["is"] and (asked is not None or args.save_features is None):
         raise UserError(
-            "evaluate: --reference is needed for all metrics but is; without it, pass --metrics is or "
+            "evaluate: --reference is needed for all metrics except 'is'; without it, pass --metrics is or "
             "--save-features FILE"
         )
     check_targets(args)
@@ -89,8 +89,8 @@ def check_arguments(args: argparse.Namespace) -> list[str] | None:
 def both_sides(
     args: argparse.Namespace, metrics: Sequence[str], device: torch.device, console: Console
 ) -> tuple[Features, Features | None, Features | None]:
-    """The samples' features, the reference's, and what of these its file had ready. The samples' are saved,
-    where that is asked for, before the reference is looked at: they may have taken hours."""
+    """The samples' features, the reference's, and what the reference's file already held of them. If
+    requested, the samples' features, which can take hours, are saved before the reference is processed."""
     sources = _open(args)
     network = args.features or INCEPTION
 
@@ -98,7 +98,7 @@ def both_sides(
     def extractor() -> Extractor:
         return open_extractor(network, device=device, weights=args.weights, trust=args.trust_features)
 
-    if _looks(sources, metrics):  # what is wrong with the network is said before any work
+    if _looks(sources, metrics):  # report problems with the network before any work
         if args.features is None:
             for source in sources:
                 check_default(source.features)
@@ -130,7 +130,7 @@ def both_sides(
             if args.save_features is not None and not found:
                 if features.pooled is None:
                     raise UserError(
-                        f"--save-features: {args.samples!r} has statistics only; images are needed"
+                        f"--save-features: {args.samples!r} has only statistics; images are needed"
                     )
                 save_features(Path(args.save_features), features)
             found.append(features)
@@ -141,7 +141,7 @@ def both_sides(
 
 
 def _looks(sources: Sequence[Opened], metrics: Sequence[str]) -> bool:
-    """Whether images have to be seen: not those of a reference whose statistics are enough for features."""
+    """Whether any images must go through the network: a reference's need not if its statistics suffice."""
     samples, *reference = sources
     if samples.images is not None or not reference or reference[0].images is None:
         return samples.images is not None
@@ -150,8 +150,8 @@ def _looks(sources: Sequence[Opened], metrics: Sequence[str]) -> bool:
 
 
 def check_default(given: Features | None) -> None:
-    """``UserError`` if features were made with another network than the one taken where none is named. It is
-    not taken from their file: a name of code to run is the user's to give."""
+    """``UserError`` if features were made with a network other than the default. The network is not taken
+    from their file, because only the user may name code to run."""
     if given is None or not given.extractor or given.extractor.startswith(INCEPTION):
         return
     name = given.extractor.split()[0]
@@ -163,22 +163,22 @@ def check_default(given: Features | None) -> None:
 
 
 def possible(samples: Features, reference: Features | None) -> tuple[list[str], list[str]]:
-    """The metrics that can be had, and why not the others; with a reference ``UserError`` if none can."""
+    """The computable metrics, and why others are not; with a reference, ``UserError`` if there are none."""
     reasons = {metric: missing(metric, samples, reference) for metric in METRICS}
     metrics = [metric for metric, reason in reasons.items() if reason is None]
     if reference is None:
         return metrics, []
     if not metrics:
         raise UserError(f"--metrics: none can be computed: fid: {reasons['fid']}")
-    return metrics, [f"{metric} is left out: {reason}" for metric, reason in reasons.items() if reason]
+    return metrics, [f"{metric} is skipped: {reason}" for metric, reason in reasons.items() if reason]
 
 
 def _open(args: argparse.Namespace) -> list[Opened]:
-    """Both sides; ``--image-size`` is for those that are folders, of which there must be one."""
+    """Open both sides; ``--image-size`` applies to folders, and at least one side must be one."""
     names = [args.samples] + ([args.reference] if args.reference is not None else [])
     paths = [assembled_in(path) or path for path in map(Path, names)]
     if args.image_size is not None and not any(path.is_dir() for path in paths):
-        raise UserError("--image-size: crops images in folders, and neither SAMPLES nor --reference is one")
+        raise UserError("--image-size: crops images in folders, but neither SAMPLES nor --reference is one")
     opened = [
         open_source(path, what, args.image_size if path.is_dir() else None)
         for path, what in zip(paths, ("SAMPLES", "--reference"))
@@ -190,7 +190,7 @@ def _open(args: argparse.Namespace) -> list[Opened]:
 
 
 def rest_on(given: Features | None, used: Features, metrics: Sequence[str]) -> list[str]:
-    """The metrics that rest on statistics which do not say of which network they are."""
+    """The metrics that use given statistics whose feature network is unknown."""
     if given is None or given.extractor:
         return []
     ready = {"fid": used.moments is given.moments, "sfid": used.spatial is given.spatial}
@@ -198,14 +198,14 @@ def rest_on(given: Features | None, used: Features, metrics: Sequence[str]) -> l
 
 
 def check_targets(args: argparse.Namespace) -> None:
-    """The files to write have different names, none of them an input's, and can be written."""
+    """Check that the output files differ from each other and from the inputs, and can be written."""
     targets = [Path(name) for name in (args.json, args.save_features) if name is not None]
     inputs = [Path(name).resolve() for name in (args.samples, args.reference) if name is not None]
     if len({path.resolve() for path in targets}) < len(targets):
         raise UserError("evaluate: --json and --save-features need different names")
     for path in targets:
         if path.resolve() in inputs:
-            raise UserError(f"evaluate: {str(path)!r} is to be read and to be written; choose another name")
+            raise UserError(f"evaluate: {str(path)!r} is both an input and an output; choose another name")
         check_writable(path)
     if args.save_features is not None and not args.save_features.endswith(".safetensors"):
         raise UserError(
@@ -245,7 +245,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def show(
     console: Console, args: argparse.Namespace, samples: Features, values: dict[str, float], notes: list[str]
 ) -> None:
-    """The table, what it is of, and the notes."""
+    """Print the table, its inputs and the notes."""
     table = Table("metric", "value", box=None, pad_edge=False, show_header=bool(values))
     table.columns[1].justify = "right"
     for name, value in values.items():

@@ -31,8 +31,8 @@ def export(args: argparse.Namespace) -> int:
     config = replace(opened.config.sample, dtype="float32")
     if config.sampler in SOLVERS:
         print(
-            f"the run samples by {config.sampler}, which is diffusers' and not in the file: its setting is "
-            f"{config.steps} steps of ddim; run_exported takes others"
+            f"the run samples with {config.sampler} from diffusers, which is not in the file: the file's "
+            f"default is {config.steps} steps of ddim; run_exported takes others"
         )
         config = replace(config, sampler="ddim")
     if not opened.config.data.conditional:
@@ -51,7 +51,5 @@ def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_IMAGES:
-        raise UserError(
-            f"--batch: dynamic, or a number from 1 to {MOST_IMAGES}, is needed, got {text[:40]!r}"
-        )
+        raise UserError(f"--batch: expected dynamic or a number from 1 to {MOST_IMAGES}, got {text[:40]!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""The picture and the mask of ``mdt-fast sample --image X --mask M``."""
+"""The image and the mask of ``mdt-fast sample --image X --mask M``."""
 
 import argparse
 import hashlib
@@ -20,8 +20,8 @@ GREY = 127
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What the model draws, [C, S, S], where it is ``unknown``, bool [S, S]; and where there are pixels,
-    uint8 [H, W, 1 or 3], where they are unknown, bool [H, W, 1]."""
+    """The image in the model's space, [C, S, S], and where it is ``unknown``, bool [S, S]; if there are
+    pixels, they too, uint8 [H, W, 1 or 3], and where they are unknown, bool [H, W, 1]."""
 
     image: Tensor
     unknown: Tensor
@@ -29,30 +29,30 @@ class Known:
     unknown_pixels: np.ndarray
 
     def paste(self, images_NHWC: np.ndarray) -> np.ndarray:
-        """The known pixels over decoded ones."""
+        """Paste the known pixels over decoded ones."""
         if self.pixels is None:
             return images_NHWC
         return np.where(self.unknown_pixels, images_NHWC, self.pixels)
 
     def shown(self) -> list[np.ndarray]:
-        """For a grid: the picture, and what is known of it."""
+        """For a grid: the image, and its known part."""
         if self.pixels is None:
             return []
         return [self.pixels, np.where(self.unknown_pixels, np.uint8(GREY), self.pixels)]
 
 
 def check_known(args: argparse.Namespace) -> None:
-    """``UserError`` for options that need others."""
+    """``UserError`` for an option given without another that it needs."""
     for name, other in (("image", "mask"), ("mask", "image"), ("hide", "image"), ("resample", "image")):
         if getattr(args, name) is not None and getattr(args, other) is None:
-            raise UserError(f"--{name}: needs --{other}, too")
+            raise UserError(f"--{name}: also needs --{other}")
 
 
 def read_known(args: argparse.Namespace, stage: FirstStage, channels: int) -> Known:
-    """``--image``, scaled and cropped as in training, with the same done to ``--mask``.
+    """Read ``--image`` and ``--mask``, both scaled and cropped as in training.
 
-    ``channels``: of the pixels. A latent is unknown if any pixel of it is. ``UserError`` for what does
-    not fit.
+    ``channels``: of the pixels. A latent is unknown if any of its pixels is. ``UserError`` if they do not
+    match each other or the model.
     """
     mask = _picture("--mask", args.mask, 1)
     if Path(args.image).suffix == ".npy":
@@ -68,7 +68,7 @@ def read_known(args: argparse.Namespace, stage: FirstStage, channels: int) -> Kn
         )
     unknown = center_crop_mask(mask, stage.size if known is None else len(known))
     if not unknown.any():
-        raise UserError("--mask: is black where the image is kept; white is to be filled in, there is none")
+        raise UserError("--mask: has no white, so there is nothing to fill in; black is kept")
     if known is None:
         return Known(image, torch.from_numpy(unknown), None, unknown[:, :, None])
     pixels = torch.from_numpy(known.astype(np.float32).transpose(2, 0, 1)) / 127.5 - 1
@@ -96,6 +96,6 @@ def _array(file: str, stage: FirstStage) -> Tensor:
         raise UserError(f"--image: cannot read {file!r}: {one_line(error)}") from None
     if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype.kind != "f":
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"--image: floats {shape} are needed of a .npy, got {got}")
-    with np.errstate(over="ignore"):  # what is not finite then is refused with the rest
+        raise UserError(f"--image: a .npy needs floats {shape}, got {got}")
+    with np.errstate(over="ignore"):  # overflow to infinity is refused later with other non-finite values
         return torch.from_numpy(array.astype(np.float32))

@@ -1,4 +1,4 @@
-"""The configuration of a run that goes on from the official loop's files."""
+"""The configuration of a run made from the official loop's files or from weights."""
 
 import argparse
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from ..training.optim import learning_rate
 from .train import fit_to_encoded, named_preset, put, set_by_hand
 
 RECIPE = ("preset", "config", "data", "image_size", "vae", "unconditional", "model", "set")
-"""The options that make a configuration."""
+"""The options that set a configuration."""
 FREE = ("num_classes", "input_size")
-"""What a run may have otherwise than the weights that it starts from."""
+"""Settings in which a run may differ from the weights that it starts from."""
 
 
 def official_config(
@@ -30,11 +30,11 @@ def official_config(
     weights: Mapping[str, Tensor],
     packed: PackedOptimizer | None,
 ) -> tuple[RunConfig, list[str]]:
-    """A preset, changed by what the files say, then by what was set by hand; and what there is to say.
+    """Build the configuration from a preset, then the files, then the user's settings; also returns notes.
 
-    The weights have the model's shape, a published one's its preset, too; the optimiser's state has its kind,
-    learning rate, weight decay and the norm to clip to; the average's name has its rate. ``UserError`` for a
-    shape set by hand that is not the weights', and where no preset can be had.
+    The weights give the model's shape, and a published shape its preset; the optimiser's state gives its
+    kind, learning rate, weight decay and clipping norm; the EMA file's name gives its rate. ``UserError`` if
+    the user's settings contradict the shape of the weights, and if no preset matches.
     """
     shape, rows = said_by_weights(files.model, weights)
     written, process = _written_with(files)
@@ -54,7 +54,7 @@ def official_config(
     family = hand.get(("model", "family"), shape["family"] if name is None else values["model"]["family"])
     if family != shape["family"]:
         raise UserError(
-            f"--preset: {preset!r} is a recipe for {family}, the weights in {files.model} are of "
+            f"--preset: {preset!r} is a recipe for {family}, but the weights in {files.model} are "
             f"{shape['family']}"
         )
     values["model"] |= {"family": family, **written}
@@ -92,19 +92,19 @@ def official_config(
 
 
 def _check_by_hand(shape: dict[str, Any], hand: Mapping[str, Any], files: OfficialFiles) -> None:
-    """``UserError`` for what was set by hand and is not the weights' shape."""
+    """``UserError`` for a setting by the user that contradicts the shape of the weights."""
     for key, value in shape.items():
         if hand.get(key, value) != value:
-            others = "; without the optimiser's state there may be others" if key in FREE else ""
+            others = "; without the optimiser's state it may differ" if key in FREE else ""
             raise UserError(
                 f"model.{key}: {hand[key]!r}, but the weights in {files.model} have {value!r}{others}"
             )
 
 
 def _changed_by_hand(shape: dict[str, Any], hand: Mapping[str, Any], dropped: bool) -> list[str]:
-    """Put what was set by hand of what weights can be fitted to into the shape; a line for each."""
+    """Put the user's settings that weights can be adapted to into the shape; returns a note for each."""
     done = {
-        "num_classes": f"the label table begins anew{', but for the null class' if dropped else ''}",
+        "num_classes": f"the label table is new{', except the null class' if dropped else ''}",
         "input_size": "position embeddings and bias tables are resized",
     }
     notes = []
@@ -112,13 +112,13 @@ def _changed_by_hand(shape: dict[str, Any], hand: Mapping[str, Any], dropped: bo
         wanted, there = hand.get(key, shape[key]), shape[key]
         if wanted != there:
             shape[key] = wanted
-            notes.append(f"model.{key}: {wanted}, the weights have {there}: {done[key]}")
+            notes.append(f"model.{key}: {wanted}, but the weights have {there}: {done[key]}")
     return notes
 
 
 def _makes_the_same(hand: Mapping[str, Any], key: str, shape: dict[str, Any]) -> bool:
-    """Whether what was set by hand is not what the weights tell and yet makes a model of their shape: a width
-    that is rounded, or MDTv2's depth with the block that an odd number loses."""
+    """Whether a setting by the user differs from the value read from the weights and yet gives the same
+    shape: a width that is rounded, or MDTv2's depth including the block that an odd number loses."""
     wanted, there = hand.get(key, shape[key]), shape[key]
     if type(wanted) not in (int, float) or wanted == there:
         return False
@@ -130,8 +130,8 @@ def _makes_the_same(hand: Mapping[str, Any], key: str, shape: dict[str, Any]) ->
 
 
 def _written_with(files: OfficialFiles) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the model's configuration all but its classes, and that of its diffusion process, which ``convert``
-    writes into a file beside a run's weights; of other files nothing."""
+    """The model's configuration without its classes, and that of its diffusion process, as ``convert`` writes
+    them into a file with a run's weights; both are empty for other files."""
     if files.model.suffix != ".safetensors":
         return {}, {}
     beside = read_metadata(files.model)
@@ -140,7 +140,7 @@ def _written_with(files: OfficialFiles) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _published(shape: dict[str, Any], other: str | None = None) -> str:
-    """The preset of a published model of this shape, or ``other`` of none."""
+    """The preset of the published model with this shape, or else ``other``. ``UserError`` for neither."""
     if (name := published_preset(shape) or other) is not None:
         return name
     sizes = ", ".join(f"{key} {shape[key]}" for key in ("family", "patch_size", "hidden_size", "depth"))
@@ -148,20 +148,20 @@ def _published(shape: dict[str, Any], other: str | None = None) -> str:
 
 
 def _rate(files: OfficialFiles, wanted: float, by_hand: bool) -> float | None:
-    """The rate of the average to go on with; None: there is none."""
+    """The rate of the EMA to continue with; None: there is no EMA file."""
     rates = sorted(files.averages)
     if not rates or wanted in rates:
         return wanted if rates else None
     if len(rates) > 1 or by_hand:
         raise UserError(
-            f"train.ema_decay: no average of rate {wanted} beside {files.model}, there are those of "
+            f"train.ema_decay: no EMA of rate {wanted} beside {files.model}, only of "
             f"{', '.join(map(str, rates))}; pass --set train.ema_decay={rates[-1]}"
         )
     return rates[0]
 
 
 def _recipe(packed: PackedOptimizer, config: RunConfig, step: int) -> dict[str, Any]:
-    """The training settings that the optimiser's state knows."""
+    """The training settings that can be read from the optimiser's state."""
     known: dict[str, Any] = {"optimizer": packed.kind, "weight_decay": packed.group["weight_decay"]}
     if "max_grad_norm" in packed.group:
         known["max_grad_norm"] = float(packed.group["max_grad_norm"])
@@ -173,7 +173,7 @@ def _recipe(packed: PackedOptimizer, config: RunConfig, step: int) -> dict[str, 
 
 
 def _changed(values: dict[str, Any], section: str, said: dict[str, Any], where: str) -> list[str]:
-    """Put what the files say into a section; a line for what that changes."""
+    """Put the settings from the files into a section; returns a note on what that changes."""
     new = {key: value for key, value in said.items() if values[section][key] != value}
     before = ", ".join(f"{section}.{key} {value} (not {values[section][key]})" for key, value in new.items())
     values[section].update(said)

@@ -45,7 +45,7 @@ from .known import Known, check_known, digest_of, read_known
 from .shared import refuse_empty, set_threads
 
 FILES = (".png", ".jpg", ".jpeg", ".npz")
-"""What ends like this is meant to be a file."""
+"""A name with one of these endings is meant to be a file."""
 OPTIONS = (
     "num_samples", "steps", "cfg_scale", "sampler", "eta", "skip_below", "guided_channels", "dtype", "seed",
     "batch_size",
@@ -73,12 +73,12 @@ def sample(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     if args.float8:
         if config.dtype != "bfloat16":
-            raise UserError(f"--float8: goes with --dtype bfloat16, got {config.dtype}")
+            raise UserError(f"--float8: needs --dtype bfloat16, got {config.dtype}")
         check_float8(device, model_config)
     data = opened.config.data if args.vae is None else replace(opened.config.data, vae=args.vae)
     latents = opened.state.get("latents")
     if args.vae is not None and latents is None:
-        raise UserError("--vae: the run was trained on pixels, and takes none")
+        raise UserError("--vae: the run was trained on pixels and uses no autoencoder; leave it out")
     stage = described_stage(latents, data, device)
     known = None if args.image is None else read_known(args, stage, data.channels)
     resample = 1 if args.resample is None else args.resample
@@ -90,7 +90,7 @@ def sample(args: argparse.Namespace) -> int:
     elif args.shard_size < 1:
         raise UserError(f"--shard-size: must be at least 1, got {args.shard_size}")
     elif out is None:
-        raise UserError("--shard-size: goes with --out, which is not given")
+        raise UserError("--shard-size: needs --out, which is not given")
     folder = None
     if out is not None:
         folder = SampleFolder(out, _settings(opened, config, args, chosen), labels, args.shard_size)
@@ -105,11 +105,11 @@ def sample(args: argparse.Namespace) -> int:
     if warning is not None and ranks.rank == 0:
         console.print(warning, markup=False)
     if there and ranks.rank == 0:
-        console.print(f"{there} of {len(labels)} are there already")
+        console.print(f"{there} of {len(labels)} images already exist")
 
     def drawn(spans: Sequence[range]) -> Generator[np.ndarray, None, None]:
         if isinstance(stage, Latents):
-            stage.opened()  # what it lacks is said before anything is drawn
+            stage.opened()  # report a missing autoencoder before sampling
         model = model_of(opened, args.weights).to(device)
         if args.float8:
             use_float8(model)
@@ -122,7 +122,7 @@ def sample(args: argparse.Namespace) -> int:
         )
         yield from draw(sampler, stage, labels, spans, config.batch_size, ranks, console, known)
 
-    if folder is None and targets.keys() == {"npz"}:  # written as they come, none is kept
+    if folder is None and targets.keys() == {"npz"}:  # written batch by batch, none is kept in memory
         size, count = config.batch_size, len(labels)
         remove_leftovers(targets["npz"].parent, [targets["npz"].name])
         batches = drawn([range(first, min(first + size, count)) for first in range(0, count, size)])
@@ -141,7 +141,7 @@ def sample(args: argparse.Namespace) -> int:
     elif ranks.rank == 0:
         count = sum(map(len, spans))
         console.print(
-            f"{count} images drawn; the rest is other processes'; if none is left, use the same command",
+            f"{count} images drawn; other processes do the rest; if none is running, use the same command",
             markup=False,
         )
     return 0
@@ -157,8 +157,8 @@ def draw(
     console: Console,
     known: Known | None = None,
 ) -> Iterator[np.ndarray]:
-    """The pictures of each span of images, uint8 [n, H, W, C]; no batch reaches into the next span, so that
-    they do not depend on which others are drawn here."""
+    """Yield the images of each span, uint8 [n, H, W, C]. No batch crosses spans, so images do not depend on
+    which other spans this process draws."""
     total, before = sum(map(len, spans)), 0
     with ImageProgress(total, ranks.world, console if ranks.rank == 0 else None, "sampling") as bar:
         for span in spans:
@@ -176,12 +176,12 @@ def draw(
 
 
 def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: bool = True) -> SampleConfig:
-    """The run's sampling settings with the options put on top."""
+    """The run's sampling settings, overridden by the options."""
     values = to_dict(base)
     if not conditional:
         if args.cfg_scale not in (None, 1):
             raise UserError(
-                f"--cfg-scale: the run was trained without labels, there is nothing to guide by; use 1, "
+                f"--cfg-scale: the run was trained without labels, so it cannot be guided; use 1, "
                 f"got {args.cfg_scale:g}"
             )
         values["cfg_scale"] = 1.0
@@ -207,8 +207,8 @@ def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: boo
 
 
 def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) -> list[int]:
-    """The classes that ``text`` lists by name or index ("3,7", "cat,zebra, striped"; what is a name counts as
-    one), or all that the data had."""
+    """The classes that ``text`` lists by name or index ("3,7", "cat,zebra, striped"; names take precedence),
+    or all classes of the data."""
     if text is None:
         return list(range(len(classes)))
     chosen = []
@@ -221,15 +221,15 @@ def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) ->
             label = list(classes).index(name)
         else:
             raise UserError(
-                f"--labels: {name!r} is no class{nearest(name, classes)}; indices or names such as "
-                f"{classes[0]} are needed"
+                f"--labels: {name!r} is not a class{nearest(name, classes)}; use indices or names such as "
+                f"{classes[0]}"
             )
         chosen.append(label)
     return chosen
 
 
 def _words(text: str, classes: Sequence[str]) -> Iterator[str]:
-    """What stands between the commas of ``text``, but for those that are part of a class's name."""
+    """Split ``text`` at commas, except commas that are part of a class name."""
     pieces, names, at = text.split(","), {*classes}, 0
     most = 1 + max((name.count(",") for name in names), default=0)
     while at < len(pieces):
@@ -241,23 +241,23 @@ def _words(text: str, classes: Sequence[str]) -> Iterator[str]:
 
 
 def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
-    """What is to be written, by option; checked before anything is drawn."""
+    """The outputs to write, by option; checked before anything is drawn."""
     targets = {name: Path(value) for name in ("npz", "grid", "png", "out") if (value := getattr(args, name))}
     if not targets:
         if not (Path(args.run) / "checkpoints").is_dir():
             raise UserError("sample: nothing to write; pass --npz FILE, --grid FILE, --png DIR or --out DIR")
         targets["grid"] = Path(args.run) / "grid.png"
     if "out" in targets and "npz" in targets:
-        raise UserError("--npz: --out writes a samples_....npz in its folder already; pass one of them")
+        raise UserError("--npz: --out already writes a samples_....npz in its folder; pass only one of them")
     if "out" not in targets and ranks.world > 1:
-        raise UserError("--out: several processes share a folder of shards; pass --out DIR")
+        raise UserError("--out: required with several processes, which share a folder of shards")
     if len({path.resolve() for path in targets.values()}) < len(targets):
         raise UserError(f"sample: {_listed([f'--{name}' for name in targets])} need different names")
     for name, path in targets.items():
         folder = name in ("png", "out")
         if folder and path.suffix.lower() in FILES and not path.is_dir():
             raise UserError(
-                f"--{name}: a folder, got {str(path)!r}; --grid FILE is one picture, --npz FILE has arrays"
+                f"--{name}: expected a folder, got {str(path)!r}; --grid FILE is one image, --npz FILE arrays"
             )
         check_writable(path, folder=folder)
     for name, suffix in (("npz", ".npz"), ("grid", ".png")):
@@ -271,19 +271,19 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
 def _settings(
     opened: Checkpoint, config: SampleConfig, args: argparse.Namespace, chosen: Sequence[int]
 ) -> dict[str, Any]:
-    """What the pictures follow from, but for their rounding (batch size, device)."""
+    """Everything that the images depend on, except what only affects rounding (batch size, device)."""
     part = f"{args.weights}/"
     files = {name: file["sha256"] for name, file in opened.state["files"].items() if name.startswith(part)}
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
     del values["--batch-size"]
-    if config.guided_channels is None and opened.config.model.in_channels > 4:  # folders of before: three
+    if config.guided_channels is None and opened.config.model.in_channels > 4:  # older folders: three
         values["--guided-channels"] = opened.config.model.in_channels
     return {
-        "--weights": None if args.weights == EMA else args.weights,  # folders of before have none
+        "--weights": None if args.weights == EMA else args.weights,  # older folders have none
         "checkpoint": f"step {opened.step}, weights {digest[:16]}",
         **values,
-        "--float8": True if args.float8 else None,  # folders of before have none
+        "--float8": True if args.float8 else None,  # older folders have none
         "--labels": list(chosen),
         "--vae": args.vae,
         "--shard-size": args.shard_size,
@@ -301,7 +301,7 @@ def _write(
     classes: Sequence[str],
     known: Known | None,
 ) -> list[str]:
-    """``images``: for an .npz alone batches that are drawn as they are written."""
+    """Write the outputs. ``images``: an array, or for an .npz alone, batches drawn as they are written."""
     if "npz" in targets:
         try:
             save_npz(targets["npz"], images, labels)
@@ -326,7 +326,7 @@ def _before(known: Known | None) -> list[np.ndarray]:
 def _finish(
     folder: SampleFolder, targets: dict[str, Path], classes: Sequence[str], known: Known | None
 ) -> list[str]:
-    """What is made of all shards, once they are there."""
+    """Write the outputs made from all shards, once these are complete."""
     made = [str(folder.assemble())]
     if "grid" in targets:
         indices = shown(folder.labels)

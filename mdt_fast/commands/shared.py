@@ -1,4 +1,4 @@
-"""What several commands need."""
+"""Helpers shared by several commands."""
 
 import argparse
 
@@ -7,7 +7,7 @@ import torch
 from ..errors import UserError
 
 MOST_THREADS = 1024
-"""More of them end the process where its libraries start them."""
+"""Starting more threads than this can crash the process."""
 
 
 def set_threads(threads: int | None) -> None:

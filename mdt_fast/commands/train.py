@@ -27,7 +27,7 @@ OPTIONS = {
     "accumulate": ("train", "accumulate"), "dtype": ("train", "dtype"), "save_every": ("train", "save_every"),
     "seed": ("train", "seed"), "device": ("train", "device"),
 }  # fmt: skip
-"""Options of the command that are settings, and which."""
+"""The command's options that are settings, with section and key."""
 Settings = list[tuple[str, str, Any]]
 """Section, key, value."""
 PREEMPTION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -52,10 +52,10 @@ def train(args: argparse.Namespace) -> int:
     result = run_training(config, out, resume=args.resume, console=console)
     if result.signal is not None:
         console.print(
-            f"stopped after {result.steps} steps, checkpoint saved in {out}; go on with --resume auto",
+            f"stopped after {result.steps} steps, checkpoint saved in {out}; resume with --resume auto",
             markup=False,
         )
-        # Whoever manages a cluster ends a job so, and a saved run is no failure.
+        # Cluster schedulers stop jobs with these signals, and a saved run is not a failure.
         return 0 if result.signal in PREEMPTION else 128 + result.signal
     console.print(f"{result.steps} steps done")
     for line in result.summary:
@@ -64,10 +64,10 @@ def train(args: argparse.Namespace) -> int:
 
 
 def train_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration to train with: a start, ``--config`` on top, then the options, then ``--set``.
+    """The configuration to train with: a base, overridden by ``--config``, then the options, then ``--set``.
 
-    It starts from the checkpoint's when resuming, from the run's ``config.json`` where ``--resume auto``
-    finds a run that was killed before its first checkpoint, else from the preset's.
+    The base is the checkpoint's configuration when resuming, the run's ``config.json`` if ``--resume auto``
+    finds a run that was killed before its first checkpoint, and otherwise the preset.
     """
     name, given = named_preset(args)
     start = starting_point(Path(args.out), args.resume)
@@ -83,7 +83,7 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     put(values, by_hand)
     if start is None or args.model is not None:
         _fit_model_to_data(values, args, by_hand, family)
-        put(values, by_hand)  # what was set by hand wins over what follows from the data
+        put(values, by_hand)  # the user's settings override those derived from the data
     return from_dict(RunConfig, values)
 
 
@@ -99,7 +99,7 @@ def named_preset(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
 
 
 def set_by_hand(args: argparse.Namespace, given: dict[str, Any], values: dict[str, Any]) -> Settings:
-    """What ``given`` (of ``--config``), the options and ``--set`` change of ``values``, in that order."""
+    """Changes to ``values`` by ``given`` (from ``--config``), the options and ``--set``, in that order."""
     by_hand = [(section, key, value) for section, keys in given.items() for key, value in keys.items()]
     options = {name: getattr(args, name, None) for name in OPTIONS}  # convert has only some of them
     by_hand += [(*OPTIONS[name], value) for name, value in options.items() if value is not None]
@@ -114,8 +114,8 @@ def put(values: dict[str, Any], settings: Settings) -> None:
 
 
 def _check_preset(name: str | None, start: Checkpoint) -> None:
-    """A run goes on with its own settings; ``UserError`` if a published preset is named that it is not."""
-    if name is None or name in ("digits", "images"):  # whose shapes are there to be changed
+    """A resumed run keeps its settings; ``UserError`` if ``name`` is a published preset of another shape."""
+    if name is None or name in ("digits", "images"):  # their shapes are meant to be changed
         return
     wanted, saved = PRESETS[name].model, start.config.model
     for key in ("family", "depth", "hidden_size", "num_heads", "patch_size"):
@@ -123,12 +123,12 @@ def _check_preset(name: str | None, start: Checkpoint) -> None:
         if ours != theirs:
             raise UserError(
                 f"--preset: {name!r} has model.{key}={ours}, the run in {str(start.run)!r} has {theirs}; "
-                "a run goes on with its own settings"
+                "a resumed run keeps its own settings"
             )
 
 
 def _preset(args: argparse.Namespace, name: str | None, given: dict[str, Any]) -> RunConfig:
-    """The preset that is named, or that goes with the images that are (by ``--data`` or in ``--config``)."""
+    """The named preset, or the default for the images given by ``--data`` or in ``--config``."""
     source = args.data if args.data is not None else given.get("data", {}).get("source")
     if name is None and source is not None:
         name = "digits" if source == "digits" else "images"
@@ -138,21 +138,19 @@ def _preset(args: argparse.Namespace, name: str | None, given: dict[str, Any]) -
 
 
 def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
-    """``section.key=value``; the value is read as JSON, or else as a word. Types are checked later."""
+    """Parse ``section.key=value``; the value is JSON, or else a string. Types are checked later."""
     path, equals, word = text.partition("=")
     section, dot, key = path.partition(".")
     if not (equals and dot):
         raise UserError(f"--set: expected SECTION.KEY=VALUE, got {text!r}")
     if section not in values:
         raise UserError(
-            f"--set: no section {section!r}{nearest(section, values)}; there are {', '.join(values)}"
+            f"--set: no section {section!r}{nearest(section, values)}; known: {', '.join(values)}"
         )
     if key not in values[section]:
         keys = values[section]
-        raise UserError(
-            f"--set: no key {key!r} in {section}{nearest(key, keys)}; there are {', '.join(keys)}"
-        )
-    if word in allowed_words(RunConfig, section, key):  # "none" is one for some
+        raise UserError(f"--set: no key {key!r} in {section}{nearest(key, keys)}; known: {', '.join(keys)}")
+    if word in allowed_words(RunConfig, section, key):  # for some settings "none" is one
         return section, key, word
     try:
         return section, key, json.loads({"none": "null", "None": "null"}.get(word, word))
@@ -163,8 +161,8 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
 def _fit_model_to_data(
     values: dict[str, Any], args: argparse.Namespace, by_hand: Settings, family: str
 ) -> None:
-    """Size, channels and classes follow from the data; ``--model`` names a published shape. ``family``: that
-    of the preset, or of the run that goes on."""
+    """Set size, channels and classes from the data; ``--model`` names a published shape. ``family``: that of
+    the preset, or of the resumed run."""
     if args.model is not None:
         _give_shape(values, args.model, family)
     fit_to_encoded(values)
@@ -179,8 +177,7 @@ def _fit_model_to_data(
 
 
 def _give_shape(values: dict[str, Any], name: str, before: str) -> None:
-    """A factory's shape; where the family is not the one before, too, what makes its objective and
-    guidance."""
+    """Set a factory's model shape; if the family changes, also the settings of its objective and guidance."""
     family, shape = zoo.shape_of(name)
     size = name.split("_")[1]
     values["model"].update(family=family, **shape, decode_layer=decode_layer(family, size))
@@ -194,7 +191,7 @@ def _give_shape(values: dict[str, Any], name: str, before: str) -> None:
 
 
 def fit_to_encoded(values: dict[str, Any]) -> None:
-    """The settings of data that follow from encoded latents, if ``data.source`` is a folder of them."""
+    """Set the data settings that encoded latents determine, if ``data.source`` is a folder of them."""
     source = from_dict(DataConfig, values["data"], "data").source
     if is_encoded(Path(source)):
         encoded = LatentSet(Path(source))

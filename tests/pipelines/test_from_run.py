@@ -117,10 +117,10 @@ def test_refusals(digits: Path, latents: Path, tmp_path: Path, capsys: pytest.Ca
         capsys.readouterr(), main(["convert", *map(str, arguments), "--diffusers"]), capsys.readouterr().err
     )[2]  # fmt: skip
     for arguments, message in (
-        ((digits, full), "it holds files already; choose another place"),
+        ((digits, full), "it already holds files; choose another folder"),
         ((tmp_path / "none", tmp_path / "x"), "no run or checkpoint at"),
-        ((digits, tmp_path / "x", "--official"), "pass one of them"),
-        ((digits, tmp_path / "x", "--data=photos"), "--data: says nothing of a pipeline; leave it out"),
+        ((digits, tmp_path / "x", "--official"), "pass only one"),
+        ((digits, tmp_path / "x", "--data=photos"), "--data: does not apply to a pipeline; leave it out"),
         ((digits, tmp_path / "x", f"--vae={tmp_path}"), "vae: the run was trained on pixels, and takes none"),
         ((latents, tmp_path / "x", f"--vae={full}"), "vae: no autoencoder in"),
         ((digits, digits / "checkpoints" / "x"), "choose another place"),

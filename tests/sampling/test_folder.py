@@ -183,7 +183,7 @@ def test_another_checkpoint_or_setting_is_refused(
     assert main(options(trained, tmp_path / "out", "--batch-size=2")) == 0, "batches may differ"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sample", str(trained), f"--npz={tmp_path / 'x.npz'}"]) == 2
-    assert "several processes share a folder of shards" in capsys.readouterr().err
+    assert "with several processes, which share a folder of shards" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_classes_by_name(
     classes = ("cat", "dog", "owl")
     assert chosen_labels(None, classes, 5) == [0, 1, 2]
     assert chosen_labels("owl, cat,4", classes, 5) == [2, 0, 4]
-    with pytest.raises(UserError, match=r"--labels: 'dgo' is no class \(did you mean 'dog'\?\)"):
+    with pytest.raises(UserError, match=r"--labels: 'dgo' is not a class \(did you mean 'dog'\?\)"):
         chosen_labels("cat,dgo", classes, 5)
     with pytest.raises(UserError, match=r"--labels: allowed are 0 to 4, got 5"):
         chosen_labels("5", classes, 5)
@@ -228,7 +228,7 @@ def test_names_with_commas_are_names() -> None:
     assert chosen_labels("tench, Tinca tinca, fish,2", classes, 4) == [3, 2]
     many = [f"{i}, of {i}" for i in range(2000)]
     assert chosen_labels(",".join(many), many, 2000) == [*range(2000)]
-    with pytest.raises(UserError, match="'striped' is no class"):
+    with pytest.raises(UserError, match="'striped' is not a class"):
         chosen_labels("striped,zebra", classes, 4)
 
 

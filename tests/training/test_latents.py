@@ -113,7 +113,7 @@ def test_without_labels(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     with np.load(npz) as saved:
         assert saved["arr_1"].tolist() == [0, 0, 0]
     assert main(["sample", str(tmp_path), "--cfg-scale=2", f"--npz={npz}"]) == 2
-    assert "trained without labels, there is nothing to guide by" in capsys.readouterr().err
+    assert "trained without labels, so it cannot be guided" in capsys.readouterr().err
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

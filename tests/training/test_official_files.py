@@ -234,7 +234,7 @@ def test_published_weights_learn_other_classes(tmp_path: Path, capsys: pytest.Ca
     convert(tmp_path / "twelve.pt", tmp_path / "kept", "--config", yaml)
     assert "the data has 10 classes, the weights 12" in capsys.readouterr().out
     convert(tmp_path / "twelve.pt", tmp_path / "new", "--config", yaml, "--set=model.num_classes=10")
-    assert "the label table begins anew, but for the null class" in capsys.readouterr().out
+    assert "the label table is new, except the null class" in capsys.readouterr().out
     name = "y_embedder.embedding_table.weight"
     kept, new = (open_checkpoint(tmp_path / folder).tensors("ema") for folder in ("kept", "new"))
     assert torch.equal(kept[name], weights[name])
@@ -297,7 +297,7 @@ def test_files_that_do_not_fit(
     assert "'dit-s2' is a recipe for dit" in error(capsys, folder, run, "--preset=dit-s2")
     assert "model.depth: 4, but the weights in" in error(capsys, *options, "--set=model.depth=4")
     assert "model.hidden_size: 384, but the weights" in error(capsys, *options, "--model=MDT_S_4")
-    assert "train.ema_decay: no average of rate 0.9 beside" in error(
+    assert "train.ema_decay: no EMA of rate 0.9 beside" in error(
         capsys, *options, "--set=train.ema_decay=0.9"
     )
     assert "train.optimizer: 'adan', but" in error(capsys, *options, "--set=train.optimizer=adan")
@@ -342,7 +342,7 @@ def test_files_that_do_not_fit(
     convert(*options)
     before = tensors_of(run / "checkpoints" / "step_0000003")
     assert f"'{run}' already holds a run" in error(capsys, *options)
-    assert "there is none to be made" in error(capsys, run, tmp_path / "x.pt", "--preset=digits")
+    assert "does not make one" in error(capsys, run, tmp_path / "x.pt", "--preset=digits")
     assert tensors_of(run / "checkpoints" / "step_0000003") == before
 
 
