@@ -1,9 +1,9 @@
-"""What a run records: ``metrics.jsonl``, one row per interval, and ``loss.png`` made from it.
+"""A run's metrics: ``metrics.jsonl``, one row per interval, and ``loss.png`` made from it.
 
-Steps are kept on the device and read once per interval. A row averages all steps since the row before it.
-Rows are written at every ``log_every`` and every ``save_every`` steps and at the end. A run that is stopped
-between them puts its pending steps into the checkpoint, so resuming it writes the rows of the unbroken run.
-Of several processes each collects its own rows of the batch; they are put together when they are read.
+Step values stay on the device and are read once per interval. A row averages all steps since the previous
+row. Rows are written every ``log_every`` and every ``save_every`` steps and at the end. A run stopped between
+two rows saves its pending steps in the checkpoint, so after a resume the rows are those of an uninterrupted
+run. With several processes each collects its own rows of the batch; they are gathered when they are read.
 """
 
 import json
@@ -29,15 +29,15 @@ def img_per_s(images: int, seconds: float) -> dict[str, float]:
 
 
 class NonFiniteLossError(UserError):
-    """Losses or gradients were NaN or infinite in too many steps in a row."""
+    """Losses or gradients were NaN or infinite for too many steps in a row."""
 
 
 class Metrics:
     """Collects steps and appends rows. Opening at ``step`` drops rows of later steps (of a killed run).
 
-    ``max_skips``: after so many bad steps in a row (a loss or the gradient is not finite; the optimiser
-    leaves them out) the next reading raises ``NonFiniteLossError``. ``speed``: what a row says of so many
-    images in so many seconds.
+    ``max_skips``: after more than this many bad steps in a row (with a non-finite loss or gradient, which the
+    optimiser skips) the next read raises ``NonFiniteLossError``. ``speed``: returns a row's speed columns for
+    a number of images and seconds.
     """
 
     def __init__(
@@ -63,21 +63,21 @@ class Metrics:
             _keep_rows(path, step)
 
     def add(self, terms: dict[str, Tensor], t: Tensor, grad_norm: Tensor) -> None:
-        """One step: loss terms [b] by name, timesteps [b], and the gradient norm before clipping."""
+        """Add one step: loss terms [b] by name, timesteps [b], and the gradient norm before clipping."""
         self._terms.append({name: values.detach().float() for name, values in terms.items()})
         self._timesteps.append(t)
         self._grad_norms.append(grad_norm)
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last row out of the measured time."""
+        """Exclude the time since the last row from the measured time."""
         self._began = time.perf_counter()
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
         """Average the steps since the last row, append the row of ``step`` to the file and return it.
 
-        Each loss term also comes by quarter of the timesteps, ``_q0`` (least noise) to ``_q3``, where there
-        were samples; ``skipped`` counts the bad steps of the run, which are in no average. Raises
-        ``NonFiniteLossError``, naming the first of the bad steps, before anything is written.
+        Each loss term is also given per quarter of the timesteps, ``_q0`` (least noise) to ``_q3``, where
+        there were samples; ``skipped`` counts the run's bad steps, which no average includes. Raises
+        ``NonFiniteLossError``, naming the first bad step, before anything is written.
         """
         fresh = len(self._terms)
         terms = dict(self.pending(step))
@@ -112,8 +112,8 @@ class Metrics:
 
     def pending(self, step: int) -> dict[str, Tensor]:
         """The steps since the last row up to ``step``, on the CPU: [n, B] by loss term, ``t`` [n, B],
-        ``grad_norm`` [n]; empty if there are none. All processes call it, and get the whole batch's. Raises
-        ``NonFiniteLossError`` as ``row`` does."""
+        ``grad_norm`` [n]; empty if there are none. All processes must call this, and get values for the whole
+        batch. Raises ``NonFiniteLossError`` as ``row`` does."""
         if self._terms:
             names = list(self._terms[0])
             own = [torch.stack([terms[name] for terms in self._terms]) for name in names]
@@ -132,11 +132,11 @@ class Metrics:
         return pending
 
     def restore(self, pending: dict[str, Tensor], streak: int, skipped: int) -> None:
-        """Go on from what ``pending``, ``streak`` and ``skipped`` were in the run that was stopped."""
+        """Restore ``pending``, ``streak`` and ``skipped`` of the stopped run."""
         self._before, self.streak, self.skipped = pending, streak, skipped
 
     def _streaks(self, pending: dict[str, Tensor]) -> list[int]:
-        """How many bad steps in a row end with each of these."""
+        """For each step, the number of consecutive bad steps ending with it."""
         streaks, streak = [], self.streak
         for good in _finite(pending).tolist():
             streak = 0 if good else streak + 1
@@ -148,7 +148,7 @@ class Metrics:
         if max(streaks) <= self.max_skips:
             return
         last = next(i for i, streak in enumerate(streaks) if streak > self.max_skips)
-        first = last - streaks[last] + 1  # negative: before these, with nothing kept of it but the count
+        first = last - streaks[last] + 1  # negative: before these steps, so only its count is known
         name, value = next(
             (name, float(values[max(first, 0)].mean()))
             for name, values in pending.items()
@@ -162,7 +162,7 @@ class Metrics:
 
 
 def _finite(pending: dict[str, Tensor]) -> Tensor:
-    """Bool [n]: the steps in which everything is finite."""
+    """Bool [n]: whether all values of each step are finite."""
     return torch.stack(
         [
             values.flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
@@ -177,7 +177,7 @@ def _loss_first(name: str) -> tuple[bool, bool]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; what is none (a line torn by a kill, or edited) is left out."""
+    """The rows of a ``metrics.jsonl``; invalid lines (torn by a kill, or edited) are skipped."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -196,7 +196,7 @@ def _keep_rows(path: Path, step: int) -> None:
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
-    """The loss curve of ``metrics.jsonl`` as a PNG. ``UserError`` if matplotlib is not installed."""
+    """Plot the loss curve of ``metrics.jsonl`` as a PNG. ``UserError`` if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, ScalarFormatter

@@ -1,6 +1,6 @@
-"""The two-pass objective of MDT, and what is random in it: drawn for the whole batch, whoever has which row.
+"""The two-pass objective of MDT and its random draws, made for the whole batch on every process.
 
-B samples of the whole batch, [C, S, S] each, L tokens.
+B samples in the whole batch, [C, S, S] each, L tokens.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from ..masking import MaskPlan
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Timesteps ``t`` [B] int64, the noise of the pass over all tokens [B, C, S, S], which labels it drops
-    [B] bool (None: no label is ever dropped); of the masked pass its own noise and drops, and the mask.
-    Without a masked pass these are None. ``given`` [B, ...], ``given_masked``: what the passes are given in
-    place of labels, where those are no labels, with drops of their embedder's own."""
+    """The random draws of a step. Timesteps ``t`` [B] int64; for the pass over all tokens the noise
+    [B, C, S, S] and which labels to drop [B] bool (None: labels are never dropped); for the masked pass its
+    own noise and drops, and the mask (None without a masked pass). ``given`` [B, ...], ``given_masked``: the
+    conditioning passed instead of labels, if it is not labels, with the embedder's own drops applied."""
 
     t: Tensor
     noise: Tensor
@@ -33,16 +33,16 @@ class Draws:
     given_masked: Tensor | None = None
 
     def rows(self, rows: slice) -> "Draws":
-        """Those of some samples."""
+        """The draws of the samples in ``rows``."""
         plan = None if self.plan is None else self.plan.rows(rows)
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return Draws(**{name: value[rows] for name, value in tensors.items()}, plan=plan)
 
 
 def draw(model: Any, diffusion: GaussianDiffusion, batch: int, device: torch.device) -> Draws:
-    """From torch's default generators, in the order of two passes one after the other.
+    """Draw from torch's default generators, in the order of two consecutive passes.
 
-    The whole batch is drawn on every process, which takes less time than it would to send it.
+    Every process draws the whole batch, which is faster than sending it.
     """
     shape = (batch, model.in_channels, model.input_size, model.input_size)
 
@@ -62,7 +62,7 @@ def _drops(model: Any, batch: int, device: torch.device) -> Tensor | None:
     if not getattr(model, "takes_labels", True) or not model.y_embedder.dropout_prob:
         return None
     probability = model.y_embedder.dropout_prob
-    # On the CPU's generator whatever the device, as in the models themselves.
+    # With the CPU generator on any device, as in the models themselves.
     return (torch.rand(batch) < probability).to(device, non_blocking=True)
 
 
@@ -75,7 +75,7 @@ def losses_of(
     model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws
 ) -> dict[str, Tensor]:
     """Loss terms [B] of images x [B, C, S, S] with labels y [B]: ``loss``, ``mse``, ``vb`` over all tokens,
-    and with a masked pass ``m_loss``, ``m_mse``, ``m_vb``; both passes run as one batch."""
+    and with a masked pass also ``m_loss``, ``m_mse``, ``m_vb``. Both passes run as one batch."""
     labels = drop(y, draws.dropped, model.num_classes) if draws.given is None else draws.given
     if draws.plan is None:
         kwargs = {"y": labels, "drop_labels": False}
@@ -95,7 +95,8 @@ def _labels_masked(model: Any, y: Tensor, draws: Draws) -> Tensor:
 def losses_by_pass(
     model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws
 ) -> list[Callable[[], dict[str, Tensor]]]:
-    """Calls that give the terms of :func:`losses_of`, one for each pass: a backward pass can come between."""
+    """One callable per pass; together they return the terms of :func:`losses_of`. A backward pass can run
+    between them."""
     full = partial(losses_of, model, diffusion, x, y, replace(draws, plan=None))
     if draws.plan is None:
         return [full]
@@ -110,5 +111,5 @@ def _as_masked(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def total_loss(terms: dict[str, Tensor]) -> Tensor:
-    """The sum, not the average, of the mean losses of the passes that ``terms`` are of."""
+    """The sum, not the average, of the mean losses of the passes in ``terms``."""
     return reduce(add, (terms[name].mean() for name in ("loss", "m_loss") if name in terms))

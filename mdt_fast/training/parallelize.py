@@ -1,4 +1,4 @@
-"""A model made ready for training: checkpointing, then compilation, then FSDP2, block by block."""
+"""Prepares a model for training: activation checkpointing, then compilation, then FSDP2, block by block."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,18 +20,18 @@ from .distributed import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("training_step_outputs", "forward_with_cfg")
-"""What is called beside ``forward``, and needs the parameters gathered as well."""
+"""Methods besides ``forward`` that need the parameters gathered."""
 ALONE_BYTES, BUCKET_BYTES = 2**20, 2**25
-"""Gradients of the first size and more are summed where they are, smaller ones together, up to the second."""
+"""Gradients of at least the first size are reduced in place; smaller ones in buckets of up to the second."""
 
 
 def parallelize(model: Transformer, config: TrainConfig, world: World, device: torch.device) -> bool:
-    """Prepare ``model``, on its device already, for one of ``world``'s processes; whether it is sharded now.
+    """Prepare ``model``, already on its device, for this process; returns whether it is now sharded.
 
-    Of several processes each keeps a part of every parameter, in float32, and gathers a block's when it is
-    due, in ``config.dtype``; gradients are averaged in float32. ``hybrid`` shards among the processes of a
-    machine and keeps a replica on each. With ``ddp`` each has a replica, and :func:`sum_gradients` is to be
-    called. Raises ``UserError`` for settings that do not go together.
+    With several processes each keeps a float32 shard of every parameter and gathers a block's parameters when
+    needed, in ``config.dtype``; gradients are averaged in float32. ``hybrid`` shards within a node and keeps
+    a replica on each node. With ``ddp`` each process has a replica, and the caller must call
+    :func:`sum_gradients`. Raises ``UserError`` for incompatible settings.
     """
     if config.float8:
         use_float8(model, config.float8_by)
@@ -39,21 +39,21 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
     sharded = world.size > 1 and config.parallel != "ddp"
     if config.compile == "model" and sharded:
         raise UserError(
-            "train.compile: 'model' is for one process, or for train.parallel ddp; shards need 'block' "
-            "(or 'none')"
+            "train.compile: 'model' needs one process, or train.parallel ddp; with shards use 'block' "
+            "or 'none'"
         )
     if config.weights == "bfloat16" and sharded:
         raise UserError(
-            "train.weights: 'bfloat16' is for one process, or for train.parallel ddp; with 'float32', which "
-            "a run may go on with, several keep shards in that and gather them in train.dtype"
+            "train.weights: 'bfloat16' needs one process, or train.parallel ddp; with 'float32', which may "
+            "be set on resume, shards are kept in float32 and gathered in train.dtype"
         )
     if config.compile != "none":
         compile_for_training(model, config.compile)
     if not sharded:
         return False
-    # It warns of blocks that return views, which are not to be written to: nothing here does.
+    # FSDP2 warns about blocks that return views, which must not be written to; nothing here writes to them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
-    # torchtitan's order: a block is compiled inside, and gathered and sharded around that.
+    # torchtitan's order: compile each block first, then wrap it with sharding.
     mesh = mesh_of(config, world, device)
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32, output_dtype=torch.float32
@@ -72,60 +72,61 @@ def parallelize(model: Transformer, config: TrainConfig, world: World, device: t
 
 
 def sharded_dim(shape: Sequence[int], shards: int) -> int:
-    """The dimension that a parameter of this shape is cut in, among ``shards`` processes.
+    """The dimension in which a parameter of this shape is sharded among ``shards`` processes.
 
-    It is the first, which FSDP2 pads to even parts. A table in one row, as [1, L, D], would be padded to
-    ``shards`` times its size, and sent so: the next dimension that comes out even is cut instead.
+    It is the first, which FSDP2 pads to even parts. A table with one row, such as [1, L, D], would be padded
+    to ``shards`` times its size and sent like that, so the next evenly divisible dimension is used instead.
     """
     even = [dim for dim, size in enumerate(shape) if size > 1 and size % shards == 0]
     return even[0] if shape[0] == 1 and even else 0
 
 
 def mesh_of(config: TrainConfig, world: World, device: torch.device) -> DeviceMesh:
-    """One dimension to shard in, and with ``hybrid`` one of replicas, the machines, before it."""
+    """The device mesh: one dimension of shards, and with ``hybrid`` one of replicas (nodes) before it."""
     if config.parallel == "fsdp":
         return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
     shards = world.local_size
     if world.size % shards:
         raise UserError(
-            f"train.parallel: 'hybrid' needs as many processes on every machine; {world.size} do not "
-            f"divide by the {shards} of this one"
+            f"train.parallel: 'hybrid' needs the same number of processes on every node; {world.size} is not "
+            f"divisible by the {shards} of this one"
         )
     shape = (world.size // shards, shards)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
 
 
 def autocasting(config: TrainConfig, sharded: bool, device: torch.device) -> Any:
-    """The context of a forward pass: FSDP gathers parameters in their dtype, without it autocast casts. Casts
-    are not kept: around another autocast they would outlive the step, and be read by its graph."""
+    """The context of a forward pass: FSDP gathers parameters in the compute dtype; without it autocast casts
+    them. Casts are not cached: inside another autocast they would outlive the step, and its graph would read
+    them."""
     enabled = not sharded and config.dtype != "float32"
     return torch.autocast(device.type, DTYPES[config.dtype], enabled=enabled, cache_enabled=False)
 
 
 def reduce_gradients(model: Any, sharded: bool, now: bool) -> None:
-    """Whether the next backward pass ends with the gradients' reduction: only the last of several does."""
+    """Set whether the next backward pass reduces the gradients; of several, only the last should."""
     if sharded:
         model.set_requires_gradient_sync(now)
 
 
 def replicas(config: TrainConfig, world: World) -> int:
-    """How many processes have all the weights, and a part of every batch."""
+    """Number of processes that each hold all the weights and handle a part of every batch."""
     return world.size if config.parallel == "ddp" else 1
 
 
 @torch.no_grad()
 def same_weights(model: Any) -> None:
-    """Those of process 0 on all: replicas that differ once would go on differing."""
+    """Broadcast rank 0's weights to all ranks: replicas that differ once would stay different."""
     for parameter in model.parameters():
         dist.broadcast(parameter, src=0)
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Of all replicas, in place and in float32: small ones together, and those of half types, which are
-    rounded once, where there is room for them.
+    """Sum gradients over all replicas, in place and in float32. Small ones are summed in float32 buckets, as
+    are half-precision ones, which are then rounded once.
 
-    The same parameters must have gradients everywhere; the sums are the same bits everywhere.
+    The same parameters must have gradients on all ranks; the sums are bit-identical on all ranks.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients if _alone(gradient)]
@@ -144,7 +145,7 @@ def _alone(gradient: Tensor) -> bool:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Of ``BUCKET_BYTES`` at most, in float32, or of one gradient."""
+    """Group gradients into buckets of at most ``BUCKET_BYTES`` in float32, or of a single gradient."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
@@ -158,13 +159,13 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def split(rows: slice, parts: int) -> list[slice]:
-    """A process's rows in ``parts`` equal pieces, one after the other, counted from its first."""
+    """Split a process's rows into ``parts`` equal consecutive slices, counted from its first row."""
     size = (rows.stop - rows.start) // parts
     return [slice(i * size, (i + 1) * size) for i in range(parts)]
 
 
 def rows_of(world: World, config: TrainConfig) -> slice:
-    """The rows of every batch that this process computes. ``UserError`` if they do not come out even."""
+    """The rows of every batch that this process computes. ``UserError`` if they do not divide evenly."""
     parts = world.size * config.accumulate
     if config.batch_size % parts:
         each = " times ".join(

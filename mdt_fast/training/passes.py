@@ -1,6 +1,6 @@
-"""The passes of a training step over rows of a batch, forward and backward; on a GPU also as CUDA graphs.
+"""The forward and backward passes of a training step over rows of a batch; on a GPU also as CUDA graphs.
 
-b rows, [C, S, S] each. Gradients are added up in the parameters from ``zero_grad`` on.
+b rows, [C, S, S] each. Gradients accumulate in the parameters after ``zero_grad``.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ DRAWN = tuple(field.name for field in fields(Draws) if field.name != "plan")
 
 @dataclass(frozen=True)
 class Passes:
-    """One operation after the other. ``sharded``: by FSDP. ``replicas``: processes whose gradients are added
-    to these, which are divided by their number."""
+    """Runs the passes without graphs. ``sharded``: by FSDP. ``replicas``: number of processes whose gradients
+    will be summed, so the loss is divided by it."""
 
     model: Transformer
     diffusion: GaussianDiffusion
@@ -40,8 +40,8 @@ class Passes:
     def __call__(
         self, x: Tensor, y: Tensor, draws: Draws, scale: Tensor | None, last: bool = True
     ) -> dict[str, Tensor]:
-        """The loss terms [b] of model inputs x [b, C, S, S] with labels y [b]; their gradients are those of
-        ``scale`` (float16's) times the step's share of these rows. ``last`` False: more rows come."""
+        """The loss terms [b] of model inputs x [b, C, S, S] with labels y [b]. Gradients are those of these
+        rows' share of the step's loss, times ``scale`` (for float16). ``last`` False: more rows follow."""
         terms: dict[str, Tensor] = {}
         calls = self.forward_passes(x, y, draws)
         for number, call in enumerate(calls, 1):
@@ -54,19 +54,19 @@ class Passes:
         return terms
 
     def forward_passes(self, x: Tensor, y: Tensor, draws: Draws) -> list[Callable[[], dict[str, Tensor]]]:
-        """What is run before each backward pass."""
+        """The forward passes to run, each followed by a backward pass."""
         if self.settings.passes == "in_turn":
             return losses_by_pass(self.model, self.diffusion, x, y, draws)
         return [lambda: losses_of(self.model, self.diffusion, x, y, draws)]
 
 
 class GraphedPasses:
-    """The same from one launch: for batches so small that launching takes longer than computing.
+    """The same passes as one CUDA graph launch, for batches so small that launches take longer than compute.
 
-    Each number of kept tokens is captured at its first step; all graphs share their memory. Where a step has
-    one part, its gradients are written where the graph's memory is, for the optimiser to read before the next
-    step. Where it has several, they are added up in memory that stays: 16 bytes for each parameter more to
-    read and write.
+    A graph is captured at the first step with each number of kept tokens; all graphs share memory. If a step
+    has one micro-batch, its gradients are in the graph's memory, and the optimiser must read them before the
+    next step. With several, they accumulate in permanent memory: 16 more bytes to read and write per
+    parameter.
     """
 
     def __init__(self, passes: Passes):
@@ -111,7 +111,7 @@ class GraphedPasses:
         return torch.stack(list(terms.values()))
 
     def _so_far(self) -> list[tuple[Tensor, Tensor]]:
-        """The gradients that earlier parts of a step have added up, and copies: a capture begins anew."""
+        """The gradients accumulated by a step's earlier micro-batches, with copies: a capture resets them."""
         known = [gradient for gradient in self.gradients if gradient is not None] if self.adding else []
         return [(gradient, gradient.clone()) for gradient in known]
 
@@ -135,23 +135,23 @@ class GraphedPasses:
 
 
 def hints(passes: Passes) -> list[str]:
-    """What would make the passes faster here."""
+    """Hints on settings that would make the passes faster here."""
     if passes.device.type != "cuda" or passes.sharded or passes.settings.cuda_graphs:
         return []
     return [
-        "hint: a step launches its kernels one by one, which may take longer than they do; --set "
+        "hint: launching a step's kernels one by one may take longer than running them; --set "
         "train.cuda_graphs=true launches them at once (an H200 at batch 32: 12% of S/2's time, 73% of XL/2's)"
     ]
 
 
 def passes_of(passes: Passes) -> Passes | GraphedPasses:
-    """As ``train.cuda_graphs`` says; ``UserError`` where that cannot be."""
+    """``passes``, or graphed ones if ``train.cuda_graphs`` is set; ``UserError`` where that is impossible."""
     if not passes.settings.cuda_graphs:
         return passes
     if passes.device.type != "cuda":
-        raise UserError(f"train.cuda_graphs: for a CUDA device, got {str(passes.device)!r}")
+        raise UserError(f"train.cuda_graphs: needs a CUDA device, got {str(passes.device)!r}")
     if passes.sharded:
         raise UserError(
-            "train.cuda_graphs: for one process, or for train.parallel ddp: FSDP gathers on the host's word"
+            "train.cuda_graphs: needs one process, or train.parallel ddp: the host controls FSDP's gathers"
         )
     return GraphedPasses(passes)

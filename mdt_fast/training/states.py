@@ -1,4 +1,4 @@
-"""What of a run is in a checkpoint, as tensors by name, and back."""
+"""Converts a run to the tensors of a checkpoint, by name, and back."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,9 @@ SKIPPED, SCALE = "counters/skipped_steps", "counters/loss_scale"
 
 
 def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The parts of a checkpoint, and what its ``state.json`` says. All processes call it.
+    """The parts of a checkpoint, and the contents of its ``state.json``. All processes must call this.
 
-    ``UserError`` if a weight is not finite: nothing is to be saved then.
+    ``UserError`` if a weight is not finite: then nothing must be saved.
     """
     weights = run.masters or {name: p.detach() for name, p in run.model.named_parameters()}
     parts = {MODEL: weights, EMA: dict(run.ema.tensors)}
@@ -43,7 +43,7 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
         f"{names[index]}/{entry}": tensor
         for index, state in packed["state"].items()
         for entry, tensor in state.items()
-        if entry != MASTER  # one of the weights
+        if entry != MASTER  # saved with the weights
     }
     entries[SKIPPED] = run.optimizer.skipped_steps
     if run.loss_scale is not None:
@@ -61,7 +61,7 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
 
 
 def described(config: RunConfig, images: ImageSet, first_stage: FirstStage) -> dict[str, Any]:
-    """What a checkpoint's ``state.json`` says of the settings and the data."""
+    """The entries of a checkpoint's ``state.json`` on settings and data."""
     return {
         "config": to_dict(config),
         "classes": list(images.classes),
@@ -78,7 +78,7 @@ def restore_optimizer(
     weights: Mapping[str, Tensor],
     world: World,
 ) -> None:
-    """Put the saved state into ``optimizer``, which is over the trained ones of ``weights``."""
+    """Load the saved state into ``optimizer``, which is over those of ``weights`` that are trained."""
     names = [name for name, p in weights.items() if p.requires_grad]
     tensors: dict[str, Tensor] = {}
     for key, (shape, dtype) in start.shapes(OPTIMIZER).items():
@@ -86,7 +86,9 @@ def restore_optimizer(
         if owner in (METRICS, "counters"):
             continue
         if owner not in names:
-            raise UserError(f"{start.path / OPTIMIZER}: state of {owner!r}, which the model does not train")
+            raise UserError(
+                f"{start.path / OPTIMIZER}: has state of {owner!r}, which the model does not train"
+            )
         parameter = weights[owner]
         alone = shape != parameter.shape  # a count of steps
         tensors[key] = torch.zeros(shape, dtype=dtype) if alone else torch.zeros_like(parameter, dtype=dtype)
@@ -108,12 +110,12 @@ def restore_optimizer(
     except (UserError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = one_line(error)
         raise UserError(
-            f"{start.path}: no state of this optimiser ({type(error).__name__}: {reason})"
+            f"{start.path}: holds no state for this optimiser ({type(error).__name__}: {reason})"
         ) from error
 
 
 def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
-    """The ``state_dict`` of a checkpoint's ``model`` or ``ema``, with the constants that belong to it."""
+    """The ``state_dict`` of a checkpoint's ``model`` or ``ema``, including its constant buffers."""
     tensors, config = opened.tensors(part), opened.config.model
     index = relative_position_index(config.grid_size, config.grid_size)
     with torch.device("meta"):
@@ -122,8 +124,8 @@ def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
 
 
 def model_of(opened: Checkpoint, part: str) -> Transformer:
-    """The model of a checkpoint, with its ``model`` or ``ema`` weights, on the CPU and in eval mode."""
-    with torch.device("meta"):  # no initial weights are drawn
+    """Load a checkpoint's model, with its ``model`` or ``ema`` weights, on the CPU and in eval mode."""
+    with torch.device("meta"):  # without drawing initial weights
         model: Any = build_model(opened.config.model)
     state = whole_state(opened, part)
     check_weights(model.state_dict(), state, str(opened.path))
@@ -134,12 +136,12 @@ def model_of(opened: Checkpoint, part: str) -> Transformer:
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether this process's part of every one is."""
-    # A NaN is least and largest; reading both is a tenth of the time that a norm or isfinite takes on a CPU.
+    """Whether this process's part of every tensor is finite."""
+    # aminmax returns a NaN as both; it takes a tenth of the time of a norm or isfinite on a CPU.
     extremes = [value for t in tensors.values() if (part := local(t)).numel() for value in part.aminmax()]
     return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())
 
 
 def trained_names(model: Any) -> list[str]:
-    """The parameters that an optimiser has, in its order."""
+    """Names of the trained parameters, in the optimiser's order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -351,8 +351,8 @@ def test_states_made_by_hand_are_refused_in_a_line(run: Path, changes: dict[str,
     [
         ("model", "pos_embed", torch.zeros(1, 4, 16, dtype=torch.bfloat16), "'pos_embed' is torch.bfloat16"),
         ("model", "pos_embed", torch.zeros(1, 4, 8), "'pos_embed' is torch.float32 \\[1, 4, 8\\]"),
-        ("optimizer", "counters/skipped_steps", None, "no state of this optimiser"),
-        ("optimizer", "pos_embed/exp_avg", None, "no state of this optimiser"),
+        ("optimizer", "counters/skipped_steps", None, "no state for this optimiser"),
+        ("optimizer", "pos_embed/exp_avg", None, "no state for this optimiser"),
         ("model", "mask_token", None, "has no 'mask_token', which this model needs"),
     ],
 )

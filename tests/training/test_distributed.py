@@ -243,7 +243,7 @@ def test_every_process_has_an_equal_share_of_the_pictures() -> None:
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     mistakes = {
         "--batch-size=7": "--batch-size: 7 is not divisible by 2 processes; the nearest that is: 8",
-        "--set=train.compile=model": "train.compile: 'model' is for one process, or for train.parallel ddp",
+        "--set=train.compile=model": "train.compile: 'model' needs one process, or train.parallel ddp",
     }
     for option, message in mistakes.items():
         done = on_two((tmp_path / "run", [option]))

@@ -64,11 +64,11 @@ def of_family(config: RunConfig, family: str) -> RunConfig:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.cuda_graphs: for a CUDA device, got 'cpu'"):
+    with pytest.raises(UserError, match=r"train.cuda_graphs: needs a CUDA device, got 'cpu'"):
         train(tiny(cuda_graphs=True), tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     made = passes.Passes(None, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))
-    with pytest.raises(UserError, match=r"train.cuda_graphs: for one process, or for train.parallel ddp"):
+    with pytest.raises(UserError, match=r"train.cuda_graphs: needs one process, or train.parallel ddp"):
         passes.passes_of(made)
 
 
