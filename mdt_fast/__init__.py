@@ -1,6 +1,6 @@
-"""Masked Diffusion Transformers (MDT v1, MDTv2; DiT as their baseline), exact and fast.
+"""Masked Diffusion Transformers (MDT v1, MDTv2, and DiT as their baseline), exact and fast.
 
-Public names are loaded when first used, so that ``import mdt_fast`` costs nothing.
+Public names are loaded when first used, so that ``import mdt_fast`` is cheap.
 """
 
 from importlib import import_module, util

@@ -1,7 +1,7 @@
-"""What this machine has, which backend serves each op and why, what is missing and how to get it.
+"""Reports what this machine has, which backend runs each op and why, what is missing and how to get it.
 
-:func:`report` gathers, :func:`main` prints. Nothing here raises: whatever cannot be found out is
-reported as an error of one line in the place where the answer would stand.
+:func:`report` collects, :func:`main` prints. Nothing here raises: a failed query appears as a one-line
+error in place of its answer.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ import torch
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """A package that ``mdt_fast`` can do without: what this version uses it for, and how to get it."""
+    """An optional package: what this version of ``mdt_fast`` uses it for, and how to get it."""
 
     name: str
     module: str
@@ -34,7 +34,7 @@ OPTIONAL = (
     OptionalPackage(
         "scikit-learn",
         "sklearn",
-        "the digits images of `train --preset digits` and of the bench",
+        "the digits data set in `train --preset digits` and the bench",
         "pip install scikit-learn",
     ),
     OptionalPackage(
@@ -44,7 +44,7 @@ OPTIONAL = (
         "pip install matplotlib",
     ),
     OptionalPackage(
-        "timm", "timm", "the bench's provider `official` (without it: a stand-in)", "pip install timm"
+        "timm", "timm", "the bench's provider `official` (otherwise a stand-in)", "pip install timm"
     ),
     OptionalPackage(
         "diffusers",
@@ -53,13 +53,13 @@ OPTIONAL = (
         "pip install diffusers",
     ),
     OptionalPackage(
-        "tensorboard", "tensorboard", "curves and pictures while `train` goes on", "pip install tensorboard"
+        "tensorboard", "tensorboard", "curves and pictures while `train` runs", "pip install tensorboard"
     ),
-    OptionalPackage("wandb", "wandb", "the same, there (`train.wandb`)", "pip install wandb"),
+    OptionalPackage("wandb", "wandb", "the same on wandb (`train.wandb`)", "pip install wandb"),
     OptionalPackage(
         "torchmetrics",
         "torchmetrics",
-        "the tests, which hold `evaluate` against it",
+        "the tests, which compare `evaluate` with it",
         "pip install torchmetrics",
     ),
     OptionalPackage(
@@ -69,7 +69,7 @@ OPTIONAL = (
         "pip install torch-fidelity torchvision",
     ),
     OptionalPackage(
-        "torchao", "torchao", "its float8 products (`train.float8_by=torchao`)", "pip install torchao"
+        "torchao", "torchao", "its float8 matmuls (`train.float8_by=torchao`)", "pip install torchao"
     ),
     OptionalPackage(
         "flash-attn",
@@ -87,14 +87,14 @@ OPTIONAL = (
     OptionalPackage(
         "apex",
         "apex",
-        "its FusedAdam beside ours in `bench/kernels.py`",
+        "comparison with its FusedAdam in `bench/kernels.py`",
         "from source: github.com/NVIDIA/apex",
     ),
 )
 
 
 def report() -> dict[str, Any]:
-    """Everything :func:`main` prints, as plain JSON-ready values (keys: see the code, top down)."""
+    """Everything that :func:`main` prints, as plain JSON-ready values (see the code for the keys)."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -133,7 +133,7 @@ def main(json: bool = False) -> int:
 
 
 def cpu_name() -> str:
-    """The processor's name, or its architecture where the system does not say."""
+    """The processor's name, or its architecture if the system does not report one."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -144,7 +144,7 @@ def cpu_name() -> str:
 
 
 def nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver, or None where there is none."""
+    """Version of the NVIDIA driver, or None if there is none."""
     if nvidia_smi := shutil.which("nvidia-smi"):
         first = _first_output([nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"])
         if first and first[0].isdigit():
@@ -153,7 +153,7 @@ def nvidia_driver() -> str | None:
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that ``torch.compile`` on a CPU would run, or None."""
+    """Path of the C++ compiler that ``torch.compile`` would use on a CPU, or None."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and (path := shutil.which(name)):
             return path
@@ -171,8 +171,8 @@ def distribution_version(name: str) -> str | None:
 def optional_packages(packages: tuple[OptionalPackage, ...] = OPTIONAL) -> list[dict[str, str | None]]:
     """One row per package: ``name, version, error, use, get``.
 
-    ``version`` is None when the package is not installed; ``error`` is one line when it is and cannot be
-    imported. Imports run in processes of their own, so that one that aborts takes nothing with it.
+    ``version`` is None if the package is not installed; ``error`` is one line if it is installed but cannot
+    be imported. Imports run in separate processes, so that one that aborts does no harm.
     """
     imports = {p.name: _start_import(p.module) for p in packages if _installed(p)}
     rows: list[dict[str, str | None]] = []
@@ -214,11 +214,11 @@ def _start_import(module: str) -> subprocess.Popen[str] | str:
             env=environment,
         )
     except OSError as error:
-        return f"could not be tried: {error}"
+        return f"could not try to import: {error}"
 
 
 def _finish_import(process: subprocess.Popen[str] | str | None) -> tuple[str | None, str | None]:
-    """(version, error) of an import that :func:`_start_import` began."""
+    """(version, error) of an import started by :func:`_start_import`."""
     if process is None:
         return None, None
     if isinstance(process, str):
@@ -261,7 +261,7 @@ def _attention() -> list[dict[str, str]]:
 
 
 def _safely(question: Callable[[], Any]) -> Any:
-    """The answer, or ``{"error": one line}``: a broken part must not hide the others."""
+    """The answer, or ``{"error": one line}``: one failed query must not hide the others."""
     try:
         return question()
     except Exception as error:
@@ -269,7 +269,7 @@ def _safely(question: Callable[[], Any]) -> Any:
 
 
 def _tool_version(path: str | None, line: int = 0) -> str | None:
-    """``path: what --version says in that line``, or None without a path."""
+    """``path: `` and the given line of its ``--version`` output, or None without a path."""
     if path is None:
         return None
     return f"{path}: {_first_output([path, '--version'], line) or 'does not run'}"
@@ -289,7 +289,7 @@ def _first_output(command: list[str], line: int = 0) -> str | None:
 
 
 def _raised(traceback: str) -> str:
-    """The exception at the end of a traceback, in one line; empty if the text does not end in one."""
+    """The last exception in a traceback, in one line; empty if there is none."""
     found = list(re.finditer(r"^[\w.]+(Error|Exception|Exit|Interrupt|Warning)\b", traceback, re.MULTILINE))
     return " ".join(traceback[found[-1].start() :].split()) if found else ""
 
@@ -315,7 +315,7 @@ def _print_tables(found: dict[str, Any]) -> None:
         console.print(made, "")
 
     table("This machine", ("what", "found"), _machine_rows(found))
-    table("Which backend serves each op", ("op", "backend", "why"), _op_rows(found["ops"]))
+    table("Which backend runs each op", ("op", "backend", "why"), _op_rows(found["ops"]))
     table(
         "Attention backends", ("attention_backend=", "found", "serves"), _attention_rows(found["attention"])
     )

@@ -1,15 +1,15 @@
-"""The errors a user's mistake can raise."""
+"""The error for user mistakes, and helpers for messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one line that names it. The CLI prints it and exits with 2."""
+    """A user mistake, named in one line. The CLI prints it and exits with 2."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest of ``allowed``, or an empty string."""
+    """`` (did you mean 'x'?)`` with the closest of ``allowed``, or an empty string."""
     close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -20,6 +20,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def not_importable(what: str, error: Exception, extra: str) -> UserError:
-    """``what`` names the package and who needs it; ``extra`` is ours that installs it."""
+    """The error for a package that cannot be imported. ``what``: names the package and what needs it;
+    ``extra``: our extra that installs it."""
     advice = f"install it with pip install 'mdt-fast[{extra}]'"
     return UserError(f"{what}, which cannot be imported ({one_line(error)}); {advice}")

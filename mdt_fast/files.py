@@ -1,4 +1,4 @@
-"""Writing files so that, whatever happens, a name holds a whole file: the old one or the new one."""
+"""Atomic file writes: whatever happens, a path holds a complete file, either the old one or the new one."""
 
 import hashlib
 import os
@@ -15,14 +15,14 @@ _SETTING = Lock()
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; flushed to the disk and renamed when the block is done.
+    """Yield a temporary path beside ``path`` to write to; it is flushed to disk and renamed after the block.
 
-    If the block raises, the temporary file is removed and ``path`` is as it was.
+    If the block raises, the temporary file is removed and ``path`` is unchanged.
     """
     temporary = _temporary(path)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # some libraries make files that only their owner reads
+        os.chmod(temporary, 0o666 & ~_umask())  # some libraries create files that only their owner can read
         flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -31,9 +31,9 @@ def aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path``, to move from what is complete; it is gone when the block is done.
+    """Yield a temporary folder beside ``path``, from which to move complete files; removed after the block.
 
-    What a process that was killed here, or in :func:`aside`, left for ``path`` is removed first.
+    Leftovers for ``path`` of a process that was killed here, or in :func:`aside`, are removed first.
     """
     remove_leftovers(path.parent, [path.name])
     temporary = _temporary(path)
@@ -48,15 +48,15 @@ LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 def is_leftover(path: Path, names: Collection[str] | None = None) -> bool:
-    """Whether ``path`` is the temporary file or folder of one of ``names`` (None: of any)."""
+    """Whether ``path`` is a temporary file or folder for one of ``names`` (None: for any)."""
     match = LEFTOVER.fullmatch(path.name)
     return match is not None and (names is None or match[1] in names)
 
 
 def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
-    """Remove what killed processes left in ``folder``: files and folders of ``names``, or (None) all files.
+    """Remove leftovers of killed processes in ``folder``: those for ``names``, or (None) all files.
 
-    Only where no other process writes them: what it has begun would be removed, too.
+    Call this only if no other process is writing them, because its temporary files would be removed too.
     """
     for path in folder.glob(".*.partial"):
         if is_leftover(path, names):
@@ -71,7 +71,7 @@ def _temporary(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,8 +85,8 @@ def sha256_of(path: Path) -> str:
 
 
 def _umask() -> int:
-    """The process's umask. Where the system does not tell it, it can only be read by setting it, which is all
-    threads' then."""
+    """The process's umask. If the system does not report it, it can only be read by setting it briefly, which
+    affects all threads."""
     with suppress(OSError):
         if told := re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE):
             return int(told[1], 8)

@@ -1,8 +1,8 @@
-"""Run a script of the official checkout, unchanged, on the fast models.
+"""Run an unchanged script of the official checkout with the fast models.
 
 ``python -m mdt_fast.official scripts/image_train.py --data_dir ...`` (or ``torchrun ... -m
 mdt_fast.official ...``) calls :func:`mdt_fast.install`, then runs the script as ``__main__``. Its own imports
-(its package ``masked_diffusion`` among them) must be importable, as without mdt_fast.
+(including its package ``masked_diffusion``) must be importable, as without mdt_fast.
 """
 
 import runpy
@@ -14,7 +14,7 @@ from .models import install
 
 
 def main() -> int:
-    """The command line: a script's path, then the script's own arguments."""
+    """The command line: the script's path, then its own arguments."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: python -m mdt_fast.official SCRIPT.py [its arguments]")
         return 2 if len(sys.argv) < 2 else 0

@@ -1,4 +1,4 @@
-"""The recipes by name: two that a CPU can train, and the published ones on ImageNet at 256 x 256 pixels."""
+"""Recipes by name: two that a CPU can train, and the published ones for ImageNet at 256 x 256 pixels."""
 
 from .config import DataConfig, DiffusionConfig, Family, ModelConfig, RunConfig, SampleConfig, TrainConfig
 
@@ -28,7 +28,7 @@ PRESETS: dict[str, RunConfig] = {
         ),
         sample=SampleConfig(scale_pow=None),
     ),
-    # Any folder of images in pixel space at a size a CPU can still train.
+    # Any folder of images, in pixel space, at a size that a CPU can still train.
     "images": RunConfig(
         model=ModelConfig(
             family="mdtv2",
@@ -75,11 +75,11 @@ def decode_layer(family: Family, size: str) -> int:
 
 
 def published(family: Family, size: str, patch: int) -> RunConfig:
-    """The recipe a model was published with, for latents of 256 x 256 pixels, batch 256.
+    """The published recipe of a model, for latents of 256 x 256 pixels and batch size 256.
 
-    In bfloat16 and compiled by block, where the published runs were float32 and eager;
-    ``train.dtype=float32 train.compile=none`` gives those. Their length was not fixed: ``steps`` is that of
-    the papers' comparisons, and of the best model for MDTv2-XL/2.
+    It uses bfloat16 and compiled blocks, whereas the published runs were float32 and eager;
+    ``train.dtype=float32 train.compile=none`` reproduces that. The length of the published runs was not
+    fixed: ``steps`` is that of the papers' comparisons, and for MDTv2-XL/2 that of the best model.
     """
     mdtv2, dit = family == "mdtv2", family == "dit"
     return RunConfig(

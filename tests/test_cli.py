@@ -199,7 +199,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         ([*DIGITS, "--set=model.patch_size=3"], "is not divisible by patch_size 3"),
         ([*DIGITS, "--image-size=16"], "the digits are 8x8"),
         ([*DIGITS, "--device=gpu"], "unknown device 'gpu'"),
-        ([*DIGITS, "--device=cuda:99"], "'cuda:99' asked for"),
+        ([*DIGITS, "--device=cuda:99"], "--device: got 'cuda:99', but this machine has"),
         (["train", "--out=x", "--data=nowhere"], "no folder 'nowhere'"),
         (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),
         (["train", "--out=", "--preset=digits"], "--out: a name is needed"),
@@ -375,7 +375,7 @@ def test_an_out_that_is_a_file_and_an_image_that_is_none(
         capsys, "train", f"--data={photos}", f"--out={tmp_path / 'run'}", *options
     )
     more = [*options, "--set=model.num_classes=2"]
-    assert "3 classes, the model only 2" in error(
+    assert "3 classes, but the model only 2" in error(
         capsys, "train", f"--data={photos}", f"--out={tmp_path / 'b'}", *more
     )
 

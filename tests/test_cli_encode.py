@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
         process.kill()
         assert finish(process)[0] == -signal.SIGKILL
     assert not (out / "index.json").exists()
-    assert "index.json: missing, the encoding is not finished" in error(capsys, f"--out={out}", "--verify")
+    assert "index.json: missing, encoding is not finished" in error(capsys, f"--out={out}", "--verify")
     assert main(["encode", str(photos), f"--vae={tiny_vae}", f"--out={out}", *SMALL]) == 0
     assert content(out) == content(encoded)
 
@@ -148,7 +148,9 @@ def test_verify(
         (tmp_path / "copy" / name).write_bytes(value)
     shard = tmp_path / "copy" / "shard-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    assert "1 of 25 shards have another SHA-256" in error(capsys, f"--out={tmp_path / 'copy'}", "--verify")
+    assert "1 of 25 shards do not match their SHA-256" in error(
+        capsys, f"--out={tmp_path / 'copy'}", "--verify"
+    )
     (tmp_path / "others").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "others" / "a_1.png")
     message = error(capsys, str(tmp_path / "others"), f"--out={encoded}", "--verify")

@@ -224,7 +224,7 @@ def test_images_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for i in range(4):
         Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
     arguments = ["train", f"--data={folder}", "--image-size=8", f"--out={tmp_path / 'run'}", *ARGUMENTS]
-    assert "for images without classes train takes --unconditional" in error(capsys, *arguments)
+    assert "for images without classes use train --unconditional" in error(capsys, *arguments)
     assert main([*arguments, "--unconditional", "--dry-run"]) == 0
     assert "4 images in 1 classes" in capsys.readouterr().out
 

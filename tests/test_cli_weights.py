@@ -119,7 +119,7 @@ def test_latents_another_process_and_classes_by_name(photos: Path, tmp_path: Pat
     shutil.rmtree(vae)
     save_tiny_vae(vae, seed=1)
     grid = f"--grid={tmp_path / 'x.png'}"
-    assert "is not the autoencoder that the latents were made with" in error(
+    assert "is not the autoencoder that encoded the latents" in error(
         capsys, "sample", str(file), grid, *SHORT
     )
     beside = {key: json.loads(value) for key, value in read_metadata(file).items()}
@@ -157,7 +157,7 @@ def test_an_autoencoder_of_other_latents(tmp_path: Path, capsys: Capture) -> Non
     torch.save(DiT_S_8().state_dict(), file)
     grid = f"--grid={tmp_path / 'x.png'}"
     said = error(capsys, "sample", str(file), grid, f"--vae={vae}", *SHORT)
-    assert said.endswith("have 8 channels, the model's 4")
+    assert said.endswith("have 8 channels, but the model's have 4")
 
 
 def test_a_folder_of_shards_knows_its_weights(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -228,7 +228,10 @@ def test_a_pipeline_of_weights(published: Path, tiny_vae: Path, tmp_path: Path) 
             lambda state: state.update(mask_token=torch.full((1, 1, 384), 1e300, dtype=torch.float64)),
             "not finite",
         ),
-        (lambda state: state.update({"x_embedder.proj.weight": torch.zeros(384, 4, 0, 0)}), "shapes of none"),
+        (
+            lambda state: state.update({"x_embedder.proj.weight": torch.zeros(384, 4, 0, 0)}),
+            "shapes do not match",
+        ),
         (lambda state: state.pop("mask_token"), "weights of another model: 1 missing (mask_token)"),
         (lambda state: state.update(x=torch.zeros(1)), "weights of another model: 1 unexpected (x)"),
     ],

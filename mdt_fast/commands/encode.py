@@ -26,7 +26,7 @@ def encode(args: argparse.Namespace) -> int:
         return verify(args)
     for name, value in (("SOURCE", args.source), ("--vae", args.vae), ("--image-size", args.image_size)):
         if value is None:
-            raise UserError(f"encode: {name} is required; see mdt-fast encode --help")
+            raise UserError(f"encode: {name} is needed; see mdt-fast encode --help")
     ranks = Ranks.from_environment()
     console = Console(highlight=False, soft_wrap=True)
     config = DataConfig(

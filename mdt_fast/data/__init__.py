@@ -1,4 +1,4 @@
-"""Images in: labelled sets, the autoencoder that makes latents of them, and the resumable loader."""
+"""Data: labelled image sets, the autoencoder that encodes them to latents, and the resumable loader."""
 
 from .autoencoder import Autoencoder, sample_posterior
 from .first_stage import FirstStage, Latents, described_stage, open_first_stage

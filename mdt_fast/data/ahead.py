@@ -1,4 +1,4 @@
-"""Batches that threads read while the ones before them are worked on."""
+"""Reads batches ahead in threads while earlier ones are processed."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -14,8 +14,8 @@ Read = TypeVar("Read")
 def read_ahead(
     batches: Iterable[Item], begin: Callable[[Item, Executor], Callable[[], Read]], workers: int
 ) -> Generator[Read, None, None]:
-    """Each of ``batches`` in turn, as it was read: ``begin`` hands its parts to ``workers`` threads and
-    returns what waits for them, which is called, and may raise, when the batch is due."""
+    """Yield each of ``batches``, read, in order. ``begin`` submits a batch's parts to ``workers`` threads and
+    returns a callable that waits for them; it is called, and may raise, when the batch is due."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     reading: deque[Callable[[], Read]] = deque()
     try:

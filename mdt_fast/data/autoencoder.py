@@ -1,4 +1,4 @@
-"""The autoencoder between images and latents: diffusers' ``AutoencoderKL``, a local folder's or the hub's."""
+"""The autoencoder between images and latents: diffusers' ``AutoencoderKL``, from a folder or the hub."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from torch import Tensor
 from ..errors import UserError, not_importable, one_line
 
 DECODED_AT_ONCE = 16 * 256**2
-"""Pixels: of 16 images of this size a decoder's activations are some 4 GiB in float32."""
+"""Pixels per decoded batch: 16 images of 256 x 256, whose activations take about 4 GiB in float32."""
 
 
 class Autoencoder:
-    """Images [B, C, H, W] in [-1, 1] to moments [B, 2c, h, w] of their latents, and latents back to images.
+    """Encodes images [B, C, H, W] in [-1, 1] to moments [B, 2c, h, w] of their latents, and decodes latents.
 
-    ``latent_channels``: c. ``factor``: pixels per latent, H / h. A latent z of the autoencoder's own is
-    ``(z - shift) * scale`` to the model. ``name``: the hub's name, or the folder's whole path.
-    ``fingerprint``: SHA-256 over names, shapes and float32 values of the weights as they were read.
+    ``latent_channels``: c. ``factor``: pixels per latent, H / h. The model sees the autoencoder's latent z as
+    ``(z - shift) * scale``. ``name``: the hub name, or the folder's absolute path. ``fingerprint``: SHA-256
+    over names, shapes and float32 values of the weights as read.
     """
 
     def __init__(self, model: Any, name: str):
@@ -40,14 +40,14 @@ class Autoencoder:
     def load(
         cls, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "Autoencoder":
-        """From a folder that ``save_pretrained`` wrote (or a pipeline's, with ``vae/`` in it), or the hub.
+        """Load from a folder written by ``save_pretrained`` (or a pipeline's, with ``vae/``), or the hub.
 
         Weights are read from safetensors only. Raises ``UserError`` if diffusers is missing, or ``name`` is
-        no ``AutoencoderKL`` or cannot be had.
+        not an ``AutoencoderKL`` or cannot be loaded.
         """
         try:
             from diffusers import AutoencoderKL
-        except (ImportError, RuntimeError) as error:  # diffusers turns failures inside it to RuntimeError
+        except (ImportError, RuntimeError) as error:  # diffusers raises its import failures as RuntimeError
             raise not_importable("the autoencoder comes with diffusers", error, "latents") from None
         if not str(name):
             raise UserError("vae: a folder or a hub name of an AutoencoderKL is needed, got ''")
@@ -61,14 +61,14 @@ class Autoencoder:
                     torch_dtype=torch.float32,
                     output_loading_info=True,
                 )
-        except Exception as error:  # hub, network, JSON, safetensors and torch each raise their own
+        except Exception as error:  # hub, network, JSON, safetensors and torch raise their own types
             reason = one_line(error)
             what = f"the folder {str(folder)!r}" if folder else f"the hub's {str(name)!r}"
             raise UserError(f"vae: cannot load an AutoencoderKL from {what}: {reason}") from None
-        if missing := loading["missing_keys"]:  # diffusers leaves those at random values
+        if missing := loading["missing_keys"]:  # diffusers leaves these at random values
             raise UserError(f"vae: {str(name)!r} lacks {len(missing)} weights, such as {missing[0]!r}")
         if model.config.get("latents_mean") is not None:
-            raise UserError(f"vae: {str(name)!r} scales each channel on its own, which is not supported")
+            raise UserError(f"vae: {str(name)!r} scales each channel separately, which is not supported")
         loaded = cls(model.eval().requires_grad_(False), str(folder.resolve() if folder else name))
         with _quiet():
             model.to(device=device, dtype=dtype)
@@ -83,10 +83,10 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, scale: float | None = None, shift: float | None = None) -> Tensor:
-        """latents [B, c, h, w] as the model has them -> pixels [B, C, H, W] float32, about [-1, 1].
+        """latents [B, c, h, w] as the model sees them -> pixels [B, C, H, W] float32, about [-1, 1].
 
-        ``scale`` and ``shift``: what the model was trained with, if that is not what the autoencoder says. In
-        memory for a few images at a time, however many there are.
+        ``scale`` and ``shift``: what the model was trained with, if it differs from the autoencoder's.
+        Decodes a few images at a time, to bound memory.
         """
         weight = next(self.model.parameters())
         scale, shift = self.scale if scale is None else scale, self.shift if shift is None else shift
@@ -94,7 +94,7 @@ class Autoencoder:
 
 
 def in_parts(model: Any, z: Tensor) -> Tensor:
-    """Latents z [B, c, h, w] of the model's own -> pixels [B, C, H, W] float32, a few images at a time."""
+    """The autoencoder's latents z [B, c, h, w] -> pixels [B, C, H, W] float32, a few images at a time."""
     pixels = 4 ** (len(model.config.block_out_channels) - 1) * z.shape[-2] * z.shape[-1]
     return torch.cat(
         [model.decode(part).sample.float() for part in z.split(max(1, DECODED_AT_ONCE // pixels))]
@@ -141,7 +141,7 @@ def _local_folder(name: str | Path) -> Path | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what diffusers and the hub say in passing: the error raised here repeats what matters."""
+    """Silence diffusers and the hub; the errors raised here repeat what matters."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Reading pieces of many large files from many threads."""
+"""Reads pieces of many large files from many threads."""
 
 import os
 from collections.abc import Callable
@@ -8,21 +8,21 @@ from typing import Any
 
 from ..errors import UserError
 
-OPEN_FILES = 256  # a process may have about a thousand open, and is not alone in using them
+OPEN_FILES = 256  # a process may open about a thousand files, and other code opens some too
 
 
 class Files:
-    """``read(path, offset, size)``: one system call that moves no file position, so threads need no lock.
+    """``read(path, offset, size)`` with a system call that moves no file position, so threads need no lock.
 
-    Descriptors are kept, the ``OPEN_FILES`` used last: opening anew is slow on a network's file system. A
-    file cut short since is a ``UserError``, where a memory map would kill the process.
+    The ``OPEN_FILES`` most recently used descriptors stay open, because reopening is slow on a network file
+    system. A file truncated meanwhile raises ``UserError``, where a memory map would kill the process.
     """
 
     def __init__(self) -> None:
         self._open: Callable[[Path], _Descriptor] = lru_cache(OPEN_FILES)(_Descriptor)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``."""
+        """Read ``size`` bytes from ``offset``."""
         data = bytearray(size)
         self.fill(path, offset, data)
         return bytes(data)
@@ -31,7 +31,7 @@ class Files:
         """Fill ``buffer`` (contiguous, such as a bytearray or a new array) from ``offset`` on."""
         left = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
         try:
-            file = self._open(path)  # held here: another thread may crowd it out of the cache meanwhile
+            file = self._open(path)  # hold a reference: another thread may evict it from the cache
             while left:
                 count = os.preadv(file.number, [left], offset)
                 if count == 0:
@@ -42,7 +42,7 @@ class Files:
 
 
 class _Descriptor:
-    """An open file, closed when nobody holds it any more."""
+    """An open file, closed when no longer referenced."""
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

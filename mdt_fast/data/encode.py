@@ -1,9 +1,9 @@
-"""Images to latents, once: the engine of ``mdt-fast encode``.
+"""Encodes images to latents once: the engine of ``mdt-fast encode``.
 
-The source's samples are cut into shards by position, and shard i is made by rank i % world. A shard and the
-JSON beside it are written aside and renamed, so a killed run leaves whole shards, and the next one makes
-those that are missing. Ranks need not talk: whoever finds all shards complete writes the index, whose content
-is the same whoever it is.
+The source's samples are split into shards by position, and rank i % world makes shard i. A shard and its JSON
+are written under temporary names and renamed, so a killed run leaves only complete shards, and the next run
+makes the missing ones. Ranks do not communicate: any rank that finds all shards complete writes the index,
+whose content is the same for all ranks.
 """
 
 import hashlib
@@ -33,9 +33,10 @@ from .progress import ImageProgress
 
 @dataclass(frozen=True)
 class Encoded:
-    """How it ended. ``images`` were encoded by this process in ``seconds``; ``shards`` are complete in all.
+    """The outcome: this process encoded ``images`` in ``seconds``; ``shards`` are complete in total.
 
-    ``index``: of the finished folder, or None while shards are missing; ``wrote_index``: by this process.
+    ``index``: that of the finished folder, or None while shards are missing; ``wrote_index``: whether this
+    process wrote it.
     """
 
     images: int
@@ -63,12 +64,12 @@ def encode(
 ) -> Encoded:
     """Encode this rank's share of ``config.source`` with ``config.vae`` into the folder ``out``.
 
-    Of ``config`` it uses source, image_size, crop, vae, on_unreadable (skip: leave such images out) and
-    workers. ``dtype`` is that of the moments on the disk, ``vae_dtype`` that of the autoencoder's arithmetic
-    (in float32, CUDA's convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is off).
-    ``stopped`` is asked before each batch: once true, the shard in work is dropped. Memory holds one shard at
-    most. Raises ``UserError`` for whatever does not fit, an image that cannot be read, a source or settings
-    other than ``out`` was begun with, and a full disk; complete shards stay.
+    Of ``config`` it uses source, image_size, crop, vae, on_unreadable (skip: leave out unreadable images) and
+    workers. ``dtype``: of the stored moments; ``vae_dtype``: compute dtype of the autoencoder (in float32,
+    CUDA convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is off). ``stopped`` is checked
+    before each batch: once true, the unfinished shard is dropped. At most one shard is in memory. Raises
+    ``UserError`` for invalid settings, an unreadable image, a source or settings that differ from those
+    ``out`` was begun with, and a full disk; complete shards stay.
     """
     for name, number in (("--batch-size", batch_size), ("--shard-size", shard_size)):
         if number < 1:
@@ -76,17 +77,17 @@ def encode(
     if config.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {config.workers}")
     if config.vae is None:
-        raise UserError("--vae: an AutoencoderKL is needed, a folder or a hub name")
+        raise UserError("--vae: the folder or hub name of an AutoencoderKL is needed")
     ranks = Ranks.from_environment()
     check_source(config, out)
     vae = Autoencoder.load(config.vae, device, getattr(torch, vae_dtype))
     if config.image_size < 1 or config.image_size % vae.factor:
         raise UserError(
-            f"--image-size: must be a multiple of {vae.factor}, the pixels of one latent of {vae.name!r}; "
+            f"--image-size: must be a multiple of {vae.factor}, the pixels per latent of {vae.name!r}; "
             f"got {config.image_size}"
         )
     if vae.image_channels not in (1, 3):
-        raise UserError(f"--vae: {vae.name!r} takes images of {vae.image_channels} channels, not 1 or 3")
+        raise UserError(f"--vae: {vae.name!r} takes images with {vae.image_channels} channels, not 1 or 3")
     grey = config.source == "digits"
     images = open_source(replace(config, channels=1 if grey or vae.image_channels == 1 else 3))
     encoding = Encoding(
@@ -142,15 +143,15 @@ def encode(
 
 
 def check_source(config: DataConfig, out: Path) -> None:
-    """``UserError`` for a source that cannot be encoded, before anything slow is begun."""
+    """``UserError`` for a source that cannot be encoded, before any slow work."""
     source = Path(config.source)
     if config.crop != "center":
-        raise UserError(f"--crop: what is encoded once is cropped in the center, got {config.crop!r}")
+        raise UserError(f"--crop: encoding needs center crops, got {config.crop!r}")
     if config.source != "digits" and config.source:
         if source.resolve() == out.resolve():
-            raise UserError(f"--out: {str(out)!r} is the source itself; another folder is needed")
+            raise UserError(f"--out: {str(out)!r} is the source itself; choose another folder")
         if is_encoded(source):
-            raise UserError(f"SOURCE: {config.source!r} is encoded already; images are needed")
+            raise UserError(f"SOURCE: {config.source!r} is already encoded; images are needed")
 
 
 def source_digest(images: SourceSet) -> str:
@@ -163,7 +164,7 @@ def source_digest(images: SourceSet) -> str:
 
 
 class Rows:
-    """The moments of one shard as they come: the only thing here that is large."""
+    """Collects the moments of one shard, the only large data here."""
 
     def __init__(self, encoding: Encoding, capacity: int):
         shape = (capacity, 2 * encoding.channels, encoding.side, encoding.side)
@@ -181,7 +182,7 @@ class Rows:
         *,
         skip: bool,
     ) -> None:
-        """Encode one batch of ``images``; ``loaded`` are their pixels, or why there are none."""
+        """Encode one batch of ``images``; ``loaded``: their pixels, or the errors of unreadable ones."""
         kept, pixels = [], []
         for position, image in zip(batch, loaded):
             if isinstance(image, np.ndarray):
@@ -190,14 +191,14 @@ class Rows:
             elif skip:
                 self.dropped.append({"position": position, "name": images.member(position)[0]})
             else:
-                raise UserError(f"{image}; --on-unreadable skip leaves such images out") from image
+                raise UserError(f"{image}; --on-unreadable skip leaves out such images") from image
         if not kept:
             return
         x = torch.from_numpy(np.stack(pixels)).expand(-1, vae.image_channels, -1, -1)  # grey to RGB
         first, last = len(self.labels), len(self.labels) + len(kept)
         for name, values in self.moments.items():
             moments = vae.moments(x.flip(-1) if name == "mirrored" else x).cpu().numpy()
-            with np.errstate(over="ignore"):  # to infinity, which is refused below
+            with np.errstate(over="ignore"):  # overflow to infinity is refused below
                 values[first:last] = moments
             finite = np.isfinite(values[first:last]).all(axis=(1, 2, 3))
             if not finite.all():
@@ -207,7 +208,7 @@ class Rows:
 
     @property
     def seen(self) -> int:
-        """Images encoded or dropped."""
+        """Number of images encoded or dropped."""
         return len(self.labels) + len(self.dropped)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -221,7 +222,7 @@ def _batches(span: range, batch_size: int) -> list[range]:
 
 
 def _read(images: SourceSet, index: int) -> np.ndarray | UserError:
-    """The pixels of one sample, or what is wrong with its file."""
+    """The pixels of one sample, or the error if it is unreadable."""
     try:
         return images.load(index, random.Random(0))
     except UserError as error:

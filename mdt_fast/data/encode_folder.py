@@ -1,4 +1,4 @@
-"""The folder that ``mdt-fast encode`` writes: shards, a JSON beside each, at last the index."""
+"""The folder that ``mdt-fast encode`` writes: shards, a JSON beside each, and finally the index."""
 
 import os
 import re
@@ -26,8 +26,8 @@ from .latents import (
 )
 
 OURS = re.compile(r"shard-\d{5,}\.(safetensors|json)")
-AGAIN = "go on with the same command"
-# What a setting is called on the command line, to say which one differs.
+AGAIN = "resume with the same command"
+# Names of the settings on the command line, for messages about which one differs.
 OPTIONS = {
     "image_size": "--image-size", "crop": "--crop", "mirrored": "mirrored", "dtype": "--dtype",
     "vae_dtype": "--vae-dtype", "vae_sha256": "--vae: weights with SHA-256", "scale": "--vae: scaling factor",
@@ -38,7 +38,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among ``world``; torchrun says so in the environment."""
+    """This process's ``rank`` among ``world`` processes, as torchrun sets them in the environment."""
 
     rank: int = 0
     world: int = 1
@@ -49,7 +49,7 @@ class Ranks:
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
             text = os.environ.get(name, default)
             if not text.isdecimal():
-                raise UserError(f"{name}: the environment must give a number, got {text!r}")
+                raise UserError(f"{name}: the environment variable must be a number, got {text!r}")
             numbers.append(int(text))
         rank, world = numbers
         if rank >= world:
@@ -58,7 +58,7 @@ class Ranks:
 
 
 class Folder:
-    """What is written: shards, a JSON beside each, at last the index."""
+    """Writes and checks the folder: shards, a JSON beside each, and finally the index."""
 
     def __init__(self, root: Path, encoding: Encoding, autoencoder: str, classes: tuple[str, ...]):
         self.root, self.encoding = root, encoding
@@ -66,7 +66,7 @@ class Folder:
         self._records: dict[int, dict[str, Any]] = {}
 
     def prepare(self, ranks: Ranks) -> None:
-        """Make the folder, or check that it is ours and begun with the same settings; clear leftovers."""
+        """Make the folder, or check that it is ours with the same settings; remove leftovers."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root, prefix="."):
@@ -76,21 +76,20 @@ class Folder:
         ours = {INDEX} if is_encoded(self.root) else set()
         if foreign := sorted(name for name in names - ours if not OURS.fullmatch(name)):
             raise UserError(
-                f"--out: {str(self.root)!r} holds other files, such as {foreign[0]!r}; "
-                "an empty folder is needed"
+                f"--out: {str(self.root)!r} holds other files, such as {foreign[0]!r}; use an empty folder"
             )
         for path in sorted([*self.root.glob(INDEX), *self.root.glob("shard-*.json")]):
             self._check_same(path)
-        # Each rank clears what belongs to its own shards: another's may be in work.
+        # Each rank removes leftovers of its own shards only: other ranks may be writing theirs.
         mine = range(self.encoding.shards)[ranks.rank :: ranks.world]
         stale = {path for shard in mine for path in (shard_name(shard), self._beside(shard).name)}
         remove_leftovers(self.root, stale | ({INDEX} if ranks.rank == 0 else set()))
 
     def _check_same(self, path: Path) -> None:
-        """``UserError`` if ``path`` was made with other settings or of another source."""
+        """``UserError`` if ``path`` was made with other settings or from another source."""
         try:
             found = from_dict(Encoding, read_signed(path).get("encoding"), str(path))
-        except (DamagedError, TypeError):  # what it vouches for is made again
+        except (DamagedError, TypeError):  # its shard will be made again
             return
         for name, value in asdict(self.encoding).items():
             was = getattr(found, name)
@@ -108,7 +107,7 @@ class Folder:
             )
 
     def record(self, shard: int) -> dict[str, Any] | None:
-        """What the JSON beside a shard says; None unless the shard is complete."""
+        """The contents of the JSON beside a shard; None unless the shard is complete."""
         if shard not in self._records:
             try:
                 record = read_signed(self._beside(shard))
@@ -119,7 +118,7 @@ class Folder:
         return self._records[shard]
 
     def write(self, shard: int, tensors: dict[str, Tensor], dropped: list[dict[str, Any]]) -> None:
-        """The shard, then the JSON that makes it count."""
+        """Write the shard, then the JSON that marks it as complete."""
         path = self.root / shard_name(shard)
         try:
             with aside(path) as file:
@@ -137,7 +136,7 @@ class Folder:
             raise UserError(f"cannot write {str(path)!r}: {error}; complete shards stay, {AGAIN}") from error
 
     def finish(self) -> tuple[Path | None, bool]:
-        """The index, if all shards are complete, and whether it was written here."""
+        """The index, written if all shards are complete, and whether this call wrote it."""
         records = [self.record(shard) for shard in range(self.encoding.shards)]
         complete = [record for record in records if record is not None]
         dropped = [entry for record in complete for entry in record["dropped"]]
@@ -163,11 +162,11 @@ class Folder:
                     file.write_text(text)
                 flush(self.root)
                 return path, True
-            except FileNotFoundError:  # rank 0 was only starting, and took ours for a leftover
+            except FileNotFoundError:  # rank 0 was just starting, and removed our file as a leftover
                 continue
             except OSError as error:
                 raise UserError(f"cannot write {str(path)!r}: {error}; {AGAIN}") from error
-        raise UserError(f"cannot write {str(path)!r}: another process removes it; {AGAIN}")
+        raise UserError(f"cannot write {str(path)!r}: another process keeps removing it; {AGAIN}")
 
     def _beside(self, shard: int) -> Path:
         return self.root / Path(shard_name(shard)).with_suffix(".json")

@@ -1,6 +1,6 @@
-"""Between what the loader gives and what the model is trained on: pixels as they are, or latents.
+"""The stage between loader and model: passes pixels through, or makes latents.
 
-B images; pixels [B, 3 or 1, H, W] in [-1, 1]; C, S channels and side of what the model sees.
+B images; pixels [B, 3 or 1, H, W] in [-1, 1]; C and S: channels and side of the model's input.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from .latents import LatentSet
 
 
 class FirstStage:
-    """Pixels as they are. ``channels`` and ``size``: C and S; ``random``: it takes noise; ``clip``: what is
-    sampled lies in [-1, 1]."""
+    """Passes pixels through. ``channels`` and ``size``: C and S; ``random``: whether it takes noise;
+    ``clip``: whether samples lie in [-1, 1]."""
 
     random, clip = False, True
 
@@ -25,7 +25,7 @@ class FirstStage:
         self.channels, self.size = channels, size
 
     def __call__(self, batch: Tensor, noise: Tensor | None) -> Tensor:
-        """What the loader gave, on the device -> x [B, C, S, S]; ``noise`` of that shape, if ``random``."""
+        """The loader's batch, on the device -> x [B, C, S, S]; ``noise`` has that shape, if ``random``."""
         return batch
 
     @property
@@ -34,7 +34,7 @@ class FirstStage:
         return 1
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3 or 1, H, W] -> the most likely x [B, C, S, S], for which no noise is drawn."""
+        """Pixels [B, 3 or 1, H, W] -> the most likely x [B, C, S, S], without noise."""
         return pixels
 
     def decode(self, x: Tensor) -> Tensor:
@@ -42,14 +42,14 @@ class FirstStage:
         return x
 
     def described(self) -> dict[str, Any] | None:
-        """What :func:`described_stage` makes it from; None: pixels."""
+        """The description from which :func:`described_stage` rebuilds this stage; None: pixels."""
         return None
 
 
 class Latents(FirstStage):
-    """Latents of moments that were encoded before, or, where ``encodes``, of pixels as they come.
+    """Samples latents from moments encoded earlier, or, if ``encodes``, encodes pixels on the fly.
 
-    ``vae``: the autoencoder, loaded when it is first needed; ``fingerprint``: its, if it has to be this one.
+    ``vae``: the autoencoder, loaded when first needed; ``fingerprint``: required of its weights, or None.
     Latents are (z - ``shift``) * ``scale``.
     """
 
@@ -88,19 +88,17 @@ class Latents(FirstStage):
         return self.opened().decode(x.to(self.device), self.scale, self.shift)
 
     def opened(self) -> Any:
-        """The autoencoder, loaded at the first call; ``UserError`` where it cannot be had."""
+        """The autoencoder, loaded at the first call; ``UserError`` if it cannot be loaded."""
         if self.autoencoder is None:
             if self.vae is None:
-                raise UserError("data.vae: images of latents need the autoencoder; none is named")
+                raise UserError("data.vae: decoding latents needs an autoencoder, but none is named")
             loaded = load_autoencoder(self.vae, self.device)
             if self.fingerprint not in (None, loaded.fingerprint):
-                raise UserError(
-                    f"data.vae: {self.vae!r} is not the autoencoder that the latents were made with"
-                )
+                raise UserError(f"data.vae: {self.vae!r} is not the autoencoder that encoded the latents")
             if self.channels != loaded.latent_channels:
                 raise UserError(
-                    f"data.vae: the latents of {self.vae!r} have {loaded.latent_channels} channels, the "
-                    f"model's {self.channels}"
+                    f"data.vae: the latents of {self.vae!r} have {loaded.latent_channels} channels, but the "
+                    f"model's have {self.channels}"
                 )
             self.autoencoder = loaded
         return self.autoencoder
@@ -112,12 +110,12 @@ class Latents(FirstStage):
 
 
 def load_autoencoder(vae: str, device: Any) -> Any:
-    """The autoencoder in float32; ``UserError`` if it cannot be loaded."""
+    """Load the autoencoder in float32; ``UserError`` if it cannot be loaded."""
     return Autoencoder.load(vae, device, torch.float32)
 
 
 def described_stage(described: dict[str, Any] | None, config: DataConfig, device: Any = "cpu") -> FirstStage:
-    """The first stage of a run that described its own so; ``config.vae`` names another autoencoder."""
+    """Rebuild a run's first stage from its description; ``config.vae`` overrides the autoencoder."""
     if described is None:
         return FirstStage(config.channels, config.image_size)
     vae = config.vae or described["vae"]
@@ -126,10 +124,10 @@ def described_stage(described: dict[str, Any] | None, config: DataConfig, device
 
 
 def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") -> FirstStage:
-    """What stands between ``images`` and the model. ``UserError`` for an autoencoder that does not fit."""
+    """The first stage between ``images`` and the model. ``UserError`` for an unsuitable autoencoder."""
     if isinstance(images, LatentSet):
         vae = config.vae or images.autoencoder
-        # Another one by name (a finer decoder of the same latents, say) is the user's own choice.
+        # Naming a different one (such as a better decoder for the same latents) is the user's choice.
         fingerprint = images.fingerprint if vae == images.autoencoder else None
         return Latents(images.channels, images.size, images.scale, images.shift, vae, fingerprint, device)
     if config.vae is None:

@@ -1,9 +1,9 @@
 """Labelled images: a folder of files, or scikit-learn's handwritten digits (no download).
 
-``open_images`` also opens what others read: webdatasets (``shards.py``), encoded sets (``latents.py``).
+``open_images`` also opens webdatasets (``shards.py``) and encoded sets (``latents.py``).
 
-A set answers two questions: which class is sample i, and what are its pixels. Everything random
-(order, flips, random crops) is decided by ``loader.py``, so that a resumed run sees the same batches.
+A set provides the class and the pixels of sample i. Everything random (order, flips, random crops) is decided
+by ``loader.py``, so that a resumed run sees the same batches.
 """
 
 import math
@@ -20,33 +20,31 @@ from ..config import DataConfig
 from ..errors import UserError, not_importable, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_ASPECT = 100  # long side / short side; scaling the short side up makes anything longer fill the memory
+MAX_ASPECT = 100  # long side / short side; upscaling the short side of longer images would fill the memory
 
 
 class ImageSet(Protocol):
-    """What the loader needs of a data set."""
+    """The interface of a data set that the loader needs."""
 
     labels: np.ndarray  # [N] int64
     classes: tuple[str, ...]  # class names by index
-    in_memory: bool  # True: nothing to decode, so nothing to prefetch
-    shape: tuple[int, int, int]  # of what ``load`` gives
+    in_memory: bool  # True: no decoding, so no prefetching
+    shape: tuple[int, int, int]  # of what ``load`` returns
 
     def load(self, index: int, rng: random.Random, mirror: bool = False) -> np.ndarray:
-        """Sample ``index``, float32: pixels [C, S, S] in [-1, 1], or of an encoded set moments [2C, S, S].
+        """Sample ``index``, float32: pixels [C, S, S] in [-1, 1], or for an encoded set moments [2C, S, S].
 
-        ``rng`` serves random crops only; ``mirror``: left and right exchanged.
+        ``rng`` is used only for random crops; ``mirror``: flip left and right.
         """
         ...
 
 
 def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
-    """A set of one's own, if it is one and has images of the configuration's size; ``UserError`` names what
-    it lacks."""
+    """Check that a custom set implements ``ImageSet`` and has images of the configured size; returns it.
+    ``UserError`` names what is wrong."""
     for name in ("labels", "classes", "in_memory", "shape", "load"):
         if not hasattr(images, name):
-            raise UserError(
-                f"images: a {type(images).__name__} has no {name}; mdt_fast.data.ImageSet has all"
-            )
+            raise UserError(f"images: a {type(images).__name__} has no {name}; see mdt_fast.data.ImageSet")
     labels, classes = np.asarray(images.labels), len(images.classes)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise UserError(
@@ -66,26 +64,26 @@ def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
         )
     first = images.load(0, random.Random(0), False)
     if not isinstance(first, np.ndarray):
-        raise UserError(f"images.load: gave a {type(first).__name__}, an array is needed")
+        raise UserError(f"images.load: returned a {type(first).__name__}, expected an array")
     if first.shape != shape or first.dtype != np.float32:
         raise UserError(
-            f"images.load: gave {first.dtype} {list(first.shape)}, images.shape is {list(shape)} (float32)"
+            f"images.load: returned {first.dtype} {list(first.shape)}, expected float32 {list(shape)}"
         )
     return images
 
 
 class SourceSet(ImageSet, Protocol):
-    """A set of images as they come: its samples have names and sizes, by which a change is noticed."""
+    """A set of unencoded images, whose samples have names and sizes, so that changes can be detected."""
 
     def member(self, index: int) -> tuple[str, int]:
-        """Name and size in bytes of sample ``index``; -1 if there is nothing to read."""
+        """Name and size in bytes of sample ``index``; size -1 if its file is missing."""
         ...
 
 
 def open_images(config: DataConfig) -> ImageSet:
-    """The set that ``config.source`` names: ``digits``, a folder that ``mdt-fast encode`` wrote, a folder of
-    ``.tar`` shards, or one of images; with ``config.conditional`` False all of one class. Raises
-    ``UserError`` if it cannot.
+    """Open the set that ``config.source`` names: ``digits``, a folder from ``mdt-fast encode``, a folder of
+    ``.tar`` shards, or a folder of images. With ``config.conditional`` False all samples have one class.
+    Raises ``UserError`` if it cannot be opened.
     """
     images = _open(config)
     if not config.conditional:
@@ -104,7 +102,7 @@ def _open(config: DataConfig) -> ImageSet:
 
 
 def open_source(config: DataConfig) -> SourceSet:
-    """The same, for images as they come."""
+    """The same for unencoded images."""
     from .shards import WebDataset, holds_shards
 
     if config.image_size < 1:
@@ -147,11 +145,11 @@ class Digits:
 
 
 class ImageFolder:
-    """All images under a folder, sorted by path; the layout decides the classes.
+    """All images under a folder, sorted by path; the layout determines the classes.
 
-    Class folders (``DIR/cat/1.png``): the class is the first folder below DIR. Files lying directly in DIR:
-    the class is the file name up to its first underscore (``ClassID_ImgID.jpg``). Class indices are ranks
-    in the string-sorted set of names ("10" comes before "2"), as in the official data loader.
+    Class folders (``DIR/cat/1.png``): the class is the first folder below DIR. Files directly in DIR: the
+    class is the file name up to its first underscore (``ClassID_ImgID.jpg``). Class indices are positions in
+    the string-sorted set of names ("10" comes before "2"), as in the official data loader.
     """
 
     in_memory = False
@@ -176,16 +174,16 @@ class ImageFolder:
         path = self.paths[index]
         try:
             size = path.stat().st_size
-        except OSError:  # a broken link, which stops nothing before it is read
+        except OSError:  # a broken link is an error only when it is read
             size = -1
         return path.relative_to(self.root).as_posix(), size
 
 
 def list_images(root: Path, what: str = "data.source") -> list[Path]:
-    """Every image below ``root`` by its ending (``SUFFIXES``, any case), sorted; hidden ones are left out.
+    """Every image below ``root`` by its suffix (``SUFFIXES``, any case), sorted; hidden ones are skipped.
 
-    Links are followed. ``UserError``, which begins with ``what``, names a folder that cannot be read and a
-    link that leads nowhere: what lies there may be a whole class.
+    Links are followed. ``UserError``, which begins with ``what``, names an unreadable folder or a broken link
+    (unless it has an image suffix), because it may stand for a whole class.
     """
     try:
         if not root.exists():
@@ -201,7 +199,7 @@ def list_images(root: Path, what: str = "data.source") -> list[Path]:
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """The images below ``folder``; ``above`` identifies the folders it lies in, so that link loops end."""
+    """The images below ``folder``; ``above`` identifies its parent folders, so that link loops end."""
     status = folder.stat()
     identity = status.st_dev, status.st_ino
     # Only loops are cut: two links to the same folder are two classes.
@@ -215,7 +213,7 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
             if entry.is_dir():
                 yield from _walk(path, above | {identity})
             elif path.suffix.lower() in SUFFIXES:
-                # A broken link is listed: whether a bad image stops the run is for the loader to decide.
+                # A broken link is listed: the loader decides whether a bad image stops the run.
                 if entry.is_file() or not path.exists():
                     yield path
             elif entry.is_symlink():
@@ -223,21 +221,21 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
 
 
 def class_name(relative: Path) -> str:
-    """The class of a file: its top folder below the root, or else its name up to the first underscore."""
+    """The class of a file: its top folder below the root, or its name up to the first underscore."""
     if len(relative.parts) > 1:
         return relative.parts[0]
     name, underscore, _ = relative.name.partition("_")
     if not underscore:
         raise UserError(
             f"data.source: cannot tell the class of {str(relative)!r}; use class folders "
-            "(CLASS/image.png) or names like ClassID_ImgID.png; for images without classes train takes "
-            "--unconditional, and one folder in it for all is one class"
+            "(CLASS/image.png) or names like ClassID_ImgID.png; for images without classes use train "
+            "--unconditional, or put them all in one class folder"
         )
     return name
 
 
 def mirrored(pixels: np.ndarray) -> np.ndarray:
-    """Left and right exchanged."""
+    """``pixels`` flipped left to right."""
     return np.ascontiguousarray(pixels[..., ::-1])
 
 
@@ -255,9 +253,9 @@ def to_pixels(image: Image.Image, name: str, size: int, crop: str, rng: random.R
 
 
 def read_image(file: Path | BinaryIO, channels: int, name: str | None = None) -> Image.Image:
-    """The first frame of a file, 8 bits, in RGB (3 channels) or grey (1). ``UserError`` names a bad one.
+    """Read the first frame of a file as 8-bit RGB (3 channels) or grey (1). ``UserError`` names a bad file.
 
-    ``name``: what to call it, if not by its path.
+    ``name``: its name in messages, if not its path.
     """
     try:
         with Image.open(file) as image:
@@ -267,13 +265,13 @@ def read_image(file: Path | BinaryIO, channels: int, name: str | None = None) ->
                     "the short side"
                 )
             return _to_8_bits(image).convert("RGB" if channels == 3 else "L")
-    except Exception as error:  # Pillow's decoders raise nearly anything, MemoryError included
+    except Exception as error:  # Pillow's decoders can raise almost anything, even MemoryError
         reason = one_line(error)
         raise UserError(f"cannot read image {name or str(file)!r}: {reason}") from None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, which Pillow's ``convert`` would clip to white instead."""
+    """Scale 16-bit grey to 8 bits; Pillow's ``convert`` would clip it to white."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; 8-bit or 16-bit pixels are needed")
     if not image.mode.startswith("I"):
@@ -296,7 +294,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def center_crop_mask(mask: Image.Image, size: int) -> np.ndarray:
-    """Which pixels of :func:`center_crop` any white (128 or more) of the ``mask`` falls on: bool [S, S]."""
+    """Which pixels of :func:`center_crop` contain any white (128 or more) of the ``mask``: bool [S, S]."""
     white = Image.fromarray((np.asarray(mask) >= 128).astype(np.float32))
     part = _short_side_to(white, size, Image.Resampling.BOX)
     top, left = (part.shape[0] - size) // 2, (part.shape[1] - size) // 2
@@ -326,6 +324,6 @@ def check_classes(classes: Sequence[str], num_classes: int) -> None:
     """``UserError`` if the data has more classes than the model has label rows."""
     if len(classes) > num_classes:
         raise UserError(
-            f"model.num_classes: the data has {len(classes)} classes, the model only {num_classes}; "
+            f"model.num_classes: the data has {len(classes)} classes, but the model only {num_classes}; "
             f"use --set model.num_classes={len(classes)}"
         )

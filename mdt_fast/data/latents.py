@@ -1,9 +1,9 @@
-"""An encoded set: the posterior's moments of every image and of its mirror, in checksummed shards.
+"""An encoded set: posterior moments of every image and its mirror image, in checksummed shards.
 
-A folder holds ``index.json`` and ``shard-00000.safetensors`` on: ``moments`` and ``mirrored`` [n, 2C, s, s]
-(mean, then log variance), ``labels`` [n] int64. Beside each shard ``shard-00000.json`` says how it was made;
-the index gathers them. JSON files end with a SHA-256 over the rest of themselves. Images that could not be
-read are listed in the index as dropped, and have no row.
+A folder holds ``index.json`` and the shards ``shard-00000.safetensors`` and so on, with ``moments`` and
+``mirrored`` [n, 2C, s, s] (mean, then log variance) and ``labels`` [n] int64. A ``shard-00000.json`` beside
+each shard records how it was made; the index collects them. JSON files end with a SHA-256 of the rest of the
+file. Images that could not be read are listed in the index as dropped, and have no row.
 """
 
 import bisect
@@ -33,15 +33,16 @@ MAX_HEADER = 1 << 20  # bytes of a shard's header; ours have about 300
 
 
 class DamagedError(UserError):
-    """A file of an encoded set that is truncated or edited."""
+    """A file of an encoded set is truncated or edited."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """What decides the numbers: all shards of a folder agree on it.
+    """Everything that determines the values; all shards of a folder agree on it.
 
     ``channels``: C of the latents; ``side``: s, in latents. ``dtype``: of the shards; ``vae_dtype``: of the
-    autoencoder's weights as it ran. ``source_sha256``: over names, sizes and labels of all images.
+    autoencoder's weights during encoding. ``source_sha256``: over classes, and names, sizes and labels of all
+    images.
     """
 
     image_size: int
@@ -63,7 +64,7 @@ class Encoding:
         return -(-self.source_samples // self.shard_size)
 
     def span(self, shard: int) -> range:
-        """The samples of the source that shard number ``shard`` holds."""
+        """The source samples in shard number ``shard``."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.source_samples))
 
     def tensors(self, samples: int) -> dict[str, tuple[str, list[int]]]:
@@ -75,7 +76,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard's file and what it must be."""
+    """A shard's file and its expected contents."""
 
     file: str
     samples: int
@@ -83,7 +84,7 @@ class Shard:
     sha256: str
 
     def check_size(self, root: Path) -> None:
-        """``UserError`` if the file is missing or of another size."""
+        """``UserError`` if the file is missing or has another size."""
         path = root / self.file
         try:
             size = path.stat().st_size
@@ -98,9 +99,10 @@ class LatentSet:
     """The images of a folder that ``mdt-fast encode`` wrote, as moments [2C, s, s] float32.
 
     ``channels``: C; ``size``: s; ``image_size``: in pixels; ``scale`` and ``shift``: of the latents that the
-    model sees (``sample_posterior``); ``autoencoder``: its hub name or folder, ``fingerprint``: its weights';
-    ``digest``: the index's SHA-256, which covers the shards'. Opening checks the index, and every shard's
-    size and header; ``verify`` checks every byte. ``UserError`` names what is missing, truncated or edited.
+    model sees (``sample_posterior``); ``autoencoder``: its hub name or folder; ``fingerprint``: that of its
+    weights; ``digest``: the index's SHA-256, which covers those of the shards. Opening checks the index and
+    every shard's size and header; ``verify`` checks every byte. ``UserError`` names what is missing,
+    truncated or edited.
     """
 
     in_memory = False
@@ -110,7 +112,7 @@ class LatentSet:
         path = self.root / INDEX
         if not path.exists():
             raise UserError(
-                f"{path}: missing, the encoding is not finished; go on with the same mdt-fast encode command"
+                f"{path}: missing, encoding is not finished; resume with the same mdt-fast encode command"
             )
         index = read_signed(path)
         try:
@@ -134,7 +136,7 @@ class LatentSet:
         self._dtype = DTYPES[self.encoding.dtype][1]
         self._row_bytes = 2 * self.channels * self.size**2 * self._dtype.itemsize
         self._offsets: list[dict[str, int]] = []
-        self._firsts = [0]  # of each shard its first sample, and the number of all
+        self._firsts = [0]  # each shard's first sample, then the total number
         labels = []
         for shard in self.shards:
             shard.check_size(self.root)
@@ -159,12 +161,12 @@ class LatentSet:
         return row.astype(np.float32, copy=False)
 
     def check(self, config: DataConfig) -> None:
-        """``UserError`` if ``config`` asks for what was not encoded."""
+        """``UserError`` if ``config`` asks for something that was not encoded."""
         where = repr(str(self.root))
         if config.image_size != self.image_size:
             raise UserError(
-                f"data.image_size: the latents in {where} are of {self.image_size}x{self.image_size} pixels, "
-                f"got {config.image_size}"
+                f"data.image_size: the latents in {where} are from {self.image_size}x{self.image_size} "
+                f"pixels, got {config.image_size}"
             )
         if config.crop != self.encoding.crop:
             raise UserError(
@@ -174,7 +176,7 @@ class LatentSet:
             raise UserError(f"data.flip: {where} was encoded without mirrors (--no-mirror)")
 
     def verify(self, on_shard: Callable[[int], None] = lambda done: None) -> None:
-        """Read everything; ``UserError`` names the shards that are not what was written."""
+        """Read everything; ``UserError`` names the shards that differ from what was written."""
         damaged = []
         for done, shard in enumerate(self.shards, 1):
             shard.check_size(self.root)
@@ -183,8 +185,8 @@ class LatentSet:
             on_shard(done)
         if damaged:
             raise UserError(
-                f"{self.root}: edited or damaged, {len(damaged)} of {len(self.shards)} shards have another "
-                f"SHA-256 than in {INDEX}: {', '.join(damaged)}"
+                f"{self.root}: edited or damaged, {len(damaged)} of {len(self.shards)} shards do not match "
+                f"their SHA-256 in {INDEX}: {', '.join(damaged)}"
             )
 
     def _header(self, shard: Shard) -> dict[str, int]:
@@ -215,7 +217,7 @@ class LatentSet:
         labels = np.empty(shard.samples, dtype="<i8")
         self._files.fill(self.root / shard.file, offset, labels)
         if labels.size and not 0 <= labels.min() <= labels.max() < len(self.classes):
-            raise UserError(f"{self.root / shard.file}: edited, a label is none of the index's classes")
+            raise UserError(f"{self.root / shard.file}: edited, a label is not among the index's classes")
         return labels.astype(np.int64, copy=False)
 
 
@@ -224,7 +226,7 @@ def shard_name(number: int) -> str:
 
 
 def is_encoded(root: Path) -> bool:
-    """Whether ``mdt-fast encode`` wrote, or began to write, this folder."""
+    """Whether ``mdt-fast encode`` has written, at least partly, this folder."""
     try:
         if any(root.glob("shard-*.safetensors")):
             return True
@@ -241,7 +243,8 @@ def sign(values: dict[str, Any]) -> str:
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """What ``sign`` made. ``DamagedError``: truncated or edited; ``UserError``: not ours, another format."""
+    """Read a file made by ``sign``. ``DamagedError``: truncated or edited; ``UserError``: not ours, or
+    another format."""
     try:
         values = json.loads(path.read_text())
     except (ValueError, RecursionError):
@@ -252,7 +255,7 @@ def read_signed(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format {values.get('format')}; this version reads format {FORMAT}")
     signed = values.pop("sha256", None)
     if signed != _digest(values):
-        raise DamagedError(f"{path}: edited or damaged, its own SHA-256 does not fit")
+        raise DamagedError(f"{path}: edited or damaged, its own SHA-256 does not match")
     return {**values, "sha256": signed}
 
 

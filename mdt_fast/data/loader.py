@@ -1,7 +1,7 @@
-"""Batches that depend on (seed, step) alone, so that a resumed run sees exactly what the unbroken one saw.
+"""Batches that depend only on (seed, step), so a resumed run sees exactly what an uninterrupted one sees.
 
 The data is read as one endless stream: permutation 0 of all samples, then permutation 1, and so on. Step s
-takes samples s*B to (s+1)*B of it. Every sample occurs once per epoch; a batch may straddle two epochs,
+takes samples s*B to (s+1)*B of it. Every sample occurs once per epoch; a batch may span two epochs, and
 nothing is dropped.
 """
 
@@ -18,8 +18,8 @@ from ..errors import UserError
 from .ahead import read_ahead
 from .images import ImageSet
 
-CHUNK = 32  # rows at most that a thread reads in one go: reading one of latents costs less than passing it on
-# What a random stream is for: part of its seed, so that no two streams are the same.
+CHUNK = 32  # most rows per thread task: reading a row of latents costs less than dispatching a task
+# The purpose of a random stream is part of its seed, so that no two streams are the same.
 ORDER, FLIP, CROP = 1, 2, 3
 
 Batch = tuple[Tensor, Tensor]
@@ -27,11 +27,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Loader:
-    """``loader.batches(first, last)`` yields x [b, ...] float32 as the set's ``load`` gives it, and y [b]
-    int64 (CPU): of each batch of ``batch_size`` samples the ``rows`` of this process (default: all).
-    ``pinned``: in page-locked memory, from which a GPU copies while the host goes on.
+    """``loader.batches(first, last)`` yields x [b, ...] float32 as returned by the set's ``load``, and y [b]
+    int64 (CPU): this process's ``rows`` (default: all) of each batch of ``batch_size`` samples. ``pinned``:
+    in pinned memory, so that copies to a GPU do not block the host.
 
-    Raises ``UserError`` for impossible numbers.
+    Raises ``UserError`` for a ``batch_size`` or number of workers below 1.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Loader:
         self.rows = slice(0, batch_size) if rows is None else rows
         self.pinned = pinned
         self.unreadable: dict[int, str] = {}
-        """Of the samples that were left out so far (``on_unreadable="skip"``) what was wrong with each."""
+        """The errors of the samples skipped so far (``on_unreadable="skip"``)."""
         self._order: tuple[int, np.ndarray] | None = None
 
     def indices(self, step: int) -> list[int]:
@@ -71,7 +71,7 @@ class Loader:
         yield from read_ahead(range(first, last), self._begin, self.config.workers)
 
     def _begin(self, step: int, pool: Executor) -> Callable[[], Batch]:
-        """Have ``pool`` fill batch ``step``."""
+        """Start filling batch ``step`` in ``pool``; returns a callable that waits for it."""
         batch, samples = self._empty(), self._samples(step)
         chunk = min(CHUNK, -(-len(samples) // self.config.workers))
         starts = range(0, len(samples), chunk)
@@ -90,7 +90,7 @@ class Loader:
         return x, torch.empty(rows, dtype=torch.int64, pin_memory=self.pinned)
 
     def _fill(self, x: Tensor, y: Tensor, first: int, samples: list[tuple[int, int, bool]]) -> None:
-        """Load samples into the rows of a batch from ``first`` on."""
+        """Load samples into consecutive rows of a batch, starting at ``first``."""
         values, labels = x.numpy(), y.numpy()
         for row, sample in enumerate(samples, first):
             values[row], labels[row] = self._load(*sample)
@@ -103,9 +103,9 @@ class Loader:
         return int(self._order[1][offset])
 
     def _samples(self, step: int) -> list[tuple[int, int, bool]]:
-        """(sample, seed of its random crop, whether it is mirrored) of every row of batch ``step``.
+        """(sample, seed of its random crop, whether it is mirrored) for each own row of batch ``step``.
 
-        Drawn for the whole batch: which process has a row changes nothing.
+        Drawn for the whole batch, so it does not matter which process has a row.
         """
         crops = np.random.SeedSequence([self.seed, CROP, step]).generate_state(self.batch_size, np.uint64)
         mirrored = np.zeros(self.batch_size, dtype=bool)
@@ -115,8 +115,8 @@ class Loader:
         return list(zip(self.indices(step), map(int, crops[own]), map(bool, mirrored[own])))
 
     def _load(self, index: int, crop_seed: int, mirror: bool) -> tuple[np.ndarray, int]:
-        """Values and label; with ``on_unreadable="skip"`` a bad file is replaced by a good one, looked for
-        from anywhere on, so that none stands in for all bad ones before it."""
+        """Values and label. With ``on_unreadable="skip"`` a bad file is replaced by the first good one from a
+        random position on, so that no single file replaces many adjacent bad ones."""
         total, start = len(self.images.labels), index
         attempts = 1 if self.config.on_unreadable == "stop" else total + 1
         for attempt in range(attempts):

@@ -1,4 +1,4 @@
-"""How far encoding or sampling is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of encoding or sampling: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-LINES = 20  # plain lines per run, about
+LINES = 20  # plain lines per run, approximately
 
 
 class ImageProgress:
-    """``with ImageProgress(...) as bar: bar.update(done)``: this process's images, rate, time left.
+    """``with ImageProgress(...) as bar: bar.update(done)``: this process's images, rate and time left.
 
-    ``what`` is done. Silent without a console. When nobody reads any more (a closed pipe), it goes quiet: the
-    work goes on.
+    ``what``: the title. Silent without a console. When the output is closed (a pipe), it goes quiet and the
+    work continues.
     """
 
     def __init__(self, total: int, world: int, console: Console | None, what: str = "encoding"):
@@ -42,7 +42,7 @@ class ImageProgress:
             self._or_quiet(self._bar.stop)
 
     def update(self, done: float) -> None:
-        """``done`` images are done, the last one perhaps in part."""
+        """Report that ``done`` images are done; a fraction counts partly done ones."""
         seconds = time.perf_counter() - self._began
         numbers = f"{done / seconds:.1f} images/s  {clock(seconds / done * (self.total - done))} left"
         if self._bar:
@@ -56,12 +56,12 @@ class ImageProgress:
     def _or_quiet(self, show: Callable[[], None]) -> None:
         try:
             show()
-        except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
+        except (OSError, SystemExit):  # rich turns a broken pipe into SystemExit
             self.console.quiet = True
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03``, ``2:03``, or ``3d 01:02`` from a day on."""
+    """Format seconds as ``1:02:03`` or ``2:03``; from one day on as ``3d 01:02``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, rest = divmod(hours, 24)

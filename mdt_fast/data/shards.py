@@ -1,8 +1,8 @@
-"""A webdataset: images and their classes in ``.tar`` shards, read where they lie.
+"""A webdataset: images and their classes in ``.tar`` shards, read in place.
 
-A sample is the members of a shard with one key, the name up to the first dot of its last part:
-``n01/0001.jpg`` with ``n01/0001.cls`` (the class index as text) or ``n01/0001.json`` (with a ``label``).
-Only regular members are read, at their offsets; nothing is ever extracted.
+A sample consists of the members of a shard with the same key, which is the path up to the first dot of the
+file name: ``n01/0001.jpg`` with ``n01/0001.cls`` (the class index as text) or ``n01/0001.json`` (with a
+``label``). Only regular members are read, at their offsets; nothing is extracted.
 """
 
 import io
@@ -21,14 +21,14 @@ from .descriptors import Files
 from .images import SUFFIXES, mirrored, read_image, to_pixels
 
 MAX_CLASS_BYTES = 1 << 20  # of a .cls or .json member
-MAX_CLASSES = 100_000  # without a file of names, there is a class for every index up to the largest
+MAX_CLASSES = 100_000  # without a file of names, every index up to the largest is a class
 
 
 class WebDataset:
-    """The images of all ``.tar`` files directly in a folder, in the order of the files' names.
+    """The images of all ``.tar`` files directly in a folder, sorted by file name.
 
-    Class names are those of ``classes.json`` (a list, or index to name) or ``classes.txt`` (one a line) in
-    the folder, else the indices as text. ``UserError`` names a shard or member that cannot be used.
+    Class names come from ``classes.json`` (a list, or index to name) or ``classes.txt`` (one per line) in the
+    folder, else they are the indices as text. ``UserError`` names a shard or member that cannot be used.
     """
 
     in_memory = False
@@ -81,7 +81,9 @@ class WebDataset:
             key, kind = f"{folder}{slash}{stem}", kind.lower()
             if f".{kind}" in SUFFIXES:
                 if key in images:
-                    raise UserError(f"{shard}: two images of one key: {images[key].name!r}, {member.name!r}")
+                    raise UserError(
+                        f"{shard}: two images with one key: {images[key].name!r}, {member.name!r}"
+                    )
                 images[key] = member
             elif kind == "cls" or (kind == "json" and key not in classes):
                 classes[key] = member
@@ -91,7 +93,7 @@ class WebDataset:
                 continue
             if key not in classes:
                 raise UserError(
-                    f"{shard}: {member.name!r} has no class; {key}.cls or {key}.json is needed (not so in "
+                    f"{shard}: {member.name!r} has no class; {key}.cls or {key}.json is needed (except in "
                     "training with --unconditional)"
                 )
             yield _Sample(member.name, member.offset_data, member.size, self._label(shard, classes[key]))
@@ -103,7 +105,7 @@ class WebDataset:
         """The class index that a .cls or .json member holds."""
         name = f"{shard}/{member.name}"
         if member.size > MAX_CLASS_BYTES:
-            raise UserError(f"{name}: no class index, it has {member.size} bytes")
+            raise UserError(f"{name}: not a class index, it has {member.size} bytes")
         text = self._files.read(shard, member.offset_data, member.size).decode(errors="replace")
         try:
             if member.name.lower().endswith(".cls"):
@@ -113,7 +115,7 @@ class WebDataset:
                 if type(label) is not int:
                     raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{name}: a class index is needed, got {text.strip()[:40]!r}") from None
+            raise UserError(f"{name}: expected a class index, got {text.strip()[:40]!r}") from None
         if not 0 <= label < MAX_CLASSES:
             raise UserError(f"{name}: class indices are 0 to {MAX_CLASSES - 1}, got {label}")
         return label
@@ -152,30 +154,30 @@ def _shards(root: Path) -> list[Path]:
 
 
 def read_members(shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular members of an uncompressed tar file. ``UserError`` for one that is torn or no tar file."""
+    """The regular members of an uncompressed tar file. ``UserError`` if it is truncated or not a tar file."""
     try:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps them all
                 if tar.offset <= end or member.size < 0:
                     raise tarfile.ReadError("a member has an impossible size")
                 end = tar.offset
                 if member.isreg() and not member.issparse():
                     yield member
-            # tarfile ends quietly at a header that is cut off or damaged; a whole file has a block of zeros.
+            # tarfile stops silently at a truncated or damaged header; a complete file ends with zeros.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset}")
     except (tarfile.TarError, ValueError, OverflowError) as error:
         reason = one_line(error)
-        raise UserError(f"{shard}: truncated, damaged or no plain .tar file: {reason}") from None
+        raise UserError(f"{shard}: truncated, damaged or not a plain .tar file: {reason}") from None
     except OSError as error:
         raise UserError(f"{shard}: cannot be read: {error.strerror}") from None
 
 
 def class_names(root: Path, count: int) -> tuple[str, ...]:
-    """Class names by index, for ``count`` classes at least."""
+    """Class names by index, for at least ``count`` classes."""
     for file, parse in ((root / "classes.json", _names_of_json), (root / "classes.txt", str.splitlines)):
         try:
             names = parse(file.read_text(encoding="utf-8"))
@@ -183,10 +185,12 @@ def class_names(root: Path, count: int) -> tuple[str, ...]:
             continue
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
-                f"{file}: a list of class names is needed, or an object of names by index"
+                f"{file}: expected a list of class names, or an object of names by index"
             ) from None
         if len(names) < count:
-            raise UserError(f"{file}: names {len(names)} classes, the images have indices up to {count - 1}")
+            raise UserError(
+                f"{file}: names {len(names)} classes, but the images have indices up to {count - 1}"
+            )
         return tuple(names)
     return tuple(str(index) for index in range(count))
 

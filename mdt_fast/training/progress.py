@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, a table at the end."""
+"""A run's progress output: a live display on a terminal, plain lines elsewhere, a table at the end."""
 
 import time
 from collections import deque
@@ -16,8 +16,8 @@ from rich.text import Text
 
 from ..data.progress import clock
 
-LINES = 20  # plain lines per run, about
-QUIET_SECONDS = 600  # a long run has more: one at least in every ten minutes, where there are new numbers
+LINES = 20  # plain lines per run, approximately
+QUIET_SECONDS = 600  # a long run prints more: at least one line every ten minutes, if there are new numbers
 RECENT_STEPS = 1000
 NARROWEST_BAR = 10
 
@@ -25,9 +25,9 @@ NARROWEST_BAR = 10
 class TrainingProgress:
     """``with TrainingProgress(...) as bar: bar.update(step, row)``; ``bar.say(text)`` prints above it.
 
-    ``first`` updates are done when it begins, ``last`` when the run is done. ``quiet``: nothing is printed
-    (ranks other than 0). When nobody reads any more (a closed pipe or terminal), it goes quiet: training goes
-    on. ``peak_memory_gib``: the most of all rows so far.
+    ``first``: updates already done at the start; ``last``: updates done when the run is complete. ``quiet``:
+    print nothing (ranks other than 0). When the output is closed (a pipe or terminal), it goes quiet and
+    training continues. ``peak_memory_gib``: the maximum of all rows so far.
     """
 
     def __init__(self, first: int, last: int, console: Console | None = None, *, quiet: bool = False):
@@ -59,7 +59,7 @@ class TrainingProgress:
             self.console.print(text, markup=False)
 
     def update(self, step: int, row: dict[str, Any] | None = None) -> None:
-        """``step`` updates are done; ``row`` is the latest of the metrics, if there is a new one."""
+        """Report that ``step`` updates are done; ``row``: the latest row of metrics, if it is new."""
         now = time.monotonic()
         self._status.add(step, now)
         if not row:
@@ -79,28 +79,28 @@ class TrainingProgress:
     def _or_quiet(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
+        except (OSError, SystemExit):  # rich turns a broken pipe into SystemExit
             self.console.quiet = True
 
 
 class Rate:
-    """Seconds per step, judged by the later half of the steps seen (the last 500 of many).
+    """Seconds per step, estimated from the later half of the steps seen (at most the last 500).
 
-    So what happens once at the beginning, compilation above all, is soon forgotten.
+    One-off costs at the start, such as compilation, thus drop out soon.
     """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
 
     def add(self, step: int, now: float) -> None:
-        """``step`` updates were done at the time ``now``, in seconds."""
+        """Record that ``step`` updates were done at the time ``now``, in seconds."""
         if self._seen and step < self._seen[-1][0]:  # the run went back
             self._seen.clear()
         if not self._seen or step > self._seen[-1][0]:
             self._seen.append((step, now))
 
     def seconds_per_step(self) -> float | None:
-        """None until it has seen a step."""
+        """The estimate; None until it has seen a step."""
         if len(self._seen) < 2:
             return None
         (step, at), (newest, now) = self._seen[(len(self._seen) - 1) // 2], self._seen[-1]
@@ -108,8 +108,8 @@ class Rate:
 
 
 class _Status:
-    """The live display: bar, steps and times, then the newest row's numbers; two lines where one is too
-    narrow, the least important numbers left out where even that is."""
+    """The live display: bar, steps and times, then the newest row's numbers. It uses two lines if one is too
+    narrow, and drops the least important numbers if even that is not enough."""
 
     def __init__(self, first: int, last: int):
         self.step, self.last, self.row = first, last, dict[str, Any]()
@@ -122,7 +122,7 @@ class _Status:
         self._rate.add(step, now)
 
     def left(self) -> str:
-        """The time left as a clock; ``?`` before there is any speed."""
+        """The time left as a clock; ``?`` before the speed is known."""
         seconds = self._rate.seconds_per_step()
         return "?" if seconds is None else clock(seconds * (self.last - self.step))
 
@@ -142,7 +142,7 @@ class _Status:
             yield Text(numbers, no_wrap=True, overflow="ellipsis")
 
     def _numbers(self) -> list[str]:
-        """The most important first."""
+        """The newest row's numbers, most important first."""
         if not self.row:
             return []
         lr = [f"lr {self.row['lr']:.3g}"] if "lr" in self.row else []
@@ -150,7 +150,7 @@ class _Status:
 
 
 def _fitting(parts: Sequence[str], width: int) -> str:
-    """``parts`` in one line of ``width`` cells: whole, or shortened, or the last ones left out."""
+    """``parts`` in one line of ``width`` cells: in full, shortened, or without the last ones."""
     if cell_len("  ".join(parts)) > width:
         parts = [part.replace(" of peak", "") for part in parts]
     text = parts[0] if parts else ""
@@ -161,7 +161,7 @@ def _fitting(parts: Sequence[str], width: int) -> str:
 
 
 def describe_loss(row: dict[str, Any]) -> str:
-    """The mean loss over all tokens and, of a model with masks, that of the masked pass."""
+    """The mean loss over all tokens and, for a model with masking, that of the masked pass."""
     if "loss" not in row:
         return "no finite loss"
     masked = f" (masked {row['m_loss']:.4f})" if "m_loss" in row else ""
@@ -169,13 +169,13 @@ def describe_loss(row: dict[str, Any]) -> str:
 
 
 def describe_speed(row: dict[str, Any]) -> str:
-    """What :func:`speed_parts` says, in one line."""
+    """The result of :func:`speed_parts` in one line."""
     return "  ".join(speed_parts(row))
 
 
 def speed_parts(row: dict[str, Any]) -> list[str]:
-    """What the row has of: images per second of all processes; TFLOP/s of one GPU, with its share of the data
-    sheet's peak; memory."""
+    """Those of these that the row has: images per second over all processes; TFLOP/s of one GPU, with its
+    share of the data-sheet peak; memory."""
     parts = []
     if (images := row.get("img_per_s")) is not None:
         parts.append(f"{_number(images, 10)} img/s")
@@ -203,15 +203,15 @@ def summary(
 ) -> list[str]:
     """The table at the end of a run, as lines.
 
-    ``row``: the last one of the metrics (may be empty). ``steps`` updates of ``batch_size`` images (of all
-    processes together) are done; ``first`` of them were done before this process began, ``seconds`` ago.
-    ``num_images``: of the training set, to count epochs. ``files``: where results lie.
-    The mean speed counts everything since the beginning: compilation, checkpoints and pictures too. To be
-    printed when the progress display is closed.
+    ``row``: the last row of metrics (may be empty). ``steps``: updates done, of ``batch_size`` images each
+    (over all processes); ``first`` of them were done before this process began, ``seconds`` ago.
+    ``num_images``: size of the training set, to count epochs. ``files``: paths of the results. The mean speed
+    covers everything since the start, including compilation, checkpoints and pictures. Print the table after
+    the progress display is closed.
     """
     images, here = steps * batch_size, (steps - first) * batch_size
     epochs = images / num_images if num_images else None
-    table = [("steps", f"{steps:,}" + (f" ({steps - first:,} since it went on)" if first else ""))]
+    table = [("steps", f"{steps:,}" + (f" ({steps - first:,} since resuming)" if first else ""))]
     seen = f"{images:,}" + ("" if epochs is None else f" ({epochs:.4g} epochs)")
     table += [("images seen", seen), ("time", clock(seconds))]
     if here and seconds > 0:
@@ -223,7 +223,7 @@ def summary(
                     speed[key] = row[key] * mean / row["img_per_s"]
         text = describe_speed(speed)
         each = " in each process" if world_size > 1 and "tflop_per_s" in speed else ""
-        table.append(("mean speed", f"{text}{each}, start, saving and pictures included"))
+        table.append(("mean speed", f"{text}{each}, including start, saving and pictures"))
     if peak_memory_gib is None:
         peak_memory_gib = row.get("memory_gib")
     if peak_memory_gib is not None:
@@ -238,5 +238,5 @@ def summary(
 
 
 def _number(value: float, whole_from: float = 100) -> str:
-    """Three digits where it is small."""
+    """A whole number from ``whole_from`` on, else three significant digits."""
     return f"{value:.0f}" if value >= whole_from else f"{value:.3g}"

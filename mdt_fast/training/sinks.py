@@ -1,7 +1,7 @@
-"""Where rows of metrics and pictures go besides the run's folder: TensorBoard and Weights & Biases.
+"""Destinations of metrics and pictures besides the run's folder: TensorBoard and Weights & Biases.
 
-Both are optional, and neither may end a training run: :class:`Sinks` drops one that fails. Only the process
-that writes ``metrics.jsonl`` opens any.
+Both are optional, and neither can end a training run: :class:`Sinks` drops one that fails. Only the process
+that writes ``metrics.jsonl`` (rank 0) opens any.
 """
 
 import math
@@ -24,27 +24,27 @@ TENSORBOARD_FOLDER, WANDB_ID = "tensorboard", "wandb_id"
 
 
 class Sink(Protocol):
-    """Takes what a run has to show. Any method may raise anything."""
+    """Receives a run's metrics and pictures. Any method may raise any exception."""
 
     name: str
 
     def write(self, row: dict[str, Any]) -> None:
-        """A row of metrics, as ``Metrics.row`` returns it."""
+        """Write a row of metrics, as ``Metrics.row`` returns it."""
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """The image file ``path``, made after ``step`` updates, in the series ``name``."""
+        """Add the image file ``path``, made after ``step`` updates, to the series ``name``."""
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Flush what is still buffered."""
 
 
 def open_sinks(
     out: Path, config: RunConfig, step: int, *, tensorboard: bool | None = None, wandb: str | None = None
 ) -> list[Sink]:
-    """The sinks of the run in ``out`` that goes on after ``step`` updates (0: it begins).
+    """Open the sinks of the run in ``out``, which has done ``step`` updates (0: a new run).
 
-    ``tensorboard``: None uses it where it is installed. ``wandb``: the project, or None for none. Raises
-    ``UserError`` where what was asked for is not installed or cannot start.
+    ``tensorboard``: None uses it if installed. ``wandb``: the project, or None for none. Raises ``UserError``
+    if a requested sink is not installed or cannot start.
     """
     sinks: list[Sink] = []
     if tensorboard is not False:
@@ -60,7 +60,7 @@ def open_sinks(
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
     """The finite numbers of a row by tag: ``loss/full``, ``loss/masked``, ``mse_q0/full``, ...,
-    ``speed/img_per_s``, ..., and all else under ``train/``; ``step`` and ``time`` are axes, no values."""
+    ``speed/img_per_s``, ..., and the rest under ``train/``; ``step`` and ``time`` are axes, not values."""
     return {
         _tag(key): float(value)
         for key, value in row.items()
@@ -75,19 +75,19 @@ def _tag(key: str) -> str:
 
 
 class TensorBoardSink:
-    """Event files in ``folder``. ``purge_step``: what older files there say of this step and later ones is
-    not shown, because the run went back. Raises ``UserError`` where TensorBoard cannot be imported."""
+    """Writes event files to ``folder``. ``purge_step``: hides entries of older files from this step on,
+    because the run resumed from before them. Raises ``UserError`` if TensorBoard cannot be imported."""
 
     name = "TensorBoard"
 
     def __init__(self, folder: Path, *, purge_step: int | None = None):
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except Exception as error:  # also a protobuf that does not fit raises, a TypeError
+        except Exception as error:  # an incompatible protobuf raises a TypeError, for example
             raise UserError(
                 f"tensorboard: cannot be imported ({error}); pip install 'mdt-fast[watch]'"
             ) from None
-        # A thread writes; the queue holds many rows, so that a slow disk does not stop the training.
+        # A thread writes; the queue holds many rows, so that a slow disk does not stall training.
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step, max_queue=10_000, flush_secs=30)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -104,21 +104,21 @@ class TensorBoardSink:
 
 
 def imported_wandb() -> Any:
-    """The module. ``UserError`` if it cannot be imported."""
+    """The wandb module. ``UserError`` if it cannot be imported."""
     try:
         import wandb
 
-        wandb.init  # a folder of that name, which wandb leaves where it ran, imports too  # noqa: B018
+        wandb.init  # a folder named wandb, which wandb leaves behind, can also be imported  # noqa: B018
     except (ImportError, AttributeError) as error:
         raise UserError(f"wandb: cannot be imported ({error}); pip install wandb") from None
     return wandb
 
 
 class WandbSink:
-    """A run on Weights & Biases. Its id is kept in ``folder``, so that a resumed run goes on in the same one.
+    """A run on Weights & Biases. Its id is stored in ``folder``, so that a resumed run continues in it.
 
-    ``UserError`` if wandb is not installed, or cannot start a new run; if it cannot resume one (no network),
-    the first ``write`` raises instead, for a restart in the middle of a night should train.
+    ``UserError`` if wandb is not installed or cannot start a new run. If it cannot resume one (no network),
+    the first ``write`` raises instead, so that an unattended restart still trains.
     """
 
     name = "wandb"
@@ -133,7 +133,7 @@ class WandbSink:
             self._run: Any = wandb.init(
                 project=project, name=name, id=run_id, resume="allow", config=config, dir=str(folder)
             )
-            # The axis is a value of its own: wandb drops what comes with a step that it has already seen.
+            # The axis is a separate value, because wandb drops values for a step that it has already seen.
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
         except Exception as error:
@@ -167,12 +167,13 @@ def _read_id(path: Path) -> str | None:
         return None
     text = path.read_text(errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
-        raise UserError(f"{path}: holds no id of a wandb run; remove it to begin a new one")
+        raise UserError(f"{path}: holds no wandb run id; remove it to begin a new run")
     return text
 
 
 class Sinks:
-    """Several sinks as one. What fails is said once, through ``say``, and dropped: the training goes on."""
+    """Several sinks as one. A sink that fails is reported once, through ``say``, and dropped; training
+    continues."""
 
     def __init__(self, sinks: Iterable[Sink], say: Callable[[str], None]):
         self._sinks, self._say = list(sinks), say
@@ -193,7 +194,7 @@ class Sinks:
                 call(sink)
             except Exception as error:
                 self._sinks.remove(sink)
-                self._say(f"warning: {sink.name} gets no more of this run: {_one_line(error)}")
+                self._say(f"warning: {sink.name} failed and is off for this run: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:

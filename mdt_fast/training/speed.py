@@ -1,4 +1,4 @@
-"""How fast a run is: images, FLOPs, share of the GPU's peak, memory. Nothing here waits for a device."""
+"""A run's speed: images and FLOPs per second, share of the GPU's peak, memory. Never waits for a device."""
 
 import math
 import re
@@ -16,10 +16,10 @@ GIB, TERA = 2**30, 1e12
 
 
 class Speed:
-    """Makes the speed columns of a row of metrics. Made once per run, which counts the FLOPs (seconds).
+    """Computes the speed columns of a row of metrics. Construct once per run: counting FLOPs takes seconds.
 
-    ``dtype`` is the one products are computed in (``train.dtype``); ``world_size`` the number of processes,
-    each with its ``device``.
+    ``dtype``: the dtype of matmuls (``train.dtype``); ``world_size``: the number of processes, each with its
+    ``device``.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: str, world_size: int = 1):
@@ -30,12 +30,12 @@ class Speed:
             torch.cuda.reset_peak_memory_stats(device)
 
     def of(self, images: int, seconds: float) -> dict[str, float]:
-        """The columns for ``images`` of all processes together, trained on in ``seconds``.
+        """The columns for ``images``, over all processes, trained on in ``seconds``.
 
-        ``img_per_s`` is of all processes, ``tflop_per_s`` of one GPU, in FLOPs that the reference needs, and
-        ``share_of_peak`` (0..1) what that is of the GPU's data sheet; absent where the GPU is not known.
-        ``memory_gib``: the most that tensors took on this device since the last call; on a CPU the most that
-        the process ever had.
+        ``img_per_s`` covers all processes; ``tflop_per_s`` is per GPU, in FLOPs that the reference needs;
+        ``share_of_peak`` (0..1) is its share of the data-sheet peak, absent for unknown GPUs.
+        ``memory_gib``: peak memory of tensors on this device since the last call; on a CPU the process's
+        peak resident memory.
         """
         img_per_s = images / max(seconds, 1e-9)
         flop_per_s = img_per_s * self.flops / self.world_size
@@ -56,12 +56,12 @@ class Speed:
 
 @cache
 def step_flops(config: ModelConfig) -> float:
-    """Matmul FLOPs of one image in one training step, forward and backward, as the reference needs them.
+    """Matmul FLOPs of one image in one training step, forward and backward, that the reference needs.
 
-    Counted on the meta device. Where MDTv2 draws the number of kept tokens K, the mean over its draws: FLOPs
-    are quadratic in K, so three counts and K's first two moments give it.
+    Counted on the meta device. For MDTv2, which draws the number of kept tokens K, this is the mean over the
+    draws: FLOPs are quadratic in K, so it is interpolated from three counts.
     """
-    from ..models.flops import train_step  # brings in Triton
+    from ..models.flops import train_step  # imports Triton
 
     if config.family == "dit" or config.mask_ratio is None:
         return float(train_step(config, None).flops)
@@ -77,10 +77,10 @@ def step_flops(config: ModelConfig) -> float:
 
 
 def kept_shares(config: ModelConfig) -> dict[int, float]:
-    """How often a masked pass keeps K of the L tokens, by K (ascending).
+    """Probability that a masked pass keeps K of the L tokens, by K (ascending).
 
     MDTv2 keeps floor(L (1 - ratio)) with ``ratio`` uniform in [mask_ratio, mask_ratio + RATIO_RANGE); MDT v1
-    always the same number.
+    always keeps the same number.
     """
     if config.mask_ratio is None:
         return {}
@@ -98,13 +98,13 @@ def kept_shares(config: ModelConfig) -> dict[int, float]:
 
 
 def _lagrange(x: float, node: int, nodes: tuple[int, ...]) -> float:
-    """The weight of the value at ``node`` in the polynomial through all ``nodes``, at ``x``."""
+    """The weight of the value at ``node`` in the interpolating polynomial through all ``nodes``, at ``x``."""
     return math.prod((x - other) / (node - other) for other in nodes if other != node)
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense TFLOP/s of one GPU, products accumulated in float32; None: its tensor cores have no such type."""
+    """Dense TFLOP/s of one GPU with float32 accumulation; None: its tensor cores do not support the type."""
 
     name: str
     bfloat16: float | None
@@ -113,8 +113,8 @@ class Peak:
     float32: float
 
 
-# The first row counts whose words all stand in torch.cuda.get_device_name. Numbers that a data sheet gives
-# with 2:4 sparsity are halved. float32 is the rate outside tensor cores.
+# The first row whose words all occur in torch.cuda.get_device_name is used. Data-sheet numbers with 2:4
+# sparsity are halved. float32 is the rate without tensor cores.
 PEAKS = (
     # NVIDIA GB200 NVL72 data sheet: 5 PFLOPS FP16/BF16 and 2.5 TF32 per GPU with sparsity.
     Peak("GB200", 2500.0, 2500.0, 1250.0, 80.0),
@@ -165,14 +165,14 @@ PEAKS = (
     Peak("T4", None, 65.0, None, 8.1),
 )
 OTHER_CHIPS = {"laptop", "max", "mig", "d", "ti"}
-"""Words that make another chip, or a part, of the one named: a laptop's, Max-Q, a MIG slice, RTX 4090 D."""
+"""Words that mark a different chip, or part of one: a laptop's, Max-Q, a MIG slice, RTX 4090 D."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """FLOP/s that the data sheet of ``device`` promises for dense products in ``dtype`` (``bfloat16``,
-    ``float16`` or ``float32``); None for a CPU and for GPUs that are not in the table.
+    """Data-sheet FLOP/s of ``device`` for dense matmuls in ``dtype`` (``bfloat16``, ``float16`` or
+    ``float32``); None for a CPU and for GPUs not in the table.
 
-    float32 is TF32's where torch may use that (``torch.set_float32_matmul_precision``).
+    float32 means TF32 where torch may use it (``torch.set_float32_matmul_precision``).
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
@@ -181,7 +181,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_of(name: str, dtype: str) -> float | None:
-    """The same by the GPU's ``name``; ``dtype`` may also be ``tf32`` (float32's where there is none)."""
+    """The same by the GPU's ``name``; ``dtype`` may also be ``tf32`` (float32's rate if not supported)."""
     words = set(re.findall(r"[a-z0-9.]+", name.lower()))
     if words & OTHER_CHIPS:
         return None
@@ -195,8 +195,8 @@ def peak_of(name: str, dtype: str) -> float | None:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory that this process ever had resident; None where the system does not say."""
-    try:  # Linux: getrusage would count what the parent had before it started this program
+    """Peak resident memory of this process; None if the system does not report it."""
+    try:  # Linux: getrusage would include the parent's memory from before it started this program
         status = Path("/proc/self/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
     except (OSError, IndexError):

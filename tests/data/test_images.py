@@ -220,5 +220,5 @@ def test_digits_have_one_size() -> None:
 
 def test_more_classes_than_the_model_has() -> None:
     check_classes(["a", "b"], 2)
-    with pytest.raises(UserError, match=r"3 classes, the model only 2; use --set model.num_classes=3"):
+    with pytest.raises(UserError, match=r"3 classes, but the model only 2; use --set model.num_classes=3"):
         check_classes(["a", "b", "c"], 2)

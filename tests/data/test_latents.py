@@ -115,7 +115,7 @@ def test_without_mirrors(config: DataConfig, encoded: Path, tmp_path: Path) -> N
 
 def test_a_configuration_that_does_not_fit_is_refused(config: DataConfig, encoded: Path) -> None:
     for change, message in (
-        ({"image_size": 8}, r"data\.image_size: the latents in '.*' are of 16x16 pixels, got 8"),
+        ({"image_size": 8}, r"data\.image_size: the latents in '.*' are from 16x16 pixels, got 8"),
         ({"crop": "random"}, r"data\.crop: '.*' holds center crops"),
     ):
         with pytest.raises(UserError, match=message):
@@ -165,7 +165,7 @@ SHARD = "shard-00001.safetensors"
     [
         (
             lambda folder: (folder / "index.json").unlink(),
-            r"index\.json: missing, the encoding is not finished",
+            r"index\.json: missing, encoding is not finished",
         ),
         (cut("index.json", 300), r"index\.json: truncated or edited, it is not JSON"),
         (cut("index.json", 0), r"index\.json: truncated or edited, it is not JSON"),
@@ -199,7 +199,7 @@ SHARD = "shard-00001.safetensors"
         ),
         (
             edit_index(lambda index: index["classes"].pop()),
-            r"safetensors: edited, a label is none of the index",
+            r"safetensors: edited, a label is not among the index",
         ),
         (edit_index(lambda index: index["encoding"].pop("side")), r"index\.json: edited, entries"),
         (edit_index(lambda index: index["encoding"].update(shard_size=0)), r"index\.json: edited, entries"),
@@ -221,7 +221,9 @@ def test_verify_reads_every_byte(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
         content[-1] ^= 1
         (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"2 of 3 shards have another SHA-256 .*: shard-00001.*shard-00002"):
+    with pytest.raises(
+        UserError, match=r"2 of 3 shards do not match their SHA-256 .*: shard-00001.*shard-00002"
+    ):
         LatentSet(folder).verify()
 
 

@@ -113,9 +113,9 @@ def test_class_names_lie_beside_the_shards(shards: Path, file: str, text: str) -
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("classes.txt", "cat\ndog\n", "classes.txt: names 2 classes, the images have indices up to 2"),
-        ("classes.json", '{"a": "cat"}', "classes.json: a list of class names is needed"),
-        ("classes.json", "[", "classes.json: a list of class names is needed"),
+        ("classes.txt", "cat\ndog\n", "classes.txt: names 2 classes, but the images have indices up to 2"),
+        ("classes.json", '{"a": "cat"}', "classes.json: expected a list of class names"),
+        ("classes.json", "[", "classes.json: expected a list of class names"),
     ],
 )
 def test_class_names_that_do_not_fit(shards: Path, file: str, text: str, message: str) -> None:
@@ -134,14 +134,14 @@ PNG = picture(0)
         ([("a.txt", b"x")], r"no images in the 1 \.tar shards"),
         ([("a.png", PNG)], r"0\.tar: 'a\.png' has no class; a\.cls or a\.json is needed"),
         ([("a.cls", b"1"), ("b.png", PNG), ("b.cls", b"0")], r"'a\.cls' has no image"),
-        ([("a.png", PNG), ("a.cls", b"cat")], r"0\.tar/a\.cls: a class index is needed, got 'cat'"),
+        ([("a.png", PNG), ("a.cls", b"cat")], r"0\.tar/a\.cls: expected a class index, got 'cat'"),
         ([("a.png", PNG), ("a.cls", b"-1")], r"a\.cls: class indices are 0 to 99999, got -1"),
         ([("a.png", PNG), ("a.cls", b"9" * 20)], r"a\.cls: class indices are 0 to"),
-        ([("a.png", PNG), ("a.json", b'{"label": "1"}')], r"a\.json: a class index is needed"),
-        ([("a.png", PNG), ("a.json", b'{"label": true}')], r"a\.json: a class index is needed"),
-        ([("a.png", PNG), ("a.json", b"[" * 9999)], r"a\.json: a class index is needed"),
-        ([("a.png", PNG), ("a.cls", b"1" * (1 << 21))], r"a\.cls: no class index, it has 2097152 bytes"),
-        ([("a.png", PNG), ("a.jpg", PNG), ("a.cls", b"0")], r"two images of one key: 'a\.png', 'a\.jpg'"),
+        ([("a.png", PNG), ("a.json", b'{"label": "1"}')], r"a\.json: expected a class index"),
+        ([("a.png", PNG), ("a.json", b'{"label": true}')], r"a\.json: expected a class index"),
+        ([("a.png", PNG), ("a.json", b"[" * 9999)], r"a\.json: expected a class index"),
+        ([("a.png", PNG), ("a.cls", b"1" * (1 << 21))], r"a\.cls: not a class index, it has 2097152 bytes"),
+        ([("a.png", PNG), ("a.jpg", PNG), ("a.cls", b"0")], r"two images with one key: 'a\.png', 'a\.jpg'"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.replace("\\", "")[:40],
 )
@@ -169,7 +169,7 @@ def test_a_truncated_shard_is_named_wherever_it_ends(shards: Path) -> None:
         end = max(member.offset_data + member.size for member in tar) + 511 & ~511
     for size in [0, 1, 511, 512, 700, *range(1024, end + 1, 512), end + 100]:
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"00001\.tar: truncated, damaged or no plain \.tar file"):
+        with pytest.raises(UserError, match=r"00001\.tar: truncated, damaged or not a plain \.tar file"):
             opened(shards)
     path.write_bytes(whole[: end + 512])
     assert len(opened(shards).labels) == 5
@@ -178,11 +178,11 @@ def test_a_truncated_shard_is_named_wherever_it_ends(shards: Path) -> None:
 def test_other_files_named_tar_are_named(shards: Path) -> None:
     for content in (b"not a tar file" * 100, picture(0)):
         (shards / "2.tar").write_bytes(content)
-        with pytest.raises(UserError, match=r"2\.tar: truncated, damaged or no plain"):
+        with pytest.raises(UserError, match=r"2\.tar: truncated, damaged or not a plain"):
             opened(shards)
     with tarfile.open(shards / "2.tar", "w:gz") as tar:
         tar.add(shards / "00000.tar")
-    with pytest.raises(UserError, match=r"2\.tar: truncated, damaged or no plain"):
+    with pytest.raises(UserError, match=r"2\.tar: truncated, damaged or not a plain"):
         opened(shards)
 
 

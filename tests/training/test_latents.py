@@ -173,7 +173,7 @@ def test_another_autoencoder_under_the_same_name_is_noticed(
     message = refusal(capsys, f"--out={run}", "--resume=auto", "--steps=6")
     assert "data.vae: the weights of" in message
     assert main(["sample", str(run), f"--npz={tmp_path / 'x.npz'}", "--steps=2", "--num-samples=1"]) == 2
-    assert "is not the autoencoder that the latents were made with" in capsys.readouterr().err
+    assert "is not the autoencoder that encoded the latents" in capsys.readouterr().err
 
 
 def test_other_latents_are_noticed_also_where_there_are_more_images(latents: Path, tmp_path: Path) -> None:

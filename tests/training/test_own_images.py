@@ -47,11 +47,11 @@ def test_it_trains_as_the_same_images_do(tmp_path: Path) -> None:
         ({"shape": (1, 8, 9)}, r"images.shape: \[1, 8, 9\], but \[1, 8, 8\] is configured \(data.channels"),
         (
             {"load": lambda *_: np.zeros((1, 8, 9), np.float32)},
-            r"images.load: gave float32 \[1, 8, 9\], images",
+            r"images.load: returned float32 \[1, 8, 9\], expected float32",
         ),
-        ({"load": lambda *_: None}, r"images.load: gave a NoneType, an array is needed"),
+        ({"load": lambda *_: None}, r"images.load: returned a NoneType, expected an array"),
         ({"classes": range(10)}, r"images.classes: names are needed, got \[0, 1, 2, 3\]"),
-        ({"load": lambda *_: np.zeros((1, 8, 8))}, r"images.load: gave float64"),
+        ({"load": lambda *_: np.zeros((1, 8, 8))}, r"images.load: returned float64"),
     ],
     ids=["floats", "none", "no such class", "another size", "another shape", "nothing", "numbers", "float64"],
 )
@@ -63,7 +63,7 @@ def test_what_is_no_set_of_images(changes: dict[str, Any], message: str, tmp_pat
 
 def test_what_is_nothing_of_the_kind(tmp_path: Path) -> None:
     images: Any = [1, 2]
-    with pytest.raises(UserError, match=r"images: a list has no labels; mdt_fast.data.ImageSet has all"):
+    with pytest.raises(UserError, match=r"images: a list has no labels; see mdt_fast.data.ImageSet"):
         train(tiny(), tmp_path / "run", images=images)
     config: Any = "digits"
     with pytest.raises(UserError, match=r"config: got str, expected a RunConfig"):

@@ -253,7 +253,7 @@ def test_summary_of_a_run() -> None:
         "images seen    256,000 (0.5 epochs)",
         "time           1:40",
         "mean speed     2560 img/s  206 TFLOP/s (21% of peak) in each process, "
-        "start, saving and pictures included",
+        "including start, saving and pictures",
         "peak memory    72.0 GiB",
         "final loss     0.1234 (masked 0.2345)",
         "skipped steps  2",
@@ -264,17 +264,17 @@ def test_summary_of_a_run() -> None:
 
 def test_summary_of_a_resumed_run_on_a_cpu() -> None:
     assert summary(BARE, 30, 10.0, batch_size=8, first=20, num_images=120) == [
-        "steps        30 (10 since it went on)",
+        "steps        30 (10 since resuming)",
         "images seen  240 (2 epochs)",
         "time         0:10",
-        "mean speed   8 img/s, start, saving and pictures included",
+        "mean speed   8 img/s, including start, saving and pictures",
         "final loss   0.5000",
     ]
 
 
 def test_summary_of_nothing() -> None:
     assert summary({}, 7, 0.0, batch_size=8, first=7) == [
-        "steps        7 (0 since it went on)",
+        "steps        7 (0 since resuming)",
         "images seen  56",
         "time         0:00",
     ]

@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (said,) = json.loads(done.stdout.splitlines()[-1])
-    assert said.startswith("warning: TensorBoard gets no more of this run: OSError: ")
+    assert said.startswith("warning: TensorBoard failed and is off for this run: OSError: ")
     assert "\n" not in said
 
 
@@ -242,12 +242,12 @@ def test_a_resumed_run_trains_on_without_wandb(tmp_path: Path, wandb: FakeWandb)
     for step in (1, 2):
         sinks.write(row(step, 1.0))
     sinks.close()
-    assert said == ["warning: wandb gets no more of this run: ConnectionError: no network"]
+    assert said == ["warning: wandb failed and is off for this run: ConnectionError: no network"]
 
 
 def test_an_edited_id_is_refused(tmp_path: Path, wandb: FakeWandb) -> None:
     (tmp_path / "wandb_id").write_text("../elsewhere?\n")
-    with pytest.raises(UserError, match="holds no id of a wandb run"):
+    with pytest.raises(UserError, match="holds no wandb run id"):
         WandbSink(tmp_path, "mdt", "run", {})
     assert not wandb.inits
 
@@ -283,4 +283,4 @@ def test_one_failing_sink_leaves_the_others(fails_at: str, tmp_path: Path) -> No
     everything = ["write 1", "write 2", "picture 2", "close"]
     assert good.got == everything
     assert bad.got == everything[: everything.index(fails_at) + 1]
-    assert said == ["warning: bad gets no more of this run: RuntimeError: gone for good"]
+    assert said == ["warning: bad failed and is off for this run: RuntimeError: gone for good"]

@@ -100,7 +100,7 @@ def test_parts_of_an_update(step_of: Any) -> None:
             model.zero_grad()
     assert len(kept) > 1
     parts(x[:2], y[:2])
-    with pytest.raises(UserError, match="x: batch of 1, the other parts of this update have 2; restart"):
+    with pytest.raises(UserError, match="x: batch of 1, but the other calls of this update have 2; restart"):
         parts(x[:1], y[:1])
     parts.restart()
     for rows in (slice(1), slice(1, 2)):
@@ -226,16 +226,16 @@ def test_embedders_with_drops_of_their_own(step_of: Any, monkeypatch: pytest.Mon
     step = step_of(model)  # an embedder that comes later is noticed
     model.y_embedder, y = Learnt(), torch.randn(4, 8, dtype=torch.float64)
     if step.cuda_graphs:
-        with pytest.raises(UserError, match="requires a gradient, which a CUDA graph does not hand on"):
+        with pytest.raises(UserError, match="requires a gradient, which a CUDA graph does not propagate"):
             step(x, y)
     else:
         step(x, y)
         assert model.y_embedder.null.grad.any()
-    with pytest.raises(UserError, match="y: requires a gradient, which passes in turn ask for twice"):
+    with pytest.raises(UserError, match="y: requires a gradient, which in_turn would need twice"):
         step_of(model, passes="in_turn")(x, y.requires_grad_())
     model.y_embedder = nn.Linear(8, 32)
     model.y_embedder.dropout_prob = 0.1
-    with pytest.raises(UserError, match="y_embedder, a Linear, has a dropout_prob and no method drop"):
+    with pytest.raises(UserError, match="y_embedder, a Linear, has a dropout_prob but no method drop"):
         step_of(model)
 
 
@@ -319,7 +319,7 @@ def test_shards(tmp_path: Path) -> None:
     try:
         for block in model.every_block():
             fully_shard(block)
-        with pytest.raises(UserError, match="model: its blocks are sharded and it is not"):
+        with pytest.raises(UserError, match="model: its blocks are sharded but it is not"):
             TrainingStep(model, DIFFUSION)
         fully_shard(model)
         for name in METHODS:
@@ -343,10 +343,10 @@ def test_refusals() -> None:
     model, (x, y) = made("mdtv2", torch.float32, mask_ratio=0.3), batch()
     with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
         TrainingStep(nn.Linear(2, 2), DIFFUSION)
-    with pytest.raises(UserError, match=r"got a DataParallel, .*; two_pass_losses takes what wraps one"):
+    with pytest.raises(UserError, match=r"got a DataParallel, .*; two_pass_losses takes wrapped ones"):
         TrainingStep(nn.DataParallel(model), DIFFUSION)
     with pytest.raises(
-        UserError, match="cuda_graphs: for a CUDA device without shards, got a model on 'cpu'"
+        UserError, match="cuda_graphs: needs a CUDA device without shards, got a model on 'cpu'"
     ):
         TrainingStep(model, DIFFUSION, cuda_graphs=True)
     with pytest.raises(UserError, match="dtype"):
@@ -361,8 +361,8 @@ def test_refusals() -> None:
         TrainingStep(copy.deepcopy(model).bfloat16(), DIFFUSION)
     step, x = TrainingStep(model, DIFFUSION), x.float()
     for match, args in {
-        "x: on meta, the model is on cpu": (x.to("meta"), y),
-        "y: on meta, the model is on cpu": (x, y.to("meta")),
+        "x: on meta, but the model is on cpu": (x.to("meta"), y),
+        "y: on meta, but the model is on cpu": (x, y.to("meta")),
         "x: got a ndarray, expected a torch.Tensor": (x.numpy(), y),
         "y: got a list, expected a torch.Tensor": (x, [1, 2, 3, 4]),
         r"y: shape \[3\], expected \[4\]": (x, y[:3]),
@@ -377,7 +377,7 @@ def test_refusals() -> None:
             step(*args)
     with pytest.raises(UserError, match="scale: got a str, expected"):
         step(x, y, scale="2")
-    with torch.no_grad(), pytest.raises(UserError, match="model: gradients are off here"):
+    with torch.no_grad(), pytest.raises(UserError, match="model: gradients are disabled"):
         step(x, y)
     with pytest.raises(UserError, match=r"scale: shape \[4\], expected one number"):
         step(x, y, scale=torch.ones(4))
