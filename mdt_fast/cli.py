@@ -172,7 +172,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     add = evaluate.add_argument
     add("samples", metavar="SAMPLES", help="a .npz, a folder of images, or a file of features")
-    add("--reference", metavar="REF", help="what to compare with: the same kinds, or statistics")
+    add("--reference", metavar="REF", help="what to compare with: as for SAMPLES, or statistics")
     add(
         "--features",
         metavar="NAME|FILE|MODULE:NAME",

@@ -54,7 +54,7 @@ def is_leftover(path: Path, names: Collection[str] | None = None) -> bool:
 
 
 def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
-    """Remove leftovers of killed processes in ``folder``: those for ``names``, or (None) all files.
+    """Remove leftovers of killed processes in ``folder``: files and folders of ``names``; None: all files.
 
     Call this only if no other process is writing them, because its temporary files would be removed too.
     """

@@ -252,7 +252,7 @@ def test_mistakes(
 
 
 def test_a_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "already holds a run; resume it with --resume auto" in error(capsys, *TINY, f"--out={run}")
+    assert "already holds a run; use --resume auto" in error(capsys, *TINY, f"--out={run}")
     changed = error(capsys, "train", f"--out={run}", "--resume=auto", "--seed=1", "--steps=6")
     assert "--seed: cannot be changed on resume" in changed
 

@@ -315,7 +315,7 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     if resume is None:
         if holds_run:
             raise UserError(
-                f"--out: {str(out)!r} already holds a run; resume it with --resume auto or choose another"
+                f"--out: {str(out)!r} already holds a run; use --resume auto, or choose another folder"
             )
         return None
     if resume == "auto":

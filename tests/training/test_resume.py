@@ -94,7 +94,7 @@ def test_settings_that_decide_the_numbers_cannot_change(tmp_path: Path) -> None:
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     train(tiny(steps=2), tmp_path / "run")
     before = tensors_of(tmp_path / "run" / "checkpoints" / "step_0000002")
-    with pytest.raises(UserError, match="already holds a run; resume it with --resume auto"):
+    with pytest.raises(UserError, match="already holds a run; use --resume auto"):
         train(tiny(seed=1), tmp_path / "run")
     assert tensors_of(tmp_path / "run" / "checkpoints" / "step_0000002") == before
 
