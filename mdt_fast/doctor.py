@@ -87,7 +87,7 @@ OPTIONAL = (
     OptionalPackage(
         "apex",
         "apex",
-        "comparison with its FusedAdam in `bench/kernels.py`",
+        "its FusedAdam beside ours in `bench/kernels.py`",
         "from source: github.com/NVIDIA/apex",
     ),
 )

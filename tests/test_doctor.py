@@ -50,7 +50,7 @@ def test_text_and_json_say_the_same(
     assert json.loads(capsys.readouterr().out) == found
     assert doctor.main() == 0
     text = capsys.readouterr().out
-    for word in (torch.__version__, "rel_attention", "flash-attn", "comparison with its FusedAdam"):
+    for word in (torch.__version__, "rel_attention", "flash-attn", "its FusedAdam beside ours"):
         assert word in text
 
 
