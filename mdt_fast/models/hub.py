@@ -270,7 +270,7 @@ def _config(values: dict[str, Any], file: Path) -> ModelConfig:
     kind, families = values["_class_name"], {name: family for family, name in CLASS_NAMES.items()}
     if kind not in families:
         hint = nearest(kind, families)
-        raise UserError(f"{file}: _class_name {kind!r} is none of {', '.join(families)}{hint}")
+        raise UserError(f"{file}: _class_name {kind!r} is not one of {', '.join(families)}{hint}")
     own = {key: value for key, value in values.items() if not key.startswith("_")}
     none = {"mask_ratio": None, "decode_layer": 0} if kind == "DiT" else {}
     return from_dict(ModelConfig, {"family": families[kind], **none, **own}, str(file))

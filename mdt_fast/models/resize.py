@@ -34,7 +34,7 @@ def resize_weights(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
     try:
         shape = shape_of(state)
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"state: no weights of an MDT, MDTv2 or DiT (lacks {error})") from None
+        raise UserError(f"state: not weights of an MDT, MDTv2 or DiT (lacks {error})") from None
     patch, before = shape["patch_size"], shape["input_size"] // shape["patch_size"]
     if state["pos_embed"].shape[1] != before**2:
         raise UserError(f"state: {state['pos_embed'].shape[1]} tokens, expected a square number of them")

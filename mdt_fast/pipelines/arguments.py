@@ -111,7 +111,7 @@ def checked_channels(guided_channels: Any, config: ModelConfig) -> int | None:
 def check_output(output_type: Any, config: ModelConfig, has_vae: bool) -> None:
     if not isinstance(output_type, str) or output_type not in OUTPUTS:
         hint = nearest(output_type, OUTPUTS)
-        raise UserError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}{hint}")
+        raise UserError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUTS)}{hint}")
     if not has_vae and config.in_channels not in (1, 3) and output_type != "latent":
         raise UserError(
             f"output_type: {config.in_channels} channels make no picture without a vae; use 'latent'"

@@ -27,7 +27,7 @@ def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[s
             if own != (stage.scale, stage.shift):  # the pipeline decodes with its autoencoder's values
                 autoencoder.register_to_config(scaling_factor=stage.scale, shift_factor=stage.shift)
     elif vae is not None:
-        raise UserError("vae: the run was trained on pixels, and takes none")
+        raise UserError("vae: the run was trained on pixels and needs none")
     scheduler = published_scheduler(
         config.diffusion,
         learn_sigma=config.model.learn_sigma,

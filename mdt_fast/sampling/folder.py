@@ -22,7 +22,7 @@ SETTINGS = "settings.json"
 OURS = re.compile(r"settings\.json|shard-\d{5,}\.npz|samples_\d+x\d+x\d+x\d+\.npz")
 DIGEST = "sha256"
 """The key under which a setting that is a file has the hash of its bytes: {DIGEST: hash}."""
-AGAIN = "go on with the same command"
+AGAIN = "resume with the same command"
 
 
 def assembled_in(folder: Path) -> Path | None:

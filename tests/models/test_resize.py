@@ -118,7 +118,7 @@ def test_what_cannot_be_resized() -> None:
         with pytest.raises(UserError, match=r"^input_size: got .*, allowed are multiples of .* 2$"):
             resize_weights(state, size)
     for other in ({"weight": torch.zeros(3)}, model(DiT, 8)):
-        with pytest.raises(UserError, match=r"^state: no weights of an MDT, MDTv2 or DiT \(lacks"):
+        with pytest.raises(UserError, match=r"^state: not weights of an MDT, MDTv2 or DiT \(lacks"):
             resize_weights(other, 8)
     with pytest.raises(UserError, match=r"^state: 15 tokens, expected a square number of them$"):
         resize_weights({**state, "pos_embed": torch.zeros(1, 15, 32)}, 8)

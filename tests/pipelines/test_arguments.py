@@ -54,7 +54,7 @@ def piped(model: Any, scheduler: Any = SCHEDULER, **parts: Any) -> MDTPipeline:
         ({"generator": "ab"}, "generator: got str in a list, expected a torch.Generator"),
         ({"num_inference_steps": True}, "num_inference_steps: allowed are 1 to 1000, got True"),
         ({"num_inference_steps": None}, "num_inference_steps: allowed are 1 to 1000, got None"),
-        ({"output_type": 3}, "output_type: 3 is none of pil, np, pt, latent"),
+        ({"output_type": 3}, "output_type: 3 is not one of pil, np, pt, latent"),
         ({"latents": ZEROS.numpy()}, "latents: got ndarray, expected a tensor or None"),
         (
             {"latents": ZEROS.to(torch.complex64)},

@@ -121,7 +121,7 @@ def test_refusals(digits: Path, latents: Path, tmp_path: Path, capsys: pytest.Ca
         ((tmp_path / "none", tmp_path / "x"), "no run or checkpoint at"),
         ((digits, tmp_path / "x", "--official"), "pass only one"),
         ((digits, tmp_path / "x", "--data=photos"), "--data: does not apply to a pipeline; leave it out"),
-        ((digits, tmp_path / "x", f"--vae={tmp_path}"), "vae: the run was trained on pixels, and takes none"),
+        ((digits, tmp_path / "x", f"--vae={tmp_path}"), "vae: the run was trained on pixels and needs none"),
         ((latents, tmp_path / "x", f"--vae={full}"), "vae: no autoencoder in"),
         ((digits, digits / "checkpoints" / "x"), "choose another place"),
     ):

@@ -308,7 +308,7 @@ def test_one_generator_for_each_image() -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale: must be finite, got nan"),
         ({"scale_pow": -1.0}, "scale_pow: must be None, or finite and at least 0, got -1.0"),
         ({"guided_channels": 5}, "guided_channels: allowed are 1 to 4, got 5"),
-        ({"output_type": "png"}, "output_type: 'png' is none of pil, np, pt, latent"),
+        ({"output_type": "png"}, "output_type: 'png' is not one of pil, np, pt, latent"),
         ({"output_type": "pil"}, "output_type: 4 channels make no picture without a vae; use 'latent'"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents: expected shape [2, 4, 8, 8], got [1, 4, 8, 8]"),
     ],
