@@ -1,14 +1,15 @@
-"""Attention with a relative position bias: every backend that serves it here, against attention without one.
+"""Time attention with a relative position bias, for every available backend, against attention without bias.
 
     python bench/attention.py                      on a CPU the smallest sizes, in under a minute
     python bench/attention.py --tokens 64,256,1024,4096 --head-dim 64,72 --heads 16 --json rows.jsonl
 
-The roof is ``sdpa-no-bias``: PyTorch's own attention (on a GPU in half types: its flash attention) of the
-same queries, keys and values without any bias. ``triton-FORM-GRADIENT`` are the two ways in which our kernels
-take the bias and the two of the table's gradient (kernels/rel_attention/config.py); ``triton-packed`` takes
-q, k and v in one tensor. The masked case keeps 153 of 256 tokens, and says where they stood.
+The roof is ``sdpa-no-bias``: PyTorch's own attention (its flash attention for half types on a GPU) over the
+same queries, keys and values, without any bias. ``triton-FORM-GRADIENT`` names the form in which our kernels
+take the bias and the way they compute the table's gradient, two options each
+(kernels/rel_attention/config.py); ``triton-packed`` takes q, k and v in one tensor. The masked case keeps 153
+of 256 tokens and passes their positions.
 
-B samples, H heads, L tokens of a grid, M of them kept (L without a mask), d head size.
+B: samples, H: heads, L: tokens of a grid, M: tokens kept (L without a mask), d: head size.
 """
 
 import argparse
@@ -40,10 +41,10 @@ TRITON = tuple(f"triton-{form}-{gradient}" for form in FORMS for gradient in TAB
 PROVIDERS = (ROOF, "sdpa", "flex", "xformers", "flash_attn", *TRITON, "triton-packed")
 
 GPU_TOKENS = 8192
-"""Tokens of all samples together, on a GPU."""
+"""Total tokens of a batch on a GPU, by which its default batch size is set."""
 MEMORY_SHARE = 0.5
 BIASES = 8
-"""Float32 tensors as large as the scores that a materialised bias and its gradient take at once, at most."""
+"""The most float32 tensors of the scores' size that a materialised bias and its gradient take at once."""
 
 TIME_LIMITS = {"cpu": 50.0, "cuda": 225.0}
 DEFAULTS = {
@@ -53,7 +54,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Run the benchmark. Returns 0; 1 if nothing was measured; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("attention", lambda kept: _main(argv, kept))
 
@@ -74,7 +75,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 
 def choose(args: argparse.Namespace, request: points.Request) -> list[points.Point]:
-    """The points asked for, and those that are the default here."""
+    """The requested points, with the device's defaults for whatever was not given."""
     default = DEFAULTS[request.device.type]
 
     def numbers(option: str, given: str | None) -> list[int]:
@@ -111,7 +112,7 @@ def _sizes(
 
 
 def fits(device: torch.device, shape: dict[str, int], dtype: torch.dtype) -> bool:
-    """Whether a bias and its gradient can be materialised; says so where they cannot."""
+    """Whether a materialised bias and its gradient fit into memory. Prints a line if they might not."""
     if device.type == "cpu":
         return True
     scores = shape["B"] * shape["H"] * shape.get("K", shape["L"]) ** 2
@@ -123,7 +124,8 @@ def fits(device: torch.device, shape: dict[str, int], dtype: torch.dtype) -> boo
 
 
 def point(mode: points.Mode, dtype: torch.dtype, shape: dict[str, int]) -> points.Point:
-    """``shape``: B, H, L, d and, with a mask, K. FLOPs: 4 B H M M d forward, 2.5 times that backward."""
+    """A point for ``shape``: B, H, L, d and, with a mask, K. FLOPs: 4 B H M M d forward, 2.5 times as many
+    backward."""
     M = shape.get("K", shape["L"])
     flops = 4 * shape["B"] * shape["H"] * M * M * shape["d"]
     return points.Point(
@@ -139,8 +141,8 @@ def point(mode: points.Mode, dtype: torch.dtype, shape: dict[str, int]) -> point
 def prepare(
     mode: points.Mode, dtype: torch.dtype, shape: dict[str, int], device: torch.device
 ) -> dict[str, Callable[[], points.Call]]:
-    """The providers on the same numbers: q, k, v as views [B, H, M, d] of rows [B, M, H, d], as a linear
-    layer leaves them; the table in float32, as a master weight; where the kept tokens stood."""
+    """All providers on the same inputs: q, k, v as [B, H, M, d] views of rows [B, M, H, d], the layout that a
+    linear layer produces; the table in float32, as a master weight; and the positions of the kept tokens."""
     B, H, L, d = (shape[name] for name in "BHLd")
     M, G, make = shape.get("K", L), isqrt(L), Maker(device, dtype)
     qkv = make.normal(B, M, 3, H, d, grad=False)
@@ -186,7 +188,7 @@ def _without_bias(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor
 
 
 def _unless_refused(call: points.Call) -> points.Call:
-    """``call``, once it has shown that its backend serves it. Raises ``Skip`` with the reason where not."""
+    """``call``, run once to check that its backend can serve it. Raises ``Skip`` with the reason if not."""
     try:
         call()
     except ValueError as error:
@@ -198,7 +200,7 @@ def _unless_refused(call: points.Call) -> points.Call:
 
 
 def _apart(call: points.Call) -> points.Call:
-    """The gradient of q, k and v together as those of each, like the other providers' (views: no work)."""
+    """Split the packed gradient into those of q, k and v, as the other providers return them (views only)."""
 
     def apart() -> list[Tensor]:
         output, *gradients = call()
@@ -212,11 +214,11 @@ def _apart(call: points.Call) -> points.Call:
 
 def _parser() -> command.Parser:
     parser = command.Parser(prog="attention", description="Attention with a relative position bias.")
-    parser.add_argument("--tokens", help="lengths, by comma (default: 64,256,1024,4096; on a CPU 64)")
-    parser.add_argument("--head-dim", help="head sizes, by comma (default: 64,72)")
-    parser.add_argument("--heads", help="numbers of heads, by comma (default: 16; on a CPU 2,6)")
-    parser.add_argument("--batch", help=f"samples (default: {GPU_TOKENS} tokens in all; on a CPU 2)")
-    parser.add_argument("--masked", help="no or yes, or both by a comma (default: no,yes)")
+    parser.add_argument("--tokens", help="lengths, comma-separated (default: 64,256,1024,4096; on a CPU 64)")
+    parser.add_argument("--head-dim", help="head sizes, comma-separated (default: 64,72)")
+    parser.add_argument("--heads", help="numbers of heads, comma-separated (default: 16; on a CPU 2,6)")
+    parser.add_argument("--batch", help=f"batch size (default: {GPU_TOKENS} tokens in total; on a CPU 2)")
+    parser.add_argument("--masked", help="no, yes or both, comma-separated (default: no,yes)")
     points.add_options(parser, PROVIDERS)
     command.add_output_options(parser)
     return parser

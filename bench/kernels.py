@@ -1,18 +1,19 @@
-"""The ops of the rooms, timed on this machine; or their machine code, for GPUs that need not be here.
+"""Time every op on this machine, or check the machine code of every kernel for GPUs it need not have.
 
-    python bench/kernels.py                        every op, its providers in turns: time, share of the roof
+    python bench/kernels.py                        every op: time and share of the roof for each provider
     python bench/kernels.py --model XL --batch 32 --dtype bfloat16 --ops ln_modulate --json rows.jsonl
     python bench/kernels.py --aot                  a table; exit code 1 if a kernel spills or does not fit
     python bench/kernels.py --aot --arch sm_90 --json rows.jsonl
 
-Timing: ``fast`` is our op as it dispatches here, ``eager`` the room's reference.py, ``compile`` that under
-torch.compile. The roof is the time of a copy of as many bytes in the same rounds or, where that is longer, of
-the matmul FLOPs at the best rate of the run. Optimiser steps are over the tensors of the whole model, against
-clipping, update and average as sweeps of their own (``optimizers.py``). On a CPU the default is the smallest
-size, in under a minute.
+Timing compares, in interleaved rounds, ``fast`` (our op as it dispatches on this machine), ``eager`` (the
+reference.py of its room) and ``compile`` (that reference under torch.compile). The roof is the time of a copy
+of the same number of bytes in the same rounds or, if longer, of the matmul FLOPs at the best rate of the run.
+Optimiser steps cover the tensors of the whole model and are compared with separate sweeps for clipping,
+update and moving average (``optimizers.py``). On a CPU the default is the smallest size, which takes under a
+minute.
 
-``--aot`` compiles every kernel at every shape class that it serves, for A100 (sm_80), H100 and H200 (sm_90),
-B200 (sm_100) and MI300 (gfx942).
+``--aot`` compiles every kernel for every shape class it serves, for A100 (sm_80), H100 and H200 (sm_90), B200
+(sm_100) and MI300 (gfx942).
 """
 
 import argparse
@@ -36,8 +37,8 @@ TIME_LIMITS = {"cpu": 50.0, "cuda": 225.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time the ops, or compile their kernels. Returns 0; 1 if nothing was measured, or if a kernel spills or
-    does not compile; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Time the ops or compile their kernels. Returns 0; 1 if nothing was measured, or if a kernel spills or
+    does not compile; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("kernels", lambda kept: _main(argv, kept))
 
@@ -63,7 +64,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 
 def time_ops(args: argparse.Namespace, line: str, kept: command.Kept) -> int:
-    """Time what was asked for. Returns 1 if nothing was measured."""
+    """Time the requested ops. Returns 1 if nothing was measured, otherwise 0."""
     request = points.Request(args, ops.PROVIDERS, time_limits=TIME_LIMITS, not_on_cpu=("compile",))
     on_cpu = request.device.type == "cpu"
     models = command.names("--model", args.model or ("S" if on_cpu else "XL"), tuple(ops.WIDTHS))
@@ -104,14 +105,19 @@ def _parser() -> command.Parser:
         prog="kernels", description="Time every op, or compile every Triton kernel (--aot)."
     )
     parser.add_argument(
-        "--model", help=f"width: of {', '.join(ops.WIDTHS)}, by comma (default: XL; on a CPU S)"
+        "--model",
+        help=f"model widths, comma-separated, from {', '.join(ops.WIDTHS)} (default: XL; on a CPU S)",
     )
-    parser.add_argument("--batch", help="samples (default: 32; on a CPU 2)")
-    parser.add_argument("--ops", help="which, by comma (default: all)")
+    parser.add_argument("--batch", help="batch size (default: 32; on a CPU 2)")
+    parser.add_argument("--ops", help="ops to time, comma-separated (default: all)")
     points.add_options(parser, ops.PROVIDERS)
-    parser.add_argument("--aot", action="store_true", help="compile for GPUs that are not here; no times")
     parser.add_argument(
-        "--arch", default=",".join(ARCHITECTURES), help="with --aot: which, by comma (default: all)"
+        "--aot", action="store_true", help="compile for GPUs this machine need not have; times nothing"
+    )
+    parser.add_argument(
+        "--arch",
+        default=",".join(ARCHITECTURES),
+        help="with --aot: architectures, comma-separated (default: all)",
     )
     command.add_output_options(parser)
     return parser

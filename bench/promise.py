@@ -1,4 +1,4 @@
-"""What a launch choice's machine code says of it, and an order in which to try choices."""
+"""Judge launch choices by their machine code and rank them in the order in which to try them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,11 +12,11 @@ from mdt_fast.kernels.aot import compile_cases
 from mdt_fast.kernels.launches import Choice, Entry
 
 Outcome = dict[str, float] | str
-"""Numbers, or why the choice cannot be used."""
+"""The machine code's numbers, or the reason why the choice cannot be used."""
 
 
 def outcome_of(job: tuple[Entry, Choice, int, str]) -> Outcome:
-    """In a process of its own: the machine code's numbers, or why there is none to use."""
+    """Compile one case, in a separate process. Returns its numbers, or why the code cannot be used."""
     entry, choice, i, arch = job
     case = candidates.cases(entry, arch, choice)[i]
     [numbers] = compile_cases([case], arch)
@@ -34,7 +34,7 @@ def outcome_of(job: tuple[Entry, Choice, int, str]) -> Outcome:
 
 
 def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """The refusal, if there is one; else the numbers of the one with the lowest occupancy."""
+    """The first reason against the choice, if there is one, else the numbers with the lowest occupancy."""
     for one in outcomes:
         if isinstance(one, str):
             return one
@@ -42,8 +42,9 @@ def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def promise(outcome: Outcome) -> tuple[float, ...]:
-    """Sorts outcomes: what can run; then, on sm_90 and sm_100, products by their own instructions (wgmma,
-    tcgen05) before products by those of sm_80; then by occupancy, wide loads and stores, registers."""
+    """Sort key for outcomes, most promising first. Choices that can run come before those that cannot; then,
+    on sm_90 and sm_100, products in the architecture's own instructions (wgmma, tcgen05) come before products
+    in those of sm_80; then occupancy, the share of wide loads and stores, and registers decide."""
     if isinstance(outcome, str):
         return (1.0,)
     old = bool(outcome.get("HMMA")) and not any(outcome.get(kind) for kind in ("HGMMA", "UTCMMA"))
@@ -51,14 +52,14 @@ def promise(outcome: Outcome) -> tuple[float, ...]:
 
 
 def wide_share(numbers: dict[str, float]) -> float:
-    """Of the accesses to global memory, how many move 16 bytes."""
+    """The share of global-memory accesses that move 16 bytes."""
     every = sum(numbers.get(kind, 0) for kind in ("LDG", "LDGSTS", "STG"))
     wide = sum(numbers.get(f"{kind}.128", 0) for kind in ("LDG", "LDGSTS", "STG"))
     return wide / every if every else 0.0
 
 
 def show(entry: Entry, arch: str, judged: Sequence[tuple[Choice, Outcome]], top: int) -> None:
-    """The most promising choices, where the present one stands, and how many cannot be used."""
+    """Print the ``top`` choices, the rank of the current one and how many cannot be used."""
     table = Table(title=f"{' '.join(entry)} on {arch}", header_style="bold", box=None, title_justify="left")
     for name in ("", "choice", "registers", "shared B", "occupancy", "wide", "matrix"):
         table.add_column(name, justify="left" if name == "choice" else "right", no_wrap=True)

@@ -1,15 +1,20 @@
-"""Providers: the same model, made by different code, on the same weights.
+"""Providers: the same model with the same weights, run by different code.
 
-``reference`` and ``fast`` are this package's two implementations, ``*-compiled`` the same behind
-``torch.compile`` (the whole forward), ``*-blocks-compiled`` with each block behind it (equal blocks are
-compiled once), ``fast-graphs`` a training step of ``fast`` whose passes are one CUDA graph
-(``train.cuda_graphs``), or a sampling step whose guided pass is one (``GraphedModel``), ``fast-in-turn`` a
-training step in which each pass has its own backward pass (``train.passes``), ``fast-lean`` one with weights
-and moments in bfloat16, and float32 weights in the optimiser (``train.weights``, ``train.moments``), or a
-sampling step of a model that is bfloat16 itself, ``fast-float8`` one with the blocks' products in float8
-(``use_float8``, ``train.float8``), ``fast-float8-torchao`` that by torchao, ``official`` the code of a
-checkout, ``diffusers`` that library's DiT.
-A provider and its other forms share one module, those of compiled blocks its parameters.
+``reference`` and ``fast`` are this package's two implementations. The others are:
+
+    *-compiled           the whole forward pass through torch.compile
+    *-blocks-compiled    each block compiled on its own (identical blocks are compiled once)
+    fast-graphs          a training step whose passes are one CUDA graph (train.cuda_graphs), or a sampling
+                         step whose guided pass is one (GraphedModel)
+    fast-in-turn         a training step in which each pass has its own backward pass (train.passes)
+    fast-lean            a training step with bfloat16 weights and moments, and float32 weights in the
+                         optimiser (train.weights, train.moments), or a sampling step of a bfloat16 model
+    fast-float8          the matrix products of the blocks in float8 (use_float8, train.float8)
+    fast-float8-torchao  the same by torchao
+    official             the code of a checkout (--official)
+    diffusers            the DiT of the diffusers library
+
+A provider shares one module with its variants; variants with compiled blocks share only its parameters.
 """
 
 import copy
@@ -43,15 +48,15 @@ NAMES = (
     "official", "diffusers",
 )  # fmt: skip
 PRECISIONS = "lean-float8", "float8-torchao", "lean", "float8"
-"""The longer ones first, as their names are in a provider's."""
+"""Longer names first, because they contain the shorter ones and are matched against a provider's name."""
 MASK_RATIO = 0.3
 DECODE_LAYERS = {"MDTv2_S_2": 6}
 """Where the published recipe differs from the constructor's default."""
 
 
 NARROW = "narrow"
-"""The layers of MDTv2-XL/2 on 16 tokens of width 64: a step of it is what the host needs for one of XL/2,
-whose kernels have to be as many but take next to no time."""
+"""The layers of MDTv2-XL/2 on 16 tokens of width 64. A step launches as many kernels as one of XL/2, but they
+take next to no time, so that it measures the host's share of an XL/2 step."""
 
 
 class Skip(Exception):
@@ -59,8 +64,8 @@ class Skip(Exception):
 
 
 def model_config(name: str) -> ModelConfig:
-    """The published recipe of a factory (mask ratio 0.3), a preset's model or ``narrow``; ``UserError`` if
-    unknown."""
+    """The published recipe of a factory (mask ratio 0.3), the model of a preset, or ``narrow``. Raises
+    ``UserError`` if ``name`` is unknown."""
     if name in PRESETS:
         return PRESETS[name].model
     if name == NARROW:
@@ -77,10 +82,11 @@ def model_config(name: str) -> ModelConfig:
 
 
 def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
-    """Initial weights, seeded and drawn on ``device``, but with noise where they would be zero. They stay
-    there: of a large model copying them from the host, for every provider of a case, takes seconds.
+    """Seeded initial weights, drawn on ``device``, with noise in place of zeros.
 
-    A fresh model outputs zero whatever it computes; the comparison of providers would see nothing.
+    A freshly initialised model outputs zero whatever it computes, so comparing providers would show nothing.
+    The weights stay on the device because copying those of a large model from the host for every provider of
+    a case takes seconds.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -94,8 +100,8 @@ def make_weights(config: ModelConfig, device: torch.device) -> dict[str, Tensor]
 
 
 class Modules:
-    """One module per implementation and precision, made when first asked for, on ``device``, with the shared
-    weights; ``switches`` are the fast one's."""
+    """One module per implementation and precision, built on ``device`` with the shared weights when it is
+    first requested. ``switches`` apply to the fast implementation."""
 
     def __init__(
         self,
@@ -110,11 +116,11 @@ class Modules:
         self._made: dict[str, nn.Module] = {}
 
     def get(self, implementation: str, precision: str = "") -> nn.Module:
-        """The module, its weights set back to the shared ones; ``precision``: nothing or one of
-        ``PRECISIONS``. Raises ``Skip`` if it cannot exist here."""
+        """The module, with its weights reset to the shared ones. ``precision`` is empty or one of
+        ``PRECISIONS``. Raises ``Skip`` if the module cannot be built here."""
         key = f"{implementation}-{precision}"
         if key not in self._made:
-            with self.device:  # drawn there, which for large models takes seconds less
+            with self.device:  # drawing weights there saves seconds for large models
                 module = self._build(implementation).to(self.device)
             if "lean" in precision:
                 module.bfloat16()
@@ -150,8 +156,8 @@ class Modules:
 
 @dataclass(frozen=True)
 class Provider:
-    """A name, the module behind it, and how its entry points are called: a pass, a guided pass, and, where
-    the module has that, both passes of a training step at once."""
+    """A provider's name, its module and its entry points: one pass, one guided pass and, where the module
+    supports it, both passes of a training step at once."""
 
     name: str
     module: nn.Module
@@ -181,7 +187,7 @@ class Provider:
 
 
 def make(name: str, modules: Modules) -> Provider:
-    """The provider ``name``. Raises ``Skip`` with the reason if it cannot run here."""
+    """Build the provider ``name``. Raises ``Skip`` with the reason if it cannot run here."""
     if name.endswith("-compiled") and (reason := compile_obstacle(modules.device)):
         raise Skip(reason)
     if name.endswith("-graphs") and modules.device.type != "cuda":
@@ -199,7 +205,7 @@ def make(name: str, modules: Modules) -> Provider:
 
 
 def blocks_compiled(module: nn.Module) -> Any:
-    """A module on the same parameters whose blocks are compiled, one by one."""
+    """A copy of ``module`` that shares its parameters and has each block compiled separately."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin = copy.deepcopy(module, shared)
     if isinstance(twin, Transformer):
@@ -213,14 +219,14 @@ def blocks_compiled(module: nn.Module) -> Any:
 
 
 def _alike(module: nn.Module, twin: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``twin``'s ``call``, in training where ``module`` is."""
+    """``twin``'s ``call``, after setting ``twin`` to the training or evaluation mode of ``module``."""
     if twin.training != module.training:
         twin.train(module.training)
     return call(*args, **kwargs)
 
 
 def implementation(name: str) -> str:
-    """Whose module a provider runs."""
+    """The implementation whose module a provider runs."""
     for suffix in ("-compiled", "-blocks", "-graphs", "-in-turn", *(f"-{each}" for each in PRECISIONS)):
         name = name.removesuffix(suffix)
     return name
@@ -232,13 +238,13 @@ def in_turn(name: str) -> bool:
 
 
 def precision(name: str) -> str:
-    """``lean``: weights and the optimiser's moments are bfloat16; ``float8``: the blocks' products are
-    float8's; both, or nothing."""
+    """The precision in a provider's name, one of ``PRECISIONS`` or empty. ``lean``: weights and optimiser
+    moments in bfloat16; ``float8``: the blocks' matrix products in float8."""
     return next((each for each in PRECISIONS if f"-{each}" in name), "")
 
 
 def compile_obstacle(device: torch.device) -> str | None:
-    """Why ``torch.compile`` cannot work on ``device``, or None."""
+    """The reason why ``torch.compile`` cannot work on ``device``, or None."""
     if device.type == "cpu" and doctor.cpp_compiler() is None:
         return (
             "torch.compile on the CPU needs a C++ compiler, and neither g++ nor clang++ was found (see CXX)"
@@ -253,7 +259,7 @@ def load_checkout(path: Path | None) -> official.Official | None:
 
 
 def check_names(names: list[str]) -> None:
-    """``UserError`` for a provider that does not exist."""
+    """Raise ``UserError`` if a provider does not exist."""
     for name in names:
         if name not in NAMES:
             raise UserError(

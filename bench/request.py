@@ -1,4 +1,4 @@
-"""The command line of ``throughput.py``, checked: mistakes are found before anything is measured."""
+"""Parse and check the command line of ``throughput.py``, so that errors are found before measuring starts."""
 
 import argparse
 import dataclasses
@@ -22,56 +22,57 @@ SWITCHES = [field.name for field in dataclasses.fields(Switches)]
 def parser() -> argparse.ArgumentParser:
     p = command.Parser(prog="throughput", description="Throughput of training and sampling.")
     p.add_argument(
-        "--mode", help="train or sample, or both by a comma (default: train,sample; train with --account)"
+        "--mode",
+        help="train, sample or train,sample (default: both; with --account or --breakdown: train)",
     )
     p.add_argument(
         "--model",
-        help="factory (MDTv2_XL_2, DiT_B_4, ...), preset (digits) or narrow (XL/2 for the host alone)",
+        help="factory (MDTv2_XL_2, DiT_B_4, ...), preset (digits) or narrow (XL/2's host time only)",
     )
-    p.add_argument("--batch", help="images per step; several by comma")
+    p.add_argument("--batch", help="images per step; separate several values with commas")
     p.add_argument(
         "--dtype",
-        help="float32 or bfloat16 (autocast), or both by a comma (default: float32; on a GPU bfloat16)",
+        help="float32, bfloat16 (autocast) or both, comma-separated (default: float32; on a GPU bfloat16)",
     )
-    p.add_argument("--providers", help=f"some of {', '.join(providers.NAMES)}, by comma")
+    p.add_argument("--providers", help=f"comma-separated, from {', '.join(providers.NAMES)}")
     p.add_argument("--official", type=Path, metavar="PATH", help="checkout of the official code")
-    p.add_argument("--repeats", type=int, help="rounds in which each provider takes a turn")
-    p.add_argument("--steps", type=int, help="steps per turn (default: 1; on a GPU as many as last 0.1 s)")
+    p.add_argument("--repeats", type=int, help="interleaved rounds; every provider is timed once in each")
+    p.add_argument(
+        "--steps", type=int, help="steps per timing (default: 1; on a GPU as many as fit into 0.1 s)"
+    )
     p.add_argument(
         "--lengths",
         type=int,
-        help=f"numbers of kept tokens that take turns, each a CUDA graph of its own (default: {PERIOD})",
+        help=f"numbers of kept tokens to cycle through, each with its own CUDA graph (default: {PERIOD})",
     )
     p.add_argument(
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="begin no new round after this time (default: 180, or none with --repeats)",
+        help="start no new round after this time (default: 180; with --repeats no limit)",
     )
     p.add_argument(
         "--apart",
         action="store_true",
-        help="each provider alone, one after the other, where memory is short: no ratios",
+        help="measure providers one after another when memory is short; gives no ratios",
     )
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument(
-        "--data", default="digits", help="digits, synthetic or a folder of images (default: digits)"
-    )
+    p.add_argument("--data", default="digits", help="digits, synthetic or an image folder (default: digits)")
     p.add_argument(
         "--account",
         action="store_true",
-        help="instead: bytes, ops and more of a training step (by its own rounds) or of sampling, by switch",
+        help="instead, report bytes, ops and more by switch, for a training step (own rounds) or sampling",
     )
     p.add_argument(
         "--breakdown",
         action="store_true",
-        help="instead: where a step's time goes, by class of kernel (by its own rounds)",
+        help="instead, report where a step's time goes, by class of kernel (own rounds)",
     )
     p.add_argument(
         "--turn",
         metavar="SWITCHES",
-        help="switches of the fast model (mdt_fast.Switches) to turn the other way, by comma",
+        help="switches of the fast model (mdt_fast.Switches) to flip, comma-separated",
     )
     p.add_argument("--sampler", default="ddpm", help="ddpm (ancestral) or ddim")
     command.add_output_options(p)
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Request:
-    """The command line, checked; every mistake is found here, before anything is measured."""
+    """The checked command line. Every user error is found here, before anything is measured."""
 
     def __init__(self, args: argparse.Namespace):
         if args.account and args.breakdown:

@@ -1,15 +1,16 @@
-"""Throughput of training and sampling: this package against the reference, in one run on one machine.
+"""Measure the throughput of training and sampling: this package against the reference, in a single run.
 
     python bench/throughput.py                      picks sizes for about three minutes, and says why
-    python bench/throughput.py --account            what a training step costs, switch by switch
+    python bench/throughput.py --account            the cost of a training step, switch by switch
     python bench/throughput.py --breakdown          where a training step's time goes, by class of kernel
-    python bench/throughput.py --breakdown --turn packed    a switch of the fast model the other way
+    python bench/throughput.py --breakdown --turn packed    the same with one switch of the fast model flipped
     python bench/throughput.py --account --mode sample    what makes sampling fast, item by item
     python bench/throughput.py --model MDTv2_XL_2 --batch 32 --dtype bfloat16 --mode train --json rows.jsonl
 
-A training step is the two-pass objective (all tokens, and kept tokens only), one backward, the optimiser's
-step and the moving average; a sampling step is one guided denoising step. All providers get the same
-weights, images, masks and noise, must agree with the reference before they are timed, and then take turns.
+A training step consists of the two-pass objective (all tokens, then kept tokens only), one backward pass, the
+optimiser step and the moving-average update; a sampling step is one guided denoising step. All providers get
+the same weights, images, masks and noise on the same machine. Each must agree with the reference before it is
+timed; the providers are then timed in interleaved rounds.
 """
 
 import re
@@ -39,7 +40,7 @@ from steps import Case
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Run the benchmark. Returns 0; 1 if nothing was measured; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("throughput", lambda kept: _main(argv, kept))
 
@@ -58,7 +59,10 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 
 def run(request: Request, rows: RowFile, started: float) -> bool:
-    """Plan, measure and print; True if any provider was measured."""
+    """Plan, measure and print. Returns whether the run produced anything.
+
+    That is a measured provider or a breakdown; with ``--account``, an account of every case.
+    """
     console = Console(width=max(tables.WIDTH, Console().width))
     picked = plan.pick(request)
     for line in picked.reasons:
@@ -128,8 +132,8 @@ def account_of(
     say: Callable[[str], None],
     console: Console,
 ) -> bool:
-    """One case's account, printed; False if its reference failed, for want of memory say, which is told: the
-    cases after it may have enough."""
+    """Print the account of one case. Returns False if it failed, for example because the reference ran out of
+    memory; the error is printed and the run continues, as later cases may need less."""
     try:
         if case.mode == "train":
             account.show(console, case, account.run(case, modules, images, rows, say))

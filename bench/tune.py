@@ -1,15 +1,17 @@
-"""Launch choices for the Triton kernels: tried on the GPU that is here, kept as data.
+"""Tune the launch choices of the Triton kernels on this machine's GPU; the winners are stored as data.
 
     python bench/tune.py --json rows.jsonl                   every kernel at every published shape class
     python bench/tune.py --json rows.jsonl --ops rel_attention --time-limit 400
-    python bench/tune.py --json rows.jsonl --report --write  measures nothing: the winners into tuned.json
-    python bench/tune.py --compile-only --arch sm_90         without a GPU: what the machine code says
+    python bench/tune.py --json rows.jsonl --report --write  measures nothing; writes winners to tuned.json
+    python bench/tune.py --compile-only --arch sm_90         needs no GPU; ranks choices by machine code
 
-Choices are compiled first. One that spills, or takes more shared memory than there is, is not timed; the rest
-are timed in turns with the present choice, on an emptied cache, once their results are the present choice's.
-Rows are kept as they are made and read again: the same command goes on where it was stopped.
+Choices are compiled first. One that spills, or needs more shared memory than there is, is not timed. The rest
+are checked against the results of the current choice, then timed with it in interleaved rounds on an emptied
+cache. Rows are saved as they are made and read back at the start, so that the same command resumes a stopped
+run.
 
-The order that ``--compile-only`` gives is one in which to try things; what is faster only a GPU can say.
+The ranking of ``--compile-only`` suggests an order in which to try choices; only a GPU can tell which is
+faster.
 """
 
 import argparse
@@ -44,13 +46,13 @@ from winners import conclude, key_of, source_of
 
 ARCHITECTURES = tuple(aot.SHARED_BYTES)
 AT_ONCE = 8
-"""Choices that take turns with the present one."""
+"""Choices timed together with the current one, in the same interleaved rounds."""
 TIGHTEST = 2
-"""Compilations by which choices are judged before they are timed: those that take most registers now."""
+"""Compilations that rank a choice before timing: those that use most registers under the current choice."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune. Returns 0; 1 if nothing was measured; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Tune. Returns 0; 1 if there are no rows; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("tune", lambda kept: _main(argv, kept))
 
@@ -114,7 +116,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 
 def kernels_of(text: str | None) -> list[str]:
-    """Kernels by their own name, or by that of their room or op."""
+    """The kernels named in ``text``, each by its own name or by that of its room or op."""
     if text is None:
         return list(candidates.KERNELS)
     named: dict[str, list[str]] = {}
@@ -127,7 +129,7 @@ def kernels_of(text: str | None) -> list[str]:
 
 @dataclass
 class Tuner:
-    """What all entries of a run share."""
+    """What all the entries of a run share."""
 
     rows: RowFile
     known: Sequence[Row]
@@ -141,7 +143,7 @@ class Tuner:
     compiled: dict[str, Outcome] = field(default_factory=dict)
 
     def compile_only(self, entry: Entry) -> None:
-        """A table of an entry's choices, and their rows."""
+        """Print a table of an entry's choices and write their rows."""
         choices = [*candidates.KERNELS[entry[0]].choices()]
         judged = self.judge(entry, choices)
         for choice, outcome in judged:
@@ -149,7 +151,7 @@ class Tuner:
         show(entry, self.arch, judged, self.top)
 
     def tune(self, entry: Entry) -> None:
-        """Time what of an entry has no rows yet."""
+        """Time those choices of an entry that have no rows yet."""
         makers = candidates.calls(entry, self.batch, self.device)
         if not makers:
             print(f"{' '.join(entry)}: no published model has this shape")
@@ -174,7 +176,7 @@ class Tuner:
         print(f"{' '.join(entry)} on {self.arch}: {timed} timings, {len(good)} choices, {len(makers)} points")
 
     def done(self, entry: Entry) -> set[tuple[str, str]]:
-        """Points and choices that have a row of this code on this device."""
+        """The (point, choice) pairs that already have a row from the current code on this device."""
         source, device = source_of(entry[0]), self.rows.common["device"]
         return {
             (row["point"], key_of(row["switches"]))
@@ -184,8 +186,8 @@ class Tuner:
         }  # fmt: skip
 
     def judge(self, entry: Entry, choices: Sequence[Choice]) -> list[tuple[Choice, Outcome]]:
-        """Choices with what their tightest compilations say, the most promising first; those that spill or do
-        not fit, with that as their outcome, last."""
+        """Pair each choice with the outcome of its tightest compilations, most promising first. Choices that
+        spill or do not fit come last, with that as their outcome."""
         now = candidates.cases(entry, self.arch, {})
         said = self.compile([(entry, {}, i) for i in range(len(now))])
         registers = [-1.0 if isinstance(one, str) else one["registers"] for one in said]
@@ -196,7 +198,7 @@ class Tuner:
         return sorted(zip(choices, worst), key=lambda one: promise(one[1]))
 
     def compile(self, jobs: Sequence[tuple[Entry, Choice, int]]) -> list[Outcome]:
-        """Outcomes in order; what compiles to the same is compiled once."""
+        """The outcomes of ``jobs``, in order. Identical compilations are done once."""
         keys, new = [], {}
         for entry, choice, i in jobs:
             case = candidates.cases(entry, self.arch, choice)[i]
@@ -214,13 +216,13 @@ class Tuner:
         make: Callable[[], points.Call],
         some: dict[int, tuple[Choice, dict[str, float]]],
     ) -> None:
-        """Time some choices in turns with the present one, and write a row for each."""
+        """Time some choices in interleaved rounds with the current one and write a row for each."""
         release(self.device)
         torch.manual_seed(0)
         call = make()
         expected = call()
         limit = max(points.TOLERANCE[tensor.dtype] for tensor in expected)
-        if entry[1].endswith("tf32"):  # as many bits as float16
+        if entry[1].endswith("tf32"):  # as precise as float16
             limit = max(limit, points.TOLERANCE[torch.float16])
 
         def turn(choice: Choice | None) -> Callable[[int], Sequence[Tensor]]:
@@ -243,11 +245,11 @@ class Tuner:
                 self.failed(entry, title, choice, error)
                 continue
             turns[str(i)] = turn(choice)
-        # From graphs, as ``points.py`` times calls: launched one by one they would take the host's pace.
+        # Replay graphs, as ``points.py`` does: separate launches would be timed at the host's speed.
         capture = partial(Graphed, device=self.device) if self.device.type == "cuda" else None
         notes: list[str] = []
         replays = {name: captured(partial(one, 0), capture, notes) for name, one in turns.items()}
-        if notes:  # a graph is not compared with launches
+        if notes:  # never compare graph replays with separate launches
             replays = {name: partial(one, 0) for name, one in turns.items()}
         turns = {name: lambda index, replay=replay: replay() for name, replay in replays.items()}
         clock = op_clock(self.device)
@@ -267,7 +269,8 @@ class Tuner:
                      rounds=len(timing.seconds), late=timing.late + present.late)  # fmt: skip
 
     def failed(self, entry: Entry, title: str, choice: Choice, error: Exception) -> None:
-        """Write it down. ``UserError`` if the device cannot go on: nothing else is to be blamed for that."""
+        """Write a row for the failure. Raises ``UserError`` if the device is unusable after it, so that no
+        other choice is blamed."""
         self.row(entry, title, choice, one_line(error), "failed")
         try:
             synchronize(self.device)
@@ -299,24 +302,28 @@ class Tuner:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(prog="tune", description="Launch choices of the Triton kernels.")
-    parser.add_argument("--ops", help="kernels, ops or rooms, by comma (default: all)")
-    parser.add_argument("--dtype", default="half", help="of half, float32, tf32, by comma (default: half)")
-    parser.add_argument("--sizes", help="shape classes, or their numbers, by comma (default: all)")
-    parser.add_argument("--batch", default="32", help="samples (default: 32)")
-    parser.add_argument("--top", default="24", help="choices of an entry that are timed (default: 24)")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds of turns (default: 30)")
+    parser = command.Parser(prog="tune", description="Tune the launch choices of the Triton kernels.")
+    parser.add_argument("--ops", help="kernels, ops or rooms, comma-separated (default: all)")
     parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="begin nothing new after this time"
+        "--dtype", default="half", help="comma-separated, from half, float32, tf32 (default: half)"
+    )
+    parser.add_argument("--sizes", help="shape classes or their numbers, comma-separated (default: all)")
+    parser.add_argument("--batch", default="32", help="batch size (default: 32)")
+    parser.add_argument("--top", default="24", help="choices to time (or show) for each entry (default: 24)")
+    parser.add_argument("--repeats", type=int, default=30, help="interleaved rounds (default: 30)")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="start nothing new after this time"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: CPUs)"
+        "--jobs", type=int, default=os.cpu_count(), help="parallel compilations (default: number of CPUs)"
     )
     parser.add_argument("--compile-only", action="store_true", help="rank by machine code; needs no GPU")
-    parser.add_argument("--arch", help=f"with --compile-only: of {', '.join(ARCHITECTURES)} (default: sm_90)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="rows: read, and appended to")
-    parser.add_argument("--report", action="store_true", help="measure nothing: the winners of --json")
-    parser.add_argument("--write", action="store_true", help="put the winners into kernels/tuned.json")
+    parser.add_argument(
+        "--arch", help=f"with --compile-only: one of {', '.join(ARCHITECTURES)} (default: sm_90)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="row file, read first and appended to")
+    parser.add_argument("--report", action="store_true", help="measure nothing; print the winners in --json")
+    parser.add_argument("--write", action="store_true", help="write the winners to kernels/tuned.json")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Which launch choices won, from the rows of ``tune.py``, and putting them into ``kernels/tuned.json``."""
+"""Find the best launch choices in the rows of ``tune.py`` and write them to ``kernels/tuned.json``."""
 
 import hashlib
 import json
@@ -19,24 +19,24 @@ from promise import outcome_of
 from rows import Row
 
 MIN_GAIN = 1.02
-"""Least speed over the present choice's for which it is changed."""
+"""The smallest speed-up over the current choice for which it is replaced."""
 
 
 def source_of(kernel: str) -> str:
-    """What a measurement follows from besides the choice: the room's code, by digest."""
+    """A digest of the room's code, which a measurement depends on besides the choice."""
     folder = Path(launches.__file__).parent / candidates.KERNELS[kernel].room
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(text).hexdigest()[:12]
 
 
 def key_of(choice: Choice) -> str:
-    """Equal for equal choices."""
+    """A key that is equal for equal choices."""
     return json.dumps(dict(choice), sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The best choice of an entry: its speed over the present one's at each point, (p20, p50)."""
+    """A choice for an entry, with its speed-up over the current one at each point as (p20, p50)."""
 
     entry: Entry
     arch: str
@@ -46,7 +46,7 @@ class Winner:
 
     @property
     def gain(self) -> float:
-        """The geometric mean over points."""
+        """The geometric mean of the speed-up over all points."""
         return exp(sum(log(p50) for _, p50 in self.points.values()) / len(self.points))
 
     @property
@@ -55,13 +55,13 @@ class Winner:
 
 
 def winners(rows: Sequence[Row], kernels: Sequence[str]) -> list[list[Winner]]:
-    """For each entry and architecture its choices, the best first: of those timed at all of its points, in
-    five rounds or more. The latest row of a choice counts."""
+    """For each entry, architecture and device its choices, best first. Only choices timed at all of its
+    points, in five rounds or more, are included; the latest row of a choice counts."""
     found: dict[tuple[str, str, str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row["bench"] != "tune" or row["op"] not in kernels or row["metric"] != "ratio":
             continue
-        paced = row.get("late", 0) > row["rounds"] / 2  # by the host, which tells nothing of the choice
+        paced = row.get("late", 0) > row["rounds"] / 2  # by the host: says nothing about the choice
         if row["rounds"] >= MIN_ROUNDS and not paced and row["source"] == source_of(row["op"]):
             by_choice = found.setdefault((row["op"], row["shape"], row["arch"], row["device"]), {})
             by_choice.setdefault(key_of(row["switches"]), {})[row["point"]] = row
@@ -84,7 +84,7 @@ def winners(rows: Sequence[Row], kernels: Sequence[str]) -> list[list[Winner]]:
 
 
 def conclude(rows: Sequence[Row], kernels: Sequence[str], write: bool) -> None:
-    """The winners; with ``write`` into ``kernels/tuned.json``."""
+    """Print the winners; with ``write``, also write them to ``kernels/tuned.json``."""
     table = Table(header_style="bold", box=None)
     for name in ("kernel", "shape class", "arch", "best choice", "gain", "by point"):
         table.add_column(name, no_wrap=True, justify="right" if name == "gain" else "left")
@@ -123,7 +123,7 @@ def holds(winner: Winner) -> bool:
 
 
 def put(taken: Sequence[Winner], path: Path) -> None:
-    """Into the data file, beside what it holds."""
+    """Add the choices to the data file; its other entries stay."""
     table = json.loads(path.read_text())
     for one in taken:
         kernel, shape = one.entry
