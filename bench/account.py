@@ -1,12 +1,13 @@
-"""What one training step costs, provider by provider and switch by switch: ``throughput.py --account``.
+"""The cost of one training step, provider by provider and switch by switch: ``throughput.py --account``.
 
-FLOPs: of matmuls, as torch counts them on the meta device. Saved: bytes that wait for the backward pass,
-parameters apart. Peak: bytes at the highest point beyond what the step found, by the allocator. Ops: what
-torch dispatched, views apart; a registered op counts once, whatever it calls (on a GPU: about the launches).
-Gathers: how often FSDP would gather a block's weights, sharded by block: for each call and for its backward
-pass. Time: the median of a few steps in turns with the others, too few for a claim; ``throughput.py`` alone
-measures that. On a GPU also the time of the fast model's lines with the passes as one CUDA graph, which does
-not wait for the host; one line after the other, as their graphs together would take too much memory.
+FLOPs: those of matmuls, as torch counts them on the meta device. Saved: bytes kept for the backward pass,
+without parameters. Peak: peak memory in bytes beyond what was allocated before the step, as the allocator
+reports it. Ops: operations that torch dispatched, without views; a registered op counts once, whatever it
+calls (on a GPU this is about the number of launches). Gathers: how often FSDP, sharding by block, would
+gather a block's weights, once for each call and once for its backward pass. Time: the median of a few
+interleaved rounds, too few for a claim; use ``throughput.py`` without ``--account`` for that. On a GPU the
+fast model's lines also have a time with the passes as one CUDA graph, which does not wait for the host. These
+are measured one after another because the graphs of all lines together would take too much memory.
 """
 
 import dataclasses
@@ -56,8 +57,11 @@ class Line:
 def run(
     case: Case, modules: Modules, inputs: Inputs, rows: RowFile, say: Callable[[str], None]
 ) -> list[Line]:
-    """Account of one case: the reference, the fast model, and that with every switch turned. A line's rows
-    are written as soon as they are known; one that fails, for want of memory for instance, is left out."""
+    """Account of one case: the reference, the fast model, and the fast model with each switch flipped.
+
+    Rows are written as soon as they are known. A line that fails, for lack of memory say, is left out or
+    keeps what was found before; if the reference cannot be counted, the error is raised.
+    """
     lengths = len_keeps(case.config, 1)
     lines: list[Line] = []
     reference = make("reference", modules)
@@ -100,7 +104,7 @@ def run(
 
 
 def write(rows: RowFile, case: Case, line: Line, metrics: Iterable[str]) -> None:
-    """Rows of some of what was found."""
+    """Write the rows of some of a line's metrics."""
     for metric in metrics:
         rows.add(
             (None, line.found[metric], None), bench="account", model=case.model, mode="train",
@@ -117,7 +121,8 @@ def failed(line: Line, error: Exception) -> None:
 
 
 def settings(module: nn.Module) -> list[tuple[str, Switches]]:
-    """The fast model as it is, and with each switch turned; those that a model does not have are left out."""
+    """The fast model as it is, with each switch flipped, and without any. Switches that do not apply to the
+    model are left out."""
     family = module.config.family
     without = {
         "dit": {"packed", "sorted_tokens", "masked_side", "thin_skip", "stored_scores"},
@@ -135,12 +140,12 @@ def settings(module: nn.Module) -> list[tuple[str, Switches]]:
 
 
 def count(case: Case, line: Line, len_keep: int | None) -> None:
-    """Everything but time."""
+    """Fill in everything but the times."""
     implementation = line.step.provider.implementation
     unpacked = None if line.switches is None else replace(line.switches, packed=False)
     counted = flops.train_step(case.config, len_keep, implementation, case.batch, unpacked)
     step = _turned(line)
-    step(0)  # the optimiser's state is there from now on
+    step(0)  # creates the optimiser state
     line.step.forget()
     line.found |= {
         "flops": counted.flops,
@@ -152,7 +157,7 @@ def count(case: Case, line: Line, len_keep: int | None) -> None:
 
 
 def _turned(line: Line) -> Callable[[int], None]:
-    """The line's step, with its switches set first."""
+    """The line's step, preceded by setting its switches."""
 
     def step(index: int) -> None:
         if line.switches is not None:
@@ -163,11 +168,11 @@ def _turned(line: Line) -> Callable[[int], None]:
 
 
 def as_graph(case: Case, line: Line, provider: Provider, inputs: Inputs) -> dict[str, float]:
-    """``graph_ms`` of a line of the fast model; nothing, with the reason, where it cannot be captured."""
+    """``graph_ms`` of a line of the fast model; empty, with the reason printed, if capture fails."""
     provider.module.set_switches(line.switches)
     lengths = line.step.len_keeps
     turn = {line.name: GraphedTrainStep(case, provider, inputs, lengths, line.step)}
-    first = take_turns(turn, case.device, repeats=1)[line.name]  # in which it is captured
+    first = take_turns(turn, case.device, repeats=1)[line.name]  # captures the graph
     timing = first if first.error else take_turns(turn, case.device, repeats=GRAPH_ROUNDS)[line.name]
     turn[line.name].forget()
     turn.clear()
@@ -179,7 +184,7 @@ def as_graph(case: Case, line: Line, provider: Provider, inputs: Inputs) -> dict
 
 
 def saved_bytes(owner: TrainStep) -> int:
-    """Bytes of all storages that autograd keeps from the forward pass, the parameters' own apart."""
+    """Bytes of all storages that autograd keeps from the forward pass, without those of parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in owner.module.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -189,7 +194,7 @@ def saved_bytes(owner: TrainStep) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        losses = [*owner.losses(0, owner.y)]  # alive, so that no storage is used twice
+        losses = [*owner.losses(0, owner.y)]  # kept alive, so that no storage is reused
     del losses
     return storage_bytes(kept.values())
 
@@ -211,7 +216,7 @@ def ops(step: Callable[[int], None]) -> int:
 
 
 def gathers(owner: TrainStep, step: Callable[[int], None]) -> int:
-    """Twice the calls of blocks in a step: before the pass and before its backward."""
+    """Twice the number of block calls in a step: one gather before each call and one before its backward."""
     calls = 0
 
     def called(*_: object) -> None:
@@ -229,7 +234,8 @@ def gathers(owner: TrainStep, step: Callable[[int], None]) -> int:
 
 
 def show(console: Console, case: Case, lines: list[Line]) -> None:
-    """The table; how many times as much as the reference, as graphs as the fast model, stands beside."""
+    """Print the table. Next to each number is its ratio to the reference's; graph times are compared with
+    that of the fast model."""
     base = lines[0].found
     graphs = next((line.found["graph_ms"] for line in lines if "graph_ms" in line.found), None)
     table = Table(box=None, padding=(0, 2, 0, 0))

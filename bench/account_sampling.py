@@ -1,12 +1,13 @@
 """What makes sampling fast, item by item: ``throughput.py --mode sample --account``.
 
-A line is a whole run of a few steps, spread as 250 would be, with guidance by the power-cosine schedule (one
-in ten steps has a weight of 1), and its time is per step of the batch. All lines draw from the same noise and
-must come to the reference's picture; predictions are clipped, as with untrained weights they would grow to
-hundreds. ``reference`` is the published loop around the plain model, ``forward_with_cfg`` and the update in
-separate operations; ``diffusers`` is its DiTTransformer2DModel in the same loop. Ops: what torch dispatched,
-views apart (of compiled code unknown; of a CUDA graph what is around it). Peak: bytes at the highest point
-beyond what the run found, weights that are cast once and the memory of graphs included.
+A line is a complete run of a few steps, spread over the timesteps as 250 would be, guided by the power-cosine
+schedule (one in ten steps has a weight of 1). Its time is per step of the batch. All lines draw from the same
+noise and must arrive at the reference's picture. Predictions are clipped because with untrained weights they
+would grow to hundreds. ``reference`` is the published loop around the plain model, with ``forward_with_cfg``
+and the update as separate operations; ``diffusers`` is that library's DiTTransformer2DModel in the same loop.
+Ops: operations that torch dispatched, without views (unknown for compiled code; for a CUDA graph only those
+around it). Peak: peak memory in bytes beyond what was allocated before the run, including weights that are
+cast once and the memory of graphs.
 """
 
 import dataclasses
@@ -33,20 +34,20 @@ from steps import CFG_SCALE, Case
 
 STEPS, ROUNDS = 10, 5
 OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-"""How far a line's picture may be from the reference's, relative."""
+"""Largest relative difference of a line's picture from the reference's."""
 BOUND = 1e-3
-"""Of ``skip_below``: with the power-cosine schedule a third of 250 steps."""
+"""The value of ``skip_below``; with the power-cosine schedule it applies to a third of 250 steps."""
 
 LEAN = "fast with bfloat16 weights"
-"""A model that is bfloat16 itself, and so is what runs through its blocks."""
+"""A model whose weights are bfloat16, as are the activations of its blocks."""
 
 Draw = Callable[[int], object]
 
 
 @dataclass
 class Line:
-    """A way to draw the batch, with bytes ``kept`` between batches, once it has drawn; ``off`` by so much,
-    relative, from the reference's picture."""
+    """A way to draw the batch. ``kept`` gives the bytes it keeps between batches, once it has drawn one;
+    ``off`` is the relative difference from the reference's picture."""
 
     name: str
     draw: Draw
@@ -69,8 +70,8 @@ def run(
     deadline: float,
     compiled: Sequence[str] = ("reference-compiled",),
 ) -> tuple[list[Line], list[str]]:
-    """All lines of one case, and why some are missing; ``compiled``: forms of the reference to have beside,
-    which take a minute on a GPU."""
+    """All lines of one case, and the reasons why some are missing. ``compiled`` names compiled forms of the
+    reference to include, which take a minute on a GPU."""
     labels = inputs.labels_B.tolist()
     config = SampleConfig(
         steps=STEPS, sampler=case.sampler, cfg_scale=CFG_SCALE, dtype=case.dtype_name, batch_size=len(labels),
@@ -95,8 +96,8 @@ def run(
     for line in list(lines):
         say(f"{case.title}: counting {line.name}")
         try:
-            picture: Any = line.draw(0)  # in which graphs are captured
-            if not line.name.endswith("-compiled"):  # it does not run as such where operations are counted
+            picture: Any = line.draw(0)  # captures the graphs
+            if not line.name.endswith("-compiled"):  # it does not run compiled while operations are counted
                 line.found["ops"] = ops(line.draw) / STEPS
             line.found["peak_bytes"] = line.kept() + peak_bytes(line.draw, case.device)
         except Exception as error:
@@ -138,7 +139,8 @@ def run(
 
 
 def settings(config: SampleConfig) -> list[tuple[str, SampleConfig, SampleSwitches]]:
-    """The fast sampler as it is, without each of its switches, without any, and with what is not exact."""
+    """The fast sampler as it is, without each of its switches, without any, and with ``skip_below``, which is
+    not exact."""
     every = SampleSwitches()
     names = [f.name for f in dataclasses.fields(SampleSwitches)]
     if not torch.cuda.is_available():
@@ -156,7 +158,8 @@ def settings(config: SampleConfig) -> list[tuple[str, SampleConfig, SampleSwitch
 def drawing(
     module: Any, config: SampleConfig, labels: list[int], switches: SampleSwitches
 ) -> tuple[Draw, Callable[[], int]]:
-    """And the bytes of its cast weights and captured graphs, which it has from the first batch on."""
+    """A way to draw with the fast sampler, and the bytes of its cast weights and captured graphs, which exist
+    from the first batch on."""
     diffusion = sampling_diffusion(module.config, DiffusionConfig(), config)
     sampler = Sampler(module, diffusion, config, clip_denoised=True, switches=switches)
     casts = sampler.model.casts
@@ -172,7 +175,7 @@ def drawing(
 
 
 def published(case: Case, forward_with_cfg: Any, config: SampleConfig, labels: list[int]) -> Draw:
-    """The loop of the published scripts, on 2n rows throughout."""
+    """The loop of the published scripts, which processes 2n rows throughout."""
     diffusion = sampling_diffusion(case.config, DiffusionConfig(), config)
     y = torch.tensor([*labels, *[case.config.num_classes] * len(labels)], device=case.device)
     side = case.config.input_size

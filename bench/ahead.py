@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels of ``throughput.py`` before it is run, in processes side by side.
+"""Compile the Triton kernels that ``throughput.py`` will launch beforehand, in parallel processes.
 
     python bench/ahead.py --model MDTv2_S_2,MDTv2_XL_2 --batch 4,32,128 --providers fast,fast-lean-graphs
 
-Where Triton has compiled nothing yet, a bench spends minutes on it, one kernel after the other as they are
-met. Here a model of few blocks goes through every case, with launches that are noted and not made; what was
-noted is then compiled into Triton's cache, where every other process finds it.
+With an empty Triton cache, a benchmark spends minutes compiling one kernel after another as it meets them.
+This script runs a model with few blocks through every case and records the launches instead of making them.
+The recorded kernels are then compiled into Triton's cache, where every other process finds them.
 """
 
 import os
@@ -32,14 +32,14 @@ from request import parser as request_parser
 from steps import Case, step_of
 
 BLOCKS, DECODER_BLOCKS = 6, 2
-"""Of a model that has every kernel of a deep one: encoder blocks with a long skip and without, a
-side-interpolater, decoder blocks."""
+"""Blocks that are enough for every kernel of a deep model: encoder blocks with and without a long skip, a
+side-interpolater and decoder blocks."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel, by the module it is in, for arguments of certain types and certain constants: what
-    ``JITFunction.preload`` takes, as JSON."""
+    """A Triton kernel, by module and name, for certain argument types and constants. ``specialization`` is
+    the JSON that ``JITFunction.preload`` takes."""
 
     module: str
     name: str
@@ -47,7 +47,7 @@ class Kernel:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile. Returns 0; 1 if a kernel did not; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Compile. Returns 0; 1 if a kernel failed; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("ahead", lambda kept: _main(argv))
 
@@ -79,7 +79,7 @@ def _main(argv: list[str]) -> int:
 
 
 def kernels_of(request: Request) -> list[Kernel]:
-    """What the fast model launches in the cases and by the providers asked for, as graphs or not."""
+    """The kernels that the fast model launches for the requested cases and providers, graphed or not."""
     with noted() as kernels:
         for model, deep in (request.models or {}).items():
             config, made = few_blocks(deep), None
@@ -93,13 +93,13 @@ def kernels_of(request: Request) -> list[Kernel]:
 
 
 def forms(request: Request) -> list[str]:
-    """The providers asked for that launch kernels of ours, which they do as graphs and without."""
+    """The requested providers that launch our kernels, without ``-graphs``, which changes no kernel."""
     names = {name.removesuffix("-graphs") for name in request.providers or ["fast"]}
     return sorted(name for name in names if name.startswith("fast") and not name.endswith("-compiled"))
 
 
 def few_blocks(config: ModelConfig) -> ModelConfig:
-    """The same layers, few of them."""
+    """The same model with few blocks."""
     if config.depth <= BLOCKS:
         return config
     return replace(config, depth=BLOCKS, decode_layer=min(DECODER_BLOCKS, config.decode_layer or 0))
@@ -117,7 +117,8 @@ def _run(case: Case, name: str, modules: providers.Modules, images: inputs.Input
 
 @contextmanager
 def noted() -> Iterator[dict[Kernel, None]]:
-    """Triton's kernels that were to be launched in here, in their order; none is, so numbers mean nothing."""
+    """Record the Triton kernels launched inside the context, in order. None of them runs, so results are
+    meaningless."""
     import triton
 
     kernels: dict[Kernel, None] = {}
@@ -130,7 +131,7 @@ def noted() -> Iterator[dict[Kernel, None]]:
     runtime, checked = triton.knobs.runtime, torch._assert_async
     before = runtime.jit_cache_hook
     runtime.jit_cache_hook = note
-    torch._assert_async = lambda *_: None  # of what a kernel was to write
+    torch._assert_async = lambda *_: None  # it would check what no kernel wrote
     try:
         yield kernels
     finally:
@@ -138,18 +139,18 @@ def noted() -> Iterator[dict[Kernel, None]]:
 
 
 def compile_all(kernels: Sequence[Kernel], jobs: int) -> list[str]:
-    """Each in one of so many processes; what went wrong, a line for each."""
+    """Compile all kernels in ``jobs`` processes. Returns a line for each failure."""
     if not kernels:
         return []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # of CUDA nothing can be forked
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # CUDA cannot be forked
         return [problem for problem in pool.map(compiled, kernels) if problem is not None]
 
 
 def compiled(kernel: Kernel) -> str | None:
-    """Why it could not be compiled and made ready to be launched."""
+    """Compile a kernel and make it ready to launch. Returns the reason if that fails, else None."""
     try:
         built = getattr(import_module(kernel.module), kernel.name).preload(kernel.specialization)
-        built.run  # noqa: B018 - what launches it is compiled, too
+        built.run  # noqa: B018 - compiles the launcher, too
     except Exception as error:
         return f"{kernel.name}: {one_line(error)}"
     return None
@@ -157,18 +158,18 @@ def compiled(kernel: Kernel) -> str | None:
 
 def _parser() -> command.Parser:
     parser = command.Parser("ahead", "Compile the Triton kernels that throughput.py will launch.")
-    parser.add_argument("--model", help="as in throughput.py, needed")
-    parser.add_argument("--batch", help="images per step, several by comma, needed")
-    parser.add_argument("--mode", help="train or sample, or both by a comma (default: both)")
-    parser.add_argument("--dtype", help="float32 or bfloat16, or both by a comma (default: bfloat16)")
+    parser.add_argument("--model", help="models, as in throughput.py (required)")
+    parser.add_argument("--batch", help="images per step, comma-separated (required)")
+    parser.add_argument("--mode", help="train, sample or both, comma-separated (default: both)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or both, comma-separated (default: bfloat16)")
     parser.add_argument(
         "--providers",
-        help="of throughput.py's; fast and its forms that are not compiled count (default: fast)",
+        help="as in throughput.py; only fast and its variants without -compiled matter (default: fast)",
     )
     parser.add_argument("--lengths", type=int, help="numbers of kept tokens, as in throughput.py")
-    parser.add_argument("--turn", metavar="SWITCHES", help="switches to turn the other way, by comma")
+    parser.add_argument("--turn", metavar="SWITCHES", help="switches to flip, comma-separated")
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N")
-    parser.add_argument("--jobs", type=int, help="processes (default: as many as there are cores)")
+    parser.add_argument("--jobs", type=int, help="parallel processes (default: number of CPU cores)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The kernels' machine code, for GPUs that need not be here: a table and rows for each architecture."""
+"""Check the kernels' machine code for GPUs this machine need not have: a table and rows per architecture."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ ROOMS = (
 """The rooms that list kernels in an ``aot.py``."""
 
 CHUNK = 16
-"""Kernels that a process compiles and disassembles together."""
+"""How many kernels a process compiles and disassembles at once."""
 COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spills B",
@@ -30,17 +30,17 @@ COLUMNS = {
     "occupancy": "occupancy",
 }
 MATRIX = ("HMMA", "HGMMA", "UTCMMA", "MFMA")
-# Of a multiprocessor; each block takes 1 KiB for itself. All have room for 64 warps and 65536 registers.
+# Per multiprocessor; each block reserves another 1 KiB. All of them have 64 warps and 65536 registers.
 SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 
 Outcome = dict[str, float] | str
 
 
 def compile_all(architectures: Sequence[str], rows: RowFile) -> int:
-    """A table for each architecture. Returns 1 if any kernel is bad (:func:`is_bad`) or fails."""
+    """Print a table for each architecture. Returns 1 if any kernel is bad (:func:`is_bad`) or fails."""
     console = Console(width=max(170, Console().width))
     bad = number = 0
-    # Spawned: a fork of a process with threads may hang.
+    # Spawn: forking a process that has threads may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         native = {arch: _start_csrc(pool, arch) for arch in architectures}
         triton = {arch: _start(pool, arch) for arch in architectures}
@@ -71,7 +71,7 @@ def is_bad(numbers: Mapping[str, float]) -> bool:
 
 @cache
 def _cases(arch: str) -> list[tuple[str, Case]]:
-    """Every kernel, with its room."""
+    """Every (room, kernel)."""
     return [(op, case) for op in ROOMS for case in import_module(f"mdt_fast.kernels.{op}.aot").cases(arch)]
 
 
@@ -80,7 +80,7 @@ def _start(pool: ProcessPoolExecutor, arch: str) -> list[Future[list[Outcome]]]:
 
 
 def _compile(arch: str, first: int) -> list[Outcome]:
-    """Numbers of each kernel of a chunk, or why it does not compile."""
+    """The numbers of each kernel of a chunk, or the reason why it does not compile."""
     outcomes: list[Outcome] = []
     cases = [case for _, case in _cases(arch)[first : first + CHUNK]]
     for case, numbers in zip(cases, compile_cases(cases, arch), strict=True):
@@ -95,7 +95,7 @@ def _compile(arch: str, first: int) -> list[Outcome]:
 
 
 def _start_csrc(pool: ProcessPoolExecutor, arch: str) -> dict[str, Future[dict[str, dict[str, float]]]]:
-    """The CUDA kernels of ``csrc/`` by file, if nvcc is here."""
+    """Start compiling the CUDA kernels of ``csrc/``, file by file, if nvcc is available."""
     if aot_csrc.nvcc() is None or not arch.startswith("sm_"):
         return {}
     return {source: pool.submit(aot_csrc.compile_source, source, arch) for source in aot_csrc.SOURCES}
@@ -104,7 +104,7 @@ def _start_csrc(pool: ProcessPoolExecutor, arch: str) -> dict[str, Future[dict[s
 def _csrc(
     arch: str, compiled: dict[str, Future[dict[str, dict[str, float]]]], rows: RowFile
 ) -> list[tuple[str, Outcome]]:
-    """Recorded like the others."""
+    """Write the rows of the kernels of ``csrc/`` and return their numbers for the table."""
     found: list[tuple[str, Outcome]] = []
     for source, future in compiled.items():
         common = {"bench": "aot", "op": source.removesuffix(".cu"), "arch": arch, "provider": "csrc",
@@ -124,7 +124,7 @@ def _csrc(
 
 
 def occupancy(numbers: dict[str, int], num_warps: int, shared_bytes: int) -> float:
-    """The share of a multiprocessor's 64 warps that registers and shared memory leave room for, at most."""
+    """The largest share of a multiprocessor's 64 warps that registers and shared memory leave room for."""
     registers = -(-numbers["registers"] // 8) * 8 * 32 * num_warps
     blocks = min(64 // num_warps, 65536 // registers, shared_bytes // (numbers["shared_bytes"] + 1024), 32)
     return blocks * num_warps / 64

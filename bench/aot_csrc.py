@@ -1,4 +1,4 @@
-"""The machine code of ``csrc/``'s CUDA kernels, by nvcc, for GPUs that need not be here."""
+"""Compile the CUDA kernels of ``csrc/`` with nvcc, for GPUs this machine need not have."""
 
 import os
 import re
@@ -19,7 +19,7 @@ FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000
 
 @cache
 def nvcc() -> Path | None:
-    """CUDA's compiler: in ``CUDA_HOME``, on the path, in ``/usr/local/cuda``, or of its pip packages."""
+    """CUDA's compiler: from ``CUDA_HOME``, ``/usr/local/cuda``, pip packages or the path, in this order."""
     packages = sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*"))
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *packages]
     for home in homes:
@@ -30,7 +30,8 @@ def nvcc() -> Path | None:
 
 
 def compile_source(source: str, arch: str) -> dict[str, dict[str, float]]:
-    """Numbers of each kernel of ``csrc/<source>`` for ``arch``, by name. ``RuntimeError`` if it fails."""
+    """The numbers of each kernel of ``csrc/<source>`` for ``arch``, by name. Raises ``RuntimeError`` if
+    compilation fails."""
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("nvcc was not found (set CUDA_HOME, or pip install nvidia-cuda-nvcc)")
@@ -47,7 +48,7 @@ def compile_source(source: str, arch: str) -> dict[str, dict[str, float]]:
 
 
 def _short(mangled: str) -> str:
-    """``mask_plan_kernel<f, 128, 2>`` of a mangled name."""
+    """A short form of a mangled name, such as ``mask_plan_kernel<f, 128, 2>``."""
     name, arguments = re.search(r"(?<=\d)([a-z_]+_kernel)(?:I(.*?)EE?v)?", mangled).groups()  # type: ignore[union-attr]
     values = re.findall(r"^[df](?=L)|(?<=L[ib])\d+", arguments or "")
     return f"{name}<{', '.join(values)}>" if values else name

@@ -1,7 +1,8 @@
 """Where a step's time goes, by class of kernel: ``throughput.py --breakdown``.
 
-On a GPU each kernel's time, by its name; idle is what is left of the step's wall time, which is measured
-apart, without the profiler. On a CPU each operation's own time over all threads, and their sum.
+On a GPU each kernel's time is counted under its name; idle is the rest of the step's wall time, which is
+measured separately, without the profiler. On a CPU it is each operation's own time over all threads; the
+step's time is their sum.
 """
 
 import statistics
@@ -25,7 +26,7 @@ from steps import Case, Step, step_of
 
 WARM_UP, STEPS, TIMED = 3, 3, 7
 LONGEST = 25
-"""Kernels that have rows of their own."""
+"""How many kernels, the longest, get a row each."""
 
 CLASSES = {
     "attention": ("rel_attention", "flash", "fmha", "attention", "cudnn_generated", "sdpa"),
@@ -39,13 +40,13 @@ CLASSES = {
     ),
     "copy": ("memcpy", "memset", "copy", "::fill_", "::zero_", "::cat", "catarray", "fillfunctor"),
 }  # fmt: skip
-"""By parts of names, the first that fits; ``elementwise`` are all others."""
+"""Classes by parts of a kernel's name; the first that fits counts, and all others are ``elementwise``."""
 NAMES = (*CLASSES, "elementwise", "idle")
 
 
 @dataclass
 class Line:
-    """One provider: a step's ms and launches by class, and the longest kernels (name, ms, launches)."""
+    """One provider: ms and launches per step by class, and the longest kernels (name, ms, launches)."""
 
     name: str
     ms: float = 0.0
@@ -56,7 +57,7 @@ class Line:
 
 
 def class_of(name: str) -> str:
-    """A kernel's class by its name."""
+    """The class of a kernel, by its name."""
     lowered = name.lower()
     return next((c for c, parts in CLASSES.items() if any(part in lowered for part in parts)), "elementwise")
 
@@ -69,7 +70,8 @@ def run(
     rows: RowFile,
     say: Callable[[str], None],
 ) -> list[Line]:
-    """The breakdown of each provider, and its rows; one that cannot run has a line that says why."""
+    """The breakdown of each provider, whose rows are written too. A provider that cannot run gets a line that
+    says why."""
     lines = []
     for name in names:
         say(f"{case.title}: {name}")
@@ -88,14 +90,14 @@ def run(
 
 
 def measure(line: Line, step: Step, device: torch.device) -> None:
-    """Fill in ``line``. All steps keep the same number of tokens."""
+    """Measure and fill in ``line``. All steps keep the same number of tokens."""
     clock = WallClock(device)
     for _ in range(WARM_UP):
         step(0)
     on_gpu = device.type == "cuda"
     if on_gpu:
         line.ms = 1e3 * statistics.median(clock(lambda: step(0)) for _ in range(TIMED))
-    # Of a GPU the kernels alone: the host's operations would take a minute to read, for nothing.
+    # On a GPU record kernels only: reading the host's operations would take a minute and is not needed.
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profile(activities=[activity], acc_events=True) as found:
         for _ in range(STEPS):
@@ -134,7 +136,7 @@ def keep(case: Case, line: Line, rows: RowFile) -> None:
 
 
 def show(console: Console, case: Case, lines: Sequence[Line]) -> None:
-    """A table of classes and providers, and the longest kernels of each."""
+    """Print a table of classes and providers, and the longest kernels of each provider."""
     console.print()
     tables.say(console, f"breakdown · {case.title}", "bold")
     table = Table(box=None, padding=(0, 2, 0, 0))

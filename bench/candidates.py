@@ -1,8 +1,8 @@
-"""What ``tune.py`` tries: for each Triton kernel the launch choices, and the calls at the published shapes on
+"""The launch choices that ``tune.py`` tries for each Triton kernel, and the calls, at published shapes, on
 which they are timed.
 
 The choices are keyword arguments of the room's ``launch_config`` (kernels/*/config.py). Kernels in ``csrc/``
-have theirs compiled in.
+are not tuned: their choices are compiled in.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,11 +27,11 @@ from mdt_fast.kernels.sums.config import ANY
 from ops import Maker
 
 EACH = (8, 64)
-"""Fewest and most numbers of a tile to a thread: fewer leave it without wide loads, more do not fit into its
+"""Fewest and most values of a tile per thread: with fewer it has no wide loads, more do not fit into its
 registers."""
 
 HEADS = 16
-"""Of attention, as in L and XL."""
+"""Attention heads, as in L and XL."""
 
 _ROWS = {"each": (4, 8, 16, 32), "programs": (512, 1024, 2048), "num_stages": (1, 2, 3)}
 _UNMASK = {"each": (4, 8, 16, 32), "programs": (512, 1024, 2048, 4096)}
@@ -45,13 +45,13 @@ TILES = (
     ("block_m", "block_n"), ("block_r", "widest"), ("block_r", "block_d"), ("block_p", "widest"),
     ("block_o", "block_d"),
 )  # fmt: skip
-"""Which choices together say how large a tile is."""
+"""Pairs of choices that together give the size of a tile."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tunable:
-    """One kernel: its room, the op that launches it, in which pass, and what may be chosen. ``size_of`` says
-    from a model's width what its shape class goes by."""
+    """One kernel: its room, the op that launches it, the pass in which it runs, and the values that may be
+    chosen. ``size_of`` maps a model's width to the size in the kernel's shape class."""
 
     room: str
     op: str
@@ -60,7 +60,7 @@ class Tunable:
     size_of: Callable[[int], int] = columns
 
     def choices(self) -> Iterator[Choice]:
-        """Within ``EACH``; the empty one, which is the present one, first."""
+        """All choices within ``EACH``, starting with the empty one, which stands for the current choice."""
         yield {}
         for values in product(*self.space.values()):
             choice = dict(zip(self.space, values))
@@ -142,18 +142,18 @@ KERNELS: dict[str, Tunable] = {
         size_of=lambda D: columns(ops.CHANNELS * ops.PATCH**2 * ops.TOKENS),
     ),
 }  # fmt: skip
-"""By the name that they have in ``kernels/tuned.json``."""
+"""All tunable kernels, by their names in ``kernels/tuned.json``."""
 
 
 def cases(entry: Entry, arch: str, choice: Choice) -> list[Case]:
-    """The compilations that ``choice`` (empty: the present one) has to do for, as its room lists them."""
+    """The compilations, as listed by the room, that ``choice`` (empty: the current one) must work for."""
     room = import_module(f"mdt_fast.kernels.{KERNELS[entry[0]].room}.aot")
     with forced(entry, choice) if choice else nullcontext():
         return [case for case in room.cases(arch) if case.entry == entry]
 
 
 def entries(arch: str) -> list[Entry]:
-    """Every kernel and shape class that ``aot.py`` compiles and ``tuned.json`` may hold."""
+    """Every (kernel, shape class) that ``aot.py`` compiles and that ``tuned.json`` may contain."""
     rooms = dict.fromkeys(tunable.room for tunable in KERNELS.values())
     found = [
         case.entry
@@ -165,9 +165,9 @@ def entries(arch: str) -> list[Entry]:
 
 
 def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[[], points.Call]]:
-    """What an entry is timed on, by title: every published width of its class, attention with all tokens and
-    with some. Empty where no published model has the class. Those of TF32 are float32's: which products are
-    taken is said by torch's setting (:func:`products`)."""
+    """The calls on which an entry is timed, by title: the smallest and largest published widths of its class,
+    and for attention all tokens and some of them. Empty if no published model has the class. TF32 entries use
+    float32 calls; torch's setting decides which products are used (:func:`products`)."""
     kernel, shape = entry
     tunable, (size, kind) = KERNELS[kernel], shape.split()
     dtype = torch.bfloat16 if kind == "half" else torch.float32
@@ -178,7 +178,7 @@ def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[
             for what, masked in (("all", False), ("kept", True))
             if int(size) == {64: 64, 72: 80}[d]
         }
-    widths = {}  # of one class the smallest and the largest
+    widths = {}  # within a class, only the smallest and largest are used
     for model, D in ops.WIDTHS.items():
         if tunable.size_of(D) == int(size):
             widths[model] = D
@@ -191,7 +191,7 @@ def calls(entry: Entry, batch: int, device: torch.device) -> dict[str, Callable[
 
 @contextmanager
 def products(entry: Entry) -> Iterator[None]:
-    """Float32's products, PyTorch's own too, by TF32 or not, as an entry says."""
+    """Compute float32 products, including PyTorch's own, with or without TF32, as the entry requires."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if entry[1].endswith("tf32") else "ieee"
@@ -209,11 +209,11 @@ def _call(tunable: Tunable, model: str, batch: int, dtype: torch.dtype, device: 
 
 
 IN_A_STEP = ("ln_modulate_bwd", "gate_residual_ln_modulate_bwd", "gate_residual_bwd", "bias_gelu_bwd")
-"""Kernels that a training step calls otherwise than the op alone does."""
+"""Kernels that a training step calls differently from the op on its own."""
 
 
 def _in_a_step(kernel: str, D: int, batch: int, make: Maker) -> points.Call:
-    """The call that a training step makes: rows of both passes, gradients in bfloat16, the output once more,
+    """The call that a training step makes: rows of both passes, gradients in bfloat16, the output recomputed,
     and the residual's gradient added."""
     lengths = [ops.TOKENS] * batch + [ops.KEPT] * batch
     R, half = sum(lengths), Maker(make.device, torch.bfloat16)
@@ -252,7 +252,7 @@ def _attention(
 
 
 def _of(mode: str, function: Callable[..., object], arguments: tuple[object, ...]) -> points.Call:
-    """The forward pass; or the backward pass alone, over and over on one graph."""
+    """A call of the forward pass, or of the backward pass alone, repeated on one autograd graph."""
     if mode == "fwd":
         return points.call_of("fwd", function, arguments)
     leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]

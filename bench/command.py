@@ -1,5 +1,8 @@
-"""What the command lines of the bench share: mistakes are found before anything is measured, are one line
-and give exit code 2; Ctrl-C keeps the rows made."""
+"""Shared parts of the benchmarks' command lines.
+
+User errors are found before anything is measured, take one line and give exit code 2. Ctrl-C keeps the rows
+made so far.
+"""
 
 import argparse
 import sys
@@ -29,14 +32,14 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass
 class Kept:
-    """The rows of a run, once there are any: for the message after Ctrl-C."""
+    """The rows of a run, set as soon as they exist, for the message after Ctrl-C."""
 
     rows: RowFile | None = None
 
 
 def guarded(name: str, body: Callable[[Kept], int]) -> int:
-    """``body``'s exit code; 2 after a user's mistake or a failing disk, 130 after Ctrl-C, each with one line
-    on stderr."""
+    """Run ``body`` and return its exit code. A user error or ``OSError`` (a failing disk) gives 2 and Ctrl-C
+    gives 130, each with one line on stderr."""
     kept = Kept()
     try:
         return body(kept)
@@ -52,7 +55,7 @@ def guarded(name: str, body: Callable[[Kept], int]) -> int:
 
 
 def conclude(rows: RowFile, plot: Path | None, draw: Callable[[Sequence[Row], Path], bool]) -> None:
-    """Draw the picture, if one was asked for, and say where everything is."""
+    """Draw the picture, if one was requested, and print where everything is."""
     if plot is not None:
         print(f"picture: {plot}" if draw(rows.rows, plot) else "no picture: nothing was measured")
     where = f" appended to {rows.path}" if rows.path else ", not kept (--json FILE keeps them)"
@@ -61,13 +64,13 @@ def conclude(rows: RowFile, plot: Path | None, draw: Callable[[Sequence[Row], Pa
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="append the rows to this file, as they are made"
+        "--json", type=Path, metavar="FILE", help="append each row to this file as soon as it is made"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result into this PNG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results as this PNG file")
 
 
 def listed(option: str, text: str) -> list[str]:
-    """The names in ``text``, each once."""
+    """The comma-separated names in ``text``, without repeats."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise UserError(f"{option}: got {text!r}, expected one or more names, by comma")
@@ -75,7 +78,7 @@ def listed(option: str, text: str) -> list[str]:
 
 
 def names(option: str, text: str, allowed: Sequence[str]) -> list[str]:
-    """The names in ``text``, all of which must be among ``allowed``."""
+    """The comma-separated names in ``text``. Raises ``UserError`` if one is not in ``allowed``."""
     found = listed(option, text)
     for name in found:
         if name not in allowed:
@@ -86,7 +89,7 @@ def names(option: str, text: str, allowed: Sequence[str]) -> list[str]:
 
 
 def whole(option: str, text: str) -> int:
-    """A whole number, 1 or more."""
+    """The whole number in ``text``, which must be 1 or more."""
     try:
         number = int(text)
     except ValueError:
@@ -107,7 +110,7 @@ def positive_seconds(option: str, value: float | None) -> None:
 
 
 def device(text: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, if it is there."""
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises ``UserError`` if it is missing."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,15 +1,16 @@
-"""How fast models learn: DiT, MDT v1 and MDTv2 from equal seeds, data and optimisers, judged along the way.
+"""Compare how fast DiT, MDT v1 and MDTv2 learn, from the same seeds, data and optimisers.
 
     python bench/convergence.py                                  the comparison, half an hour on two CPU cores
-    python bench/convergence.py --study parts,mask-ratio         what of MDT helps, how much to hide
-    python bench/convergence.py --study models,tokens,updates    at what scale it begins to be faster
+    python bench/convergence.py --study parts,mask-ratio         which parts of MDT help, how much to mask
+    python bench/convergence.py --study models,tokens,updates    at what scale MDT starts to learn faster
     python bench/convergence.py --size gpu                       S-size models of 32 x 32 pixels
-    python bench/convergence.py --size imagenet --data latents   S/2 on what `mdt-fast encode` made
-    python bench/convergence.py --report --json FILE             tables and figures of rows made before
+    python bench/convergence.py --size imagenet --data latents   S/2 on the output of `mdt-fast encode`
+    python bench/convergence.py --report --json FILE             tables and figures of existing rows
 
-Every learner is judged by the Fréchet distance of its samples to real images kept apart, in the features of
-a small classifier of the others, and by how many samples that classifier recognises. A learner that is
-complete is kept: the same command goes on where it was stopped.
+Every learner is judged several times along the way. The measures are the Fréchet distance of its samples to
+held-out real images, in the features of a small classifier trained on the other images, and the share of
+samples that this classifier recognises. Completed learners are kept, so that the same command resumes a
+stopped run.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from rows import Row, RowFile, machine, read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Measure. Returns 0; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("convergence", lambda kept: _main(argv, kept))
 
@@ -75,7 +76,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     kept.rows = rows = RowFile(args.json, machine(device, line))
     jobs = list(jobs_of(args, names, settings, judge, len(data.learnt.classes)))
     before = known(read([args.json]))
-    wanted: dict[str, list[Job]] = {}  # by what it follows from: studies share learners
+    wanted: dict[str, list[Job]] = {}  # by digest, as studies share learners
     for job in jobs:
         wanted.setdefault(job.digest, []).append(job)
     waiting = [same[0] for key, same in wanted.items() if key not in before]
@@ -102,7 +103,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 
 def check_outputs(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """``UserError`` if tables or figures could not be written, before anything is trained."""
+    """Raise ``UserError`` if tables or figures could not be written, before anything is trained."""
     make_folder("--out", args.out)
     if args.plot is not None and len(names) > 1:
         raise UserError(f"--plot: one figure for {len(names)} studies; without it each has its own in --out")
@@ -121,13 +122,14 @@ def make_folder(option: str, folder: Path) -> None:
 
 
 def placed(readme: Path | None, names: Sequence[str]) -> list[str]:
-    """The tables that the document has markers for; ``UserError`` if there are none, or but one of two."""
+    """The tables that the document has markers for. Raises ``UserError`` if it has none or a marker's partner
+    is missing."""
     if readme is None:
         return []
     try:
         text = readme.read_text()
     except OSError:
-        text = ""  # what is wrong is said below
+        text = ""  # the error is reported below
     found = [name for name in [*names, "scales"] if markers(name)[0] in text]
     for name in found or names[:1]:
         between(readme, *markers(name), "--readme")
@@ -139,7 +141,7 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def settings_of(args: argparse.Namespace) -> RunConfig:
-    """The size's settings with what was asked for."""
+    """The settings of ``--size``, with the options given in place of its values."""
     size = SIZES[args.size]
     train = {"steps": args.steps, "batch_size": args.batch, "lr": args.lr}
     train = {name: value for name, value in train.items() if value is not None}
@@ -159,15 +161,15 @@ def settings_of(args: argparse.Namespace) -> RunConfig:
 
 
 def fitted(settings: RunConfig, data: Data) -> RunConfig:
-    """The model's shape as the data needs it."""
+    """The settings with the model's shape fitted to the data."""
     stage, classes = data.stage, len(data.learnt.classes)
     model = replace(settings.model, input_size=stage.size, in_channels=stage.channels, num_classes=classes)
     return replace(settings, model=model)
 
 
 def open_judge(out: Path, settings: RunConfig, data: Data, device: torch.device) -> Path:
-    """The classifier's file: one that came with rows in ``results/``, so that other machines' rows can be
-    compared with them, or one in ``out``, made now unless it is there."""
+    """The classifier's file: the one that came with the rows in ``results/``, if any, so that rows of several
+    machines can be compared; otherwise the one in ``out``, trained now if it is missing."""
     identity = [to_dict(settings.data), settings.sample.num_samples]
     identity = json.dumps(identity + ([] if data.digest is None else [data.digest]), sort_keys=True)
     name = f"judge-{hashlib.sha256(identity.encode()).hexdigest()[:10]}.safetensors"
@@ -183,7 +185,7 @@ def open_judge(out: Path, settings: RunConfig, data: Data, device: torch.device)
 def jobs_of(
     args: argparse.Namespace, names: Sequence[str], settings: RunConfig, judge: Path, classes: int
 ) -> Iterator[Job]:
-    """Seed by seed, so that whatever is complete can be compared."""
+    """All jobs, seed by seed, so that completed learners can be compared early."""
     for name in names:
         for seed in range(args.seeds):
             for variant in STUDIES[name]:
@@ -198,7 +200,7 @@ def jobs_of(
 
 
 def known(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of complete learners by their digests."""
+    """The rows of completed learners, by digest."""
     found: dict[str, list[Row]] = {}
     for row in learning_report.complete(rows):
         found.setdefault(row["digest"], []).append(row)
@@ -206,7 +208,7 @@ def known(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]]]:
-    """Each job with its points, as they are done, so many in processes of their own at a time."""
+    """Yield each job with its points as it completes; ``at_once`` jobs run in parallel processes."""
     if at_once == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, learn(job)
@@ -248,12 +250,12 @@ def add(rows: RowFile, job: Job, points: Sequence[Point], quality: Judge) -> Non
 
 
 def finite(value: float) -> float | None:
-    """None for what JSON has no number for."""
+    """``value``, or None if it is infinite or NaN, which JSON cannot express."""
     return value if math.isfinite(value) else None
 
 
 def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]) -> None:
-    """Tables, printed or put into a document; a figure for each study."""
+    """Print the tables, write them into a document if requested, and draw a figure for each study."""
     found, document = learning_report.studies(rows, names), placed(args.readme, names)
     if not set(names) & set(found):
         raise UserError(f"--json: {str(args.json)!r} has no rows of {', '.join(names)}")
@@ -278,47 +280,49 @@ def conclude(args: argparse.Namespace, names: Sequence[str], rows: Sequence[Row]
 
 
 def _parser() -> command.Parser:
-    parser = command.Parser(prog="convergence", description="How fast models learn, against DiT.")
+    parser = command.Parser(prog="convergence", description="Compare how fast models learn.")
     parser.add_argument(
         "--study",
         default="models",
-        help=f"of {', '.join(STUDIES)} (docs/learning.md), by comma (default: models)",
+        help=f"comma-separated, from {', '.join(STUDIES)} (see docs/learning.md; default: models)",
     )
     parser.add_argument(
         "--size", default="cpu", choices=tuple(SIZES),
         help="cpu (default: 16 tokens, a million parameters), gpu (S, 256 tokens) or imagenet (needs --data)",
     )  # fmt: skip
-    parser.add_argument("--data", metavar="DIR", help="images or latents (default: digits)")
-    parser.add_argument("--image-size", type=int, metavar="S", help="pixels of a side (default: the size's)")
-    parser.add_argument("--steps", type=int, help="updates of each learner (default: the size's)")
-    parser.add_argument("--batch", type=int, help="images in an update (default: the size's)")
-    parser.add_argument("--lr", type=float, help="learning rate of all (default: the size's)")
-    parser.add_argument("--seeds", type=int, default=3, help="of each variant (default: 3)")
+    parser.add_argument("--data", metavar="DIR", help="folder of images or latents (default: digits)")
+    parser.add_argument("--image-size", type=int, metavar="S", help="side in pixels (default: per --size)")
+    parser.add_argument("--steps", type=int, help="updates per learner (default: per --size)")
+    parser.add_argument("--batch", type=int, help="images per update (default: per --size)")
+    parser.add_argument("--lr", type=float, help="learning rate of all learners (default: per --size)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per variant (default: 3)")
     parser.add_argument(
-        "--samples", type=int, help="drawn at each point, and real images kept apart (default: the size's)"
+        "--samples", type=int, help="samples per point, and held-out real images (default: per --size)"
     )
-    parser.add_argument("--points", type=int, default=9, help="how often each is judged (default: 9)")
+    parser.add_argument("--points", type=int, default=9, help="evaluations per learner (default: 9)")
     parser.add_argument(
-        "--jobs", type=int, help="learners at a time (default: as many as there are cores; on a GPU 1)"
+        "--jobs", type=int, help="parallel learners (default: CPU cores / --threads; on a GPU 1)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the size's)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per learner (default: 1)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: per --size)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/convergence"),
         metavar="DIR",
-        help="rows, tables' figures, samples and the judge (default: runs/convergence)",
+        help="folder for rows, figures, samples and the judge (default: runs/convergence)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows (default: rows.jsonl in --out)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="the figure (default: STUDY.png in --out)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="row file (default: rows.jsonl in --out)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="figure (default: STUDY.png in --out)")
     parser.add_argument(
         "--readme",
         type=Path,
         metavar="FILE",
-        help="put those tables into it that it has markers for: STUDY:begin and STUDY:end, scales:begin, ...",
+        help="document whose marked tables are replaced (STUDY:begin and STUDY:end, scales:begin, ...)",
     )
-    parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of --json")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; make the tables and figures of --json"
+    )
     return parser
 
 

@@ -1,15 +1,14 @@
-"""How things are measured: time, the matmul peak, copies, peak memory.
+"""Measure time, the matmul peak, copies and peak memory.
 
-Time is wall time between two synchronisations; single ops have clocks of their own (:func:`op_clock`).
-Providers take turns round by round, so that a drift of the clock or of the machine's load hits all alike; a
-matmul takes its turn among them, and the best rate it reaches in the run is the peak that the others are
-held against.
+Time is wall time between two synchronisations; single ops have their own clocks (:func:`op_clock`). Providers
+are timed in interleaved rounds, so that a drift of the clock or of the machine's load affects all of them
+alike. A matmul is timed among them, and its best rate in the run is the peak they are compared with.
 
-Memory is what torch's allocator held at the highest point of one step, less what it held before, plus the
-provider's own weights, optimiser state and moving average. On a GPU this is ``max_memory_allocated``. On a
-CPU the allocations and releases of one step, recorded by torch's profiler, are added up in order. That
-leaves out scratch space that oneDNN and MKL take for themselves, and it does not depend on what the process
-held before, as the resident set size would.
+Memory is the most that torch's allocator held during one step, minus what it held before, plus the provider's
+own weights, optimiser state and moving average. On a GPU this is ``max_memory_allocated``. On a CPU the
+allocations and releases of one step, recorded by torch's profiler, are added up in order. Unlike the resident
+set size, this does not depend on what the process held before; it leaves out scratch space that oneDNN and
+MKL allocate themselves.
 """
 
 import contextlib
@@ -28,24 +27,24 @@ import torch
 from torch import Tensor, nn
 
 Spread = tuple[float, float, float]
-"""20%, 50% and 80% quantiles."""
+"""The 20th, 50th and 80th percentile."""
 
 MIN_ROUNDS = 5
-"""Rounds that a ratio takes; the median of fewer is chance."""
+"""Rounds needed for a ratio; the median of fewer is down to chance."""
 
 PROBE_SECONDS = 1.5
-"""For finding the size and rate of :class:`Matmul`: long enough for a busy machine to have quiet moments."""
+"""Time for finding the size and rate of :class:`Matmul`; long enough for quiet moments of a busy machine."""
 
 MAX_BURSTS = 1000
-"""More than fit into that time on any device of today; the time ends the probe, not this."""
+"""More than any current device fits into that time, so that the time ends the probe and not this limit."""
 
 
 FLUSH_BYTES, FLUSHES = 2**28, 4
-"""Several times the L2 of today's GPUs; together half a millisecond on an A100."""
+"""A buffer several times the L2 of current GPUs; all the flushes take half a millisecond on an A100."""
 
 
 def spread(values: list[float]) -> Spread:
-    """Quantiles of at least one value, interpolated."""
+    """The interpolated 20th, 50th and 80th percentile of one or more values."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -53,15 +52,15 @@ def spread(values: list[float]) -> Spread:
 
 
 def rates(amount: float, times: Spread) -> Spread:
-    """The spread of ``amount`` per unit of ``times``, whose high end gives the low end."""
+    """The spread of ``amount`` per unit of time; the high end of ``times`` gives the low end."""
     low, middle, high = times
     return amount / high, amount / middle, amount / low
 
 
 def ratios(reference: Sequence[float], seconds: Sequence[float]) -> Spread:
-    """How many times as fast as the reference: each round against the same round of the reference.
+    """The spread of the speed-up over the reference, with each round compared to the reference's same round.
 
-    A ratio of the two medians would compare moments of the machine's load, wherever each has its median.
+    A ratio of the two medians would compare different moments, at which the machine's load may differ.
     """
     return spread([a / b for a, b in zip(reference, seconds, strict=True)])
 
@@ -88,12 +87,12 @@ class WallClock:
 
 
 class ColdClock:
-    """Time of a call on the current GPU that finds nothing in the L2, by events.
+    """Time of a call on the current GPU with a cold L2, measured by events.
 
-    The L2 is emptied by filling a buffer. That also gives the host a start of some tenths of a millisecond:
-    without it, short kernels would be timed at the pace at which Python launches them. ``late`` says that the
-    last call may have taken that pace all the same: the GPU had begun before everything was launched, and
-    took less time than the launching.
+    The L2 is flushed by filling a buffer. This also gives the host a head start of some tenths of a
+    millisecond, without which short kernels would be timed at the speed at which Python launches them.
+    ``late`` says that the last call may still have been limited by its launches: the GPU had started before
+    everything was launched, and took less time than the launching.
     """
 
     late = False
@@ -118,7 +117,7 @@ class ColdClock:
 
 
 class WarmClock(WallClock):
-    """Wall time of the second of two calls: whose turn it was before makes no difference."""
+    """Wall time of the second of two calls, so that it does not matter which provider ran before."""
 
     def __call__(self, call: Callable[[], object]) -> float:
         call()
@@ -129,14 +128,14 @@ Clock = WallClock | ColdClock
 
 
 def op_clock(device: torch.device) -> Clock:
-    """For single ops. A CPU's caches stay full: emptying them would slow Python more than the op."""
+    """The clock for single ops. CPU caches stay warm, as flushing them would slow Python more than the op."""
     return ColdClock(device) if device.type == "cuda" else WarmClock(device)
 
 
 @dataclass
 class Timing:
-    """What :func:`take_turns` found for one participant: seconds and indices of its steps, or its error;
-    ``late``: how many times the clock says that the host was too slow."""
+    """The result of :func:`take_turns` for one participant: seconds and indices of its steps, or its error.
+    ``late`` counts how often the clock reported that the host was too slow."""
 
     seconds: list[float] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
@@ -156,15 +155,15 @@ def take_turns(
     shuffle: bool = False,
     again: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
-    """Time ``steps`` in turns: round r calls each of them with the same ``inner`` indices from r*inner on.
+    """Time ``steps`` in interleaved rounds; round r calls each one with ``inner`` indices from r*inner on.
 
-    ``again``: how often in a row with each index, of those that are called more than once.
+    ``again`` gives the steps that are called several times in a row with each index, and how often.
 
-    ``shuffle``: in another order each round, as who comes after whom matters where turns are short.
+    ``shuffle`` changes the order from round to round, because for short steps it matters what ran before.
 
-    ``seconds`` are per step. A round that has begun is finished, so all have the same number of samples; no
-    round begins after ``deadline`` (``time.monotonic``), but for the first ``least``. Whoever raises drops
-    out.
+    ``seconds`` are per step. A round that has started is finished, so that all have the same number of
+    samples. No round starts after ``deadline`` (``time.monotonic``), except for the first ``least``. A step
+    that raises drops out.
     """
     clock = clock or WallClock(device)
     timings = {name: Timing() for name in steps}
@@ -191,16 +190,16 @@ def take_turns(
 
 
 def release(device: torch.device) -> None:
-    """Give back what is not in use any more: captured graphs are held in cycles, and a GPU that is short of
-    memory does not make Python look for those."""
+    """Free memory that is no longer in use. Captured graphs are held in reference cycles, which Python does
+    not collect just because the GPU is short of memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def let_go(error: BaseException | None) -> None:
-    """Release what the frames that raised ``error`` hold: it would be there as long as the error is, and a
-    step that found no memory would leave none to the others."""
+    """Release what the frames that raised ``error`` hold. It would live as long as the error does, and a step
+    that ran out of memory would leave none for the others."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -212,7 +211,7 @@ def _each(step: Callable[[int], object], indices: Sequence[int]) -> None:
 
 
 class Matmul:
-    """Square matmuls of a size that this device runs fast. ``best``, in FLOP/s, is the highest rate seen."""
+    """Square matmuls of a size that is fast on this device. ``best`` is the highest rate seen, in FLOP/s."""
 
     best = 0.0
 
@@ -225,12 +224,12 @@ class Matmul:
     def _prepare(self, size: int) -> "Matmul":
         self.size = size
         self.a, self.b = (torch.randn(size, size, device=self.device).to(self.dtype) for _ in range(2))
-        # Bursts of 4 GFLOP on a CPU, 10 TFLOP on a GPU: long against the timer, short against a step.
+        # Bursts of 4 GFLOP on a CPU, 10 TFLOP on a GPU: long enough for the timer, short next to a step.
         self.calls = max(1, round((1e13 if self.device.type == "cuda" else 4e9) / (2 * size**3)))
         return self
 
     def rate(self, seconds: float) -> float:
-        """FLOP/s, the best of the bursts that begin within ``seconds``."""
+        """The best rate, in FLOP/s, of the bursts that start within ``seconds``."""
         end = time.monotonic() + seconds
         timing = take_turns({"": self}, self.device, repeats=MAX_BURSTS, deadline=end)[""]
         if timing.error is not None:
@@ -238,7 +237,7 @@ class Matmul:
         return self.see(timing)
 
     def see(self, timing: Timing) -> float:
-        """The best rate of some timed calls, kept in ``best`` if it is the highest so far."""
+        """The best rate of the timed calls, which updates ``best`` if it is the highest so far."""
         rate = self.flops / min(timing.seconds)
         self.best = max(self.best, rate)
         return rate
@@ -254,7 +253,7 @@ class Matmul:
 
 
 class Copy:
-    """A copy that moves so many bytes: reads half of them, writes the other half."""
+    """A copy that moves ``moved`` bytes in total: it reads half of them and writes the other half."""
 
     def __init__(self, device: torch.device, moved: int):
         self.source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device)
@@ -269,7 +268,7 @@ class Copy:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind ``tensors``, each storage counted once."""
+    """Bytes of the storages behind ``tensors``, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -279,13 +278,13 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def pool_bytes(pool: tuple[int, int]) -> int:
-    """Bytes that the CUDA graphs of a pool hold."""
+    """Bytes held by the CUDA graphs of a memory pool."""
     segments = torch.cuda.memory_snapshot()
     return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == pool)
 
 
 def peak_bytes(step: Callable[[int], object], device: torch.device) -> int:
-    """Bytes that one call of ``step`` adds to what was allocated before it, at its highest point."""
+    """Peak memory of one call of ``step``, in bytes beyond what was allocated before it."""
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -306,7 +305,7 @@ def peak_bytes(step: Callable[[int], object], device: torch.device) -> int:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Drop what C++ writes to stderr: the profiler greets, and warns of every block older than itself."""
+    """Drop what C++ writes to stderr: the profiler's greeting and warnings of every block older than it."""
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

@@ -1,8 +1,8 @@
-"""Points: one op at one shape, dtype and mode, timed for all its providers in turns. What ``kernels.py`` and
-``attention.py`` share.
+"""Points: one op at one shape, dtype and mode, timed for all its providers in interleaved rounds. Shared by
+``kernels.py`` and ``attention.py``.
 
-On a GPU each call is replayed as one CUDA graph, whoever the provider is: what is timed are kernels, and not
-how fast Python launches them. Where a call cannot be captured a note says so.
+On a GPU every provider's call is replayed as one CUDA graph, so that kernels are timed rather than the speed
+at which Python launches them. If a call cannot be captured, a note says so.
 """
 
 import argparse
@@ -44,26 +44,26 @@ MODES: tuple[Mode, ...] = ("fwd", "fwd+bwd")
 
 WARM_UP = 3
 BURSTS = 3
-"""Of matmuls after each point that has FLOPs, besides the probe before the first."""
+"""Matmul bursts timed after each roofline point that has FLOPs, besides the probe before the first."""
 REPEATS = {"cpu": 20, "cuda": 50}
 
 ROUND_SECONDS = 2.0
-"""For timing, also where compiling has taken all of a point's share of the time."""
+"""Time granted to timing even if compiling has used up a point's share of the time."""
 BUSY_LOAD = 0.7
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Most that a provider's results may be off, as norms: wrong ones are not timed. It leaves room for TF32."""
+"""Largest relative error (of norms) of a provider that is still timed; loose enough for TF32."""
 
 Call = Callable[[], list[Tensor]]
-"""One call of what is timed. It returns outputs and gradients, for the comparison."""
+"""One timed call. It returns outputs and gradients, for the comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """``prepare(device)`` makes the arguments and returns for each provider what makes its :data:`Call`, or
-    raises ``Skip``. ``base`` is whom the others are compared with in speed, ``oracle`` in results (but for
-    ``unlike``, which compute something else). ``bytes`` that a call has to move at the least, and ``flops``;
-    with ``roofline`` their share of the machine's rates is measured. ``providers``: if it has not all."""
+    """``prepare(device)`` makes the arguments and returns, for each provider, a function that makes its
+    :data:`Call` or raises ``Skip``. Speed is compared with ``base``, results with ``oracle`` (except those of
+    ``unlike``, which compute something else). ``bytes`` is the least a call must move; with ``roofline``, it
+    and ``flops`` are compared with the machine's rates. ``providers`` lists them if the op lacks some."""
 
     bench: str
     op: str
@@ -91,7 +91,7 @@ class Point:
 
 @dataclass
 class Result:
-    """What is known of one provider at one point; spreads are (p20, p50, p80)."""
+    """The results of one provider at one point; spreads are (p20, p50, p80)."""
 
     mode: Mode
     provider: str
@@ -104,8 +104,8 @@ class Result:
 
 
 def call_of(mode: Mode, function: Callable[..., Any], arguments: Sequence[Any]) -> Call:
-    """``fwd``: without autograd. ``fwd+bwd``: with the gradients of all arguments that require one, from the
-    same made-up gradients of the outputs whoever the provider is."""
+    """A call of ``function``. ``fwd`` runs without autograd; ``fwd+bwd`` also computes the gradients of all
+    arguments that require them, from output gradients that are the same for every provider."""
     if mode == "fwd":
         inputs = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
 
@@ -131,32 +131,32 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 
 def made_up_gradient(output: Tensor) -> Tensor:
-    """The same numbers, in the order of memory that ``output`` has: what comes after an op keeps to it."""
+    """A fixed random gradient in the memory layout of ``output``, as the following op would hand it back."""
     generator = torch.Generator(output.device).manual_seed(1)
     values = torch.randn(output.shape, generator=generator, device=output.device)
     return torch.empty_like(output).copy_(values)
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest relative difference, each the norm of the difference against the norm of the oracle's."""
+    """The largest relative difference: the norm of each difference over the norm of the oracle's tensor."""
     pairs = [(g.detach().float(), w.detach().float()) for g, w in zip(got, want, strict=True)]
     return max(float((g - w).norm() / w.norm().clamp_min(1e-30)) for g, w in pairs)
 
 
 def add_options(parser: argparse.ArgumentParser, providers: Sequence[str]) -> None:
-    parser.add_argument("--mode", help="fwd or fwd+bwd, or both by a comma (default: fwd,fwd+bwd)")
-    parser.add_argument("--dtype", help="of float32, float16, bfloat16 (default: float32; on a GPU bfloat16)")
-    parser.add_argument("--providers", help=f"some of {', '.join(providers)}, by comma")
-    parser.add_argument("--repeats", type=int, help="rounds in which each provider takes a turn")
+    parser.add_argument("--mode", help="fwd, fwd+bwd or both, comma-separated (default: fwd,fwd+bwd)")
+    parser.add_argument("--dtype", help="float32, float16, bfloat16 (default: float32; on a GPU bfloat16)")
+    parser.add_argument("--providers", help=f"comma-separated, from {', '.join(providers)}")
+    parser.add_argument("--repeats", type=int, help="interleaved rounds; each times every provider once")
     parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="begin no new round after this time"
+        "--time-limit", type=float, metavar="SECONDS", help="start no new round after this time"
     )
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
 class Request:
-    """The options of :func:`add_options`, checked."""
+    """The checked options of :func:`add_options`."""
 
     def __init__(
         self,
@@ -191,8 +191,8 @@ class Request:
 
 
 def measure(points: Sequence[Point], request: Request, rows: RowFile) -> bool:
-    """Measure and print all points; True if any provider was measured. Points of one op, shape and dtype
-    stand in one table."""
+    """Measure and print all points; True if any provider was measured. Consecutive points of one op, shape
+    and dtype share a table."""
     console = Console(width=max(tables.WIDTH, Console().width))
     end = request.started + request.time_limit
     load = os.getloadavg()[0]
@@ -217,7 +217,7 @@ def measure(points: Sequence[Point], request: Request, rows: RowFile) -> bool:
 
 
 class Session:
-    """What all points of a run share."""
+    """What all the points of a run share."""
 
     def __init__(self, rows: RowFile, request: Request):
         self.rows, self.request, self.device = rows, request, request.device
@@ -227,8 +227,8 @@ class Session:
         self.roof = ""
 
     def run(self, point: Point, deadline: float, end: float) -> list[Result]:
-        """Measure the providers asked for and write their rows. A point that comes after ``deadline``, its
-        share of the time until ``end``, is skipped."""
+        """Measure the requested providers and write their rows. ``deadline`` is the end of the point's share
+        of the time until ``end``; a point that starts after it is skipped."""
         names = [
             name for name in self.request.providers if point.providers is None or name in point.providers
         ]
@@ -250,7 +250,7 @@ class Session:
     def agreeing(
         self, point: Point, names: Sequence[str], found: dict[str, Result], deadline: float
     ) -> dict[str, Call]:
-        """Those that can run here, and whose results are the oracle's."""
+        """The calls of the providers that can run here and agree with the oracle."""
         torch.manual_seed(0)
         try:
             makers = point.prepare(self.device)
@@ -321,8 +321,8 @@ class Session:
                 self.evaluate(point, good, roof, found[name])
 
     def roof_seconds(self, point: Point, copied: list[float]) -> list[float]:
-        """The least time that the machine's rates allow, round by round: that of a copy of as many bytes in
-        the same round, or of the FLOPs at the best matmul rate of the run, whichever is longer."""
+        """The least time that the machine's rates allow, round by round: that of a copy of the same number of
+        bytes in the same round or of the FLOPs at the run's best matmul rate, whichever is longer."""
         rate, flop_seconds = rates(point.bytes / 1e9, spread(copied)), 0.0
         self.roof = f"copy of {number(point.bytes / 1e6)} MB: {number(rate[1])} GB/s"
         self.rows.add(
@@ -350,7 +350,7 @@ class Session:
     def evaluate(
         self, point: Point, timings: dict[str, Timing], roof: list[float] | None, one: Result
     ) -> None:
-        """From seconds to the table's columns, and their rows."""
+        """Turn seconds into the table's columns and write their rows."""
         timing = timings[one.provider]
         seconds, rounds = timing.seconds, len(timing.seconds)
         one.ms = spread([1e3 * s for s in seconds])
@@ -364,7 +364,7 @@ class Session:
         if point.flops:
             one.tflop_per_s = rates(1e3 * point.flops / 1e12, one.ms)
             self.row(point, one, "tflop_per_s", "TFLOP/s", one.tflop_per_s, rounds)
-        if roof is not None and one.provider != "float8":  # whose products have another peak
+        if roof is not None and one.provider != "float8":  # float8 products have another peak
             one.roof_share = ratios(roof, seconds)
             self.row(point, one, "roof_share", "1", one.roof_share, rounds, f"of {self.roof}")
         if point.base not in timings:

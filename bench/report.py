@@ -1,13 +1,13 @@
-"""Markdown tables from rows, printed or put into a document between its two markers.
+"""Make Markdown tables from rows, and print them or write them into a document between its two markers.
 
     python bench/report.py bench/results/cpu.jsonl
     python bench/report.py --bench kernels,attention
     python bench/report.py bench/results/cpu.jsonl --readme docs/cpu.md
-    python bench/report.py --goals         what the package sets out to reach: met, missed, not measured
-    python bench/report.py --plots DIR     the pictures as well, of all rows together
+    python bench/report.py --goals         the package's goals: met, missed or not measured
+    python bench/report.py --plots DIR     also draws the pictures, from all rows together
 
-Without files all of ``bench/results/*.jsonl`` are read. Where a case was measured several times, the latest
-counts. Models come first (throughput), then single ops (kernels), attention, and what surrounds a training
+Without files, all of ``bench/results/*.jsonl`` are read. If a case was measured several times, the latest
+counts. The order is whole models (throughput), single ops (kernels), attention and what surrounds a training
 step (training).
 """
 
@@ -32,11 +32,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 RUN = ("device", "driver", "torch", "triton", "commit", "command")
-"""What the rows of one table share."""
+"""The fields that are the same for all rows of a table."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables, or write them into ``--readme``. Returns 0, or 2 after a mistake of the user."""
+    """Print the tables or write them into ``--readme``. Returns 0, or 2 after a user error."""
     return command.guarded("report", lambda kept: _main(argv))
 
 
@@ -62,19 +62,23 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(prog="report", description="Markdown tables from the bench's rows.")
+    parser = command.Parser(prog="report", description="Make Markdown tables from benchmark rows.")
     parser.add_argument("files", nargs="*", type=Path, help="row files (default: bench/results/*.jsonl)")
     parser.add_argument(
-        "--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file"
+        "--readme", type=Path, help=f"replace the text between {BEGIN} and {END} in this file"
     )
-    parser.add_argument("--bench", help=f"of {', '.join(TABLES)}, by comma (default: all that have rows)")
-    parser.add_argument("--goals", action="store_true", help="the goals instead: met, missed, not measured")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the pictures into this folder, too")
+    parser.add_argument(
+        "--bench", help=f"comma-separated, from {', '.join(TABLES)} (default: all that have rows)"
+    )
+    parser.add_argument(
+        "--goals", action="store_true", help="instead, list the goals as met, missed or not measured"
+    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw the pictures into this folder")
     return parser
 
 
 def pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
-    """Draw what the rows have, a picture for each device and bench; the paths that were written."""
+    """Draw every picture that the rows allow, one per kind and device. Yields the paths written."""
     draws = {
         "throughput": plots.draw, "batches": plots.draw_batches, "kernels": plots.draw_kernels,
         "roofline": roofline.draw, "attention": plots.draw_attention, "head-sizes": roofline.draw_head_sizes,
@@ -92,14 +96,14 @@ def pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 
 
 def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
-    """For each bench one table per machine, versions, commit and command, those two below it."""
+    """One table for each benchmark, machine, set of versions, commit and command, which stand below it."""
     tables = []
     for bench in TABLES if benches is None else benches:
         runs: dict[tuple[str, ...], list[Row]] = {}
         for row in _latest(rows, bench):
             runs.setdefault(tuple(str(row[key]) for key in RUN), []).append(row)
         for run in [run for run, some in runs.items() if not any(row["metric"] == "ms" for row in some)]:
-            del runs[run]  # what failed or was left out: no line has a time
+            del runs[run]  # failed or skipped: nothing in it has a time
         tables += [TABLES[bench](run, of_run) for run, of_run in runs.items()]
     if not tables:
         what = "" if benches is None else f" of {', '.join(benches)}"
@@ -110,7 +114,7 @@ def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
 def put(
     readme: Path, text: str, begin_marker: str = BEGIN, end_marker: str = END, option: str = "--readme"
 ) -> None:
-    """Replace what stands between the markers. ``UserError`` if the file or a marker is missing."""
+    """Replace the text between the markers. Raises ``UserError`` if the file or a marker is missing."""
     before, begin, end = between(readme, begin_marker, end_marker, option)
     try:
         with aside(readme) as file:
@@ -120,7 +124,8 @@ def put(
 
 
 def between(readme: Path, begin_marker: str, end_marker: str, option: str) -> tuple[str, int, int]:
-    """The file's text and where its markers begin, for :func:`put`, or to ask before anything is measured."""
+    """The file's text and the positions of its markers, also for checking before anything is measured. Raises
+    ``UserError`` if the file or a marker is missing."""
     try:
         before = readme.read_text()
     except OSError as error:
@@ -134,7 +139,8 @@ def between(readme: Path, begin_marker: str, end_marker: str, option: str) -> tu
 
 
 def _latest(rows: Sequence[Row], bench: str) -> list[Row]:
-    """The measured rows, of each (device, case, provider, metric) the last; in the order of first mention."""
+    """The latest row of each (device, case, provider, metric), in order of first appearance, if it was
+    measured."""
     case = ("mode", "model", "batch") if bench == "throughput" else ("mode", "op", "shape")
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -179,7 +185,7 @@ def _throughput(run: tuple[str, ...], rows: Sequence[Row]) -> str:
 
 
 def _kernels(run: tuple[str, ...], rows: Sequence[Row]) -> str:
-    """A line for each op, mode and provider."""
+    """A table with a line for each op, shape, mode and provider."""
     lines = [
         "| op | shape | mode | provider | us (p20-p80) | GB/s | TFLOP/s | of roof | vs eager (p20-p80) |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
@@ -215,8 +221,8 @@ def _kernels(run: tuple[str, ...], rows: Sequence[Row]) -> str:
 
 
 def _attention(run: tuple[str, ...], rows: Sequence[Row]) -> str:
-    """TFLOP/s, and the ratio to attention without a bias: a line for each mode, head size and provider, a
-    column for each length."""
+    """A table of TFLOP/s and the speed-up over attention without bias. It has a line for each mode, head size
+    and provider, and a column for each length."""
     lengths = sorted({_length(row) for row in rows})
     lines = [
         f"| mode | heads, dtype | provider | {' | '.join(text for *_, text in lengths)} |",
@@ -245,7 +251,7 @@ def _attention(run: tuple[str, ...], rows: Sequence[Row]) -> str:
 
 
 def _training(run: tuple[str, ...], rows: Sequence[Row]) -> str:
-    """A line for each measurement."""
+    """A table with a line for each measurement."""
     lines = ["| what | shape | provider | metric | p50 (p20-p80) | rounds |", "|---|---|---|---|---:|---:|"]
     for row in rows:
         unit, scale = ("%", 100) if row["unit"] == "share" else (row["unit"], 1)
@@ -257,14 +263,14 @@ def _training(run: tuple[str, ...], rows: Sequence[Row]) -> str:
 
 
 def _length(row: Row) -> tuple[int, bool, str]:
-    """Sorts by tokens, and says them."""
+    """A column key that sorts by tokens and ends with the column's title."""
     shape = row["shape"]
     B, L, K = shape["B"], shape["L"], shape.get("K")
     return L, K is not None, f"{L} tokens" + (f", {K} kept" if K is not None else "") + f", batch {B}"
 
 
 def _ratio(metrics: dict[str, Row]) -> str:
-    """Bold where slower than what it is compared with, by more than the rounds' spread."""
+    """The ratio, in bold if it is a slow-down by more than the spread of the rounds."""
     row = metrics.get("ratio")
     if row is None:
         return ""

@@ -1,12 +1,12 @@
-"""Every kernel once, forward and backward, at small odd shapes; under compute-sanitizer if asked for.
+"""Run every kernel once, forward and backward, at small odd shapes, optionally under compute-sanitizer.
 
-    python bench/sanitize.py --tool memcheck       on a GPU: accesses out of bounds, misaligned, leaked
-    python bench/sanitize.py --tool racecheck      on a GPU: shared memory that threads race for
+    python bench/sanitize.py --tool memcheck       on a GPU: out-of-bounds and misaligned accesses, leaks
+    python bench/sanitize.py --tool racecheck      on a GPU: races between threads for shared memory
     python bench/sanitize.py                       the calls alone: do they reach every kernel?
 
-On a CPU the kernels of ``csrc/`` run as C++, and Triton's with TRITON_INTERPRET=1 in the interpreter.
+On a CPU the kernels of ``csrc/`` run as C++; Triton's run in the interpreter if TRITON_INTERPRET=1.
 
-B samples, L tokens, K of them kept, D width, H heads, d head size, G grid side, R rows of all samples.
+B: samples, L: tokens, K: tokens kept, D: width, H: heads, d: head size, G: grid side, R: rows of all samples.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from rows import RowFile, machine
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 9
-"""Exit code that the sanitizer is told to give if it has anything to say."""
+"""The exit code that the sanitizer is told to return if it finds anything."""
 NATIVE = ("mask_plan", "optim")
 """Rooms with kernels in ``csrc/``."""
 B, L, K, D, H, G = 3, 25, 11, 40, 3, 5
 HEAD_DIMS = (24, 72)
 LENGTHS = (5, 0, 12)
-"""Of ragged samples, B."""
+"""Lengths of the B ragged samples."""
 CALLS = (
     "rel_attention", "ln_modulate", "bias_gelu", "sums", "tokens", "patch_embed", "cfg_step", "mask_plan",
     "optim", "float8",
@@ -56,8 +56,8 @@ Call = Callable[[], object]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the calls. Returns 0; 1 if the sanitizer found something, or a kernel was not reached on a machine
-    that has them; 2 after a user's mistake."""
+    """Run the calls. Returns 0; 1 if the sanitizer found something or did not end well, or if a kernel that
+    this machine can run was not reached; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("sanitize", lambda kept: _main(argv, kept))
 
@@ -85,20 +85,25 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(prog="sanitize", description="Every kernel once, under compute-sanitizer.")
-    parser.add_argument("--tool", help=f"of {', '.join(TOOLS)} (default: none)")
-    parser.add_argument("--ops", default=",".join(CALLS), help="which, by comma (default: all)")
+    parser = command.Parser(
+        prog="sanitize", description="Run every kernel once, optionally under compute-sanitizer."
+    )
+    parser.add_argument("--tool", help=f"one of {', '.join(TOOLS)} (default: none)")
+    parser.add_argument("--ops", default=",".join(CALLS), help="rooms, comma-separated (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="with --tool: processes that share the calls (default: 1)"
+        "--jobs",
+        type=int,
+        default=1,
+        help="with --tool: parallel processes that share the calls (default: 1)",
     )
-    parser.add_argument("--part", default="1/1", help="I/N: every N-th call from the I-th on (default: 1/1)")
+    parser.add_argument("--part", default="1/1", help="I/N: every N-th call, from the I-th (default: 1/1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the outcome to this file")
     return parser
 
 
 def part_of(text: str) -> slice:
-    """Which calls ``--part`` names."""
+    """The calls that ``--part`` selects."""
     first, _, count = text.partition("/")
     if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
         raise UserError(f"--part: got {text!r}, allowed is I/N with 1 <= I <= N")
@@ -106,9 +111,10 @@ def part_of(text: str) -> slice:
 
 
 def under(tool: str, asked: Sequence[str], device: torch.device, jobs: int) -> int:
-    """The exit code of this script under compute-sanitizer; of several, the first that is not 0."""
+    """Run this script under compute-sanitizer, in ``jobs`` processes. Returns the first exit code that is not
+    0, or 0."""
     sanitizer = find()
-    # Each tensor an allocation of its own: within torch's cache nothing would be out of bounds.
+    # Give each tensor its own allocation: within torch's cache nothing would be out of bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     line = [
         sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only",
@@ -120,7 +126,7 @@ def under(tool: str, asked: Sequence[str], device: torch.device, jobs: int) -> i
 
 
 def find() -> str:
-    """compute-sanitizer's path."""
+    """The path of compute-sanitizer."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     for path in (shutil.which("compute-sanitizer"), f"{home}/bin/compute-sanitizer",
                  f"{home}/compute-sanitizer/compute-sanitizer"):  # fmt: skip
@@ -132,7 +138,8 @@ def find() -> str:
 
 
 def run(asked: Sequence[str], device: torch.device, part: slice) -> int:
-    """Every call of ``part`` once; says which kernels that reached, of which all must be, by all calls."""
+    """Run every call of ``part`` once and print how many kernels were reached. Returns 1 if all calls ran but
+    did not reach every kernel this machine can run, else 0."""
     every = {name for op, name in triton_kernels() if op in asked}
     with launched() as reached:
         for name, call in [*calls(asked, device)][part]:
@@ -157,7 +164,7 @@ def run(asked: Sequence[str], device: torch.device, part: slice) -> int:
 
 
 def triton_kernels() -> Iterator[tuple[str, str]]:
-    """Every kernel that an ``aot.py`` lists, with its room."""
+    """Every (room, kernel) that an ``aot.py`` lists."""
     for op in aot.ROOMS:
         for case in import_module(f"mdt_fast.kernels.{op}.aot").cases("sm_90"):
             yield op, case.kernel.__name__
@@ -165,7 +172,7 @@ def triton_kernels() -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def launched() -> Iterator[set[str]]:
-    """The names of the Triton kernels that are launched within."""
+    """The names of the Triton kernels launched inside the context."""
     from triton.runtime.jit import KernelInterface
 
     reached: set[str] = set()
@@ -183,7 +190,7 @@ def launched() -> Iterator[set[str]]:
 
 
 def calls(asked: Sequence[str], device: torch.device) -> Iterator[tuple[str, Call]]:
-    """What to call, by a name that says the case; in float32 and bfloat16."""
+    """Yield each call with a name that describes the case, in float32 and bfloat16."""
     makers = {
         "rel_attention": _attention, "ln_modulate": _rows, "bias_gelu": _gelu, "sums": _sums,
         "tokens": _tokens, "patch_embed": _patches, "cfg_step": _sampling, "mask_plan": _masks,
@@ -259,7 +266,7 @@ def _gelu(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
 
 
 def _float8(make: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
-    """Multiples of 16, which GPUs' products ask for; without such a GPU the roundings alone."""
+    """Widths are multiples of 16, as float8 products on GPUs require. On a GPU without them nothing runs."""
     device = make(1).device
     if device.type == "cuda" and not multiplies(device):
         return

@@ -1,12 +1,12 @@
-"""How a training step scales to many GPUs, by arithmetic: bytes, predicted time, the smallest batch.
+"""Calculate how a training step scales to many GPUs: bytes sent, predicted time and smallest useful batch.
 
     python bench/scaling.py                                 the four MDTv2 on 8 to 512 H100s
     python bench/scaling.py --gpu a100 --network 200 --network-per node --batch 16
     python bench/scaling.py --model MDTv2_XL_2 --step-ms 110 --gpus 16,64
     python bench/scaling.py --markdown docs/scaling.md      writes that document's tables
 
-Bytes are exact (``tests/bench/test_bench_network.py``). Times are a model's: nothing here is measured but
-the time of a step on one GPU, where ``--rows`` has it. See docs/scaling.md.
+Bytes are exact (``tests/bench/test_bench_network.py``). Times come from a model: the only measured quantity
+is the time of a step on one GPU, if ``--rows`` has it. See docs/scaling.md.
 """
 
 import argparse
@@ -44,14 +44,15 @@ from traffic import MODES, Layout, Mode
 BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 MODELS = "MDTv2_S_2,MDTv2_B_2,MDTv2_L_2,MDTv2_XL_2"
 MFU = 0.4
-# Of NCCL's own model of a ring, protocol LL128: seconds of a hop within a machine and between two, of a call.
+# From NCCL's own model of a ring, protocol LL128: seconds per hop within a machine and between machines, and
+# per call.
 NODE_LATENCY, NETWORK_LATENCY, CALL = 1.9e-6, 4.0e-6, 10e-6
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Figures of data sheets: dense bfloat16 FLOP/s, bytes/s over NVLink in each direction; and a word that
-    the driver's name of it has."""
+    """Data-sheet figures: dense bfloat16 FLOP/s, and bytes/s over NVLink in each direction. ``word`` is part
+    of the driver's name for the GPU."""
 
     peak: float
     nvlink: float
@@ -68,8 +69,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Model:
-    """``seconds`` of an image's training step on one GPU, as FSDP runs it, and (``whole``) where weights are
-    not sharded, which may be one CUDA graph, in bfloat16; and where they come from."""
+    """Seconds per image of a training step on one GPU: ``seconds`` as FSDP runs it, ``whole`` with unsharded
+    weights, which may use one CUDA graph and bfloat16 weights. ``source`` says where they come from."""
 
     name: str
     config: ModelConfig
@@ -100,7 +101,7 @@ class Point:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or write those of ``--markdown``. Returns 0, or 2 after a mistake of the user."""
+    """Print the table, or write the tables to ``--markdown``. Returns 0, or 2 after a user error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("scaling", lambda kept: _main(argv))
 
@@ -121,27 +122,27 @@ def _main(argv: list[str]) -> int:
 def parser() -> command.Parser:
     made = command.Parser("scaling", "Bytes, predicted time and smallest batch of a step on many GPUs.")
     add = made.add_argument
-    add("--model", default=MODELS, help="published models, by comma (default: MDTv2 S/2 to XL/2)")
-    add("--gpus", default="8,16,32,64,128,256,512", help="numbers of GPUs, by comma")
+    add("--model", default=MODELS, help="published models, comma-separated (default: MDTv2 S/2 to XL/2)")
+    add("--gpus", default="8,16,32,64,128,256,512", help="numbers of GPUs, comma-separated")
     add("--gpus-per-node", type=int, default=8, metavar="N")
-    add("--mode", default="fsdp,hybrid", help=f"of {', '.join(MODES)}, by comma")
-    add("--dtype", default="bfloat16", help="what weights are gathered in")
+    add("--mode", default="fsdp,hybrid", help=f"comma-separated, from {', '.join(MODES)}")
+    add("--dtype", default="bfloat16", help="dtype in which weights are gathered")
     add("--batch", type=int, default=32, help="images on each GPU (default: 32)")
-    add("--separate", action="store_true", help="the two passes of a step one after the other, not packed")
-    add("--gpu", default="h100", help=f"peak and NVLink, from data sheets, of {', '.join(GPUS)}")
-    add("--network", type=float, default=400, metavar="GBIT", help="Gbit/s (default: 400)")
-    add("--network-per", default="gpu", help="gpu (default) or node: whose network that is")
-    add("--link-share", type=float, default=0.8, help="part of these rates that collectives reach (0.8)")
-    add("--mfu", type=float, help=f"share of peak that computing reaches (default: measured, else {MFU})")
-    add("--step-ms", type=float, help="a step's time on one GPU, at --batch, instead; of a single model")
-    add("--rows", type=Path, nargs="*", help="where measured steps are (default: bench/results/*.jsonl)")
-    add("--target", type=float, default=0.9, help="efficiency from which a batch scales (default: 0.9)")
+    add("--separate", action="store_true", help="run the two passes of a step separately, not packed")
+    add("--gpu", default="h100", help=f"take data-sheet peak and NVLink from one of {', '.join(GPUS)}")
+    add("--network", type=float, default=400, metavar="GBIT", help="bandwidth in Gbit/s (default: 400)")
+    add("--network-per", default="gpu", help="whether --network is per gpu (default) or per node")
+    add("--link-share", type=float, default=0.8, help="share of these rates that collectives reach (0.8)")
+    add("--mfu", type=float, help=f"share of peak that compute reaches (default: measured, else {MFU})")
+    add("--step-ms", type=float, help="a step's time on one GPU at --batch, for a single --model")
+    add("--rows", type=Path, nargs="*", help="files with measured steps (default: bench/results/*.jsonl)")
+    add("--target", type=float, default=0.9, help="efficiency for the smallest batch (default: 0.9)")
     add("--markdown", type=Path, metavar="FILE", help=f"write tables between {BEGIN} and {END}")
     return made
 
 
 def one_of(option: str, text: str, allowed: Sequence[str]) -> str:
-    """The single name in ``text``."""
+    """The name in ``text``. Raises ``UserError`` if it is not a single one of ``allowed``."""
     found = command.names(option, text, allowed)
     if len(found) > 1:
         raise UserError(f"{option}: got {text!r}, allowed is one of {', '.join(allowed)}")
@@ -149,7 +150,7 @@ def one_of(option: str, text: str, allowed: Sequence[str]) -> str:
 
 
 class Request:
-    """What was asked for, checked."""
+    """The checked command line."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -201,15 +202,15 @@ class Request:
         return found
 
     def _measured(self, name: str) -> tuple[tuple[float, str] | None, tuple[float, str] | None]:
-        """Seconds of an image, from the batch next to the one asked for, of the fastest of our providers: as
-        FSDP runs them, and of all."""
+        """Measured seconds per image of our fastest provider at the batch closest to the requested one, among
+        those that FSDP can run and among all."""
         paths = self.args.rows if self.args.rows is not None else sorted(report.RESULTS.glob("*.jsonl"))
         rows = [
             row
             for row in read(paths)
             if (row["bench"], row.get("model"), row["mode"]) == ("throughput", name, "train")
             and (row["metric"], row["dtype"]) == ("ms", self.args.dtype)
-            and row["provider"] in NAMES  # with the switches as they are
+            and row["provider"] in NAMES  # with default switches
             and row["provider"].startswith("fast")
             and "float8" not in row["provider"]
             and self.gpu.word in row["device"]
@@ -240,7 +241,7 @@ class Request:
         return Point(model, mode if packed else f"{mode}, two passes", layout, one, smallest)
 
     def assumptions(self) -> str:
-        """In a sentence or two."""
+        """The assumptions of the model, in a sentence or two."""
         args, gpu = self.args, self.gpu
         sources = {source: [m.name for m in self.models if m.source == source] for source in
                    dict.fromkeys(model.source for model in self.models)}  # fmt: skip
@@ -258,7 +259,7 @@ class Request:
 
 
 def show(request: Request, assumptions: str) -> None:
-    """One line per model, mode and number of GPUs."""
+    """Print one line per model, mode and number of GPUs."""
     console = Console(width=max(tables.WIDTH, Console().width))
     tables.say(console, assumptions, "dim")
     table = Table(box=None, padding=(0, 2, 0, 0))

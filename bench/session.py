@@ -1,4 +1,4 @@
-"""One case from start to rows: build the providers, compare, warm up, time them in turns, measure memory."""
+"""Run one case: build the providers, compare them, warm up, time interleaved rounds, measure peak memory."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,22 +28,22 @@ from rows import RowFile
 from steps import SAMPLING_STEPS, Case, Step, TrainStep, disagreement, step_of
 
 WARM_UP = 2
-"""Steps before timing: the first makes the optimiser's state, the second keeps another number of tokens."""
+"""Warm-up steps: the first creates the optimiser state, the second keeps another number of tokens."""
 
 MAX_INNER_SECONDS = 0.1
 
 TURN_SECONDS = 0.05
-"""On a GPU a quick step is repeated until its turn is as long, or as the slowest step: alone it would be
-waited for at both ends, and charged with what the host does beside the step before in a training."""
+"""On a GPU a quick step is repeated for this long, or as long as the slowest step takes. A single one would
+be synchronised at both ends and charged for host work that overlaps the previous step in real training."""
 
 LEAST_SECONDS = 5.0
-"""A case of short rounds has as many as a ratio takes, past the time limit, too: where several cases share
-it, making the first one's models may have taken all of its part."""
+"""A case whose rounds are short gets as many as a ratio needs, even past the time limit: if several cases
+share the limit, building the first one's models may have used up its part."""
 
 
 @dataclass
 class Result:
-    """What is known of one provider in one case; spreads are (p20, p50, p80)."""
+    """The results of one provider in one case; spreads are (p20, p50, p80)."""
 
     provider: str
     notes: list[str] = field(default_factory=list)
@@ -63,20 +63,20 @@ class CaseResult:
     results: list[Result]
     repeats: int = 0
     steps: dict[str, int] = field(default_factory=dict)
-    """Of each provider's turn."""
+    """The number of steps in each provider's part of a round."""
     gflop_per_image: float = 0.0
     peak: float = 0.0
     matmul_size: int = 0
 
 
 def repeated(seconds: Mapping[str, float], inner: int) -> dict[str, int]:
-    """How often a step that takes so many seconds is called in a row, ``inner`` times in a turn."""
+    """How often each step, which takes ``seconds``, is called in a row, for each of ``inner`` indices."""
     turn = min(TURN_SECONDS / inner, max(seconds.values()))
     return {name: max(1, min(20, int(turn / one))) for name, one in seconds.items()}
 
 
 class Session:
-    """What all cases of a run share."""
+    """What all the cases of a run share."""
 
     def __init__(
         self, rows: RowFile, say: Callable[[str], None], probe: Matmul | None = None, lengths: int = PERIOD
@@ -96,7 +96,7 @@ class Session:
         deadline: float,
         skipped: dict[str, str],
     ) -> CaseResult:
-        """Measure ``names`` and write their rows. ``skipped``: those left out beforehand, with the reason."""
+        """Measure the providers ``names`` and write their rows. ``skipped`` has those left out, and why."""
         torch._dynamo.reset()
         release(case.device)
         found = {name: Result(name) for name in (*names, *skipped)}
@@ -159,7 +159,7 @@ class Session:
         for name, step in steps.items():
             if found[name].ms is not None:
                 self.memory(case, step, found[name])
-                step.forget()  # gradients would keep a graph and all of its memory
+                step.forget()  # gradients would keep a graph alive with all its memory
         return result
 
     def agreeing(
@@ -171,7 +171,7 @@ class Session:
         found: dict[str, Result],
         deadline: float,
     ) -> dict[str, Step]:
-        """The steps of all providers that can run here and agree with the reference."""
+        """The steps of the providers that can run here and agree with the reference."""
         steps: dict[str, Step] = {}
         try:
             reference = self.step(case, make("reference", modules), inputs, steps)
@@ -222,11 +222,11 @@ class Session:
         return step_of(case, provider, inputs, len_keeps(case.config, self.lengths), share)
 
     def warm_up(self, case: Case, steps: dict[str, Step], found: dict[str, Result]) -> dict[str, float]:
-        """Run every step a few times; those that fail leave ``steps``. Seconds of each one's last."""
+        """Run every step a few times and remove those that fail. Returns the seconds of each one's last."""
         seconds: dict[str, float] = {}
         for name in list(steps):
             start = time.perf_counter()
-            # A number of kept tokens that is met first may compile kernels, or capture a graph.
+            # The first step with a new number of kept tokens may compile kernels or capture a graph.
             repeats = WARM_UP
             if case.device.type == "cuda" and steps[name].provider.implementation == "fast":
                 repeats = max(WARM_UP, self.lengths)
@@ -250,7 +250,7 @@ class Session:
         result: CaseResult,
         one: Result,
     ) -> None:
-        """From seconds to the table's columns, and their rows."""
+        """Turn seconds into the table's columns and write their rows."""
         name = one.provider
         timing = timings[name]
         useful = [self.useful_flops(case, step, i, inner) for i in timing.indices]
@@ -260,7 +260,7 @@ class Session:
         one.img_per_s = rates(1e3 * images, one.ms)
         one.tflop_per_s = rates(1e3 * flops_per_step / 1e12, one.ms)
         result.gflop_per_image = flops_per_step / case.batch / 1e9
-        if "float8" not in name:  # whose products have another peak
+        if "float8" not in name:  # float8 products have another peak
             one.peak_share = one.tflop_per_s[1] / result.peak
         note = f"extrapolated to {SAMPLING_STEPS} steps" if case.mode == "sample" else None
         of = f"of {result.peak:.4g} TFLOP/s"
@@ -286,14 +286,14 @@ class Session:
         self.row(case, one.provider, "ratio", "1", one.ratio, rounds=rounds)
 
     def useful_flops(self, case: Case, step: Step, index: int, inner: int) -> float:
-        """Mean FLOPs that the reference needs for a step, over the ``inner`` steps from ``index`` on."""
+        """Mean FLOPs per step that the reference needs, over ``inner`` steps from ``index`` on."""
         if not isinstance(step, TrainStep):
             return float(flops.sample_step(case.config).flops * case.batch)
         lengths = [step.len_keeps[i % len(step.len_keeps)] for i in range(index, index + inner)]
         return case.batch * sum(flops.train_step(case.config, length).flops for length in lengths) / inner
 
     def executed(self, case: Case, step: Step, one: Result, useful_gflop: float) -> None:
-        """FLOPs that the provider itself runs, where they can be counted."""
+        """Write the FLOPs that the provider executes as a share of the useful ones, where countable."""
         made_by = step.provider.implementation
         if made_by in ("official", "diffusers"):
             return

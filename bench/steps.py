@@ -1,8 +1,8 @@
-"""What is timed: one training step, or one guided denoising step, with any provider's model.
+"""The timed steps: one training step or one guided denoising step, with any provider's model.
 
-Around the model everything is this package's own and the same for all providers: the diffusion process, the
-optimiser, the moving average, the drawing of masks, noise and timesteps (inside the timed step, from seeds
-that depend on the step's number only).
+Everything around the model is this package's own code and the same for all providers: the diffusion process,
+the optimiser, the moving average and the drawing of masks, noise and timesteps. Drawing is part of the timed
+step; its seeds depend only on the step's number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ SAMPLE_STEP = (
 )
 
 COMPARED = 32
-"""Images whose losses and gradients are held against the reference's, which at more may not fit."""
+"""Images whose losses and gradients are compared with the reference, which may not fit with more."""
 
 TOLERANCE = {
     # dtype: (losses or guided output, gradient norm), relative; bfloat16 has 8 bits.
@@ -46,12 +46,12 @@ TOLERANCE = {
     torch.bfloat16: (3e-2, 1e-1),
 }
 TF32_TOLERANCE = 3e-3, 1e-2
-"""How far a provider may be from the reference in the same dtype."""
+"""For float32 with TF32 products. All tolerances apply to the reference in the same dtype."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One table: what is run, on what."""
+    """What is run and on which device; each case has its own table."""
 
     model: str
     config: ModelConfig
@@ -64,18 +64,18 @@ class Case:
 
     @property
     def switches(self) -> Switches:
-        """Of the fast model: those ``turned`` the other way than they are by default."""
+        """The switches of the fast model: the defaults, with those in ``turned`` flipped."""
         return replace(Switches(), **{name: not getattr(Switches(), name) for name in self.turned})
 
     @property
     def turns(self) -> str:
-        """`` with A without B``: what the fast model does otherwise than by default."""
+        """`` with A without B``: the switches of the fast model that differ from the defaults."""
         return "".join(
             f" {'with' if getattr(self.switches, name) else 'without'} {name}" for name in self.turned
         )
 
     def label(self, provider: str) -> str:
-        """A provider's name in the rows, where one with other switches is another provider."""
+        """A provider's name in the rows; with other switches it counts as another provider."""
         return provider + self.turns * (implementation(provider) == "fast")
 
     @property
@@ -96,7 +96,7 @@ class Case:
 
 
 class Step:
-    """A provider's step: call it with the step's number. ``outcome`` is what providers must agree on."""
+    """A provider's step, called with the step's number. ``outcome`` is what all providers must agree on."""
 
     def __init__(self, case: Case, provider: Provider, inputs: Inputs):
         self.case, self.provider = case, provider
@@ -104,7 +104,7 @@ class Step:
         self.y = inputs.labels_B.to(case.device)
 
     def model(self, call: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The model under autocast where the case is in bfloat16; float32 out."""
+        """Call the model, under autocast if the case is in bfloat16, and return float32."""
         return self.autocast(call, *args, **kwargs).float()
 
     def autocast(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,19 +116,19 @@ class Step:
         raise NotImplementedError
 
     def outcome(self) -> tuple[Tensor, ...]:
-        """Results of step 0 without changing any weight, each compared by the tolerance in its place."""
+        """Results of step 0, without changing any weight; each is compared with its own tolerance."""
         raise NotImplementedError
 
     def own_bytes(self) -> int:
-        """Weights and whatever else this provider keeps between steps."""
+        """Bytes of the weights and of whatever else this provider keeps between steps."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Release what the last call has left behind and the next one would."""
+        """Release what the last call left behind and the next one would release."""
 
 
 class TrainStep(Step):
-    """The objective, its gradients, the optimiser's step and the moving average."""
+    """A training step: the objective, its gradients, the optimiser step and the moving average."""
 
     def __init__(
         self,
@@ -158,9 +158,8 @@ class TrainStep(Step):
         self.optimizer.step()
 
     def losses(self, index: int, y: Tensor) -> Iterator[list[Tensor]]:
-        """Loss per image [B] of each pass, together what is to have one backward pass before it goes on.
-
-        Both passes use the same timesteps; the noise is fresh in each."""
+        """Yield the losses per image [B] of the passes; those yielded together share one backward pass, which
+        comes before the next are computed. Both passes use the same timesteps, each with fresh noise."""
         t = self.times(index)
         len_keep = self.len_keeps[index % len(self.len_keeps)]
         if len_keep is not None and self.provider.both is not None:
@@ -190,7 +189,7 @@ class TrainStep(Step):
         return self.diffusion.training_losses(model, self.x, t, model_kwargs=kwargs, noise=noise)["loss"]
 
     def both_passes(self, index: int, t: Tensor, y: Tensor, len_keep: int, call: Any) -> list[Tensor]:
-        """The same draws, in one batch."""
+        """Both passes in one batch, with the same draws."""
         noise, _ = self.draws(2 * index, None)
         y_full = self.module.drop_labels(y)
         noise_masked, plan = self.draws(2 * index + 1, len_keep)
@@ -205,7 +204,7 @@ class TrainStep(Step):
         ]
 
     def draws(self, seed: int, len_keep: int | None) -> tuple[Tensor, MaskPlan | None]:
-        """A pass's noise and mask. Label drops come next from the same generator."""
+        """The noise and mask of one pass. Label drops are drawn next, from the same generator."""
         torch.manual_seed(seed)
         noise = torch.randn_like(self.x)
         if len_keep is None:
@@ -215,21 +214,21 @@ class TrainStep(Step):
 
     def plan(self, noise_BL: Tensor, len_keep: int) -> MaskPlan:
         plan = MaskPlan.from_noise(noise_BL, len_keep, ascending=self.provider.implementation == "fast")
-        if self.provider.compiled:  # one graph for all lengths, from the first call on
+        if self.provider.compiled:  # one compiled graph for all lengths, from the first call on
             for ids in (plan.ids_keep, plan.ids_mask):
                 torch._dynamo.maybe_mark_dynamic(ids, 1)
         return plan
 
     def outcome(self) -> tuple[Tensor, ...]:
         whole, self.x = self.x, self.x[:COMPARED]
-        # Compiled code and GPUs draw label drops from generators of their own; the null class stays itself.
+        # Compiled code and GPUs draw label drops from their own generators; the null class is unaffected.
         null = torch.full_like(self.y[:COMPARED], self.case.config.num_classes)
         losses = self.gradients(0, null)
         self.x = whole
         return self.found(torch.stack(losses))
 
     def gradients(self, index: int, y: Tensor) -> list[Tensor]:
-        """Left in the parameters; returns the loss per image [B] of each pass."""
+        """Compute gradients, left in the parameters. Returns the loss per image [B] of each pass."""
         self.optimizer.zero_grad(set_to_none=True)
         found: list[Tensor] = []
         for losses in self.losses(index, y):
@@ -238,7 +237,7 @@ class TrainStep(Step):
         return found
 
     def found(self, losses: Tensor) -> tuple[Tensor, ...]:
-        """Losses [passes, B] and the norm of the gradients."""
+        """The losses [passes, B], flattened, and the norm of the gradients."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return losses.detach().flatten().cpu(), norm.cpu()[None]
@@ -252,7 +251,7 @@ class TrainStep(Step):
 
 
 class GraphedTrainStep(TrainStep):
-    """The same, with the passes as one CUDA graph for each number of kept tokens."""
+    """A training step whose passes are one CUDA graph for each number of kept tokens."""
 
     def __init__(self, case: Case, provider: Provider, *args: Any):
         super().__init__(case, provider, *args)
@@ -266,7 +265,7 @@ class GraphedTrainStep(TrainStep):
         return [terms[name] for name in ("loss", "m_loss") if name in terms]
 
     def drawn(self, index: int, y: Tensor) -> Draws:
-        """What :meth:`losses` draws."""
+        """The same draws as in :meth:`losses`."""
         t, len_keep = self.times(index), self.len_keeps[index % len(self.len_keeps)]
         noise, _ = self.draws(2 * index, None)
         drops = self.module.drop_labels(y) != y
@@ -302,7 +301,7 @@ class SampleStep(Step):
 
     @torch.no_grad()
     def outcome(self) -> tuple[Tensor, ...]:
-        """The guided output at a timestep where the guidance weight is about 2 (samples are mostly input)."""
+        """The guided output at a timestep with a guidance weight of about 2. (A sample is mostly input.)"""
         t = torch.full((len(self.z),), 200, device=self.z.device)
         kwargs = {"cfg_scale": CFG_SCALE}
         guided = self.model(self.provider.forward_with_cfg, self.z, t, self.classes, **kwargs)
@@ -313,7 +312,7 @@ class SampleStep(Step):
 
 
 class GraphedSampleStep(SampleStep):
-    """The same, with the guided pass as one CUDA graph."""
+    """A sampling step whose guided pass is one CUDA graph."""
 
     def __init__(self, case: Case, provider: Provider, inputs: Inputs):
         self.quick = GraphedModel(provider.module)
@@ -332,7 +331,7 @@ def step_of(
     len_keeps: Sequence[int | None],
     share: TrainStep | None = None,
 ) -> Step:
-    """The step that the case is about; ``share``: whose optimiser and average it uses. Raises ``Skip``."""
+    """The step for a case. It takes over the optimiser and moving average of ``share``. Raises ``Skip``."""
     if provider.precision and case.dtype != torch.bfloat16:
         raise Skip("for computing in bfloat16: --dtype bfloat16")
     if case.mode == "sample":
@@ -344,9 +343,9 @@ def step_of(
 
 
 def disagreement(step: Step, expected: Sequence[Tensor]) -> tuple[float, str | None]:
-    """The largest relative difference to the reference's ``outcome``, and why it is too large (or None).
+    """The largest relative difference from the reference's ``outcome``, and the reason if it is too large.
 
-    Each is the norm of the difference against the norm of the reference's.
+    Each is the norm of the difference over the norm of the reference's result.
     """
     worst, problem = 0.0, None
     limits = TOLERANCE[step.case.dtype]

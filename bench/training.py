@@ -1,14 +1,15 @@
-"""What surrounds a training step: reading data, encoding it, the loop, saving.
+"""Measure what surrounds a training step: loading data, encoding it, the training loop, saving checkpoints.
 
     python bench/training.py                              all parts; on two CPU cores about five minutes
     python bench/training.py --parts loader --workers 1,4,8 --consumes 10450
     python bench/training.py --parts encode --vae PATH    mdt-fast encode with a published autoencoder
     python bench/training.py --parts step,save --preset mdtv2-xl2 --device cuda --json rows.jsonl
 
-``loader``: rows/s of the loader alone, from encoded latents, JPEG files and the digits, and how many times
-what a model consumes (``--consumes``, img/s) that is. ``encode``: img/s of ``mdt-fast encode``. ``step``: a
-step of the whole loop against the bare one (draws, losses, backward pass, optimiser), in turns. ``save``: how
-long a checkpoint holds the training up, asynchronous or not, against a copy of the same tensors in memory.
+``loader`` measures rows/s of the loader alone, for encoded latents, JPEG files and the digits, and the ratio
+to what a model consumes (``--consumes``, img/s). ``encode`` measures img/s of ``mdt-fast encode``. ``step``
+compares a step of the whole loop with the bare step (draws, losses, backward pass, optimiser), in interleaved
+rounds. ``save`` measures how long saving a checkpoint blocks training, asynchronously or not, compared with
+copying the same tensors in memory.
 """
 
 import argparse
@@ -33,14 +34,14 @@ from measure import Spread
 from rows import RowFile, machine
 
 CONSUMES = 603.0
-"""img/s: what MDTv2-XL/2 can take at most on an H200, 790 TFLOP/s at 1.31 TFLOP per image and step."""
+"""img/s: the most MDTv2-XL/2 can consume on an H200, at 790 TFLOP/s and 1.31 TFLOP per image and step."""
 
 PARTS = ("loader", "encode", "step", "save")
 
 
 @dataclass
 class Request:
-    """What was asked for; ``add`` keeps a row and prints it."""
+    """The checked command line. ``add`` stores a row and prints it."""
 
     args: argparse.Namespace
     device: torch.device
@@ -72,7 +73,7 @@ class Request:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Measure. Returns 0; 2 after a user error; 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return command.guarded("training", lambda kept: _main(argv, kept))
 
@@ -111,24 +112,28 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 def _parser() -> command.Parser:
     parser = command.Parser(prog="training", description="Measure what surrounds a training step.")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, by comma (default: all)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts, comma-separated (default: all)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=9, help="rounds of each measurement (default: 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where data and checkpoints are written")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="where to write temporary data and checkpoints"
+    )
     feeding = parser.add_argument_group("loader and encode")
-    feeding.add_argument("--workers", default="1,2,4,8", help="decoding threads, by comma (default: 1,2,4,8)")
+    feeding.add_argument(
+        "--workers", default="1,2,4,8", help="decoding threads, comma-separated (default: 1,2,4,8)"
+    )
     feeding.add_argument(
         "--consumes", type=float, default=CONSUMES, metavar="IMG_PER_S",
-        help=f"what a model takes (default: {CONSUMES:.0f}, the limit of MDTv2-XL/2 on an H200)",
+        help=f"what a model consumes (default: {CONSUMES:.0f}, the limit of MDTv2-XL/2 on an H200)",
     )  # fmt: skip
     feeding.add_argument("--images", type=int, default=256, help="JPEG files to make (default: 256)")
-    feeding.add_argument("--size", type=int, default=256, help="pixels of a side (default: 256)")
-    feeding.add_argument("--vae", help="an AutoencoderKL: a folder or a hub's name (default: a tiny one)")
+    feeding.add_argument("--size", type=int, default=256, help="side of an image in pixels (default: 256)")
+    feeding.add_argument("--vae", help="AutoencoderKL, as a folder or hub name (default: a tiny one)")
     looped = parser.add_argument_group("step and save")
-    looped.add_argument("--preset", default="mdtv2-s2", help="the recipe (default: mdtv2-s2)")
-    looped.add_argument("--batch", type=int, help="images in a step (default: 256; on a CPU 8)")
+    looped.add_argument("--preset", default="mdtv2-s2", help="training recipe (default: mdtv2-s2)")
+    looped.add_argument("--batch", type=int, help="images per step (default: 256; on a CPU 8)")
     return parser
 
 
