@@ -1,8 +1,8 @@
-"""Learning curves of several seeds, and how much sooner one variant gets somewhere than another.
+"""Learning curves of several seeds, and how much sooner one variant reaches a target than another.
 
-A curve is the distances found at given places (steps, seconds, FLOPs). Of n seeds the range from the lowest
-to the highest holds the median of all seeds with probability ``1 - 2^(1-n)``, whatever their distribution:
-75% for three, 94% for five. That range is what is shown as a band.
+A curve consists of the distances measured at given places (steps, seconds or FLOPs). With n seeds, the range
+from the lowest to the highest contains the median of all possible seeds with probability ``1 - 2^(1-n)``,
+whatever their distribution: 75% for three, 94% for five. This range is shown as a band.
 """
 
 import math
@@ -15,8 +15,8 @@ AXES = ("step", "seconds", "flops")
 
 @dataclass(frozen=True)
 class Curve:
-    """What one seed gave: ``places`` in ascending order, the ``distances`` there (0 or more; infinite where
-    what was drawn was not finite)."""
+    """The result of one seed: ``places`` in ascending order, and the ``distances`` there, 0 or more (infinite
+    if the samples were not finite)."""
 
     places: tuple[float, ...]
     distances: tuple[float, ...]
@@ -28,8 +28,8 @@ class Curve:
     def crossing(self, target: float) -> float:
         """The first place at which the best distance so far is ``target`` or less; infinite if there is none.
 
-        Between two places the distance is taken as a power of the place, as curves look straight then. A
-        curve that begins below the target has its first place: it came there before, nobody knows when.
+        Between two places the distance is interpolated as a power of the place, because curves look straight
+        that way. A curve that starts below the target gets its first place; when it got there is unknown.
         """
         best = math.inf
         for i, (place, distance) in enumerate(zip(self.places, self.distances)):
@@ -37,9 +37,9 @@ class Curve:
                 if i == 0:
                     return place
                 before = self.places[i - 1]
-                if math.isinf(best) or distance == 0:  # no line of logarithms leads there
+                if math.isinf(best) or distance == 0:  # logarithms cannot interpolate here
                     return place
-                # From ``best``, as if it had been reached at ``before``: a rise in between makes it no later.
+                # Start from ``best`` as if reached at ``before``, so that a rise in between causes no delay.
                 part = math.log(best / target) / math.log(best / distance)
                 return before * (place / before) ** part
             best = min(best, distance)
@@ -48,7 +48,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """The median of some seeds and their lowest and highest; infinite: never reached."""
+    """The median, lowest and highest of some seeds; infinite means never reached."""
 
     low: float
     median: float
@@ -60,17 +60,17 @@ class Band:
 
 
 def coverage(seeds: int) -> float:
-    """With what probability a band of so many seeds holds the median of all."""
+    """The probability that a band of ``seeds`` seeds contains the median of all possible seeds."""
     return 1 - 2.0 ** (1 - seeds)
 
 
 def speedup(base: Sequence[Curve], other: Sequence[Curve], target: float) -> Band | None:
-    """How many times sooner ``other`` reaches the target than ``base``, seed by seed; None if of one seed
-    neither reached it, so that nothing can be said.
+    """How many times sooner ``other`` reaches the target than ``base``, seed by seed. None if neither reached
+    it for some seed, so that nothing can be said.
 
-    Where only one of a pair reached it the ratio is a bound: infinite or zero here, never a number made up.
-    Of an even number of seeds the median is the geometric mean of the middle two, so that ``base`` and
-    ``other`` are treated alike and a bound stays one; NaN between zero and infinity.
+    If only one of a pair reached it, the ratio is a bound, represented as infinite or zero rather than by a
+    made-up number. For an even number of seeds the median is the geometric mean of the middle two, so that
+    ``base`` and ``other`` are treated alike and a bound remains one; between zero and infinity it is NaN.
     """
     ratios = []
     for mine, theirs in zip(base, other, strict=True):
@@ -84,7 +84,7 @@ def speedup(base: Sequence[Curve], other: Sequence[Curve], target: float) -> Ban
 
 
 def same_within_bands(a: Sequence[Curve], b: Sequence[Curve]) -> bool:
-    """Whether everywhere the bands of two variants, judged at the same places, touch."""
+    """Whether the bands of two variants, judged at the same places, touch everywhere."""
     for mine, theirs in zip(columns(a), columns(b), strict=True):
         if max(min(mine), min(theirs)) > min(max(mine), max(theirs)):
             return False
@@ -97,10 +97,12 @@ def columns(curves: Sequence[Curve]) -> list[tuple[float, ...]]:
 
 
 def targets_of(base: Sequence[Curve], floor: float) -> list[float]:
-    """Three distances that tell: the best that every seed of ``base`` reaches, and those at a half and three
-    quarters of the way to it (of the logarithm, from where its median begins). ``floor``: real images' own
-    distance, below which nothing can be told apart. One where that is no way down; none where a seed was
-    never finite."""
+    """Three informative targets: the best distance that every seed of ``base`` reaches, preceded by those at
+    a half and three quarters of the way there (in logarithms, from where its median starts).
+
+    ``floor`` is the distance of real images, below which nothing can be told apart. There is only one target
+    if it is not below the start, and none if a seed was never finite.
+    """
     last = max(floor, *(min(curve.distances) for curve in base))
     if math.isinf(last):
         return []

@@ -1,8 +1,8 @@
-"""Diffusers' DiT as a provider, on the weights that all others have.
+"""The DiT of the diffusers library as a provider, with the same weights as all others.
 
-Two of its choices are set to those of the published model, so that it computes the same (``norm_eps`` 1e-6,
-frequencies ``10000^(-k/128)``), and its blocks share the weights that embed time and class, as in that model.
-Each block still computes the embedding anew: that is how the class is written.
+Two of its settings are changed to those of the published model so that it computes the same (``norm_eps``
+1e-6, frequencies ``10000^(-k/128)``), and its blocks share the weights that embed time and class, as in that
+model. Each block still recomputes the embedding, because the class is written that way.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from mdt_fast.models.dit_of_diffusers import AROUND, BLOCK, LABELS
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """``UserError`` if the model is no DiT, or diffusers is not installed."""
+    """Build the model of ``config``. Raises ``UserError`` if it is no DiT or diffusers is not installed."""
     if config.family != "dit":
         raise UserError(f"diffusers has no {config.family}, only DiT")
     try:
@@ -43,7 +43,7 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 class DiffusersDiT(nn.Module):
-    """Behind our call signature; ``load_state_dict`` takes our names."""
+    """The diffusers model with our call signature; ``load_state_dict`` accepts our names."""
 
     def __init__(self, inner: nn.Module, config: ModelConfig):
         super().__init__()

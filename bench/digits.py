@@ -1,8 +1,8 @@
-"""The digits by both ways: trained on pixels, and on latents of a small autoencoder made for them.
+"""Train the digits in two ways: on pixels, and on latents of a small autoencoder made for them.
 
 ``python bench/digits.py --out runs/both`` trains the autoencoder, encodes the digits with it, trains the
-``digits`` preset both ways with the command line's own commands, samples from both, and asks a classifier
-that was trained on the real digits what it recognises. Minutes on two CPU cores.
+``digits`` preset in both ways with the package's own commands and samples from both. A classifier trained on
+the real digits then counts the samples it recognises. This takes minutes on two CPU cores.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from mdt_fast.cli import main as mdt_fast
 from mdt_fast.errors import UserError
 
 CHANNELS, FACTOR = 4, 2
-KL_WEIGHT = 1e-6  # keeps latents bounded; with more, half of each is noise and little is left to learn
-LATENT_OPTIONS = ["--set=model.patch_size=1"]  # as many tokens as there are of pixels
+KL_WEIGHT = 1e-6  # keeps latents bounded; if larger, half of each is noise and little is left to learn
+LATENT_OPTIONS = ["--set=model.patch_size=1"]  # the same number of tokens as with pixels
 
 
 def pixels_of_digits() -> tuple[Tensor, np.ndarray]:
-    """[N, 3, 8, 8] in [-1, 1], grey as three channels, and the labels."""
+    """All digits as [N, 3, 8, 8] in [-1, 1], grey repeated in three channels, and their labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -35,7 +35,7 @@ def pixels_of_digits() -> tuple[Tensor, np.ndarray]:
 
 
 def train_autoencoder(folder: Path, steps: int) -> float:
-    """Train an ``AutoencoderKL`` on the digits and save it, scaling factor and all; returns its RMS error."""
+    """Train an ``AutoencoderKL`` on the digits and save it with its scaling factor. Returns its RMS error."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def train_autoencoder(folder: Path, steps: int) -> float:
 
 
 def recognised(npz: Path) -> float:
-    """The part of the samples that a classifier of the real digits takes for what they were to be."""
+    """The share of the samples that a classifier of the real digits recognises as their labels."""
     from sklearn.svm import SVC
 
     pixels, labels = pixels_of_digits()
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Run the benchmark. Returns 0; 2 after a user error; 130 after Ctrl-C."""
     return command.guarded("digits", lambda kept: _main(argv))
 
 
@@ -122,14 +122,14 @@ def _parser() -> command.Parser:
     parser = command.Parser(prog="digits", description=__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for everything")
     parser.add_argument(
-        "--steps", type=int, default=1000, metavar="N", help="updates of each (default: 1000)"
+        "--steps", type=int, default=1000, metavar="N", help="updates per model (default: 1000)"
     )
     parser.add_argument(
-        "--vae-steps", type=int, default=1500, metavar="N", help="of the autoencoder (default: 1500)"
+        "--vae-steps", type=int, default=1500, metavar="N", help="updates for the autoencoder (default: 1500)"
     )
-    parser.add_argument("--samples", type=int, default=200, metavar="N", help="images drawn (default: 200)")
+    parser.add_argument("--samples", type=int, default=200, metavar="N", help="images to draw (default: 200)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    parser.add_argument("--ways", default="pixels,latents", metavar="A,B", help="one of them alone")
+    parser.add_argument("--ways", default="pixels,latents", metavar="A,B", help="ways to run (default: both)")
     return parser
 
 

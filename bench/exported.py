@@ -1,7 +1,7 @@
-"""A guided sampling step eager, exported and compiled by AOTInductor, in turns on one machine.
+"""Time a guided sampling step: eager, exported, and compiled by AOTInductor, in interleaved rounds.
 
-``python bench/exported.py --model MDT_S_4``: seeded random weights, one image with guidance. Prints seconds
-to make each file, its size, and milliseconds a step (p20, median, p80).
+``python bench/exported.py --model MDT_S_4`` uses seeded random weights and one image with guidance. It prints
+the seconds needed to make each file, the file's size, and milliseconds per step (p20, median, p80).
 """
 
 import statistics
@@ -52,7 +52,7 @@ def compare(name: str, batch: int, rounds: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Run the benchmark. Returns 0; 2 after a user error; 130 after Ctrl-C."""
     return command.guarded("exported", lambda kept: _main(argv))
 
 
@@ -73,9 +73,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _parser() -> command.Parser:
     parser = command.Parser(prog="exported", description=__doc__)
-    parser.add_argument("--model", default="MDT_S_4", metavar="FACTORY", help="default: MDT_S_4")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="steps of each (default: 25)")
+    parser.add_argument("--model", default="MDT_S_4", metavar="FACTORY", help="model (default: MDT_S_4)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="timed rounds (default: 25)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     return parser
 

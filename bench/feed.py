@@ -1,4 +1,4 @@
-"""Rows per second of the loader, images per second of the encoder, on data made for it."""
+"""Measure rows per second of the loader and images per second of the encoder, on generated data."""
 
 import time
 from dataclasses import asdict, replace
@@ -21,15 +21,15 @@ from measure import rates, spread
 if TYPE_CHECKING:
     from training import Request
 
-BATCH = 256  # rows in a loader's batch, as the published recipes have it
+BATCH = 256  # rows in a loader's batch, as in the published recipes
 SHARD = 1024  # rows; two of them, 128 MiB
-ENCODED = 64  # images at most; an autoencoder takes its time
+ENCODED = 64  # images at most, because an autoencoder is slow
 LATENT_BATCHES, CHANNELS, SIDE = 16, 4, 32
 CLASSES = 1000
 
 
 def loaders(request: "Request") -> None:
-    """For each source and number of threads the rows per second, and how many times the model's rate."""
+    """Measure rows per second for each source and number of threads, and the ratio to the model's rate."""
     size = request.args.size
     pictures = write_images(request.folder / "images", request.args.images, size)
     encoded = write_latents(request.folder / "latents", size)
@@ -43,7 +43,7 @@ def loaders(request: "Request") -> None:
     for op, (config, batches) in sources.items():
         images = open_images(config)
         shape = {"B": BATCH, **dict(zip("CHW", images.shape))}
-        # Digits are in memory: no thread reads them.
+        # Digits are in memory, so no thread reads them.
         for workers in request.args.workers if not images.in_memory else [1]:
             with_workers = replace(config, workers=workers)
             loader = Loader(
@@ -68,7 +68,7 @@ def _read(loader: Loader, batches: int) -> float:
 
 
 def encoding(request: "Request") -> None:
-    """Images per second of a whole ``mdt-fast encode``: reading, both mirrors, writing."""
+    """Measure images per second of a complete ``mdt-fast encode``: reading, both mirror images, writing."""
     args = request.args
     count = min(args.images, ENCODED)
     pictures = write_images(request.folder / "encode", count, args.size)
@@ -92,7 +92,7 @@ def encoding(request: "Request") -> None:
 
 
 def write_images(folder: Path, count: int, size: int) -> Path:
-    """Smooth noise as JPEG, about as large as photographs of that size."""
+    """Write smooth noise as JPEG files, about as large as photographs of the same size."""
     if folder.exists():
         return folder
     folder.mkdir(parents=True)
@@ -105,7 +105,7 @@ def write_images(folder: Path, count: int, size: int) -> Path:
 
 
 def write_latents(folder: Path, pixels: int) -> Path:
-    """What ``mdt-fast encode`` would have written, of noise."""
+    """Write noise in the format of ``mdt-fast encode``."""
     folder.mkdir(parents=True)
     noise, total = np.random.default_rng(0), 2 * SHARD
     encoding = Encoding(
@@ -130,7 +130,7 @@ def write_latents(folder: Path, pixels: int) -> Path:
 
 
 def write_autoencoder(folder: Path) -> Path:
-    """An AutoencoderKL of factor 8 with few channels, seeded."""
+    """Write a seeded AutoencoderKL of factor 8 with few channels."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -1,15 +1,15 @@
-"""How numbers are written, the same in the table, the report and the picture; and errors."""
+"""Format numbers, the same way in tables, reports and pictures, and errors."""
 
 from collections.abc import Mapping
 
 from mdt_fast.errors import UserError
 
 Quantiles = tuple[float | None, float, float | None]
-"""20%, 50% and 80% quantiles; the outer ones may be unknown."""
+"""The 20th, 50th and 80th percentile; the outer ones may be unknown."""
 
 
 def number(value: float) -> str:
-    """Three significant digits, zeros included; whole numbers from 100 on."""
+    """Three significant digits, with trailing zeros; whole numbers from 100 on."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")
@@ -20,23 +20,23 @@ def interval(low: float, high: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Bytes, in GiB or MiB."""
+    """``size`` bytes in GiB or MiB."""
     unit, scale = memory_unit(size)
     return f"{number(size / scale)} {unit}"
 
 
 def memory_unit(size: float) -> tuple[str, int]:
-    """The unit that ``size`` bytes are written in, and its bytes."""
+    """The unit for ``size`` bytes, and the number of bytes in it."""
     return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
 
 
 def sizes(shape: Mapping[str, int]) -> str:
-    """``B 2, L 256``."""
+    """A shape as text, such as ``B 2, L 256``."""
     return ", ".join(f"{name} {size}" for name, size in shape.items())
 
 
 def ratio(quantiles: Quantiles) -> str:
-    """Median and, where there is any spread, p20-p80."""
+    """The median and, if there is any spread, p20-p80."""
     p20, p50, p80 = quantiles
     if p20 is None or p20 == p80:
         return f"{p50:.2f}x"
@@ -44,7 +44,7 @@ def ratio(quantiles: Quantiles) -> str:
 
 
 def one_line(error: BaseException | None) -> str:
-    """The error's kind and the first line of its text."""
+    """The error's type and the first line of its message; a ``UserError``'s whole message."""
     if isinstance(error, UserError):
         return str(error)
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,6 +1,6 @@
-"""What the package sets out to reach, as data, and what the rows say of it: met, missed or not measured.
+"""The package's goals, as data, and what the rows say about each: met, missed or not measured.
 
-Figures of one machine are compared with figures of the same machine. Rates in img/s were set for one H200.
+Only figures from the same machine are compared with each other. Rates in img/s were set for one H200.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from sanitize import CALLS
 from steps import SAMPLING_STEPS
 
 Found = tuple[float, str] | None
-"""A value and the case it is of; None if it was not measured."""
+"""A value and the case it belongs to; None if it was not measured."""
 Measure = Callable[["Rows"], Found]
 
 XL, S = "MDTv2_XL_2", "MDTv2_S_2"
@@ -29,7 +29,7 @@ ROOF = "sdpa-no-bias"
 
 @dataclass(frozen=True)
 class Goal:
-    """``bar`` is the least (or, with ``most``, the most) that ``measure`` may give."""
+    """``bar`` is the lowest value of ``measure`` that meets the goal (or, with ``most``, the highest)."""
 
     what: str
     bar: float
@@ -38,7 +38,7 @@ class Goal:
     most: bool = False
     on_cpu: bool = False
     gpu: str = ""
-    """What the device's name has to contain: the kind that a rate was set for."""
+    """Must be part of the device's name: the kind of GPU that a rate was set for."""
 
     def met(self, value: float) -> bool:
         return value <= self.bar if self.most else value >= self.bar
@@ -48,22 +48,22 @@ KEYS = ("bench", "op", "model", "mode", "batch", "shape", "dtype", "provider", "
 
 
 class Rows:
-    """The measured rows of one device, of each case the latest (that has rounds enough, if one has)."""
+    """The measured rows of one device: the latest of each case, preferably with enough rounds."""
 
     def __init__(self, rows: Sequence[Row]):
         self.latest: dict[tuple[str, ...], Row] = {}
         for row in rows:
             if row["p50"] is None or row.get("op") in RATES:
                 continue
-            if row.get("switches", {}).get("sampler", "ddpm") != "ddpm":  # the goals are the ancestral one's
+            if row.get("switches", {}).get("sampler", "ddpm") != "ddpm":  # goals are for ddpm
                 continue
-            keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there it names the line
+            keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there the note names the line
             case = tuple(str(row.get(key)) for key in keys)
             if not (few(row) and case in self.latest and not few(self.latest[case])):
                 self.latest[case] = row
 
     def of(self, **wanted: object) -> list[Row]:
-        """Rows whose keys have these values, or one of them where a tuple is given."""
+        """The rows whose keys have these values, or one of them if a tuple is given."""
         return [
             row
             for row in self.latest.values()
@@ -78,20 +78,20 @@ UNKEPT = "; of files that no commit holds"
 
 
 def run(row: Row) -> tuple[str | None, str]:
-    """What a row shares with those that were measured in turns with it."""
+    """What a row has in common with those measured in the same run."""
     return row["commit"], row["command"]
 
 
 def named(text: str, *rows: Row) -> str:
-    """A case, and what speaks against its rows."""
+    """A case's text, with reservations about its rows."""
     text += "; too few rounds" if any(map(few, rows)) else ""
     dirty = any(str(row["commit"]).endswith("-dirty") for row in rows)
     return text + (UNKEPT if dirty else "")
 
 
 def rate(model: str, mode: str, **more: object) -> Measure:
-    """Our best img/s, whatever the batch: timed beside the reference, or a step by itself; of files that a
-    commit holds, if there are such."""
+    """Our best img/s at any batch, whether timed next to the reference, by repeating one step or, for
+    sampling, in an account. Rows measured at a clean commit take precedence."""
 
     def measure(rows: Rows) -> Found:
         common = {"model": model, "mode": mode, "provider": OURS, **more}
@@ -116,8 +116,8 @@ def against(
     model: str, mode: str, batch: int | None, theirs: Sequence[str], metric: str, dtypes: tuple[str, str],
     *, one_run: bool = False,
 ) -> Measure:  # fmt: skip
-    """Our best over their best at one batch: img/s, or the least memory over the least memory. ``one_run``:
-    ours of the same run alone, where one run differs from another: times on a CPU, what memory counts."""
+    """Our best over their best at one batch: the highest img/s, or the lowest memory. ``one_run`` admits only
+    our rows of the same run, for values that differ between runs: CPU times, and what counts as memory."""
     pick, value = min if metric == "peak_bytes" else max, itemgetter("p50")
 
     def measure(rows: Rows) -> Found:
@@ -143,7 +143,7 @@ def against(
 
 
 def attention(other: str, *modes: str) -> Measure:
-    """The least of our best form's speed over ``other``'s, over modes, head sizes and masks at 256 tokens."""
+    """The lowest speed-up of our best form over ``other`` for any mode, head size and mask at 256 tokens."""
 
     def measure(rows: Rows) -> Found:
         by_case: dict[str, dict[str, Row]] = {}
@@ -164,7 +164,7 @@ def attention(other: str, *modes: str) -> Measure:
 
 
 def roof(ops: tuple[str, ...]) -> Measure:
-    """The least share of the copy's rate that any of the ops reaches, in either pass."""
+    """The lowest share of the roof that any of the ops reaches, in any mode."""
 
     def measure(rows: Rows) -> Found:
         shares = rows.of(bench="kernels", metric="roof_share", provider="fast", op=ops)
@@ -174,7 +174,7 @@ def roof(ops: tuple[str, ...]) -> Measure:
 
 
 def fewer_ops(rows: Rows) -> Found:
-    """Operations of a training step that are dispatched, over the reference's."""
+    """Operations dispatched in a training step, over the reference's."""
     found = rows.of(bench="account", metric="ops", mode="train", model=XL)
     base = {row["batch"]: row["p50"] for row in found if row["provider"] == "reference"}
     ours = [row for row in found if row["provider"] != "reference" and row["batch"] in base]
@@ -183,7 +183,7 @@ def fewer_ops(rows: Rows) -> Found:
 
 
 def sanitized(rows: Rows) -> Found:
-    """Of runs over all kernels alone."""
+    """The worse of memcheck and racecheck, from runs over all kernels only."""
     every = rows.of(bench="sanitize", metric="clean", op=("memcheck", "racecheck"))
     found = [row for row in every if set(CALLS) <= set(row["shape"].split(","))]
     if {row["op"] for row in found} != {"memcheck", "racecheck"}:
@@ -224,7 +224,7 @@ GOALS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each goal and device that it was measured on, or one that says it was not."""
+    """A table with a line for each goal and device it was measured on, or one that says it was not."""
     lines = ["| goal | bar | measured | | device |", "|---|---:|---:|---|---|"]
     devices: dict[str, list[Row]] = {}
     for row in rows:

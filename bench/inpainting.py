@@ -1,9 +1,9 @@
-"""Digits completed: hidden from the encoder or not, by every sampler, and one picture of it.
+"""Complete digits, with the hole hidden from the encoder or not, and with every sampler.
 
 ``python bench/inpainting.py runs/digits --picture inpainting.png``, for a run of the ``digits`` preset. A
-part of the true digit is taken away and drawn anew, with the right label. Judged by the RMS distance to the
-truth in the hole (of the first fill, and of the best of ``--fills``), by what a classifier of the real digits
-recognises, and by the Fréchet distance of the completed pictures' pixels to those they were made of.
+part of the true digit is removed and redrawn, with the right label. The measures are the RMS distance to the
+truth inside the hole (of the first fill, and of the best of ``--fills``), the share that a classifier of the
+real digits recognises, and the Fréchet distance between the pixels of completed and original pictures.
 """
 
 import sys
@@ -30,7 +30,7 @@ CELL, GAP, MARGIN = 32, 4, 130
 
 
 def masks() -> dict[str, Tensor]:
-    """Unknown parts by name, bool [8, 8]."""
+    """The parts to remove, by name, bool [8, 8]."""
     right, centre, corner = (torch.zeros(8, 8, dtype=torch.bool) for _ in range(3))
     right[:, 4:] = True
     centre[2:6, 2:6] = True
@@ -40,7 +40,7 @@ def masks() -> dict[str, Tensor]:
 
 
 class Completion:
-    """Digits with a part taken away, several fills of each."""
+    """Digits with a part removed, and several fills of each."""
 
     def __init__(self, run: Path, count: int, fills: int):
         self.digits, self.count, self.fills = Digits(run, count * fills), count, fills
@@ -50,14 +50,14 @@ class Completion:
         self.digits.labels = labels[chosen].tolist() * fills
 
     def fill(self, unknown: Tensor, config: SampleConfig, **how: Any) -> Tensor:
-        """[fills, N, 1, 8, 8]."""
+        """Completed digits [fills, N, 1, 8, 8]."""
         image = self.truth.repeat(self.fills, 1, 1, 1)
         digits = self.digits
         drawn = inpaint(digits.model, digits.trained, digits.labels, image, unknown, config, **how)
         return drawn.unflatten(0, (self.fills, self.count))
 
     def judge(self, drawn: Tensor, unknown: Tensor) -> list[str]:
-        """RMS of the first and of the best fill, recognised, Fréchet distance, as text."""
+        """RMS of the first and of the best fill, share recognised and Fréchet distance, as text."""
         squares = ((drawn - self.truth) * unknown).square().flatten(2).sum(2) / unknown.sum()
         first, best = squares[0].mean().sqrt(), squares.min(0).values.mean().sqrt()
         apart = frechet_distance(moments(drawn.flatten(0, 1).flatten(1)), moments(self.truth.flatten(1)))
@@ -92,7 +92,7 @@ def compare(completion: Completion, config: SampleConfig) -> None:
 
 
 def picture(completion: Completion, config: SampleConfig) -> Image.Image:
-    """The truth, what is left of it, and fills with nothing and with the hole hidden; ten digits."""
+    """Ten digits: the truth, the known part, and fills with nothing hidden and with the hole hidden."""
     rows: list[tuple[str, Tensor]] = []
     for unknown in list(masks().values())[::2]:
         rows += [("true", completion.truth), ("known", completion.truth.masked_fill(unknown, 0.0))]
@@ -114,7 +114,7 @@ def picture(completion: Completion, config: SampleConfig) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Run the benchmark. Returns 0; 2 after a user error; 130 after Ctrl-C."""
     return command.guarded("inpainting", lambda kept: _main(argv))
 
 
@@ -135,8 +135,8 @@ def _parser() -> command.Parser:
     parser = command.Parser(prog="inpainting", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run of the digits preset")
     parser.add_argument("--picture", metavar="FILE", help="write the picture here")
-    parser.add_argument("--digits", type=int, default=100, metavar="N", help="digits (default: 100)")
-    parser.add_argument("--fills", type=int, default=4, metavar="N", help="fills of each (default: 4)")
+    parser.add_argument("--digits", type=int, default=100, metavar="N", help="test digits (default: 100)")
+    parser.add_argument("--fills", type=int, default=4, metavar="N", help="fills per digit (default: 4)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     return parser
 

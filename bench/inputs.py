@@ -1,8 +1,8 @@
 """Real images as a model's input, and the numbers of kept tokens for the masked pass.
 
-A model reads [B, C, S, S]. Images become that as follows: with C = k*k (4 for the latent models) a grey
-image of side S*k, of which every k x k square of pixels becomes the C channels of one position (space to
-depth); with any other C an RGB image of side S, its channels repeated as often as needed. Values are in
+A model reads [B, C, S, S]. With C = k*k (4 for the latent models), the input is made from a grey image of
+side S*k, in which each k x k square of pixels becomes the C channels of one position (space to depth). With
+any other C, it is made from an RGB image of side S, whose channels are repeated as needed. Values are in
 [-1, 1]. The digits are 8x8 pixels and are enlarged bilinearly.
 """
 
@@ -20,12 +20,12 @@ from mdt_fast.data.images import open_images
 from mdt_fast.errors import UserError
 
 PERIOD = 16
-"""Numbers of kept tokens before they repeat, unless the user says."""
+"""The default for how many numbers of kept tokens are used before they repeat."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """x_BCSS float32 and labels_B int64 on the CPU, and one line that says what they are."""
+    """x_BCSS float32 and labels_B int64 on the CPU, and one line describing them."""
 
     x_BCSS: Tensor
     labels_B: Tensor
@@ -33,10 +33,10 @@ class Inputs:
 
 
 def load(source: str, config: ModelConfig, batch: int) -> Inputs:
-    """The first ``batch`` images (spread over the set) of ``source``: ``digits``, ``synthetic`` or a folder.
+    """``batch`` images, spread evenly over ``source``: ``digits``, ``synthetic`` or a folder.
 
-    ``digits`` without scikit-learn becomes ``synthetic``, and ``what`` says so. Raises ``UserError`` for a
-    folder that is missing, has no images, or holds one that cannot be read.
+    Without scikit-learn, ``digits`` becomes ``synthetic``, and ``what`` says so. Raises ``UserError`` if a
+    folder is missing, has no images or contains one that cannot be read.
     """
     if source == "digits":
         try:
@@ -49,11 +49,11 @@ def load(source: str, config: ModelConfig, batch: int) -> Inputs:
 
 
 def len_keeps(config: ModelConfig, number: int) -> list[int] | list[None]:
-    """Kept tokens of the masked pass for steps 0, 1, ...; None for a model that has no masked pass.
+    """Kept tokens of the masked pass for steps 0, 1, ...; None for a model without a masked pass.
 
-    MDTv2 draws the ratio anew in every step, and the time of a step depends on it. Here the ratios are
-    spread evenly over the same range (the van der Corput sequence: 1/2, 1/4, 3/4, 1/8, ...), so that a few
-    steps already have the mean work of many random ones. All providers get the same.
+    MDTv2 draws a new ratio in every step, and the time of a step depends on it. Here the ratios are spread
+    evenly over the same range (by the van der Corput sequence: 1/2, 1/4, 3/4, 1/8, ...), so that a few steps
+    already average the work of many random ones. All providers get the same ratios.
     """
     if config.family == "dit" or config.mask_ratio is None:
         return [None] * number
@@ -101,7 +101,7 @@ def _synthetic(config: ModelConfig, batch: int, what: str) -> Inputs:
 
 
 def _squares(config: ModelConfig) -> int:
-    """k where the model's channels are k*k, else 0."""
+    """k if the model has k*k channels, else 0."""
     k = math.isqrt(config.in_channels)
     return k if k * k == config.in_channels else 0
 

@@ -1,7 +1,7 @@
-"""What judges samples in ``convergence.py``: a small classifier of the training images, in whose features the
-Fréchet distance to real images kept apart is taken.
+"""The judge of samples in ``convergence.py``: a small classifier of the training images, whose features are
+used for the Fréchet distance to held-out real images.
 
-B images [B, C, S, S], pixels or latents; D features.
+B: images [B, C, S, S], pixels or latents; D: features.
 """
 
 import math
@@ -29,13 +29,13 @@ from mdt_fast.files import aside
 from mdt_fast.training.run import derive_seed
 
 SPLIT, NOISE, WEIGHTS, ORDER = 20, 21, 22, 23  # seed streams
-MAX_SHARE = 0.3  # of the images, that are kept apart at most
+MAX_SHARE = 0.3  # of the images that may be held out
 WIDTHS = (32, 64, 64)
 UPDATES, BATCH = 400, 64
 
 
 class Part:
-    """Some images of a set, as a set; with ``size`` (of the digits) enlarged to it, once."""
+    """A subset of an image set. With ``size`` (for the digits), images are enlarged to it once."""
 
     def __init__(self, images: ImageSet, indices: np.ndarray, size: int | None = None):
         self.images, self.indices = images, indices
@@ -59,8 +59,11 @@ def _enlarged(values: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Data:
-    """The images to learn from, those kept apart, and what makes a model's input of either; ``digest``: of a
-    folder's names, sizes and labels, or of its latents: other images there have another judge."""
+    """The images to learn from, the held-out images, and the stage that turns either into a model's input.
+
+    ``digest`` is that of a folder's names, sizes and labels, or of its latents, so that other images in the
+    same folder get another judge.
+    """
 
     learnt: Part
     apart: Part
@@ -81,7 +84,7 @@ class Data:
 
 
 def open_data(config: DataConfig, samples: int, device: torch.device) -> Data:
-    """Split what ``config`` names; ``samples`` images are kept apart. ``UserError`` if there are too few."""
+    """Split the images of ``config`` and hold out ``samples``. Raises ``UserError`` if there are too few."""
     digits = config.source == "digits"
     images: ImageSet = Digits(DataConfig()) if digits else open_images(config)
     total, size = len(images.labels), config.image_size if digits else None
@@ -98,7 +101,7 @@ def open_data(config: DataConfig, samples: int, device: torch.device) -> Data:
 
 
 class Classifier(nn.Module):
-    """Convolutions down to a side of at most 4, then the mean of each channel: ``features`` [B, 64]."""
+    """Convolutions down to a side of at most 4, then the mean of each channel as ``features`` [B, 64]."""
 
     def __init__(self, channels: int, size: int, classes: int):
         super().__init__()
@@ -119,8 +122,8 @@ class Classifier(nn.Module):
 
 
 class Judge:
-    """``classifier``, and the moments of ``real`` features; ``floor``: the Fréchet distance of as many images
-    that were learnt from; ``real_accuracy``: on the images kept apart."""
+    """``classifier`` and the moments of the ``real`` held-out features. ``floor`` is the Fréchet distance of
+    the same number of training images; ``real_accuracy`` is the accuracy on the held-out images."""
 
     def __init__(self, classifier: Classifier, data: Data, samples: int, device: torch.device):
         self.classifier, self.device = classifier.to(device).eval(), device
@@ -136,14 +139,14 @@ class Judge:
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor | Sequence[int]) -> float:
-        """The part of images that the classifier takes for what they were to be; none that is not finite."""
+        """The share of images that the classifier recognises as their labels, never a non-finite one."""
         labels = torch.as_tensor(labels, device=self.device)
         scores = torch.cat([self.classifier(part.to(self.device)) for part in x.split(500)])
         recognised = (scores.argmax(1) == labels) & scores.isfinite().all(1)
         return recognised.float().mean().item()
 
     def distance(self, x: Tensor) -> float:
-        """Fréchet distance of images to the real ones kept apart; infinite where features are not finite."""
+        """Fréchet distance of images to the held-out real ones; infinite if features are not finite."""
         found = self.moments(x)
         if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
             return math.inf
@@ -151,7 +154,7 @@ class Judge:
 
 
 def train_classifier(data: Data, classes: int, device: torch.device, updates: int = UPDATES) -> Classifier:
-    """Of the images that are learnt from alone, with noise added: samples are never quite clean."""
+    """Train on the training images only, with noise added, because samples are never quite clean."""
     x, y = data.tensors(data.learnt, 50_000, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(0, WEIGHTS))
@@ -175,7 +178,8 @@ def save_classifier(path: Path, classifier: Classifier) -> None:
 
 
 def load_judge(path: Path, data: Data, classes: int, samples: int, device: torch.device) -> Judge:
-    """The judge that :func:`save_classifier` left at ``path``. ``UserError`` if it is damaged."""
+    """The judge with the classifier that :func:`save_classifier` wrote to ``path``. Raises ``UserError`` if
+    the file is damaged."""
     classifier = Classifier(data.stage.channels, data.stage.size, classes)
     try:
         classifier.load_state_dict(load_file(path))

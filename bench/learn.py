@@ -1,7 +1,7 @@
-"""One learner of ``convergence.py``: trained from a seed, and judged along the way.
+"""One learner of ``convergence.py``: trained from a seed and judged several times along the way.
 
-B images of a batch, [C, S, S] each. What is random in step s follows from (seed, s): variants of one seed see
-the same images, times and noise.
+B: images of a batch, [C, S, S] each. All randomness in step s depends on (seed, s) only, so that all variants
+of a seed see the same images, timesteps and noise.
 """
 
 import hashlib
@@ -39,13 +39,13 @@ from mdt_fast.training.parallelize import autocasting, parallelize
 from mdt_fast.training.passes import GraphedPasses, Passes, passes_of
 from mdt_fast.training.run import INIT, derive_seed
 
-SHOWN = 10  # samples kept of each evaluation, to be looked at
+SHOWN = 10  # samples kept from each evaluation, for the figure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A variant and a seed; ``settings``: the variant's; ``steps``: when it is judged; ``folder``: where
-    pictures go; ``judge``: the classifier's file."""
+    """A variant and a seed. ``settings`` are the variant's, ``steps`` is when it is judged, ``folder`` is
+    where pictures go, and ``judge`` is the classifier's file."""
 
     study: str
     variant: Variant
@@ -59,8 +59,8 @@ class Job:
 
     @cached_property
     def digest(self) -> str:
-        """What the result follows from: the same in every study that has this learner, by any name, and in
-        later versions, which have more settings, as long as those are left as they are."""
+        """A digest of everything the result depends on. It is the same in every study with this learner,
+        under any name, and in later versions with more settings, as long as those keep their defaults."""
         variant = {name: getattr(self.variant, name) for name in ("passes", "without", "implementation")}
         settings = changed(to_dict(self.settings), to_dict(RunConfig()))
         values = {
@@ -72,15 +72,15 @@ class Job:
 
     @property
     def samples(self) -> Path:
-        """Where pictures of it are left."""
+        """The file for its pictures."""
         return samples_path(self.folder, self.digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What was found after ``step`` updates, ``seconds`` of training and ``flops`` executed; ``loss``: the
-    mean over all tokens since the point before. Of a learner that diverged ``loss`` may be NaN or infinite
-    and ``frechet`` infinite; rows hold null then, as JSON has neither."""
+    """The evaluation after ``step`` updates, ``seconds`` of training and ``flops`` executed. ``loss`` is the
+    mean over all tokens since the previous point. For a diverged learner ``loss`` may be NaN or infinite and
+    ``frechet`` infinite; rows then hold null, as JSON has neither."""
 
     step: int
     seconds: float
@@ -91,7 +91,7 @@ class Point:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> "Point":
-        """Of a row that was made of one."""
+        """The point that a row was made from."""
         names = ("step", "seconds", "flops", "accuracy")
         loss = math.nan if row["loss"] is None else row["loss"]
         frechet = math.inf if row["p50"] is None else row["p50"]
@@ -99,7 +99,7 @@ class Point:
 
 
 def learn(job: Job) -> list[Point]:
-    """Train, and judge at ``job.steps``; the samples shown, unless latents, are left in the folder."""
+    """Train, and judge at ``job.steps``. Samples to show are saved in the folder, unless they are latents."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.settings.train.device)
     data = open_data(job.settings.data, job.settings.sample.num_samples, device)
@@ -138,7 +138,7 @@ def learn(job: Job) -> list[Point]:
 
 
 class Learner:
-    """A model in training; ``seconds`` so far, and of each step how many tokens it ``kept``."""
+    """A model in training, with its ``seconds`` so far and the number of tokens ``kept`` in each step."""
 
     def __init__(self, job: Job, device: torch.device):
         self.job, self.device, settings = job, device, job.settings
@@ -149,23 +149,23 @@ class Learner:
         self.model.to(device).train()
         for part in job.variant.without:
             leave_out(self.model, part)
-        # What is random is drawn by a fast model, and so are pictures, whatever the implementation.
+        # Randomness and pictures are drawn with a fast model, whatever the implementation.
         self.drawing = self.model
         if job.variant.implementation == "fast":
             parallelized(self.model, settings.train, device)
         else:
-            self.model.y_embedder.dropout_prob = 0.0  # labels come dropped
+            self.model.y_embedder.dropout_prob = 0.0  # labels arrive already dropped
             self.drawing = build_model(settings.model).to(device)
         self.optimizer, self.ema, _ = optimize(self.model, settings.train)
         self.diffusion = create_diffusion(
             learn_sigma=settings.model.learn_sigma, **to_dict(settings.diffusion)
         )
-        self.passes: Passes | GraphedPasses | None = None  # as the product trains
+        self.passes: Passes | GraphedPasses | None = None  # as in the package's own training
         if job.variant.implementation == "fast" and job.variant.passes == "both":
             self.passes = passes_of(Passes(self.model, self.diffusion, settings.train, False, device))
 
     def warm_up(self, data: Any, batch: tuple[Tensor, Tensor]) -> None:
-        """Compile, capture all graphs, and touch memory for the first time, without learning from it."""
+        """Compile, capture all graphs and touch memory for the first time, without learning anything."""
         self._gradients(data, batch)
         config = self.job.settings.model
         if isinstance(self.passes, GraphedPasses) and config.family == "mdtv2":
@@ -179,7 +179,7 @@ class Learner:
         (self.passes or self.optimizer).zero_grad()
 
     def step(self, data: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """One update; returns the loss over all tokens (over kept ones, where there is no other pass)."""
+        """One update. Returns the loss over all tokens (over kept tokens, if that is the only pass)."""
         settings = self.job.settings.train
         self.zero_grad()
         loss = self._gradients(data, batch)
@@ -189,7 +189,7 @@ class Learner:
         return loss
 
     def _gradients(self, data: Any, batch: tuple[Tensor, Tensor], len_keep: int | None = None) -> Tensor:
-        """``len_keep``: so many kept tokens instead of as many as are drawn."""
+        """Compute gradients and return the loss. ``len_keep`` replaces the drawn number of kept tokens."""
         settings, B = self.job.settings.train, len(batch[0])
         x, y = (part.to(self.device, non_blocking=True) for part in batch)
         torch.manual_seed(derive_seed(self.job.seed, STEP, self.done))
@@ -215,14 +215,14 @@ class Learner:
         return terms["loss"].detach().mean()
 
     def flops(self) -> float:
-        """Executed so far."""
+        """FLOPs executed so far."""
         settings = self.job.settings
         each = (flops_of(settings.model, kept, self.job.variant) for kept in self.kept)
         return settings.train.batch_size * sum(each)
 
     def pictures(self, data: Data, classes: int) -> tuple[Tensor, list[int]]:
-        """Samples of the averaged weights and what they are to be: the classes in turn, from the same noise
-        each time and in every variant."""
+        """Samples of the averaged weights and their labels, which cycle through the classes. The noise is the
+        same each time and for every variant."""
         settings = self.job.settings
         labels = [i % classes for i in range(settings.sample.num_samples)]
         with self.ema.in_model() as model, torch.compiler.set_stance("force_eager"):
@@ -236,8 +236,8 @@ class Learner:
 
 
 def parallelized(model: Any, settings: TrainConfig, device: torch.device) -> None:
-    """As the product does; float8 on a CPU is emulated: the same roundings, which is what learning depends
-    on, and no time won."""
+    """Set up the model as the package's training does. On a CPU float8 is emulated, with the same rounding,
+    which is what learning depends on, but without any speed-up."""
     if settings.float8 and device.type != "cuda":
         use_float8(model, settings.float8_by, emulate=True)
         settings = replace(settings, float8=False)
@@ -247,7 +247,7 @@ def parallelized(model: Any, settings: TrainConfig, device: torch.device) -> Non
 def losses(
     model: Any, diffusion: GaussianDiffusion, x: Tensor, y: Tensor, draws: Draws, variant: Variant
 ) -> dict[str, Tensor]:
-    """Loss terms [B] of the passes that the variant makes, where they are not those of a product's step."""
+    """Loss terms [B] of the variant's passes, for variants that do not use the package's own step."""
     if variant.passes == "all":
         return losses_of(model, diffusion, x, y, replace(draws, plan=None))
     if variant.passes == "twice":
@@ -272,17 +272,17 @@ def losses(
 
 
 def leave_out(model: Any, part: str) -> None:
-    """Hold a part of a new model at what does nothing, for good."""
+    """Disable a part of a new model by freezing its parameters at zero."""
     if part == "bias":
         held = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
-    else:  # the gates of a new block are zero: tokens pass as they are
+    else:  # with zero gates, tokens pass through the block unchanged
         held = list(model.sideblocks[0].adaLN_modulation.parameters())
     for parameter in held:
         parameter.requires_grad_(False).zero_()
 
 
 def flops_of(config: ModelConfig, len_keep: int | None, variant: Variant) -> float:
-    """What a training step executes for each image, with so many kept tokens."""
+    """FLOPs that a training step with ``len_keep`` kept tokens executes for each image."""
     if variant.passes == "masked":  # one of the two passes
         return flops.train_step(config, len_keep).flops - flops.train_step(config, None).flops
     kept = len_keep if variant.passes == "both" else None
@@ -292,7 +292,7 @@ def flops_of(config: ModelConfig, len_keep: int | None, variant: Variant) -> flo
 
 
 def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values that are not the defaults, nested alike."""
+    """The values that differ from the defaults, with the same nesting."""
     inner = {
         name: changed(value, defaults[name]) if isinstance(value, dict) else value
         for name, value in values.items()
@@ -301,8 +301,8 @@ def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 class Clock:
-    """Time since it was made. On a GPU wall time, the device having finished at both ends; on a CPU the time
-    that the process computed, divided among its threads: other work on the machine does not count."""
+    """Time since the clock was made. On a GPU this is wall time, with synchronisation at both ends; on a CPU
+    it is the process's CPU time divided by its threads, so that other work on the machine does not count."""
 
     def __init__(self, device: torch.device):
         self.device, self.began = device, self._now(device)
@@ -318,15 +318,15 @@ class Clock:
 
 
 def judged_at(steps: int, points: int) -> tuple[int, ...]:
-    """Steps in about equal ratios, the last included: curves are steep at first."""
+    """Steps at roughly equal ratios, as curves are steep at first; the last step is included."""
     first = max(1, steps // 16)
     ratio = (steps / first) ** (1 / max(1, points - 1))
     return tuple(sorted({round(first * ratio**i) for i in range(points - 1)} | {steps}))
 
 
 def shown_samples(folder: Path, digest: str) -> np.ndarray | None:
-    """What :func:`learn` left of a job in its folder, [points, SHOWN, C, S, S]; None if nothing, or nothing
-    readable, which is said on stderr."""
+    """The samples that :func:`learn` saved for a job, [points, SHOWN, C, S, S]. None if there are none or if
+    they cannot be read, which is reported on stderr."""
     path = samples_path(folder, digest)
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Who learns in ``convergence.py``: sizes of the comparison, and studies, each a table of variants."""
+"""The learners of ``convergence.py``: sizes of the comparison, and studies, each a table of variants."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,11 +21,11 @@ Part = Literal["bias", "side"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way of training. ``name``: as in tables and rows; ``model``, ``diffusion``, ``train``: what differs
-    from the size's settings. ``passes`` of a step: both, over all tokens alone, over all tokens twice (each
-    with its own noise and label drops, as both have, but no mask), or masked alone. ``without``: relative
-    position bias, the side-interpolater (held at what they are worth nothing at). ``longer``: times the
-    size's updates; ``finer``: into how many a patch's side is cut, for ``finer**2`` times the tokens."""
+    """One way of training. ``name`` appears in tables and rows; ``model``, ``diffusion`` and ``train``
+    override the size's settings. ``passes`` of a step are both, one over all tokens, two over all tokens
+    (each with its own noise and label drops, like both, but without a mask), or the masked one alone.
+    ``without`` names parts to disable: the relative position bias or the side-interpolater. ``longer``
+    multiplies the size's updates; ``finer`` divides the patch side, giving ``finer**2`` times the tokens."""
 
     name: str
     family: Family = "mdtv2"
@@ -61,7 +61,7 @@ LEAN = Variant(
 )
 FLOAT8 = Variant(name="float8, rows", train={"dtype": "bfloat16", "float8": True})
 TORCHAO = Variant(name="float8", train={"dtype": "bfloat16", "float8": True, "float8_by": "torchao"})
-"""Named when there was no other."""
+"""Named when this was the only kind of float8."""
 
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "models": (DIT, MDT, MDTV2),
@@ -93,7 +93,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
     "float8": (BFLOAT16, FLOAT8),  # the same, at a size that trains in bfloat16
     "path": (MDTV2, Variant(name="MDTv2, reference", implementation="reference")),
 }
-"""Of each study the first variant is what the others are held against."""
+"""The first variant of each study is the baseline for the others."""
 
 _DIGITS = RunConfig(
     model=ModelConfig(
@@ -120,7 +120,7 @@ SIZES: dict[str, RunConfig] = {
             _DIGITS.train, steps=1500, batch_size=64, lr=5e-4, warmup_steps=100, ema_decay=0.998,
             device="cuda", dtype="bfloat16", cuda_graphs=True,
         ),
-        # UniPC comes with diffusers, which a GPU's machine may lack.
+        # UniPC comes with diffusers, which the GPU machine may lack.
         sample=replace(_DIGITS.sample, sampler="ddim", steps=20),
     ),
     "imagenet": RunConfig(
@@ -136,5 +136,5 @@ SIZES: dict[str, RunConfig] = {
         ),
     ),
 }  # fmt: skip
-"""``cpu``: half an hour on two cores; ``gpu``: S-size models of 32 x 32 pixels; ``imagenet``: S/2 on latents,
-equal optimisers for all, as in the papers' comparison."""
+"""``cpu`` takes half an hour on two cores; ``gpu`` trains S-size models of 32 x 32 pixels; ``imagenet``
+trains S/2 on latents, with the same optimiser for all, as in the papers' comparison."""

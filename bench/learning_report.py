@@ -1,4 +1,4 @@
-"""Tables and the figure of ``convergence.py``, made from its rows alone."""
+"""Tables and figures of ``convergence.py``, made only from its rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ LABELS = {
 GRID_STEPS = 4
 
 Learners = dict[str, dict[int, list[Row]]]
-"""Rows by variant and seed, in the order of their steps."""
+"""Rows by variant and seed, in order of steps."""
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What is to become small, of a row; what is left of it with real images; how a target is told; at how
-    many targets variants are compared, of those of :func:`targets_of` the nearest."""
+    """A quantity to minimise. ``value`` takes it from a row, ``floor`` is its value for real images, and
+    ``told`` describes a target. Variants are compared at the last ``targets`` of :func:`targets_of`."""
 
     value: Callable[[Row], float]
     floor: Callable[[Row], float]
@@ -49,16 +49,18 @@ DISTANCE = AIMS[0]
 
 
 def complete(rows: Sequence[Row]) -> list[Row]:
-    """The rows of learners that were trained to their end."""
+    """The rows of learners that completed their training."""
     ours = [row for row in rows if row["bench"] == "convergence"]
     ended = {row["digest"] for row in ours if row["step"] == row["of"]}
     return [row for row in ours if row["digest"] in ended]
 
 
 def studies(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str, Learners]:
-    """The complete learners of every study (of those ``names``), variants in the order of ``STUDIES``, of the
-    seeds that all of them have; of a variant and seed that were trained again the last counts. ``UserError``
-    where what is left was judged differently."""
+    """The completed learners of every study (or of ``names``), with variants in the order of ``STUDIES``.
+
+    Only seeds that all variants of a study have are included. If a variant and seed were trained again, the
+    last one counts. Raises ``UserError`` if the remaining learners were not judged in the same way.
+    """
     found: dict[str, dict[str, dict[int, dict[str, dict[int, Row]]]]] = {}
     for row in complete(rows):
         if names is not None and row["study"] not in names:
@@ -86,7 +88,7 @@ def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Ro
         for seeds in learners.values()
         for of_seed in seeds.values()
     }
-    # The first rows did not say their learning rate.
+    # The earliest rows lack the learning rate.
     rates = {of_seed[0].get("lr") for seeds in learners.values() for of_seed in seeds.values()} - {None}
     if len(ways) > 1 or len(rates) > 1:
         raise UserError(
@@ -96,7 +98,7 @@ def _comparable(study: str, variants: dict[str, dict[int, dict[str, dict[int, Ro
 
 
 def curves(seeds: dict[int, list[Row]], axis: str, aim: Aim = DISTANCE) -> list[Curve]:
-    """One for each seed."""
+    """One curve per seed."""
     return [
         Curve(tuple(row[axis] for row in of_seed), tuple(map(aim.value, of_seed)))
         for of_seed in seeds.values()
@@ -104,7 +106,7 @@ def curves(seeds: dict[int, list[Row]], axis: str, aim: Aim = DISTANCE) -> list[
 
 
 def table(study: str, learners: Learners) -> str:
-    """What every variant reaches and how soon, and where the rows come from."""
+    """Tables of what each variant reaches and how soon, with the origin of the rows."""
     base, *others = learners
     rows = [row for seeds in learners.values() for of_seed in seeds.values() for row in of_seed]
     seeds = len(learners[base])
@@ -143,25 +145,26 @@ def table(study: str, learners: Learners) -> str:
 
 
 def targets(seeds: dict[int, list[Row]], aim: Aim) -> list[float]:
-    """Those that ``seeds`` come to."""
+    """The targets that ``seeds`` set, see :func:`targets_of`."""
     return targets_of(curves(seeds, "step", aim), aim.floor(next(iter(seeds.values()))[0]))
 
 
 def sooner(base: dict[int, list[Row]], other: dict[int, list[Row]], aim: Aim, target: float) -> list[str]:
-    """How many times sooner ``other`` comes to a target, by updates, seconds and FLOPs."""
+    """How many times sooner ``other`` reaches a target, by updates, seconds and FLOPs."""
     ratios = [speedup(curves(base, axis, aim), curves(other, axis, aim), target) for axis in AXES]
     return ["neither" if ratio is None else _ratio(ratio) for ratio in ratios]
 
 
 def scales(found: dict[str, Learners]) -> str | None:
-    """At what scale which variant is sooner than DiT where that ends; None of a single scale."""
+    """A table of how much sooner than DiT the variants reach DiT's last target, at each scale. None if there
+    is only one scale."""
     lines, shapes = [], set()
     for learners in found.values():
         base, *others = learners
         if base != "DiT":
             continue
         for aim in AIMS:
-            for target in targets(learners[base], aim)[-1:]:  # none where a seed of DiT diverged
+            for target in targets(learners[base], aim)[-1:]:  # none if a seed of DiT diverged
                 for name in others:
                     of_seeds = learners[name]
                     row, seeds = next(iter(of_seeds.values()))[-1], len(of_seeds)
@@ -224,8 +227,8 @@ def _ratio(band: Band) -> str:
 
 
 def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: Path) -> None:
-    """Distance over updates, seconds and FLOPs, with bands; below, ``samples`` [points, n, C, S, S] of each
-    variant, in [-1, 1], at equal numbers of updates."""
+    """Draw distance over updates, seconds and FLOPs, with bands. Below are the ``samples`` of each variant,
+    [points, n, C, S, S] in [-1, 1], after equal numbers of updates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -243,7 +246,7 @@ def draw(study: str, learners: Learners, samples: dict[str, np.ndarray], path: P
         panel.set_xscale("log")
         panel.set_yscale("log")
         finish(panel, LABELS[axis])
-        panel.tick_params(which="both", labelsize=7)  # less than a decade has labels between its powers, too
+        panel.tick_params(which="both", labelsize=7)  # minor labels help when less than a decade is shown
         panel.tick_params(axis="x", which="minor", labelrotation=45)
     axes[0].set_ylabel("Fréchet distance (dotted: of real images)", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
@@ -257,13 +260,13 @@ def _curve(panel: Any, found: Sequence[Curve], name: str, color: str) -> None:
     middle = [float(np.median([curve.places[i] for curve in found])) for i in range(len(found[0].places))]
     heights = np.array(columns(found))
     low, median, high = heights.min(1), np.median(heights, 1), heights.max(1)
-    shown = np.isfinite(median)  # a curve ends where most seeds diverged
+    shown = np.isfinite(median)  # a curve ends where most seeds have diverged
     panel.plot(middle, np.where(shown, median, np.nan), "-o", color=color, label=name, markersize=3)
     panel.fill_between(middle, low, high, where=np.isfinite(high), color=color, alpha=0.2, linewidth=0)
 
 
 def _grids(figure: Any, samples: dict[str, np.ndarray], steps: Sequence[int]) -> None:
-    """A row for each variant; as many columns of pictures as there are steps shown."""
+    """Draw a row of pictures for each variant and a column for each step shown."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, GRID_STEPS + 1).round().astype(int))[-GRID_STEPS:]
     axes = figure.subplots(len(samples), len(chosen), squeeze=False)
     for i, (row, (name, points)) in enumerate(zip(axes, samples.items())):

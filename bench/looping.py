@@ -1,4 +1,4 @@
-"""What the loop adds to a training step, and how long a checkpoint holds it up."""
+"""Measure what the training loop adds to a step, and how long saving a checkpoint blocks it."""
 
 import time
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from measure import Spread, rates, spread, synchronize
 if TYPE_CHECKING:
     from training import Request
 
-WARM_UP = 3  # steps, in which memory is first touched and, on a GPU, blocks are compiled
-INNER = {"cpu": 1, "cuda": 20}  # steps in a turn: a GPU is to run behind the host, as it does in training
-LOG_EVERY = 5  # turns; the cost of a row is then put down to as many steps as the recipe has between two
+WARM_UP = 3  # steps that touch memory for the first time and, on a GPU, compile blocks
+INNER = {"cpu": 1, "cuda": 20}  # steps per turn; enough for a GPU to run behind the host, as in training
+LOG_EVERY = 5  # turns; the cost of a row is then spread over the recipe's steps between two rows
 SAVES = 5
 
 
 def config_of(request: "Request") -> RunConfig:
-    """The recipe on encoded noise (or, of a preset in pixels, its own data), in float32 on a CPU."""
+    """The recipe, on encoded noise or, if it has a data source, on that; float32 on a CPU."""
     config, cuda = PRESETS[request.args.preset], request.device.type == "cuda"
     settings = replace(
         config.train, batch_size=request.args.batch, device=str(request.device), save_every=10**9, keep=1,
@@ -49,10 +49,10 @@ def config_of(request: "Request") -> RunConfig:
 
 
 def steps(request: "Request") -> None:
-    """Turns of the whole loop and of the bare step, of one model in one training."""
+    """Time the whole loop and the bare step in alternating turns, with one model in one training run."""
     config = config_of(request)
     inner, preset = INNER[request.device.type], config.train.log_every
-    turns = request.repeats + request.repeats // (LOG_EVERY - 1)  # of which one in LOG_EVERY writes a row
+    turns = request.repeats + request.repeats // (LOG_EVERY - 1)  # one in LOG_EVERY writes a row
     watch = Watch(request.device, inner, turns)
     total = WARM_UP + inner * turns + 1
     config = replace(config, train=replace(config.train, steps=total, log_every=LOG_EVERY * inner))
@@ -64,7 +64,7 @@ def steps(request: "Request") -> None:
         loop.train(config, request.folder / "run", console=Console(quiet=True))
     plain = [turn for turn in watch.turns if not turn.logged]
     logged = [turn for turn in watch.turns if turn.logged]
-    # A GPU's steps end when the host is outside of them already: there the whole tells what a row costs.
+    # A GPU's steps end after the host has left them, so there the whole turn shows what a row costs.
     where = "whole" if request.device.type == "cuda" else "outside"
     taken = [[getattr(turn, where) for turn in turns] for turns in (logged, plain)]
     row = max(0.0, spread(taken[0])[1] - spread(taken[1])[1]) if logged else 0
@@ -93,13 +93,13 @@ def steps(request: "Request") -> None:
 
 
 class Enough(Exception):
-    """Everything is measured."""
+    """Raised when everything is measured."""
 
 
 @dataclass
 class Turn:
-    """Seconds per step: of the whole loop, outside of ``train_step`` (of a GPU's, its backlog as well), and
-    of the bare step after it."""
+    """Seconds per step: of the whole loop, of its part outside ``train_step`` (including a GPU's backlog),
+    and of the bare step after it. ``logged``: the turn wrote a row."""
 
     whole: float
     outside: float
@@ -109,7 +109,7 @@ class Turn:
 
 @dataclass
 class Watch:
-    """Stops the training between two steps, where the next batch is asked for, and lets a bare step run."""
+    """Interrupts training between two steps, when the next batch is requested, to run bare steps."""
 
     device: torch.device
     inner: int
@@ -162,7 +162,7 @@ ORIGINAL = loop.train_step
 
 
 def bare_step(run: Run, batch: Tensor, y: Tensor) -> None:
-    """The arithmetic of a step alone: draws, latents, losses, backward pass, optimiser and average."""
+    """Only the arithmetic of a step: draws, latents, losses, backward pass, optimiser and moving average."""
     settings = run.config.train
     torch.manual_seed(derive_seed(settings.seed, STEP, run.step))
     draws = draw(run.model, run.diffusion, settings.batch_size, run.device)
@@ -177,7 +177,8 @@ def bare_step(run: Run, batch: Tensor, y: Tensor) -> None:
 
 
 def saves(request: "Request") -> None:
-    """A checkpoint of the whole state, in turns: copied in memory, asynchronous beside steps, or not."""
+    """Time a checkpoint of the whole state in interleaved rounds: as a copy in memory, saved asynchronously
+    during further steps, and saved synchronously."""
     config = config_of(request)
     run = prepare(config, request.folder / "saved", None)
     metrics, _ = run.open()
@@ -196,7 +197,7 @@ def saves(request: "Request") -> None:
     copies = [torch.empty_like(tensor, device="cpu") for tensor in tensors]
     waiting = Saver(run.out, run.world, keep=1, asynchronous=False)
     copied, held, slowed, written, whole = [], [], [], [], []
-    run.save(metrics)  # its memory is touched for the first time
+    run.save(metrics)  # touches its memory for the first time
     run.saver.wait()
     for _ in range(min(SAVES, request.repeats)):
         quiet = spread([step() for _ in range(3)])[1]

@@ -1,9 +1,9 @@
-"""How long a training step takes on many GPUs, by arithmetic: ``traffic.py`` over given links.
+"""Calculate how long a training step takes on many GPUs: ``traffic.py`` over given links.
 
-A model, not a measurement. A collective takes the time of its slowest link, and a latency for every hop; so
-NCCL itself estimates a ring (its ``src/graph/tuning.cc``). The rest is FSDP2's overlap, see
-:func:`step_seconds`. The host is taken to be ahead of the GPU, and a GPU to compute no slower while it
-communicates.
+This is a model, not a measurement. A collective takes the time of its slowest link plus a latency for every
+hop, which is how NCCL itself estimates a ring (in its ``src/graph/tuning.cc``). The rest is FSDP2's overlap,
+see :func:`step_seconds`. The model assumes that the host stays ahead of the GPU and that a GPU computes no
+slower while it communicates.
 """
 
 import math
@@ -15,13 +15,13 @@ from mdt_fast.errors import UserError
 from mdt_fast.models import flops
 from traffic import Collective, Layout, Mode, Step, mean_kept, training_step, whole
 
-FORWARD = 1 / 3  # of a step's compute; the backward pass has two products for each of the forward pass's
+FORWARD = 1 / 3  # of a step's compute; the backward pass has two products for each one in the forward pass
 LARGEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
 class Link:
-    """``bandwidth``: bytes/s that a GPU sends while it receives as many. ``latency``: seconds of a hop."""
+    """``bandwidth``: bytes/s that a GPU sends while receiving as many. ``latency``: seconds per hop."""
 
     bandwidth: float
     latency: float
@@ -29,10 +29,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Links:
-    """Between the GPUs of a ``node``, and over the ``network``, whose bandwidth is the share of one GPU.
+    """The links between the GPUs of a ``node`` and over the ``network``, whose bandwidth is one GPU's share.
 
-    ``call``: seconds that a collective takes before anything moves. ``UserError`` for a bandwidth that is not
-    positive, or a negative time.
+    ``call``: seconds that a collective takes before any data moves. Raises ``UserError`` for a bandwidth that
+    is not positive or a time that is negative.
     """
 
     node: Link
@@ -46,7 +46,7 @@ class Links:
         _time("call", self.call)
 
     def seconds(self, collective: Collective) -> float:
-        """How long one collective takes."""
+        """Seconds that one collective takes."""
         ring, (within, between) = collective.ring, collective.sent
         hops, crossing = collective.rounds * (ring.size - 1), collective.rounds * (ring.nodes - 1)
         latency = (hops - crossing) * self.node.latency + crossing * self.network.latency
@@ -55,7 +55,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of ``step_s`` seconds, ``compute_s`` of which it would take on one GPU alone."""
+    """A step that takes ``step_s`` seconds, and would take ``compute_s`` on a single GPU."""
 
     step: Step
     compute_s: float
@@ -63,12 +63,12 @@ class Prediction:
 
     @property
     def exposed_s(self) -> float:
-        """Seconds in which the GPU waits for others."""
+        """Seconds for which the GPU waits for others."""
         return self.step_s - self.compute_s
 
     @property
     def efficiency(self) -> float:
-        """Images/s of a GPU, over those of one that is alone."""
+        """Images/s per GPU, relative to a single GPU."""
         return self.compute_s / self.step_s
 
 
@@ -82,10 +82,10 @@ def predict(
     dtype: str = "bfloat16",
     packed: bool = True,
 ) -> Prediction:
-    """The step that takes ``compute_s`` seconds on one GPU, with as many images on each of ``layout``'s.
+    """Predict a step that takes ``compute_s`` seconds on one GPU, for as many images per GPU of ``layout``.
 
-    The other arguments are those of :func:`~.traffic.training_step`. Raises ``UserError`` for what does not
-    make sense.
+    The other arguments are those of :func:`~.traffic.training_step`. Raises ``UserError`` if an argument
+    makes no sense.
     """
     positive("compute_s", compute_s, "seconds")
     step = training_step(config, layout, mode, dtype, packed)
@@ -103,10 +103,10 @@ def smallest_batch(
     dtype: str = "bfloat16",
     packed: bool = True,
 ) -> int | None:
-    """Images on each GPU from which on the efficiency is ``target`` or more; None: more than 4096.
+    """The least images on each GPU for an efficiency of ``target`` or more; None if more than 4096.
 
-    A GPU is taken to need ``seconds_per_image`` at every batch: where it needs more at small ones, they hide
-    more of the traffic.
+    A GPU is assumed to need ``seconds_per_image`` at every batch size. If it needs more at small ones, they
+    hide more of the traffic.
     """
     positive("seconds_per_image", seconds_per_image, "seconds")
     if not 0 < target < 1:
@@ -127,9 +127,9 @@ def smallest_batch(
 
 
 def compute_seconds(config: ModelConfig, batch: int, peak: float, mfu: float) -> float:
-    """Seconds of a step of ``batch`` images on a GPU of ``peak`` FLOP/s that reaches the share ``mfu`` of it.
+    """Seconds for a step of ``batch`` images on a GPU with ``peak`` FLOP/s, of which it reaches ``mfu``.
 
-    FLOPs are the reference's, forward and backward, as in the bench.
+    FLOPs are the reference's, forward and backward, as in the benchmark.
     """
     whole("batch", batch)
     positive("peak", peak, "FLOP/s")
@@ -139,7 +139,7 @@ def compute_seconds(config: ModelConfig, batch: int, peak: float, mfu: float) ->
 
 
 class _Queue:
-    """A communicator: one collective at a time, in the order they are called in."""
+    """A communicator: it runs one collective at a time, in the order of the calls."""
 
     def __init__(self, links: Links) -> None:
         self.links, self.free = links, 0.0
@@ -153,30 +153,30 @@ class _Queue:
 
 
 def step_seconds(step: Step, links: Links, compute_s: float) -> float:
-    """Seconds of a step whose compute, ``compute_s`` in all, is shared out among the blocks by their FLOPs.
+    """Seconds of a step whose compute, ``compute_s`` in total, is divided among the blocks by their FLOPs.
 
-    As FSDP2 does it: the root is gathered first. In the forward pass at most two blocks are gathered ahead of
-    the one that computes; in the backward pass one, the one before it. Gradients are scattered while the
-    blocks before are computed, but the next to be scattered waits for them. All that is one queue, as
-    it is one NCCL communicator; replicas have another. The step ends with the root's gradients.
+    This follows FSDP2. The root is gathered first. In the forward pass at most two blocks are gathered ahead
+    of the one being computed; in the backward pass only one, the preceding block. Gradients are scattered
+    while preceding blocks are computed, but the next ones to be scattered wait for them. All of this is one
+    queue, as it is one NCCL communicator; replicas have another. The step ends with the root's gradients.
     """
     shards, replicas = _Queue(links), _Queue(links)
     unit = compute_s / (step.root.flops + sum(visit.flops for visit in step.visits))
 
     def reduced(visit_reduces: tuple[Collective, ...], ready: float) -> float:
-        """When the gradients are scattered; the sum over replicas follows on its own."""
+        """The time at which the gradients are scattered. The sum over replicas follows independently."""
         scattered = shards.add([one for one in visit_reduces if one.kind == "reduce_scatter"], ready)
         replicas.add([one for one in visit_reduces if one.kind == "all_reduce"], scattered)
         return scattered
 
     now = shards.add([step.root.gather], 0.0)
-    before, earlier = now, 0.0  # when the last two began to compute
+    before, earlier = now, 0.0  # when the last two blocks started computing
     for visit in step.visits:
         start = max(now, shards.add([visit.gather], earlier))
         before, earlier = start, before
         now = start + FORWARD * visit.flops * unit
 
-    # The root's compute is nearly all in its last layer, between the two passes.
+    # Nearly all of the root's compute is in its last layer, between the two passes.
     gathered = shards.add([step.visits[-1].gather], now)
     now += step.root.flops * unit
     scattered = 0.0
@@ -193,7 +193,7 @@ def step_seconds(step: Step, links: Links, compute_s: float) -> float:
 
 
 def positive(name: str, value: float, unit: str) -> None:
-    """``UserError`` unless ``value`` is a finite number above 0."""
+    """Raise ``UserError`` unless ``value`` is a finite number above 0."""
     if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise UserError(f"{name}: got {value!r}, allowed is a positive number of {unit}")
 

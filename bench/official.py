@@ -1,9 +1,8 @@
-"""The official implementation as a provider: ``masked_diffusion/models.py`` of a checkout that the user has.
+"""The official implementation as a provider: ``masked_diffusion/models.py`` of the user's checkout.
 
-Only that file is loaded, under a name of its own, and none of its code is kept here. It imports three names
-from timm; where timm cannot be imported, the stand-ins below take their places for the time of that import.
-Its drawing of masks is replaced by the plan that all providers share, so that it does the same work as they
-do.
+Only that file is loaded, under a separate name, and none of its code is kept here. It imports three names
+from timm; if timm cannot be imported, the stand-ins below replace them during that import. Its mask drawing
+is replaced by the plan that all providers share, so that it does the same work as they do.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ CLASS = {"mdtv2": "MDTv2", "mdt": "MDT"}
 
 @dataclass(frozen=True)
 class Official:
-    """The loaded file, the model family that it defines, and where its timm names come from."""
+    """The loaded file, the model family it defines, and the origin of its timm names."""
 
     module: types.ModuleType
     family: str
@@ -39,7 +38,7 @@ class Official:
 
 
 def load(checkout: Path) -> Official:
-    """Load the official models from ``checkout``. Raises ``UserError`` that says what was looked for."""
+    """Load the official models from ``checkout``. Raises a ``UserError`` that says what was looked for."""
     path = checkout / FILE
     if not path.is_file():
         raise UserError(
@@ -61,7 +60,7 @@ def load(checkout: Path) -> Official:
 
 
 def build(official: Official, config: ModelConfig) -> nn.Module:
-    """The official model of ``config``, behind our call signature. ``UserError`` if there is none such."""
+    """The official model for ``config``, with our call signature. Raises ``UserError`` if there is none."""
     if config.family != official.family:
         wanted = BRANCH.get(config.family)
         where = f"; a {CLASS[config.family]} is on branch {wanted}" if wanted else ""
@@ -74,7 +73,7 @@ def build(official: Official, config: ModelConfig) -> nn.Module:
 
 
 class OfficialModel(nn.Module):
-    """The official model with ``mask_plan`` among its arguments; ``state_dict`` is the inner model's."""
+    """The official model with an extra argument ``mask_plan``. It loads the inner model's state dict."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -95,7 +94,7 @@ class OfficialModel(nn.Module):
         return self.inner.load_state_dict(state, *args, **kwargs)
 
     def _planned_masking(self, x_BLD: Tensor, mask_ratio: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(kept tokens, mask, ids_restore, ids_keep) of the shared plan."""
+        """(kept tokens, mask, ids_restore, ids_keep) from the shared plan."""
         assert self.plan is not None
         ids_keep = self.plan.ids_keep
         kept = x_BLD.gather(1, ids_keep[:, :, None].expand(-1, -1, x_BLD.shape[2]))
@@ -134,7 +133,7 @@ class Mlp(nn.Module):
 
 @contextlib.contextmanager
 def _timm() -> Iterator[str]:
-    """Make timm's two modules importable; yields which timm that is."""
+    """Make timm's two modules importable. Yields a description of the timm in use."""
     try:
         importlib.import_module("timm.models.vision_transformer")
         importlib.import_module("timm.models.layers")

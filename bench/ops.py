@@ -1,6 +1,7 @@
-"""The ops of the rooms at the published shapes: arguments, least bytes and FLOPs as their READMEs say.
+"""The ops of the kernel rooms at the published shapes, with arguments, least bytes and FLOPs as in their
+READMEs.
 
-B samples, L tokens, K of them kept, D width, C channels, p patch side, s bytes an element.
+B: samples, L: tokens, K: tokens kept, D: width, C: channels, p: patch side, s: bytes per element.
 """
 
 from collections.abc import Callable
@@ -28,26 +29,26 @@ from mdt_fast.masking import MaskPlan
 from providers import Skip, compile_obstacle
 
 OURS = ("fast", "eager", "compile")
-"""Our op as it dispatches; the room's ``reference.py``; that under ``torch.compile``."""
+"""Our op as it dispatches, the room's ``reference.py``, and that reference under ``torch.compile``."""
 FLOAT8 = "float8"
-"""Our op with its products in float8, where it has any."""
+"""Our op with its products in float8, if it has any."""
 PROVIDERS = (*OURS, FLOAT8, "fused", "timm", "apex")
-"""The last ones for optimiser steps alone: see ``optimizers.py``."""
+"""The last three are for optimiser steps only, see ``optimizers.py``."""
 
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 TOKENS, KEPT = 256, 153
 CHANNELS, PATCH = 4, 2
-"""Images of 256 x 256 as latents [4, 32, 32]; K at the mean mask ratio of 0.4."""
+"""256 x 256 images as latents [4, 32, 32]; K is for the mean mask ratio of 0.4."""
 
 
 def not_interpreted() -> None:
-    """Raises ``Skip`` where Triton kernels would run in the interpreter."""
+    """Raise ``Skip`` if Triton kernels would run in the interpreter."""
     if INTERPRETING:
         raise Skip("TRITON_INTERPRET=1: the interpreter is for tests, its times mean nothing")
 
 
 class Maker:
-    """Makes arguments: seeded, on a device, in a dtype."""
+    """Makes seeded arguments on a device, in a dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -58,15 +59,15 @@ class Maker:
         return values.to(self.dtype).requires_grad_(grad)
 
     def plan(self, B: int, L: int, K: int) -> MaskPlan:
-        """A random mask, its tokens in ascending order as the models have them."""
+        """A random mask whose tokens are in ascending order, as in the models."""
         noise = torch.rand(B, L, generator=self.generator, device=self.device)
         return MaskPlan.from_noise(noise, K).sorted()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """``elements`` that move at the least, besides ``other_bytes`` in a dtype of their own, and ``flops`` of
-    matmuls; each of the forward and of the backward pass."""
+    """An op and its cost: ``elements`` is the least it must move, and ``flops`` counts matmuls, each for the
+    forward and the backward pass. ``other_bytes`` are moved in addition, in a dtype of their own."""
 
     name: str
     shape: dict[str, int]
@@ -124,7 +125,7 @@ class Op:
 
 
 def cases(model: str, B: int) -> dict[str, Op]:
-    """Every op by its name, at the width of ``model`` (a key of ``WIDTHS``) and batch ``B``."""
+    """Every op by name, at the width of ``model`` (a key of ``WIDTHS``) and batch ``B``."""
     D, L, K = WIDTHS[model], TOKENS, KEPT
     ops = (*_rows(B, L, D), *_tokens(B, L, K, D), *_linear(B, L, D), _sampling(B), _masks(B, L, K))
     return {op.name: op for op in ops}
@@ -134,7 +135,7 @@ def _rows(B: int, L: int, D: int) -> list[Op]:
     N, F = B * L * D, 4 * D
 
     def modulation(make: Maker, parts: int) -> tuple[Tensor, ...]:
-        # As in a model: P of one wide tensor.
+        # As in a model: views of one wide tensor.
         return make.normal(B, parts * D, grad=False).chunk(parts, dim=1)
 
     def ln(make: Maker) -> tuple[Any, ...]:
@@ -307,7 +308,7 @@ def _linear(B: int, L: int, D: int) -> list[Op]:
 
 
 def _sampling(images: int) -> Op:
-    """A guided step on latents: the model's output is in the dtype asked for, all else in float32."""
+    """A guided step on latents. The model's output is in the requested dtype, everything else in float32."""
     B, side = 2 * images, PATCH * round(TOKENS**0.5)
     N = B * CHANNELS * side**2
     alphas_cumprod = torch.linspace(0.9999, 0.98, 1000, dtype=torch.float64).cumprod(0)
@@ -335,7 +336,7 @@ def _sampling(images: int) -> Op:
 
 
 def _masks(B: int, L: int, K: int) -> Op:
-    """Noise is float32 whatever the dtype; ids are int64."""
+    """Drawing a mask. Noise is always float32; ids are int64."""
 
     def arguments(make: Maker) -> tuple[Any, ...]:
         return torch.rand(B, L, generator=make.generator, device=make.device), K

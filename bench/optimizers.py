@@ -1,6 +1,6 @@
-"""Optimiser steps over a published model's tensors: everything in one sweep, against the separate sweeps.
+"""Optimiser steps over a published model's tensors: everything in one sweep, compared with separate sweeps.
 
-A step is: the global norm and clipping, the update, and one moving average. All tensors float32.
+A step consists of the global norm and clipping, the update and one moving average. All tensors are float32.
 """
 
 import importlib.util
@@ -19,23 +19,23 @@ from mdt_fast.optim import FusedAdamW, FusedAdan
 from providers import Skip
 
 PROVIDERS = {"adan_step": ("fast", "eager", "timm"), "adamw_step": ("fast", "eager", "fused", "apex")}
-"""``eager``: clip_grad_norm_, foreach operations, a lerp. ``fused``: torch's fused AdamW in between."""
+"""``eager``: clip_grad_norm_, foreach operations, a lerp. ``fused``: the same with torch's fused AdamW."""
 
 MOVED = {"adan_step": 56, "adamw_step": 40}
-"""Bytes of each parameter: the gradient twice (its norm), all else read once and written once."""
+"""Bytes moved per parameter: the gradient is read twice (for its norm), all else is read and written once."""
 
 MOST = 300_000_000
-"""Parameters at most: of a larger model, its first tensors. So that all providers fit in memory together."""
+"""The most parameters, so that all providers fit into memory together; larger models are cut to fit."""
 
 DECAY, MAX_NORM, LR = 0.9999, 1.0, 1e-2
 COMPARED = 16
-"""How many tensors, the first, are compared between providers."""
+"""The number of leading tensors compared between providers."""
 
 Step = Callable[[], object]
 
 
 def shapes(model: str) -> list[torch.Size]:
-    """Of the trained tensors of MDTv2-``model``/2, the first up to ``MOST`` numbers together."""
+    """The shapes of the trained tensors of MDTv2-``model``/2, leaving out any that would exceed ``MOST``."""
     with torch.device("meta"):
         net = getattr(mdt_fast, f"MDTv2_{model}_2")()
     found: list[torch.Size] = []
@@ -48,7 +48,7 @@ def shapes(model: str) -> list[torch.Size]:
 
 
 def point(op: str, model: str) -> points.Point:
-    """A step of ``adan_step`` or ``adamw_step`` for this size of model."""
+    """The point for a step of ``adan_step`` or ``adamw_step`` at this model size."""
     sizes = shapes(model)
     numbers = sum(map(prod, sizes))
     served = {row.op: row.backend for row in backends()}
@@ -99,7 +99,7 @@ def _fast(cls: type[FusedAdan] | type[FusedAdamW]) -> Callable[[list[nn.Paramete
 
 
 def _with_sweeps(params: list[nn.Parameter], emas: list[Tensor], update: Step) -> Step:
-    """Clipping before and the average after, each a sweep of its own."""
+    """``update`` with clipping before it and the moving average after it, each a separate sweep."""
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)

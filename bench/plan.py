@@ -1,4 +1,4 @@
-"""What to run when the user does not say: sizes that fit the time, by a probe and counted FLOPs."""
+"""Choose what the user leaves open: sizes that fit the time limit, based on a probe and counted FLOPs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from request import Request
 
 TIME_LIMIT = 180.0
 START_SECONDS = 15.0
-"""Imports, weights, the probe."""
+"""Time for imports, weights and the probe."""
 
 EFFICIENCY = 0.35
 """Share of the matmul rate that an eager model is expected to reach (measured on a CPU: 0.35 to 0.37)."""
 
 ROUNDS = 10
-"""Rounds that a case should have time for, its comparison, warm-up and memory included."""
+"""Rounds a case should have time for, including comparison, warm-up and the memory measurement."""
 
 MAX_REPEATS = 15
 BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
@@ -29,20 +29,20 @@ CPU_MODEL = "MDTv2_S_2"
 GPU_MODELS = ("MDTv2_XL_2", "MDTv2_L_2", "MDTv2_B_2", "MDTv2_S_2")
 
 COMPILE_SECONDS = {"cpu": {"train": 5.0, "sample": 2.0}, "cuda": {"train": 7.0, "sample": 2.0}}
-"""Per block and compiled provider, with cold caches.
+"""Seconds per block and compiled provider, with cold caches.
 
-The CPU's are from MDTv2-S/2, 13 blocks: 21 to 25 s for a sampling step on a quiet machine, 90 to 115 s for a
-training step on a busy one. On an H200 with 16 cores XL/2's training step, 29 blocks, had not been compiled
-after 190 s beside other work; the GPU's are a guess from that.
+The CPU values are from MDTv2-S/2 with 13 blocks: 21 to 25 s for a sampling step on a quiet machine, 90 to
+115 s for a training step on a busy one. On an H200 with 16 cores, compiling XL/2's training step with 29
+blocks had not finished after 190 s next to other work; the GPU values are a guess from that.
 """
 
 ACTIVATION_FACTOR = 1.7
-"""Both passes against the unmasked one."""
+"""Activations of both passes relative to the unmasked one."""
 
 
 @dataclass
 class Plan:
-    """What is run. ``providers`` and ``skipped`` (name: reason) go by mode; ``reasons``: what was picked."""
+    """What to run. ``providers`` and ``skipped`` (name: reason) are per mode; ``reasons``: what and why."""
 
     models: dict[str, ModelConfig]
     batches: list[int]
@@ -56,14 +56,14 @@ class Plan:
 
 @dataclass
 class Machine:
-    """The probe: a device and its matmul rate."""
+    """The result of the probe: a device and its matmul rate."""
 
     device: torch.device
     dtype: torch.dtype
     flops_per_s: float
 
     def step_seconds(self, config: ModelConfig, mode: str, batch: int) -> float:
-        """Expected time of one eager step."""
+        """The expected time of one eager step."""
         if mode == "train":
             work = flops.train_step(config, len_keeps(config, 1)[0]).flops
         else:
@@ -71,7 +71,7 @@ class Machine:
         return batch * work / (EFFICIENCY * self.flops_per_s)
 
     def fits(self, config: ModelConfig, batch: int) -> bool:
-        """Whether eager training, attention scores held in float32, stays within half of a GPU's memory."""
+        """Whether eager training, with attention scores in float32, stays within half of a GPU's memory."""
         if self.device.type != "cuda":
             return True
         memory = torch.cuda.get_device_properties(self.device).total_memory
@@ -155,7 +155,7 @@ def _pick_batch(
 def _pick_providers(
     made: Plan, machine: Machine, modes: Sequence[str], dtypes: int, eager: list[str], budget: float
 ) -> None:
-    """The eager ones, and in each mode, the cheapest first, the compiled ones while there is time."""
+    """Pick the eager providers, and compiled ones while there is time, from the cheapest mode upwards."""
     left = budget - sum(_eager_seconds(made, machine, modes, b, dtypes, len(eager)) for b in made.batches)
     compiled = ["reference-compiled", "fast-compiled"]
     obstacle = providers.compile_obstacle(machine.device)

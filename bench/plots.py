@@ -1,5 +1,5 @@
-"""The picture of a run, made from rows: img/s and peak memory of models, the share of the roof that ops
-reach, TFLOP/s of attention over lengths."""
+"""Draw pictures of a run from its rows: img/s and peak memory of models, the share of the roof that ops
+reach, and TFLOP/s of attention over lengths."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ COLORS = {
     "diffusers": "#8a6fb0",
 }
 RATES = ("copy", "matmul")
-"""Ops that are measured for the machine's own rates."""
+"""Ops measured only for the machine's own rates."""
 OP_COLORS = {"fast": "#3b82c4", "eager": "#9a9a9a", "compile": "#6b6b6b"}
 ATTENTION_COLORS = {
     "sdpa-no-bias": "#000000",
@@ -55,7 +55,7 @@ ATTENTION_COLORS = {
 
 
 def check_target(path: Path) -> None:
-    """``UserError`` if a picture could not be written to ``path``; asked before anything is measured."""
+    """Raise ``UserError`` if a picture cannot be written to ``path``; called before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot: needs matplotlib, which is not installed: pip install matplotlib")
     if path.suffix.lower() != ".png":
@@ -71,7 +71,7 @@ def check_target(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Draw all throughput rows that were measured into a PNG; False, and no file, if there are none."""
+    """Draw all measured throughput rows as a PNG. Returns False, without a file, if there are none."""
     cases = group(rows)
     if not cases:
         return False
@@ -88,8 +88,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_batches(rows: Sequence[Row], path: Path) -> bool:
-    """Draw img/s over batches, a line for each provider, a panel for each mode and model that was measured at
-    several; False if none was."""
+    """Draw img/s over batch size, with a line for each provider and a panel for each mode, model and dtype
+    measured at several batch sizes. Returns False if there are none."""
     panels: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
     for (mode, model, batch, dtype), metrics in group(rows).items():
         for provider, row in metrics["img_per_s"].items():
@@ -125,8 +125,8 @@ def draw_batches(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_kernels(rows: Sequence[Row], path: Path) -> bool:
-    """Draw the share of the roof that each op reaches, a panel for each mode and dtype; False if there are
-    no such rows."""
+    """Draw the share of the roof that each op reaches, with a panel for each mode and dtype. Returns False if
+    there are no such rows."""
     panels: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in op_rows(rows, "kernels"):
         if row["metric"] == "roof_share":
@@ -155,8 +155,8 @@ def draw_kernels(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_attention(rows: Sequence[Row], path: Path) -> bool:
-    """Draw TFLOP/s over lengths, a line for each provider, a panel for each mode, heads and dtype; masked
-    cases as rings. False if there are no such rows."""
+    """Draw TFLOP/s over lengths, with a line for each provider and a panel for each mode, heads and dtype.
+    Masked cases are rings. Returns False if there are no such rows."""
     panels: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in op_rows(rows, "attention"):
         if row["metric"] == "tflop_per_s":
@@ -198,7 +198,7 @@ def draw_attention(rows: Sequence[Row], path: Path) -> bool:
 
 
 def op_rows(rows: Sequence[Row], bench: str) -> list[Row]:
-    """The measured rows of ``kernels`` or ``attention``, without those of the machine's own rates."""
+    """The measured rows of ``kernels`` or ``attention``, without those for the machine's own rates."""
     return [
         row for row in rows if row["bench"] == bench and row["p50"] is not None and row["op"] not in RATES
     ]
@@ -214,7 +214,7 @@ def panels_of(height: int, width: int, size: tuple[float, float]) -> tuple[Any, 
 
 
 def tiles(count: int) -> tuple[Any, Any]:
-    """A figure of so many small panels, up to four in a row, and their axes."""
+    """A figure of ``count`` small panels, up to four in a row, and their axes."""
     columns = min(4, count)
     height = -(-count // columns)
     figure, axes = panels_of(height, columns, (1 + 3.6 * columns, 0.6 + 3.2 * height))
@@ -255,7 +255,7 @@ def group(rows: Sequence[Row]) -> dict[Case, dict[str, dict[str, Row]]]:
 def _bars(
     axis: Any, by_provider: dict[str, Row], label: str, text: Callable[[float], str], scale: float = 1.0
 ) -> None:
-    # With switches turned, the provider's colour: `fast with stored_scores`.
+    # With flipped switches, e.g. `fast with stored_scores`, use the provider's colour.
     colors = {name: COLORS[base] for base in COLORS for name in by_provider if name.split(" ")[0] == base}
     names = list(colors)
     values = [by_provider[name]["p50"] / scale for name in names]

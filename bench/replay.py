@@ -1,4 +1,4 @@
-"""A call captured as one CUDA graph: its replays are timed without Python between the kernels."""
+"""Capture a call as one CUDA graph, so that its replays are timed without Python between the kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,13 @@ Replay = Callable[[], object]
 
 
 def captured(call: Replay, capture: Callable[[Any], Replay] | None, notes: list[str]) -> Replay:
-    """What is timed: a replay of ``call``, or itself where it cannot be captured, with a note."""
+    """A replay of ``call`` to be timed. If it cannot be captured, ``call`` itself, with a note added."""
     if capture is None:
         return call
     try:
         replay = capture(call)
         replay()  # captures
-    except Exception as error:  # whatever a library does that a graph cannot hold
+    except Exception as error:  # libraries may do anything that a graph cannot hold
         notes.append(f"launched kernel by kernel, not replayed from a graph: {one_line(error)}")
         return call
     return replay

@@ -1,5 +1,4 @@
-"""Two more pictures of ops, made from rows: where each stands under the machine's roofs, and attention's rate
-over head sizes."""
+"""Draw two more pictures of ops from rows: a roofline plot, and attention's rate over head sizes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,8 @@ from rows import Row
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Draw FLOP/s over FLOP per byte for every op that has both, beneath the rates that a copy and a matmul
-    reached in the same runs; a panel for each dtype. False if there are no such rows."""
+    """Draw a roofline plot with a panel for each dtype: FLOP/s over FLOP per byte for every op that has both,
+    and the rates that a copy and a matmul reached in these rows. Returns False if there are no such ops."""
     panels: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
     for row in op_rows(rows, "kernels"):
         if row["metric"] in ("gb_per_s", "tflop_per_s"):
@@ -61,8 +60,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_head_sizes(rows: Sequence[Row], path: Path) -> bool:
-    """Draw attention's TFLOP/s over head sizes, a line for each provider, a panel for each mode, length and
-    dtype, without masks. False if no length was measured at two head sizes."""
+    """Draw attention's TFLOP/s over head sizes, without masks. There is a line for each provider and a panel
+    for each mode, length and dtype. Returns False if no length was measured at two head sizes."""
     panels: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     for row in op_rows(rows, "attention"):
         if row["metric"] == "tflop_per_s" and "K" not in row["shape"]:

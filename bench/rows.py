@@ -1,9 +1,9 @@
-"""Rows: one JSON object per measurement and line, appended as it is made and never rewritten.
+"""Rows: one JSON object per measurement, each on its own line, appended when made and never rewritten.
 
 Keys: ``bench``, ``model`` or ``op``, ``provider``, ``mode``, ``batch`` or ``shape``, ``dtype``, ``metric``,
 ``unit``, ``p20``, ``p50``, ``p80``, ``switches``, ``device``, ``driver``, ``torch``, ``triton``,
-``commit``, ``time``, ``command``; ``rounds`` where time was taken; ``note`` where something has to be said.
-A provider that could not be measured has a row of metric ``skipped`` or ``failed`` whose ``note`` says why.
+``commit``, ``time``, ``command``; ``rounds`` if something was timed; ``note`` for remarks. A provider that
+could not be measured has a row with the metric ``skipped`` or ``failed``, whose ``note`` says why.
 """
 
 import datetime
@@ -42,7 +42,7 @@ KEYS = (
     "time",
     "command",
 )
-"""What every row has; besides these ``model`` and ``batch``, or ``op`` and ``shape``."""
+"""The keys of every row; in addition there are ``model`` and ``batch``, or ``op`` and ``shape``."""
 
 
 def machine(device: torch.device, command: str) -> Row:
@@ -62,8 +62,8 @@ def machine(device: torch.device, command: str) -> Row:
 
 
 def commit(folder: Path | None = None) -> str | None:
-    """The checked-out commit, ``-dirty`` if tracked files were changed (but for rows); None outside of a git
-    checkout."""
+    """The checked-out commit, with ``-dirty`` if tracked files (other than rows) were changed; None outside a
+    git checkout."""
     git = ["git", "-C", str(folder or Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -91,15 +91,15 @@ def commit(folder: Path | None = None) -> str | None:
 
 
 def few(row: Row) -> bool:
-    """Whether a row is of fewer rounds than a ratio takes."""
+    """Whether a row has fewer rounds than a ratio needs."""
     return bool(row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS)
 
 
 class RowFile:
-    """Rows of one run: kept in ``rows`` and, where ``path`` is given, appended to that file one by one.
+    """The rows of one run, kept in ``rows`` and, if ``path`` is given, appended to that file one by one.
 
-    The file is opened when this object is made, so that a path that cannot be written is a ``UserError``
-    before anything is measured; what it already holds stays.
+    The file is opened when this object is made, so that an unwritable path raises ``UserError`` before
+    anything is measured. Existing content is preserved.
     """
 
     def __init__(self, path: Path | None, common: Row):
@@ -111,14 +111,14 @@ class RowFile:
             with path.open("ab+") as file:
                 file.seek(0, 2)
                 torn = file.tell() > 0 and (file.seek(-1, 2), file.read(1))[1] != b"\n"
-                if torn:  # a run that was killed in mid-line: keep its rest apart from our first row
+                if torn:  # a run was killed mid-line: separate the rest from our first row
                     file.write(b"\n")
         except OSError as error:
             raise UserError(f"--json: cannot write {str(path)!r}: {error.strerror}") from None
 
     def add(self, spread: Sequence[float | None] = (None, None, None), **fields: Any) -> Row:
-        """Make a row of ``fields``, the machine's keys and a spread (p20, p50, p80), and write it. On a GPU
-        float32 whose products may be TF32's is called ``tf32``: another case than float32."""
+        """Make a row from ``fields``, the machine's keys and a spread (p20, p50, p80), and write it. On a
+        GPU, float32 whose products may use TF32 is recorded as ``tf32``, a case distinct from float32."""
         if fields.get("dtype") == "float32" and self.common.get("driver") and tf32():
             fields["dtype"] = "tf32"
         p20, p50, p80 = spread
@@ -132,9 +132,9 @@ class RowFile:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """All rows of some files, in order; ``UserError`` names file and line of what is not a row.
+    """All rows of some files, in order. ``UserError`` names the file and line of anything that is not a row.
 
-    A line that a killed run left unfinished is passed over, and named on stderr.
+    A line left unfinished by a killed run is skipped and reported on stderr.
     """
     rows = []
     for path in paths:

@@ -1,7 +1,7 @@
-"""The digits by every solver, with 5 to 250 steps: one picture of all, and what a classifier recognises.
+"""Draw digits with every solver in 5 to 250 steps: one picture of all, and the share a classifier recognises.
 
-``python bench/solvers.py runs/digits --picture solvers.png``, for a run of the ``digits`` preset. All draw
-from the same noise. Also what ``skip_below`` changes: the distance to the exact pictures.
+``python bench/solvers.py runs/digits --picture solvers.png``, for a run of the ``digits`` preset. All solvers
+draw from the same noise. It also reports what ``skip_below`` changes, as the distance to the exact pictures.
 """
 
 import sys
@@ -33,7 +33,7 @@ CELL, GAP = 32, 4
 
 
 class Digits:
-    """A run's averaged weights, and a judge of what they draw."""
+    """A run's averaged weights, and a judge of the digits they draw."""
 
     def __init__(self, run: Path, count: int):
         from sklearn.svm import SVC
@@ -57,7 +57,7 @@ class Digits:
 
 
 def compare(digits: Digits, config: SampleConfig) -> Image.Image:
-    """Print the table of solvers; returns the picture, a row per solver and number of steps."""
+    """Print the table of solvers. Returns the picture, with a row for each solver and number of steps."""
     rows: list[tuple[str, Tensor]] = []
     print("recognised, of", len(digits.labels), "(RMS distance to the same sampler's 250 steps)")
     print("steps ", *(f"{name:>16}" for name in SAMPLERS))
@@ -86,7 +86,7 @@ def compare(digits: Digits, config: SampleConfig) -> Image.Image:
 
 
 def skipping(digits: Digits, config: SampleConfig, steps: int = 250) -> None:
-    """Print what ``skip_below`` saves and changes, with the published guidance (3.8, power 4)."""
+    """Print the time with ``skip_below`` and what it changes, at the published guidance (3.8, power 4)."""
     config = replace(config, sampler="ddpm", steps=steps, cfg_scale=3.8, scale_pow=4.0)
     began = time.perf_counter()
     exact = digits.draw(config)
@@ -105,7 +105,7 @@ def skipping(digits: Digits, config: SampleConfig, steps: int = 250) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench. Returns 0; 2 after a user's mistake; 130 after Ctrl-C."""
+    """Run the benchmark. Returns 0; 2 after a user error; 130 after Ctrl-C."""
     return command.guarded("solvers", lambda kept: _main(argv))
 
 
@@ -127,7 +127,7 @@ def _parser() -> command.Parser:
     parser = command.Parser(prog="solvers", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run of the digits preset")
     parser.add_argument("--picture", metavar="FILE", help="write the picture here")
-    parser.add_argument("--samples", type=int, default=200, metavar="N", help="images drawn (default: 200)")
+    parser.add_argument("--samples", type=int, default=200, metavar="N", help="images to draw (default: 200)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     return parser
 

@@ -1,4 +1,4 @@
-"""The table that a person reads in the terminal, one per case."""
+"""The tables shown in the terminal, one per case."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from session import CaseResult, Result
 
 WIDTH = 140
-"""Columns for the widest table, also where the terminal is narrower or there is none."""
+"""Columns of the widest table, used even if the terminal is narrower or there is none."""
 
 BUSY = 1.3
-"""p80/p20 of a step's time above which the machine must have been busy with other things too."""
+"""p80/p20 of a step's time above which the machine must have been busy with other work."""
 
 
 def show(console: Console, result: CaseResult, images: str) -> None:
-    """Print a case: what was run, one line per provider, then what has to be said about them."""
+    """Print a case: what was run, one line per provider, then notes about them."""
     case = result.case
     console.print()
     say(console, case.title, "bold")
@@ -57,8 +57,8 @@ def show_points(
     base: str,
     told: set[tuple[str, str]],
 ) -> None:
-    """Print an op at one shape: what the machine gives, one line per mode and provider, then the notes that
-    were not ``told`` of the same provider before (they are added)."""
+    """Print an op at one shape: the machine's roofs, one line per mode and provider, then notes that were not
+    yet ``told`` about the same provider (they are added to it)."""
     console.print()
     say(console, title, "bold")
     measured = [one for one in results if one.ms is not None]
@@ -100,13 +100,13 @@ def _say_busy(console: Console, measured: Sequence[Result | points.Result]) -> N
 
 
 def _say_notes(console: Console, notes_of: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Each note once, after the names of all whom it is about."""
+    """Print each note once, after the names of all the providers it applies to."""
     for note in dict.fromkeys(note for _, notes in notes_of for note in notes):
         say(console, f"{', '.join(name for name, notes in notes_of if note in notes)}: {note}")
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line whole: only a terminal that is too narrow for it breaks it."""
+    """Print a line without wrapping it; only a terminal that is too narrow breaks it."""
     console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,11 +1,11 @@
-"""What the GPUs of a run send each other in one training step: collective by collective, by arithmetic alone.
+"""Calculate what the GPUs of a run send each other in one training step, collective by collective.
 
-The buffers are those that FSDP2 makes of a model that ``parallelize`` has wrapped, padding included;
-``tests/bench/test_bench_network.py`` holds them against what real processes hand to their collectives.
-A ring moves them: of n processes each sends, and receives, (n - 1) / n of what is gathered or scattered, and
-twice that of what is all-reduced. Not listed is the gradient norm: one number of 8 bytes a step.
+The buffers are those that FSDP2 makes from a model wrapped by ``parallelize``, including padding;
+``tests/bench/test_bench_network.py`` compares them with what real processes pass to their collectives. They
+move in a ring: each of n processes sends and receives (n - 1) / n of what is gathered or scattered, and twice
+that of what is all-reduced. The gradient norm, one number of 8 bytes per step, is not listed.
 
-L tokens, D width.
+L: tokens, D: width.
 """
 
 import math
@@ -28,12 +28,13 @@ Mode = Literal["fsdp", "hybrid", "ddp"]
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 ROOT = "the rest"
-REDUCED = torch.float32.itemsize  # gradients are reduced in float32, whatever is gathered
+REDUCED = torch.float32.itemsize  # gradients are reduced in float32, whatever dtype is gathered
 
 
 @dataclass(frozen=True)
 class Layout:
-    """``gpus`` in all, ``gpus_per_node`` in each machine. ``UserError`` unless the machines come out even."""
+    """``gpus`` in total, ``gpus_per_node`` per machine. Raises ``UserError`` if they need several machines
+    but do not fill them evenly."""
 
     gpus: int
     gpus_per_node: int = 8
@@ -50,7 +51,7 @@ class Layout:
 
     @property
     def on_node(self) -> int:
-        """GPUs of the run on each machine."""
+        """The run's GPUs on each machine."""
         return min(self.gpus, self.gpus_per_node)
 
     @property
@@ -60,7 +61,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Ring:
-    """``size`` processes, ``on_node`` of them on each machine they are on."""
+    """``size`` processes, with ``on_node`` on each machine in use."""
 
     size: int
     on_node: int
@@ -72,8 +73,8 @@ class Ring:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: ``bytes`` of the whole buffer, that is what all have after it is gathered, or what each
-    has before it is reduced; ``weights``: whose they are."""
+    """One collective. ``bytes`` is the size of the whole buffer, which all have after a gather or each has
+    before a reduction; ``weights`` says whose it is."""
 
     kind: Kind
     weights: str
@@ -82,15 +83,15 @@ class Collective:
 
     @property
     def rounds(self) -> int:
-        """How often the data goes round the ring."""
+        """How many times the data goes round the ring."""
         return 2 if self.kind == "all_reduce" else 1
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes that each GPU sends within its machine, and over the network; it receives as many.
+        """Bytes that each GPU sends within its machine and over the network; it receives the same amounts.
 
-        A ring enters and leaves a machine once. There is one for every GPU of it, each with a part of the
-        data, so that all have the same share of the network.
+        A ring enters and leaves a machine once. There is a ring for each GPU of a machine, carrying part of
+        the data, so that all GPUs use the same share of the network.
         """
         size, on_node = self.ring.size, self.ring.on_node
         total = self.rounds * self.bytes * (size - 1) / size
@@ -99,8 +100,8 @@ class Collective:
 
 @dataclass(frozen=True)
 class Visit:
-    """A call of a block (or of the model around them): ``flops`` of its forward pass for one image, what is
-    gathered before it and once more before its backward pass, what is reduced after that."""
+    """A call of a block (or of the model around the blocks): the ``flops`` of its forward pass for one image,
+    what is gathered before it and again before its backward pass, and what is reduced after that."""
 
     weights: str
     flops: int
@@ -110,9 +111,9 @@ class Visit:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step: the calls of blocks in the order of the forward pass, and what is around them.
+    """A training step: the calls of blocks in the order of the forward pass, and the ``root`` around them.
 
-    The ``root`` is gathered once: FSDP2 keeps it from the forward to the backward pass.
+    The ``root`` is gathered once, because FSDP2 keeps it from the forward to the backward pass.
     """
 
     root: Visit
@@ -126,7 +127,7 @@ class Step:
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes that each GPU sends in a step within its machine, and over the network."""
+        """Bytes that each GPU sends in a step, within its machine and over the network."""
         within, between = zip(*(one.sent for one in self.collectives), strict=True)
         return sum(within), sum(between)
 
@@ -134,11 +135,11 @@ class Step:
 def training_step(
     config: ModelConfig, layout: Layout, mode: Mode = "fsdp", dtype: str = "bfloat16", packed: bool = True
 ) -> Step:
-    """What travels in a step of the model of ``config``, whose weights are gathered in ``dtype``.
+    """The traffic of a step of the model of ``config``, whose weights are gathered in ``dtype``.
 
-    ``packed`` False: its two passes run one after the other, each gathering every block; gradients are
-    reduced once, after the last of them. ``ddp``: no weight is sharded, gradients are all-reduced whole.
-    Raises ``UserError`` for a mode or a dtype that there is not.
+    With ``packed`` False, the two passes run one after the other and each gathers every block it calls;
+    gradients are reduced once, after the last of them. With ``ddp``, no weight is sharded and gradients are
+    all-reduced whole. Raises ``UserError`` for an unknown mode or dtype.
     """
     check_mode(mode)
     if dtype not in DTYPES:
@@ -148,7 +149,7 @@ def training_step(
     seen: set[str] = set()
     visits = []
     for name, count in order:
-        last = name not in seen  # in the backward pass, which goes the other way
+        last = name not in seen  # in the backward pass, which runs in reverse
         seen.add(name)
         visits.append(_visit(name, count, weights[name], layout, mode, DTYPES[dtype].itemsize, last))
     return Step(_visit(ROOT, calls.root, weights[ROOT], layout, mode, DTYPES[dtype].itemsize), tuple(visits))
@@ -160,7 +161,7 @@ def check_mode(mode: str) -> None:
 
 
 def whole(name: str, value: Any) -> None:
-    """``UserError`` unless ``value`` is a whole number, 1 or more."""
+    """Raise ``UserError`` unless ``value`` is a whole number, 1 or more."""
     if type(value) is not int or value < 1:
         raise UserError(f"{name}: got {value!r}, allowed is a whole number, 1 or more")
 
@@ -187,20 +188,20 @@ def _visit(
     total = sum(padded(shape, shards.size) for shape in trained) * REDUCED
     if shards.size > 1:
         reduce.append(Collective("reduce_scatter", name, total, shards))
-    if replicas is not None:  # FSDP2 calls it for a single replica too, which sends nothing
+    if replicas is not None:  # FSDP2 calls it even for a single replica, where it sends nothing
         reduce.append(Collective("all_reduce", name, total // shards.size, replicas))
     return Visit(name, count, gather, tuple(reduce) if last else ())
 
 
 def padded(shape: Sequence[int], shards: int) -> int:
-    """Numbers that are sent for a parameter cut in ``shards`` even parts."""
+    """How many numbers are sent for a parameter cut into ``shards`` equal parts, including padding."""
     dim = sharded_dim(shape, shards)
     return math.prod(shape) // shape[dim] * math.ceil(shape[dim] / shards) * shards
 
 
 @cache
 def _weights(config: ModelConfig) -> dict[str, tuple[Shape, ...]]:
-    """The parameters of each block, and those of the model around them."""
+    """The parameters of each block, and those of the model around the blocks."""
     model = flops.meta_model(config, "fast")
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, Block)}
     found = {name: _shapes(block.named_parameters()) for name, block in blocks.items()}
@@ -218,8 +219,8 @@ def _shapes(parameters: Any) -> tuple[Shape, ...]:
 
 @dataclass(frozen=True)
 class _Calls:
-    """FLOPs of the forward passes of one image: of the blocks, by name, in the order of their calls in each
-    pass and in both at once, and of the rest."""
+    """FLOPs of the forward passes for one image: by block, in the order of the calls in each pass and in both
+    passes together, and of the rest."""
 
     full: tuple[tuple[str, int], ...]
     masked: tuple[tuple[str, int], ...]
@@ -239,7 +240,7 @@ def _calls(config: ModelConfig) -> _Calls:
 
 
 def mean_kept(config: ModelConfig) -> int | None:
-    """Kept tokens of a masked pass, at the middle of the ratios that are drawn; None: there is none."""
+    """Kept tokens of a masked pass at the mean of the ratios drawn; None if there is no masked pass."""
     if config.family == "dit" or config.mask_ratio is None:
         return None
     width = RATIO_RANGE if config.family == "mdtv2" else 0.0
@@ -247,8 +248,8 @@ def mean_kept(config: ModelConfig) -> int | None:
 
 
 def _pass(config: ModelConfig, len_keep: int | None) -> tuple[dict[str, int], int]:
-    """FLOPs of the blocks that a pass calls, in that order, and of the rest; of the reference, as in the
-    bench."""
+    """FLOPs of the blocks that a pass calls, in this order, and of the rest. They are the reference's, as in
+    the benchmark."""
     model: Any = flops.meta_model(config)
     names = _weights(config).keys() - {ROOT}
     called: list[str] = []
