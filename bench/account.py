@@ -81,7 +81,7 @@ def run(
             lines.remove(line)
             continue
         write(rows, case, line, line.found)
-    say(f"{case.title}: timing {len(lines)} lines in turns")
+    say(f"{case.title}: timing {len(lines)} lines in interleaved rounds")
     turns = {line.name: _turned(line) for line in lines}
     for line, timing in zip(lines, take_turns(turns, case.device, repeats=ROUNDS).values(), strict=True):
         if timing.error is not None:
@@ -265,6 +265,6 @@ def show(console: Console, case: Case, lines: list[Line]) -> None:
     console.print(table)
     tables.say(
         console,
-        "saved: bytes that wait for the backward pass; peak: what a step takes beyond what it finds; ops: as "
-        f"dispatched; gathers: FSDP's; ms: of {ROUNDS} rounds, too few for a claim; x: the reference's",
+        "saved: bytes kept for the backward pass; peak: memory beyond what was allocated before; ops: as "
+        f"dispatched; gathers: FSDP's; ms: of {ROUNDS} rounds, too few for a claim; x: of the reference",
     )

@@ -111,7 +111,7 @@ def run(
             lines.remove(line)
             missing.append(f"{line.name}: disagrees with the reference's picture by {line.off:.1e}")
             continue
-    say(f"{case.title}: timing {len(lines)} lines in turns")
+    say(f"{case.title}: timing {len(lines)} lines in interleaved rounds")
     turns = {line.name: line.draw for line in lines}
     timings = take_turns(turns, case.device, repeats=repeats, deadline=deadline)
     base = timings["reference"].seconds

@@ -59,9 +59,9 @@ def _main(argv: list[str]) -> int:
     asked = [f"--{name}={value}" for name, value in given.items() if value is not None]
     request = Request(request_parser().parse_args(asked))
     if request.models is None or request.batches is None:
-        raise UserError("--model and --batch: none given, and kernels are compiled for certain ones")
+        raise UserError("--model and --batch: both are required, as kernels are compiled for them")
     if not forms(request):
-        raise UserError(f"--providers: got {given['providers']}, of which none launches kernels of ours")
+        raise UserError(f"--providers: got {given['providers']}, none of which launches our kernels")
     if request.device.type != "cuda":
         raise UserError(f"--device: Triton compiles for a GPU, got {request.device}")
     begun = time.monotonic()
@@ -73,7 +73,7 @@ def _main(argv: list[str]) -> int:
         print(f"failed: {problem}")
     print(
         f"{len(kernels) - len(problems)} kernels compiled by {jobs} processes in "
-        f"{time.monotonic() - found:.0f} s, after {found - begun:.0f} s of looking for them"
+        f"{time.monotonic() - found:.0f} s, after {found - begun:.0f} s spent finding them"
     )
     return 1 if problems else 0
 

@@ -73,7 +73,7 @@ def listed(option: str, text: str) -> list[str]:
     """The comma-separated names in ``text``, without repeats."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
-        raise UserError(f"{option}: got {text!r}, expected one or more names, by comma")
+        raise UserError(f"{option}: got {text!r}, expected one or more names, separated by commas")
     return list(dict.fromkeys(found))
 
 
@@ -120,7 +120,7 @@ def device(text: str) -> torch.device:
     if found is None or found.type not in ("cpu", "cuda"):
         raise UserError(f"--device: got {text!r}, allowed are auto, cpu, cuda and cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device: {text!r} asked for, but torch finds no CUDA device here")
+        raise UserError(f"--device: {text!r} requested, but torch finds no CUDA device here")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device: got {text!r}, this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}"

@@ -86,7 +86,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
             "with pip install 'mdt-fast[latents]'"
         )
     complete = len(wanted) - len(waiting)
-    print(f"{len(wanted)} learners, of which {complete} are complete; {args.jobs} at a time", flush=True)
+    print(f"{len(wanted)} learners, {complete} already complete; {args.jobs} in parallel", flush=True)
     quality = load_judge(judge, data, len(data.learnt.classes), settings.sample.num_samples, device)
     for key in set(wanted) & set(before):
         named = {(row["study"], row["provider"]) for row in before[key]}
@@ -106,7 +106,9 @@ def check_outputs(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raise ``UserError`` if tables or figures could not be written, before anything is trained."""
     make_folder("--out", args.out)
     if args.plot is not None and len(names) > 1:
-        raise UserError(f"--plot: one figure for {len(names)} studies; without it each has its own in --out")
+        raise UserError(
+            f"--plot: one figure for {len(names)} studies; without --plot each has its own in --out"
+        )
     if args.plot is not None:
         make_folder("--plot", args.plot.parent)
     placed(args.readme, names)
@@ -221,7 +223,7 @@ def learnt(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, list[Point]
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a learner's process was killed; what is complete is kept: run it again"
+                "a learner's process was killed; completed learners are kept: run the command again"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -90,7 +90,7 @@ def open_data(config: DataConfig, samples: int, device: torch.device) -> Data:
     total, size = len(images.labels), config.image_size if digits else None
     if samples < 2 or samples > MAX_SHARE * total:
         raise UserError(
-            f"--samples: {samples} images are to be kept apart, allowed are 2 to {int(MAX_SHARE * total)} "
+            f"--samples: got {samples} images to hold out, allowed are 2 to {int(MAX_SHARE * total)} "
             f"of the {total} in {config.source!r}"
         )
     order = np.random.default_rng([0, SPLIT]).permutation(total)
@@ -185,6 +185,6 @@ def load_judge(path: Path, data: Data, classes: int, samples: int, device: torch
         classifier.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError):
         raise UserError(
-            f"{path}: not a classifier of these images; without that file it is made again"
+            f"{path}: not a classifier of these images; delete the file to train it again"
         ) from None
     return Judge(classifier, data, samples, device)

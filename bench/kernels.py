@@ -50,7 +50,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     line = shlex.join(["python", "bench/kernels.py", *argv])
     if args.aot:
         if other := [name for name in given if name not in ("aot", "arch", "json")]:
-            raise UserError(f"--{other[0].replace('_', '-')}: not with --aot, which takes no times")
+            raise UserError(f"--{other[0].replace('_', '-')}: not with --aot, which times nothing")
         architectures = args.arch.split(",")
         for arch in architectures:
             if arch not in ARCHITECTURES:
@@ -59,7 +59,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
         kept.rows = rows = RowFile(args.json, machine(torch.device("cpu"), line))
         return aot.compile_all(architectures, rows)
     if "arch" in given:
-        raise UserError("--arch: only with --aot; times are taken on the device that is here")
+        raise UserError("--arch: only with --aot; timing uses the device of this machine")
     return time_ops(args, line, kept)
 
 

@@ -334,7 +334,7 @@ def shown_samples(folder: Path, digest: str) -> np.ndarray | None:
         with np.load(path) as saved:
             return saved["samples"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        print(f"{path}: no samples to be read, shown without: {one_line(error)}", file=sys.stderr)
+        print(f"{path}: cannot read samples, shown without: {one_line(error)}", file=sys.stderr)
         return None
 
 

@@ -145,7 +145,7 @@ class _Queue:
         self.links, self.free = links, 0.0
 
     def add(self, collectives: Iterable[Collective | None], ready: float) -> float:
-        """When these are done, of which none starts before ``ready``."""
+        """The time at which these are done, if none starts before ``ready``."""
         for one in collectives:
             if one is not None:
                 self.free = max(self.free, ready) + self.links.seconds(one)

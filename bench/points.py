@@ -355,7 +355,7 @@ class Session:
         seconds, rounds = timing.seconds, len(timing.seconds)
         one.ms = spread([1e3 * s for s in seconds])
         if timing.late:
-            one.notes.append(f"{timing.late} of {rounds} calls may have run at the pace of their launches")
+            one.notes.append(f"{timing.late} of {rounds} calls may have been limited by their launches")
         note = "; ".join(one.notes) or None
         self.row(point, one, "ms", "ms", one.ms, rounds, note)
         if point.bytes:

@@ -107,7 +107,7 @@ class Request:
         dtypes = command.names("--dtype", args.dtype or default_dtype, AUTOCAST)
         self.dtypes = [DTYPES[name] for name in dtypes]
         if args.turn is not None and args.account:
-            raise UserError("--turn: not together with --account, which turns each switch")
+            raise UserError("--turn: not together with --account, which flips each switch")
         self.turned = tuple(command.names("--turn", args.turn, SWITCHES)) if args.turn is not None else ()
         self.sampler = args.sampler
         if self.sampler not in ("ddpm", "ddim"):
@@ -121,7 +121,7 @@ class Request:
             if args.account and "sample" not in self.modes:
                 raise UserError("--providers: not together with --account of training, which has its own")
         if self.turned and not any(name.startswith("fast") for name in self.providers or ["fast"]):
-            raise UserError("--turn: for the fast model, which none of --providers is")
+            raise UserError("--turn: applies to the fast model, which --providers lacks")
         self.models = None
         if args.model is not None:
             models = command.listed("--model", args.model)

@@ -151,7 +151,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 if line.startswith("{") and not line.endswith("}"):
-                    print(f"{path}:{number}: an unfinished row, passed over", file=sys.stderr)
+                    print(f"{path}:{number}: skipped an unfinished row", file=sys.stderr)
                     continue
                 raise UserError(f"{path}:{number}: not a row: {error.msg}") from None
             if not isinstance(row, dict) or not set(KEYS) <= set(row):

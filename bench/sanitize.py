@@ -72,7 +72,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     if args.tool not in TOOLS:
         raise UserError(f"--tool: got {args.tool!r}, allowed are {', '.join(TOOLS)}")
     if device.type != "cuda":
-        raise UserError("--tool: needs a CUDA device; without --tool the calls run here as they are")
+        raise UserError("--tool: needs a CUDA device; without --tool the calls run here on their own")
     line = shlex.join(["python", "bench/sanitize.py", *argv])
     kept.rows = rows = RowFile(args.json, machine(device, line))
     code = under(args.tool, asked, device, args.jobs)

@@ -123,7 +123,7 @@ class Session:
                 inner = max(1, min(20, int(MAX_INNER_SECONDS / slowest)))
                 again = repeated(seconds, inner)
         result.steps = {name: inner * again[name] for name in steps}
-        self.say(f"{case.title}: timing {', '.join(steps)} in turns")
+        self.say(f"{case.title}: timing {', '.join(steps)}")
         # Memory is measured after the timing, and takes about two rounds.
         least = MIN_ROUNDS if MIN_ROUNDS * inner * slowest * len(turns) <= LEAST_SECONDS else 1
         timings = take_turns(
@@ -180,7 +180,7 @@ class Session:
         except Exception as error:
             let_go(error)
             for name in names:
-                self.give_up(case, found[name], "failed", f"nothing to hold it against: {one_line(error)}")
+                self.give_up(case, found[name], "failed", f"no reference to compare with: {one_line(error)}")
             return steps
         for name in names:
             if name == "reference":
@@ -298,7 +298,7 @@ class Session:
         if made_by in ("official", "diffusers"):
             return
         if case.turned and made_by == "fast" and not isinstance(step, TrainStep):
-            one.notes.append("executed FLOPs unknown: counted for a guided step with its own switches alone")
+            one.notes.append("executed FLOPs unknown: only counted for a guided step with default switches")
             return
         try:
             if isinstance(step, TrainStep):

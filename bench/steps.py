@@ -333,10 +333,10 @@ def step_of(
 ) -> Step:
     """The step for a case. It takes over the optimiser and moving average of ``share``. Raises ``Skip``."""
     if provider.precision and case.dtype != torch.bfloat16:
-        raise Skip("for computing in bfloat16: --dtype bfloat16")
+        raise Skip("only for bfloat16: use --dtype bfloat16")
     if case.mode == "sample":
         if provider.in_turn or "torchao" in provider.precision:
-            raise Skip("a way to train: --mode train")
+            raise Skip("only for training: use --mode train")
         return (GraphedSampleStep if provider.graphed else SampleStep)(case, provider, inputs)
     kind = GraphedTrainStep if provider.graphed else TrainStep
     return kind(case, provider, inputs, len_keeps, share)

@@ -29,7 +29,7 @@ def show(console: Console, result: CaseResult, images: str) -> None:
     say(console, case.title, "bold")
     measured = [one for one in result.results if one.ms is not None]
     if measured:
-        times = f"{result.repeats} round{'s' * (result.repeats != 1)} in turns" + _turns(result)
+        times = f"{result.repeats} interleaved round{'s' * (result.repeats != 1)}" + _turns(result)
         for line in (
             f"step: {case.step}",
             f"input: {images}; {times}; {number(result.gflop_per_image)} GFLOP per image and step",

@@ -91,7 +91,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
         )
     args.workers = [command.whole("--workers", text) for text in command.listed("--workers", args.workers)]
     if "encode" in parts and find_spec("diffusers") is None:
-        raise UserError("--parts: encode takes diffusers, which is not installed; ask for the other parts")
+        raise UserError("--parts: encode needs diffusers, which is not installed; choose other parts")
     device = command.device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -68,11 +68,11 @@ def _main(argv: list[str], kept: command.Kept) -> int:
         raise UserError("--report: needs --json FILE, the rows of earlier runs")
     if args.compile_only and (args.write or args.report):
         raise UserError(
-            f"--{'write' if args.write else 'report'}: not with --compile-only, which takes no times"
+            f"--{'write' if args.write else 'report'}: not with --compile-only, which times nothing"
         )
     timing = not (args.compile_only or args.report)
     if args.arch is not None and timing:
-        raise UserError("--arch: only with --compile-only; times are taken on the device that is here")
+        raise UserError("--arch: only with --compile-only; timing uses the device of this machine")
     arch = args.arch or "sm_90"
     if arch not in ARCHITECTURES:
         raise UserError(
@@ -105,7 +105,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
         bench = Tuner(rows, known, arch, device, pool, end, batch=batch, top=top, repeats=args.repeats)
         for place, entry in enumerate(todo):
             if time.monotonic() >= end:
-                print(f"the time limit was reached; {len(todo) - place} of {len(todo)} wait: run it again")
+                print(f"the time limit was reached; {len(todo) - place} of {len(todo)} left: run it again")
                 break
             with candidates.products(entry):
                 bench.compile_only(entry) if args.compile_only else bench.tune(entry)
@@ -240,7 +240,7 @@ class Tuner:
                 off = points.difference(turn(choice)(0), expected)
                 synchronize(self.device)
                 if not off <= limit:
-                    raise ValueError(f"disagrees with the present choice: off by {off:.1e} relative")
+                    raise ValueError(f"disagrees with the current choice: off by {off:.1e} relative")
             except Exception as error:
                 self.failed(entry, title, choice, error)
                 continue

@@ -96,7 +96,7 @@ def conclude(rows: Sequence[Row], kernels: Sequence[str], write: bool) -> None:
             taken.append(best)
         said = ", ".join(f"{name}={value}" for name, value in shown.choice.items())
         by_point = ", ".join(f"{point} {p50:.2f}x" for point, (_, p50) in shown.points.items())
-        kept = "" if best is not None else " (the present one stays)"
+        kept = "" if best is not None else " (the current one stays)"
         table.add_row(
             *shown.entry, f"{shown.arch}, {shown.device}", said + kept, f"{shown.gain:.2f}x", by_point
         )

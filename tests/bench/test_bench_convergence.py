@@ -74,10 +74,10 @@ def test_a_comparison_leaves_rows_tables_and_a_figure(
 
     before = (out / "rows.jsonl").read_text()
     assert run(f"--out={out}") == 0  # all is complete: nothing is trained again
-    assert "of which 6 are complete" in capsys.readouterr().out
+    assert " 6 already complete" in capsys.readouterr().out
     assert (out / "rows.jsonl").read_text() == before
     assert run(f"--out={out}", "--study=path", "--jobs=2") == 0  # MDTv2 is known by another study
-    assert "4 learners, of which 2 are complete" in capsys.readouterr().out
+    assert "4 learners, 2 already complete" in capsys.readouterr().out
     assert run(f"--out={out}", "--report") == 0
     assert "sooner than DiT" in capsys.readouterr().out
     assert run(f"--out={out}", "--report", "--study=parts") == 2
@@ -99,7 +99,7 @@ def test_scales_and_a_judge_that_came_with_results(
     document.write_text("".join(marked))
     assert run(f"--out={out}", "--study=updates,tokens", "--seeds=1", f"--readme={document}") == 0
     printed = capsys.readouterr().out
-    assert "4 learners, of which 2 are complete" in printed  # before the same judge they are the same
+    assert "4 learners, 2 already complete" in printed  # before the same judge they are the same
     assert not list(out.glob("judge-*"))
     rows = read([out / "rows.jsonl"])
     assert {(row["study"], row["of"], row["shape"]["tokens"]) for row in rows} == {
@@ -281,7 +281,7 @@ def test_judged_at_the_end_and_before() -> None:
     [
         (["--study=model"], "--study: got 'model'"),
         (["--seeds=0"], "--seeds: got 0, allowed is 1 or more"),
-        (["--samples=1000"], "--samples: 1000 images are to be kept apart, allowed are 2 to 539"),
+        (["--samples=1000"], "--samples: got 1000 images to hold out, allowed are 2 to 539"),
         (["--size=imagenet"], "--data: --size imagenet needs images"),
         (["--data=/nowhere"], "no folder '/nowhere'"),
         (["--report"], "cannot read"),
@@ -359,7 +359,7 @@ def test_a_judge_that_cannot_judge(
     made.write_bytes(made.read_bytes()[:1000])
     assert run(f"--out={tmp_path}", "--study=path") == 2
     error = capsys.readouterr().err
-    assert f"{made}: not a classifier of these images; without that file it is made again" in error
+    assert f"{made}: not a classifier of these images; delete the file to train it again" in error
     assert error.count("\n") == 1
 
 
@@ -397,4 +397,4 @@ def test_damaged_samples_are_passed_over(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
     learn.samples_path(tmp_path, "0").write_bytes(b"PK\x03\x04 and no more")
     assert learn.shown_samples(tmp_path, "0") is None
-    assert "samples-0.npz: no samples to be read" in capsys.readouterr().err
+    assert "samples-0.npz: cannot read samples" in capsys.readouterr().err

@@ -132,9 +132,9 @@ def test_where_other_precisions_are_left_out() -> None:
     config, device = PRESETS["digits"].model, torch.device("cpu")
     inputs = load("digits", config, 2)
     for mode, name, dtype, why in (
-        ("train", "fast-lean", torch.float32, "for computing in bfloat16: --dtype bfloat16"),
-        ("sample", "fast-lean", torch.float32, "for computing in bfloat16: --dtype bfloat16"),
-        ("sample", "fast-in-turn", torch.bfloat16, "a way to train: --mode train"),
+        ("train", "fast-lean", torch.float32, "only for bfloat16: use --dtype bfloat16"),
+        ("sample", "fast-lean", torch.float32, "only for bfloat16: use --dtype bfloat16"),
+        ("sample", "fast-in-turn", torch.bfloat16, "only for training: use --mode train"),
     ):
         case = steps.Case("digits", config, mode, 2, dtype, device)
         provider = providers.make(name, providers.Modules(config, device, None))
@@ -142,7 +142,7 @@ def test_where_other_precisions_are_left_out() -> None:
             steps.step_of(case, provider, inputs, (11,), None)
     case, modules = steps.Case("digits", config, "sample", 2, torch.bfloat16, device), providers.Modules
     float8 = replace(providers.make("fast", modules(config, device, None)), name="fast-float8-torchao")
-    with pytest.raises(providers.Skip, match="a way to train"):
+    with pytest.raises(providers.Skip, match="only for training"):
         steps.step_of(case, float8, inputs, (11,), None)
     with pytest.raises(providers.Skip, match="float8: needs "):
         providers.make("fast-float8", providers.Modules(config, device, None))

@@ -253,7 +253,7 @@ MISTAKES = {
     "plot": (["--plot", "picture.jpg"], "--plot: got 'picture.jpg', allowed is a file that ends in .png"),
     "option": (["--op", "x"], "unrecognized arguments: --op x"),
     "arch": (["--arch", "sm_90"], "--arch: only with --aot"),
-    "aot": (["--aot", "--ops", "bias_gelu"], "--ops: not with --aot, which takes no times"),
+    "aot": (["--aot", "--ops", "bias_gelu"], "--ops: not with --aot, which times nothing"),
     "aot-time-limit": (["--aot", "--time-limit", "3"], "--time-limit: not with --aot"),
 }  # fmt: skip
 

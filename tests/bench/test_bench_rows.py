@@ -60,7 +60,7 @@ def test_a_torn_last_line_is_kept_apart(tmp_path: Path, capsys: pytest.CaptureFi
     assert lines[0] == '{"bench": "thr'
     assert json.loads(lines[1])["provider"] == "fast"
     assert [row["provider"] for row in read([path])] == ["fast"]
-    assert capsys.readouterr().err.endswith("rows.jsonl:1: an unfinished row, passed over\n")
+    assert capsys.readouterr().err.endswith("rows.jsonl:1: skipped an unfinished row\n")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"bench": "throughput"}', '{"bench": throughput}', "nonsense"])

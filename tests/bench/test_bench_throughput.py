@@ -289,7 +289,7 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert throughput.main([*flags, "packed", "--account"]) == 2
     assert "--turn: not together with --account" in capsys.readouterr().err
     assert throughput.main([*FLAGS, "--providers", "reference", "--turn", "packed"]) == 2
-    assert "--turn: for the fast model, which none of --providers is" in capsys.readouterr().err
+    assert "--turn: applies to the fast model, which --providers lacks" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_tiny")

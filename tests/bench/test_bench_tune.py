@@ -114,7 +114,7 @@ def test_the_best_choice_that_was_timed_everywhere_wins() -> None:
 @pytest.mark.parametrize(("p20", "p50"), [(0.98, 1.1), (1.005, 1.01)], ids=["within noise", "under 2%"])
 def test_what_is_not_clearly_faster_changes_nothing(p20: float, p50: float, capsys: Any) -> None:
     winners.conclude([row(p20=p20, p50=p50)], list(candidates.KERNELS), write=True)
-    assert "the present one stays" in capsys.readouterr().out
+    assert "the current one stays" in capsys.readouterr().out
     assert json.loads(launches.TUNED.read_text()) == launches.table()
 
 
@@ -133,7 +133,7 @@ def test_winners_are_written_beside_what_is_there(
     assert written["cfg_step"]["sm_80"]["4096 half"] == {"each": 4, "widest": 512}
     monkeypatch.setattr(winners, "outcome_of", lambda job: "spills 8 B")
     assert tune.main(["--report", "--write", "--json", str(rows_file)]) == 0
-    assert "the present one stays" in capsys.readouterr().out
+    assert "the current one stays" in capsys.readouterr().out
 
 
 def test_machine_code_ranks_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_wrong_results_are_never_timed(tuner: tune.Tuner) -> None:
     tuner.time(("cfg_step", "4096 float32"), "", make, {0: ({"each": 4}, {"registers": 32.0})})
     (row,) = tuner.rows.rows
     assert row["metric"] == "failed"
-    assert "disagrees with the present choice" in row["note"]
+    assert "disagrees with the current choice" in row["note"]
 
 
 def test_a_device_that_is_lost_ends_the_run(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
