@@ -166,7 +166,7 @@ def _parser() -> command.Parser:
         "--providers",
         help="as in throughput.py; only fast and its variants without -compiled matter (default: fast)",
     )
-    parser.add_argument("--lengths", type=int, help="numbers of kept tokens, as in throughput.py")
+    parser.add_argument("--lengths", type=int, help="how many kept-token counts, as in throughput.py")
     parser.add_argument("--turn", metavar="SWITCHES", help="switches to flip, comma-separated")
     parser.add_argument("--device", default="auto", help="auto, cuda or cuda:N")
     parser.add_argument("--jobs", type=int, help="parallel processes (default: number of CPU cores)")

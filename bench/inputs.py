@@ -20,7 +20,7 @@ from mdt_fast.data.images import open_images
 from mdt_fast.errors import UserError
 
 PERIOD = 16
-"""The default for how many numbers of kept tokens are used before they repeat."""
+"""How many kept-token counts are used before they repeat, by default."""
 
 
 @dataclass(frozen=True)

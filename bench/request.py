@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--lengths",
         type=int,
-        help=f"numbers of kept tokens to cycle through, each with its own CUDA graph (default: {PERIOD})",
+        help=f"how many kept-token counts to cycle through, one CUDA graph each (default: {PERIOD})",
     )
     p.add_argument(
         "--time-limit",

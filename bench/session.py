@@ -33,8 +33,8 @@ WARM_UP = 2
 MAX_INNER_SECONDS = 0.1
 
 TURN_SECONDS = 0.05
-"""On a GPU a quick step is repeated for this long, or as long as the slowest step takes. A single one would
-be synchronised at both ends and charged for host work that overlaps the previous step in real training."""
+"""On a GPU a quick step is repeated for this long, or the time of the slowest step if that is less. Alone it
+would be synchronised at both ends and charged for host work that overlaps the previous step in training."""
 
 LEAST_SECONDS = 5.0
 """A case whose rounds are short gets as many as a ratio needs, even past the time limit: if several cases

@@ -94,11 +94,11 @@ def test_few_blocks_have_what_many_have(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ([], "--model and --batch: none given"),
+        ([], "--model and --batch: both are required"),
         (["--model=digits", "--batch=2", "--jobs=0"], "--jobs: got 0, allowed is 1 or more"),
         (
             ["--model=digits", "--batch=2", "--providers=reference"],
-            "--providers: got reference, of which none",
+            "--providers: got reference, none of which",
         ),
         (["--model=digits", "--batch=2", "--repeats=2"], "unrecognized arguments: --repeats=2"),
         (["--model=digits", "--batch=2", "--device=cpu"], "--device: Triton compiles for a GPU, got cpu"),
