@@ -47,7 +47,7 @@ LIBS = ("lib64", "lib", "lib/x86_64-linux-gnu")
 ARCHITECTURES = {"sm_80": "8.0", "sm_90": "9.0", "sm_100": "10.0"}
 CUDA = os.environ.get("MDT_FAST_CUDA", "auto")
 if CUDA not in ("auto", "0", "1"):
-    raise SystemExit(f"MDT_FAST_CUDA: got {CUDA!r}, allowed are auto, 0 and 1")
+    raise SystemExit(f"MDT_FAST_CUDA: got {CUDA!r}, expected auto, 0 or 1")
 
 
 def say(line: str) -> None:

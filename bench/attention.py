@@ -85,7 +85,7 @@ def choose(args: argparse.Namespace, request: points.Request) -> list[points.Poi
     lengths = numbers("--tokens", args.tokens)
     for L in lengths:
         if isqrt(L) ** 2 != L:
-            raise UserError(f"--tokens: got {L}, allowed are squares (64, 256, 1024, 4096): a whole grid")
+            raise UserError(f"--tokens: got {L}, expected squares (64, 256, 1024, 4096): a whole grid")
     masks = command.names("--masked", args.masked or "no,yes", ("no", "yes"))
     cases = [(L, None) for L in lengths if "no" in masks]
     if "yes" in masks:

@@ -82,31 +82,29 @@ def names(option: str, text: str, allowed: Sequence[str]) -> list[str]:
     found = listed(option, text)
     for name in found:
         if name not in allowed:
-            raise UserError(
-                f"{option}: got {name!r}{nearest(name, allowed)}, allowed are {', '.join(allowed)}"
-            )
+            raise UserError(f"{option}: got {name!r}{nearest(name, allowed)}, expected {', '.join(allowed)}")
     return found
 
 
 def whole(option: str, text: str) -> int:
-    """The whole number in ``text``, which must be 1 or more."""
+    """The integer in ``text``, which must be 1 or more."""
     try:
         number = int(text)
     except ValueError:
         number = 0
     if number < 1:
-        raise UserError(f"{option}: got {text!r}, allowed is a whole number, 1 or more")
+        raise UserError(f"{option}: got {text!r}, expected an integer, 1 or more")
     return number
 
 
 def at_least_one(option: str, value: int | None) -> None:
     if value is not None and value < 1:
-        raise UserError(f"{option}: got {value}, allowed is 1 or more")
+        raise UserError(f"{option}: got {value}, expected 1 or more")
 
 
 def positive_seconds(option: str, value: float | None) -> None:
     if value is not None and not value > 0:
-        raise UserError(f"{option}: got {value}, allowed is a positive number of seconds")
+        raise UserError(f"{option}: got {value}, expected a positive number of seconds")
 
 
 def device(text: str) -> torch.device:
@@ -118,7 +116,7 @@ def device(text: str) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: got {text!r}, allowed are auto, cpu, cuda and cuda:N")
+        raise UserError(f"--device: got {text!r}, expected auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device: {text!r} requested, but torch finds no CUDA device here")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

@@ -61,7 +61,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):
         command.at_least_one(f"--{name}", getattr(args, name))
     if args.lr is not None and not 0 <= args.lr < math.inf:
-        raise UserError(f"--lr: got {args.lr}, allowed is 0 or more, and finite")
+        raise UserError(f"--lr: got {args.lr}, expected 0 or more, and finite")
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
     if args.jobs is None:
         args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)

@@ -60,12 +60,12 @@ def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     if args.model not in SHAPES:
         raise UserError(
-            f"--model: got {args.model!r}{nearest(args.model, SHAPES)}, allowed are {', '.join(SHAPES)}"
+            f"--model: got {args.model!r}{nearest(args.model, SHAPES)}, expected {', '.join(SHAPES)}"
         )
     command.at_least_one("--batch", args.batch)
     command.at_least_one("--threads", args.threads)
     if args.rounds < 2:
-        raise UserError(f"--rounds: got {args.rounds}, allowed is 2 or more")
+        raise UserError(f"--rounds: got {args.rounds}, expected 2 or more")
     torch.set_num_threads(args.threads)
     compare(args.model, args.batch, args.rounds)
     return 0

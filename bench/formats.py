@@ -9,7 +9,7 @@ Quantiles = tuple[float | None, float, float | None]
 
 
 def number(value: float) -> str:
-    """Three significant digits, with trailing zeros; whole numbers from 100 on."""
+    """Three significant digits, with trailing zeros; integers from 100 on."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")

@@ -90,7 +90,7 @@ def open_data(config: DataConfig, samples: int, device: torch.device) -> Data:
     total, size = len(images.labels), config.image_size if digits else None
     if samples < 2 or samples > MAX_SHARE * total:
         raise UserError(
-            f"--samples: got {samples} images to hold out, allowed are 2 to {int(MAX_SHARE * total)} "
+            f"--samples: got {samples} images to hold out, expected 2 to {int(MAX_SHARE * total)} "
             f"of the {total} in {config.source!r}"
         )
     order = np.random.default_rng([0, SPLIT]).permutation(total)

@@ -87,7 +87,7 @@ def time_ops(args: argparse.Namespace, line: str, kept: command.Kept) -> int:
             if name in optimizers.PROVIDERS
         ]
     if not chosen:
-        raise UserError(f"--mode: {', '.join(asked)} has no backward pass, allowed is fwd")
+        raise UserError(f"--mode: {', '.join(asked)} has no backward pass, expected fwd")
     kept.rows = rows = RowFile(args.json, machine(request.device, line))
     if args.plot is not None:
         plots.check_target(args.plot)

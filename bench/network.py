@@ -110,7 +110,7 @@ def smallest_batch(
     """
     positive("seconds_per_image", seconds_per_image, "seconds")
     if not 0 < target < 1:
-        raise UserError(f"target: got {target!r}, allowed is a number between 0 and 1")
+        raise UserError(f"target: got {target!r}, expected a number between 0 and 1")
     step = training_step(config, layout, mode, dtype, packed)
 
     def scales(batch: int) -> bool:
@@ -134,7 +134,7 @@ def compute_seconds(config: ModelConfig, batch: int, peak: float, mfu: float) ->
     whole("batch", batch)
     positive("peak", peak, "FLOP/s")
     if not 0 < mfu <= 1:
-        raise UserError(f"mfu: got {mfu!r}, allowed is a number above 0, up to 1")
+        raise UserError(f"mfu: got {mfu!r}, expected a number above 0, up to 1")
     return flops.train_step(config, mean_kept(config)).flops * batch / (peak * mfu)
 
 
@@ -195,9 +195,9 @@ def step_seconds(step: Step, links: Links, compute_s: float) -> float:
 def positive(name: str, value: float, unit: str) -> None:
     """Raise ``UserError`` unless ``value`` is a finite number above 0."""
     if not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise UserError(f"{name}: got {value!r}, allowed is a positive number of {unit}")
+        raise UserError(f"{name}: got {value!r}, expected a positive number of {unit}")
 
 
 def _time(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and 0 <= value < math.inf):
-        raise UserError(f"{name}: got {value!r}, allowed is a number of seconds, 0 or more")
+        raise UserError(f"{name}: got {value!r}, expected a number of seconds, 0 or more")

@@ -122,7 +122,7 @@ class Mlp(nn.Module):
     ):
         super().__init__()
         if drop:
-            raise ValueError(f"drop: got {drop}, allowed is 0")
+            raise ValueError(f"drop: got {drop}, expected 0")
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden_features, in_features)

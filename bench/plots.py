@@ -59,7 +59,7 @@ def check_target(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot: needs matplotlib, which is not installed: pip install matplotlib")
     if path.suffix.lower() != ".png":
-        raise UserError(f"--plot: got {str(path)!r}, allowed is a file that ends in .png")
+        raise UserError(f"--plot: got {str(path)!r}, expected a file that ends in .png")
     existed = path.exists()
     try:
         with path.open("ab"):

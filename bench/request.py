@@ -111,7 +111,7 @@ class Request:
         self.turned = tuple(command.names("--turn", args.turn, SWITCHES)) if args.turn is not None else ()
         self.sampler = args.sampler
         if self.sampler not in ("ddpm", "ddim"):
-            raise UserError(f"--sampler: got {self.sampler!r}, allowed is ddpm or ddim")
+            raise UserError(f"--sampler: got {self.sampler!r}, expected ddpm or ddim")
         self.checkout = providers.load_checkout(args.official)
         self.providers = None
         if args.providers is not None:

@@ -70,7 +70,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     if args.tool is None:
         return run(asked, device, part_of(args.part))
     if args.tool not in TOOLS:
-        raise UserError(f"--tool: got {args.tool!r}, allowed are {', '.join(TOOLS)}")
+        raise UserError(f"--tool: got {args.tool!r}, expected {', '.join(TOOLS)}")
     if device.type != "cuda":
         raise UserError("--tool: needs a CUDA device; without --tool the calls run here on their own")
     line = shlex.join(["python", "bench/sanitize.py", *argv])
@@ -106,7 +106,7 @@ def part_of(text: str) -> slice:
     """The calls that ``--part`` selects."""
     first, _, count = text.partition("/")
     if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
-        raise UserError(f"--part: got {text!r}, allowed is I/N with 1 <= I <= N")
+        raise UserError(f"--part: got {text!r}, expected I/N with 1 <= I <= N")
     return slice(int(first) - 1, None, int(count))
 
 

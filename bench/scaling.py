@@ -145,7 +145,7 @@ def one_of(option: str, text: str, allowed: Sequence[str]) -> str:
     """The name in ``text``. Raises ``UserError`` if it is not a single one of ``allowed``."""
     found = command.names(option, text, allowed)
     if len(found) > 1:
-        raise UserError(f"{option}: got {text!r}, allowed is one of {', '.join(allowed)}")
+        raise UserError(f"{option}: got {text!r}, expected one of {', '.join(allowed)}")
     return found[0]
 
 
@@ -163,7 +163,7 @@ class Request:
         positive("--network", args.network, "Gbit/s")
         for option, value in (("--link-share", args.link_share), ("--mfu", args.mfu)):
             if value is not None and not 0 < value <= 1:
-                raise UserError(f"{option}: got {value}, allowed is a number above 0, up to 1")
+                raise UserError(f"{option}: got {value}, expected a number above 0, up to 1")
         self.gpu, self.per = GPUS[gpu], per
         self.layouts = [
             Layout(command.whole("--gpus", text), args.gpus_per_node)

@@ -143,7 +143,7 @@ def training_step(
     """
     check_mode(mode)
     if dtype not in DTYPES:
-        raise UserError(f"dtype: got {dtype!r}{nearest(dtype, DTYPES)}, allowed are {', '.join(DTYPES)}")
+        raise UserError(f"dtype: got {dtype!r}{nearest(dtype, DTYPES)}, expected {', '.join(DTYPES)}")
     weights, calls = _weights(config), _calls(config)
     order = calls.packed if packed or mode == "ddp" else (*calls.full, *calls.masked)
     seen: set[str] = set()
@@ -157,13 +157,13 @@ def training_step(
 
 def check_mode(mode: str) -> None:
     if mode not in MODES:
-        raise UserError(f"mode: got {mode!r}{nearest(mode, MODES)}, allowed are {', '.join(MODES)}")
+        raise UserError(f"mode: got {mode!r}{nearest(mode, MODES)}, expected {', '.join(MODES)}")
 
 
 def whole(name: str, value: Any) -> None:
-    """Raise ``UserError`` unless ``value`` is a whole number, 1 or more."""
+    """Raise ``UserError`` unless ``value`` is an integer, 1 or more."""
     if type(value) is not int or value < 1:
-        raise UserError(f"{name}: got {value!r}, allowed is a whole number, 1 or more")
+        raise UserError(f"{name}: got {value!r}, expected an integer, 1 or more")
 
 
 Shape = tuple[tuple[int, ...], bool]

@@ -84,10 +84,10 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     for name in ("repeats", "threads", "batch", "images", "size"):
         command.at_least_one(f"--{name}", getattr(args, name))
     if not args.consumes > 0:
-        raise UserError(f"--consumes: got {args.consumes}, allowed is a positive number of img/s")
+        raise UserError(f"--consumes: got {args.consumes}, expected a positive number of img/s")
     if args.preset not in PRESETS:
         raise UserError(
-            f"--preset: got {args.preset!r}{nearest(args.preset, PRESETS)}, allowed are {', '.join(PRESETS)}"
+            f"--preset: got {args.preset!r}{nearest(args.preset, PRESETS)}, expected {', '.join(PRESETS)}"
         )
     args.workers = [command.whole("--workers", text) for text in command.listed("--workers", args.workers)]
     if "encode" in parts and find_spec("diffusers") is None:

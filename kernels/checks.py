@@ -17,7 +17,7 @@ FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
 def tensor(name: str, x: Any) -> None:
     """``x`` must be a tensor."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: got {type(x).__name__}, allowed is a tensor")
+        raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor")
 
 
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
@@ -59,7 +59,7 @@ def floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         tensor(name, x)
     if x.dtype not in FLOATING:
-        raise ValueError(f"{name}: dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
+        raise ValueError(f"{name}: dtype {x.dtype}, expected float16, bfloat16, float32 or float64")
 
 
 def floating_on(name: str, x: Tensor, other: Tensor) -> None:
@@ -73,7 +73,7 @@ def floating_on(name: str, x: Tensor, other: Tensor) -> None:
 def eps(value: Any) -> None:
     """``value``, which is added to a variance, must be finite and not negative."""
     if not isinstance(value, int | float) or not 0 <= value < inf:
-        raise ValueError(f"eps: got {value!r}, allowed are finite numbers of 0 or more")
+        raise ValueError(f"eps: got {value!r}, expected finite numbers of 0 or more")
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -87,7 +87,7 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
     """``ids`` must be int64 on the device of ``like``, and on the CPU also within 0..high-1."""
     if ids.dtype != torch.int64:
-        raise ValueError(f"{name}: dtype {ids.dtype}, allowed is torch.int64")
+        raise ValueError(f"{name}: dtype {ids.dtype}, expected torch.int64")
     if ids.device != like.device:
         raise ValueError(f"{name}: on {ids.device}, but the tokens are on {like.device}")
     # Reading the values of a CUDA tensor would synchronise with the device.
@@ -99,7 +99,7 @@ def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
 def _within(name: str, ids: Tensor, high: int) -> None:
     low, top = int(ids.min()), int(ids.max())
     if low < 0 or top >= high:
-        raise ValueError(f"{name}: values {low}..{top}, allowed are 0..{high - 1}")
+        raise ValueError(f"{name}: values {low}..{top}, expected 0..{high - 1}")
 
 
 def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:

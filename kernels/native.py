@@ -20,7 +20,7 @@ def _load(device: str) -> str | None:
         return "turned off by MDT_FAST_NATIVE=0"
     folder = Path(SETTING) if SETTING else Path(__file__).parent
     if not folder.is_dir():
-        return f"not there: MDT_FAST_NATIVE={SETTING} is no folder (allowed are 0 and one)"
+        return f"not there: MDT_FAST_NATIVE={SETTING} is not a folder (expected 0 or a folder)"
     found = sorted(folder.glob(f"_{device}.*"))
     if device == "cuda" and torch.version.cuda is None:
         return "this torch is built for the CPU"

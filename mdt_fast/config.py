@@ -47,9 +47,9 @@ class ModelConfig:
             "num_classes",
         ):
             if type(getattr(self, name)) is not int:
-                raise UserError(f"{name}: got {getattr(self, name)!r}, allowed is a whole number")
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected an integer")
             if getattr(self, name) < 1:
-                raise UserError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
         if self.input_size % self.patch_size:
             raise UserError(
                 f"input_size: {self.input_size} is not divisible by patch_size {self.patch_size}; nearest "
@@ -61,21 +61,21 @@ class ModelConfig:
                 "and by 4 (position embedding)"
             )
         if not _is_number(self.mlp_ratio) or not 1 / self.hidden_size <= self.mlp_ratio <= 1024:
-            raise UserError(f"mlp_ratio: got {self.mlp_ratio}, allowed is a positive number up to 1024")
+            raise UserError(f"mlp_ratio: got {self.mlp_ratio}, expected a positive number up to 1024")
         if not _is_number(self.class_dropout_prob) or not 0 <= self.class_dropout_prob <= 1:
-            raise UserError(f"class_dropout_prob: got {self.class_dropout_prob}, allowed are 0..1")
+            raise UserError(f"class_dropout_prob: got {self.class_dropout_prob}, expected 0..1")
         if self.family == "dit":
             return
         highest = 1 - RATIO_RANGE if self.family == "mdtv2" else 1.0
         if self.mask_ratio is not None and not 0 <= self.mask_ratio <= highest:
             raise UserError(
-                f"mask_ratio: got {self.mask_ratio}, allowed are 0..{highest} for {self.family}, or None"
+                f"mask_ratio: got {self.mask_ratio}, expected 0..{highest} for {self.family}, or None"
             )
         lowest = 0 if self.family == "mdtv2" else 1  # v1 joins *before* block depth - decode_layer
         if not lowest <= self.decode_layer <= self.depth:
             raise UserError(
                 f"decode_layer: got {self.decode_layer}, "
-                f"allowed are {lowest}..{self.depth} (depth) for {self.family}"
+                f"expected {lowest}..{self.depth} (depth) for {self.family}"
             )
 
     @classmethod
@@ -94,15 +94,13 @@ class ModelConfig:
         try:
             mask_ratio = None if mask_ratio is None else float(mask_ratio)
         except (ValueError, TypeError):
-            raise UserError(f"mask_ratio: got {mask_ratio!r}, allowed is a number or None") from None
+            raise UserError(f"mask_ratio: got {mask_ratio!r}, expected a number or None") from None
         try:
             if isinstance(decode_layer, float) and not decode_layer.is_integer():
                 raise ValueError
             decode_layer = int(decode_layer)
         except (ValueError, TypeError, OverflowError):
-            raise UserError(
-                f"decode_layer: got {decode_layer!r}, allowed is a whole number or None"
-            ) from None
+            raise UserError(f"decode_layer: got {decode_layer!r}, expected an integer or None") from None
         return cls(family=family, mask_ratio=mask_ratio, decode_layer=decode_layer, **kwargs)
 
     @property

@@ -51,7 +51,7 @@ class MaskPlan:
         :meth:`from_noise`.
         """
         if not 0 <= mask_ratio <= 1:
-            raise UserError(f"mask_ratio: got {mask_ratio}, allowed are 0..1")
+            raise UserError(f"mask_ratio: got {mask_ratio}, expected 0..1")
         len_keep = (
             draw_len_keep(num_tokens, mask_ratio) if random_ratio else int(num_tokens * (1 - mask_ratio))
         )
@@ -67,13 +67,13 @@ class MaskPlan:
         and for a ``len_keep`` that is not an integer in 0..L.
         """
         if isinstance(len_keep, bool | float):
-            raise UserError(f"len_keep: got {len_keep!r}, allowed are whole numbers")
+            raise UserError(f"len_keep: got {len_keep!r}, expected integers")
         if noise.ndim != 2 or not noise.is_floating_point():
             raise UserError(f"noise: expected floats [batch, tokens], got {noise.dtype} {list(noise.shape)}")
         if noise.device.type == "cpu" and noise.isnan().any():
-            raise UserError("noise: has NaN values; allowed are ordinary numbers")
+            raise UserError("noise: has NaN values; expected ordinary numbers")
         if not 0 <= len_keep <= noise.shape[1]:
-            raise UserError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
+            raise UserError(f"len_keep: got {len_keep}, expected 0..{noise.shape[1]}")
         if ascending:
             return replace(cls(*mask_plan(noise, len_keep)), ascending=True)
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)
@@ -86,11 +86,11 @@ class MaskPlan:
             raise UserError(f"ids_keep: expected int64 [batch, kept], got {_named(ids_keep)}")
         if ids_keep.numel() and (ids_keep.min() < 0 or ids_keep.max() >= num_tokens):
             low, high = int(ids_keep.min()), int(ids_keep.max())
-            raise UserError(f"ids_keep: values {low}..{high}, allowed are 0..{num_tokens - 1}")
+            raise UserError(f"ids_keep: values {low}..{high}, expected 0..{num_tokens - 1}")
         kept = torch.zeros(ids_keep.shape[0], num_tokens, dtype=torch.int64, device=ids_keep.device)
         kept.scatter_add_(1, ids_keep, torch.ones_like(ids_keep))
         if (kept > 1).any():
-            raise UserError("ids_keep: a row has the same token number twice; allowed is once")
+            raise UserError("ids_keep: a row has the same token number twice; expected once")
         ids_mask = torch.argsort(kept, dim=1, stable=True)[:, : num_tokens - ids_keep.shape[1]]
         return cls._from_ids(ids_keep, ids_mask)
 
@@ -107,7 +107,7 @@ class MaskPlan:
         if min(dropped) != max(dropped):
             raise UserError(
                 f"mask: drops {min(dropped)} to {max(dropped)} tokens of a sample; "
-                "allowed is the same number for every sample"
+                "expected the same number for every sample"
             )
         ids = mask.byte().argsort(dim=1, stable=True)
         len_keep = mask.shape[1] - dropped[0]
@@ -184,6 +184,6 @@ def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator
     torch's default one. Processes that share a batch get the same number from generators with the same seed.
     """
     if not 0 <= mask_ratio < 1:
-        raise UserError(f"mask_ratio: allowed are 0 to below 1, got {mask_ratio!r}")
+        raise UserError(f"mask_ratio: expected 0 to below 1, got {mask_ratio!r}")
     ratio = torch.rand(1, generator=generator, device="cpu") * RATIO_RANGE + mask_ratio
     return int(num_tokens * (1 - ratio))

@@ -387,7 +387,7 @@ def test_opcheck() -> None:
         ),
         (
             lambda: kernels.linear(torch.ones(3, 16), torch.ones(16, 16), float8="yes"),  # type: ignore[arg-type]
-            "float8: got 'yes', allowed are True, False and a weight's rows and scales",
+            "float8: got 'yes', expected True, False or a weight's rows and scales",
         ),
     ],
     ids=["shape", "dtype", "factor", "bias", "list", "weight", "width", "word"],

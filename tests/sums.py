@@ -31,7 +31,7 @@ def test_rows_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "float32"])
 def test_wrong_dtypes(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=r"dtype: got .*, allowed are floating-point dtypes"):
+    with pytest.raises(ValueError, match=r"dtype: got .*, expected floating-point dtypes"):
         sum_rows(torch.ones(2, 3), dtype)
 
 

@@ -118,7 +118,7 @@ def test_resume_before_the_first_checkpoint_keeps_the_settings(
 
 
 def test_threads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--threads: allowed are 1 to 1024, got 0" in error(capsys, "sample", str(run), "--threads=0")
+    assert "--threads: expected 1 to 1024, got 0" in error(capsys, "sample", str(run), "--threads=0")
     assert main(["sample", str(run), "--threads=1", "--num-samples=2", "--steps=2"]) == 0
     assert torch.get_num_threads() == 1
 
@@ -204,7 +204,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),
         (["train", "--out=", "--preset=digits"], "--out: a name is needed"),
         (["train", "--out=RUN", "--preset=nonsense", "--resume=auto"], "--preset: 'nonsense' is not known"),
-        ([*DIGITS, "--set=sample.steps=5000"], "sample.steps: allowed are 1 to 1000, got 5000"),
+        ([*DIGITS, "--set=sample.steps=5000"], "sample.steps: expected 1 to 1000, got 5000"),
         ([*DIGITS, "--set=sample.cfg_scale=NaN"], "sample.cfg_scale: must be at least 0, got nan"),
         ([*DIGITS, "--set=sample.batch_size=0"], "sample.batch_size: must be at least 1, got 0"),
         ([*DIGITS, "--set=sample.eta=7"], "sample.eta: must be at most 1, got 7.0"),
@@ -216,7 +216,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--out=new.png"], "--out: expected a folder, got 'new.png'; --grid FILE is one"),
         (["sample", "RUN", "--png=new.JPG"], "--png: expected a folder, got 'new.JPG'; --grid FILE is one"),
         (["sample", "RUN", "--npz=same", "--grid=./same"], "--npz and --grid need different names"),
-        (["sample", "RUN", "--png=new", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),
+        (["sample", "RUN", "--png=new", "--labels=10"], "--labels: expected 0 to 9, got 10"),
         (["sample", "RUN", "--cfg-scale=inf"], "--cfg-scale: must be finite, got inf"),
         (["sample", "nowhere", "--npz=x.npz"], "no run or checkpoint at 'nowhere'"),
         (["sample", "RUN", "--sampler=dimm"], "'dimm' is not known (did you mean 'ddim'?)"),
@@ -224,19 +224,19 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--cfg-interval=high"], "--cfg-interval: LOW,HIGH such as 0.1,0.7 or 100,700 is"),
         (["sample", "RUN", "--cfg-interval=0.5,0.1"], "--cfg-interval: LOW,HIGH with 0 <= LOW <= HIGH"),
         (["sample", "RUN", "--skip-below=-1"], "--skip-below: must be at least 0, got -1.0"),
-        (["sample", "RUN", "--guided-channels=2"], "--guided-channels: allowed are None and 1 to 1, got 2"),
+        (["sample", "RUN", "--guided-channels=2"], "--guided-channels: expected None or 1 to 1, got 2"),
         (["sample", "RUN", "--sampler=unicp"], "'unicp' is not known (did you mean 'unipc'?)"),
-        (["sample", "RUN", "--sampler=unipc", "--steps=1"], "steps: allowed are 2 to 999 with unipc, got 1"),
+        (["sample", "RUN", "--sampler=unipc", "--steps=1"], "steps: expected 2 to 999 with unipc, got 1"),
         (["sample", "RUN", "--sampler=dpm++", "--eta=0.5"], "eta: only ddim has one; use 0 with dpm++"),
         (["sample", "RUN", "--out=o", "--npz=x.npz"], "--npz: --out already writes a samples_....npz in its"),
         (["sample", "RUN", "--out=o", "--shard-size=0"], "--shard-size: must be at least 1, got 0"),
         (["sample", "RUN", "--shard-size=4"], "--shard-size: needs --out, which is not given"),
-        (["sample", "RUN", "--labels=10"], "--labels: allowed are 0 to 9, got 10"),
+        (["sample", "RUN", "--labels=10"], "--labels: expected 0 to 9, got 10"),
         (["sample", "RUN", "--num-samples=0"], "--num-samples: must be at least 1, got 0"),
         (["sample", "RUN", "--scale-pow=high"], "--scale-pow: a number or none is needed, got 'high'"),
-        (["sample", "RUN", "--steps=2000"], "steps: allowed are 1 to 1000, got 2000"),
+        (["sample", "RUN", "--steps=2000"], "steps: expected 1 to 1000, got 2000"),
         (["sample", "RUN", "--npz=none/x.npz"], "cannot write 'none/x.npz': no folder 'none'"),
-        (["convert", "RUN", "weights.bin"], "weights.bin: ends in '.bin', allowed are"),
+        (["convert", "RUN", "weights.bin"], "weights.bin: ends in '.bin', expected"),
         (["convert", "nowhere", "x.pt"], "no run or checkpoint at 'nowhere'"),
         (["convert", "RUN", "none/x.pt"], "cannot write 'none/x.pt': no folder 'none'"),
     ],

@@ -58,7 +58,7 @@ NONSENSE = {
     "preset: digits\ntrain: {steps: many}": "train.steps: expected int, got 'many'",
     'preset: digits\ndata: {source: "a\\0b"}': "has a null character",
     "preset: digits\nmodel: {mlp_ratio: 1e300}": "mlp_ratio: got 1e+300",
-    "preset: digits\ndiffusion: {diffusion_steps: 100000000000}": "diffusion_steps: allowed are 1 to",
+    "preset: digits\ndiffusion: {diffusion_steps: 100000000000}": "diffusion_steps: expected 1 to",
 }
 
 

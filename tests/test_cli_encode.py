@@ -175,7 +175,7 @@ def test_mistakes_are_one_line(
         ([*good, "--out="], "--out: a name is needed"),
         ([*good, "--image-size=15"], "--image-size: must be a multiple of 2"),
         ([*good, "--batch-size=0"], "--batch-size: must be at least 1, got 0"),
-        ([*good, "--threads=0"], "--threads: allowed are 1 to 1024, got 0"),
+        ([*good, "--threads=0"], "--threads: expected 1 to 1024, got 0"),
         ([*good, "--dtype=float61"], "--dtype: 'float61' is not known (did you mean 'float16'?)"),
         ([*good, "--crop=random"], "--crop: 'random' is not known; known: center"),
         ([*good, "--shardsize=8"], "unknown argument '--shardsize' (did you mean '--shard-size'?)"),

@@ -107,7 +107,7 @@ def test_no_more_threads_than_libraries_start(
     numbers: Path, threads: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = error(capsys, "sample", str(numbers / "run"), f"--threads={threads}")
-    assert said == f"--threads: allowed are 1 to 1024, got {threads}"
+    assert said == f"--threads: expected 1 to 1024, got {threads}"
 
 
 def test_broken_files_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,9 +124,9 @@ def test_a_latent_model_keeps_the_pixels(tmp_path: Path) -> None:
         (["--image=no.npy", "--mask=m.png"], "--image: cannot read 'no.npy'"),
         (["--image=bad.npy", "--mask=m.png"], "--image: a .npy needs floats [1, 8, 8], got float"),
         (["--image=x.npy", "--mask=big.png"], "--mask: 16x16 pixels, but --image has 8x8"),
-        (["--image=x.png", "--mask=m.png", "--hide=2"], "hide: allowed are 0 to 1, got 2"),
+        (["--image=x.png", "--mask=m.png", "--hide=2"], "hide: expected 0 to 1, got 2"),
         (["--image=x.png", "--mask=all.png", "--hide=1"], "hide: everything is unknown"),
-        (["--image=x.png", "--mask=m.png", "--resample=0"], "--resample: a whole number, 1 or more"),
+        (["--image=x.png", "--mask=m.png", "--resample=0"], "--resample: an integer, 1 or more"),
         (["--image=x.png", "--mask=m.png", "--resample=2", "--sampler=dpm++"], "resample: dpm++ uses ear"),
     ],
 )  # fmt: skip

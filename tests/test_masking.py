@@ -45,14 +45,14 @@ def test_lengths_at_256_tokens() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 5), "len_keep: got 5, allowed are 0..4"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 5), "len_keep: got 5, expected 0..4"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), -1), "len_keep: got -1"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, allowed are whole numbers"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, allowed are whole"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, expected integers"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, expected whole"),
         (lambda: MaskPlan.from_noise(torch.rand(4), 2), r"noise: expected floats \[batch, tokens\]"),
         (lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2), "noise: expected floats"),
         (lambda: MaskPlan.from_noise(torch.full((1, 4), torch.nan), 2), "noise: has NaN values"),
-        (lambda: MaskPlan.from_keep(torch.tensor([[0, 4]]), 4), "ids_keep: values 0..4, allowed are 0..3"),
+        (lambda: MaskPlan.from_keep(torch.tensor([[0, 4]]), 4), "ids_keep: values 0..4, expected 0..3"),
         (
             lambda: MaskPlan.from_keep(torch.tensor([[1, 1]]), 4),
             "ids_keep: a row has the same token number twice",

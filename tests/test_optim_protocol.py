@@ -266,10 +266,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"betas": (0.9,)}, "values in [0, 1) needed, got (0.9,)"),
     ({"betas": (0.9, 0.9, 1.0)}, "values in [0, 1) needed, got (0.9, 0.9, 1.0)"),
     ({"max_grad_norm": -1.0}, "max_grad_norm: must be at least 0 and finite, got -1.0"),
-    ({"clip_norm": "local"}, "clip_norm: got 'local', allowed are global, rank"),
+    ({"clip_norm": "local"}, "clip_norm: got 'local', expected global, rank"),
     (
         {"moments_dtype": torch.float16},
-        "moments_dtype: got torch.float16, allowed are None,",
+        "moments_dtype: got torch.float16, expected None,",
     ),
 ]
 
@@ -285,7 +285,7 @@ def test_bad_options_are_named(cls: Any, options: dict[str, Any], message: str) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
 def test_dtypes_that_are_not_served(cls: Any, dtype: torch.dtype) -> None:
     optimizer = cls(parameters())
-    with pytest.raises(UserError, match=rf"params\[0\]: {dtype}, allowed are float32, bfloat16, float64"):
+    with pytest.raises(UserError, match=rf"params\[0\]: {dtype}, expected float32, bfloat16, float64"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=dtype))]})
     assert len(optimizer.param_groups) == 1
 

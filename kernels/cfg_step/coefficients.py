@@ -26,7 +26,7 @@ def ddpm_coefficients(
     ``alphas_cumprod`` and for an unknown ``variance``.
     """
     if variance not in get_args(Variance):
-        raise ValueError(f"variance: got {variance!r}, allowed are {', '.join(get_args(Variance))}")
+        raise ValueError(f"variance: got {variance!r}, expected {', '.join(get_args(Variance))}")
     a = _alphas_cumprod(alphas_cumprod)
     prev = torch.cat([a.new_ones(1), a[:-1]])
     alphas = a / prev
@@ -52,7 +52,7 @@ def ddim_coefficients(alphas_cumprod: Tensor | Sequence[float], eta: float = 0.0
     ``ValueError`` for ``alphas_cumprod`` or ``eta`` out of range.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, allowed are 0 to 1")
+        raise ValueError(f"eta: got {eta}, expected 0 to 1")
     exact = _alphas_cumprod(alphas_cumprod)
     # As in the published samplers: round to float32 first, then compute in float32.
     a = exact.float()
@@ -69,7 +69,7 @@ def _alphas_cumprod(values: Tensor | Sequence[float]) -> Tensor:
     steps = torch.cat([a.new_ones(1), a.flatten()])
     if a.ndim != 1 or not len(a) or not (steps.diff() < 0).all() or not a[-1] > 0:
         raise ValueError(
-            f"alphas_cumprod: got shape {list(a.shape)}; allowed are [T] numbers that fall, below 1, above 0"
+            f"alphas_cumprod: got shape {list(a.shape)}; expected [T] numbers that fall, below 1, above 0"
         )
     return a
 

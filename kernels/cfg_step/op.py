@@ -52,7 +52,7 @@ def cfg_step(
     names = (("kind", kind, get_args(Kind)), ("predicts", predicts, get_args(Predicts)))
     for name, value, allowed in names:
         if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
+            raise ValueError(f"{name}: got {value!r}, expected {', '.join(allowed)}")
     guided_channels = checks.whole(guided_channels)
     scale_n = _check(output, x, noise, coefficients, scale, guided_channels)
     coefficients_BK = _rows(coefficients, x, kind)
@@ -97,12 +97,10 @@ def _check(
     if B % 2:
         raise ValueError(f"x: {B} samples, guidance needs an even number (conditional, then unconditional)")
     if not isinstance(guided_channels, int | torch.SymInt) or not 0 <= guided_channels <= C:
-        raise ValueError(f"guided_channels: got {guided_channels}, allowed are 0 to {C}")
+        raise ValueError(f"guided_channels: got {guided_channels}, expected 0 to {C}")
     if not isinstance(scale, Tensor):
         if not isinstance(scale, int | float):
-            raise ValueError(
-                f"scale: got {type(scale).__name__}, allowed are a number and a tensor [{B // 2}]"
-            )
+            raise ValueError(f"scale: got {type(scale).__name__}, expected a number or a tensor [{B // 2}]")
         return torch.full((1,), float(scale), device=x.device).expand(B // 2)
     checks.shape("scale", scale, B // 2)
     checks.floating_on("scale", scale, x)

@@ -82,7 +82,7 @@ def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tup
         rows_OD, columns_DO, scale_O, ones_D = quantize_weight_fwd(weight.contiguous(), gradients)
         return (rows_OD, scale_O), (columns_DO, scale_O, ones_D, weight)
     if not isinstance(float8, tuple) or len(float8) != 2:
-        raise ValueError(f"float8: got {float8!r}, allowed are True, False and a weight's rows and scales")
+        raise ValueError(f"float8: got {float8!r}, expected True, False or a weight's rows and scales")
     rows_OD, scale_O = float8
     if gradients:
         raise ValueError("float8: a weight that is rounded already is for passes without gradients")

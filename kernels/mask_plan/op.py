@@ -39,11 +39,11 @@ def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
     if noise.ndim != 2 or not noise.is_floating_point():
         raise ValueError(f"noise: {noise.dtype} {list(noise.shape)}, expected floating-point [B, L]")
     if not isinstance(len_keep, Integral | torch.SymInt) or isinstance(len_keep, bool):
-        raise ValueError(f"len_keep: got {len_keep!r}, expected a whole number")
+        raise ValueError(f"len_keep: got {len_keep!r}, expected an integer")
     if not 0 <= len_keep <= noise.shape[1]:
-        raise ValueError(f"len_keep: got {len_keep}, allowed are 0..{noise.shape[1]}")
+        raise ValueError(f"len_keep: got {len_keep}, expected 0..{noise.shape[1]}")
     if noise.device.type == "cpu" and not torch.compiler.is_compiling() and noise.isnan().any():
-        raise ValueError("noise: has NaN values; allowed are ordinary numbers")
+        raise ValueError("noise: has NaN values; expected ordinary numbers")
     noise = noise.detach()
     fits = noise.device.type != "cuda" or noise.shape[1] <= MOST_TOKENS_ON_CUDA
     if not fits or not library(noise.device.type):

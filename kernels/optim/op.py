@@ -190,12 +190,12 @@ def _check(
 ) -> None:
     for name, beta in (*betas.items(), *((f"ema_decays[{i}]", decay) for i, decay in enumerate(ema_decays))):
         if not 0 <= beta < 1:
-            raise ValueError(f"{name}: got {beta}, allowed is [0, 1)")
+            raise ValueError(f"{name}: got {beta}, expected [0, 1)")
     for name, number in numbers.items():
         if not 0 <= number < float("inf"):
-            raise ValueError(f"{name}: got {number}, allowed are finite numbers of at least 0")
+            raise ValueError(f"{name}: got {number}, expected finite numbers of at least 0")
     if len(ema_decays) > MOST_AVERAGES:
-        raise ValueError(f"ema_decays: {len(ema_decays)}, allowed are up to {MOST_AVERAGES}")
+        raise ValueError(f"ema_decays: {len(ema_decays)}, expected up to {MOST_AVERAGES}")
     n = len(params)
     double = bool(params) and params[0].dtype == torch.float64
     half = bool(params) and params[0].dtype == torch.bfloat16

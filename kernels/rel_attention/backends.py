@@ -26,7 +26,7 @@ ATTENTION_BACKENDS = ("auto", *LIBRARIES)
 def choose(name: str, q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str:
     """The backend that serves this call; ``ValueError`` with the reason if the requested one cannot."""
     if name not in ATTENTION_BACKENDS:
-        raise ValueError(f"attention_backend: got {name!r}, allowed are {', '.join(ATTENTION_BACKENDS)}")
+        raise ValueError(f"attention_backend: got {name!r}, expected {', '.join(ATTENTION_BACKENDS)}")
     if name == "auto" and uses_triton(q):
         name = "triton"
     elif name == "auto":

@@ -144,9 +144,9 @@ def _call(
         ("table_grad", table_grad, TABLE_GRADS),
     ):
         if value is not None and value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)} or None")
+            raise ValueError(f"{name}: got {value!r}, expected {', '.join(allowed)} or None")
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"scale: got {scale!r}, allowed are finite numbers or None")
+        raise ValueError(f"scale: got {scale!r}, expected finite numbers or None")
     if head_dim == 0:
         raise ValueError("q: head size 0, expected 1 or more")
     scale = head_dim**-0.5 if scale is None else float(scale)
@@ -180,7 +180,7 @@ def _check_layout(q: Tensor, k: Tensor, v: Tensor, ragged: bool) -> None:
 def _check_strides(name: str, x: Tensor) -> None:
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
         raise ValueError(
-            f"{name}: stride {x.stride(-1)} along the head size, allowed is 1 (call .contiguous())"
+            f"{name}: stride {x.stride(-1)} along the head size, expected 1 (call .contiguous())"
         )
 
 
@@ -188,7 +188,7 @@ def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int)
     if table_RH is None:
         return
     if not isinstance(grid_size, int | torch.SymInt) or not 1 <= grid_size <= MAX_GRID:
-        raise ValueError(f"grid_size: got {grid_size!r}, a table needs a whole number from 1 to {MAX_GRID}")
+        raise ValueError(f"grid_size: got {grid_size!r}, a table needs an integer from 1 to {MAX_GRID}")
     checks.floating_on("table", table_RH, x)
     checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, heads)
 
@@ -255,4 +255,4 @@ def _check_distinct(name: str, pos: Tensor, offsets: Tensor | None, positions: i
     crowded = torch.bincount(places) > 1
     if crowded.any():
         i = int(crowded.nonzero()[0]) // positions
-        raise ValueError(f"{name}: two tokens of sample {i} stand at one position, allowed is one")
+        raise ValueError(f"{name}: two tokens of sample {i} stand at one position, expected one")

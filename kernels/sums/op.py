@@ -19,7 +19,7 @@ def sum_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     checks.shape("x", x, "R", "D")
     dtype = x.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: got {dtype}, allowed are floating-point dtypes")
+        raise ValueError(f"dtype: got {dtype}, expected floating-point dtypes")
     if not uses_triton(x):
         return reference.sum_rows(x, dtype)
     return sum_rows_fwd(x.contiguous(), dtype)

@@ -216,7 +216,7 @@ def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) ->
         if re.fullmatch(r"-?\d+", name) and name not in classes:
             label = int(name)
             if not 0 <= label < num_classes:
-                raise UserError(f"--labels: allowed are 0 to {num_classes - 1}, got {label}")
+                raise UserError(f"--labels: expected 0 to {num_classes - 1}, got {label}")
         elif name in classes:
             label = list(classes).index(name)
         else:

@@ -14,7 +14,7 @@ def set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if not 1 <= threads <= MOST_THREADS:
-        raise UserError(f"--threads: allowed are 1 to {MOST_THREADS}, got {threads}")
+        raise UserError(f"--threads: expected 1 to {MOST_THREADS}, got {threads}")
     torch.set_num_threads(threads)
 
 

@@ -47,12 +47,10 @@ def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
             raise UserError(f"images: a {type(images).__name__} has no {name}; see mdt_fast.data.ImageSet")
     labels, classes = np.asarray(images.labels), len(images.classes)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
-        raise UserError(
-            f"images.labels: a list of whole numbers is needed, got {labels.dtype} {labels.shape}"
-        )
+        raise UserError(f"images.labels: a list of integers is needed, got {labels.dtype} {labels.shape}")
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(
-            f"images.labels: allowed are 0 to {classes - 1}, as there are {classes} classes, got "
+            f"images.labels: expected 0 to {classes - 1}, as there are {classes} classes, got "
             f"{labels.min()} to {labels.max()}"
         )
     if not all(isinstance(name, str) for name in images.classes):

@@ -37,7 +37,7 @@ def power_cosine_scale(
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         low, high = (float(bound) for bound in t.aminmax())
         if low < 0 or high > diffusion_steps:
-            raise UserError(f"t: allowed are 0 to {diffusion_steps}, got values from {low:g} to {high:g}")
+            raise UserError(f"t: expected 0 to {diffusion_steps}, got values from {low:g} to {high:g}")
     remaining = 1 - t.float() / diffusion_steps
     return 1 + (cfg_scale - 1) * (1 - torch.cos(remaining**scale_pow * math.pi)) / 2
 
@@ -57,7 +57,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, channels: int) ->
     if cond.shape != uncond.shape:
         raise UserError(f"uncond: expected the shape of cond, {list(cond.shape)}, got {list(uncond.shape)}")
     if not 0 <= channels <= cond.shape[1]:
-        raise UserError(f"channels: allowed are 0 to {cond.shape[1]}, got {channels}")
+        raise UserError(f"channels: expected 0 to {cond.shape[1]}, got {channels}")
     if isinstance(scale, Tensor):
         if scale.shape != cond.shape[:1]:
             raise UserError(f"scale: expected a number or shape {[cond.shape[0]]}, got {list(scale.shape)}")

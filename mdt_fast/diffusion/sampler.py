@@ -63,7 +63,7 @@ def ddim_sample(
     """One DDIM step: ``sample`` and ``pred_xstart``, like ``x``. ``eta`` 0 is deterministic, 1 uses DDPM's
     posterior variance."""
     if not 0 <= eta <= 1:
-        raise UserError(f"eta: allowed are 0 to 1, got {eta}")
+        raise UserError(f"eta: expected 0 to 1, got {eta}")
     pred_xstart = _pred_xstart(diffusion, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
     eps = diffusion.predict_eps(x, t, pred_xstart)  # from the clipped x_0
     signal = diffusion.lookup("alphas_cumprod", t, x)

@@ -69,7 +69,7 @@ def space_timesteps(num_timesteps: int, respacing: Respacing) -> list[int]:
         if not 0 <= count <= size:
             raise UserError(
                 f"timestep_respacing: {respacing!r} asks for {count} timesteps in section {i + 1} of "
-                f"{len(counts)}, allowed are 0 to {size} ({num_timesteps} in all)"
+                f"{len(counts)}, expected 0 to {size} ({num_timesteps} in all)"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
@@ -94,7 +94,7 @@ def _section_counts(respacing: str | int | Sequence[int]) -> list[int]:
         counts = []
     if not counts:
         raise UserError(
-            f"timestep_respacing: cannot read {respacing!r}; allowed are '250', '10,15,20', 'ddim50' and ''"
+            f"timestep_respacing: cannot read {respacing!r}; expected '250', '10,15,20', 'ddim50' or ''"
         )
     return counts
 
@@ -196,9 +196,7 @@ class Schedule:
         if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in t.aminmax())
             if low < 0 or high >= self.num_timesteps:
-                raise UserError(
-                    f"t: allowed are 0 to {self.num_timesteps - 1}, got values from {low} to {high}"
-                )
+                raise UserError(f"t: expected 0 to {self.num_timesteps - 1}, got values from {low} to {high}")
 
     def _table(self, array: str, device: torch.device) -> Tensor:
         """An array as a tensor on ``device``, copied there only once, as a copy waits for the GPU."""

@@ -57,7 +57,7 @@ class LossSecondMomentSampler(UniformSampler):
         if history_per_term < 1:
             raise UserError(f"history_per_term: must be at least 1, got {history_per_term}")
         if not 0 <= uniform_prob <= 1:
-            raise UserError(f"uniform_prob: allowed are 0 to 1, got {uniform_prob}")
+            raise UserError(f"uniform_prob: expected 0 to 1, got {uniform_prob}")
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self.losses = np.zeros((num_timesteps, history_per_term))
@@ -84,7 +84,7 @@ class LossSecondMomentSampler(UniformSampler):
         steps, values = t.tolist(), losses.detach().tolist()
         if steps and not 0 <= min(steps) <= max(steps) < self.num_timesteps:
             raise UserError(
-                f"t: allowed are 0 to {self.num_timesteps - 1}, got values from {min(steps)} to {max(steps)}"
+                f"t: expected 0 to {self.num_timesteps - 1}, got values from {min(steps)} to {max(steps)}"
             )
         if not np.isfinite(values).all():
             raise UserError("losses: must be finite, got nan or inf")

@@ -104,7 +104,7 @@ class Transformer(Pretrained):
         """
         known = ("auto", *(row.op for row in attention_backends()))
         if name not in known:
-            raise UserError(f"attention_backend: got {name!r}, allowed are {', '.join(known)}")
+            raise UserError(f"attention_backend: got {name!r}, expected {', '.join(known)}")
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attention_backend = name
@@ -148,7 +148,7 @@ class Transformer(Pretrained):
         other mode.
         """
         if mode not in CHECKPOINTING:
-            raise UserError(f"checkpointing: got {mode!r}, allowed are {', '.join(CHECKPOINTING)}")
+            raise UserError(f"checkpointing: got {mode!r}, expected {', '.join(CHECKPOINTING)}")
         for block in self.every_block():
             block.checkpointing = mode
 
@@ -250,20 +250,18 @@ class Transformer(Pretrained):
             if v.device != x.device:
                 raise UserError(f"{name}: on {v.device}, {image} is on {x.device}")
         if self.takes_labels and y.dtype not in (torch.int64, torch.int32):
-            raise UserError(f"{label}: dtype {y.dtype}, allowed are torch.int64 and torch.int32")
+            raise UserError(f"{label}: dtype {y.dtype}, expected torch.int64 or torch.int32")
         if t.dtype == torch.bool or t.is_complex():
-            raise UserError(f"t: dtype {t.dtype}, allowed are whole and floating-point numbers")
+            raise UserError(f"t: dtype {t.dtype}, expected integers or floating-point numbers")
         if x.device.type != "cpu" or torch.compiler.is_compiling() or plain_only() or not len(x):
             return
         rows = self.y_embedder.embedding_table.num_embeddings if self.takes_labels else 0
         if rows and (y.min() < 0 or y.max() >= rows):
             null = " (the last is the null class)" if rows > self.num_classes else ""
             found = f"{int(y.min())}..{int(y.max())}"
-            raise UserError(f"{label}: labels {found}, allowed are 0..{rows - 1}{null}")
+            raise UserError(f"{label}: labels {found}, expected 0..{rows - 1}{null}")
         if not (t >= 0).all() or not torch.isfinite(t).all():
-            raise UserError(
-                f"t: values {t.min().item()}..{t.max().item()}, allowed are timesteps of 0 and more"
-            )
+            raise UserError(f"t: values {t.min().item()}..{t.max().item()}, expected timesteps of 0 or more")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .cuda() and the like copy every buffer: make the layers share one index again.

@@ -25,10 +25,10 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
     ``set_attention_backend`` and ``to``. Raises ``UserError`` for another scope, and for a wrapped model.
     """
     if scope not in SCOPES:
-        raise UserError(f"scope: got {scope!r}, allowed are {', '.join(SCOPES)}")
+        raise UserError(f"scope: got {scope!r}, expected {', '.join(SCOPES)}")
     if not isinstance(model, Transformer):
         raise UserError(
-            f"model: got a {type(model).__name__}, allowed are this package's models; compile before wrapping"
+            f"model: got a {type(model).__name__}, expected this package's models; compile before wrapping"
         )
     options = {"fullgraph": True} | options
     # All blocks share one cache: encoder, decoder and side block, with and without gradients, add entries.

@@ -340,7 +340,7 @@ def _check_suffix(path: Path) -> None:
             "run, and MDTPipeline.from_run reads the run itself"
         )
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: ends in {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: ends in {path.suffix!r}, expected {', '.join(SUFFIXES)}")
 
 
 def _listed(what: str, names: Iterable[str], most: int = 4) -> list[str]:

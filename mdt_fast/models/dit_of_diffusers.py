@@ -48,7 +48,7 @@ def config_of_diffusers(values: Mapping[str, Any], file: Path) -> ModelConfig:
     numbers = {"num_attention_heads": heads, "attention_head_dim": size, "in_channels": channels}
     for name, value in numbers.items():
         if type(value) is not int:
-            raise UserError(f"{file}: {name} is {value!r}; a whole number is needed")
+            raise UserError(f"{file}: {name} is {value!r}; an integer is needed")
     outputs = values.get("out_channels") or channels
     if outputs not in (channels, 2 * channels):
         raise UserError(f"{file}: out_channels is {outputs}; a DiT has {channels} or {2 * channels}")

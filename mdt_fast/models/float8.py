@@ -36,9 +36,9 @@ def use_float8(
     multiples of 16, and if torchao is requested but not installed.
     """
     if not isinstance(by, str) or by not in LAYERS:
-        raise UserError(f"by: got {by!r}, allowed are {' and '.join(map(repr, LAYERS))}")
+        raise UserError(f"by: got {by!r}, expected {' or '.join(map(repr, LAYERS))}")
     if not isinstance(model, Transformer):
-        raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
+        raise UserError(f"model: got a {type(model).__name__}, expected this package's models")
     convert = _torchao(emulate) if by == "torchao" else None
     if (other := _converted(model)) not in (None, by):
         raise UserError(f"by: got {by!r}, but the model has layers in float8 by {other!r}")

@@ -42,7 +42,7 @@ class GraphedModel:
 
     def __init__(self, model: Transformer):
         if not isinstance(model, Transformer):
-            raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models")
+            raise UserError(f"model: got a {type(model).__name__}, expected this package's models")
         self.model, self.numbers = model, Numbers(model)
         self.names = {name: _names(getattr(type(model), name)) for name in METHODS}
         self.graphs: dict[Any, Graphed] = {}

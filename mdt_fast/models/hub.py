@@ -234,7 +234,7 @@ def floating(argument: str, dtype: torch.dtype | str | None) -> torch.dtype | No
     found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if dtype is None or found in FLOATS:
         return found
-    raise UserError(f"{argument}: allowed are {', '.join(names)}, got {dtype!r}")
+    raise UserError(f"{argument}: expected {', '.join(names)}, got {dtype!r}")
 
 
 def saved_in(folder: Path) -> str | None:

@@ -172,7 +172,7 @@ class MaskedTransformer(Transformer):
             if block.attn.attention_backend in ("flex", "xformers"):
                 raise UserError(
                     f"switches: packed does not go with attention_backend {block.attn.attention_backend!r}, "
-                    "which takes no samples of different lengths; allowed are auto, triton, samples, sdpa"
+                    "which takes no samples of different lengths; expected auto, triton, samples, sdpa"
                 )
 
 

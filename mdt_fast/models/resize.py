@@ -39,7 +39,7 @@ def resize_weights(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
     if state["pos_embed"].shape[1] != before**2:
         raise UserError(f"state: {state['pos_embed'].shape[1]} tokens, expected a square number of them")
     if type(input_size) is not int or input_size < patch or input_size % patch:
-        raise UserError(f"input_size: got {input_size!r}, allowed are multiples of the patch size, {patch}")
+        raise UserError(f"input_size: got {input_size!r}, expected multiples of the patch size, {patch}")
     after, made = input_size // patch, dict(state)
     if after == before:
         return made

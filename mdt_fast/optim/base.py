@@ -72,9 +72,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not 0 <= max_grad_norm < math.inf:
             raise UserError(f"max_grad_norm: must be at least 0 and finite, got {max_grad_norm}")
         if clip_norm not in ("global", "rank"):
-            raise UserError(f"clip_norm: got {clip_norm!r}, allowed are global, rank")
+            raise UserError(f"clip_norm: got {clip_norm!r}, expected global, rank")
         if moments_dtype not in (None, torch.float32, torch.bfloat16):
-            raise UserError(f"moments_dtype: got {moments_dtype}, allowed are None, float32, bfloat16")
+            raise UserError(f"moments_dtype: got {moments_dtype}, expected None, float32, bfloat16")
         self.max_grad_norm, self.clip_norm = float(max_grad_norm), clip_norm
         self.moments_dtype, self.process_group = moments_dtype, process_group
         self.grad_norm = torch.full((), math.nan, dtype=torch.float64)
@@ -386,4 +386,4 @@ class FusedOptimizer(torch.optim.Optimizer):
         loading.check_numbers(group, self.betas, self.fixed, self.refused)
         for i, p in enumerate(group["params"]):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise UserError(f"params[{i}]: {p.dtype}, allowed are float32, bfloat16, float64")
+                raise UserError(f"params[{i}]: {p.dtype}, expected float32, bfloat16, float64")

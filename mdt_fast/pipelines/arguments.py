@@ -31,7 +31,7 @@ def checked_labels(class_labels: Any, classes: int) -> list[int]:
         if isinstance(label, str):
             raise UserError(f"class_labels: got {label!r}; get_label_ids finds classes by name")
         if not _is_whole(label) or not 0 <= label < classes:
-            raise UserError(f"class_labels: allowed are 0 to {classes - 1}, got {label!r}")
+            raise UserError(f"class_labels: expected 0 to {classes - 1}, got {label!r}")
     if not labels:
         raise UserError("class_labels: at least one class is needed, got none")
     return [int(label) for label in labels]
@@ -94,7 +94,7 @@ def checked_eta(eta: Any, taken: bool) -> float:
     """DDIM's noise; ``taken``: whether the scheduler takes it."""
     value = _number("eta", eta)
     if not 0 <= value <= 1 or (value and not taken):
-        raise UserError(f"eta: allowed are 0 to 1 with DDIM, and 0 with others, got {eta}")
+        raise UserError(f"eta: expected 0 to 1 with DDIM, and 0 with others, got {eta}")
     return value
 
 
@@ -104,7 +104,7 @@ def checked_channels(guided_channels: Any, config: ModelConfig) -> int | None:
     if guided_channels is None:
         return None
     if not _is_whole(guided_channels) or not 1 <= guided_channels <= C:
-        raise UserError(f"guided_channels: allowed are 1 to {C}, got {guided_channels!r}")
+        raise UserError(f"guided_channels: expected 1 to {C}, got {guided_channels!r}")
     return int(guided_channels)
 
 

@@ -85,7 +85,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
         )
     total = config.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
-        raise UserError(f"num_inference_steps: allowed are 1 to {total}, got {steps!r}")
+        raise UserError(f"num_inference_steps: expected 1 to {total}, got {steps!r}")
     steps = int(steps)
     learned = config.get("variance_type") in LEARNED
     takes_variance = learned and not kinds.isdisjoint(ANCESTRAL)
@@ -108,7 +108,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
     times = scheduler.timesteps.tolist()
     if not 0 <= min(times) <= max(times) < total:
         raise UserError(
-            f"scheduler: {name} uses timesteps {min(times):g} to {max(times):g}, allowed are 0 to {total - 1}"
+            f"scheduler: {name} uses timesteps {min(times):g} to {max(times):g}, expected 0 to {total - 1}"
         )
     return Ready(scheduler, times, takes_variance)
 

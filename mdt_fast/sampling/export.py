@@ -121,7 +121,7 @@ def export_step(
         raise UserError(f"path: a name that ends in .pt2 is needed, got {path.name!r}")
     check_writable(path)
     if batch is not None and (type(batch) is not int or not 1 <= batch <= MOST_IMAGES):
-        raise UserError(f"batch: allowed are None and 1 to {MOST_IMAGES}, got {batch!r}")
+        raise UserError(f"batch: expected None or 1 to {MOST_IMAGES}, got {batch!r}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("model: it is on the meta device, and has no weights to export")
     if not is_open(model):
@@ -352,5 +352,5 @@ def _check_description(described: dict[str, Any], path: str) -> None:
         )
     if batch is not None and (type(batch) is not int or batch < 1):
         raise UserError(
-            f"{path!r}: its description is damaged: batch: expected null or 1 and more, got {batch!r}"
+            f"{path!r}: its description is damaged: batch: expected null or 1 or more, got {batch!r}"
         )

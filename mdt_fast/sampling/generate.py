@@ -50,7 +50,7 @@ def steps_of(config: SampleConfig, T: int) -> list[int]:
     lowest, highest = (ORDER, T - 1) if solver else (1, T)
     if type(config.steps) is not int or not lowest <= config.steps <= highest:
         of = f" with {config.sampler}" if solver else ""
-        raise UserError(f"steps: allowed are {lowest} to {highest}{of}, got {config.steps!r}")
+        raise UserError(f"steps: expected {lowest} to {highest}{of}, got {config.steps!r}")
     return solver_timesteps(T, config.steps) if solver else space_timesteps(T, config.steps)
 
 
@@ -84,7 +84,7 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
             raise UserError(f"cfg_interval: LOW,HIGH with 0 <= LOW <= HIGH is needed, got {low:g},{high:g}")
     if config.guided_channels is not None and not 1 <= config.guided_channels <= model.in_channels:
         raise UserError(
-            f"guided_channels: allowed are None and 1 to {model.in_channels}, got {config.guided_channels}"
+            f"guided_channels: expected None or 1 to {model.in_channels}, got {config.guided_channels}"
         )
     if config.cfg_scale != 1 and model.class_dropout_prob == 0:
         raise UserError("cfg_scale: a model trained without label dropout cannot be guided; use 1")
@@ -127,12 +127,10 @@ def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
         found = [operator.index(label) for label in labels]
     except TypeError:
         got = "" if isinstance(labels, Tensor) else f": {labels!r}"
-        raise UserError(
-            f"labels: a list of whole numbers is needed, got {type(labels).__name__}{got}"
-        ) from None
+        raise UserError(f"labels: a list of integers is needed, got {type(labels).__name__}{got}") from None
     for label in found:
         if not 0 <= label < num_classes:
-            raise UserError(f"labels: allowed are 0 to {num_classes - 1}, got {label}")
+            raise UserError(f"labels: expected 0 to {num_classes - 1}, got {label}")
     return found
 
 
@@ -215,7 +213,7 @@ class Sampler:
         """One image per label, drawn batch by batch: [N, C, S, S] on the CPU; see ``sample``."""
         labels = checked_labels(labels, self.num_classes)
         if type(first_index) is not int or first_index < 0:
-            raise UserError(f"first_index: a whole number, 0 or more, is needed, got {first_index!r}")
+            raise UserError(f"first_index: an integer, 0 or more, is needed, got {first_index!r}")
         images = []
         for span in self.batches(len(labels)):
             batch = labels[span.start : span.stop]

@@ -151,9 +151,9 @@ def check_inpainting(
     if not unknown_NSS.flatten(1).any(dim=1).all():
         raise UserError("unknown: a mask is all False, there is nothing to draw")
     if isinstance(hide, bool) or not isinstance(hide, int | float) or not 0 <= hide <= 1:
-        raise UserError(f"hide: allowed are 0 to 1, got {hide!r}")
+        raise UserError(f"hide: expected 0 to 1, got {hide!r}")
     if type(resample) is not int or resample < 1:
-        raise UserError(f"resample: a whole number, 1 or more, is needed, got {resample!r}")
+        raise UserError(f"resample: an integer, 1 or more, is needed, got {resample!r}")
     if resample > 1 and config.sampler in SOLVERS:
         raise UserError(f"resample: {config.sampler} uses earlier steps and cannot go back; use ddpm or ddim")
     if hide and (model.family == "dit" or model.mask_ratio is None):

@@ -98,7 +98,7 @@ def launched() -> tuple[int, int]:
     except ValueError:
         raise UserError(
             f"RANK and WORLD_SIZE: {os.environ.get('RANK')!r} and {os.environ.get('WORLD_SIZE')!r} are not "
-            "whole numbers; start the run with torchrun"
+            "integers; start the run with torchrun"
         ) from None
     return rank, size
 

@@ -238,5 +238,5 @@ def summary(
 
 
 def _number(value: float, whole_from: float = 100) -> str:
-    """A whole number from ``whole_from`` on, else three significant digits."""
+    """An integer from ``whole_from`` on, else three significant digits."""
     return f"{value:.0f}" if value >= whole_from else f"{value:.3g}"

@@ -57,7 +57,7 @@ def check_settings(config: RunConfig) -> None:
         )
     if not 1 <= config.diffusion.diffusion_steps <= MOST_DIFFUSION_STEPS:
         raise UserError(
-            f"diffusion.diffusion_steps: allowed are 1 to {MOST_DIFFUSION_STEPS}, "
+            f"diffusion.diffusion_steps: expected 1 to {MOST_DIFFUSION_STEPS}, "
             f"got {config.diffusion.diffusion_steps}"
         )
     if settings.wandb is not None:

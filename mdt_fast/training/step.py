@@ -50,7 +50,7 @@ class TrainingStep:
         if not isinstance(model, Transformer):
             inside = getattr(model, "module", getattr(model, "_orig_mod", None))
             advice = "; two_pass_losses takes wrapped ones" if isinstance(inside, Transformer) else ""
-            raise UserError(f"model: got a {type(model).__name__}, allowed are this package's models{advice}")
+            raise UserError(f"model: got a {type(model).__name__}, expected this package's models{advice}")
         if not isinstance(diffusion, GaussianDiffusion):
             raise UserError(f"diffusion: got a {type(diffusion).__name__}, expected create_diffusion's")
         self.settings = TrainConfig(dtype=dtype, passes=passes, accumulate=accumulate)
@@ -58,7 +58,7 @@ class TrainingStep:
         if accumulate < 1:
             raise UserError(f"accumulate: must be at least 1, got {accumulate}")
         if cuda_graphs not in (None, True, False):
-            raise UserError(f"cuda_graphs: got {cuda_graphs!r}, allowed are None, True and False")
+            raise UserError(f"cuda_graphs: got {cuda_graphs!r}, expected None, True or False")
         self.model, self.diffusion, self.cuda_graphs = model, diffusion, cuda_graphs
         weight = next(model.parameters())
         if weight.element_size() == 2 and weight.dtype != DTYPES[dtype]:

@@ -95,7 +95,7 @@ def test_few_blocks_have_what_many_have(name: str) -> None:
     ("options", "problem"),
     [
         ([], "--model and --batch: both are required"),
-        (["--model=digits", "--batch=2", "--jobs=0"], "--jobs: got 0, allowed is 1 or more"),
+        (["--model=digits", "--batch=2", "--jobs=0"], "--jobs: got 0, expected 1 or more"),
         (
             ["--model=digits", "--batch=2", "--providers=reference"],
             "--providers: got reference, none of which",

@@ -119,15 +119,15 @@ def test_gradients_that_do_not_fit_are_left_out(
 
 
 MISTAKES = {
-    "provider": (["--providers", "spda"], "--providers: got 'spda' (did you mean 'sdpa'?), allowed are"),
-    "dtype": (["--dtype", "half"], "--dtype: got 'half', allowed are float32, float16, bfloat16"),
-    "tokens": (["--tokens", "100,200"], "--tokens: got 200, allowed are squares"),
-    "tokens-text": (["--tokens", "many"], "--tokens: got 'many', allowed is a whole number, 1 or more"),
-    "head-dim": (["--head-dim", "0"], "--head-dim: got '0', allowed is a whole number, 1 or more"),
-    "heads": (["--heads", "1.5"], "--heads: got '1.5', allowed is a whole number, 1 or more"),
-    "batch": (["--batch", "-2"], "--batch: got '-2', allowed is a whole number, 1 or more"),
-    "masked": (["--masked", "-"], "--masked: got '-', allowed are no, yes"),
-    "mode": (["--mode", "train"], "--mode: got 'train', allowed are fwd, fwd+bwd"),
+    "provider": (["--providers", "spda"], "--providers: got 'spda' (did you mean 'sdpa'?), expected"),
+    "dtype": (["--dtype", "half"], "--dtype: got 'half', expected float32, float16, bfloat16"),
+    "tokens": (["--tokens", "100,200"], "--tokens: got 200, expected squares"),
+    "tokens-text": (["--tokens", "many"], "--tokens: got 'many', expected an integer, 1 or more"),
+    "head-dim": (["--head-dim", "0"], "--head-dim: got '0', expected an integer, 1 or more"),
+    "heads": (["--heads", "1.5"], "--heads: got '1.5', expected an integer, 1 or more"),
+    "batch": (["--batch", "-2"], "--batch: got '-2', expected an integer, 1 or more"),
+    "masked": (["--masked", "-"], "--masked: got '-', expected no, yes"),
+    "mode": (["--mode", "train"], "--mode: got 'train', expected fwd, fwd+bwd"),
     "plot": (["--plot", "/no/such/p.png"], "--plot: cannot write '/no/such/p.png'"),
 }  # fmt: skip
 

@@ -238,19 +238,19 @@ def test_ctrl_c_keeps_the_rows_made(
 
 
 MISTAKES = {
-    "ops": (["--ops", "ln_modulat"], "--ops: got 'ln_modulat' (did you mean 'ln_modulate'?), allowed are"),
-    "provider": (["--providers", "fats"], "--providers: got 'fats' (did you mean 'fast'?), allowed are"),
-    "dtype": (["--dtype", "half"], "--dtype: got 'half', allowed are float32, float16, bfloat16"),
-    "mode": (["--mode", "bwd"], "--mode: got 'bwd' (did you mean 'fwd'?), allowed are fwd, fwd+bwd"),
+    "ops": (["--ops", "ln_modulat"], "--ops: got 'ln_modulat' (did you mean 'ln_modulate'?), expected"),
+    "provider": (["--providers", "fats"], "--providers: got 'fats' (did you mean 'fast'?), expected"),
+    "dtype": (["--dtype", "half"], "--dtype: got 'half', expected float32, float16, bfloat16"),
+    "mode": (["--mode", "bwd"], "--mode: got 'bwd' (did you mean 'fwd'?), expected fwd, fwd+bwd"),
     "no-backward": (["--ops", "cfg_step", "--mode", "fwd+bwd"], "--mode: cfg_step has no backward pass"),
-    "model": (["--model", "M"], "--model: got 'M', allowed are S, B, L, XL"),
-    "batch": (["--batch", "0"], "--batch: got '0', allowed is a whole number, 1 or more"),
-    "repeats": (["--repeats", "0"], "--repeats: got 0, allowed is 1 or more"),
-    "time-limit": (["--time-limit", "0"], "--time-limit: got 0.0, allowed is a positive number of seconds"),
-    "threads": (["--threads", "-1"], "--threads: got -1, allowed is 1 or more"),
-    "device": (["--device", "gpu"], "--device: got 'gpu', allowed are auto, cpu, cuda and cuda:N"),
+    "model": (["--model", "M"], "--model: got 'M', expected S, B, L, XL"),
+    "batch": (["--batch", "0"], "--batch: got '0', expected an integer, 1 or more"),
+    "repeats": (["--repeats", "0"], "--repeats: got 0, expected 1 or more"),
+    "time-limit": (["--time-limit", "0"], "--time-limit: got 0.0, expected a positive number of seconds"),
+    "threads": (["--threads", "-1"], "--threads: got -1, expected 1 or more"),
+    "device": (["--device", "gpu"], "--device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
     "json": (["--json", "/no/such/folder/rows.jsonl"], "--json: cannot write '/no/such/folder/rows.jsonl'"),
-    "plot": (["--plot", "picture.jpg"], "--plot: got 'picture.jpg', allowed is a file that ends in .png"),
+    "plot": (["--plot", "picture.jpg"], "--plot: got 'picture.jpg', expected a file that ends in .png"),
     "option": (["--op", "x"], "unrecognized arguments: --op x"),
     "arch": (["--arch", "sm_90"], "--arch: only with --aot"),
     "aot": (["--aot", "--ops", "bias_gelu"], "--ops: not with --aot, which times nothing"),
@@ -271,4 +271,4 @@ def test_the_script_runs_from_any_directory(tmp_path: Path) -> None:
     command = [sys.executable, kernels.__file__, "--ops", "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("kernels: error: --ops: got 'none', allowed are linear,")
+    assert done.stderr.startswith("kernels: error: --ops: got 'none', expected linear,")

@@ -159,21 +159,21 @@ def test_compute_of_an_assumed_share_of_peak() -> None:
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("gpus: got 0, allowed is a whole number, 1 or more", lambda: Layout(0)),
-        ("gpus: got 2.5, allowed is a whole number, 1 or more", lambda: Layout(2.5)),  # type: ignore[arg-type]
-        ("gpus_per_node: got -8, allowed is a whole number", lambda: Layout(8, -8)),
+        ("gpus: got 0, expected an integer, 1 or more", lambda: Layout(0)),
+        ("gpus: got 2.5, expected an integer, 1 or more", lambda: Layout(2.5)),  # type: ignore[arg-type]
+        ("gpus_per_node: got -8, expected an integer", lambda: Layout(8, -8)),
         ("gpus: 20 does not divide by gpus_per_node 8; the nearest that does is 16", lambda: Layout(20)),
-        ("network.bandwidth: got -1.0, allowed is a positive", lambda: Links(Link(1, 0), Link(-1.0, 0))),
-        ("node.bandwidth: got 0, allowed is a positive", lambda: Links(Link(0, 0), Link(1, 0))),
-        ("node.latency: got -1, allowed is a number of seconds", lambda: Links(Link(1, -1), Link(1, 0))),
-        ("call: got nan, allowed", lambda: Links(Link(1, 0), Link(1, 0), float("nan"))),
+        ("network.bandwidth: got -1.0, expected a positive", lambda: Links(Link(1, 0), Link(-1.0, 0))),
+        ("node.bandwidth: got 0, expected a positive", lambda: Links(Link(0, 0), Link(1, 0))),
+        ("node.latency: got -1, expected a number of seconds", lambda: Links(Link(1, -1), Link(1, 0))),
+        ("call: got nan, expected", lambda: Links(Link(1, 0), Link(1, 0), float("nan"))),
         ("mode: got 'hybird' (did you mean 'hybrid'?)", lambda: training_step(SMALL, Layout(8), "hybird")),  # type: ignore[arg-type]
         ("dtype: got 'bfloat'", lambda: training_step(SMALL, Layout(8), dtype="bfloat")),
-        ("compute_s: got 0, allowed is a positive", lambda: predict(SMALL, Layout(8), LINKS, 0)),
+        ("compute_s: got 0, expected a positive", lambda: predict(SMALL, Layout(8), LINKS, 0)),
         ("seconds_per_image: got -1", lambda: smallest_batch(SMALL, Layout(8), LINKS, -1)),
-        ("target: got 1, allowed", lambda: smallest_batch(SMALL, Layout(8), LINKS, 1.0, target=1)),
-        ("mfu: got 40, allowed is a number above 0, up to 1", lambda: compute_seconds(SMALL, 1, 1e12, 40)),
-        ("batch: got 0, allowed", lambda: compute_seconds(SMALL, 0, 1e12, 0.4)),
+        ("target: got 1, expected", lambda: smallest_batch(SMALL, Layout(8), LINKS, 1.0, target=1)),
+        ("mfu: got 40, expected a number above 0, up to 1", lambda: compute_seconds(SMALL, 1, 1e12, 40)),
+        ("batch: got 0, expected", lambda: compute_seconds(SMALL, 0, 1e12, 0.4)),
     ],
     ids=lambda value: value.partition(",")[0] if isinstance(value, str) else "",
 )  # fmt: skip

@@ -55,11 +55,11 @@ def test_its_outcome_is_a_row(code: int, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 MISTAKES = {
-    "--tool memchek --device cpu": "--tool: got 'memchek', allowed are memcheck",
+    "--tool memchek --device cpu": "--tool: got 'memchek', expected memcheck",
     "--tool memcheck --device cpu": "--tool: needs a CUDA device",
     "--ops nothing": "--ops: got 'nothing'",
-    "--part 3/2 --device cpu": "--part: got '3/2', allowed is I/N with 1 <= I <= N",
-    "--jobs 0 --device cpu": "--jobs: got 0, allowed is 1 or more",
+    "--part 3/2 --device cpu": "--part: got '3/2', expected I/N with 1 <= I <= N",
+    "--jobs 0 --device cpu": "--jobs: got 0, expected 1 or more",
 }
 
 

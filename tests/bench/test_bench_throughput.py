@@ -196,14 +196,14 @@ def test_all_steps_agree(dtype: str, tmp_path: Path) -> None:
 MISTAKES = {
     "model": (["--model", "MDTv2_XL2"], "--model: unknown model 'MDTv2_XL2' (did you mean 'MDTv2_XL_2'?)"),
     "provider": (["--providers", "fas"], "--providers: unknown provider 'fas' (did you mean 'fast'?)"),
-    "mode": (["--mode", "trian"], "--mode: got 'trian' (did you mean 'train'?), allowed are train, sample"),
+    "mode": (["--mode", "trian"], "--mode: got 'trian' (did you mean 'train'?), expected train, sample"),
     "dtype": (["--dtype", "bfloat6"], "--dtype: got 'bfloat6' (did you mean 'bfloat16'?)"),
-    "batch": (["--batch", "0"], "--batch: got '0', allowed is a whole number, 1 or more"),
+    "batch": (["--batch", "0"], "--batch: got '0', expected an integer, 1 or more"),
     "batch-text": (["--batch", "four"], "--batch: got 'four'"),
-    "repeats": (["--repeats", "0"], "--repeats: got 0, allowed is 1 or more"),
+    "repeats": (["--repeats", "0"], "--repeats: got 0, expected 1 or more"),
     "repeats-text": (["--repeats", "x"], "argument --repeats: invalid int value: 'x'"),
     "time-limit": (["--time-limit", "-1"], "--time-limit: got -1.0"),
-    "device": (["--device", "gpu"], "--device: got 'gpu', allowed are auto, cpu, cuda and cuda:N"),
+    "device": (["--device", "gpu"], "--device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
     "data": (["--data", "/no/such/folder"], "--data: no folder '/no/such/folder'"),
     "json": (["--json", "/no/such/folder/rows.jsonl"], "--json: cannot write '/no/such/folder/rows"),
     "plot": (["--plot", "/no/such/folder/p.png"], "--plot: cannot write '/no/such/folder/p.png'"),
@@ -255,7 +255,7 @@ def test_the_script_runs_from_any_directory(tmp_path: Path) -> None:
     command = [sys.executable, throughput.__file__, "--mode", "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "throughput: error: --mode: got 'none', allowed are train, sample\n"
+    assert done.stderr == "throughput: error: --mode: got 'none', expected train, sample\n"
 
 
 @pytest.mark.parametrize("mode", ["train", "sample"])
@@ -285,7 +285,7 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
     }  # fmt: skip
 
     assert throughput.main([*flags, "flash", "--mode", "train"]) == 2
-    assert "--turn: got 'flash', allowed are packed, " in capsys.readouterr().err
+    assert "--turn: got 'flash', expected packed, " in capsys.readouterr().err
     assert throughput.main([*flags, "packed", "--account"]) == 2
     assert "--turn: not together with --account" in capsys.readouterr().err
     assert throughput.main([*FLAGS, "--providers", "reference", "--turn", "packed"]) == 2

@@ -77,12 +77,12 @@ def test_encoded_noise_feeds_a_published_recipe(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--parts=loder"], "--parts: got 'loder' (did you mean 'loader'?), allowed are loader, encode"),
-        (["--preset=mdtv2-s3"], "--preset: got 'mdtv2-s3' (did you mean 'mdtv2-s2'?), allowed are digits"),
-        (["--repeats=0"], "--repeats: got 0, allowed is 1 or more"),
-        (["--workers=1,x"], "--workers: got 'x', allowed is a whole number, 1 or more"),
-        (["--consumes=0"], "--consumes: got 0.0, allowed is a positive number of img/s"),
-        (["--device=tpu"], "--device: got 'tpu', allowed are auto, cpu, cuda and cuda:N"),
+        (["--parts=loder"], "--parts: got 'loder' (did you mean 'loader'?), expected loader, encode"),
+        (["--preset=mdtv2-s3"], "--preset: got 'mdtv2-s3' (did you mean 'mdtv2-s2'?), expected digits"),
+        (["--repeats=0"], "--repeats: got 0, expected 1 or more"),
+        (["--workers=1,x"], "--workers: got 'x', expected an integer, 1 or more"),
+        (["--consumes=0"], "--consumes: got 0.0, expected a positive number of img/s"),
+        (["--device=tpu"], "--device: got 'tpu', expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_mistakes_are_said_in_a_line(

@@ -103,7 +103,7 @@ def test_without_torch(source: Path, tmp_path: Path) -> None:
 def test_settings_are_checked(source: Path, tmp_path: Path) -> None:
     done = build(source, MDT_FAST_CUDA="yes")
     assert done.returncode != 0
-    assert "MDT_FAST_CUDA: got 'yes', allowed are auto, 0 and 1" in done.stdout + done.stderr
+    assert "MDT_FAST_CUDA: got 'yes', expected auto, 0 or 1" in done.stdout + done.stderr
     done = build(source, MDT_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert f"MDT_FAST_CUDA=1: no nvcc with its static runtime in {tmp_path}" in done.stdout + done.stderr
@@ -149,7 +149,9 @@ def test_an_empty_folder_is_told_of(tmp_path: Path) -> None:
         f"not in the folder that MDT_FAST_NATIVE={tmp_path}"
     )
     for name in (str(tmp_path / "nowhere"), "1"):
-        assert run(code, MDT_FAST_NATIVE=name).startswith(f"not there: MDT_FAST_NATIVE={name} is no folder")
+        assert run(code, MDT_FAST_NATIVE=name).startswith(
+            f"not there: MDT_FAST_NATIVE={name} is not a folder"
+        )
 
 
 @pytest.mark.slow

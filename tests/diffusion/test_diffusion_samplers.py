@@ -285,8 +285,8 @@ def test_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("t", "message"),
     [
-        (torch.tensor([0, 10]), "t: allowed are 0 to 9, got values from 0 to 10"),
-        (torch.tensor([-1, 5]), "t: allowed are 0 to 9, got values from -1 to 5"),
+        (torch.tensor([0, 10]), "t: expected 0 to 9, got values from 0 to 10"),
+        (torch.tensor([-1, 5]), "t: expected 0 to 9, got values from -1 to 5"),
         (torch.tensor([0.0, 1.0]), "t: expected an int64 tensor of timesteps, got torch.float32"),
         (torch.tensor([True, False]), "t: expected an int64 tensor of timesteps, got torch.bool"),
         ([0, 1], "t: expected an int64 tensor of timesteps, got list"),
@@ -337,10 +337,10 @@ def test_wrong_timesteps_are_named(call, t: Tensor, message: str) -> None:
             r"model: expected output \[2, 6, 4, 4\] \(twice the channels of x .*\), got \[2, 3, 4, 4\]",
         ),
         (lambda d, x, t: d.p_sample(lambda x, t: None, x, t), "model: expected output .*, got NoneType"),
-        (lambda d, x, t: d.ddim_sample(_linear_model, x, t, eta=1.5), "eta: allowed are 0 to 1, got 1.5"),
+        (lambda d, x, t: d.ddim_sample(_linear_model, x, t, eta=1.5), "eta: expected 0 to 1, got 1.5"),
         (
             lambda d, x, t: d.ddim_sample(_linear_model, x, t, eta=math.nan),
-            "eta: allowed are 0 to 1, got nan",
+            "eta: expected 0 to 1, got nan",
         ),
         (lambda d, x, t: d.ddim_reverse_sample(_linear_model, x, t, eta=0.5), "eta: .* 0 only, got 0.5"),
         (lambda d, x, t: d.p_sample_loop(_linear_model, x.shape), "device: must be given"),

@@ -86,8 +86,8 @@ def test_guide_leaves_other_channels_to_each_half() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"t": torch.tensor([1001])}, "t: allowed are 0 to 1000, got values from 1001 to 1001"),
-        ({"t": torch.tensor([-1, 4])}, "t: allowed are 0 to 1000, got values from -1 to 4"),
+        ({"t": torch.tensor([1001])}, "t: expected 0 to 1000, got values from 1001 to 1001"),
+        ({"t": torch.tensor([-1, 4])}, "t: expected 0 to 1000, got values from -1 to 4"),
         ({"scale_pow": -1.0}, "scale_pow: must be None, or finite and at least 0, got -1.0"),
         ({"diffusion_steps": 0}, "diffusion_steps: must be at least 1, got 0"),
     ],
@@ -101,7 +101,7 @@ def test_guide_refuses() -> None:
     x = torch.zeros(2, 8, 4, 4)
     with pytest.raises(UserError, match="uncond: expected the shape of cond"):
         guide(x, x[:1], 2.0, 3)
-    with pytest.raises(UserError, match="channels: allowed are 0 to 8, got 9"):
+    with pytest.raises(UserError, match="channels: expected 0 to 8, got 9"):
         guide(x, x, 2.0, 9)
     with pytest.raises(UserError, match=r"scale: expected a number or shape \[2\], got \[4\]"):
         guide(x, x, torch.ones(4), 3)

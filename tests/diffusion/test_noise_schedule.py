@@ -64,7 +64,7 @@ def test_respacing_keeps_the_asked_counts(data: st.DataObject) -> None:
 
 
 def test_a_truth_value_is_no_number_of_steps() -> None:
-    with pytest.raises(UserError, match=r"timestep_respacing: cannot read True; allowed are '250'"):
+    with pytest.raises(UserError, match=r"timestep_respacing: cannot read True; expected '250'"):
         create_diffusion(True)
 
 
@@ -82,8 +82,8 @@ def test_ddim_respacing_has_one_stride_or_is_refused(steps: int, count: int) -> 
 @pytest.mark.parametrize(
     ("respacing", "message"),
     [
-        ("1001", "asks for 1001 timesteps in section 1 of 1, allowed are 0 to 1000"),
-        ("10,400,20", "asks for 400 timesteps in section 2 of 3, allowed are 0 to 333"),
+        ("1001", "asks for 1001 timesteps in section 1 of 1, expected 0 to 1000"),
+        ("10,400,20", "asks for 400 timesteps in section 2 of 3, expected 0 to 333"),
         ("-3", "asks for -3 timesteps"),
         ("0", "keeps no timestep"),
         ("0,0", "keeps no timestep"),

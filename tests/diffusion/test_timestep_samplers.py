@@ -77,9 +77,9 @@ def test_mistakes_are_named() -> None:
         UniformSampler(0)
     with pytest.raises(UserError, match="history_per_term: must be at least 1, got 0"):
         LossSecondMomentSampler(10, 0)
-    with pytest.raises(UserError, match="uniform_prob: allowed are 0 to 1, got 2"):
+    with pytest.raises(UserError, match="uniform_prob: expected 0 to 1, got 2"):
         LossSecondMomentSampler(10, uniform_prob=2)
-    with pytest.raises(UserError, match="t: allowed are 0 to 3, got values from -1 to -1"):
+    with pytest.raises(UserError, match="t: expected 0 to 3, got values from -1 to -1"):
         _warm().update(torch.tensor([-1]), torch.tensor([1.0]))
     with pytest.raises(UserError, match="losses: expected one per timestep"):
         _warm().update(torch.tensor([1]), torch.tensor([1.0, 2.0]))

@@ -121,7 +121,7 @@ def refused(message: str, **change: Any) -> None:
 
 def test_refusals() -> None:
     refused(
-        "attention_backend: got 'cudnn', allowed are auto, triton, samples, sdpa, flex",
+        "attention_backend: got 'cudnn', expected auto, triton, samples, sdpa, flex",
         attention_backend="cudnn",
     )
     cannot = "attention_backend: {!r} cannot serve this call: "
@@ -277,7 +277,7 @@ def test_a_model_takes_a_backend() -> None:
     keys = DiT_S_8(input_size=16).state_dict().keys()
     assert model.state_dict().keys() == keys
     with pytest.raises(
-        UserError, match="attention_backend: got 'fast', allowed are auto, triton, samples, sdpa, flex"
+        UserError, match="attention_backend: got 'fast', expected auto, triton, samples, sdpa, flex"
     ):
         model.set_attention_backend("fast")
     with pytest.raises(UserError, match="attention_backend: got 'fast'"):

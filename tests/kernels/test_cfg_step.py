@@ -280,7 +280,7 @@ GOOD: dict[str, Any] = {
         ({"output": torch.zeros(2, 6, 4, 4)}, r"output: shape \[2, 6, 4, 4\], expected \[2, 8, 4, 4\]"),
         (
             {"x": torch.zeros(2, 4, 4, 4).int()},
-            "x: dtype torch.int32, allowed are float16, bfloat16, float32 and float64",
+            "x: dtype torch.int32, expected float16, bfloat16, float32 or float64",
         ),
         ({"noise": torch.zeros(1, 4, 4, 4)}, r"noise: shape \[1, 4, 4, 4\], expected \[2, 4, 4, 4\]"),
         ({"coefficients": torch.zeros(5)}, r"coefficients: shape \[5\], expected \[7\]"),
@@ -290,9 +290,9 @@ GOOD: dict[str, Any] = {
             "coefficients: torch.float64 on cpu, expected torch.float32",
         ),
         ({"scale": torch.ones(2)}, r"scale: shape \[2\], expected \[1\]"),
-        ({"guided_channels": 5}, "guided_channels: got 5, allowed are 0 to 4"),
-        ({"kind": "euler"}, "kind: got 'euler', allowed are ddpm, ddim"),
-        ({"predicts": "v"}, "predicts: got 'v', allowed are epsilon, start_x"),
+        ({"guided_channels": 5}, "guided_channels: got 5, expected 0 to 4"),
+        ({"kind": "euler"}, "kind: got 'euler', expected ddpm, ddim"),
+        ({"predicts": "v"}, "predicts: got 'v', expected epsilon, start_x"),
         ({"x": torch.zeros(2, 4, 4, 4, requires_grad=True)}, "x: needs a gradient, a sampling step has none"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -316,7 +316,7 @@ def test_no_schedule(values: list[float]) -> None:
 
 
 def test_bad_names() -> None:
-    with pytest.raises(ValueError, match="variance: got 'fixed', allowed are learned_range"):
+    with pytest.raises(ValueError, match="variance: got 'fixed', expected learned_range"):
         ddpm_coefficients([0.5], "fixed")
-    with pytest.raises(ValueError, match=r"eta: got 2\.0, allowed are 0 to 1"):
+    with pytest.raises(ValueError, match=r"eta: got 2\.0, expected 0 to 1"):
         ddim_coefficients([0.5], 2.0)

@@ -120,11 +120,11 @@ def test_checks_see_what_was_changed() -> None:
         checks.token_ids("ids", ids, 6, rows)
     with pytest.raises(ValueError, match=r"offsets: runs from 0 to 7, expected 0 to 6"):
         checks.offsets("offsets", offsets, rows[:6])
-    with pytest.raises(ValueError, match=r"ids: values 0..5, allowed are 0..4"):
+    with pytest.raises(ValueError, match=r"ids: values 0..5, expected 0..4"):
         checks.token_ids("ids", ids, 5, rows)
     offsets[1] = 9
     with pytest.raises(ValueError, match=r"offsets: is not ascending"):
         checks.offsets("offsets", offsets, rows)
     ids[0, 1] = 6
-    with pytest.raises(ValueError, match=r"ids: values 0..6, allowed are 0..5"):
+    with pytest.raises(ValueError, match=r"ids: values 0..6, expected 0..5"):
         checks.token_ids("ids", ids, 6, rows)

@@ -130,9 +130,9 @@ def wrong() -> list[tuple[str, dict[str, Any], str]]:
     reshaped = [torch.ones(7, 33), *(torch.ones(shape) for shape in SHAPES[1:])]
     bfloats = [torch.ones(shape, dtype=torch.bfloat16) for shape in SHAPES]
     return [
-        ("beta", {"beta2": 1.0}, "beta2: got 1.0, allowed is [0, 1)"),
-        ("decay", {"ema_decays": [0.5, -1.0]}, "ema_decays[1]: got -1.0, allowed is [0, 1)"),
-        ("eps", {"eps": -1.0}, "eps: got -1.0, allowed are finite numbers of at least 0"),
+        ("beta", {"beta2": 1.0}, "beta2: got 1.0, expected [0, 1)"),
+        ("decay", {"ema_decays": [0.5, -1.0]}, "ema_decays[1]: got -1.0, expected [0, 1)"),
+        ("eps", {"eps": -1.0}, "eps: got -1.0, expected finite numbers of at least 0"),
         ("clip", {"max_grad_norm": float("nan")}, "max_grad_norm: got nan"),
         ("grads", {"grads": short}, "grads: 1 tensors, expected 4"),
         (

@@ -15,15 +15,15 @@ from tolerances import FLOAT32, relative_error
 R = torch.randn
 F8 = R(2, 3, 4).to(torch.float8_e4m3fn)
 WIDTH = "x: width 0, expected 1 or more"
-FLOATS = "x: dtype torch.float8_e4m3fn, allowed are float16, bfloat16, float32 and float64"
+FLOATS = "x: dtype torch.float8_e4m3fn, expected float16, bfloat16, float32 or float64"
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a list": (lambda: kernels.bias_gelu([1.0], R(1)), "x: got list, allowed is a tensor"),  # type: ignore[arg-type]
+    "a list": (lambda: kernels.bias_gelu([1.0], R(1)), "x: got list, expected a tensor"),  # type: ignore[arg-type]
     "no bias": (
-        lambda: kernels.bias_gelu(R(2, 3), None), "bias: got NoneType, allowed is a tensor"  # type: ignore[arg-type]
+        lambda: kernels.bias_gelu(R(2, 3), None), "bias: got NoneType, expected a tensor"  # type: ignore[arg-type]
     ),
     "no skip's bias": (
         lambda: kernels.skip_linear(R(3, 2), R(3, 2), R(5, 4), None),  # type: ignore[arg-type]
-        "bias: got NoneType, allowed is a tensor",
+        "bias: got NoneType, expected a tensor",
     ),
     **{
         f"no row for {name}": (call, "x: shape [], expected [..., D]")
@@ -66,11 +66,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "eps that is no number": (
         lambda: kernels.ln_modulate(R(2, 3, 4), R(2, 4), R(2, 4), eps=float("nan")),
-        "eps: got nan, allowed are finite numbers of 0 or more",
+        "eps: got nan, expected finite numbers of 0 or more",
     ),
     "guidance by an array": (
         lambda: kernels.cfg_step(R(2, 8, 2), R(1, 4, 2), R(1, 4, 2), R(12), scale=np.ones(1)),  # type: ignore[arg-type]
-        "scale: got ndarray, allowed are a number and a tensor [1]",
+        "scale: got ndarray, expected a number or a tensor [1]",
     ),
     "coefficients that are learnt": (
         lambda: kernels.cfg_step(R(1, 8, 2), R(1, 4, 2), R(1, 4, 2), R(12).requires_grad_()),
@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no grid": (
         lambda: kernels.rel_attention(*R(3, 1, 2, 4, 8), R(12, 2), grid_size=None),  # type: ignore[arg-type]
-        "grid_size: got None, a table needs a whole number from 1 to",
+        "grid_size: got None, a table needs an integer from 1 to",
     ),
 }  # fmt: skip
 

@@ -259,7 +259,7 @@ def wrong() -> list[tuple[str, Callable[[], Any], str]]:
         ("gelu bias", lambda: k.bias_gelu(x, m), r"bias: shape \[2, 8\], expected \[8\]"),
         ("skip weight", lambda: k.skip_linear(x, x, m, m[0]), r"weight: shape \[2, 8\], expected \[O, 16\]"),
         ("gather dtype", lambda: k.gather_tokens(x, ids.int()), r"ids: dtype torch.int32"),
-        ("gather high", lambda: k.gather_tokens(x, ids + 5), r"ids: values 5..5, allowed are 0..4"),
+        ("gather high", lambda: k.gather_tokens(x, ids + 5), r"ids: values 5..5, expected 0..4"),
         ("gather low", lambda: k.gather_tokens(x, ids - 1), r"ids: values -1..-1"),
         ("gather batch", lambda: k.gather_tokens(x, ids[:1]), r"ids: shape \[1, 3\], expected \[2, K\]"),
         ("unmask more", lambda: k.unmask_tokens(x, m[:1, None], x[:1], ids), r"x: 5 kept tokens, .* only 3"),
@@ -299,7 +299,7 @@ def wrong() -> list[tuple[str, Callable[[], Any], str]]:
         (
             "attention off grid",
             lambda: k.rel_attention(q[:, :, :3], q, q, table, grid_size=2, q_pos=ids + 4),
-            r"q_pos: values 4..4, allowed are 0..3",
+            r"q_pos: values 4..4, expected 0..3",
         ),
     ]
 

@@ -111,7 +111,7 @@ def test_a_copy_runs_its_own_weights() -> None:
 
 
 def test_refusal() -> None:
-    with pytest.raises(UserError, match="scope: got 'layer', allowed are model, block"):
+    with pytest.raises(UserError, match="scope: got 'layer', expected model, block"):
         compile_for_training(model(), "layer")
-    with pytest.raises(UserError, match=r"model: got a DataParallel, allowed .*; compile before wrapping"):
+    with pytest.raises(UserError, match=r"model: got a DataParallel, expected .*; compile before wrapping"):
         compile_for_training(torch.nn.DataParallel(model()))

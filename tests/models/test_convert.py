@@ -222,7 +222,7 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_weights("list.pt")
     with pytest.raises(UserError, match=r"none.pt: no such file"):
         read_weights("none.pt")
-    with pytest.raises(UserError, match=r"ends in '.onnx', allowed are .pt"):
+    with pytest.raises(UserError, match=r"ends in '.onnx', expected .pt"):
         read_weights("w.onnx")
     with pytest.raises(UserError, match=r"folder nowhere does not exist"):
         write_weights("nowhere/w.pt", state)

@@ -163,7 +163,7 @@ def test_refusals() -> None:
         fast.training_step_outputs(**b | {"x_masked": b["x_masked"][:, :, :8, :8]})
     with pytest.raises(UserError, match="switches: got dict, expected a Switches"):
         fast.set_switches({"packed": False})
-    with pytest.raises(UserError, match="checkpointing: got 'half', allowed are none, selective, full"):
+    with pytest.raises(UserError, match="checkpointing: got 'half', expected none, selective, full"):
         fast.set_checkpointing("half")
     fast.set_attention_backend("xformers")
     with pytest.raises(UserError, match="packed does not go with attention_backend 'xformers'"):

@@ -276,11 +276,11 @@ def test_with_weights_of_other_tensors() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(UserError, match=r"by: got \['kernels'\], allowed are"):
+    with pytest.raises(UserError, match=r"by: got \['kernels'\], expected"):
         use_float8(model(), ["kernels"], emulate=True)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="by: got 'apex', allowed are 'kernels' and 'torchao'"):
+    with pytest.raises(UserError, match="by: got 'apex', expected 'kernels' or 'torchao'"):
         use_float8(model(), "apex", emulate=True)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
+    with pytest.raises(UserError, match="model: got a Linear, expected this package's models"):
         use_float8(torch.nn.Linear(16, 16), emulate=True)  # type: ignore[arg-type]
 
 

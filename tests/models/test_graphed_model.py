@@ -181,7 +181,7 @@ def test_not_without_end(model: nn.Module) -> None:
 
 
 def test_refusals(model: nn.Module) -> None:
-    with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
+    with pytest.raises(UserError, match="model: got a Linear, expected this package's models"):
         GraphedModel(nn.Linear(2, 2))
     with pytest.raises(AttributeError, match="no_such_thing"):
         GraphedModel(model).no_such_thing  # noqa: B018

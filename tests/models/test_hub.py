@@ -69,8 +69,8 @@ def test_a_mask_ratio_that_was_set_since(tmp_path: Path) -> None:
     assert MDTv2.from_pretrained(tmp_path).mask_ratio == 0.5
     assert from_reference(model).mask_ratio == model.config.mask_ratio == 0.5
     for value, why in (
-        (0.9, "got 0.9, allowed are 0..0.8 for mdtv2, or None"),
-        ("x", "got 'x', allowed is a"),
+        (0.9, "got 0.9, expected 0..0.8 for mdtv2, or None"),
+        ("x", "got 'x', expected a"),
     ):
         with pytest.raises(UserError, match=f"^mask_ratio: {why}"):
             model.mask_ratio = value
@@ -291,7 +291,7 @@ def test_a_number_that_is_none(name: str, tmp_path: Path) -> None:
     small_dit().save_pretrained(tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**values, name: None}))
-    refused(f"{name} is None; a whole number is needed", tmp_path)
+    refused(f"{name} is None; an integer is needed", tmp_path)
 
 
 def test_other_models_of_diffusers_are_refused(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_dtypes_by_name(tmp_path: Path) -> None:
     made().save_pretrained(tmp_path)
     assert MDTv2.from_pretrained(tmp_path, dtype="float16").dtype == torch.float16
     assert MDTv2.from_pretrained(tmp_path, torch_dtype="torch.bfloat16").dtype == torch.bfloat16
-    allowed = "allowed are float32, float16, bfloat16, float64"
+    allowed = "expected float32, float16, bfloat16, float64"
     refused(f"dtype: {allowed}, got torch.int8", tmp_path, dtype=torch.int8)
     refused(f"torch_dtype: {allowed}, got 'half'", tmp_path, torch_dtype="half")
     refused(f"dtype: {allowed}, got 16", tmp_path, dtype=16)

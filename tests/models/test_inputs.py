@@ -39,8 +39,8 @@ def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
         ({"t": torch.tensor([0.0, -1.0])}, r"t: values -1.0..0.0"),
         ({"t": torch.tensor([0.0, float("nan")])}, r"t: values"),
         ({"t": torch.tensor([True, False])}, r"t: dtype torch.bool"),
-        ({"y": torch.zeros(2)}, r"y: dtype torch.float32, allowed are torch.int64"),
-        ({"y": torch.tensor([0, 11])}, r"y: labels 0..11, allowed are 0..10 \(the last is the null class\)"),
+        ({"y": torch.zeros(2)}, r"y: dtype torch.float32, expected torch.int64"),
+        ({"y": torch.tensor([0, 11])}, r"y: labels 0..11, expected 0..10 \(the last is the null class\)"),
         ({"y": torch.tensor([-1, 3])}, r"y: labels -1..3"),
         ({"y": torch.zeros(2, 1, dtype=torch.int64)}, r"y: shape \[2, 1\]"),
     ],
@@ -60,7 +60,7 @@ def test_wrong_inputs(cls: Any, changed: dict[str, torch.Tensor], message: str) 
             {"x_masked": torch.randn(3, 4, 8, 8)},
             r"^t: shape \[2\], expected \[3\] \(one per sample of x_masked\)",
         ),
-        ({"y_masked": torch.tensor([0, 11])}, r"^y_masked: labels 0..11, allowed are 0..10"),
+        ({"y_masked": torch.tensor([0, 11])}, r"^y_masked: labels 0..11, expected 0..10"),
         ({"y_masked": torch.zeros(2)}, r"^y_masked: dtype torch.float32"),
         ({"y_masked": torch.zeros(3, dtype=torch.int64)}, r"^y_masked: shape \[3\], expected \[2\]"),
         ({"y_masked": 3}, r"^y_masked: got int, expected a torch.Tensor"),
@@ -86,16 +86,16 @@ def test_wrong_inputs_of_the_second_pass(
         ({"hidden_size": 30}, r"hidden_size: 30 must be divisible by num_heads 2 and by 4"),
         ({"depth": 0}, r"depth: got 0"),
         ({"num_heads": -1}, r"num_heads: got -1"),
-        ({"mask_ratio": 0.9}, r"mask_ratio: got 0.9, allowed are 0..0.8"),
+        ({"mask_ratio": 0.9}, r"mask_ratio: got 0.9, expected 0..0.8"),
         ({"mask_ratio": "a lot"}, r"mask_ratio: got 'a lot'"),
-        ({"decode_layer": 5}, r"decode_layer: got 5, allowed are 0..4"),
+        ({"decode_layer": 5}, r"decode_layer: got 5, expected 0..4"),
         ({"decode_layer": "deep"}, r"decode_layer: got 'deep'"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob: got 1.5"),
         ({"mlp_ratio": 0}, r"mlp_ratio: got 0"),
         ({"mlp_ratio": float("inf")}, r"mlp_ratio: got inf"),
         ({"mlp_ratio": "4"}, r"mlp_ratio: got 4"),
-        ({"depth": "4"}, r"depth: got '4', allowed is a whole number"),
-        ({"hidden_size": 32.0}, r"hidden_size: got 32.0, allowed is a whole number"),
+        ({"depth": "4"}, r"depth: got '4', expected an integer"),
+        ({"hidden_size": 32.0}, r"hidden_size: got 32.0, expected an integer"),
         ({"mask_ratio": [0.3]}, r"mask_ratio: got \[0.3\]"),
         ({"decode_layer": 1.5}, r"decode_layer: got 1.5"),
     ],
@@ -107,7 +107,7 @@ def test_wrong_constructor(module: Any, kwargs: dict[str, Any], message: str) ->
 
 
 def test_v1_needs_a_decoder() -> None:
-    with pytest.raises(UserError, match=r"decode_layer: got 0, allowed are 1..4 \(depth\) for mdt"):
+    with pytest.raises(UserError, match=r"decode_layer: got 0, expected 1..4 \(depth\) for mdt"):
         tiny(MDT, decode_layer=0)
 
 
@@ -165,7 +165,7 @@ def test_guidance_needs_an_even_batch() -> None:
     with pytest.raises(UserError, match="x: batch of 3, guidance needs an even one"):
         tiny().forward_with_cfg(**inputs(3), cfg_scale=2.0)
     bad = {**inputs(2), "t": torch.tensor([1001, 1001])}
-    with pytest.raises(UserError, match="t: allowed are 0 to 1000"):
+    with pytest.raises(UserError, match="t: expected 0 to 1000"):
         tiny().forward_with_cfg(**bad, cfg_scale=2.0)
 
 

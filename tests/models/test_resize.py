@@ -115,7 +115,7 @@ def test_what_cannot_be_resized() -> None:
     state = model(MDT, 8).state_dict()
     sizes: list[Any] = [7, 0, -2, True, 8.0, "16"]
     for size in sizes:
-        with pytest.raises(UserError, match=r"^input_size: got .*, allowed are multiples of .* 2$"):
+        with pytest.raises(UserError, match=r"^input_size: got .*, expected multiples of .* 2$"):
             resize_weights(state, size)
     for other in ({"weight": torch.zeros(3)}, model(DiT, 8)):
         with pytest.raises(UserError, match=r"^state: not weights of an MDT, MDTv2 or DiT \(lacks"):

@@ -39,21 +39,21 @@ def piped(model: Any, scheduler: Any = SCHEDULER, **parts: Any) -> MDTPipeline:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": 1.5}, "class_labels: allowed are 0 to 9, got 1.5"),
-        ({"class_labels": None}, "class_labels: allowed are 0 to 9, got None"),
-        ({"class_labels": torch.tensor([1.0, 2.0])}, "class_labels: allowed are 0 to 9, got 1.0"),
+        ({"class_labels": 1.5}, "class_labels: expected 0 to 9, got 1.5"),
+        ({"class_labels": None}, "class_labels: expected 0 to 9, got None"),
+        ({"class_labels": torch.tensor([1.0, 2.0])}, "class_labels: expected 0 to 9, got 1.0"),
         ({"guidance_scale": "4"}, "guidance_scale: expected a number, got '4'"),
         ({"guidance_scale": [2]}, "guidance_scale: expected a number, got [2]"),
         ({"guidance_scale": torch.ones(2, 2)}, "guidance_scale: expected a number, got tensor("),
         ({"scale_pow": "x"}, "scale_pow: expected None, 'auto' or a number, got 'x'"),
-        ({"guided_channels": 1.5}, "guided_channels: allowed are 1 to 4, got 1.5"),
-        ({"guided_channels": True}, "guided_channels: allowed are 1 to 4, got True"),
+        ({"guided_channels": 1.5}, "guided_channels: expected 1 to 4, got 1.5"),
+        ({"guided_channels": True}, "guided_channels: expected 1 to 4, got True"),
         ({"eta": "a"}, "eta: expected a number, got 'a'"),
         ({"eta": None}, "eta: expected a number, got None"),
         ({"generator": [None, None]}, "generator: got NoneType in a list, expected a torch.Generator"),
         ({"generator": "ab"}, "generator: got str in a list, expected a torch.Generator"),
-        ({"num_inference_steps": True}, "num_inference_steps: allowed are 1 to 1000, got True"),
-        ({"num_inference_steps": None}, "num_inference_steps: allowed are 1 to 1000, got None"),
+        ({"num_inference_steps": True}, "num_inference_steps: expected 1 to 1000, got True"),
+        ({"num_inference_steps": None}, "num_inference_steps: expected 1 to 1000, got None"),
         ({"output_type": 3}, "output_type: 3 is not one of pil, np, pt, latent"),
         ({"latents": ZEROS.numpy()}, "latents: got ndarray, expected a tensor or None"),
         (
@@ -122,8 +122,8 @@ def test_folders(model: Any, tmp_path: Path) -> None:
     piped(model).save_pretrained(tmp_path)
     half = MDTPipeline.from_pretrained(tmp_path, torch_dtype="float16")
     assert half.transformer.dtype == torch.float16
-    refused(tmp_path, "torch_dtype: allowed are float32, ", torch_dtype=torch.int8)
-    refused(tmp_path, "torch_dtype: allowed are float32, ", torch_dtype="half")
+    refused(tmp_path, "torch_dtype: expected float32, ", torch_dtype=torch.int8)
+    refused(tmp_path, "torch_dtype: expected float32, ", torch_dtype="half")
     weights = tmp_path / "transformer" / WEIGHTS
     whole, state = weights.read_bytes(), load_file(weights)
     key = "final_layer.linear.weight"

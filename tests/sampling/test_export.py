@@ -146,10 +146,10 @@ def test_without_a_compiler(model: nn.Module, tmp_path: Path, monkeypatch: pytes
         ({"sampler": "unipc"}, {}, "sampler: a step of ddpm or ddim can be exported, got 'unipc'"),
         ({"dtype": "bfloat16"}, {}, "dtype: an exported step computes in the dtype of its weights"),
         ({"cfg_scale": -1.0}, {}, "cfg_scale: must be at least 0"),
-        ({"steps": 2000}, {}, "steps: allowed are 1 to 1000, got 2000"),
-        ({}, {"batch": 0}, "batch: allowed are None and 1 to 65536, got 0"),
-        ({}, {"batch": 1.5}, "batch: allowed are None and 1 to 65536, got 1.5"),
-        ({}, {"batch": 10**20}, "batch: allowed are None and 1 to 65536, got 1000"),
+        ({"steps": 2000}, {}, "steps: expected 1 to 1000, got 2000"),
+        ({}, {"batch": 0}, "batch: expected None or 1 to 65536, got 0"),
+        ({}, {"batch": 1.5}, "batch: expected None or 1 to 65536, got 1.5"),
+        ({}, {"batch": 10**20}, "batch: expected None or 1 to 65536, got 1000"),
         ({}, {"path": "none/step.pt2"}, "cannot write '.*step.pt2': no folder '.*none'"),
         ({}, {"path": "step.pt"}, "path: a name that ends in .pt2 is needed, got 'step.pt'"),
     ],
@@ -173,13 +173,13 @@ def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_run(package: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"sampler": "dpm++"}, "sampler: a step of ddpm or ddim can be exported"),
-        ({"steps": 0}, "steps: allowed are 1 to 1000, got 0"),
+        ({"steps": 0}, "steps: expected 1 to 1000, got 0"),
     ):
         with pytest.raises(UserError, match=message):
             run_exported(package, LABELS, replace(CONFIG, **changes))
-    with pytest.raises(UserError, match="labels: a list of whole numbers is needed, got int: 3"):
+    with pytest.raises(UserError, match="labels: a list of integers is needed, got int: 3"):
         run_exported(package, 3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="labels: allowed are 0 to 9, got 10"):
+    with pytest.raises(UserError, match="labels: expected 0 to 9, got 10"):
         run_exported(package, [10])
     with pytest.raises(UserError, match="No such file or directory"):
         run_exported(tmp_path / "none.pt2", LABELS)
@@ -257,7 +257,7 @@ def test_damaged_files_are_refused(package: Path, tmp_path: Path) -> None:
         ("diffusion", [], "diffusion: expected a table of settings, got list"),
         ("sample", {"step": 4}, "sample: unknown key 'step'"),
         ("guided", 1, "guided: expected true or false, got 1"),
-        ("batch", "3", "batch: expected null or 1 and more, got '3'"),
+        ("batch", "3", "batch: expected null or 1 or more, got '3'"),
         ("format", 9, "has format 9, this version reads 1"),
     ],
 )

@@ -215,7 +215,7 @@ def test_classes_by_name(
     assert chosen_labels("owl, cat,4", classes, 5) == [2, 0, 4]
     with pytest.raises(UserError, match=r"--labels: 'dgo' is not a class \(did you mean 'dog'\?\)"):
         chosen_labels("cat,dgo", classes, 5)
-    with pytest.raises(UserError, match=r"--labels: allowed are 0 to 4, got 5"):
+    with pytest.raises(UserError, match=r"--labels: expected 0 to 4, got 5"):
         chosen_labels("5", classes, 5)
 
 

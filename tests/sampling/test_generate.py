@@ -42,12 +42,12 @@ def draw(model: nn.Module, labels: list[int] = LABELS, *, first_index: int = 0, 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([1.5], r"labels: a list of whole numbers is needed, got list: \[1.5\]"),
-        (["1"], r"labels: a list of whole numbers is needed, got list: \['1'\]"),
-        (5, "labels: a list of whole numbers is needed, got int: 5"),
-        (None, "labels: a list of whole numbers is needed, got NoneType: None"),
-        (torch.tensor([1.0]), "labels: a list of whole numbers is needed, got Tensor"),
-        ([10], "labels: allowed are 0 to 9, got 10"),
+        ([1.5], r"labels: a list of integers is needed, got list: \[1.5\]"),
+        (["1"], r"labels: a list of integers is needed, got list: \['1'\]"),
+        (5, "labels: a list of integers is needed, got int: 5"),
+        (None, "labels: a list of integers is needed, got NoneType: None"),
+        (torch.tensor([1.0]), "labels: a list of integers is needed, got Tensor"),
+        ([10], "labels: expected 0 to 9, got 10"),
     ],
 )
 def test_labels_that_are_none(model: nn.Module, labels: object, message: str) -> None:
@@ -69,9 +69,9 @@ def test_labels_by_any_kind_of_whole_number(model: nn.Module) -> None:
         ({"seed": 1.5}, "seed: expected int, got 1.5"),
         ({"batch_size": 1.5}, "batch_size: expected int, got 1.5"),
         ({"cfg_interval": 5}, "cfg_interval: expected None or two numbers, got 5"),
-        ({"steps": "4"}, "steps: allowed are 1 to 1000, got '4'"),
-        ({"steps": 2.5}, "steps: allowed are 1 to 1000, got 2.5"),
-        ({"first_index": -1}, "first_index: a whole number, 0 or more, is needed, got -1"),
+        ({"steps": "4"}, "steps: expected 1 to 1000, got '4'"),
+        ({"steps": 2.5}, "steps: expected 1 to 1000, got 2.5"),
+        ({"first_index": -1}, "first_index: an integer, 0 or more, is needed, got -1"),
     ],
 )
 def test_settings_of_the_wrong_kind(model: nn.Module, changes: dict, message: str) -> None:
@@ -126,10 +126,10 @@ def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [
-        ([10], {}, r"labels: allowed are 0 to 9, got 10"),
-        ([-1], {}, r"labels: allowed are 0 to 9, got -1"),
-        (LABELS, {"steps": 0}, r"steps: allowed are 1 to 1000, got 0"),
-        (LABELS, {"steps": 1001}, r"steps: allowed are 1 to 1000, got 1001"),
+        ([10], {}, r"labels: expected 0 to 9, got 10"),
+        ([-1], {}, r"labels: expected 0 to 9, got -1"),
+        (LABELS, {"steps": 0}, r"steps: expected 1 to 1000, got 0"),
+        (LABELS, {"steps": 1001}, r"steps: expected 1 to 1000, got 1001"),
         (LABELS, {"batch_size": 0}, r"batch_size: must be at least 1, got 0"),
         (LABELS, {"cfg_scale": float("nan")}, r"cfg_scale: must be at least 0, got nan"),
         (LABELS, {"cfg_scale": float("inf")}, r"cfg_scale: must be finite, got inf"),
@@ -141,8 +141,8 @@ def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
         (LABELS, {"skip_below": -0.1}, r"skip_below: must be at least 0, got -0.1"),
         (LABELS, {"cfg_interval": (0.9, 0.1)}, r"cfg_interval: LOW,HIGH with .*, got 0.9,0.1"),
         (LABELS, {"sampler": "dpm+"}, r"sampler: 'dpm\+' is not known \(did you mean 'dpm\+\+'\?\)"),
-        (LABELS, {"sampler": "dpm++", "steps": 1}, r"steps: allowed are 2 to 999 with dpm\+\+, got 1"),
-        (LABELS, {"sampler": "unipc", "steps": 1000}, r"steps: allowed are 2 to 999 with unipc, got 1000"),
+        (LABELS, {"sampler": "dpm++", "steps": 1}, r"steps: expected 2 to 999 with dpm\+\+, got 1"),
+        (LABELS, {"sampler": "unipc", "steps": 1000}, r"steps: expected 2 to 999 with unipc, got 1000"),
         (LABELS, {"sampler": "unipc", "eta": 0.5}, r"eta: only ddim has one; use 0 with unipc, got 0.5"),
     ],
 )
@@ -189,7 +189,7 @@ def test_a_process_that_is_not_respaced_is(model: nn.Module) -> None:
     mdt_fast.sample(model, mdt_fast.create_diffusion("7"), [1], CONFIG, **listen)
     assert steps == [4] * 8 + [7] * 7
     few = mdt_fast.create_diffusion(diffusion_steps=100)
-    with pytest.raises(UserError, match="steps: allowed are 1 to 100, got 200"):
+    with pytest.raises(UserError, match="steps: expected 1 to 100, got 200"):
         mdt_fast.sample(model, few, [1], replace(CONFIG, steps=200))
 
 
@@ -224,7 +224,7 @@ def test_which_channels_are_guided(channels: int, wanted: int | None, guided: in
     )
     moved = (one - three).abs().amax((0, 2, 3)) > 1e-2  # by more than rounding
     assert moved.tolist() == [i < guided for i in range(channels)]
-    with pytest.raises(UserError, match=f"guided_channels: allowed are None and 1 to {channels}, got 0"):
+    with pytest.raises(UserError, match=f"guided_channels: expected None or 1 to {channels}, got 0"):
         mdt_fast.sample(model, DiffusionConfig(), [1], replace(config, guided_channels=0))
 
 

@@ -41,9 +41,9 @@ def test_it_trains_as_the_same_images_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": np.zeros(3)}, r"images.labels: a list of whole numbers is needed, got float64 \(3,\)"),
-        ({"labels": np.zeros(0, int)}, r"images.labels: a list of whole numbers is needed, got int64 \(0,\)"),
-        ({"labels": np.array([0, 10])}, r"images.labels: allowed are 0 to 9, .*, got 0 to 10"),
+        ({"labels": np.zeros(3)}, r"images.labels: a list of integers is needed, got float64 \(3,\)"),
+        ({"labels": np.zeros(0, int)}, r"images.labels: a list of integers is needed, got int64 \(0,\)"),
+        ({"labels": np.array([0, 10])}, r"images.labels: expected 0 to 9, .*, got 0 to 10"),
         ({"shape": (1, 8, 9)}, r"images.shape: \[1, 8, 9\], but \[1, 8, 8\] is configured \(data.channels"),
         (
             {"load": lambda *_: np.zeros((1, 8, 9), np.float32)},

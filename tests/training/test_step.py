@@ -341,7 +341,7 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     model, (x, y) = made("mdtv2", torch.float32, mask_ratio=0.3), batch()
-    with pytest.raises(UserError, match="model: got a Linear, allowed are this package's models"):
+    with pytest.raises(UserError, match="model: got a Linear, expected this package's models"):
         TrainingStep(nn.Linear(2, 2), DIFFUSION)
     with pytest.raises(UserError, match=r"got a DataParallel, .*; two_pass_losses takes wrapped ones"):
         TrainingStep(nn.DataParallel(model), DIFFUSION)
@@ -355,7 +355,7 @@ def test_refusals() -> None:
         TrainingStep(model, DIFFUSION, accumulate=0)
     with pytest.raises(UserError, match="diffusion: got a str"):
         TrainingStep(model, "")
-    with pytest.raises(UserError, match="cuda_graphs: got 'yes', allowed are None, True and False"):
+    with pytest.raises(UserError, match="cuda_graphs: got 'yes', expected None, True or False"):
         TrainingStep(model, DIFFUSION, cuda_graphs="yes")
     with pytest.raises(UserError, match=r"dtype: 'float32', but the model's weights are torch.bfloat16"):
         TrainingStep(copy.deepcopy(model).bfloat16(), DIFFUSION)
