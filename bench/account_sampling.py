@@ -126,8 +126,8 @@ def run(
         line.ratio = ratios(base, timing.seconds)
         common: dict[str, Any] = {
             "bench": "account", "model": case.model, "provider": line.name.split()[0], "mode": "sample",
-            "batch": case.batch, "dtype": case.dtype_name, "switches": line.switches, "note": line.name,
-            "rounds": len(timing.seconds),
+            "batch": case.batch, "dtype": case.dtype_name, "note": line.name, "rounds": len(timing.seconds),
+            "switches": {**line.switches, "sampler": case.sampler},
         }  # fmt: skip
         rows.add(line.ms, metric="ms", unit="ms/step", **common)
         rows.add(line.ratio, metric="speedup", unit="x", **common)

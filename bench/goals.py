@@ -9,7 +9,7 @@ from operator import itemgetter
 
 from plots import RATES
 from providers import NAMES, precision
-from rows import Row, few
+from rows import Row, few, mode_of
 from sanitize import CALLS
 from steps import SAMPLING_STEPS
 
@@ -55,7 +55,7 @@ class Rows:
         for row in rows:
             if row["p50"] is None or row.get("op") in RATES:
                 continue
-            if row.get("switches", {}).get("sampler", "ddpm") != "ddpm":  # goals are for ddpm
+            if mode_of(row) != str(row.get("mode")):  # goals are for ddpm
                 continue
             keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there the note names the line
             case = tuple(str(row.get(key)) for key in keys)

@@ -84,7 +84,7 @@ def predict(
 ) -> Prediction:
     """Predict a step that takes ``compute_s`` seconds on one GPU, for as many images per GPU of ``layout``.
 
-    The other arguments are those of :func:`~.traffic.training_step`. Raises ``UserError`` if an argument
+    The other arguments are those of ``traffic.training_step``. Raises ``UserError`` if an argument
     makes no sense.
     """
     positive("compute_s", compute_s, "seconds")

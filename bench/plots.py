@@ -8,7 +8,7 @@ from typing import Any
 
 from formats import memory, memory_unit, number, sizes
 from mdt_fast.errors import UserError
-from rows import Row
+from rows import Row, mode_of
 
 COLORS = {
     "reference": "#9a9a9a",
@@ -247,7 +247,7 @@ def group(rows: Sequence[Row]) -> dict[Case, dict[str, dict[str, Row]]]:
     cases: dict[Case, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row["bench"] == "throughput" and "model" in row and row["p50"] is not None:
-            case = (row["mode"], row["model"], row["batch"], row["dtype"])
+            case = (mode_of(row), row["model"], row["batch"], row["dtype"])
             cases.setdefault(case, {}).setdefault(row["metric"], {})[row["provider"]] = row
     return {case: metrics for case, metrics in cases.items() if "img_per_s" in metrics}
 

@@ -24,7 +24,7 @@ import roofline
 from formats import interval, memory, number, ratio, sizes
 from mdt_fast.errors import UserError
 from mdt_fast.files import aside
-from rows import Row, read
+from rows import Row, mode_of, read
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SAMPLING = " Sampling: 250 guided steps, extrapolated from the time of one."
@@ -146,9 +146,7 @@ def _latest(rows: Sequence[Row], bench: str) -> list[Row]:
     for row in rows:
         if row["bench"] == bench and set(case) <= set(row) and row.get("op") not in plots.RATES:
             keys = ("device", *case, "dtype", "provider", "metric")
-            if (sampler := row.get("switches", {}).get("sampler", "ddpm")) != "ddpm":
-                row = row | {"mode": f"{row['mode']} {sampler}"}
-            found[tuple(str(row[key]) for key in keys)] = row
+            found[mode_of(row), *(str(row[key]) for key in keys)] = row
     return [row for row in found.values() if row["p50"] is not None]
 
 

@@ -95,6 +95,12 @@ def few(row: Row) -> bool:
     return bool(row.get("rounds", MIN_ROUNDS) < MIN_ROUNDS)
 
 
+def mode_of(row: Row) -> str:
+    """The row's mode; ``sample ddim`` for another sampler than ddpm, whose rows are another case."""
+    mode, sampler = str(row.get("mode")), row.get("switches", {}).get("sampler", "ddpm")
+    return mode if sampler == "ddpm" else f"{mode} {sampler}"
+
+
 class RowFile:
     """The rows of one run, kept in ``rows`` and, if ``path`` is given, appended to that file one by one.
 

@@ -45,8 +45,8 @@ class Layout:
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             near = max(1, round(self.gpus / self.gpus_per_node)) * self.gpus_per_node
             raise UserError(
-                f"gpus: {self.gpus} does not divide by gpus_per_node {self.gpus_per_node}; the nearest that "
-                f"does is {near}"
+                f"gpus: {self.gpus} is not divisible by gpus_per_node {self.gpus_per_node}; the nearest that "
+                f"is: {near}"
             )
 
     @property

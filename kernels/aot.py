@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that this machine does not have, and read statistics from the machine code.
 
-Each kernel package lists its kernels at the shapes they serve as :class:`Case`; ``bench/kernels.py`` compiles
+Each room lists its kernels at the shapes they serve as :class:`Case`; ``bench/kernels.py`` compiles
 them all.
 """
 

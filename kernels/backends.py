@@ -88,7 +88,7 @@ def backends() -> list[Backend]:
 
 
 def tf32() -> bool:
-    """Whether PyTorch may use TF32 for float32 products on CUDA devices
+    """Whether PyTorch may use TF32 for float32 products on NVIDIA GPUs that have it
     (``torch.set_float32_matmul_precision("high")``, ``torch.backends.cuda.matmul.allow_tf32``)."""
     return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -106,7 +106,7 @@ def uses_triton(x: Tensor) -> bool:
 
 @cache
 def launching(room: str) -> Any:
-    """The module that launches the Triton kernels of a kernel package, by the package's name.
+    """The module that launches a room's Triton kernels, by the name of the room's package.
 
     It is imported on first use, because not every machine has Triton.
     """

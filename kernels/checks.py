@@ -1,4 +1,4 @@
-"""Argument checks shared by several kernel packages. Each raises a one-line ``ValueError``."""
+"""Argument checks shared by several rooms. Each raises a one-line ``ValueError``."""
 
 import operator
 from math import inf

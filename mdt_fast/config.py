@@ -136,7 +136,7 @@ class Switches:
     (off by default: it pays only where kernel launches cost more than that copy). ``stored_scores``: on a
     GPU, store the gradients of the attention scores and derive those of queries and bias table from them,
     instead of recomputing the scores for each (off by default: on an H200 it was faster at 64 tokens, and up
-    to twice as slow for some shapes with 256).
+    to twice as slow with only some of 256 tokens kept).
     """
 
     packed: bool = True

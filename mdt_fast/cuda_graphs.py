@@ -59,7 +59,8 @@ class Graphed:
         self.warm_up = warm_up
         self.captured: dict[Key, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
         self.pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside.pool
-        self.stream = _stream(device)
+        # Memory is taken again only on the stream that it was taken on.
+        self.stream: torch.cuda.Stream = _stream(device) if beside is None else beside.stream
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         key = key_of(args)
@@ -108,11 +109,18 @@ class Graphed:
         """Clean up after a failed capture. torch 2.11 leaves it half open: its stream is still current, its
         pool takes all allocations, and the default generator still draws for graphs only."""
         torch.cuda.set_stream(before)
-        here = torch.cuda.current_device(), self.pool
-        with suppress(RuntimeError):  # the pool may already be in order
+        here, half_open = (torch.cuda.current_device(), self.pool), False
+        with suppress(RuntimeError):  # raised if the capture has ended, as it does in most cases
             torch._C._cuda_endAllocateToPool(*here)
             torch._C._cuda_releasePool(*here)
-        _failed.append(graph)
+            half_open = True
+        if half_open:
+            _failed.append(graph)
+            if not self.captured:  # the pool is gone; its handle must not come back
+                self.pool = torch.cuda.graph_pool_handle()
+        else:
+            with suppress(RuntimeError):
+                graph.reset()  # which gives its memory back
         with suppress(RuntimeError):  # a capture that succeeds gives the generator back
             with torch.cuda.graph(
                 torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"

@@ -63,7 +63,7 @@ def test_a_folder_of_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     folder.write(0, noise(4))
     options = ["samples", "--reference=digits", FEATURES, "--metrics=fid", "--json=o.json"]
     assert evaluate(*options) == 2
-    assert "'samples' holds samples that are not complete yet; go on with" in capsys.readouterr().err
+    assert "'samples' holds samples that are not complete yet; resume with" in capsys.readouterr().err
     folder.write(1, noise(2))
     folder.assemble()
     assert evaluate(*options) == 0

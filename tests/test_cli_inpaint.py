@@ -75,8 +75,8 @@ def test_a_folder_is_begun_with_one_picture(tmp_path: Path, capsys: pytest.Captu
         assert (saved["arr_0"][:, :, :4, 0] == PIXELS[:, :4]).all()
     assert main(command) == 0
     for changed, says in (
-        ([*command[:-1], "--mask=all.png"], "was begun with another --mask; go on with"),
-        (command[:-2], "was begun with --image, now there is none; go on with"),
+        ([*command[:-1], "--mask=all.png"], "was begun with another --mask; resume with"),
+        (command[:-2], "was begun with --image, now there is none; resume with"),
     ):
         assert main(changed) == 2
         assert says in capsys.readouterr().err

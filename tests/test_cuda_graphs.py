@@ -27,6 +27,9 @@ class Stand:
     def replay(self) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -90,11 +93,12 @@ def test_later_captures_borrow_the_graphs_memory(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("error", ["operation not permitted when stream is capturing", "out of memory"])
 def test_a_capture_that_fails_leaves_nothing_half_begun(
-    ended: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    error: str, ended: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In torch 2.11 an invalid capture leaves its pool and the generator as in a capture, and its stream the
-    current one; later versions end it."""
+    current one; later versions end it. Where it has ended, its memory is given back."""
 
     class Capture:
         def __init__(self, graph: Any, stream: Any, capture_error_mode: str, pool: Any = None):
@@ -113,19 +117,25 @@ def test_a_capture_that_fails_leaves_nothing_half_begun(
 
     def function(x: Tensor) -> Tensor:
         if calls[-1:] == ["capture"]:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError(error)
         return x
 
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(Stand, "reset", lambda self: calls.append("reset"))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     graphed = Graphed(function, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"reads values on the host.*not permitted when stream is capturing"):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 8))
+    said = f"reads values on the host.*{error}" if "captur" in error else f"^{error}$"
+    with pytest.raises(UserError if "captur" in error else RuntimeError, match=said):
         graphed(torch.zeros(1))
-    released = [] if ended else ["end", "releasePool"]
+    released = ["reset"] if ended else ["end", "releasePool"]
     assert calls == ["capture", "bad", "stream", *released, "spare", "good"]
+    assert len(cuda_graphs._failed) == (not ended)
+    assert graphed.pool == (POOL if ended else (0, 8))
     assert not graphed.captured
 
 
 def test_one_stream_to_capture_on(calls: list[str]) -> None:
     first, second = (Graphed(lambda x: x, torch.device("cpu")) for _ in range(2))
     assert first.stream is second.stream
+    assert Graphed(lambda x: x, torch.device("cpu"), beside=first).stream is first.stream

@@ -117,6 +117,12 @@ def test_the_published_loops(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert len(replayed) == 2 * (12 - graphed.PLAIN)
 
 
+def test_the_mark_behind_a_pass_is_seen_once_the_gpu_is_done() -> None:
+    mark = graphed.mark(torch.ones(2**20, device="cuda").cumsum(0))
+    torch.cuda.synchronize()
+    assert mark.query()
+
+
 def test_a_sampling_loop() -> None:
     model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().eval()
     diffusion, quick = create_diffusion("10"), GraphedModel(model)

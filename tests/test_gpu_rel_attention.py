@@ -75,12 +75,13 @@ def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
     compare(op, partial(op, attention_backend="sdpa"), heads(2, 2, 81, 81, 79, 9), dtype)
 
 
+@pytest.mark.parametrize("table_grad", ["recompute", "store"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("d", [64, 72, 128])
-def test_tf32_where_products_of_float32_may_be(d: int, masked: bool) -> None:
+def test_tf32_where_products_of_float32_may_be(d: int, masked: bool, table_grad: str) -> None:
     """Rounded to ten bits on the way, as PyTorch's own products are then."""
     pos = kept(3, 16, 153) if masked else None
-    op = partial(rel_attention, grid_size=16, q_pos=pos, k_pos=pos)
+    op = partial(rel_attention, grid_size=16, q_pos=pos, k_pos=pos, table_grad=table_grad)
     args = heads(3, 4, 153 if masked else 256, 153 if masked else 256, d, 16)
     exact = run(partial(plain, grid_size=16, q_pos=pos, k_pos=pos), [a.double() for a in args])
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the fixture turns it off again

@@ -91,10 +91,13 @@ def _wide_cases(arch: str) -> Iterator[Case]:
         configs = launch_configs(arch, d, kind)
         shape = _shape(d, "fp32", arch) | {"RAGGED": True, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
         scores = shape | {"BIAS": LOOKUP, "Q_POSITIONS": True, "K_POSITIONS": True}
+        stored = kv_blocks(configs, True, d, half=False)
+        storing = [(rel_attention_bwd_kv_kernel, stored, scores | {"STORE": True})] if kind == "tf32" else []
         for kernel, launch, constants in (
             (rel_attention_fwd_kernel, configs.forward, scores),
             (rel_attention_bwd_q_kernel, configs.q, scores),
             (rel_attention_bwd_kv_kernel, configs.kv, scores | {"STORE": False}),
+            *storing,
             (rel_attention_bwd_bias_kernel, configs.bias, shape | {"Q_SLOTS": True, "K_SLOTS": True}),
         ):
             label = f"d={d} packed {kind}"

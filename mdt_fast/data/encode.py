@@ -75,19 +75,19 @@ def encode(
         if number < 1:
             raise UserError(f"{name}: must be at least 1, got {number}")
     if config.workers < 1:
-        raise UserError(f"--workers: must be at least 1, got {config.workers}")
+        raise UserError(f"workers: must be at least 1, got {config.workers}")
     if config.vae is None:
-        raise UserError("--vae: the folder or hub name of an AutoencoderKL is needed")
+        raise UserError("vae: the folder or hub name of an AutoencoderKL is needed")
     ranks = Ranks.from_environment()
     check_source(config, out)
     vae = Autoencoder.load(config.vae, device, getattr(torch, vae_dtype))
     if config.image_size < 1 or config.image_size % vae.factor:
         raise UserError(
-            f"--image-size: must be a multiple of {vae.factor}, the pixels per latent of {vae.name!r}; "
+            f"image_size: must be a multiple of {vae.factor}, the pixels per latent of {vae.name!r}; "
             f"got {config.image_size}"
         )
     if vae.image_channels not in (1, 3):
-        raise UserError(f"--vae: {vae.name!r} takes images with {vae.image_channels} channels, not 1 or 3")
+        raise UserError(f"vae: {vae.name!r} takes images with {vae.image_channels} channels, not 1 or 3")
     grey = config.source == "digits"
     images = open_source(replace(config, channels=1 if grey or vae.image_channels == 1 else 3))
     encoding = Encoding(
@@ -146,10 +146,10 @@ def check_source(config: DataConfig, out: Path) -> None:
     """``UserError`` for a source that cannot be encoded, before any slow work."""
     source = Path(config.source)
     if config.crop != "center":
-        raise UserError(f"--crop: encoding needs center crops, got {config.crop!r}")
+        raise UserError(f"crop: encoding needs center crops, got {config.crop!r}")
     if config.source != "digits" and config.source:
         if source.resolve() == out.resolve():
-            raise UserError(f"--out: {str(out)!r} is the source itself; choose another folder")
+            raise UserError(f"out: {str(out)!r} is the source itself; choose another folder")
         if is_encoded(source):
             raise UserError(f"SOURCE: {config.source!r} is already encoded; images are needed")
 
@@ -203,7 +203,7 @@ class Rows:
             finite = np.isfinite(values[first:last]).all(axis=(1, 2, 3))
             if not finite.all():
                 bad = images.member(kept[int(np.argmin(finite))])[0]
-                raise UserError(f"--vae: the moments of {bad!r} are not finite in {values.dtype}")
+                raise UserError(f"vae: the moments of {bad!r} are not finite in {values.dtype}")
         self.labels += images.labels[kept].tolist()
 
     @property

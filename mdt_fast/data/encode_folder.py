@@ -72,11 +72,11 @@ class Folder:
             with tempfile.TemporaryFile(dir=self.root, prefix="."):
                 names = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
         except OSError as error:
-            raise UserError(f"--out: cannot write in {str(self.root)!r}: {error.strerror}") from None
+            raise UserError(f"out: cannot write in {str(self.root)!r}: {error.strerror}") from None
         ours = {INDEX} if is_encoded(self.root) else set()
         if foreign := sorted(name for name in names - ours if not OURS.fullmatch(name)):
             raise UserError(
-                f"--out: {str(self.root)!r} holds other files, such as {foreign[0]!r}; use an empty folder"
+                f"out: {str(self.root)!r} holds other files, such as {foreign[0]!r}; use an empty folder"
             )
         for path in sorted([*self.root.glob(INDEX), *self.root.glob("shard-*.json")]):
             self._check_same(path)
@@ -102,7 +102,7 @@ class Folder:
             else:
                 what = f"{OPTIONS[name]} {was}, now it is {value}"
             raise UserError(
-                f"--out: {str(self.root)!r} was begun with other data or settings: {what}; "
+                f"out: {str(self.root)!r} was begun with other data or settings: {what}; "
                 "encode into another folder"
             )
 

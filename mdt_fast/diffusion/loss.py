@@ -175,7 +175,7 @@ def vb_term(
     """One term of the variational bound [B], and the predicted x_0 like ``x_start``.
 
     t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). t = 0: -log p(x_0 | x_1), with ``x_start`` taken as
-    8-bit pixels in [-1, 1] (even if it is a latent, which has no 8 bits).
+    8-bit pixels in [-1, 1] (even if it is a latent, which is not).
     """
     output, x_start, x_t = map(widened, (output, x_start, x_t))
     true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)

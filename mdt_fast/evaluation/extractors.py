@@ -63,7 +63,7 @@ class Extractor:
         except Exception as error:  # raised by a user's program
             reason = one_line(error)
             raise UserError(
-                f"--features: {self.given!r} failed on uint8 {list(images_BCHW.shape)}: {reason}"
+                f"features: {self.given!r} failed on uint8 {list(images_BCHW.shape)}: {reason}"
             ) from error
 
     def _read(self, returned: Any, count: int) -> Outputs:
@@ -75,7 +75,7 @@ class Extractor:
             named = dict(returned)
         else:
             raise UserError(
-                f"--features: {self.given!r} returned {type(returned).__name__}; pooled [B, D], (pooled, "
+                f"features: {self.given!r} returned {type(returned).__name__}; pooled [B, D], (pooled, "
                 "spatial), or a dictionary with 'pooled' and any of 'spatial', 'logits', 'probabilities' is "
                 "needed"
             )
@@ -86,7 +86,7 @@ class Extractor:
             if not isinstance(value, Tensor) or value.ndim != ndim or len(value) != count:
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise UserError(
-                    f"--features: {self.given!r} returned {name} {shape}; {ndim} dimensions, the first of "
+                    f"features: {self.given!r} returned {name} {shape}; {ndim} dimensions, the first of "
                     f"them {count}, are needed"
                 )
         probabilities = named.get("probabilities")
@@ -96,7 +96,7 @@ class Extractor:
             sums = probabilities.double().sum(1)
             if (probabilities < 0).any() or ((sums - 1).abs() > SUM_OFF).any():
                 raise UserError(
-                    f"--features: {self.given!r} returned probabilities that are below 0 or do not sum to 1; "
+                    f"features: {self.given!r} returned probabilities that are below 0 or do not sum to 1; "
                     "return values before the softmax as 'logits'"
                 )
         return Outputs(named["pooled"], named.get("spatial"), probabilities)
@@ -127,7 +127,7 @@ def open_extractor(
     current folder. Nothing is ever downloaded. Raises ``UserError``.
     """
     if weights is not None and given not in NAMES:
-        raise UserError(f"--weights: is for {INCEPTION} only; {given!r} brings its own")
+        raise UserError(f"weights: is for {INCEPTION} only; {given!r} brings its own")
     if given == INCEPTION:
         identity, network = load_inception(weights)
         return Extractor(identity, network.to(device), given)
@@ -136,7 +136,7 @@ def open_extractor(
     if ":" in given:
         return _open_function(given, device)
     raise UserError(
-        f"--features: {given!r} is not known{nearest(given, NAMES)}; use {', '.join(NAMES)}, a TorchScript "
+        f"features: {given!r} is not known{nearest(given, NAMES)}; use {', '.join(NAMES)}, a TorchScript "
         "or torch.export file, or module:function"
     )
 
@@ -144,10 +144,10 @@ def open_extractor(
 def _open_program(given: str, device: torch.device | str, trust: bool) -> Extractor:
     path = Path(given)
     if not path.is_file():
-        raise UserError(f"--features: no file {given!r}")
+        raise UserError(f"features: no file {given!r}")
     if not trust:
         raise UserError(
-            f"--features: {given!r} is a program, and reading it can run anything; if you know where it "
+            f"features: {given!r} is a program, and reading it can run anything; if you know where it "
             "comes from, add --trust-features"
         )
     with open(path, "rb") as file:
@@ -160,7 +160,7 @@ def _open_program(given: str, device: torch.device | str, trust: bool) -> Extrac
                 network = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
         raise UserError(
-            f"--features: {given!r} is neither a TorchScript nor a torch.export program: "
+            f"features: {given!r} is neither a TorchScript nor a torch.export program: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from None
     if "return_features" in _argument_names(network):
@@ -196,9 +196,9 @@ def _open_function(given: str, device: torch.device | str) -> Extractor:
         module = importlib.import_module(module_name)
     except Exception as error:
         reason = one_line(error)
-        raise UserError(f"--features: cannot import {module_name!r}: {reason}") from error
+        raise UserError(f"features: cannot import {module_name!r}: {reason}") from error
     if not hasattr(module, name):
-        raise UserError(f"--features: {module_name!r} has no {name!r}{nearest(name, dir(module))}")
+        raise UserError(f"features: {module_name!r} has no {name!r}{nearest(name, dir(module))}")
     found = getattr(module, name)
     try:
         if inspect.isclass(found):
@@ -206,10 +206,10 @@ def _open_function(given: str, device: torch.device | str) -> Extractor:
         if isinstance(found, nn.Module):
             found = found.to(device).eval()
     except Exception as error:
-        raise UserError(f"--features: cannot make {given!r}: {one_line(error)}") from error
+        raise UserError(f"features: cannot make {given!r}: {one_line(error)}") from error
     if not callable(found):
         raise UserError(
-            f"--features: {given!r} is {type(found).__name__}; a function or a torch.nn.Module is needed"
+            f"features: {given!r} is {type(found).__name__}; a function or a torch.nn.Module is needed"
         )
     file = getattr(module, "__file__", None)
     source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else "unknown"

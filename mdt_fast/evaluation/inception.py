@@ -64,7 +64,7 @@ def load_inception(weights: str | None) -> tuple[str, Inception]:
         lacking.append(f"{wrong}; get {URL} and give it by --weights FILE or put it at {str(path)!r}")
     if lacking:
         other = "or give another network by --features MODULE:NAME or FILE"
-        raise UserError(f"--features: {INCEPTION} {'; and it '.join(lacking)}; {other}")
+        raise UserError(f"features: {INCEPTION} {'; and it '.join(lacking)}; {other}")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -79,7 +79,7 @@ def load_inception(weights: str | None) -> tuple[str, Inception]:
     except Exception as error:
         reason = one_line(error)
         raise UserError(
-            f"--weights: {str(path)!r} does not hold the weights of {INCEPTION}: {reason}"
+            f"weights: {str(path)!r} does not hold the weights of {INCEPTION}: {reason}"
         ) from error
     published = "" if digest.startswith(PUBLISHED) else " (not the published weights)"
     return f"{INCEPTION} sha256:{digest[:16]}{published}", Inception(network.eval())

@@ -20,10 +20,10 @@ def parse_metrics(text: str) -> list[str]:
     for name in names:
         if name not in METRICS:
             raise UserError(
-                f"--metrics: {name!r} is not known{nearest(name, METRICS)}; known: {', '.join(METRICS)}"
+                f"metrics: {name!r} is not known{nearest(name, METRICS)}; known: {', '.join(METRICS)}"
             )
     if not names:
-        raise UserError(f"--metrics: at least one is needed of {', '.join(METRICS)}")
+        raise UserError(f"metrics: at least one is needed of {', '.join(METRICS)}")
     return [name for name in METRICS if name in names]
 
 
@@ -57,7 +57,7 @@ def check_same_network(samples: Features, reference: Features) -> None:
     """Raise ``UserError`` if both sides name the network of their features, and the names differ."""
     if samples.extractor and reference.extractor and samples.extractor != reference.extractor:
         raise UserError(
-            f"--reference: its features come from {reference.extractor!r}, the samples' from "
+            f"reference: its features come from {reference.extractor!r}, the samples' from "
             f"{samples.extractor!r}; they must come from the same network"
         )
 
@@ -75,7 +75,7 @@ def evaluate(
     """
     for metric in metrics:
         if (reason := missing(metric, samples, reference)) is not None:
-            raise UserError(f"--metrics: {metric} cannot be computed: {reason}")
+            raise UserError(f"metrics: {metric} cannot be computed: {reason}")
     if reference is not None:
         check_same_network(samples, reference)
     values: dict[str, float] = {}

@@ -26,7 +26,7 @@ class MomentSum:
     """Accumulates ``Moments`` part by part.
 
     Parts are centred before they are multiplied, and then merged (Chan, Golub and LeVeque 1979). Unlike
-    ``sum(x x') - N mean mean'``, this loses no digits if the mean is large compared with the spread.
+    ``sum(x x') - N mean mean'``, this does not cancel if the mean is large compared with the spread.
     """
 
     def __init__(self) -> None:

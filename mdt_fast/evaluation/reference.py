@@ -36,7 +36,7 @@ def open_source(path: Path, what: str, image_size: int | None = None) -> Opened:
     if not path.is_file():
         raise UserError(f"{what}: no file or folder {str(path)!r}")
     if image_size is not None:
-        raise UserError(f"--image-size: crops images in folders; {str(path)!r} is a file")
+        raise UserError(f"image_size: crops images in folders; {str(path)!r} is a file")
     if path.suffix == ".safetensors":
         return Opened(load_features(path, what), None)
     if path.suffix != ".npz":

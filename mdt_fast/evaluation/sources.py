@@ -17,8 +17,8 @@ from ..errors import UserError
 from .npz import Npz
 
 DIGITS = "digits"
-DECODERS = min(8, os.cpu_count() or 1)
-"""Threads that decode the images of a folder ahead of the network."""
+DECODERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Threads that decode the images of a folder ahead of the network; ``--threads`` is for the network."""
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -141,7 +141,7 @@ def check_same_size(samples: Images, reference: Images) -> None:
     """Raise ``UserError`` unless both have the same height, width and number of channels."""
     if samples.shape != reference.shape:
         raise UserError(
-            f"--reference: the images in {reference.name!r} are {_size(reference.shape)}, those in "
+            f"reference: the images in {reference.name!r} are {_size(reference.shape)}, those in "
             f"{samples.name!r} are {_size(samples.shape)}; they must be of one size"
         )
 

@@ -305,9 +305,8 @@ def from_reference(module: nn.Module) -> Transformer:
         )
     fast.load_state_dict(state, strict=True, assign=True)
     for key, parameter in fast.named_parameters():
-        parameter.requires_grad_(
-            trained[key]
-        )  # assigning gave the given module's own parameters the fast model's requires_grad
+        # Assigning gave the given module's own parameters the fast model's requires_grad.
+        parameter.requires_grad_(trained[key])
     share_index(fast)
     return fast.train(module.training)
 

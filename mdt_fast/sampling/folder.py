@@ -58,12 +58,11 @@ class SampleFolder:
             with tempfile.TemporaryFile(dir=self.root, prefix="."):
                 names = sorted(path.name for path in self.root.iterdir() if not path.name.startswith("."))
         except OSError as error:
-            raise UserError(f"--out: cannot write in {str(self.root)!r}: {error.strerror}") from None
+            raise UserError(f"out: cannot write in {str(self.root)!r}: {error.strerror}") from None
         for name in names:
             if not OURS.fullmatch(name) or SETTINGS not in names:
                 raise UserError(
-                    f"--out: {str(self.root)!r} holds other files, such as {name!r}; "
-                    "an empty folder is needed"
+                    f"out: {str(self.root)!r} holds other files, such as {name!r}; an empty folder is needed"
                 )
         path = self.root / SETTINGS
         if SETTINGS in names:
@@ -81,7 +80,7 @@ class SampleFolder:
         for name, now in json.loads(json.dumps(self.settings)).items():
             if before[name] != now:
                 raise UserError(
-                    f"--out: {str(self.root)!r} was begun {_difference(name, before[name], now)}; {AGAIN}, "
+                    f"out: {str(self.root)!r} was begun {_difference(name, before[name], now)}; {AGAIN}, "
                     "or choose another folder"
                 )
 

@@ -101,7 +101,7 @@ def check_alone(folder: Path, names: Sequence[str]) -> None:
     others = sorted({path.name for path in folder.glob("*.png") if path.is_file()} - {*names})
     if others:
         raise UserError(
-            f"--png: {str(folder)!r} holds {len(others)} other pictures, such as {others[0]!r}; choose "
+            f"png: {str(folder)!r} holds {len(others)} other pictures, such as {others[0]!r}; choose "
             "another folder, or remove them"
         )
 

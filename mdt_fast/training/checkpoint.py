@@ -272,11 +272,11 @@ def locked(run: Path) -> Iterator[None]:
     before anything is written.
     """
     if run.exists() and not run.is_dir():
-        raise UserError(f"--out: {str(run)!r} is a file; a folder is needed")
+        raise UserError(f"out: {str(run)!r} is a file; a folder is needed")
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     for above in run.parents:
         if above.exists() and not above.is_dir():
-            raise UserError(f"--out: {str(above)!r} is a file; a folder is needed")
+            raise UserError(f"out: {str(above)!r} is a file; a folder is needed")
     run.mkdir(parents=True, exist_ok=True)
     lock = run / ".lock"
     new = not lock.exists()

@@ -140,7 +140,7 @@ class Run:
         return "samples", path, self.step
 
     def draw_final(self) -> tuple[str, Path, int]:
-        """Draw ``samples.png``: the same images with the full sampler settings of ``config.sample``."""
+        """Draw ``samples.png``: the same classes and seeds with all settings of ``config.sample``."""
         self._draw(self.out / "samples.png", self.config.sample)
         return "samples", self.out / "samples.png", self.step
 
@@ -309,13 +309,13 @@ def _starting_path(out: Path, resume: str | None) -> Path | None:
 def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start afresh. ``UserError`` if a run would be overwritten."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {str(out)!r} is a file; a folder is needed")
+        raise UserError(f"out: {str(out)!r} is a file; a folder is needed")
     newest = checkpoint.latest(out)
     holds_run = newest is not None or (out / "metrics.jsonl").exists()
     if resume is None:
         if holds_run:
             raise UserError(
-                f"--out: {str(out)!r} already holds a run; use --resume auto, or choose another folder"
+                f"out: {str(out)!r} already holds a run; use --resume auto, or choose another folder"
             )
         return None
     if resume == "auto":
@@ -323,7 +323,7 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     start = open_or_advise(Path(resume), ())
     if holds_run and start.run.resolve() != out.resolve():
         raise UserError(
-            f"--resume: {resume!r} belongs to a different run than {str(out)!r}; choose another --out"
+            f"resume: {resume!r} belongs to a different run than {str(out)!r}; choose another --out"
         )
     return start
 
@@ -356,9 +356,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise UserError(f"--device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         several = launched()[1] > 1
         if several and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
@@ -368,9 +368,7 @@ def resolve_device(name: str) -> torch.device:
         index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
         if index >= torch.cuda.device_count():
             asked = f"local rank {index} needs its own GPU" if several else f"got {name!r}"
-            raise UserError(
-                f"--device: {asked}, but this machine has {torch.cuda.device_count()} CUDA devices"
-            )
+            raise UserError(f"device: {asked}, but this machine has {torch.cuda.device_count()} CUDA devices")
         device = torch.device("cuda", index)
     return device
 

@@ -162,7 +162,7 @@ def test_compute_of_an_assumed_share_of_peak() -> None:
         ("gpus: got 0, expected an integer, 1 or more", lambda: Layout(0)),
         ("gpus: got 2.5, expected an integer, 1 or more", lambda: Layout(2.5)),  # type: ignore[arg-type]
         ("gpus_per_node: got -8, expected an integer", lambda: Layout(8, -8)),
-        ("gpus: 20 does not divide by gpus_per_node 8; the nearest that does is 16", lambda: Layout(20)),
+        ("gpus: 20 is not divisible by gpus_per_node 8; the nearest that is: 16", lambda: Layout(20)),
         ("network.bandwidth: got -1.0, expected a positive", lambda: Links(Link(1, 0), Link(-1.0, 0))),
         ("node.bandwidth: got 0, expected a positive", lambda: Links(Link(0, 0), Link(1, 0))),
         ("node.latency: got -1, expected a number of seconds", lambda: Links(Link(1, -1), Link(1, 0))),

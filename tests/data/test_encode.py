@@ -157,9 +157,7 @@ def test_other_settings_or_images_need_another_folder(config: DataConfig, tmp_pa
         ({}, {"vae_dtype": "bfloat16"}, "--vae-dtype float32, now it is bfloat16"),
         ({}, {"mirror": False}, "mirrored True, now it is False"),
     ):
-        with pytest.raises(
-            UserError, match=f"--out: '.*latents' was begun with .*: {message}.*; encode into"
-        ):
+        with pytest.raises(UserError, match=f"out: '.*latents' was begun with .*: {message}.*; encode into"):
             run(replace(config, **change), out, **options)
     photo = Path(config.source) / "0" / "00.png"
     moved = Path(shutil.move(photo, tmp_path / "00.png"))
@@ -269,20 +267,20 @@ def test_what_does_not_fit_is_named(config: DataConfig, tmp_path: Path) -> None:
     for change, options, target, message in (
         ({}, {"batch_size": 0}, out, "--batch-size: must be at least 1, got 0"),
         ({}, {"shard_size": -1}, out, "--shard-size: must be at least 1, got -1"),
-        ({"workers": 0}, {}, out, "--workers: must be at least 1, got 0"),
-        ({"vae": None}, {}, out, "--vae: the folder or hub name of an AutoencoderKL is needed"),
-        ({"image_size": 17}, {}, out, "--image-size: must be a multiple of 2, .*; got 17"),
-        ({"image_size": 0}, {}, out, "--image-size: must be a multiple of 2, .*; got 0"),
-        ({"crop": "random"}, {}, out, "--crop: encoding needs center crops, got 'random'"),
-        ({"vae": wide}, {}, out, "--vae: '.*wide' takes images with 4 channels, not 1 or 3"),
+        ({"workers": 0}, {}, out, "workers: must be at least 1, got 0"),
+        ({"vae": None}, {}, out, "vae: the folder or hub name of an AutoencoderKL is needed"),
+        ({"image_size": 17}, {}, out, "image_size: must be a multiple of 2, .*; got 17"),
+        ({"image_size": 0}, {}, out, "image_size: must be a multiple of 2, .*; got 0"),
+        ({"crop": "random"}, {}, out, "crop: encoding needs center crops, got 'random'"),
+        ({"vae": wide}, {}, out, "vae: '.*wide' takes images with 4 channels, not 1 or 3"),
         ({"source": ""}, {}, out, "no images given"),
         ({"source": str(tmp_path / "nowhere")}, {}, out, "no folder '.*nowhere'"),
         ({"source": str(tmp_path / "encoded")}, {}, out, "SOURCE: '.*encoded' is already encoded"),
-        ({}, {}, Path(config.source), "--out: '.*photos' is the source itself"),
-        ({}, {}, full, "--out: '.*full' holds other files, such as 'thesis.txt'"),
-        ({}, {}, full / "thesis.txt", "--out: cannot write in '.*thesis.txt': File exists"),
-        ({}, {}, tmp_path / "tars", "--out: '.*tars' holds other files, such as 'shard-00000.tar'"),
-        ({}, {}, tmp_path / "foreign", "--out: '.*foreign' holds other files, such as 'index.json'"),
+        ({}, {}, Path(config.source), "out: '.*photos' is the source itself"),
+        ({}, {}, full, "out: '.*full' holds other files, such as 'thesis.txt'"),
+        ({}, {}, full / "thesis.txt", "out: cannot write in '.*thesis.txt': File exists"),
+        ({}, {}, tmp_path / "tars", "out: '.*tars' holds other files, such as 'shard-00000.tar'"),
+        ({}, {}, tmp_path / "foreign", "out: '.*foreign' holds other files, such as 'index.json'"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             run(replace(config, **change), target, **options)

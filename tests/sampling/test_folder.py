@@ -90,7 +90,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
     else:
         path.write_bytes((tmp_path / "out" / "shard-00002.npz").read_bytes())
     with pytest.raises(
-        UserError, match=r"shard-00001.npz: damaged since it was written; remove it and go on"
+        UserError, match=r"shard-00001.npz: damaged since it was written; remove it and resume"
     ):
         folder.assemble()
     assert not list((tmp_path / "out").glob("*samples*"))

@@ -89,3 +89,13 @@ def test_settings_that_are_none(section: str, changes: dict[str, Any], message: 
     with pytest.raises(UserError, match=f"^{message}"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_errors_name_pythons_arguments(tmp_path: Path) -> None:
+    """The command line puts its options' names in their place."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^out: '.*file' is a file; a folder is needed"):
+        train(tiny(steps=1), tmp_path / "file")
+    config = tiny(steps=1)
+    with pytest.raises(UserError, match=r"^device: unknown device 'tpu9'"):
+        train(replace(config, train=replace(config.train, device="tpu9")), tmp_path / "run")
