@@ -48,7 +48,7 @@ def test_lengths_at_256_tokens() -> None:
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), 5), "len_keep: got 5, expected 0..4"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), -1), "len_keep: got -1"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, expected integers"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, expected whole"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, expected integers"),
         (lambda: MaskPlan.from_noise(torch.rand(4), 2), r"noise: expected floats \[batch, tokens\]"),
         (lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2), "noise: expected floats"),
         (lambda: MaskPlan.from_noise(torch.full((1, 4), torch.nan), 2), "noise: has NaN values"),

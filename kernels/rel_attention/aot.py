@@ -92,15 +92,16 @@ def _wide_cases(arch: str) -> Iterator[Case]:
         shape = _shape(d, "fp32", arch) | {"RAGGED": True, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
         scores = shape | {"BIAS": LOOKUP, "Q_POSITIONS": True, "K_POSITIONS": True}
         stored = kv_blocks(configs, True, d, half=False)
-        storing = [(rel_attention_bwd_kv_kernel, stored, scores | {"STORE": True})] if kind == "tf32" else []
-        for kernel, launch, constants in (
-            (rel_attention_fwd_kernel, configs.forward, scores),
-            (rel_attention_bwd_q_kernel, configs.q, scores),
-            (rel_attention_bwd_kv_kernel, configs.kv, scores | {"STORE": False}),
-            *storing,
-            (rel_attention_bwd_bias_kernel, configs.bias, shape | {"Q_SLOTS": True, "K_SLOTS": True}),
+        for what, kernel, launch, constants in (
+            ("", rel_attention_fwd_kernel, configs.forward, scores),
+            ("", rel_attention_bwd_q_kernel, configs.q, scores),
+            ("", rel_attention_bwd_kv_kernel, configs.kv, scores | {"STORE": False}),
+            (" store", rel_attention_bwd_kv_kernel, stored, scores | {"STORE": True}),
+            ("", rel_attention_bwd_bias_kernel, configs.bias, shape | {"Q_SLOTS": True, "K_SLOTS": True}),
         ):
-            label = f"d={d} packed {kind}"
+            if what and (kind != "tf32" or d == MAX_HEAD_DIM):
+                continue
+            label = f"d={d} packed{what} {kind}"
             yield _case(kernel, label, constants | _blocks(launch), d, "fp32", launch, kind=kind)
 
 

@@ -71,7 +71,7 @@ def test_the_documents_tables_go_between_its_markers(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--gpus", "0"], "--gpus: got '0', expected an integer, 1 or more"),
-        (["--gpus", "20"], "gpus: 20 does not divide by gpus_per_node 8; the nearest that does is 16"),
+        (["--gpus", "20"], "gpus: 20 is not divisible by gpus_per_node 8; the nearest that is: 16"),
         (["--gpus-per-node", "0"], "--gpus-per-node: got 0, expected 1 or more"),
         (["--network", "-400"], "--network: got -400.0, expected a positive number of Gbit/s"),
         (["--network-per", "rack"], "--network-per: got 'rack', expected gpu, node"),

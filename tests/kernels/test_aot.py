@@ -70,7 +70,7 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
     for row in rows:
         if "tf32" in row["shape"] and row["metric"] in ("HMMA", "HGMMA", "UTCMMA"):
             matrix[row["kernel"], row["shape"]] += row["p50"]
-    assert len(matrix) == len(PRODUCTS) * 3 + 3  # and dS stored
+    assert len(matrix) == len(PRODUCTS) * 3 + 2  # heads of 64, 72 and 128; of the first two with dS stored
     assert all(matrix.values())
     wide: Counter[tuple[str, str]] = Counter()  # 16 bytes at a time
     for row in of("LDG.128") + of("LDGSTS.128"):

@@ -200,7 +200,10 @@ def test_refusals(tmp_path: Path) -> None:
     for changed, message in (
         ("{", "not a readable config.json"),
         ("[]", "names no class (_class_name)"),
-        (json.dumps({**values, "_class_name": "MDTV2"}), "none of MDTv2, MDT, DiT (did you mean 'MDTv2'?)"),
+        (
+            json.dumps({**values, "_class_name": "MDTV2"}),
+            "not one of MDTv2, MDT, DiT (did you mean 'MDTv2'?)",
+        ),
         (json.dumps({**values, "dept": 4}), "unknown key 'dept' (did you mean 'depth'?)"),
         (json.dumps({**values, "depth": "4"}), "config.json.depth: expected int, got '4'"),
         (json.dumps({**values, "depth": 6}), "weights of another model: "),
