@@ -102,6 +102,12 @@ def columns(size: int) -> int:
 
 
 @cache
+def capability(device: int | None) -> tuple[int, int]:
+    """The GPU's compute capability; asking torch for it takes microseconds on the host."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
 def architecture(device: int | None) -> str:
     """The newest architecture of ``aot.ARCHITECTURES`` that is not newer than the GPU.
 
@@ -110,5 +116,5 @@ def architecture(device: int | None) -> str:
     """
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
+    major, _ = capability(device)
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")

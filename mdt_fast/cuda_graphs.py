@@ -42,8 +42,8 @@ class Graphed:
     first call: later captures may overwrite anything else that it allocates. The next call overwrites the
     returned tensor. ``warmed_up`` is called before each capture, as the function has by then run more often
     than requested; ``done`` is called after it, with the arguments' key. ``beside``: another ``Graphed``
-    whose memory pool this one's graphs share, as they run one after the other and nobody keeps their
-    results. ``warm_up``: calls before the first capture.
+    whose memory pool and stream this one's graphs share, as they run one after the other and nobody keeps
+    their results. ``warm_up``: calls before the first capture.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import INTERPRETING, tf32
 from ..checks import cast
-from ..launches import architecture, cdiv, remembered
+from ..launches import architecture, capability, cdiv, remembered
 from . import config
 from .call import Call, Side
 from .kernel import DENSE, LOG2E, LOOKUP, NO_BIAS, rel_attention_fwd_kernel
@@ -314,7 +314,7 @@ def _kind(x: Tensor) -> config.Kind:
     """The kind of products; float32 uses TF32 if PyTorch's own products do."""
     if x.element_size() == 2:
         return "half"
-    if x.is_cuda and tf32() and torch.cuda.get_device_capability(x.device) >= (8, 0):
+    if x.is_cuda and tf32() and capability(x.device.index) >= (8, 0):
         return "tf32"
     return "float32"
 

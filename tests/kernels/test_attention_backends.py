@@ -300,9 +300,9 @@ def test_tf32_where_torch_may_take_it_and_the_gpu_has_it(
     pytest.importorskip("triton")
     from mdt_fast.kernels.rel_attention import launch
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "capability", lambda device: capability)
     before = torch.backends.cuda.matmul.fp32_precision
-    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), element_size=lambda: dtype.itemsize)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), element_size=lambda: dtype.itemsize)
     try:
         torch.backends.cuda.matmul.fp32_precision = allowed
         assert launch._kind(x) == kind
