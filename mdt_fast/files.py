@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +43,14 @@ def folder_aside(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def writable_folder(path: Path) -> set[str]:
+    """Make ``path``, unless it exists, and check that files can be written in it; returns the names in it,
+    except those that begin with a dot. ``OSError`` if that fails."""
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path, prefix="."):
+        return {inside.name for inside in path.iterdir() if not inside.name.startswith(".")}
 
 
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")

@@ -154,7 +154,7 @@ def test_helps_say_it(command: str, says: str, capsys: pytest.CaptureFixture[str
 
 def test_every_option_that_the_run_decides_says_so() -> None:
     from mdt_fast.cli import build_parser
-    from mdt_fast.commands.sample import OPTIONS
+    from mdt_fast.commands.sample_request import OPTIONS
     from mdt_fast.options import OF_RUN
 
     of_run = {action.dest for action in build_parser()[1]["sample"]._actions if OF_RUN in (action.help or "")}
@@ -305,7 +305,7 @@ def test_float8_draws_what_an_exact_model_draws_nearly(
 ) -> None:
     """Emulated, into a folder that is then finished by the same command alone."""
     commands = importlib.import_module("mdt_fast.commands.sample")
-    monkeypatch.setattr(commands, "check_float8", lambda device, config: None)
+    monkeypatch.setattr("mdt_fast.commands.sample_request.check_float8", lambda device, config: None)
     converted: list[int] = []
     monkeypatch.setattr(
         commands, "use_float8", lambda model: converted.append(use_float8(model, emulate=True))

@@ -10,11 +10,9 @@ from rich.progress import Progress
 from ..config import DataConfig
 from ..data import LatentSet
 from ..data import encode as engine
-from ..data.encode_folder import Ranks
 from ..data.images import open_source
 from ..errors import UserError
-from ..training.loop import Interrupts
-from ..training.run import resolve_device
+from ..processes import Interrupts, Ranks, resolve_device
 from .shared import refuse_empty, set_threads
 
 

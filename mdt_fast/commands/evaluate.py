@@ -35,8 +35,8 @@ from ..evaluation import (
 from ..evaluation import evaluate as measure
 from ..evaluation.reference import statistics_for, suffice
 from ..files import aside
+from ..processes import resolve_device
 from ..sampling import assembled_in, check_writable
-from ..training.run import resolve_device
 from .shared import refuse_empty, set_threads
 
 

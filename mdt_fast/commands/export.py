@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ..data import described_stage
 from ..errors import UserError
+from ..processes import resolve_device
 from ..sampling import check_writable, export_step
 from ..sampling.export import MOST_IMAGES
 from ..sampling.schedulers import SOLVERS
 from ..training.checkpoint import EMA
-from ..training.from_weights import WeightsFile, open_for_drawing
-from ..training.run import resolve_device
+from ..training.from_weights import open_for_drawing
 from ..training.states import model_of
 from .shared import set_threads
 
@@ -24,8 +24,8 @@ def export(args: argparse.Namespace) -> int:
     check_writable(target)
     batch = _batch(args.batch)
     opened = open_for_drawing(Path(args.run), EMA, "mdt-fast export {}")
-    if isinstance(opened, WeightsFile) and opened.note:
-        print(opened.note)
+    if (note := opened.note(EMA)) is not None:
+        print(note)
     device = resolve_device(args.device)
     stage = described_stage(opened.state.get("latents"), opened.config.data)
     config = replace(opened.config.sample, dtype="float32")

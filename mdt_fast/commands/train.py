@@ -14,9 +14,9 @@ from ..data.latents import LatentSet, is_encoded
 from ..errors import UserError, nearest
 from ..models import zoo
 from ..presets import PRESETS, decode_layer, published
+from ..processes import Ranks
 from ..training import train as run_training
 from ..training.checkpoint import Checkpoint
-from ..training.distributed import launched
 from ..training.run import prepare, starting_point
 from .config_file import as_yaml, read_config_file, read_saved_config
 from .shared import refuse_empty, set_threads
@@ -35,7 +35,7 @@ PREEMPTION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if h
 
 def train(args: argparse.Namespace) -> int:
     set_threads(args.threads)
-    console = Console(highlight=False, soft_wrap=True, quiet=launched()[0] > 0)
+    console = Console(highlight=False, soft_wrap=True, quiet=Ranks.from_environment().rank > 0)
     refuse_empty(args, "out")
     out = Path(args.out)
     config = train_config(args)

@@ -23,9 +23,10 @@ from rich.console import Console
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..processes import Ranks
 from .ahead import read_ahead
 from .autoencoder import Autoencoder
-from .encode_folder import Folder, Ranks
+from .encode_folder import Folder
 from .images import SourceSet, open_source
 from .latents import DTYPES, Encoding, is_encoded
 from .progress import ImageProgress

@@ -1,9 +1,7 @@
 """The folder that ``mdt-fast encode`` writes: shards, a JSON beside each, and finally the index."""
 
-import os
 import re
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ from torch import Tensor
 
 from ..config import from_dict
 from ..errors import UserError
-from ..files import aside, flush, remove_leftovers, sha256_of
+from ..files import aside, flush, remove_leftovers, sha256_of, writable_folder
+from ..processes import Ranks
 from .latents import (
     INDEX,
     DamagedError,
@@ -36,27 +35,6 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process's ``rank`` among ``world`` processes, as torchrun sets them in the environment."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        numbers = []
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-            text = os.environ.get(name, default)
-            if not text.isdecimal():
-                raise UserError(f"{name}: the environment variable must be a number, got {text!r}")
-            numbers.append(int(text))
-        rank, world = numbers
-        if rank >= world:
-            raise UserError(f"RANK: must be below WORLD_SIZE={world}, got {rank}")
-        return cls(rank, world)
-
-
 class Folder:
     """Writes and checks the folder: shards, a JSON beside each, and finally the index."""
 
@@ -68,9 +46,7 @@ class Folder:
     def prepare(self, ranks: Ranks) -> None:
         """Make the folder, or check that it is ours with the same settings; remove leftovers."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root, prefix="."):
-                names = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
+            names = writable_folder(self.root)
         except OSError as error:
             raise UserError(f"out: cannot write in {str(self.root)!r}: {error.strerror}") from None
         ours = {INDEX} if is_encoded(self.root) else set()

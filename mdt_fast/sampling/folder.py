@@ -6,7 +6,6 @@ W, C], and ``arr_1``, the labels; ``samples_NxHxWxC.npz``, written last, has all
 
 import json
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import aside, flush, remove_leftovers
+from ..files import aside, flush, remove_leftovers, writable_folder
 from .npz import adm_name, save_npz
 
 SETTINGS = "settings.json"
@@ -54,12 +53,10 @@ class SampleFolder:
         """Make the folder, or check that it was begun with the same settings. ``UserError`` names the first
         setting that differs, or a file that is not ours."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root, prefix="."):
-                names = sorted(path.name for path in self.root.iterdir() if not path.name.startswith("."))
+            names = writable_folder(self.root)
         except OSError as error:
             raise UserError(f"out: cannot write in {str(self.root)!r}: {error.strerror}") from None
-        for name in names:
+        for name in sorted(names):
             if not OURS.fullmatch(name) or SETTINGS not in names:
                 raise UserError(
                     f"out: {str(self.root)!r} holds other files, such as {name!r}; an empty folder is needed"

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ..config import RunConfig, as_saved, from_dict
 from ..errors import UserError, one_line
 from ..files import sha256_of
 from .distributed import World
+from .optim import unripe
 
 FORMAT = 2
 STATE = "state.json"
@@ -49,8 +51,11 @@ class DamagedCheckpointError(UserError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint: ``state.json`` is verified; ``verify`` checks the tensor files."""
+class SavedModel(ABC):
+    """A model's weights with the configuration of its run: a checkpoint, or a file of weights alone.
+
+    ``state``: what a checkpoint's ``state.json`` holds.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -68,6 +73,18 @@ class Checkpoint:
     def classes(self) -> tuple[str, ...]:
         return tuple(self.state["classes"])
 
+    @abstractmethod
+    def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of a part whose names start with ``prefix``, unsharded and on the CPU."""
+
+    @abstractmethod
+    def note(self, part: str) -> str | None:
+        """What a user who samples with the weights of ``part`` should know; None if there is nothing."""
+
+
+class Checkpoint(SavedModel):
+    """An opened checkpoint: ``state.json`` is verified; ``verify`` checks the tensor files."""
+
     @property
     def run(self) -> Path:
         """The run's folder."""
@@ -79,8 +96,10 @@ class Checkpoint:
             found: dict[str, Any] = reader.read_metadata().state_dict_metadata
         return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
 
+    def note(self, part: str) -> str | None:
+        return unripe(self.config.train.ema_decay, self.step) if part == EMA else None
+
     def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors of a part whose names start with ``prefix``, unsharded and on the CPU."""
         whole = {
             name: torch.empty(shape, dtype=dtype)
             for name, (shape, dtype) in self.shapes(part).items()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+from ..processes import Ranks
 
 STORE_TIMEOUT, REPORT_TIMEOUT = timedelta(minutes=5), timedelta(seconds=5)
 
@@ -91,31 +92,19 @@ class World:
             dist.barrier(group=self.control)
 
 
-def launched() -> tuple[int, int]:
-    """(rank, number of processes) from the environment; (0, 1) without a launcher."""
-    try:
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        raise UserError(
-            f"RANK and WORLD_SIZE: {os.environ.get('RANK')!r} and {os.environ.get('WORLD_SIZE')!r} are not "
-            "integers; start the run with torchrun"
-        ) from None
-    return rank, size
-
-
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """Join the run's process group for the duration of the block; yields this process's :class:`World`.
 
     ``UserError`` if the processes cannot connect.
     """
-    rank, size = launched()
-    if size == 1:
+    ranks = Ranks.from_environment()
+    if ranks.world == 1:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield World()
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank, size = ranks.rank, ranks.world
+    local_rank = rank if ranks.local_rank is None else ranks.local_rank
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -129,7 +118,7 @@ def joined(device: torch.device) -> Iterator[World]:
         control, checkpoints = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} of {size} cannot join the others: {_first_line(error)}") from None
-    world = World(rank, size, local_rank, local_size, control, checkpoints)
+    world = World(rank, size, local_rank, ranks.local_world, control, checkpoints)
     yield world
     world.settle()
     world.barrier()
@@ -183,7 +172,7 @@ def _first_line(error: Exception) -> str:
 
 def first_to_report() -> bool:
     """Whether this is the first process of the run to report an error; only the first one prints."""
-    if launched()[1] == 1:
+    if not _several():
         return True
     with suppress(Exception):  # if the store is gone too, better to report twice than not at all
         return _torchruns_store(REPORT_TIMEOUT).add(f"mdt_fast/reported_{_attempt()}", 1) == 1
@@ -213,8 +202,16 @@ def _torchruns_store(timeout: timedelta) -> dist.Store:
 def leave(code: int) -> int:
     """Return ``code`` to exit with. With several processes, exit at once instead, because threads may be
     waiting for lost processes."""
-    if launched()[1] > 1:
+    if _several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _several() -> bool:
+    """Whether this is one of several processes. Not if the environment makes no sense, which is then the
+    error to report."""
+    with suppress(UserError):
+        return Ranks.from_environment().world > 1
+    return False

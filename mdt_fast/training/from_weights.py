@@ -26,7 +26,7 @@ from ..models.convert import (
 )
 from ..models.zoo import build_model
 from ..presets import PRESETS, VAE
-from .checkpoint import EMA, MODEL, Checkpoint
+from .checkpoint import EMA, MODEL, SavedModel
 from .run import open_or_advise
 from .settings import check_settings
 from .states import model_of
@@ -41,16 +41,14 @@ KINDS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class WeightsFile(Checkpoint):
-    """``weights`` in float32, with the state that a checkpoint's ``state.json`` would hold. ``taken``: the
-    published model that the weights are taken as; None: the file has its configuration."""
+class WeightsFile(SavedModel):
+    """``weights`` in float32. ``taken``: the published model that they are taken as; None: the file has its
+    configuration."""
 
     weights: Mapping[str, Tensor]
     taken: str | None
 
-    @property
-    def note(self) -> str | None:
-        """A note on weights without a configuration; otherwise None."""
+    def note(self, part: str) -> str | None:
         model = self.config.model
         blocks = f", {model.decode_layer} decoder blocks" if model.family == "mdt" else ""
         classes = f"{model.num_classes} classes" if self.config.data.conditional else "no classes"
@@ -60,7 +58,7 @@ class WeightsFile(Checkpoint):
         return {name: value for name, value in self.weights.items() if name.startswith(prefix)}
 
 
-def open_for_drawing(path: Path, part: str, use: str) -> Checkpoint:
+def open_for_drawing(path: Path, part: str, use: str) -> SavedModel:
     """:func:`~mdt_fast.training.run.open_or_advise` for ``part`` of a run, or open a weights file.
 
     A file that ``mdt-fast convert`` made from a run has the run's configuration; others are taken as

@@ -5,14 +5,11 @@ label drops and masks. So a resumed run needs no generator states and matches th
 bit on the same machine, and using more processes or micro-batches changes rounding only.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,14 +19,15 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data import ImageSet
 from ..errors import UserError
+from ..processes import Interrupts, resolve_device
 from .checkpoint import latest, locked
-from .distributed import joined, launched, losses_named
+from .distributed import joined, losses_named
 from .metrics import Metrics
 from .objective import draw
 from .optim import learning_rate, set_learning_rate, unripe
 from .parallelize import split, sum_gradients
 from .progress import TrainingProgress, summary
-from .run import Run, derive_seed, prepare, resolve_device
+from .run import Run, derive_seed, prepare
 from .sinks import TENSORBOARD_FOLDER, WANDB_ID, Sinks
 
 STEP, POSTERIOR = 11, 12  # seed streams of training steps and of the posterior noise
@@ -134,7 +132,7 @@ def train(
             raise UserError(f"{error}; the last checkpoint is {str(last)!r}") from error
 
 
-def _train(run: Run, bar: TrainingProgress, interrupts: "Interrupts") -> Result:
+def _train(run: Run, bar: TrainingProgress, interrupts: Interrupts) -> Result:
     settings, first, began = run.config.train, run.step, time.perf_counter()
     metrics, notes = run.open()
     for note in notes:
@@ -193,7 +191,7 @@ class Pictures:
     A signal stops drawing after the current sampling step; training progress is already saved by then.
     """
 
-    def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: "Interrupts"):
+    def __init__(self, bar: TrainingProgress, run: Run, sinks: Sinks, interrupts: Interrupts):
         self.bar, self.run, self.sinks, self.interrupts = bar, run, sinks, interrupts
         self._finished, self._took = time.perf_counter(), 0.0
         run.on_sampling_step = self._go_on
@@ -237,41 +235,3 @@ def everyones_unreadable(run: Run) -> dict[int, str]:
     for of_one in run.world.everyones(dict(run.loader.unreadable)):
         found |= of_one
     return found
-
-
-class Interrupts:
-    """Within ``with``, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP is only recorded in ``caught``.
-
-    After that, SIGINT and SIGTERM act as usual, except with several processes: there the scheduler and
-    torchrun both send the same signal. Ignored signals (SIGHUP under nohup) stay ignored.
-    """
-
-    NUMBERS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-    )
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._before = {
-                number: signal.signal(number, self._note)
-                for number in self.NUMBERS
-                if signal.getsignal(number) != signal.SIG_IGN
-            }
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.caught = self.caught or number
-        if launched()[1] > 1:
-            return
-        for usual in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a closing terminal sends several
-            if usual in self._before:
-                signal.signal(usual, self._before[usual])

@@ -1,7 +1,6 @@
 """A run's parts: checked settings, data, model, optimiser, and the run's folder."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from ..files import aside, remove_leftovers
 from ..models.base import Transformer
 from ..models.zoo import build_model
 from ..optim import FusedAdamW, FusedAdan
+from ..processes import resolve_device
 from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .distributed import World, launched, warnings_of_launch
+from .distributed import World, warnings_of_launch
 from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, optimize
 from .parallelize import parallelize, replicas, rows_of, same_weights
@@ -348,29 +348,6 @@ def open_or_advise(
         advice = f"the newest intact one is {good}: use {use.format(good)}" if good else "no other is intact"
         raise checkpoint.DamagedCheckpointError(f"{error}; {advice}") from None
     return opened
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` (CUDA if available), or a torch device name. With several processes on a node, each takes the
-    GPU of its local rank. ``UserError`` if there is no such device."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise UserError(f"device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        several = launched()[1] > 1
-        if several and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-            raise UserError(
-                "LOCAL_RANK: not set, so processes cannot be assigned to GPUs; start the run with torchrun"
-            )
-        index = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
-        if index >= torch.cuda.device_count():
-            asked = f"local rank {index} needs its own GPU" if several else f"got {name!r}"
-            raise UserError(f"device: {asked}, but this machine has {torch.cuda.device_count()} CUDA devices")
-        device = torch.device("cuda", index)
-    return device
 
 
 def derive_seed(*parts: int) -> int:

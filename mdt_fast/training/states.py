@@ -15,7 +15,7 @@ from ..models.convert import check_weights
 from ..optim import FusedAdamW, FusedAdan
 from ..optim.shards import local
 from ..reference.layers import relative_position_index
-from .checkpoint import EMA, METRICS, MODEL, OPTIMIZER, Checkpoint
+from .checkpoint import EMA, METRICS, MODEL, OPTIMIZER, Checkpoint, SavedModel
 from .distributed import World
 from .metrics import Metrics
 from .optim import LossScale
@@ -114,7 +114,7 @@ def restore_optimizer(
         ) from error
 
 
-def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
+def whole_state(opened: SavedModel, part: str) -> dict[str, Tensor]:
     """The ``state_dict`` of a checkpoint's ``model`` or ``ema``, including its constant buffers."""
     tensors, config = opened.tensors(part), opened.config.model
     index = relative_position_index(config.grid_size, config.grid_size)
@@ -123,7 +123,7 @@ def whole_state(opened: Checkpoint, part: str) -> dict[str, Tensor]:
     return {key: tensors[key] if key in tensors else index.clone() for key in keys}
 
 
-def model_of(opened: Checkpoint, part: str) -> Transformer:
+def model_of(opened: SavedModel, part: str) -> Transformer:
     """Load a checkpoint's model, with its ``model`` or ``ema`` weights, on the CPU and in eval mode."""
     with torch.device("meta"):  # without drawing initial weights
         model: Any = build_model(opened.config.model)

@@ -18,6 +18,7 @@ RANK = {
     "kernels": 0,
     "config": 1,
     "cuda_graphs": 1,
+    "processes": 1,
     "presets": 2,
     "masking": 2,
     "optim": 2,

@@ -208,7 +208,7 @@ def test_killed_half_way_it_goes_on(trained: Path, tmp_path: Path) -> None:
 def test_classes_by_name(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mdt_fast.commands.sample import chosen_labels
+    from mdt_fast.commands.sample_request import chosen_labels
 
     classes = ("cat", "dog", "owl")
     assert chosen_labels(None, classes, 5) == [0, 1, 2]
@@ -220,7 +220,7 @@ def test_classes_by_name(
 
 
 def test_names_with_commas_are_names() -> None:
-    from mdt_fast.commands.sample import chosen_labels
+    from mdt_fast.commands.sample_request import chosen_labels
 
     classes = ("cat", "zebra", "zebra, striped", "tench, Tinca tinca, fish")
     assert chosen_labels("zebra, striped", classes, 4) == [2]

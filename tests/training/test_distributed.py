@@ -19,9 +19,10 @@ import several_runs
 from mdt_fast.cli import main
 from mdt_fast.errors import UserError
 from mdt_fast.kernels.native import library
+from mdt_fast.processes import resolve_device
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
 from mdt_fast.training.distributed import let_go
-from mdt_fast.training.run import equal_share, resolve_device
+from mdt_fast.training.run import equal_share
 from tiny import ARGUMENTS
 
 pytestmark = pytest.mark.slow

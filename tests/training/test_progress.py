@@ -16,8 +16,9 @@ from rich.console import Console
 
 from mdt_fast.config import DataConfig
 from mdt_fast.data.progress import clock
+from mdt_fast.processes import Interrupts
 from mdt_fast.training import progress
-from mdt_fast.training.loop import Interrupts, Pictures, everyones_unreadable
+from mdt_fast.training.loop import Pictures, everyones_unreadable
 from mdt_fast.training.progress import Rate, TrainingProgress, describe_loss, describe_speed, summary
 from mdt_fast.training.sinks import Sinks
 
