@@ -8,7 +8,7 @@ import torch
 
 
 def save_tiny_vae(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """Write one with diffusers' own ``save_pretrained``; ``config`` replaces its settings."""
+    """Save one with diffusers' own ``save_pretrained``; ``config`` overrides its settings."""
     from diffusers import AutoencoderKL
 
     settings = {
@@ -26,5 +26,5 @@ def save_tiny_vae(folder: Path, seed: int = 0, **config: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one for images in RGB."""
+    """The folder of a tiny autoencoder for RGB images."""
     return save_tiny_vae(tmp_path_factory.mktemp("autoencoder") / "vae")

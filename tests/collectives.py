@@ -1,4 +1,4 @@
-"""What the processes of a training step really hand to their collectives, counted."""
+"""Counts what the processes of a training step hand to their collectives."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -25,11 +25,11 @@ KINDS = {
     "_reduce_scatter_base_": ("reduce_scatter", 1, 0),
     "allreduce_": ("all_reduce", 0, 0),
 }
-"""What torch calls them: for each, which argument is the whole buffer, and which this process's part."""
+"""Torch's collectives: kind, which argument is the whole buffer, and which this process's part."""
 
 
 class Collectives(TorchDispatchMode):
-    """Within ``with``: kind, and bytes of the whole and of this process's buffer, of every collective."""
+    """Within ``with``, records each collective's kind, and the bytes of the whole and of the own buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        """Five blocks, of which one is the side block; sizes that do not come out even."""
+        """Five blocks, one of them the side block; sizes that do not divide evenly."""
         config = tiny(
             parallel=self.parallel,
             dtype=self.dtype,
@@ -79,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Counted:
-    """``groups``: how many modules FSDP2 gathers; what was found in a step's passes and in its update."""
+    """``groups``: how many modules FSDP2 gathers; ``passes`` and ``update``: the collectives of a step."""
 
     groups: int
     passes: list[tuple[str, int, int]]
@@ -90,7 +90,7 @@ class Counted:
 
 
 def count(folder: Path, world: int, cases: list[Case]) -> dict[str, Counted]:
-    """Each case's second step, which the processes must agree about."""
+    """Each case's second step; all processes must agree on it."""
     spawn(folder, _count, str(folder), [asdict(case) for case in cases], world=world)
     found = json.loads((folder / "counted.json").read_text())
     return {
@@ -111,7 +111,7 @@ def _count(rank: int, folder: str, cases: list[dict[str, Any]]) -> None:
 
 
 def _step(rank: int, case: Case) -> Counted:
-    """By the trainer's own parts."""
+    """A step built from the trainer's own parts."""
     config, device = case.config, torch.device("cpu")
     settings = config.train
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, deterministic draws, and a closing list of the golden tests by name."""
+"""What every test shares: one thread, seeded draws, and a closing list of the golden tests."""
 
 import gc
 import sys
@@ -25,7 +25,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_for_these_alone() -> Iterator[None]:
-    """What one file compiles does not count towards another's limit, in whatever order they come."""
+    """What one file compiles does not count towards another's recompile limit, whatever their order."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -33,14 +33,14 @@ def _compiled_for_these_alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _on_the_recording_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of golden numbers do not depend on how this machine's processor rounds."""
+    """Golden tests do not depend on how this machine's processor rounds."""
     if "golden" in request.node.name:
         monkeypatch.setattr(embed, "frequencies", frequencies)
 
 
 @pytest.fixture
 def full_float32() -> Iterator[None]:
-    """Products of float32 in float32. (``monkeypatch`` would delete what these objects make up.)"""
+    """Float32 products in float32. (``monkeypatch`` would delete attributes that these objects compute.)"""
     where = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flags.allow_tf32 for flags in where]
     for flags in where:
@@ -51,7 +51,7 @@ def full_float32() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of many slow tests first: processes that share the files then end at about the same time."""
+    """Files with many slow tests go first, so that parallel processes end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
@@ -61,13 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests and their modules are no garbage: looking through them took a second each time."""
+    """Thousands of collected tests and modules are not garbage; scanning them took a second each time."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List every test against the official implementation's numbers, with its outcome."""
+    """List every golden test (against the official implementation's numbers) with its outcome."""
     golden: dict[tuple[str, str], list[str]] = defaultdict(list)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):

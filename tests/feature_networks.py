@@ -62,7 +62,7 @@ number = 3
 
 
 def forget(*names: str) -> None:
-    """Let the next test import its own modules of these names."""
+    """Let the next test import its own modules with these names."""
     for name in list(sys.modules):
         if name.partition(".")[0] in names:
             del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Rounding to float8 and the products behind it: each bound by what float8 can hold, and exact beyond that.
+"""Rounding to float8, within its precision, and products of the rounded numbers, which are exact.
 
 R rows, D columns, O outputs, B samples.
 """
@@ -24,7 +24,7 @@ SHAPES = pytest.mark.parametrize(("R", "D"), [(1, 1), (3, 24), (70, 300), (9, 11
 
 
 def spread(R: int, D: int) -> Tensor:
-    """Numbers of many magnitudes, rows of zeros among them."""
+    """Numbers of many magnitudes, with some rows of zeros."""
     torch.manual_seed(0)
     x = torch.randn(R, D) * torch.exp2(torch.randint(-12, 3, (R, 1)).float())
     x[1::4] = 0
@@ -46,7 +46,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]] =
 @SHAPES
 @pytest.mark.parametrize("form", FORMS)
 def test_rows(form: str, R: int, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The nearest of float8's numbers, by the least power of two that none is too large for."""
+    """Float8's nearest numbers, scaled by the smallest power of two that keeps them all in range."""
     how, exact = FORMS[form](spread(R, D).to(dtype), torch.randn(D).to(dtype))
     with poisoned(monkeypatch):
         rows, scale = kernels.quantize_rows(spread(R, D).to(dtype), **how)
@@ -56,9 +56,9 @@ def test_rows(form: str, R: int, D: int, dtype: torch.dtype, monkeypatch: pytest
     most = rows.float().abs().amax(1)
     full = (exact.abs().amax(1) > 1e-30).to(most.dtype)
     assert (most <= 448).all()
-    assert (most >= 216 * full).all()  # of half the scale the largest number were too large
+    assert (most >= 216 * full).all()  # with half the scale, the largest would be out of range
     error = (rows.double() * scale.double()[:, None] - exact.double()).abs()
-    # Half a step of 3 bits, or of the smallest numbers; and what float32 or half types are off before it.
+    # Half a step of 3 bits or of the smallest numbers, plus the error of float32 or half types before it.
     half_a_step = (exact.abs().double() / 16).maximum(scale.double()[:, None] * 2.0**-10)
     assert (
         error <= half_a_step + exact.abs().double() * (FLOAT32 if dtype == torch.float32 else 2**-8)
@@ -68,7 +68,7 @@ def test_rows(form: str, R: int, D: int, dtype: torch.dtype, monkeypatch: pytest
 @DTYPES
 @pytest.mark.parametrize(("outputs", "D"), [(1, 16), (40, 24), (17, 300)], ids=str)
 def test_weights(outputs: int, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As rows are rounded, and the same numbers transposed."""
+    """The weight is rounded as rows are; its columns are the same numbers, transposed."""
     weight = spread(outputs, D).to(dtype)
     with poisoned(monkeypatch):
         rows, columns, scale = kernels.quantize_weight(weight)
@@ -81,7 +81,7 @@ def test_weights(outputs: int, D: int, dtype: torch.dtype, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_never_hidden(bad: float) -> None:
-    """A row of it makes its whole row of a product NaN; others stay."""
+    """A non-finite number makes its whole row of the product NaN; the other rows stay finite."""
     x, weight = torch.randn(3, 32), torch.randn(16, 32)
     x[1, 5] = bad
     out = kernels.linear(x, weight, float8=True)
@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_never_hidden(bad: float) -> None:
 
 
 def few_programs(D: int, dtype: torch.dtype) -> Any:
-    """Which then take several rows each."""
+    """So few programs that each takes several rows."""
     return forced(("quantize_rows", shape_class(columns(D), dtype.itemsize == 2)), {"programs": 4})
 
 
@@ -109,7 +109,7 @@ def test_more_rows_than_programs() -> None:
 
 
 def test_rows_apart() -> None:
-    """Of memory with something in between, or none between the rows."""
+    """Strided, transposed and expanded inputs give what contiguous copies give."""
     wide, v = spread(40, 96), torch.randn(96)
     for x in (wide[:, ::2], wide.t()[:48], wide[:1].expand(40, 96)[:, :48]):
         for how in ({}, {"gelu_bias": v[:: 96 // x.shape[1]]}, {"factor": v[:: 96 // x.shape[1]]}):
@@ -138,7 +138,7 @@ def test_rounding_has_no_gradient() -> None:
 
 
 def test_float64_is_rounded_as_float32() -> None:
-    """What that cannot hold is NaN, or nothing."""
+    """What float32 cannot hold becomes NaN if too large, zero if too small."""
     rows, scale = kernels.quantize_rows(torch.tensor([[1e300, 1.0], [1e-60, 1e-61], [0.3, 0.1]]).double())
     assert scale.isnan().tolist() == [True, False, False]
     assert rows.float()[1].tolist() == [0, 0]
@@ -155,13 +155,14 @@ def test_the_smallest_and_the_largest() -> None:
 
 
 def rounded(x: Tensor, factor: Tensor | None = None) -> Tensor:
-    """What float8 holds of it, in float64."""
+    """What float8 holds of ``x``, in float64."""
     rows, scale = reference.quantize_rows(x, None, factor)
     return rows.double() * scale.double()[:, None]
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> list[Tensor]:
-    """In float64, of rounded operands: output, gradients of x, of the weight (not rounded), of the bias."""
+    """From rounded operands, in float64: output and gradients of x, of the weight (not rounded), of the
+    bias."""
     held, scale = rounded(weight), reference.quantize_rows(weight, None, None)[1]
     dx = rounded(dout, scale) @ (held / scale.double()[:, None])
     return [
@@ -192,7 +193,7 @@ def layer(D: int, outputs: int) -> list[Tensor]:
 @DTYPES
 @pytest.mark.parametrize(("R", "D"), [(1, 16), (9, 300), (21, 3), (0, 8), (5, 0)], ids=str)
 def test_sums_beside(R: int, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the rows as they came, in an order that their shape decides."""
+    """The sums are of the unrounded rows, in an order fixed by the shape: two runs give the same bits."""
     x, factor = torch.randn(R, D).to(dtype), torch.rand(D) + 1
     for sums in (torch.float32, dtype):
         with poisoned(monkeypatch), few_programs(D, dtype):
@@ -207,7 +208,7 @@ def test_sums_beside(R: int, D: int, dtype: torch.dtype, monkeypatch: pytest.Mon
 
 @DTYPES
 def test_small_gradients_are_not_lost(dtype: torch.dtype) -> None:
-    """Which float16 could not hold beside their scales; within float16's autocast, either."""
+    """Gradients that float16 could not hold beside their scales survive, under float16 autocast too."""
     torch.manual_seed(0)
     x, weight = torch.randn(64, 16).requires_grad_(), (torch.randn(32, 16) * 0.02).requires_grad_()
     dout = (torch.randn(64, 32) * 1e-3).to(torch.float16)
@@ -222,7 +223,7 @@ def test_small_gradients_are_not_lost(dtype: torch.dtype) -> None:
 
 
 def test_the_weight_is_rounded_from_its_own_dtype() -> None:
-    """Not from autocast's."""
+    """Not from autocast's dtype, which is coarser."""
     x, weight = torch.randn(5, 32).bfloat16(), torch.randn(16, 32)
     rows, _, scale = kernels.quantize_weight(weight)
     coarse, _, coarse_scale = kernels.quantize_weight(weight.bfloat16())
@@ -273,8 +274,8 @@ def gated(x: Tensor, y: Tensor, g: Tensor, s: Tensor, c: Tensor, *layer: Tensor,
 @pytest.mark.parametrize("D", [16, 80, 1152])
 @pytest.mark.parametrize("name", FUSED)
 def test_layers_behind_others(name: str, D: int, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the parts one by one, each gradient: what is rounded is the same, but where float32 is on a number
-    halfway between two of float8's."""
+    """Outputs and gradients match those of the separate parts, except where float32's error decides a tie
+    between two float8 numbers."""
     torch.manual_seed(0)
     fused, parts, args = FUSED[name](D)
     how = {} if recompute else {"recompute": False}
@@ -292,7 +293,7 @@ def test_layers_behind_others(name: str, D: int, recompute: bool, monkeypatch: p
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", [*FUSED, "linear"])
 def test_there_is_no_second_derivative(name: str, autocast: bool) -> None:
-    """And none that lacks the weight's part."""
+    """A second derivative raises an error; one that lacks the weight's part is never returned."""
     _, _, args = FUSED["gelu_linear" if name == "linear" else name](32)
     args = args[:1] + args[2:] if name == "linear" else args
     leaves = [a.requires_grad_() for a in args]
@@ -305,7 +306,7 @@ def test_there_is_no_second_derivative(name: str, autocast: bool) -> None:
 
 
 def test_gelu_behind_a_product_in_float8() -> None:
-    """Which no product has as its epilogue."""
+    """GELU runs after the product: no float8 product has it as an epilogue."""
     _, _, args = FUSED["gate_residual_ln_modulate_linear"](32)
     with torch.no_grad():
         plain = kernels.gate_residual_ln_modulate_linear(*args, float8=True)[1]
@@ -330,7 +331,7 @@ def test_ragged(lengths: tuple[int, int]) -> None:
 
 
 def test_the_activation_alone_is_left_out_of_memory() -> None:
-    """Kept for the backward pass of a layer: its input, and the weight in float8 instead of a copy."""
+    """Kept for a layer's backward pass: its input, and the float8 weight instead of a copy; no activation."""
     x, bias, (weight, b) = torch.randn(64, 48, requires_grad=True), torch.randn(48), layer(48, 32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -341,7 +342,7 @@ def test_the_activation_alone_is_left_out_of_memory() -> None:
 
 
 def test_compiled() -> None:
-    """In one graph, for any number of rows, with the gradients of eager code."""
+    """Compiles to one graph for any number of rows, with the gradients of eager code."""
     fused, _, args = FUSED["gelu_linear"](32)
     torch._dynamo.reset()
     compiled = torch.compile(partial(fused, float8=True), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -352,7 +353,7 @@ def test_compiled() -> None:
 
 
 def test_opcheck() -> None:
-    """But for schemas: PyTorch's check of those multiplies what is float8."""
+    """All but the schema check, in which PyTorch would multiply float8 tensors."""
     checks = "test_autograd_registration", "test_faketensor"
     x, weight, v = torch.randn(5, 32), torch.randn(16, 32), torch.randn(32)
     for args in ((x, None, None, None), (x, v, None, None), (x, None, v, torch.float32)):

@@ -1,4 +1,4 @@
-"""What the tests of the fused optimisers share: parameters, gradients, and both ways to serve a step."""
+"""What the tests of the fused optimisers share: parameters, gradients, and both implementations of a step."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A modulated normal or a GELU with the linear layer behind it: every gradient, and what is kept for it."""
+"""A modulated normal or a GELU with a linear layer behind it: every gradient, and what is kept for them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -51,7 +51,7 @@ def plain_gelu(x: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 def inputs(lengths: tuple[int, ...] | None, D: int, gated: bool) -> tuple[list[Tensor], dict[str, Any]]:
-    """Arguments, and offsets where samples differ in length."""
+    """Arguments, and offsets if samples differ in length."""
     torch.manual_seed(0)
     shape = (2, 5, D) if lengths is None else (sum(lengths), D)
     x = [torch.randn(shape)] * (1 + gated)
@@ -176,7 +176,7 @@ def test_compiles_and_can_be_checkpointed(form: str) -> None:
 @pytest.mark.parametrize("again", ["", ", kept"])
 @pytest.mark.parametrize(("form", "rows"), [("ln", 1), ("residual", 1), ("gated", 2), ("gelu", 1)])
 def test_what_is_kept(form: str, rows: int, again: str) -> None:
-    """So many tensors of the input's size, and nothing else of it: normal or activation only if asked for."""
+    """Only so many tensors of the input's size are kept; the normal or activation only without recompute."""
     ours, _, gated = FORMS[form + again]
     rows += bool(again)
     args = [a.requires_grad_() for a in arguments(gated, D=240)]
@@ -233,7 +233,7 @@ def test_wrong_arguments() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_second_derivative_is_refused(form: str) -> None:
-    """Casts and statistics are kept without their history: a second derivative would lack terms."""
+    """Casts and statistics are kept without their history, so a second derivative would lack terms."""
     ours, _, gated = FORMS[form]
     args = [a.double().requires_grad_() for a in arguments(gated)]
     out = ours(*args)
@@ -272,7 +272,7 @@ def test_float64_beside_other_dtypes_under_autocast(form: str) -> None:
 
 
 def test_the_residual_alone() -> None:
-    """Nothing of the layer is touched: no gradients of zeros, no NaN of a row that is not finite."""
+    """The layer is not touched: no gradients of zeros, and no NaN from a row that is not finite."""
     args = [a.requires_grad_() for a in arguments(False)]
     with torch.no_grad():
         args[0][0, 0, 0] = torch.inf

@@ -13,12 +13,12 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / "golden"
 UPWARDS = {128: (12, 106)}
-"""Of so many frequencies of time embeddings those that the recording machine rounded to their neighbour."""
+"""By number of time-embedding frequencies: those that the recording machine rounded up to the next float."""
 
 
 def frequencies(number: int, max_period: float, device: torch.device) -> Tensor:
-    """Those of the machine that the numbers were recorded on. PyTorch's ``exp`` rounds some of them otherwise
-    on other kinds, which moves a float64 model's outputs by 1e-7: they are float32 there, too."""
+    """The frequencies of the recording machine. On others, PyTorch's ``exp`` rounds some of them differently,
+    which moves even a float64 model's outputs by 1e-7: frequencies are float32 there, too."""
     places = torch.arange(number, dtype=torch.float32)
     rounded = (-math.log(max_period) * places / number).double().exp().float()
     for place in UPWARDS.get(number, ()):

@@ -1,4 +1,4 @@
-"""What a command that is refused says."""
+"""The message of a command that is refused."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mdt_fast.cli import main
 
 
 def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that ``mdt-fast ARGUMENTS`` ends with, without its beginning."""
+    """The one line of error that ``mdt-fast ARGUMENTS`` ends with, without its prefix."""
     capsys.readouterr()
     assert main(list(arguments)) == 2
     line = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Holding a kernel against plain PyTorch: outputs, gradients of a projection, the same bits twice."""
+"""Checks a kernel against plain PyTorch: outputs, gradients of a projection, the same bits twice."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,13 +37,13 @@ def run(op: Op, args: list[Tensor], seed: int = 1) -> list[Tensor]:
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(seed)
     loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device, o.dtype)).sum() for o in outputs)
-    # Zeros for what an empty set of tokens never reaches.
+    # Zeros for arguments that an empty set of tokens leaves without a gradient.
     return [*outputs, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def compare(op: Op, plain: Op, args: list[Tensor], dtype: torch.dtype, twice: bool = True) -> None:
-    """``op`` against ``plain`` in float64; half types by twice the error of ``plain`` in them. ``twice``: and
-    the same bits in two runs."""
+    """``op`` against ``plain`` in float64; half types within twice the error of ``plain`` in the same type.
+    ``twice``: two runs must also give the same bits."""
     args = [a.to(dtype) for a in args]
     ours, again = run(op, args), run(op, args)
     exact, same_dtype = run(plain, [a.double() for a in args]), run(plain, args)

@@ -1,4 +1,4 @@
-"""Several processes of one test, which talk by gloo."""
+"""Several processes in one test, connected by gloo."""
 
 import inspect
 import runpy
@@ -14,8 +14,8 @@ from mdt_fast.training.distributed import let_go
 
 
 def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
-    """``job(rank, *args)`` in each of ``world`` processes; raises what one of them raises."""
-    where = inspect.getfile(job), job.__name__  # by its file: other projects install packages named `tests`
+    """Run ``job(rank, *args)`` in each of ``world`` processes; raises what any of them raises."""
+    where = inspect.getfile(job), job.__name__  # by file: other projects install packages named `tests`, too
     mp.spawn(on_rank, (world, str(tmp_path / "rendezvous"), where, args), nprocs=world)
 
 

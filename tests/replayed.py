@@ -15,7 +15,7 @@ WARM_UP = 3
 
 
 class Replayed:
-    """What ``Graphed`` does, on a CPU: a replay is a call with the inputs and outputs of the first one."""
+    """Does on a CPU what ``Graphed`` does: a replay calls with the inputs and outputs of the first call."""
 
     made: ClassVar[list["Replayed"]] = []
 
@@ -42,7 +42,7 @@ class Replayed:
             output = self.function(*inputs)
             self.captured[key], new = (inputs, output, self.gradients()), True
             for was, gradient in zip(before, self.gradients(), strict=True):
-                assert was is None or was is gradient  # added to, where there was one
+                assert was is None or was is gradient  # accumulated into, where there was one
             self.done(key)
         inputs, output, gradients = self.captured[key]
         for own, given in zip(inputs, args, strict=True):
@@ -51,11 +51,11 @@ class Replayed:
         if all(gradient is None for gradient in self.gradients()):
             output.copy_(self.function(*inputs))
             for own, gradient in zip(gradients, self.gradients(), strict=True):
-                if own is not None:  # a graph writes where it wrote when it was captured
+                if own is not None:  # a graph writes to the addresses of its capture
                     own.copy_(gradient)
         else:
             addresses = [None if gradient is None else gradient.data_ptr() for gradient in self.gradients()]
-            if new:  # what the capture added, which on a GPU only notes down what to do
+            if new:  # drop what the capture added: on a GPU it only records
                 self.warmed_up()
             output.copy_(self.function(*inputs))
             assert addresses == [None if g is None else g.data_ptr() for g in gradients]
@@ -67,7 +67,7 @@ class Replayed:
 
 
 class Captured:
-    """The same of a function without gradients; ``captures``: keys in the order in which they were met."""
+    """The same for a function without gradients; ``captures`` lists the keys in the order first seen."""
 
     captures: ClassVar[list[Any]] = []
 
@@ -88,7 +88,7 @@ class Captured:
 
 
 def graphs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of models are ``Captured``, as if they were on a GPU that waits for launches."""
+    """Passes of models are ``Captured``, as if on a GPU that waits for launches."""
     monkeypatch.setattr(graphed, "Graphed", Captured)
     monkeypatch.setattr(graphed, "on_a_gpu", lambda tensor: True)
     monkeypatch.setattr(graphed, "mark", lambda output: SimpleNamespace(query=lambda: True))

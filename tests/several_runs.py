@@ -9,7 +9,7 @@ from mdt_fast.cli import main
 if __name__ == "__main__":
     codes = []
     for number, arguments in enumerate(json.loads(sys.argv[1])):
-        # Of what torchrun keeps for the processes to meet, each has its own part, as after a restart.
+        # Each run gets its own part of torchrun's store for rendezvous, as after a restart.
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
         codes.append(main(arguments))
     sys.exit(max(codes))

@@ -1,13 +1,13 @@
-"""Kills a real training with SIGKILL at random moments, and compares what is left with an unbroken run.
+"""Kills a real training with SIGKILL at random moments and compares what is left with an unbroken run.
 
     python tests/soak.py                        20 kills of one process on scikit-learn's digits
     python tests/soak.py --kills 5 --seed 3
     python tests/soak.py --processes 2          torchrun: at random one process is killed, or all at once
     python tests/soak.py --data DIR             images, or what mdt-fast encode made of them
 
-A checkpoint is saved every step, asynchronously, so that most moments are inside of something. Each resume
-must go on from the newest checkpoint. At the end every tensor of the last checkpoint has to be the same bit
-for bit, and every row of the metrics but for what a clock says. Exit code 0 if all is so, 1 if not.
+A checkpoint is saved every step, asynchronously, so most kills land in the middle of something. Each resume
+must continue from the newest checkpoint. At the end every tensor of the last checkpoint must be the same bit
+for bit, and so must every row of the metrics, except for clock readings. Exit code 0 if all holds, else 1.
 """
 
 import argparse
@@ -36,17 +36,17 @@ PRELOADED = [
     "mdt_fast.commands.train", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "torch._dynamo",
 ]  # fmt: skip
-"""What a training imports, sooner or later."""
-LOST = "another process of the run was lost", "cannot join the others"  # what the other process may say
+"""What a training run imports sooner or later."""
+LOST = "another process of the run was lost", "cannot join the others"  # what the surviving process may say
 PATIENCE = 180  # seconds
 
 
 class SoakError(Exception):
-    """What should not have happened."""
+    """Something that should not have happened."""
 
 
 class Forked:
-    """A training that starts from a process which has imported everything; used like a ``Popen``."""
+    """A training run forked from a process that has already imported everything; used like a ``Popen``."""
 
     CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -79,7 +79,7 @@ def _train(command: list[str], log: Path) -> None:
 
 @dataclass
 class Soak:
-    """The runs of a soak: ``command`` trains ``steps`` steps, in a folder that is put behind it."""
+    """The runs of a soak: ``command`` trains ``steps`` steps; the run's folder is appended to it."""
 
     command: list[str]
     steps: int
@@ -92,7 +92,7 @@ class Soak:
         return self._start(run, Path(f"{run}.log"))
 
     def broken(self, run: Path, kills: int) -> None:
-        """Kill and resume; a line for each kill."""
+        """Kill and resume, printing a line for each kill."""
         kinds = [MOMENTS[number % len(MOMENTS)] for number in range(kills)]
         self.rng.shuffle(kinds)
         for number, kind in enumerate(kinds, 1):
@@ -136,7 +136,7 @@ class Soak:
         if not wait(lambda: step_of(latest(run)) > first, process):
             raise SoakError("no checkpoint was written")
         self.startup = time.monotonic() - began
-        ahead = self.rng.randrange(STEPS_PER_KILL - 2)  # checkpoints more
+        ahead = self.rng.randrange(STEPS_PER_KILL - 2)  # how many more checkpoints to wait for
         wait(lambda: step_of(latest(run)) > first + ahead, process)
         newest, there = step_of(latest(run)), set(names(folder))
         come: dict[str, tuple[Callable[[], bool], float]] = {
@@ -153,7 +153,7 @@ class Soak:
         return found
 
     def _kill(self, process: Process) -> str:
-        """SIGKILL; says whom it hit."""
+        """Send SIGKILL; returns a description of what it hit."""
         if process.poll() is not None:
             raise SoakError("the run ended before it was killed")
         children = workers(process)
@@ -169,7 +169,7 @@ class Soak:
 
 
 def wait(event: Callable[[], bool], process: Process, seconds: float = PATIENCE) -> bool:
-    """Until ``event``, the end of the process, or so many seconds; whether it came."""
+    """Wait for ``event``, the end of the process or the time limit; returns whether the event came."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if event():
@@ -186,13 +186,13 @@ def workers(process: Process) -> dict[int, int]:
             found = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
             if found:
                 ranks[int(found[1])] = int(child)
-    except OSError:  # gone meanwhile
+    except OSError:  # gone by now
         pass
     return ranks
 
 
 def end(process: Process) -> None:
-    """Nothing of it may write any more."""
+    """Kill the process and its workers, and wait until none can write any more."""
     children = workers(process) if process.poll() is None else {}
     process.kill()
     for child in children.values():
@@ -211,7 +211,7 @@ def finish(process: Process, log: Path) -> None:
 
 
 def check(run: Path, before: int, log: Path) -> None:
-    """It went on from the newest checkpoint, and all that are there are whole."""
+    """The run continued from the newest checkpoint, and every checkpoint is intact."""
     for checkpoint in steps(run):
         open_checkpoint(checkpoint).verify()
     if step_of(latest(run)) < before:
@@ -234,19 +234,19 @@ def names(folder: Path) -> list[str]:
 
 
 def partial(folder: Path) -> list[int]:
-    """The checkpoints that are being written, or removed."""
+    """Checkpoints being written or removed."""
     prefix = f"{PARTIAL}step_"
     return [int(name.removeprefix(prefix)) for name in names(folder) if name.startswith(prefix)]
 
 
 def unfinished(run: Path) -> list[str]:
-    """The files that are being written aside, beside the checkpoints."""
+    """Files that are still being written, other than checkpoints."""
     found = [name for folder in (run, run / "samples") for name in names(folder) if name.endswith(".partial")]
     return [name.removesuffix(".partial").strip(".").rpartition(".")[0] for name in found]
 
 
 def scene(run: Path) -> str:
-    """What was going on, by what is left in the folder."""
+    """What was going on, judged by what is left in the folder."""
     folder, newest, seen = run / "checkpoints", step_of(latest(run)), []
     for number in partial(folder):
         inside = names(folder / f"{PARTIAL}step_{number:07d}")
@@ -263,7 +263,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(checkpoint: Path) -> dict[str, tuple[Any, ...]]:
-    """Dtype, shape and bytes of every whole tensor; which process writes what all have is left to chance."""
+    """Dtype, shape and bytes of every whole tensor; which process writes shared ones is left to chance."""
     opened = open_checkpoint(checkpoint)
     return {
         f"{part}/{name}": (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
@@ -273,7 +273,7 @@ def tensors(checkpoint: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def compare(broken: Path, whole: Path) -> list[str]:
-    """What is not the same."""
+    """The differences, one line each."""
     wrong = []
     for run in (broken, whole):
         if left := unfinished(run) + [name for name in names(run / "checkpoints") if name[0] == "."]:

@@ -306,7 +306,7 @@ def test_the_last_lines_list_what_exists(
 
 @pytest.mark.slow
 def test_no_reader_and_no_unicode(tmp_path: Path) -> None:
-    """A closed pipe does not end training, nor does a name that the output's encoding lacks."""
+    """Neither a closed pipe nor a name that the output's encoding lacks ends training."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "mdt_fast", *TINY, "--steps=3", "--set=train.log_every=1", "--out=rün"]
     reading, writing = os.pipe()

@@ -101,7 +101,7 @@ def test_another_familys_shape_brings_its_objective(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    """And not half of what another model was published with."""
+    """The whole objective, not half of what another model was published with."""
     options = [f"--preset={preset}", f"--model={model}", "--data=digits", "--image-size=8", "--dry-run"]
     more = ["--set=data.vae=none", "--set=data.channels=1", "--set=train.dtype=float32"]
     assert main(["train", f"--out={tmp_path / 'x'}", *options, *more]) == 0

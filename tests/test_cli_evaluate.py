@@ -50,7 +50,7 @@ def pictures(count: int, seed: int, side: int = 8, channels: int = 3) -> np.ndar
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    """Values, notes and so on, of a run that ends well."""
+    """The JSON (values, notes and so on) of a run that succeeds."""
     assert main(["evaluate", *arguments, "--json=out.json", *FAST]) == 0, capsys.readouterr().err
     return json.loads(Path("out.json").read_text())
 
@@ -65,7 +65,8 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To a trained classifier, digits are nearer to digits than noise is; files and batches do not matter."""
+    """To a trained classifier, digits are nearer to digits than noise is; file kinds and batches don't
+    matter."""
     from sklearn.datasets import load_digits
 
     Path("digit_features.py").write_text(DIGITS)
@@ -107,7 +108,7 @@ def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_adms_reference_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its statistics give fid and sfid, channels last; its images precision and recall."""
+    """Its statistics give fid and sfid (channels last), its images give precision and recall."""
     many, few = pictures(80, 1), pictures(30, 2)
     pooled, spatial = Small()(torch.from_numpy(many).permute(0, 3, 1, 2))
     flat = spatial[:, :7].permute(0, 2, 3, 1).flatten(1).double()
@@ -126,12 +127,12 @@ def test_adms_reference_file(
     assert any("comparable only if" in note for note in notes)
     assert any("is is skipped" in note for note in notes)
     assert any("sfid: 80 images in many.npz for 448 features" in note for note in notes)
-    # Another network than Inception sees the images, though it has as many features.
+    # A network other than Inception runs on the images, even with as many features as the statistics.
     seen = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:Class")
     features = [Small()(torch.from_numpy(images).permute(0, 3, 1, 2))[0] for images in (many, few)]
     assert seen["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, features)), rel=1e-6)
     assert not any("statistics" in note for note in seen["notes"])
-    # And one with another number of features has no choice.
+    # One with another number of features has no choice.
     mean = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:mean", "--metrics=fid")
     means = [torch.from_numpy(images).float().mean((1, 2)) for images in (many, few)]
     assert mean["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, means)), rel=1e-6)
@@ -144,7 +145,7 @@ def test_adms_reference_file(
     assert 0 < whole["metrics"]["recall"] < 1
     said = "fid and sfid: computed from the statistics in adm.npz, whose images it does not contain"
     assert said in whole["notes"]
-    # Of features no network is asked for where the statistics are enough.
+    # For saved features, no network is needed where the statistics are enough.
     run(capsys, "many.npz", "--features=mine:Class", "--save-features=many.safetensors")
     for metrics in ("fid", "fid,sfid"):
         again = run(capsys, "many.safetensors", "--reference=adm.npz", f"--metrics={metrics}")["metrics"]
@@ -177,7 +178,7 @@ def test_a_folder_of_any_sizes_is_cropped(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.fixture
 def files(tmp_path: Path) -> None:
-    """Good and bad ones, by names that say what is wrong."""
+    """Good and bad files, named after what is wrong with them."""
     save_npz(tmp_path / "good.npz", pictures(20, 1), [0] * 20)
     save_npz(tmp_path / "large.npz", pictures(20, 1, side=9), [0] * 20)
     save_npz(tmp_path / "one.npz", pictures(1, 1), [0])
@@ -250,7 +251,7 @@ def test_mistakes(samples: str, options: list[str], message: str, capsys: pytest
 def test_parts_of_an_inception_score_have_all_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder, whose names go by class; a file keeps its order."""
+    """A folder's names sort by class, so its images are spread over the parts; a file's keep their order."""
     monkeypatch.setattr(inception_score, "__defaults__", (50,))
     Path("by_shade.py").write_text(
         "import torch\ndef features(images):\n    shade = images[:, 0, 0, 0].long() // 50\n"
@@ -272,7 +273,7 @@ def test_parts_of_an_inception_score_have_all_classes(
 
 @pytest.mark.usefixtures("files")
 def test_features_of_the_samples_outlive_a_bad_reference(capsys: pytest.CaptureFixture[str]) -> None:
-    """And two networks are told before any image is seen."""
+    """They are saved first; and two different networks are refused before any image is read."""
     (Path("pair")).mkdir()
     Image.fromarray(pictures(1, 1)[0]).save("pair/1.png")
     Path("pair/2.png").write_bytes(b"no picture")

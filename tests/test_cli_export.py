@@ -67,7 +67,7 @@ def test_a_mistake_ends_in_one_line(
 
 
 def test_of_a_solver_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the step cannot do is left out of what it does by default."""
+    """What the exported step cannot do is left out of its defaults."""
     options = [*ARGUMENTS, "--batch-size=4", "--device=cpu", "--set=sample.sampler=unipc", "--steps=1"]
     run, step = tmp_path / "run", tmp_path / "step.pt2"
     training = ["train", "--preset=digits", *options, "--set=sample.steps=3", "--unconditional"]

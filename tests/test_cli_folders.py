@@ -1,5 +1,5 @@
-"""Folders of one's own as users have them: numbers for names, broken files, classes that come later; and what
-is written beside a run, which stays."""
+"""Users' own folders: numbers as names, broken files, classes added later; and output beside a run, which is
+never overwritten."""
 
 import hashlib
 import sys
@@ -23,7 +23,7 @@ NAMES = ("007", "1", "10", "2")
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and beside it the folder of its pictures, a subfolder for each class."""
+    """A run, and beside it its folder of pictures with a subfolder for each class."""
     root = tmp_path_factory.mktemp("numbers")
     for seed, name in enumerate(NAMES):
         picture(root / "data" / name / "0.png", seed)
@@ -46,7 +46,7 @@ def test_a_number_that_is_a_name_is_that_class(numbers: Path, tmp_path: Path, as
 def test_arrays_alone_are_written_as_they_are_drawn(
     numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same as beside a picture of all, for which they are kept; a run that breaks off leaves no file."""
+    """Same bytes as beside a grid, which needs all at once; a run broken off leaves no file."""
     arguments = ["sample", str(numbers / "run"), "--num-samples=5", "--batch-size=2", "--device=cpu"]
     assert main([*arguments, f"--npz={tmp_path / 'a.npz'}"]) == 0
     assert main([*arguments, f"--npz={tmp_path / 'b.npz'}", f"--grid={tmp_path / 'b.png'}"]) == 0

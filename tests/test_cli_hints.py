@@ -213,7 +213,7 @@ def test_a_run_with_nothing_to_do_is_no_new_run(
         assert f"is at step 4; use at least {least}, got" in said
     assert not (tmp_path / "new").exists()
     assert (trained / "config.json").read_bytes() == before
-    assert main(["train", own, "--resume=auto"]) == 0  # as a job that is started again does
+    assert main(["train", own, "--resume=auto"]) == 0  # as a restarted job does
     assert main(["train", new, f"--resume={trained}", "--steps=5", "--set=sample.steps=2"]) == 0
     assert (tmp_path / "new" / "checkpoints" / "step_0000005").is_dir()
 
@@ -235,8 +235,8 @@ def test_pictures_of_two_calls_are_not_mixed(
     folder = tmp_path / "pngs"
     sample = ["sample", str(trained), "--steps=2", f"--png={folder}"]
     assert main([*sample, "--num-samples=3"]) == 0
-    assert main([*sample, "--num-samples=3", "--seed=1"]) == 0  # in place of those
-    for _ in range(2):  # a grid among them is no other picture
+    assert main([*sample, "--num-samples=3", "--seed=1"]) == 0  # replaces those
+    for _ in range(2):  # a grid in the folder is not one of its pictures
         assert main([*sample, "--num-samples=3", f"--grid={folder / 'grid.png'}"]) == 0
     (folder / "grid.png").unlink()
     said = error(capsys, *sample, "--num-samples=2")
@@ -303,7 +303,7 @@ def test_float8_says_what_it_needs(trained: Path, capsys: pytest.CaptureFixture[
 def test_float8_draws_what_an_exact_model_draws_nearly(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Emulated, into a folder that is then finished by the same command alone."""
+    """Emulated, into a folder that only the same command may continue."""
     commands = importlib.import_module("mdt_fast.commands.sample")
     monkeypatch.setattr("mdt_fast.commands.sample_request.check_float8", lambda device, config: None)
     converted: list[int] = []
@@ -318,5 +318,5 @@ def test_float8_draws_what_an_exact_model_draws_nearly(
         for name in ("exact", "rounded")
     )
     assert abs(exact - rounded).mean() < 8
-    assert converted == [4 * 3]  # two blocks, and the side block
+    assert converted == [4 * 3]  # two blocks and the side block
     assert main([*plain, f"--out={tmp_path / 'rounded'}"]) == 2

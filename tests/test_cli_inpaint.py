@@ -19,7 +19,7 @@ WHITE[:, 4:] = 255
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``run``, and pictures and masks to be found by their names."""
+    """``run``, and pictures and masks named after what they hold."""
     folder = tmp_path_factory.mktemp("inpaint")
     assert main([*TRAIN, "--steps=1", "--save-every=1", f"--out={folder / 'run'}"]) == 0
     pictures = {
@@ -83,7 +83,7 @@ def test_a_folder_is_begun_with_one_picture(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_latent_model_keeps_the_pixels(tmp_path: Path) -> None:
-    """Of a picture that is scaled down and cropped, by an autoencoder of two pixels a latent."""
+    """From a picture scaled down and cropped, with an autoencoder of two pixels per latent."""
     vae, run = save_tiny_vae(tmp_path / "vae"), tmp_path / "latent"
     pixels = np.random.default_rng(1).integers(0, 256, (20, 17, 3), dtype=np.uint8)
     (tmp_path / "photos/cat").mkdir(parents=True)
@@ -98,7 +98,7 @@ def test_a_latent_model_keeps_the_pixels(tmp_path: Path) -> None:
     given = [f"--image={tmp_path / 'photos/cat/0.png'}", f"--mask={tmp_path / 'hole.png'}"]
     images = filled(tmp_path, *given, run=str(run))
     kept = np.ones((16, 16), bool)
-    kept[8:, 7:] = False  # a pixel that a white one falls on is drawn
+    kept[8:, 7:] = False  # a pixel that a white one touches is drawn
     assert (images[:, kept] == images[0, kept]).all()
     assert (images[0] != images[1])[~kept].any()
 
@@ -142,7 +142,7 @@ def test_a_mistake_ends_in_one_line(
 
 
 def test_a_mistake_begins_no_folder(tmp_path: Path) -> None:
-    """Whose settings would then refuse the right command."""
+    """Its settings would then refuse the right command."""
     command = ["sample", "run", "--num-samples=1", f"--out={tmp_path / 'o'}", "--image=x.png", "--mask=m.png"]
     assert main([*command, "--hide=2"]) == 2
     assert not (tmp_path / "o").exists()

@@ -1,4 +1,4 @@
-"""Files of weights in a run's place: pictures, steps and pipelines of them, and what is told of others."""
+"""Weight files in place of a run: pictures, steps and pipelines from them, and errors for unusable ones."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the official code saves the average of MDT-S/8, in half the bytes."""
+    """The average of MDT-S/8 as the official code saves it, but in half the bytes."""
     torch.manual_seed(0)
     model = MDT_S_8(mask_ratio=0.3, decode_layer=2)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn_alike(run: Path, folder: Path, *options: str) -> Path:
-    """The file that is made of a run, if both draw the same bits."""
+    """The weight file made of a run, after checking that both draw the same bits."""
     file = folder / "x.safetensors"
     assert main(["convert", str(run), str(file)]) == 0
     options = ("--num-samples=3", *options)
@@ -82,7 +82,7 @@ def pictures(*arguments: str, out: Path) -> tuple[np.ndarray, list[int]]:
 
 
 def test_what_convert_wrote_draws_as_its_run_does(trained: Path, tmp_path: Path) -> None:
-    """By its sampler, and its classes by name."""
+    """With the run's sampler and class names."""
     file = tmp_path / "digits.safetensors"
     assert main(["convert", str(trained), str(file)]) == 0
     options = ("--num-samples=4", "--labels=3,7")
@@ -130,7 +130,7 @@ def test_latents_another_process_and_classes_by_name(photos: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("options", [["--unconditional"], ["--set=model.class_dropout_prob=0"]])
 def test_pixels_in_colour(photos: Path, tmp_path: Path, capsys: Capture, options: list[str]) -> None:
-    """Without classes, and without a null class to guide by."""
+    """Without classes, and without a null class for guidance."""
     run = tmp_path / "run"
     data = photos / "cat" if options == ["--unconditional"] else photos
     unguided = ["--set=sample.cfg_scale=1"]
@@ -149,7 +149,7 @@ def test_what_weights_are_taken_as_is_told(
     pictures(str(published), *options, out=tmp_path / "x.npz")
     said = capsys.readouterr().out
     assert "taken as the published mdt-s8: 1000 classes, 2 decoder blocks" in said
-    assert "warning" not in said  # of an average that would still be young
+    assert "warning" not in said  # about an average that is still young
 
 
 def test_an_autoencoder_of_other_latents(tmp_path: Path, capsys: Capture) -> None:
@@ -174,7 +174,7 @@ def test_a_folder_of_shards_knows_its_weights(trained: Path, tmp_path: Path, cap
 
 
 def test_a_published_model_draws_by_its_recipe(published: Path, tiny_vae: Path, tmp_path: Path) -> None:
-    """Its shape says which it is; an autoencoder of one's own decodes."""
+    """The shape identifies the model; a local autoencoder decodes."""
     options = (f"--vae={tiny_vae}", "--num-samples=2", "--labels=207,360")
     images, labels = pictures(str(published), *options, out=tmp_path / "x.npz")
     assert images.shape == (2, 64, 64, 3)
@@ -195,7 +195,7 @@ def test_a_published_model_draws_by_its_recipe(published: Path, tiny_vae: Path, 
 
 
 def test_weights_without_classes_and_of_pixels(tmp_path: Path, capsys: Capture) -> None:
-    """DiT-S/8 of pictures in grey, whose label table has one row."""
+    """A DiT-S/8 of grey pictures, whose label table has one row."""
     file = tmp_path / "grey.pt"
     model = DiT_S_8(in_channels=1, num_classes=1, class_dropout_prob=0.0)
     torch.save({"model": {}, "ema": model.state_dict()}, file)
@@ -244,7 +244,7 @@ def test_damaged_weights(published: Path, tmp_path: Path, capsys: Capture, chang
 
 
 def test_weights_that_do_not_say_what_they_are(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    """A shape that was not published, from a file that says nothing; and no file."""
+    """An unpublished shape in a file without a configuration, a damaged configuration, and a missing file."""
     file, bare = tmp_path / "digits.safetensors", tmp_path / "bare.safetensors"
     assert main(["convert", str(trained), str(file)]) == 0
     grid = f"--grid={tmp_path / 'x.png'}"
@@ -297,7 +297,7 @@ def test_what_stands_beside_weights_is_checked(
 
 
 def test_latents_of_three_channels(tmp_path: Path) -> None:
-    """No pixels, if the file says so: as many channels as pictures have some autoencoders' latents, too."""
+    """Taken as latents if the file says so: some autoencoders' latents have as many channels as pictures."""
     vae, file = save_tiny_vae(tmp_path / "vae", latent_channels=3), tmp_path / "x.safetensors"
     model = DiT_S_8(input_size=8, in_channels=3, num_classes=2)
     latents = {"scale": 0.5, "shift": 0.0, "vae": str(vae), "fingerprint": None}

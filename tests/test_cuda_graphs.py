@@ -1,4 +1,4 @@
-"""When captures are warmed up, how often, and in whose memory: with a stand-in for the device."""
+"""When captures are warmed up, how often, and in whose memory; a stand-in replaces the device."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ class Stand:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done with the allocator, as it is done."""
+    """The calls to the allocator, in order."""
     done: list[str] = []
 
     def noted(name: str) -> Callable[[int, tuple[int, int]], None]:
@@ -97,8 +97,8 @@ def test_later_captures_borrow_the_graphs_memory(calls: list[str]) -> None:
 def test_a_capture_that_fails_leaves_nothing_half_begun(
     error: str, ended: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In torch 2.11 an invalid capture leaves its pool and the generator as in a capture, and its stream the
-    current one; later versions end it. Where it has ended, its memory is given back."""
+    """In torch 2.11 a failed capture leaves its pool and generator in capture mode, and its stream current;
+    later versions end the capture. Where it has ended, its memory is given back."""
 
     class Capture:
         def __init__(self, graph: Any, stream: Any, capture_error_mode: str, pool: Any = None):

@@ -1,4 +1,4 @@
-"""``mdt-fast doctor``: complete, readable, and not to be brought down by what it finds."""
+"""``mdt-fast doctor``: complete, readable, and not brought down by what it finds."""
 
 import json
 from pathlib import Path

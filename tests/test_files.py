@@ -75,7 +75,7 @@ def test_a_folder_aside_is_gone_afterwards_and_so_is_what_was_left_of_it(tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the umask")
 def test_the_umask_is_read_without_setting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is all threads': files that others make meanwhile would be theirs alone."""
+    """All threads share it: files that others make meanwhile would become private."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("set"))
     with aside(tmp_path / "ours") as file:
         file.touch()

@@ -1,6 +1,6 @@
-"""What only a GPU shows: kernels compiled and run, bfloat16, no waiting for the device, the same bits twice.
+"""What only a GPU shows: compiled kernels, bfloat16, no waiting for the device, the same bits twice.
 
-Half types are judged by the rule of ``tolerances.py``: against plain PyTorch in the same dtype.
+Half types follow the rule of ``tolerances.py``: against plain PyTorch in the same dtype.
 """
 
 import copy
@@ -57,7 +57,7 @@ def test_bias_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_gelu_in_the_product(
     B: int, L: int, D: int, compiled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without gradients it is the product's epilogue, and no less exact than after it."""
+    """Without gradients, GELU is the product's epilogue, no less exact than after the product."""
     torch.manual_seed(0)
     seen, epilogue = [], torch._addmm_activation
     if not compiled:
@@ -95,7 +95,7 @@ def gelu_linear(x: Tensor, bias: Tensor, *layer: Tensor) -> Tensor:
 
 @pytest.fixture
 def own_graphs() -> Iterator[None]:
-    """None that are kept from elsewhere: in torch 2.11 those do not say which dtype autocast had."""
+    """No cached graphs from elsewhere: in torch 2.11 they do not record autocast's dtype."""
     torch._dynamo.reset()
     with functorch_config.patch(enable_autograd_cache=False):
         yield
@@ -119,7 +119,7 @@ LAYERS = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_under_autocast(name: str, dtype: torch.dtype, compiled: bool, own_graphs: None) -> None:
-    """The gradients of float32 parameters are float32's, from products that are not rounded on the way."""
+    """The gradients of float32 parameters are float32, from products that are not rounded on the way."""
     op, plain, form = LAYERS[name]
     B, L, D = 2, 153, 72
     before = [[], [(B, L, D)], [(D,)], [(B, D), (B, D)]][form]
@@ -214,7 +214,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_another_gpu_than_the_current_one() -> None:
-    """Forward and backward, by operations and compiled; then the guided steps of a sampler, with graphs."""
+    """Forward and backward, eager and compiled; then a sampler's guided steps, with graphs."""
     _, fast = models(torch.float32, hidden_size=128, num_heads=2)
     fast.eval()  # no labels are dropped
     x, t, y = batch(torch.float32)

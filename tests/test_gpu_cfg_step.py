@@ -28,7 +28,7 @@ def table(kind: str, steps: str = "10") -> Tensor:
 @DTYPES
 @KINDS
 def test_each_step_of_a_loop(kind: str, dtype: torch.dtype) -> None:
-    """Against the sampler on the GPU, from where it stands; latents float32, the model's output ``dtype``."""
+    """Against the sampler's step from the same state; latents are float32, the model's output ``dtype``."""
     diffusion, rows, scale = create_diffusion("10"), table(kind), torch.tensor([3.8, 1.0], device="cuda")
     noise, outputs = randn(11, 4, 4, 32, 32), randn(10, 4, 8, 32, 32, dtype=dtype)
     step = diffusion.p_sample if kind == "ddpm" else diffusion.ddim_sample
@@ -95,7 +95,7 @@ def test_under_inductor(kind: str) -> None:
 
 
 def test_a_whole_loop_in_one_cuda_graph() -> None:
-    """Ten steps with the model's work stood in for, replayed on other noise."""
+    """Ten steps with a stand-in for the model, replayed on new noise."""
     rows, start, noise = table("ddpm"), randn(4, 4, 32, 32), randn(10, 4, 4, 32, 32)
 
     def loop() -> Tensor:

@@ -1,4 +1,4 @@
-"""Products in float8 on a GPU: the same bits rounded as PyTorch rounds, products and gradients of those."""
+"""Products in float8 on a GPU: rounded to the same bits as by PyTorch, then products and their gradients."""
 
 import copy
 from functools import partial
@@ -41,7 +41,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 )
 @pytest.mark.parametrize("R", [1, 3, 21, 33, 1000, 13088])
 def test_the_products_shapes(R: int, D: int, outputs: int) -> None:
-    """What PyTorch multiplies with a scale for each row: any number of rows, with and without a bias."""
+    """Shapes that PyTorch multiplies with a scale per row: any number of rows, with and without a bias."""
     x, weight, bias = torch.randn(R, D).cuda(), torch.randn(outputs, D).cuda(), torch.randn(outputs).cuda()
     operands = *kernels.quantize_rows(x), *kernels.quantize_weight(weight)[::2]
     for b in (None, bias.bfloat16()):
@@ -88,13 +88,13 @@ def test_linear(R: int, D: int, outputs: int, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours[1:], again, strict=True))
     for a, e in zip(ours, exact_linear(x, weight, bias, dout), strict=True):
         assert a.dtype == dtype
-        assert relative_error(a, e) <= 2**-6  # rounded to bfloat16; sums of 14 bits on Hopper
+        assert relative_error(a, e) <= 2**-6  # rounded to bfloat16; Hopper sums in 14 bits
 
 
 @pytest.mark.parametrize("D", [16, 80, 1152])
 @pytest.mark.parametrize("name", FUSED)
 def test_layers_behind_others(name: str, D: int) -> None:
-    """The parts round to bfloat16 in between, which brings one number in thirty to the next one in float8."""
+    """The parts round to bfloat16 in between, which moves one float8 number in thirty to its neighbour."""
     torch.manual_seed(0)
     fused, parts, args = FUSED[name](D)
     args = [a.to("cuda", torch.bfloat16) for a in args]
@@ -107,7 +107,7 @@ def test_layers_behind_others(name: str, D: int) -> None:
 
 
 def model(**settings: Any) -> Any:
-    """With weights that let every layer count."""
+    """A model whose weights make every layer count."""
     return made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, hidden_size=64, **settings).cuda()
 
 
@@ -122,7 +122,7 @@ def gradients(trained: Any, **settings: Any) -> list[Tensor]:
 
 
 def test_a_training_step() -> None:
-    """Near the emulation of the same on plain products; as a graph bit for bit."""
+    """Near its emulation by plain products; a graph gives the same bits as eager code."""
     plain = model().train()
     converted, emulated = copy.deepcopy(plain), copy.deepcopy(plain).cpu()
     assert use_float8(converted) > 0
@@ -173,7 +173,7 @@ def test_sampling(by: Any) -> None:
 
 
 def test_compiled_by_blocks() -> None:
-    """Last, as compiling takes a minute."""
+    """Last, because compiling takes a minute."""
     converted = model().train()
     use_float8(converted)
     compiled = copy.deepcopy(converted)

@@ -1,4 +1,4 @@
-"""Loops of one's own on a GPU: CUDA graphs give what the same operations give one after the other."""
+"""Users' own loops on a GPU: CUDA graphs give what the same operations give one by one."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ from mdt_fast.models import graphed
 from small_models import made
 
 pytestmark = pytest.mark.gpu
-SHAPE: dict[str, Any] = {"hidden_size": 64, "patch_size": 1}  # 64 tokens, for many lengths
+SHAPE: dict[str, Any] = {"hidden_size": 64, "patch_size": 1}  # 64 tokens, for many possible lengths
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -40,14 +40,14 @@ def test_a_training_loop(settings: dict[str, Any]) -> None:
         losses.append(torch.stack(found))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-3)
     assert len(step.made.graphed.captured) > 1
-    for _ in range(2):  # nothing of an input's own graph stays
+    for _ in range(2):  # nothing of an input's own autograd graph is kept
         x, y = batch(12)
         step(x.requires_grad_(), y)
     assert not any(
         x is not None and x.requires_grad for _, xs, _ in step.made.graphed.captured.values() for x in xs
     )
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    del step  # gradients outlive it
+    del step  # the gradients outlive it
     gc.collect()
     torch.cuda.empty_cache()
     filled = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
@@ -58,7 +58,7 @@ def test_a_training_loop(settings: dict[str, Any]) -> None:
 
 
 def test_unequal_parts_of_an_update() -> None:
-    """Another dtype of labels is another graph, captured in the middle of an update."""
+    """Labels of another dtype need another graph, captured in the middle of an update."""
     model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().train()
     plain, norms = copy.deepcopy(model), []
     for each, graphs in ((plain, False), (model, None)):
@@ -83,7 +83,7 @@ def test_what_reads_numbers_on_the_host_is_said() -> None:
         with pytest.raises(UserError, match="reads values on the host"):
             step(batch(0)[0], y)
         assert torch.cuda.current_stream() == stream
-        torch.randn(8, device="cuda")  # by the default generator, which draws for this stream again
+        torch.randn(8, device="cuda")  # draws from the default generator, which works on this stream again
     plain = TrainingStep(model, create_diffusion(), cuda_graphs=False)
     assert plain(batch(0)[0], y)["loss"].isfinite().all()
 
@@ -91,13 +91,13 @@ def test_what_reads_numbers_on_the_host_is_said() -> None:
 @pytest.mark.filterwarnings("error:sampling without CUDA graphs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_published_loops(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one launch a step, which they make of their own accord, and launched one by one."""
+    """With graphs (one launch a step), which the loops use by themselves, against launches one by one."""
     model = made("mdtv2", torch.float32, mask_ratio=0.3, std=0.05, **SHAPE).cuda().eval()
     diffusion, y = create_diffusion("12"), torch.tensor([1, 2, 10, 10], device="cuda")
     replayed: list[int] = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: replayed.append(1) or replay(self))
-    # On a GPU that others use, too, the host may not be what is waited for.
+    # On a GPU that others use too, the loop may not be waiting for the host.
     done = SimpleNamespace(query=lambda: True)
     monkeypatch.setattr(graphed, "mark", lambda output: done)
     for loop, called, kwargs in (
@@ -113,7 +113,7 @@ def test_the_published_loops(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
             gc.collect()
             left.append(torch.cuda.memory_allocated())
         torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-3, atol=1e-3)
-        assert left[1] - left[0] < 2**26  # but for a library's workspace, what a loop takes goes with it
+        assert left[1] - left[0] < 2**26  # but for a library's workspace, a loop's memory is freed with it
     assert len(replayed) == 2 * (12 - graphed.PLAIN)
 
 

@@ -127,7 +127,7 @@ def test_never_waits_for_the_device(cls: Any) -> None:
 
 @BOTH
 def test_in_a_cuda_graph(cls: Any) -> None:
-    """Replayed steps are ordinary ones: the counts go on, a rate in a tensor is read anew."""
+    """Replayed steps act like ordinary ones: counts advance, and a rate in a tensor is read anew."""
     runs = []
     for captured in (False, True):
         params = parameters(torch.float32)

@@ -58,7 +58,7 @@ def test_head_sizes(d: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("G", [4, 9, 16])
 @pytest.mark.parametrize("d", [16, 40, 128])
 def test_stored_scores_of_head_and_grid_sizes(d: int, G: int, dtype: torch.dtype) -> None:
-    """Nine samples: two programs for each tile of what is stored, one of which has a sample more."""
+    """Nine samples: each tile of stored scores has two programs, one of which gets one sample more."""
     op = partial(rel_attention, grid_size=G, table_grad="store")
     compare(op, partial(plain, grid_size=G), heads(9, 2, G * G, G * G, d, G), dtype)
 
@@ -66,7 +66,7 @@ def test_stored_scores_of_head_and_grid_sizes(d: int, G: int, dtype: torch.dtype
 @DTYPES
 @pytest.mark.parametrize("begin", [1, 4])
 def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
-    """Heads cut out of wider rows: nothing stands at a multiple of 16 bytes."""
+    """Heads cut out of wider rows: nothing is aligned to 16 bytes."""
 
     def op(*args: Tensor, **how: Any) -> Tensor:
         q, k, v = (x[..., begin : begin + 72] for x in args[:3])
@@ -79,7 +79,7 @@ def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("d", [64, 72, 128])
 def test_tf32_where_products_of_float32_may_be(d: int, masked: bool, table_grad: str) -> None:
-    """Rounded to ten bits on the way, as PyTorch's own products are then."""
+    """TF32 rounds to ten bits on the way, as PyTorch's own products do where it is allowed."""
     pos = kept(3, 16, 153) if masked else None
     op = partial(rel_attention, grid_size=16, q_pos=pos, k_pos=pos, table_grad=table_grad)
     args = heads(3, 4, 153 if masked else 256, 153 if masked else 256, d, 16)

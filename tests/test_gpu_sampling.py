@@ -1,4 +1,4 @@
-"""Sampling on a GPU: a step as a CUDA graph, the same pictures as step by step and as on the CPU."""
+"""Sampling on a GPU: a step as a CUDA graph draws the same pictures as without graphs and as the CPU."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ def sampler(model: nn.Module, config: SampleConfig, switches: SampleSwitches) ->
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "unipc"])
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 def test_a_graph_gives_the_same_pictures(family: Family, name: Any) -> None:
-    """Steps with guidance and without, batches of other classes and of other sizes, each switch off."""
+    """Steps with and without guidance, batches of other classes and sizes, and each switch off in turn."""
     if name in ("dpm++", "unipc"):
         pytest.importorskip("diffusers")
     model = made(family, torch.float32, **SHAPE).cuda()
@@ -73,7 +73,7 @@ def test_no_waiting_for_the_device() -> None:
 
 @pytest.mark.parametrize("family", ["mdtv2", "dit"])
 def test_the_same_pictures_as_on_the_cpu(family: Family) -> None:
-    """The noise is; twelve steps amplify what products round differently."""
+    """The noise is the same; twelve steps amplify the rounding differences of products."""
     model = made(family, torch.float32, **SHAPE)
     on_cpu: Tensor = sampler(model, CONFIG, SampleSwitches())(LABELS)
     on_gpu = sampler(model.cuda(), CONFIG, SampleSwitches())(LABELS)

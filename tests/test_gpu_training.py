@@ -1,4 +1,4 @@
-"""Training on a GPU: a step's passes as CUDA graphs, the same numbers as one operation after the other."""
+"""Training on a GPU: passes as CUDA graphs give the same numbers as one operation after the other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ FLOAT8 = pytest.param(
 def test_graphs_train_to_the_same_numbers(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lengths captured, met again, and pictures between."""
+    """New lengths are captured, known ones replayed, and pictures are drawn in between."""
     made: list[passes.GraphedPasses] = []
     build = passes.GraphedPasses.__init__
 
@@ -82,7 +82,7 @@ def test_graphs_train_to_the_same_numbers(
 def test_nccl_sums_gradients_in_the_memory_of_graphs(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among one process, which changes no number."""
+    """In a group of one process, where the sum changes no number."""
     config = tiny(device="cuda", log_every=1, lr=1e-2, steps=8, cuda_graphs=True, **settings)
     config = replace(config, model=replace(config.model, hidden_size=64, patch_size=2))
     train(config, tmp_path / "alone")
@@ -90,7 +90,7 @@ def test_nccl_sums_gradients_in_the_memory_of_graphs(
     dist.init_process_group("nccl", init_method=file, rank=0, world_size=1)
     try:
         monkeypatch.setattr(Run, "replicas", property(lambda self: 2))
-        monkeypatch.setattr(parallelize, "ALONE_BYTES", 1024)  # gradients where the graph has them, too
+        monkeypatch.setattr(parallelize, "ALONE_BYTES", 1024)  # sums in the graph's memory, too
         train(config, tmp_path / "summed")
     finally:
         dist.destroy_process_group()
@@ -102,7 +102,7 @@ def test_nccl_sums_gradients_in_the_memory_of_graphs(
 
 
 def test_graphs_of_several_shapes_share_their_memory() -> None:
-    """Memory that a second shape is warmed up in is that of the first one's graph: 1 GiB of activations."""
+    """A second shape is warmed up in the memory of the first one's graph: 1 GiB of activations."""
     weight = torch.randn(1024, 1024, device="cuda", requires_grad=True)
 
     def step(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tests of ``transforms.py`` on a GPU, whose kernels no transform of torch.func sees into."""
+"""The tests of ``transforms.py`` on a GPU, whose kernels torch.func's transforms cannot see into."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Tuning on the GPU that is here: rows for two kernels, gone on with, nothing written unless asked."""
+"""Tuning on the GPU at hand: rows for two kernels, resumed, and nothing written unless asked for."""
 
 import subprocess
 import sys

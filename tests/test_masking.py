@@ -75,7 +75,7 @@ def test_all_numbers_of_kept_tokens(tokens: int, ratio: float) -> None:
     drawn = {draw_len_keep(tokens, ratio) for _ in range(3000)}
     known = set(len_keeps(tokens, ratio))
     assert drawn <= known
-    assert len(known - drawn) <= 1  # the lower end itself has no probability
+    assert len(known - drawn) <= 1  # the lower end itself has probability zero
     assert len(len_keeps(256, 0.3)) == 52
 
 
@@ -88,7 +88,7 @@ def test_lengths_are_drawn_on_the_host_whatever_the_default_device() -> None:
 
 
 def test_lengths_follow_each_other_in_one_graph() -> None:
-    """On a device whose numbers nobody reads; the second length makes it any."""
+    """On a device whose values cannot be read; at the second length the dimension becomes dynamic."""
     torch._dynamo.reset()
     plan = torch.compile(
         lambda noise, K: MaskPlan.from_noise(noise, K).ids_keep, fullgraph=True, backend="eager"

@@ -1,4 +1,4 @@
-"""The fused optimisers' numbers: against torch's and plain float64 ones, by native ops and without them."""
+"""The fused optimisers' numbers against torch's and plain float64 ones, with and without native ops."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def plain_adan(
     params: list[Tensor], grads: Callable[[int], list[Tensor]], count: int, lr: float, decay: float,
     no_prox: bool, max_norm: float, betas: tuple[float, float, float] = (0.98, 0.92, 0.99), eps: float = 1e-8,
 ) -> list[Tensor]:  # fmt: skip
-    """Adan with clipping as its paper states it, one parameter after the other, in float64."""
+    """Adan with clipping as in its paper, one parameter after the other, in float64."""
     b1, b2, b3 = betas
     p = [x.detach().double().clone() for x in params]
     m, v, n = ([torch.zeros_like(x) for x in p] for _ in range(3))
@@ -81,7 +81,7 @@ def test_adan_is_its_definition(no_prox: bool, clip: float, dtype: torch.dtype) 
 
 @BOTH
 def test_averages_in_any_order_by_name(cls: Any) -> None:
-    """Of groups, whose order is not the model's, with parameters of one shape."""
+    """With groups in another order than the model's, and several parameters of one shape."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     average = copy.deepcopy(model)
     named = list(model.named_parameters())
@@ -113,7 +113,7 @@ def test_averages_are_those_of_a_sweep_of_their_own(cls: Any) -> None:
     for step in range(20):
         set_grads(params, step)
         if step >= 10:
-            params[0].grad = None  # is averaged all the same
+            params[0].grad = None  # averaged all the same
         optimizer.step()
         for decay, average in expected.items():
             for ema, p in zip(average, params):
@@ -150,7 +150,7 @@ def test_parameters_and_gradients_of_any_layout(cls: Any, kind: str, grad: str) 
         p.grad = torch.empty_strided(p.shape, p.stride()).copy_(g) if grad == "as the parameter" else g
         optimizer.step()
         other.step()
-        if step == 1:  # a state that comes back in another layout
+        if step == 1:  # load a state in another layout
             state = copy.deepcopy(optimizer.state_dict())
             for entries in state["state"].values():
                 entries.update({k: v.contiguous() for k, v in entries.items()})
@@ -216,7 +216,7 @@ def test_a_parameter_that_joins_later_begins_with_no_change_of_its_gradient() ->
     early.grad = torch.ones(3)
     optimizer.step()
     late.grad = torch.full((3,), float("nan"))
-    optimizer.step()  # skipped: not where the parameter begins
+    optimizer.step()  # skipped: the parameter does not begin here
     assert optimizer.skipped_steps == 1
     late.grad = torch.tensor([1.0, 2.0, 3.0])
     optimizer.step()
@@ -272,7 +272,7 @@ def test_bfloat16_moments_stay_near(cls: Any, served: str) -> None:
     assert {state[name].dtype for name in optimizer.moments} == {torch.bfloat16}
     moved = (wide[0].detach() - parameters(shapes=shape)[0].detach()).norm()
     assert (params[0].detach() - wide[0].detach()).norm() < 0.1 * moved
-    if served == "native":  # by chance, so the rounding errors of 4096 numbers cancel
+    if served == "native":  # rounded stochastically, so the errors of 4096 numbers cancel
         for name in ("exp_avg", "exp_avg_sq"):
             error = state[name].double() - exact[name].double()
             assert error.mean().abs() < 6 * error.std() / 64, name

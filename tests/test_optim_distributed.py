@@ -27,7 +27,7 @@ def build() -> nn.Sequential:
 
 
 def set_grads(model: nn.Module, step: int) -> None:
-    """The same whole gradients on all ranks, of which each keeps what it holds of the parameter."""
+    """The same whole gradients on all ranks; each keeps the part of its own shard."""
     torch.manual_seed(50 + step)
     for p in model.parameters():
         whole = torch.randn(p.shape).to(p.dtype)
@@ -40,7 +40,7 @@ def whole(tensors: Any) -> list[Tensor]:
 
 
 def trained(cls: Any, count: int = 3, **options: Any) -> tuple[nn.Module, Any, list[Tensor]]:
-    """The unsharded run that all others are compared to."""
+    """The unsharded run that all others are compared with."""
     model = build()
     optimizer = cls(model.parameters(), lr=1e-2, max_grad_norm=CLIP, **options)
     ema = whole(model.parameters())
@@ -64,7 +64,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 def check_checkpoint(model: nn.Module, optimizer: Any, expected: list[Tensor], **sharding: Any) -> None:
-    """Through torch.distributed.checkpoint's state into a fresh optimiser, which must go on as the first."""
+    """Load torch.distributed.checkpoint's state into a fresh optimiser, which must go on as the first."""
     saved = dcp.get_optimizer_state_dict(model, optimizer)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     fresh = build()
@@ -119,7 +119,7 @@ def sharded(rank: int, cls: Any, dtype: torch.dtype) -> None:
     near(whole(ema), expected_ema)
     before = whole(model.parameters())
     set_grads(model, 9)
-    if rank == 1:  # one rank's gradient keeps all of them from stepping
+    if rank == 1:  # one rank's bad gradient keeps all from stepping
         next(model.parameters()).grad.to_local().fill_(float("nan"))  # type: ignore[union-attr]
     optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -135,7 +135,7 @@ def test_fsdp_on_two_ranks_is_the_unsharded_run(cls: Any, dtype: torch.dtype, tm
 
 
 def split_by_parameter(rank: int, clip_norm: str) -> None:
-    """Whole parameters on different ranks, as ZeroRedundancyOptimizer has them; once rank 1 has no grads."""
+    """Whole parameters on different ranks, as in ZeroRedundancyOptimizer; in the end rank 1 has no grads."""
     expected, plain, _ = trained(FusedAdan)
     model = build()
     mine = list(model.parameters())[rank::2]

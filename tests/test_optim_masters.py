@@ -1,4 +1,4 @@
-"""Float32 weights given to an optimiser of bfloat16 parameters: moved, saved, copied, and refused."""
+"""Float32 masters given to an optimiser of bfloat16 parameters: moved, saved, copied, and refused."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("served")
 
 @BOTH
 def test_masters_that_are_given_move_and_are_not_rounded_first(cls: Any) -> None:
-    """The same as float32 parameters with these gradients, averages and those without a gradient included."""
+    """Like float32 parameters with these gradients, including averages and parameters without gradients."""
     wide = parameters()
     params = [nn.Parameter(p.detach().bfloat16()) for p in wide]
     masters = [p.detach().clone() for p in wide]
@@ -46,8 +46,7 @@ def test_masters_that_are_given_move_and_are_not_rounded_first(cls: Any) -> None
 
 @BOTH
 def test_masters_and_states(cls: Any) -> None:
-    """A loaded master is written into the one that was given; a copy has its own; what does not fit is
-    named."""
+    """Loading a state writes into the given masters, a copy has its own, and misfits are refused by name."""
     params = parameters(torch.bfloat16)
     masters = [p.detach().float() for p in params]
     optimizer = cls(params)
@@ -124,7 +123,7 @@ def test_masters_follow_weights_that_are_loaded_and_come_out_of_a_pickle(cls: An
 @BOTH
 @pytest.mark.parametrize("given", [False, True])
 def test_masters_follow_a_model_that_is_loaded_between_two_steps(cls: Any, given: bool) -> None:
-    """A roll-back: what was loaded is what is trained, and weights that were not keep what is not rounded."""
+    """A roll-back trains what was loaded; weights that were not loaded keep their unrounded masters."""
     model, other = (nn.Linear(5, 3).bfloat16() for _ in range(2))
     optimizer = cls(model.parameters(), lr=1e-3)
     masters = [p.detach().float() for p in model.parameters()]
@@ -133,7 +132,7 @@ def test_masters_follow_a_model_that_is_loaded_between_two_steps(cls: Any, given
     params = list(model.parameters())
     run(optimizer, params, 3)
     kept = [optimizer.state[p]["master"].clone() for p in params]
-    model.load_state_dict(model.state_dict())  # the same: nothing of the masters is lost
+    model.load_state_dict(model.state_dict())  # the same values: the masters lose nothing
     model.load_state_dict({"bias": other.bias}, strict=False)
     optimizer.param_groups[0]["lr"] = 0.0
     run(optimizer, params, 1, 3)

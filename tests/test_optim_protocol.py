@@ -72,7 +72,7 @@ def test_adamws_states_are_torchs() -> None:
 
 
 def test_adamw_is_made_as_torchs() -> None:
-    """What changes no number is taken, the rest refused; a misspelt option as Python has it."""
+    """Options that change no number are accepted, others refused; a misspelt one is Python's TypeError."""
     plain = {"amsgrad": False, "maximize": False, "foreach": True, "capturable": True, "fused": True}
     ours, theirs = parameters(), parameters()
     run(FusedAdamW(ours, lr=1e-2, **plain), ours, 2)
@@ -322,7 +322,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     wrong["state"][0]["exp_avg"] = torch.ones(2)
     cautious, clipped, other = (copy.deepcopy(optimizer.state_dict()) for _ in range(3))
     cautious["param_groups"][0]["caution"] = True
-    clipped["param_groups"][0]["max_grad_norm"] = 1.0  # as the official Adan has it
+    clipped["param_groups"][0]["max_grad_norm"] = 1.0  # as in the official Adan
     other["param_groups"][0]["betas"] = (0.9, 0.999)
     for state, message in (
         (clipped, "max_grad_norm: 1 in the loaded state, 0 in this optimizer; make it with max_grad_norm=1"),

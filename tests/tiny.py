@@ -13,14 +13,14 @@ from mdt_fast.presets import PRESETS
 
 MODEL = {"hidden_size": 16, "depth": 2, "num_heads": 2, "decode_layer": 0, "patch_size": 4}
 LEAN = {"dtype": "bfloat16", "weights": "bfloat16", "moments": "bfloat16"}
-"""Training settings: as much as goes in bfloat16, for which the ops of ``csrc/`` are needed."""
+"""Training settings with as much as possible in bfloat16; they need the ops of ``csrc/``."""
 needs_csrc = pytest.mark.skipif(not library("cpu"), reason=f"the C++ ops are {MISSING['cpu']}")
 ARGUMENTS = [f"--set=model.{key}={value}" for key, value in MODEL.items()]
 """Command-line options that make ``mdt-fast train --preset digits`` tiny."""
 
 
 def tiny(**train: Any) -> RunConfig:
-    """The digits preset with a tiny model; ``train`` replaces training settings."""
+    """The digits preset with a tiny model; ``train`` overrides training settings."""
     preset = PRESETS["digits"]
     settings = {"steps": 8, "batch_size": 4, "save_every": 4, "log_every": 3, "device": "cpu", **train}
     return replace(
@@ -34,7 +34,7 @@ def tiny(**train: Any) -> RunConfig:
 def tensors_of(checkpoint: Path) -> dict[str, tuple[Any, ...]]:
     """Dtype, shape and bytes of every tensor of a checkpoint, to compare bit for bit.
 
-    The files themselves have their metadata in any order.
+    The files themselves may differ: the order of their metadata varies.
     """
     return {
         f"{file}: {name}": (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))

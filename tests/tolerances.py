@@ -7,8 +7,8 @@ from torch import Tensor
 
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
-# From one float32 number to the next: by so much PyTorch's exp, log and erfinv, and so what it draws, differ
-# from one kind of CPU to another.
+# The gap between neighbouring float32 numbers: between kinds of CPU, PyTorch's exp, log and erfinv, and so
+# its random draws, differ by this much.
 ONE_BIT = 2.0**-23
 # Half types: at most this times the error of the plain PyTorch op in the same dtype, both against float64.
 HALF_FACTOR = 2

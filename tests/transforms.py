@@ -1,5 +1,5 @@
-"""Transforms of torch.func and forward-mode derivatives, which see into plain PyTorch alone; and offsets that
-lie apart in memory."""
+"""Transforms of torch.func and forward-mode derivatives, which can only see into plain PyTorch; and offsets
+that are not contiguous."""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +53,7 @@ def summed(op: Op, *args: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_torch_func(name: str) -> None:
-    """As those of autograd, of any argument."""
+    """The same as autograd's, for every argument."""
     torch.manual_seed(0)
     op, args = _of_tokens()[name]
     leaves = [a.clone().requires_grad_() for a in args]
