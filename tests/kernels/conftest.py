@@ -1,4 +1,4 @@
-"""Triton's interpreter in two thirds of its time."""
+"""Makes Triton's interpreter take two thirds of its time."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from mdt_fast.kernels.backends import INTERPRETING
 
 
 def patch_once_a_launch() -> None:
-    """The interpreter replaces all of ``triton.language`` whenever a kernel calls a function: here it does so
-    once for each module in a launch."""
+    """When a kernel calls a function, the interpreter replaces all of ``triton.language``; with this, it does
+    so once per module and launch."""
     from triton.runtime import interpreter
 
     patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
@@ -25,7 +25,7 @@ def patch_once_a_launch() -> None:
     def patch_once(fn: Any) -> Any:
         module = id(fn.__globals__)
         if launches and module in done:
-            return None  # of a function, which does not look at it
+            return None  # for a called function, which ignores it
         done.add(module)
         return patch(fn)
 

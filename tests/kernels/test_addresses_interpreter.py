@@ -1,6 +1,6 @@
-"""In Triton's interpreter: numbers that lie more than 2^31 apart, more tiles than a grid's second axis has.
+"""In Triton's interpreter: elements more than 2^31 apart, more tiles than a grid's second axis holds.
 
-What lies between is asked for and never touched, so it takes addresses and no memory.
+What lies in between is allocated but never touched, so it takes addresses and no memory.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ FAR = 2**30
 
 
 def far_apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """Random float16 numbers."""
+    """Random float16 numbers at these strides."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     try:
         whole = torch.empty(span, dtype=torch.float16)
@@ -35,7 +35,7 @@ def far_apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
 
 
 def test_modulations() -> None:
-    """Slices of all layers' modulations, of many samples: forward, gradients, with and without the gate."""
+    """Slices of all layers' modulations: forward and gradients, with and without the gate."""
     B, L, D = 3, 2, 16
     torch.manual_seed(0)
     together = far_apart((B, 3 * D), (FAR, 1))
@@ -91,7 +91,7 @@ def test_attention(heads: int, rows: int, strides: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("table_grad", ["recompute", "store"])
 def test_attention_of_rows_that_are_copied(table_grad: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where rows lie too far apart: gradients of the output come in another layout than the output."""
+    """As if rows lay too far apart; the output's gradient has another layout than the output."""
     from mdt_fast.kernels.rel_attention import launch
 
     monkeypatch.setattr(launch, "aligned", lambda x, length: x.clone(memory_format=torch.contiguous_format))
@@ -108,7 +108,7 @@ def test_attention_of_rows_that_are_copied(table_grad: str, monkeypatch: pytest.
 
 
 def test_of_a_packed_batch_its_longest_sample_counts() -> None:
-    """Rows are numbered from a sample's first one, however many samples stand one after the other."""
+    """Offsets start at a sample's first row, so the number of samples before it does not matter."""
     from mdt_fast.kernels.rel_attention.launch import aligned
 
     packed = far_apart((1, 1, 3, 16), (0, 16, FAR, 1))
@@ -117,7 +117,7 @@ def test_of_a_packed_batch_its_longest_sample_counts() -> None:
 
 
 def test_no_tile_stands_on_an_axis_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a CUDA grid the second axis and the third have 65,535 places: rows and columns are not on them."""
+    """The second and third axis of a CUDA grid hold 65,535 blocks, so neither carries rows or columns."""
     from mdt_fast.kernels.bias_gelu import launch as gelu
     from mdt_fast.kernels.sums import launch as sums
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs it is for, without spills; no GPU is needed."""
+"""Every kernel compiles for its GPUs without spills; no GPU is needed."""
 
 import importlib.util
 import json
@@ -20,9 +20,9 @@ import aot  # noqa: E402
 import aot_csrc  # noqa: E402
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
-"""What matrix products in half types must compile to; on Hopper wgmma, on Blackwell tcgen05."""
+"""What matrix products in half types must compile to: wgmma on Hopper, tcgen05 on Blackwell."""
 NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
-EVERY = 8  # of AMD's kernels: `bench/kernels.py --aot` compiles all of them
+EVERY = 8  # one in eight of AMD's kernels: `bench/kernels.py --aot` compiles all of them
 PRODUCTS = {
     "rel_attention_fwd_kernel",
     "rel_attention_bwd_q_kernel",
@@ -40,7 +40,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of one run for all of NVIDIA's architectures."""
+    """The rows of one run for all NVIDIA architectures."""
     file = tmp_path_factory.mktemp("aot") / "rows.jsonl"
     done = run("--aot", "--arch", ",".join(NVIDIA), "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
     assert len(spills) >= 240
     assert all(row["p50"] == 0 for row in spills)
     assert all(0 < row["p50"] <= 512 for row in rows if row["metric"] == "registers")
-    if arch == "sm_80":  # whose choices other GPUs have, too, with less memory (8.6, 8.9, 12.x)
+    if arch == "sm_80":  # GPUs with less shared memory use its choices, too (8.6, 8.9, 12.x)
         shared = [row["p50"] for row in rows if row["metric"] == "shared_bytes"]
         assert len(shared) == len(spills)
         assert max(shared) <= 99 * 1024
@@ -64,15 +64,15 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
     def of(metric: str) -> list[dict[str, Any]]:
         return [row for row in rows if row["metric"] == metric and row["dtype"] == "bf16"]
 
-    gather = {"rel_attention_bwd_gather_kernel"} if arch != "sm_100" else set()  # there 16 rows: mma.sync
+    gather = {"rel_attention_bwd_gather_kernel"} if arch != "sm_100" else set()  # 16 rows there: mma.sync
     assert all(row["p50"] > 0 for row in of(MATRIX[arch]) if row["kernel"] in PRODUCTS | gather)
-    matrix: Counter[tuple[str, str]] = Counter()  # of float32, where TF32 may be taken
+    matrix: Counter[tuple[str, str]] = Counter()  # float32 products that may use TF32
     for row in rows:
         if "tf32" in row["shape"] and row["metric"] in ("HMMA", "HGMMA", "UTCMMA"):
             matrix[row["kernel"], row["shape"]] += row["p50"]
-    assert len(matrix) == len(PRODUCTS) * 3 + 2  # heads of 64, 72 and 128; of the first two with dS stored
+    assert len(matrix) == len(PRODUCTS) * 3 + 2  # heads of 64, 72 and 128; with dS stored, 64 and 72
     assert all(matrix.values())
-    wide: Counter[tuple[str, str]] = Counter()  # 16 bytes at a time
+    wide: Counter[tuple[str, str]] = Counter()  # loads of 16 bytes
     for row in of("LDG.128") + of("LDGSTS.128"):
         wide[row["kernel"], row["shape"]] += row["p50"]
     assert not {kernel for (kernel, _), loads in wide.items() if loads < 2}
@@ -81,7 +81,7 @@ def test_no_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_no_cuda_kernel_spills(arch: str, compiled: list[dict[str, Any]]) -> None:
-    """csrc/, by nvcc: registers leave room for two blocks, memory-bound kernels move 16 bytes at a time."""
+    """csrc/, by nvcc: no spills, a block's registers fit, the optimiser's kernels load 16 bytes at a time."""
     if aot_csrc.nvcc() is None:
         pytest.skip("needs nvcc (CUDA_HOME, or pip install nvidia-cuda-nvcc)")
     kernels: defaultdict[str, dict[str, float]] = defaultdict(dict)
@@ -113,7 +113,7 @@ def test_kernels_compile_for_amd_without_spills() -> None:
 
 
 def test_registers_that_were_never_written_are_found() -> None:
-    """As ptxas 12.8 did it (the first line should add to UR10), and as it should be."""
+    """As ptxas 12.8 compiled it (the UIADD3 should read UR10), and as it should be."""
     wrong = """
         USHF.R.U32.HI UR10, URZ, 0x4, UR44 ; /* 0x1 */
         UMOV UR11, 0xc0000010 ;
@@ -133,7 +133,7 @@ def test_registers_that_were_never_written_are_found() -> None:
 
 @pytest.mark.slow
 def test_what_does_not_compile_is_told_beside_the_rest() -> None:
-    """In the order of the cases."""
+    """The results come in the order of the cases."""
     good = next(import_module("mdt_fast.kernels.bias_gelu.aot").cases("sm_90"))
     bad = replace(good, dtypes={**good.dtypes, "x_ptr": "*nonsense"})
     first, second, third = compile_cases([good, bad, good], "sm_90")

@@ -1,4 +1,4 @@
-"""Each attention backend against the reference where it can run; what each refuses; how it is chosen."""
+"""Each attention backend against the reference where it can run; what each refuses; how one is chosen."""
 
 import sys
 from functools import partial
@@ -49,7 +49,7 @@ def test_flex_forward_on_the_cpu(length: int | None) -> None:
 @pytest.mark.parametrize("d", [64, 72])
 @pytest.mark.parametrize("length", [None, 153])
 def test_on_a_gpu(length: int | None, d: int, name: str) -> None:
-    """Against float64, by the rule for half types. They sum the table by atomics: no bits twice."""
+    """Against float64, by the rule for half types; bits may differ, as atomics sum the table's gradient."""
     if name == "xformers" and (with_xformers.installed() is None or not with_xformers.built()):
         pytest.skip("xformers is not installed, or without CUDA kernels for this torch")
     pos = None if length is None else kept(2, 16, length, "cuda")
@@ -101,7 +101,7 @@ def test_flash_attn_4_forward_of_different_lengths() -> None:
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_xformers_without_its_extension_is_not_there(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel is PyTorch's own, which xformers takes for available, and refuses in the call."""
+    """Without it xformers calls PyTorch's own kernel available, but then refuses the call."""
     cutlass = SimpleNamespace(FwOp=SimpleNamespace(is_available=lambda: True))
     stand = {
         "xformers": SimpleNamespace(_cpp_lib=SimpleNamespace(_built_with_cuda=loaded)),
@@ -233,7 +233,7 @@ def test_the_mask_and_its_rows(pos: Tensor | None, multiple: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_masks_gradient_is_rounded_once(dtype: torch.dtype) -> None:
-    """A row of a half table is read hundreds of times; what comes back is added up in float32."""
+    """A row of a half table is read hundreds of times; its gradient is summed in float32."""
     q, _, _, table = heads(4, 3, 60, 8, 8)
     pos = kept(4, 8, 60)
     table, weights = table.to(dtype), torch.randn(4, 3, 60, 60).to(dtype)
@@ -241,7 +241,7 @@ def test_the_masks_gradient_is_rounded_once(dtype: torch.dtype) -> None:
     for t in (table, table.double()):
         mask = reference.bias_mask(q.to(t.dtype), t.requires_grad_(), call_with(grid_size=8), pos, pos)
         found.append(torch.autograd.grad(mask, t, weights.to(t.dtype))[0])
-    assert (found[0] == found[1].to(dtype)).float().mean() > 0.99  # float32 sums may lie across a tie
+    assert (found[0] == found[1].to(dtype)).float().mean() > 0.99  # float32 may round a tie the other way
 
 
 @pytest.mark.skipif(CUDA, reason="is about machines without CUDA")

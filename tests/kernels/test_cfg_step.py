@@ -31,7 +31,7 @@ both_paths = pytest.mark.parametrize("path", ["plain", PATH])
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
-    """Some smooth function with twice the channels."""
+    """A smooth function with twice the channels."""
     x = x * (1 + t.view(-1, 1, 1, 1) / 1000)
     return torch.cat([torch.sin(x), torch.cos(3 * x) * 0.8], dim=1)
 
@@ -40,7 +40,7 @@ def model(x: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(("kind", "eta"), [("ddpm", None), ("ddim", 0.0), ("ddim", 0.7), ("ddim", 1.0)])
 def test_a_loop_of_ten_steps(kind: str, eta: float | None, clip: bool, path: str) -> None:
-    """Same noise, same guidance (3 of 4 channels): each of the sampler's steps, from where it stands."""
+    """With the sampler's noise and guidance (3 of 4 channels), each step from the sampler's own state."""
     diffusion = create_diffusion("10")
     a = diffusion.alphas_cumprod
     table = ddpm_coefficients(a) if eta is None else ddim_coefficients(a, eta)
@@ -67,8 +67,8 @@ def test_a_loop_of_ten_steps(kind: str, eta: float | None, clip: bool, path: str
 )
 @pytest.mark.parametrize("eta", [None, 0.0], ids=["ddpm", "ddim"])
 def test_samples_of_a_model(cls: Any, cfg_scale: float, scale_pow: float, eta: float | None) -> None:
-    """Noise to pictures with the scales of both versions' scripts: ``forward_with_cfg`` in the sampler's
-    loop, plain ``forward`` and ``cfg_step`` in ours."""
+    """Noise to pictures with both versions' published scales: ``forward_with_cfg`` in the sampler's loop
+    against plain ``forward`` and ``cfg_step``."""
     net = cls(input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=10, decode_layer=2).eval()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -104,7 +104,7 @@ def test_samples_of_a_model(cls: Any, cfg_scale: float, scale_pow: float, eta: f
 @pytest.mark.parametrize("kind", ["ddpm", "ddim"])
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_conditional_half_alone(kind: str, learned: bool, path: str) -> None:
-    """``x`` [n] with the outputs of both halves: the first half of what ``x`` [2n] gives, to the bit."""
+    """``x`` [n] with both halves' outputs gives the first half of what ``x`` [2n] gives, bit for bit."""
     x, noise = torch.randn(2, 6, 4, 5, 3, generator=torch.Generator().manual_seed(0))
     output = model(x, torch.full((6,), 500))[:, : 8 if learned else 4]
     row = (ddpm_coefficients if kind == "ddpm" else ddim_coefficients)([0.9, 0.5, 0.2])[1]
@@ -118,7 +118,7 @@ def test_the_conditional_half_alone(kind: str, learned: bool, path: str) -> None
 @both_paths
 @pytest.mark.parametrize("kind", ["ddpm", "ddim"])
 def test_nan_is_not_clipped_away(kind: str, path: str) -> None:
-    """A model that diverges must be seen to, as with ``clamp``."""
+    """A diverging model must stay visible, as with ``clamp``."""
     args = arguments(2, 4, 4, torch.float32, False)
     if kind == "ddim":
         args["coefficients"] = ddim_coefficients([0.9, 0.5])[1]
@@ -131,7 +131,7 @@ def test_nan_is_not_clipped_away(kind: str, path: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(INTERPRETING, reason="needs the compiler, not the interpreter")
 def test_compiled_clip_keeps_nan() -> None:
-    """PTX's plain ``max`` and ``min`` drop a NaN; Triton's interpreter does not show it."""
+    """PTX's plain ``max`` and ``min`` drop NaN, which Triton's interpreter does not show."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -34,7 +34,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 @given(data=st.data())
 def test_random_calls(data: st.DataObject) -> None:
-    """Every argument at once, against ``reference.py`` in float64; two runs give the same bits."""
+    """All arguments vary at once, against ``reference.py`` in float64; two runs give the same bits."""
 
     def one_of(*values: Any) -> Any:
         return data.draw(st.sampled_from(values))

@@ -1,4 +1,4 @@
-"""The tests of ``float8.py``, with what serves a CPU: plain PyTorch."""
+"""The tests of ``float8.py``, with the implementation for CPUs: plain PyTorch."""
 
 from importlib import import_module
 
@@ -23,7 +23,7 @@ backends_module = import_module("mdt_fast.kernels.backends")  # the package has 
 def test_which_gpus_have_it(
     capability: tuple[int, int], served: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others round and multiply by plain PyTorch, and the doctor says so."""
+    """Other GPUs round and multiply with plain PyTorch, and the doctor says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def rounds_as_gpus_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter does not: no carry into the exponent, numbers below 2^-6 cut off."""
+    """Triton 3.7's interpreter does not: it drops the carry into the exponent and truncates below 2^-6."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,3 +1,3 @@
-"""The tests of ``fused_linear.py``, with what serves a CPU: plain PyTorch."""
+"""The tests of ``fused_linear.py``, with the implementation for CPUs: plain PyTorch."""
 
 from fused_linear import *  # noqa: F403

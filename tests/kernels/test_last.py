@@ -1,4 +1,4 @@
-"""Answers that are kept for the tensors that were last asked about: given again, and only where they hold."""
+"""Results cached for the tensors last asked about: reused, and only while they are valid."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from mdt_fast.kernels.last import of_the_last
 
 
 def asked() -> tuple[Any, list[Any]]:
-    """A sum that says each time that it is computed."""
+    """A sum that records each time it is computed."""
     calls: list[Any] = []
 
     @of_the_last
@@ -47,14 +47,14 @@ def test_a_tensor_that_was_written_to_is_another() -> None:
     assert total(x, y, "a") == 8
     x[0] = 10
     assert total(x, y, "a") == 18
-    y[0].fill_(5)  # by a view
+    y[0].fill_(5)  # through a view
     assert total(x, y, "a") == 22
     assert len(calls) == 3
 
 
 def test_nothing_is_kept_alive_nor_taken_for_what_is_gone() -> None:
     total, calls = asked()
-    for value in range(50):  # addresses come again
+    for value in range(50):  # addresses are reused
         x = torch.full((3,), value)
         assert total(x, None, "a") == 3 * value
         del x
@@ -79,7 +79,7 @@ def test_an_answer_goes_with_its_tensors() -> None:
     assert made[-1]() is None
     y = torch.ones(1)
     assert doubled(x, y).tolist() == [0, 2, 4, 6]
-    doubled(torch.arange(3), y)  # whose tensors were kept by nobody
+    doubled(torch.arange(3), y)  # nothing else holds the first tensor
     assert made[-1]() is None
     doubled(x, y)
     assert made[-1]() is not None

@@ -1,4 +1,4 @@
-"""Products of linear layers, by oneDNN or PyTorch: every gradient, and layouts that oneDNN is slow at."""
+"""Products of linear layers, by oneDNN or PyTorch: every gradient, and layouts that are slow in oneDNN."""
 
 import io
 from functools import partial
@@ -17,7 +17,7 @@ from tolerances import FLOAT32, relative_error
 
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And on Intel's processors, too."""
+    """oneDNN multiplies these, on Intel's processors, too."""
     monkeypatch.setattr(onednn, "MIN_FLOPS", 0)
     monkeypatch.setattr(op, "MKL_SUFFICES", False)
 
@@ -37,7 +37,7 @@ def test_forward_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, with_
 @ONEDNN
 @pytest.mark.parametrize("half", [0, 1])
 def test_halves_of_a_wider_weight(half: int) -> None:
-    """As in skip layers: part of a matrix, which oneDNN would multiply a thousand times slower."""
+    """As in skip layers: part of a matrix, which oneDNN itself would multiply a thousand times slower."""
     weight = torch.randn(20, 48)
 
     def with_half(f, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -51,7 +51,7 @@ def test_halves_of_a_wider_weight(half: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["every third", "one for all"])
 def test_a_bias_whose_numbers_lie_apart(layout: str, dtype: torch.dtype) -> None:
-    """oneDNN takes them to lie side by side."""
+    """oneDNN assumes that they are contiguous."""
 
     def with_bias(f, x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         return f(x, w, b[::3] if layout == "every third" else b[:1].expand(20))
@@ -63,7 +63,7 @@ def test_a_bias_whose_numbers_lie_apart(layout: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_mode_gradients(dtype: torch.dtype) -> None:
-    """PyTorch's, where ours would be without tangents."""
+    """PyTorch's product is used: ours would give no tangents."""
     x, weight, bias = (a.to(dtype) for a in (torch.randn(80, 24), torch.randn(20, 24), torch.randn(20)))
     with forward_ad.dual_level():
         result = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x), weight, bias))
@@ -89,7 +89,7 @@ def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", None])
 def test_whose_processor_it_is(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Linux's file; where there is none, by what Windows calls the processor."""
+    """From Linux's file; without it, from the name that Windows gives the processor."""
 
     def file(path: str) -> io.StringIO:
         if maker is None:

@@ -23,7 +23,7 @@ Plan = Callable[[Tensor, int], tuple[Tensor, ...]]
 
 
 def check(plan: Plan, noise: Tensor, len_keep: int) -> None:
-    """Against two sorts, written out."""
+    """Compare ``plan`` with two sorts, written out."""
     ids_keep, ids_mask, ids_restore, mask = plan(noise, len_keep)
     B, L = noise.shape
     order = torch.argsort(noise.double(), dim=1, stable=True)
@@ -40,7 +40,7 @@ def check(plan: Plan, noise: Tensor, len_keep: int) -> None:
 @pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 17), (32, 256), (2, 4096), (1, 5000)])
 def test_against_argsort(plan: Plan, B: int, L: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    noise = torch.rand(B, L).to(dtype)  # in half types with many ties
+    noise = torch.rand(B, L).to(dtype)  # half types give many ties
     for len_keep in sorted({0, 1, L // 2, L - 1, L}):
         check(plan, noise, len_keep)
 

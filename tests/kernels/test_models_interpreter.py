@@ -46,7 +46,7 @@ def test_against_the_reference(cls: Any, len_keep: int | None) -> None:
     assert gradients.keys() == expected_gradients.keys()
     largest = max(g.abs().max() for g in expected_gradients.values())
     for name, gradient in expected_gradients.items():
-        # The gradients of key biases are zero but for rounding: judged against the largest of all.
+        # Key biases have gradients of zero but for rounding, so they are judged by the largest of all.
         error = (gradients[name] - gradient).abs().max()
         assert error <= 10 * FLOAT32 * max(gradient.abs().max(), 1e-3 * largest), name
 
@@ -54,7 +54,7 @@ def test_against_the_reference(cls: Any, len_keep: int | None) -> None:
 @pytest.mark.parametrize("stored", [False, True], ids=["", "stored scores"])
 @pytest.mark.parametrize("cls", [reference.MDTv2, reference.MDT], ids=lambda cls: cls.__name__)
 def test_both_passes_in_one_batch(cls: Any, stored: bool) -> None:
-    """Packed rows through every kernel: both outputs, and the gradients of both together."""
+    """Packed rows through every kernel: both outputs, and their joint gradients."""
     torch.manual_seed(0)
     size = {"input_size": 8, "hidden_size": 48, "depth": 4, "num_heads": 2, "num_classes": 10}
     oracle = cls(**size, mask_ratio=0.3, decode_layer=2).eval()

@@ -41,7 +41,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, steps: int = 1) -> 
 
 
 def changed(values: dict[str, Any]) -> list[Tensor]:
-    """All tensors of a call, with masters in the parameters' place."""
+    """Copies of all tensors in a call's lists."""
     lists = [value for value in values.values() if isinstance(value, list) and value]
     return [x.clone() for tensors in lists for x in tensors if isinstance(x, Tensor)]
 
@@ -49,7 +49,7 @@ def changed(values: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("decay", [0.9999, 0.999999, 0.99999999])
 @pytest.mark.parametrize("name", STEPS)
 def test_an_average_moves_by_what_its_decay_leaves(name: str, decay: float) -> None:
-    """1 - decay, which is no longer there once the decay is rounded to float32."""
+    """By 1 - decay, which is lost once the decay is rounded to float32."""
     values = arguments(name) | {"ema_decays": [decay], "max_grad_norm": 0.0, "weight_decay": 0.0}
     values["emas"] = [torch.zeros_like(p) for p in values["params"]]
     STEPS[name](**values)

@@ -1,7 +1,7 @@
 """Ten thousand random calls of the ops: the right answer or a ``ValueError``, never anything else.
 
-Half of the calls are right, half have one thing wrong with them. The right answer is that of the room's
-``reference.py`` in float64; gradients are asked for too.
+Half of the calls are right, half have one thing wrong. The right answer, gradients included, is that of the
+room's ``reference.py`` in float64.
 """
 
 import random
@@ -18,7 +18,7 @@ from tolerances import relative_error
 
 CASES = 10_000
 FLOAT32 = 1e-4
-"""Looser than elsewhere: random calls meet sums that nearly cancel, and rows of a few numbers."""
+"""Looser than elsewhere: random calls include sums that nearly cancel and rows of a few numbers."""
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -139,7 +139,7 @@ MAKERS = (
 
 
 def spoil(r: random.Random, args: dict[str, Any]) -> dict[str, Any]:
-    """One argument changed: another shape, dtype or device, values out of range, or rubbish."""
+    """One argument changed: another shape, dtype or device, values out of range, or axes swapped."""
     args = dict(args)
     name = r.choice([key for key, value in args.items() if isinstance(value, Tensor)])
     x = args[name]

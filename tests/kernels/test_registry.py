@@ -1,4 +1,4 @@
-"""Operators that are plain calls where nothing looks at them."""
+"""Operators that are plain function calls unless something looks at them."""
 
 import inspect
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ cube.register_autograd(_backward, setup_context=_setup_context)
 
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which ops went through the dispatcher."""
+    """Records which ops go through the dispatcher."""
     seen: list[str] = []
     for op in (cube, cube_bwd):
 
@@ -110,7 +110,7 @@ def test_a_subclass_is_not_taken_for_its_memory(dispatched: list[str]) -> None:
 
 
 def test_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another GPU than the current one: Triton launches on the current one, whatever it is given."""
+    """Even on another GPU than the current one, where Triton would launch whatever its tensors."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     current = [0]
@@ -129,7 +129,7 @@ def test_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen(None, 2.0, on[0]) == 0
     assert seen(None, 2.0, on[1], on[2]) == 1
     assert seen(torch.randn(3)) == seen(2.0) == current[0] == 0
-    assert inspect.unwrap(cube.function) is not cube.function  # an op's is such a one
+    assert inspect.unwrap(cube.function) is not cube.function  # ops are wrapped in this way
 
 
 def test_compiled_and_checked_as_an_operator() -> None:
@@ -170,7 +170,7 @@ def test_no_second_derivative_of_any_room(op: str) -> None:
 
 
 def test_a_second_derivative_of_what_was_cast_is_no_constant() -> None:
-    """Under autocast a GPU's product saves roundings of its inputs, which know nothing of them."""
+    """Under autocast a GPU's product saves rounded copies of its inputs, without their history."""
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
     out = Linear.apply(x, weight, None, torch.bfloat16, False)
     (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)

@@ -1,6 +1,6 @@
 """``rel_attention``'s Triton kernels in Triton's interpreter (``TRITON_INTERPRET=1``; ``make test`` does).
 
-Forward and every gradient against float64, float32 and float16: head sizes 16 to 128, lengths that are no
+Forward and every gradient against float64, in float32 and float16: head sizes 16 to 128, lengths that are no
 multiple of a tile, kept tokens, queries apart from keys, samples of different lengths, both forms of the bias
 and of the table's gradient. B samples, H heads, M queries, N keys, d head size, G grid side.
 """
@@ -29,7 +29,7 @@ pytestmark = [
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 WAYS = pytest.mark.parametrize(("bias_form", "table_grad"), [("lookup", "store"), ("dense", "recompute")])
 TABLE = pytest.mark.parametrize("table_grad", ["recompute", "store"])
-# The error of one op's own arithmetic; plain PyTorch is asked for by name.
+# The reference is plain PyTorch, chosen by name, so that errors are the op's own.
 plain = partial(rel_attention, attention_backend="sdpa")
 
 
@@ -64,15 +64,15 @@ def test_head_sizes(d: int, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("d", [1, 8, 17, 70, 100])
 def test_head_sizes_that_do_not_divide_by_eight(d: int, dtype: torch.dtype) -> None:
-    """In half types widened by zeros."""
+    """Half types pad them with zeros."""
     against_plain(heads(1, 2, 25, 25, d, 5), dtype, grid_size=5)
 
 
 @DTYPES
 @pytest.mark.parametrize("begin", [1, 4, 8])
 def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
-    """Heads cut out of wider rows, the gradient of the output out of a longer tensor: copied in half types
-    where nothing stands at a multiple of 16 bytes."""
+    """Heads cut out of wider rows, the output's gradient out of a longer tensor: half types copy what is not
+    aligned to 16 bytes."""
 
     def op(*args: Tensor, **how: Any) -> Tensor:
         q, k, v = (x[..., begin : begin + 24] for x in args[:3])
@@ -86,13 +86,13 @@ def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
 @WAYS
 @pytest.mark.parametrize("length", [None, 1, 40, 64, 81])
 def test_kept_tokens(length: int | None, bias_form: str, table_grad: str, dtype: torch.dtype) -> None:
-    """All tokens, one, a length that is no multiple of a tile, exactly one tile, all of them by position."""
+    """All tokens, one, a length that is no multiple of a tile, exactly one tile, and all by position."""
     G = 9
     n = length or G * G
     pos = None if length is None else kept(3, G, n)
     how = {"bias_form": bias_form, "table_grad": table_grad}
     args = heads(3, 2, n, n, 24, G)
-    # The gradient of one token's key is zero: softmax over one key is 1 whatever it scores.
+    # With one token, the key's gradient is zero: softmax over one key is 1 whatever its score.
     if length == 1:
         op = partial(rel_attention, **how, grid_size=G, q_pos=pos, k_pos=pos)
         out, dq, dk, _, dtable = run(op, args)
@@ -142,7 +142,7 @@ def test_without_bias(d: int, dtype: torch.dtype) -> None:
 
 
 def test_two_hundred_tokens_past_a_multiple_of_128() -> None:
-    """Lengths where N mod 128 is 64 have given NaN elsewhere."""
+    """Other kernels have given NaN at lengths where N mod 128 is 64."""
     against_plain(heads(1, 1, 196, 196, 72, 14), torch.float32, grid_size=14)
     pos = kept(1, 14, 192)
     against_plain(heads(1, 1, 192, 192, 72, 14), torch.float32, grid_size=14, q_pos=pos, k_pos=pos)
@@ -174,7 +174,7 @@ def test_qkvpacked_ragged() -> None:
 @DTYPES
 @TABLE
 def test_tokens_beyond_the_longest_length_are_left_out(table_grad: str, dtype: torch.dtype) -> None:
-    """On a GPU nobody reads the offsets beforehand: here two samples of 3 and 2, said to have 2 at most."""
+    """On a GPU the offsets are not read beforehand: here samples of 3 and 2 with a stated maximum of 2."""
     from mdt_fast.kernels.rel_attention.registered import (
         rel_attention_qkvpacked_bwd,
         rel_attention_qkvpacked_fwd,
@@ -226,11 +226,11 @@ def test_large_scores_stay_finite() -> None:
         run(partial(plain, grid_size=5), [a.double() for a in args]),
     )
     assert all(x.isfinite().all() for x in ours)
-    assert relative_error(ours[0], exact[0]) <= FLOAT32 * 100  # scores of 1e5: float32 leaves 0.01 of each
+    assert relative_error(ours[0], exact[0]) <= FLOAT32 * 100  # at scores of 1e5, float32 resolves 0.01
 
 
 def test_nothing() -> None:
-    """No samples, no queries, no keys: empty results, or zeros."""
+    """Without samples, queries or keys: empty results, or zeros."""
     G, table = 4, torch.randn(52, 2, requires_grad=True)
     for B, M, N in ((0, 16, 16), (2, 0, 16), (2, 16, 0), (2, 0, 0)):
         q, k, v = (x.requires_grad_() for x in heads(B, 2, M, N, 16, None))
@@ -246,7 +246,7 @@ def test_nothing() -> None:
 
 
 def test_strides() -> None:
-    """Views of one tensor, an expanded batch and rows apart: the same as copies of them."""
+    """Views of one tensor, an expanded batch and a strided table give the same as contiguous copies."""
     qkv = torch.randn(2, 16, 3, 2, 24)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     table = torch.randn(52, 2)
@@ -313,7 +313,7 @@ def test_compiled_once_for_all_lengths() -> None:
 def test_random_shapes(
     B: int, H: int, G: int, M: int, N: int, d: int, bias_form: str, table_grad: str
 ) -> None:
-    # Two keys at least: with one the gradients of q, k and the table are zero but for rounding.
+    # At least two keys: with one, the gradients of q, k and the table are zero but for rounding.
     M, N = min(M, G * G), max(2, min(N, G * G))
     how = {"bias_form": bias_form, "table_grad": table_grad}
     places = {"q_pos": kept(B, G, M), "k_pos": kept(B, G, N)}

@@ -42,7 +42,7 @@ def packed_plain(qkv: Tensor, table_RH: Tensor, pos: Tensor, offsets: Tensor, le
 
 @pytest.fixture(params=[0, 1, 2], ids=["csrc", "one at a time", "two at a time"], autouse=True)
 def _whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By ``csrc/`` where it can, or by PyTorch with so many samples at a time."""
+    """By ``csrc/`` where it can serve, or by PyTorch with so many samples at a time."""
     if request.param:
         monkeypatch.setitem(samples.WITH_CPP, "rel_attention", 1000)
         monkeypatch.setattr(samples, "SCORES_BYTES", request.param * H * (G * G) ** 2 * 4)
@@ -123,7 +123,7 @@ def test_compiled_with_every_length() -> None:
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["no gradient", "gradients"])
 @pytest.mark.parametrize("with_table", [False, True], ids=["no table", "table"])
 def test_compiled_whole_grids(with_table: bool, needs_grad: bool) -> None:
-    """Who serves is asked of the processor."""
+    """Which implementation serves depends on the processor, which is asked while compiling."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     qkv = torch.randn(2, 64, 3, H, 8, requires_grad=needs_grad)
@@ -159,7 +159,7 @@ def test_positions_whatever_the_default_device() -> None:
 
 
 def test_forward_mode_gradients_are_refused() -> None:
-    """None would come out, and nothing be said."""
+    """They would be missing without a word."""
     qkv = torch.randn(2, 25, 3, H, 8)
     with forward_ad.dual_level(), pytest.raises(ValueError, match="'samples' cannot serve this call"):
         rel_attention_qkvpacked(forward_ad.make_dual(qkv, qkv), attention_backend="samples")

@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: FLOAT64, torch.float32: FLOAT32}
 
 
 def test_only_an_export_is_one() -> None:
-    """torch 2.11 takes a compilation for one by ``torch.compiler.is_exporting``."""
+    """In torch 2.11 ``torch.compiler.is_exporting`` is true for a compilation, too."""
 
     class Model(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def formula_patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) ->
 def check(
     op: Callable[..., Any], formula: Callable[..., Any], args: list[Tensor], dtype: torch.dtype
 ) -> None:
-    """Outputs and the gradient of a random projection of them, with respect to every argument."""
+    """Compare outputs, and the gradients of a random projection of them for every argument."""
     exact = [a.double().requires_grad_() for a in args]
     given_ = [a.to(dtype).requires_grad_() for a in args]
     expected, actual = formula(*exact), op(*given_)
@@ -84,7 +84,7 @@ def check(
 
 
 def _grads(loss: Tensor, args: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients, zeros for what an empty set of tokens never reaches."""
+    """Gradients, with zeros for arguments that an empty set of tokens leaves out."""
     return torch.autograd.grad(loss, args, allow_unused=True, materialize_grads=True)
 
 
@@ -208,7 +208,7 @@ def test_rel_attention_without_a_table() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 4), st.integers(0, 40), st.integers(1, 9), st.integers(0, 2**31))
 def test_random_plans(B: int, L: int, D: int, seed: int) -> None:
-    """gather, then unmask, brings kept tokens home and puts the mask token everywhere else."""
+    """Gather, then unmask, puts kept tokens back in place and the mask token everywhere else."""
     generator = torch.Generator().manual_seed(seed)
     K = int(torch.randint(0, L + 1, (), generator=generator))
     plan = MaskPlan.from_noise(torch.rand(B, L, generator=generator), K)

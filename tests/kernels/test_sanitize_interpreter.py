@@ -1,4 +1,4 @@
-"""What compute-sanitizer is given to look at reaches every Triton kernel: in the interpreter, fewer sizes."""
+"""The calls that compute-sanitizer inspects reach every Triton kernel; in the interpreter, at fewer sizes."""
 
 import sys
 from pathlib import Path

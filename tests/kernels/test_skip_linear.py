@@ -47,7 +47,7 @@ def test_opcheck_compile_and_checkpoint() -> None:
 
 
 def test_transforms_see_into_plain_pytorch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By tensors that say they are a GPU's; on one ``test_gpu_transforms.py`` looks."""
+    """With tensors that claim to be on a GPU; ``test_gpu_transforms.py`` uses a real one."""
     x, *others = arguments(2, 4, 8, 3)
     expected = torch.func.jvp(lambda x: concatenated(x, *others), (x,), (x,))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -59,7 +59,7 @@ def test_transforms_see_into_plain_pytorch_on_a_gpu(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("op", [skip_linear, in_place])
 def test_under_autocast(op) -> None:  # type: ignore[no-untyped-def]
-    """As a linear layer: weights and gradients stay float32; a float64 model is left alone."""
+    """Like a linear layer: gradients stay float32, and a float64 model is left alone."""
     args = [a.requires_grad_() for a in arguments(2, 5, 16, 24)]
     with torch.autocast("cpu", torch.bfloat16):
         out, expected = op(*args), concatenated(*args)

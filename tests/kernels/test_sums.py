@@ -1,3 +1,3 @@
-"""The tests of ``sums.py``, with what serves a CPU: plain PyTorch."""
+"""The tests of ``sums.py``, with the implementation for CPUs: plain PyTorch."""
 
 from sums import *  # noqa: F403

@@ -1,6 +1,6 @@
 """Token moves and ``patch_embed`` in Triton's interpreter (``TRITON_INTERPRET=1``; ``make test`` does).
 
-Forward and every gradient against float64; none, some and all tokens kept; ids that repeat. B samples, L
+Forward and every gradient against float64; none, some and all tokens kept; repeated ids. B samples, L
 tokens, K kept, D width, C channels, p patch side, G grid side.
 """
 
@@ -72,7 +72,7 @@ def test_merge_tokens(B: int, L: int, K: int, D: int, dtype: torch.dtype) -> Non
 
 
 def test_merged_tokens_of_a_wrong_plan_reach_no_other_memory() -> None:
-    """Ids on a GPU are not checked; of places beyond the grid some computed token is taken."""
+    """A GPU does not check ids: places beyond the grid read some computed token and write nothing."""
     from mdt_fast.kernels.tokens.kernel import merge_tokens_bwd_kernel
     from mdt_fast.kernels.tokens.move_op import merge_tokens_fwd
 
@@ -99,7 +99,7 @@ def against_plain(args: list[Tensor], dtype: torch.dtype, ids: Tensor | None) ->
     ("B", "C", "p", "G", "D"), [(2, 4, 2, 9, 24), (9, 1, 1, 3, 8), (3, 3, 3, 2, 70), (2, 4, 8, 3, 72)]
 )
 def test_patch_embed(B: int, C: int, p: int, G: int, D: int, ids: int | None, dtype: torch.dtype) -> None:
-    """Chosen tokens repeat; patches of 1, 16, 27 and 256 numbers."""
+    """Chosen tokens repeat; patches hold 1, 16, 27 and 256 numbers."""
     chosen = None if ids is None else torch.randint(0, G * G, (B, ids))
     against_plain(embedding(B, C, p, G, D), dtype, chosen)
 

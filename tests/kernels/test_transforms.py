@@ -1,4 +1,4 @@
-"""The tests of ``transforms.py``, with what serves a CPU; and offsets that a compiled call cannot check."""
+"""The tests of ``transforms.py``, with the implementation for CPUs; and offsets no compiled call checks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from transforms import *  # noqa: F403
 
 @pytest.mark.parametrize("wrong", [[0, 7, 5], [0, 2, 9], [1, 2, 5], [-3, 2, 4]], ids=str)
 def test_offsets_that_nobody_checks_reach_no_other_memory(wrong: list[int]) -> None:
-    """Compiled, in float64: numbers of no meaning or an error, but rows of some sample."""
+    """Compiled, in float64: the result may be meaningless, but each row has some sample's modulation."""
 
     def op(x: torch.Tensor, g: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return kernels.ln_modulate(x, g, g, offsets=offsets)

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter: run with ``TRITON_INTERPRET=1`` (``make test`` does).
 
-Forward and every gradient against float64, float32 and float16, odd widths and lengths, uniform and ragged,
-NaN-poisoned outputs, the same bits in two runs. B samples, L tokens, R rows, D width.
+Forward and every gradient against float64, in float32 and float16: odd widths and lengths, uniform and
+ragged, NaN-poisoned outputs, the same bits in two runs. B samples, L tokens, R rows, D width.
 """
 
 from functools import partial
@@ -72,7 +72,7 @@ def test_ln_modulate_ragged(bounds: list[int], D: int, gated: bool, dtype: torch
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-# From 8 on: the gradient of two normalised numbers is zero but for eps, and float32 keeps no digit of it.
+# From 8 on: the gradient of two normalised numbers is zero but for eps, which float32 cannot resolve.
 @given(st.integers(1, 3), st.integers(0, 6), st.integers(8, 70), st.booleans(), st.integers(0, 99))
 def test_ln_modulate_random_shapes(B: int, L: int, D: int, gated: bool, seed: int) -> None:
     check(gated, arguments((B, L), B, D, gated, seed), torch.float32)
@@ -80,7 +80,7 @@ def test_ln_modulate_random_shapes(B: int, L: int, D: int, gated: bool, seed: in
 
 @pytest.mark.parametrize("which", [0, 1], ids=["residual", "normal"])
 def test_one_result_alone(which: int) -> None:
-    """The other has no gradient; nor have the statistics that the op keeps for its backward pass."""
+    """The other has no gradient, nor have the statistics that the op keeps for its backward pass."""
     args = [a.requires_grad_() for a in arguments((2, 5), 2, 24, gated=True)]
     weights = torch.randn(2, 5, 24)
     found, expected = (

@@ -1,4 +1,4 @@
-"""Tuning's turns, in Triton's interpreter at a tiny size: rows are made, wrong results are never timed."""
+"""Tuning in Triton's interpreter at a tiny size: rows are written, wrong results are never timed."""
 
 import sys
 import time
@@ -75,7 +75,7 @@ def test_wrong_results_are_never_timed(tuner: tune.Tuner) -> None:
 
 
 def test_a_device_that_is_lost_ends_the_run(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice that broke it has its row, so that the next run leaves it out."""
+    """The choice that broke it gets a row, so that the next run skips it."""
 
     def broken(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -100,5 +100,5 @@ def test_backward_kernels_are_timed_as_a_step_calls_them(
     call = make()
     results = call()
     rows = [result.shape[0] for result in results if result.ndim == 2]
-    assert 9 in rows  # of both passes: six tokens and three
+    assert 9 in rows  # both passes: six tokens and three
     assert points.difference(call(), results) == 0
