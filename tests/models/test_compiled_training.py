@@ -1,4 +1,4 @@
-"""A compiled training step: how often it compiles, and what it gives."""
+"""A compiled training step: how often it compiles, and what it computes."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ from mdt_fast.masking import draw_len_keep
 from tolerances import FLOAT32, relative_error
 
 KINDS = 4
-"""Of blocks: into the U, out of it, decoder, side block."""
+"""Kinds of blocks: into the U, out of it, decoder, side block."""
 
 
 def model(depth: int = 4, **kwargs: Any) -> MDTv2:
@@ -56,7 +56,7 @@ def test_all_lengths_of_training(scope: str, most: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("scope", "most"), [("model", 3), ("block", 6)])
 def test_all_lengths_of_passes_in_turn(scope: str, most: int) -> None:
-    """Whole grids are a compilation more; of blocks, which share them, that of the decoder is the same."""
+    """Passes over whole grids need one more compilation of the model; blocks need at most six in all."""
     torch._dynamo.reset()
     compiled, counter = model(), CompileCounterWithBackend("aot_eager")
     compile_for_training(compiled, scope, backend=counter)
@@ -88,7 +88,7 @@ def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str) -> 
             results.append([*outputs, *(p.grad for p in m.parameters() if p.grad is not None)])
         assert len(results[0]) == len(results[1])
         for e, a in zip(*results, strict=True):
-            assert relative_error(a, e) < 10 * FLOAT32  # key biases, whose gradient is zero, are not apart
+            assert relative_error(a, e) < 10 * FLOAT32  # key biases included, whose gradient is zero
 
 
 def test_a_copy_runs_its_own_weights() -> None:

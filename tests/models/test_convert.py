@@ -65,7 +65,7 @@ def test_state_dict_shares_no_memory(tmp_path: Path) -> None:
 
 
 def test_from_reference_reads_a_foreign_module() -> None:
-    """A module without our ``config`` (the official one): everything comes from parameters and attributes."""
+    """A module without our ``config`` (the official one): all is read from parameters and attributes."""
     source = reference.MDTv2(**TINY, class_dropout_prob=0.1)
     config = source.config
     del source.config
@@ -122,7 +122,7 @@ def test_another_models_weights_are_named_and_nothing_changes() -> None:
 
 
 def test_files_of_other_trainings(tmp_path: Path) -> None:
-    """As DiT's: the average first. And of wrapped models."""
+    """Files like DiT's, of which the average is preferred, and files of wrapped models."""
     torch.manual_seed(0)
     model, ema = (MDTv2(**TINY) for _ in range(2))
     saved = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": {"state": {}}, "steps": 3}
@@ -140,7 +140,7 @@ def test_files_of_other_trainings(tmp_path: Path) -> None:
 
 
 def test_files_of_dits_training(tmp_path: Path) -> None:
-    """Its options are an object: of a class that holds values and does nothing."""
+    """Its options are an object: a class that only holds values is read, one that needs code is not."""
     saved = {"ema": MDTv2(**TINY).state_dict(), "args": argparse.Namespace(lr=1e-4, model="DiT-XL/2")}
     torch.save(saved, tmp_path / "0400000.pt")
     assert read_weights(tmp_path / "0400000.pt").keys() == saved["ema"].keys()
@@ -329,7 +329,7 @@ def test_install_lets_the_official_loops_call_a_quicker_model(
     install()
     for name in ("masked_diffusion.gaussian_diffusion", "masked_diffusion"):
         sys.modules.pop(name, None)
-    install()  # of a package that was imported anew
+    install()  # a package imported anew
     from masked_diffusion.gaussian_diffusion import GaussianDiffusion as Another
 
     assert list(Another().p_sample_loop_progressive(model, [1])) == ["quicker"]

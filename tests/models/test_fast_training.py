@@ -1,4 +1,4 @@
-"""Both passes of a training step in one batch, and each switch: against the reference's two passes."""
+"""Both passes of a training step in one batch, and each switch, against the reference's two passes."""
 
 import dataclasses
 import itertools
@@ -68,7 +68,7 @@ def agree(oracle: Any, fast: Any, b: dict[str, Tensor], plan: MaskPlan, toleranc
     found = gradients(actual, fast, weights), gradients(expected, oracle, weights)
     names = [name for name, p in fast.named_parameters() if p.requires_grad]
     for name, a, e in zip(names, *found, strict=True):
-        if name.endswith("qkv.bias"):  # key biases apart: their exact gradient is zero
+        if name.endswith("qkv.bias"):  # without key biases: their exact gradient is zero
             a, e = (torch.cat([g[: len(g) // 3], g[-len(g) // 3 :]]) for g in (a, e))
         assert relative_error(a, e) < tolerance, name
 
@@ -174,7 +174,7 @@ def test_refusals() -> None:
 
 
 def test_layers_with_hooks_or_in_their_place_run_themselves() -> None:
-    """Adapters and float8 layers take a linear layer's place: their own forward counts."""
+    """Adapters and float8 layers replace a linear layer by class: their own forward must run."""
 
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def test_layers_with_hooks_or_in_their_place_run_themselves() -> None:
 
 @pytest.mark.slow
 def test_two_hundred_steps_follow_the_reference() -> None:
-    """Same seeds, same draws: every loss within 1e-4 of the reference's (seen: 1e-6)."""
+    """With the same seeds and draws, every loss is within 1e-4 of the reference's (seen: 1e-6)."""
     oracle, fast = pair("mdtv2", torch.float32, hidden_size=32, depth=3, decode_layer=1)
     data = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     curves = []

@@ -1,4 +1,4 @@
-"""Linear layers in float8, emulated: what is replaced, that weights stay as they are, that it learns."""
+"""Linear layers in float8, emulated: what is replaced, that weights stay unchanged, that it learns."""
 
 import copy
 import importlib.util
@@ -35,7 +35,7 @@ MASKED = {"mask_ratio": 0.3, "decode_layer": 2}
 
 
 def model(cls: Any = MDTv2, **shape: int) -> Any:
-    """With weights that let every layer count."""
+    """A model whose weights make every layer count."""
     torch.manual_seed(0)
     made = cls(**{**SHAPE, **({} if cls is DiT else MASKED), **shape})
     with torch.no_grad():
@@ -70,7 +70,7 @@ def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(trained: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """The objective's loss, and all gradients in a row."""
+    """The objective's loss, and all gradients as one vector."""
     x, _, y = inputs()
     torch.manual_seed(3)
     diffusion = create_diffusion()
@@ -92,7 +92,7 @@ def test_a_step_is_near_the_exact_one(cls: Any, dtype: torch.dtype | None) -> No
 
 
 class Rounded:
-    """How often weights are rounded."""
+    """Records the shapes of the weights that are rounded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -111,7 +111,7 @@ class Rounded:
 
 BLOCK = [(32, 32), (32, 128), (96, 32), (128, 32)]
 ASIDE = [(32, 32), (32, 32), (32, 128), (64, 32), (128, 32)]
-"""The side block has queries of the masked tokens alone."""
+"""In the side block only the masked tokens have queries."""
 SWITCHES = [
     Switches(),
     *(
@@ -126,7 +126,7 @@ SWITCHES = [
     "switches", SWITCHES, ids=lambda s: str([k for k, on in asdict(s).items() if not on])
 )
 def test_every_way_through_a_block_rounds_alike(switches: Switches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And every layer's weight, in training, in eval mode, and in the sampler."""
+    """Every layer's weight is rounded, once for each pass, in training and in eval mode."""
     converted, rounded = in_float8(model()), Rounded(monkeypatch)
     loss, expected = gradients(converted)
     rounded.take()
@@ -173,7 +173,7 @@ def test_compiled_by_blocks() -> None:
 
 @pytest.mark.parametrize("by", ["ddim", "ddpm"])
 def test_sampling(by: Any) -> None:
-    """Of the model as it is, by all switches and by none; near the exact model's pictures."""
+    """Near each other with all switches and with none, and near the exact model's pictures."""
     plain = model(hidden_size=64).eval()
     converted = in_float8(plain)
     config = SampleConfig(num_samples=3, steps=4, sampler=by, cfg_scale=2.0, dtype="bfloat16")
@@ -185,7 +185,7 @@ def test_sampling(by: Any) -> None:
 
 
 def losses(trained: MDTv2, steps: int) -> list[float]:
-    """Of a short training on one batch of stripes."""
+    """The losses of a short training on one batch of stripes."""
     diffusion = create_diffusion(min_snr_gamma=5.0)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
     y = torch.arange(8)
@@ -205,7 +205,7 @@ def losses(trained: MDTv2, steps: int) -> list[float]:
 @pytest.mark.slow
 @BY
 def test_it_learns_as_float32_does(by: By) -> None:
-    """80 steps, seed for seed: the last 30 losses are those of float32 within 3% on average."""
+    """80 steps with the same seeds: the last 30 losses are within 3% of float32's on average."""
     shape = {**SHAPE, **MASKED, "depth": 2, "decode_layer": 0}
     torch.manual_seed(0)
     plain = MDTv2(**shape)
@@ -216,7 +216,7 @@ def test_it_learns_as_float32_does(by: By) -> None:
 
 
 def test_exported_it_is_exact() -> None:
-    """A program that runs without this package has PyTorch's products."""
+    """An exported program runs without this package, with PyTorch's products."""
     plain = model().eval()
     program = torch.export.export(in_float8(plain), inputs())
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_one_way_at_a_time() -> None:
 @needs_torchao
 @pytest.mark.filterwarnings("ignore")
 def test_with_weights_of_other_tensors() -> None:
-    """torchao's: not before; afterwards the layers are what torchao makes of them."""
+    """Weights that torchao has quantised are refused; afterwards, torchao may replace the layers."""
     quantization = pytest.importorskip("torchao.quantization")
 
     def quantized(made: Any) -> Any:
@@ -294,7 +294,7 @@ def test_flops_are_those_of_exact_products() -> None:
 
 
 def test_a_sampler_rounds_the_weights_once_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the weights as they are then; between passes, and behind it, layers have nothing of it."""
+    """From the weights as they are then; behind the batch, no layer holds a rounded copy."""
     rounded: list[int] = []
     for module, name in ((linear_op, "quantize_weight_fwd"), (sampling, "quantize_weight")):
         plain = getattr(module, name)

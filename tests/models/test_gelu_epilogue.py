@@ -32,7 +32,7 @@ def made(family: str, **switches: bool) -> Any:
 
 @pytest.fixture
 def epilogues(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes that it was asked for, whether this CPU has it or only says so."""
+    """The shapes that it is asked for; every CPU claims to have it here."""
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(blocks, "gelu_epilogue", lambda *_: True)
     from mdt_fast.kernels.ln_modulate import linear
@@ -57,11 +57,11 @@ def test_the_same_outputs(
     if masked and family != "dit":
         more = {"enable_mask": True, "mask_plan": MaskPlan.from_noise(torch.rand(2, 16), 9, ascending=True)}
     expected = model(x, t, y, **more)
-    assert not epilogues  # gradients were asked for
+    assert not epilogues  # gradients are needed
     with torch.no_grad():
         ours = model(x, t, y, **more)
     assert relative_error(ours, expected.detach()) <= FLOAT32
-    in_use = len(list(model.every_block())) - (0 if more or family == "dit" else 1)  # without a side block
+    in_use = len(list(model.every_block())) - (0 if more or family == "dit" else 1)  # no masks: no side block
     assert len(epilogues) == (in_use if fused_adaln else 0)
 
 
@@ -90,7 +90,7 @@ def test_what_looks_at_the_mlp_sees_what_it_always_saw(how: str, epilogues: list
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("where", ["autocast", "weights"])
 def test_in_every_dtype(dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU's own answer to whether it has one, for small products, too."""
+    """The CPU itself says whether it has one; for small products, too."""
     monkeypatch.setattr(onednn, "MIN_FLOPS", 0)
     model = made("mdtv2")
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2])

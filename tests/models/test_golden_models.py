@@ -92,7 +92,7 @@ def test_golden_forward_and_gradients(
 
 
 def check_gradients(model: nn.Module, name: str, case: str) -> None:
-    """Every stored gradient in full, and [sum, sum |.|, sum of squares] of every parameter's gradient."""
+    """Every stored gradient in full, and sum |.| and sum of squares of every parameter's gradient."""
     golden, info = load(f"{name}.grads"), meta(f"{name}.cases")
     if f"{case}.checksum" not in golden:
         return
@@ -107,7 +107,7 @@ def check_gradients(model: nn.Module, name: str, case: str) -> None:
             continue
         actual, expected = grad.double(), golden.get(f"{case}/{key}")
         if key.endswith("attn.qkv.bias"):
-            # The exact gradient of a key bias is zero: what either side has there is rounding noise.
+            # The exact gradient of a key bias is zero: both sides hold rounding noise only.
             kept = (
                 torch.ones(3, len(grad) // 3, dtype=torch.bool)
                 .index_fill(0, torch.tensor(1), False)
@@ -156,13 +156,13 @@ def test_golden_guidance(implementation: str, name: str) -> None:
 def test_golden_activations(
     implementation: str, case: str, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each coarse module's output in v2_main (the fast model's kept tokens are in ascending order)."""
+    """Each coarse module's output in v2_main; the fast model keeps tokens in ascending order."""
     model, g = build(implementation, "v2_main"), load("v2_main.cases")
     model.train(masked)
     seen: dict[str, Tensor] = {}
     for key in [k.removeprefix(f"{case}/act/") for k in g if k.startswith(f"{case}/act/")]:
         if implementation == "fast" and key == "x_embedder":
-            continue  # tokens and position embedding are one write
+            continue  # tokens and position embedding are written together
         model.get_submodule(key).register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
     draws = [g["in/label_u"], g["b_train/ratio_u"], g["b_train/noise"]] if masked else []
     with injected_rand(monkeypatch, draws), torch.no_grad():
@@ -175,7 +175,7 @@ def test_golden_activations(
             expected = expected.gather(1, order[:, :, None].expand_as(expected))
         if (
             masked and implementation == "fast" and key == "sideblocks.0"
-        ):  # it computes the masked tokens only
+        ):  # it computes only the masked tokens
             dropped = g["b_train/mask"] > 0
             out, expected = out[dropped], expected[dropped]
         assert relative_error(out, expected) < FLOAT32, key

@@ -149,8 +149,8 @@ def test_every_factory_is_public() -> None:
 @pytest.mark.parametrize("implementation", [reference, models], ids=["reference", "fast"])
 @pytest.mark.parametrize("key", ["v2_small", "v1_small"])
 def test_golden_seeded_weights(implementation: object, key: str) -> None:
-    """The same seed gives the official initial weights: exact sums of every tensor, but for those that are
-    drawn by ``erfinv``, whose last bit is the processor's; all are where PyTorch has no vectors of x86."""
+    """The same seed gives the official initial weights: exact sums of every tensor. Tensors drawn by
+    ``erfinv`` may differ in the last bit by processor; where PyTorch has no x86 vectors, all may."""
     spec = json_file("init_stats")[key]
     torch.manual_seed(spec["torch_manual_seed"])
     model = getattr(implementation, "MDTv2" if key.startswith("v2") else "MDT")(**spec["config"])

@@ -1,4 +1,4 @@
-"""A model's passes as graphs, by a stand-in on a CPU: what is captured when, and when the model is called."""
+"""A model's passes as graphs, with a stand-in on a CPU: what is captured, and when the model is called."""
 
 import copy
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_outputs_are_the_models_and_stay(model: nn.Module) -> None:
         each = torch.tensor([1.5, 2.0 + seed])
         kept.append((quick.forward_with_cfg(x, t, y, each), model.forward_with_cfg(x, t, y, each)))
     assert all(torch.equal(ours, expected) for ours, expected in kept)
-    assert len(Captured.captures) == 3  # a pass, guided by a number, guided by one for each
+    assert len(Captured.captures) == 3  # a pass; guided by one number; guided by one for each sample
     quick(*inputs(6))
     quick.forward_with_cfg(*inputs(), cfg_scale=3.0)
     quick.forward_with_cfg(*inputs(), cfg_scale=3.0, scale_pow=None)

@@ -80,7 +80,7 @@ def test_a_mask_ratio_that_was_set_since(tmp_path: Path) -> None:
     model.mask_ratio = 0.3
     assert model.mask_token.requires_grad
     model.mask_token.requires_grad_(False)
-    model.mask_ratio = 0.4  # nor does a schedule thaw it
+    model.mask_ratio = 0.4  # a new ratio does not thaw it
     assert not model.mask_token.requires_grad
 
 
@@ -98,7 +98,7 @@ def test_a_model_is_a_plain_module(tmp_path: Path) -> None:
     assert {key for key in model.state_dict() if "hub" in key} == set()
     assert model.device == torch.device("cpu")
     compiled = torch.compile(model)
-    compiled.save_pretrained(tmp_path)  # what is wrapped, under its own names
+    compiled.save_pretrained(tmp_path)  # the wrapped model, under its own names
     assert same(MDTv2.from_pretrained(tmp_path), model)
 
 
@@ -119,7 +119,7 @@ def test_saving_again_keeps_the_card(tmp_path: Path) -> None:
 
 
 class Api:
-    """The part of the hub that an upload talks to: keeps what it is sent."""
+    """The part of the hub that an upload talks to; keeps what it is sent."""
 
     def __init__(self, token: Any = None, *, has_card: bool = False):
         self.token, self.has_card, self.calls = token, has_card, []
@@ -243,7 +243,7 @@ def test_parts_of_several_processes_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders are read and written without it; the hub asks for it in one line."""
+    """Folders need no huggingface_hub; the hub asks for it in one line."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     model = made()
     model.save_pretrained(tmp_path)
@@ -254,7 +254,7 @@ def test_without_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def small_dit(**changes: Any) -> Any:
-    """Diffusers' DiT, with one embedding for all its blocks, as conversions of published weights have it."""
+    """Diffusers' DiT with one embedding for all blocks, as in conversions of published weights."""
     from diffusers import DiTTransformer2DModel
 
     settings = {
@@ -272,7 +272,7 @@ def small_dit(**changes: Any) -> Any:
 
 
 def test_dit_of_diffusers(tmp_path: Path) -> None:
-    """Equal where diffusers is told to do what was published; see ``dit_of_diffusers.py``."""
+    """Equal once diffusers is set to the published frequencies; see ``dit_of_diffusers.py``."""
     theirs = small_dit().double()
     theirs.save_pretrained(tmp_path)
     ours = DiT.from_pretrained(tmp_path)
@@ -282,7 +282,7 @@ def test_dit_of_diffusers(tmp_path: Path) -> None:
         for block in theirs.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = 0
         same_frequencies = theirs(x, t, y).sample
-    # The sinusoids are float32's in both.
+    # Both have float32 sinusoids.
     torch.testing.assert_close(got, same_frequencies, rtol=1e-5, atol=1e-5)
     assert (got - other).abs().max() > 1e-3
     ours.save_pretrained(tmp_path / "ours")
@@ -324,7 +324,7 @@ def test_public_names() -> None:
 
 
 def test_weights_and_config_of_two_savings_are_refused(tmp_path: Path) -> None:
-    """As a process leaves them that is killed between the two files; the shapes are equal."""
+    """As left by a process killed between writing the two files; the shapes are equal."""
     two, four = tmp_path / "two", tmp_path / "four"
     made("DiT", num_heads=2).save_pretrained(two)
     made("DiT", num_heads=4).save_pretrained(four)
@@ -334,7 +334,7 @@ def test_weights_and_config_of_two_savings_are_refused(tmp_path: Path) -> None:
     (two / CONFIG).write_text((four / CONFIG).read_text())
     assert DiT.from_pretrained(two).config.num_heads == 4
     values = {**json.loads((four / CONFIG).read_text()), "_diffusers_version": "0.1"}
-    (four / CONFIG).write_text(json.dumps(dict(reversed(values.items()))))  # laid out in another way
+    (four / CONFIG).write_text(json.dumps(dict(reversed(values.items()))))  # the same in another layout
     DiT.from_pretrained(four)
     (four / CONFIG).write_text(config)
     save_file(load_file(four / WEIGHTS), four / WEIGHTS)  # by others, without the digest
@@ -351,7 +351,7 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("key", ["depth", "hidden_size", "input_size"])
 def test_sizes_are_compared_before_a_model_is_built(name: str, key: str, tmp_path: Path) -> None:
-    made(name, **({} if name == "DiT" else {"depth": 5})).save_pretrained(tmp_path)  # MDTv2 loses a block
+    made(name, **({} if name == "DiT" else {"depth": 5})).save_pretrained(tmp_path)  # MDTv2 makes it 4
     Transformer.from_pretrained(tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**values, key: 1_000_000_000}))

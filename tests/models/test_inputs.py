@@ -194,7 +194,7 @@ def test_empty_and_single_batches(batch: int) -> None:
 @pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"])
 @pytest.mark.parametrize("how", ["backward hook", "own forward"])
 def test_a_layer_that_is_watched_runs_itself(how: str, part: str) -> None:
-    """As tools do that wrap layers: they see every call."""
+    """Tools that wrap layers rely on it: they see every call."""
     torch.manual_seed(0)
     model = mdt_fast.MDTv2(
         input_size=8, depth=4, hidden_size=32, num_heads=2, num_classes=3, mask_ratio=0.3, decode_layer=2

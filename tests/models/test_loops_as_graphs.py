@@ -1,4 +1,4 @@
-"""Published sampling loops, whose passes are graphs on a GPU, by a stand-in on a CPU: when they are."""
+"""Published sampling loops: when their passes become graphs, with a stand-in for a GPU."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Models changed for a purpose of one's own: other conditioning, another MLP, dropout in adapters."""
+"""Models that users change: other conditioning, another MLP, dropout in adapters."""
 
 import copy
 from typing import Any
@@ -63,7 +63,7 @@ def gradients(model: Any, names: str = "") -> Tensor:
 
 
 class LoRA(nn.Module):
-    """A low rank beside a layer, with dropout before it."""
+    """A low-rank update beside a layer, with dropout before it."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -88,7 +88,7 @@ def test_dropout_drops_the_same_when_it_is_computed_again(cls: type, mode: str) 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_random_states_are_kept_for_what_may_draw_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a GPU's is not possible while a graph is captured."""
+    """Reading a GPU's is impossible while a graph is captured."""
     model = made()
     model.set_checkpointing(mode)
 
@@ -114,7 +114,7 @@ def test_what_draws_in_place_of_a_forward(mode: str) -> None:
 
 
 def test_a_sharded_block_draws_no_more_than_another() -> None:
-    """FSDP2 makes a block's class anew, and gives it hooks that move weights."""
+    """FSDP2 gives a block a new class, and hooks that move weights."""
     block = made().de_blocks[0]
     block.__class__ = type("FSDPBlock", (FSDPModule, Block), {})
     block.register_forward_pre_hook(lambda module, given: None)
@@ -131,7 +131,7 @@ def test_a_sharded_block_draws_no_more_than_another() -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4, 16])
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_guidance_reaches_three_of_four_channels_and_else_all(cls: Any, channels: int) -> None:
-    """By ``forward_with_cfg``, and the same in the reference model."""
+    """With ``forward_with_cfg``, as in the reference model."""
     model = made(cls, in_channels=channels).eval()
     plain = getattr(reference, cls.__name__)(**model.config.kwargs()).eval()
     plain.load_state_dict(model.state_dict())
@@ -147,7 +147,7 @@ def test_guidance_reaches_three_of_four_channels_and_else_all(cls: Any, channels
 
 
 class OfTwo(MDTv2):
-    """Conditioned by something that is no label."""
+    """Conditioned on something other than labels."""
 
     extra = 1.0
 
@@ -168,12 +168,12 @@ def test_a_condition_of_its_own_is_sampled_with() -> None:
     without = sample(plain, DiffusionConfig(), [1, 2], config)
     assert relative_error(without, drawn) > 0.1
     plain = made()
-    plain.condition = model.condition  # of the same weights, put in its place
+    plain.condition = model.condition  # the same weights; replaced on the instance
     assert relative_error(sample(plain, DiffusionConfig(), [1, 2], config), drawn) < FLOAT32
 
 
 class OfVectors(nn.Module):
-    """Embeds what is known of an image, [B, 5]; nothing (zeros) in place of what is dropped."""
+    """Embeds properties of an image, [B, 5]; dropped ones become zeros."""
 
     dropout_prob = 0.5
 
@@ -212,7 +212,7 @@ def test_an_embedder_of_vectors(cls: type) -> None:
 
 
 class TokenDrop(nn.Module):
-    """As the official embedder: it drops labels itself, where it is told that it is training."""
+    """Like the official embedder, it drops labels itself when told that it is training."""
 
     dropout_prob = 1.0
 
@@ -247,7 +247,7 @@ class SwiGLU(nn.Module):
 
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_an_mlp_of_its_own(cls: type) -> None:
-    """By every way the same: fused or not, packed or not, computed again or not."""
+    """The same results in every mode: fused or not, packed or not, recomputed or not."""
     model = made(cls)
     for block in model.every_block():
         block.mlp = SwiGLU()
@@ -281,14 +281,14 @@ def test_modulations_by_a_layer_that_does_not_say_its_width() -> None:
 
 
 def _calls(model: nn.Module) -> list[set[str]]:
-    """The keywords that its forward is called with, from now on."""
+    """Records the keywords that its forward is called with from now on."""
     calls: list[set[str]] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append({*kwargs}), with_kwargs=True)
     return calls
 
 
 def test_what_wraps_a_model_sees_the_step() -> None:
-    """Everything that a training step asks of a model is one call of its forward."""
+    """All that a training step asks of a model is one call of its forward."""
     model, both = made().train(), {"x_masked", "y_masked", "mask_plan"}
     expected = losses(model)
     compiled, in_place = copy.deepcopy(model), copy.deepcopy(model)
@@ -312,14 +312,14 @@ def test_what_wraps_a_model_sees_the_step() -> None:
     calls = _calls(by_hand)
     losses(by_hand)
     assert not calls
-    losses(torch.nn.DataParallel(by_hand))  # what is wrapped is called by its wrapper
+    losses(torch.nn.DataParallel(by_hand))  # a wrapper calls the wrapped model's forward
     assert calls == [both]
     by_hand.forward = lambda x, t, y: x
     losses(by_hand)
 
 
 class HandsOn(nn.Module):
-    """As FSDP1 and DeepSpeed's engine do."""
+    """Hands attributes on, as FSDP1 and DeepSpeed's engine do."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -386,7 +386,7 @@ def test_a_forward_that_two_passes_would_not_fit_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_step_compiled_whole_draws_before() -> None:
-    """The same labels and masks as of a step that is not compiled."""
+    """It gets the same labels and masks as a step that is not compiled."""
     torch._dynamo.reset()
     model = made().train()
     compiled = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Hooks, subclasses and modules of one's own in a model: what they do is done, whatever is fused."""
+"""Users' hooks, subclasses and modules in a model take effect, whatever is fused."""
 
 import copy
 from collections import OrderedDict
@@ -40,13 +40,13 @@ def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def passes(model: nn.Module) -> list[Tensor]:
-    """All tokens, and the kept ones of one mask."""
+    """A pass over all tokens, and one over those that a mask keeps."""
     torch.manual_seed(2)
     return [model(*inputs()), model(*inputs(), enable_mask=True)]
 
 
 class Adapted(nn.Module):
-    """A layer with something beside it, as adapters have: its parameters are the layer's."""
+    """A layer with something beside it, like an adapter; it exposes the layer's parameters as its own."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -124,11 +124,11 @@ def test_changed_alike_it_is_the_reference(change: str) -> None:
     ours, theirs = made(), made(ReferenceMDTv2)
     before = passes(ours)
     for model in (ours, theirs):
-        torch.manual_seed(3)  # some draw
+        torch.manual_seed(3)  # some of them draw
         CHANGES[change](model)
     found, expected = passes(ours), passes(theirs)
     assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) <= 2 * FLOAT32
-    norm_alone = "norm" in change and "spectral" not in change  # changes how a weight is kept
+    norm_alone = "norm" in change and "spectral" not in change  # changes only how a weight is stored
     assert norm_alone or not all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
 
 
@@ -203,7 +203,7 @@ def test_a_subclass_has_its_own_forward_in_sampling_and_training() -> None:
     drawn = sample(made(ZeroDiT), DiffusionConfig(), [1, 2], config, clip_denoised=False)
     start = sample(made(DiT), DiffusionConfig(), [1, 2], config, clip_denoised=False)
     assert not torch.equal(drawn, start)
-    plain = type("Plain", (MDTv2,), {})  # with nothing of its own it is as fast
+    plain = type("Plain", (MDTv2,), {})  # with nothing of its own: the same results
     assert torch.equal(passes(made(plain))[0], passes(made())[0])
     x, _, y = inputs()
     with pytest.raises(UserError, match=r"model: ZeroMDT has a forward of its own, without"):
@@ -240,7 +240,7 @@ def test_wrapped_models_are_named() -> None:
 
 @pytest.mark.parametrize("cls", [DiT, MDTv2])
 def test_second_derivatives_are_refused_whatever_is_asked_for(cls: type[Transformer]) -> None:
-    """Also where autograd is asked for some gradients alone, and would leave out what does not reach them."""
+    """Also if autograd is asked for some gradients only, and would silently leave out terms."""
     model, (x, t, y) = made(cls), inputs()
     parameters = [p for p in model.parameters() if p.requires_grad]
     z = x.clone().requires_grad_()
@@ -293,7 +293,7 @@ def test_an_ensemble_by_vmap_has_each_models_gradients() -> None:
         for name, parameter in model.named_parameters():
             if (
                 parameter.grad is not None and "attn.qkv.bias" not in name
-            ):  # of keys it is nothing but rounding
+            ):  # keys' gradients are only rounding
                 assert relative_error(stacked[name].grad[i], parameter.grad) <= 10 * FLOAT32, name
 
 
@@ -347,7 +347,7 @@ def test_what_is_no_folder_of_a_model(tmp_path: Path) -> None:
 
 
 def test_a_block_of_a_block_s_copy_has_its_own_modulation() -> None:
-    """Models that are made deeper: in sampling, and where all modulations are one product."""
+    """Models made deeper by a copied block: in sampling, and where all modulations are one product."""
     model = made(DiT)
     deeper = copy.deepcopy(model.blocks[-1])
     with torch.no_grad():

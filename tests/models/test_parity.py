@@ -57,9 +57,9 @@ def test_forward_and_every_gradient(
     (actual * w).sum().backward()
     assert relative_error(x_fast.grad, x_oracle.grad) < tolerance
     for (name, a), e in zip(fast.named_parameters(), oracle.parameters(), strict=True):
-        if a.grad is None or e.grad is None:  # a side block that predicts nothing may be skipped
+        if a.grad is None or e.grad is None:  # an unused side block may be skipped
             assert all(grad is None or not grad.any() for grad in (a.grad, e.grad)), name
-        elif name.endswith("qkv.bias"):  # key biases apart: their exact gradient is zero
+        elif name.endswith("qkv.bias"):  # without key biases: their exact gradient is zero
             D = a.shape[0] // 3
             for part in (slice(0, D), slice(2 * D, 3 * D)):
                 assert relative_error(a.grad[part], e.grad[part]) < tolerance, name

@@ -1,4 +1,4 @@
-"""Models whose linear layers are quantised: by torchao in their weights, by torch as other layers."""
+"""Models with quantised linear layers: torchao quantises their weights, torch replaces the layers."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""Weights of one image size for a model of another."""
+"""Weights of one image size, resized for a model of another."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_positions_are_the_table_at_the_places_and_what_was_learnt(after: int) -
     before, D = 7, 32
     learnt = torch.randn(1, before**2, D, dtype=torch.float64)
     state = model(MDT, 2 * before).double().state_dict()
-    state["decoder_pos_embed"] = sincos_position_table(D, before)[None]  # this one has learnt nothing
+    state["decoder_pos_embed"] = sincos_position_table(D, before)[None]  # nothing learnt in this one
     state["pos_embed"] = state["decoder_pos_embed"] + learnt
     resized = resize_weights(state, 2 * after)
     places = (np.arange(after) + 0.5) * before / after - 0.5
@@ -72,8 +72,8 @@ def test_positions_are_the_table_at_the_places_and_what_was_learnt(after: int) -
 
 
 def cubic_shares(place: float, side: int) -> dict[int, float]:
-    """What each of ``side`` values counts at ``place``, by the polynomial through the four around it whose
-    slopes are those between their neighbours (the border's values go on beyond it)."""
+    """The share of each of ``side`` values in the value at ``place``: a cubic through the four around it,
+    with the slopes between their neighbours (border values continue beyond the border)."""
     first, found = math.floor(place), {}
     t = place - first
     for offset, share in zip(
@@ -88,7 +88,7 @@ def cubic_shares(place: float, side: int) -> dict[int, float]:
 
 @pytest.mark.parametrize("after", [6, 8, 16, 23])
 def test_a_bias_of_the_distance_stays_that(after: int) -> None:
-    """Quadratic in the offsets, which are parts of the picture's side."""
+    """The bias is quadratic in the offsets, which are measured in parts of the picture's side."""
 
     def table(grid: int) -> torch.Tensor:
         offsets = torch.arange(1 - grid, grid, dtype=torch.float64) / grid
@@ -99,7 +99,7 @@ def test_a_bias_of_the_distance_stays_that(after: int) -> None:
     state[TABLE] = table(8)
     resized, expected = resize_weights(state, 2 * after)[TABLE], table(after)
     assert torch.equal(resized[-3:], expected[-3:])
-    border = math.ceil(2 * after / 8)  # what is nearer to it than two old tokens sees none beyond it
+    border = math.ceil(2 * after / 8)  # further inside than two old tokens, the border has no influence
     inner, side = slice(border, -border), 2 * after - 1
     squares = (t[:-3].unflatten(0, (side, side))[inner, inner] for t in (resized, expected))
     torch.testing.assert_close(*squares, rtol=0, atol=1e-12)
