@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, refused by name when damaged, never the last good one lost."""
+"""Checkpoints: complete or absent, refused by name when damaged, and the last good one is never lost."""
 
 import errno
 import json
@@ -108,7 +108,7 @@ def test_a_file_that_a_trainer_deletes_while_it_is_read(run: Path) -> None:
 
 
 def test_a_file_that_does_not_belong_to_a_checkpoint(run: Path) -> None:
-    """Whatever lies in the folder would be read: only what was written may lie there."""
+    """Every file in the folder would be read, so only those that the checkpoint lists may be there."""
     opened = open_checkpoint(run)
     shutil.copy(opened.path / file_of("model"), opened.path / "ema" / "more.safetensors")
     with pytest.raises(
@@ -124,7 +124,7 @@ def test_every_mth_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_stager_that_works_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch 2.11's, which forgets how to copy a dict: each part of each checkpoint gets its own."""
+    """Like torch 2.11's, which can copy a dict only once: each part of each checkpoint gets its own."""
 
     class Once(saving.DefaultStager):
         def stage(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ def test_old_checkpoints_are_pruned(tmp_path: Path, keep: int) -> None:
 
 
 def test_a_checkpoint_is_not_put_together_in_memory(tmp_path: Path) -> None:
-    """For so long no other thread would run, and the training would wait."""
+    """It would block all other threads, and the training would wait."""
     weights = {f"blocks.{i}.weight": torch.randn(512, 512) for i in range(16)}  # 16 MiB
     parts = {"model": weights, "ema": dict(weights), "optimizer": {"counters/skipped_steps": torch.tensor(0)}}
     saver = Saver(tmp_path, World(), keep=1, asynchronous=False)
@@ -211,7 +211,7 @@ def test_a_checkpoint_is_not_put_together_in_memory(tmp_path: Path) -> None:
 
 @dataclass
 class Deserted(World):
-    """Two processes, of which the other is gone."""
+    """Two processes, one of which is gone."""
 
     size: int = 2
 
@@ -290,7 +290,7 @@ def test_a_renamed_checkpoint_is_refused_and_stays_where_it_is(run: Path) -> Non
 def test_pruning_touches_older_checkpoints_of_its_own_alone(
     run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not what came later by other hands, no links, no files; and what resists keeps no run from going on."""
+    """Not others' later checkpoints, links or files; and one that cannot be deleted stops no run."""
     folder, elsewhere = run / "checkpoints", tmp_path / "elsewhere"
     (folder / "step_0000004").rename(elsewhere)
     (folder / "step_0000004").symlink_to(elsewhere)
@@ -320,7 +320,7 @@ def no_deleting(path: Path) -> None:
 
 
 def signed(folder: Path, **changes: object) -> None:
-    """Change the state of a checkpoint and put all checksums right again, as somebody might by hand."""
+    """Change the state of a checkpoint and correct all checksums, as somebody might by hand."""
     file = folder / "state.json"
     state = {**json.loads(file.read_text()), **changes}
     del state["sha256"]
@@ -375,7 +375,7 @@ def test_tensors_made_by_hand_are_refused_in_a_line(
 
 
 def test_what_cannot_be_removed_stays_and_the_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that another program holds open on NFS, say."""
+    """For instance, a file that another program holds open on NFS."""
     leftover = run / "checkpoints" / f"{checkpoint.PARTIAL}step_0000001"
     leftover.mkdir()
     (leftover / "held").touch()

@@ -1,4 +1,4 @@
-"""Runs of several processes (gloo, CPU): the same numbers as one, faults that end all, and ways on."""
+"""Runs of several processes (gloo, CPU): the same numbers as one, faults that end all, and resuming."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def torchrun(*program: str, restarts: int = 0) -> list[str]:
 
 
 def on_two(*runs: tuple[Path, list[str]]) -> subprocess.CompletedProcess[str]:
-    """Trainings of two processes, with one start of these for all: it takes longer than a training."""
+    """Trainings by two processes, all in one launch, since a launch takes longer than a training."""
     lines = json.dumps([[*OPTIONS, f"--out={run}", *options] for run, options in runs])
     return subprocess.run(
         torchrun(several_runs.__file__, lines),
@@ -50,7 +50,7 @@ def on_two(*runs: tuple[Path, list[str]]) -> subprocess.CompletedProcess[str]:
 
 
 def alone(run: Path, *options: str) -> None:
-    """One process: this one."""
+    """A training by one process: this one."""
     before = torch.get_num_threads()
     assert main([*OPTIONS, f"--out={run}", *options]) == 0
     torch.set_num_threads(before)
@@ -85,9 +85,9 @@ MOMENTS = ("float32", "bfloat16") if library("cpu") else ("float32",)
 
 @pytest.fixture(scope="module")
 def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Of two processes: each case, an unbroken run, one of four steps only, and one whose pictures fail.
+    """By two processes: each case, an unbroken run, one of only four steps, and one whose pictures fail.
 
-    What they printed is the second.
+    Returns the folder of all, and what they printed.
     """
     root = tmp_path_factory.mktemp("eight")
     (root / "pictures").mkdir()
@@ -110,7 +110,7 @@ def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def carried_on(eight_steps: tuple[Path, str]) -> Path:
-    """Each case's run of the other number of processes too, and the broken run, all of them resumed."""
+    """Each case by one process as well, all resumed with the other number; and the broken run, resumed."""
     root, _ = eight_steps
     for name, options in CASES.items():
         single = [option for option in options if "accumulate" not in option and "in_turn" not in option]
@@ -135,7 +135,7 @@ def test_one_process_prints(eight_steps: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(case: str, carried_on: Path) -> None:
-    """The same losses, of each quarter of the noise levels too; then each goes on as the other number."""
+    """The same losses, by quarter of the noise levels, too; then each goes on with the other number."""
     assert len(rows(carried_on / case / "one")) == 12
     same_losses(carried_on / case / "two", carried_on / case / "one")
 
@@ -185,7 +185,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 
 
 def test_sigterm_saves_and_ends_all_without_an_error(tmp_path: Path) -> None:
-    """A cluster's pre-emption: torchrun hands it to every process, at slightly different moments."""
+    """A cluster's pre-emption: every process gets the signal, at slightly different moments."""
     process = started(tmp_path)
     for worker in workers(process):
         os.kill(worker, signal.SIGTERM)
@@ -203,7 +203,7 @@ def test_a_lost_process_ends_all_with_one_message(rank: int, tmp_path: Path) -> 
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
     errors = [line for line in stderr.splitlines() if line.startswith("mdt-fast: error:")]
-    assert len(errors) <= 1, stderr  # none where torchrun ended the other before it noticed
+    assert len(errors) <= 1, stderr  # none if torchrun ended the other before it noticed
     if errors:
         assert "another process of the run was lost" in errors[0]
         assert "the last checkpoint is" in errors[0]
@@ -231,7 +231,7 @@ def test_torchrun_starts_a_lost_process_again(tmp_path: Path) -> None:
 
 
 def test_every_process_has_an_equal_share_of_the_pictures() -> None:
-    """Else some would gather weights for nobody, for ever."""
+    """With unequal shares some would gather weights alone, and wait for ever."""
     for count in (10, 20, 50, 100):
         labels = list(range(count))
         for size in range(1, 129):
@@ -258,14 +258,14 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="Linux alone tells which threads run")
 @pytest.mark.parametrize(("name", "waited_for"), [("pt_gloo_runloop", True), ("another", False)])
 def test_a_group_is_left_when_its_threads_hold_nothing(name: str, waited_for: bool) -> None:
-    """A thread that is late to drop tensors aborted the process, which had all done, as it ended."""
+    """A thread that dropped its tensors late used to abort a finished process as it exited."""
     started, enough, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
         started.set()
         while not enough.is_set():
-            hashlib.sha256(bytes(50_000_000))  # without the interpreter's lock
+            hashlib.sha256(bytes(50_000_000))  # releases the interpreter's lock
         ended.set()
 
     thread = threading.Thread(target=work)

@@ -19,13 +19,13 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counted]:
 
 @pytest.mark.parametrize("case", [PACKED, CHECKPOINTED], ids=str)
 def test_each_weight_is_gathered_once_in_each_direction(case: Case, counted: dict[str, Counted]) -> None:
-    """Both passes of the objective together; what lies around the blocks stays gathered in between."""
+    """Both passes of the objective run together; weights around the blocks stay gathered in between."""
     one = counted[str(case)]
     assert one.groups == BLOCKS + 1
     gathers = [whole for kind, whole, _ in one.passes if kind == "all_gather"]
     assert len(gathers) == BLOCKS + 1 + BLOCKS
     root, forward, backward = gathers[0], gathers[1 : BLOCKS + 1], gathers[BLOCKS + 1 :]
-    assert backward == forward[::-1]  # the same weights, the last ones first
+    assert backward == forward[::-1]  # the same weights in reverse order
     assert root not in forward
     assert one.number("reduce_scatter") == one.groups
     assert one.number("all_reduce") == 0
@@ -34,7 +34,7 @@ def test_each_weight_is_gathered_once_in_each_direction(case: Case, counted: dic
 def test_two_separate_passes_gather_every_block_twice_as_often(counted: dict[str, Counted]) -> None:
     one, packed = counted[str(SEPARATE)], counted[str(PACKED)]
     once = packed.number("all_gather") - 1  # without the root
-    assert one.number("all_gather") == 1 + 2 * once - 2  # the side block belongs to one of them
+    assert one.number("all_gather") == 1 + 2 * once - 2  # the side block runs in one of them only
     assert one.number("reduce_scatter") == packed.number("reduce_scatter")
 
 

@@ -106,7 +106,7 @@ def test_golden_trajectory(name: str, implementation: str, replay: tuple[list[Te
 
 
 def without_key_bias(key: str, value: Tensor) -> Tensor:
-    """Without the middle third of a qkv bias: its true gradient is zero, Adam moves it by rounding noise."""
+    """Drops the middle third of a qkv bias: its true gradient is zero, Adam moves it by rounding noise."""
     if not key.endswith("attn.qkv.bias"):
         return value
     third = value.numel() // 3

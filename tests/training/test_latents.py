@@ -1,4 +1,4 @@
-"""Training in latent space, end to end: encode, train, sample; raw images encoded as they come; no labels."""
+"""Training in latent space, end to end: encode, train, sample; raw images encoded on the fly; no labels."""
 
 import shutil
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_encode_train_sample(latents: Path, tmp_path: Path) -> None:
 
 
 def test_both_ways_to_latents_are_one(photos: Path, latents: Path, tiny_vae: Path) -> None:
-    """Encoded before or as they come: the same images, mirrors, labels and posterior samples."""
+    """Encoded beforehand or on the fly: the same images, mirrors, labels and posterior samples."""
     encoded = DataConfig(source=str(latents), image_size=16, channels=3, flip=True)
     raw = DataConfig(source=str(photos), image_size=16, channels=3, flip=True, vae=str(tiny_vae))
     x = []
@@ -149,7 +149,7 @@ def test_encoded_data_that_changed_is_noticed_when_a_run_goes_on(
 
 
 def test_images_without_the_autoencoder(latents: Path, tmp_path: Path) -> None:
-    """A named autoencoder that is gone: the run goes on, its pictures are left out."""
+    """Without the named autoencoder the run goes on, but its pictures are left out."""
     config = DataConfig(source=str(latents), image_size=16, channels=3, vae=str(tmp_path / "gone"))
     images = open_images(config)
     assert isinstance(images, LatentSet)

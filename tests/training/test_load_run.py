@@ -29,7 +29,7 @@ def test_the_model_of_a_run(tmp_path: Path) -> None:
     assert not torch.equal(before.pos_embed, load_run(tmp_path).pos_embed)
     assert [p.requires_grad for p in before.parameters()] == [True] * len(list(before.parameters()))
     with torch.no_grad():
-        before.pos_embed.zero_()  # the file is not written to
+        before.pos_embed.zero_()  # must not reach the file
     assert load_run(tmp_path / "checkpoints" / "step_0000002").pos_embed.any()
 
 

@@ -25,14 +25,14 @@ from tiny import LEAN, needs_csrc, tensors_of, tiny
 
 REFERENCE = {"mdtv2": reference.MDTv2, "mdt": reference.MDT, "dit": reference.DiT}
 SHAPES: dict[str, dict[str, Any]] = {
-    "mdtv2": {"depth": 5, "decode_layer": 2, "mlp_ratio": 2.3},  # a block is lost, and a width rounded
+    "mdtv2": {"depth": 5, "decode_layer": 2, "mlp_ratio": 2.3},  # a block is dropped, and a width rounded
     "mdt": {"depth": 3, "decode_layer": 1},
     "dit": {"depth": 2, "decode_layer": 0, "mask_ratio": None},
 }
 
 
 def config_of(family: str, **settings: Any) -> RunConfig:
-    """Tiny, with the family's optimiser."""
+    """A tiny run with the family's optimiser."""
     adan = family == "mdtv2"
     recipe = {"optimizer": "adan" if adan else "adamw", "max_grad_norm": float(adan), "tensorboard": False}
     config = tiny(**{**recipe, **settings})
@@ -54,7 +54,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def as_yaml(folder: Path, config: RunConfig) -> Path:
-    """A ``--config`` file; YAML reads JSON."""
+    """A ``--config`` file in JSON, which YAML can read."""
     path = folder / "settings.yaml"
     path.write_text(json.dumps({"preset": "digits", **to_dict(config)}))
     return path
@@ -70,8 +70,8 @@ def saved(folder: Path) -> list[str]:
     ids=str,
 )
 def test_to_official_files_and_back(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """All tensors are the same bits, and so are those of the run that goes on from the files (where moments
-    are float32 until a run has them)."""
+    """All tensors keep their bits, also in the run that goes on from the files. (The files' moments are
+    float32 until a run has rounded them.)"""
     config = config_of(family, steps=5, save_every=3, **settings)
     train(config, tmp_path / "whole")
     step_3, step_5 = (tmp_path / "whole" / "checkpoints" / f"step_000000{step}" for step in (3, 5))
@@ -140,7 +140,7 @@ def test_the_files_are_what_the_official_loop_loads(family: str, tmp_path: Path)
 
 @pytest.fixture
 def official(tmp_path: Path) -> tuple[Path, Any, Any, Any]:
-    """What an official run leaves: an MDT v1 and an AdamW over it, written by torch alone."""
+    """What an official run leaves: an MDT v1 and its AdamW, written by torch alone."""
     torch.manual_seed(0)
     model = REFERENCE["mdt"](**config_of("mdt").model.kwargs())
     average = REFERENCE["mdt"](**config_of("mdt").model.kwargs())
@@ -223,7 +223,7 @@ def test_published_weights_start_a_run(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_published_weights_learn_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The label table begins anew, but for the null class; without that being asked for it is said."""
+    """If asked for, the label table is new, except the null class; otherwise a note names the mismatch."""
     config = config_of("mdtv2", steps=1)
     torch.manual_seed(0)
     weights = REFERENCE["mdtv2"](**{**config.model.kwargs(), "num_classes": 12}).state_dict()
@@ -274,7 +274,7 @@ def test_published_shapes_are_known_by_their_weights(name: str) -> None:
 def test_shapes_of_official_weights(name: str) -> None:
     config, shape = meta(f"{name}.cases")["config"], shape_of(load(f"{name}.state"))
     if name == "v2_alt":
-        config["depth"] -= 1  # the block that an odd number loses
+        config["depth"] -= 1  # an odd depth loses a block
     unknown = {"mask_ratio", "class_dropout_prob", "num_classes", "decode_layer"}
     for key in config.keys() - unknown:
         assert shape[key] == config[key], key
@@ -389,7 +389,7 @@ def test_commands_of_the_document_parse() -> None:
 
 
 def other_shapes(packed: dict[str, Any]) -> dict[str, Any]:
-    """The state of a model of other sizes."""
+    """Make it the state of a model of other sizes."""
     for entries in packed["state"].values():
         entries.update({key: torch.ones(3) for key in entries if key != "step"})
     return packed

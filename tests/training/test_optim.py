@@ -68,7 +68,7 @@ def test_the_average_of_bfloat16_weights_is_float32_and_comes_and_goes_whole() -
 @needs_csrc
 @pytest.mark.parametrize("name", ["adan", "adamw"])
 def test_float32_weights_of_a_bfloat16_model(name: str) -> None:
-    """They are those it began with, to the bit, and those that are not trained are among them."""
+    """They start as the original weights, bit for bit, frozen ones included."""
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     began = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -87,7 +87,7 @@ def test_float32_weights_of_a_bfloat16_model(name: str) -> None:
 
 
 def test_loss_scale() -> None:
-    """Halved after each bad step, doubled after so many good ones, bounded."""
+    """Halved after each bad step, doubled after ``patience`` good ones, bounded."""
     scale, optimizer = (
         LossScale(torch.device("cpu"), patience=2),
         torch.optim.SGD([nn.Parameter(torch.ones(2))]),

@@ -1,4 +1,4 @@
-"""A data set of one's own in the trainer."""
+"""A user's own data set in the trainer."""
 
 import random
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tiny import tensors_of, tiny
 
 
 class Own:
-    """The digits again, by other means."""
+    """The digits again, as a user's own class."""
 
     def __init__(self, **changes: Any):
         digits = open_images(DataConfig())
@@ -83,7 +83,7 @@ def test_what_is_nothing_of_the_kind(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_are_none(section: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """From Python nothing has read them before."""
+    """Settings made in Python have not been checked before."""
     config = tiny(steps=2)
     config = replace(config, **{section: replace(getattr(config, section), **changes)})
     with pytest.raises(UserError, match=f"^{message}"):
@@ -92,7 +92,7 @@ def test_settings_that_are_none(section: str, changes: dict[str, Any], message: 
 
 
 def test_errors_name_pythons_arguments(tmp_path: Path) -> None:
-    """The command line puts its options' names in their place."""
+    """The command line replaces them with the names of its options."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^out: '.*file' is a file; a folder is needed"):
         train(tiny(steps=1), tmp_path / "file")

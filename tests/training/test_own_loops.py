@@ -1,4 +1,4 @@
-"""Training loops of one's own on several processes, as the README has them: FSDP2 and DDP."""
+"""Users' own training loops on several processes, as in the README: FSDP2 and DDP."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, slice], Tensor]
 
 
 def losses() -> tuple[Loss, Loss]:
-    """Of some rows of one batch: both passes of the objective as one step, and one after the other."""
+    """Losses of some rows of one batch: both passes of the objective in one step, and one by one."""
     draw, diffusion = torch.Generator().manual_seed(1), create_diffusion()
     x, noise, noise_masked = (torch.randn(4, 4, 8, 8, generator=draw) for _ in range(3))
     t, y = torch.tensor([3, 700, 5, 900]), torch.tensor([0, 2, 1, 1])
@@ -85,7 +85,7 @@ def on_two(rank: int) -> None:
         with pytest.raises(UserError, match="model: is sharded by FSDP2; load its weights before, or by"):
             load_weights(sharded, plain.state_dict())
         together(sharded, mine).backward()
-        # The embedded input is mixed in without being spelt out, with weights that are still shards then.
+        # The embedded input is used without being materialised, while the weights are still shards.
         assert [type(skip) for _, skip in skips] == [Embedded, Embedded]
         same_gradients(list(sharded.parameters()), list(plain.parameters()))
 

@@ -1,4 +1,4 @@
-"""A step's passes as graphs, with a stand-in for CUDA's: what is copied, what is kept, what is refused."""
+"""A step's passes as graphs, with a stand-in for CUDA's: what is copied, kept and refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_graphs_train_to_the_same_bits(
     family: str, settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Several lengths, each captured once; a picture and the average between."""
+    """Several lengths, each captured once; a picture and the average in between."""
     config = of_family(tiny(log_every=1, lr=1e-2, steps=6, save_every=3, **settings), family)
     train(config, tmp_path / "plain")
     request.getfixturevalue("on_a_cpu")
@@ -57,7 +57,7 @@ def test_graphs_train_to_the_same_bits(
 
 
 def of_family(config: RunConfig, family: str) -> RunConfig:
-    changes: dict[str, Any] = {"patch_size": 2}  # 16 tokens, for several lengths
+    changes: dict[str, Any] = {"patch_size": 2}  # 16 tokens, for several possible lengths
     if family == "dit":
         changes |= {"family": "dit", "mask_ratio": None, "decode_layer": 0}
     return replace(config, model=replace(config.model, **changes))
@@ -85,7 +85,7 @@ def test_graphs_are_hinted_at_where_they_go_and_are_not() -> None:
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_passes_in_turn_have_the_same_gradients(family: str, accumulate: int) -> None:
-    """And hold less at once: what one pass keeps is gone before the next."""
+    """In turn they hold less at once: what one pass keeps is freed before the next."""
     config = of_family(tiny(accumulate=accumulate), family)
     found = []
     for name in ("together", "in_turn"):
@@ -111,7 +111,7 @@ def test_passes_in_turn_have_the_same_gradients(family: str, accumulate: int) ->
 
 
 class Kept(saved_tensors_hooks):
-    """``most``: bytes that the backward pass needs, at the highest point."""
+    """``most``: the largest number of bytes kept for the backward pass at once."""
 
     def __init__(self) -> None:
         self.held = self.most = 0

@@ -47,7 +47,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     "form", [{}, {"checkpointing": "full"}, {"accumulate": 2}, {"passes": "in_turn"}], ids=str
 )
 def test_float8_follows_float32(form: dict[str, Any], tmp_path: Path) -> None:
-    """Weights are saved in float32; halves of the run equal the whole, bit for bit."""
+    """Weights are saved in float32; a run in two halves equals the whole, bit for bit."""
     settings = {"log_every": 1, "lr": 1e-2, "warmup_steps": 0, **form}
     config = tiny(**settings, dtype="bfloat16", float8=True)
     train(tiny(**settings), tmp_path / "float32")
@@ -67,7 +67,7 @@ def test_float8_follows_float32(form: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("emulated")
 def test_runs_of_before_are_torchaos(tmp_path: Path) -> None:
-    """``train.float8`` was torchao's when there was no ``float8_by``."""
+    """Before ``float8_by`` existed, ``train.float8`` meant torchao's."""
     train(tiny(dtype="bfloat16", float8=True, steps=4), tmp_path / "run")
     opened = open_checkpoint(tmp_path / "run")
     assert opened.config.train.float8_by == "kernels"
@@ -97,8 +97,8 @@ def test_what_float8_does_not_go_with(tmp_path: Path) -> None:
 @needs_csrc
 @pytest.mark.parametrize("optimizer", ["adan", "adamw"])
 def test_bfloat16_weights_follow_float32(optimizer: str, tmp_path: Path) -> None:
-    """What is saved is float32 but for the moments; halves of the run equal the whole, bit for bit, moments
-    that are rounded at random included."""
+    """All but the moments is saved in float32; a run in two halves equals the whole, bit for bit, even with
+    moments that are rounded at random."""
     settings = {"log_every": 1, "lr": 1e-2, "warmup_steps": 0, "optimizer": optimizer}
     config = tiny(**settings, **LEAN)
     train(tiny(**settings), tmp_path / "float32")
@@ -130,7 +130,7 @@ def test_bfloat16_weights_follow_float32(optimizer: str, tmp_path: Path) -> None
 def test_the_network_has_what_the_optimiser_has_rounded(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After every step, with a picture of the average between; and the blocks pass bfloat16 on."""
+    """At each checkpoint, with a picture of the average in between; and the blocks pass bfloat16 on."""
     runs: list[Run] = []
     passed: set[torch.dtype] = set()
     save = Run.save
@@ -167,7 +167,7 @@ def test_the_network_has_what_the_optimiser_has_rounded(
 def test_a_step_left_out_leaves_the_weights_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses that are no numbers in the second and the fifth step; a run that is halved at the third."""
+    """The losses of the second and fifth step are NaN; a run halved at the third equals the whole."""
     losses = passes.losses_of
 
     def broken(model: Any, diffusion: Any, x: Tensor, y: Tensor, draws: Any) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def test_a_step_left_out_leaves_the_weights_as_they_are(
 
 @needs_csrc
 def test_a_run_may_go_on_with_other_weights_and_moments(tmp_path: Path) -> None:
-    """The checkpoint's weights are float32, whoever goes on; what was rounded stays so."""
+    """A checkpoint's weights are always float32; its moments have the dtype that its run asked for."""
     forms: list[dict[str, Any]] = [{}, {"weights": "bfloat16"}, {"moments": "bfloat16"}, {}]
     for number, form in enumerate(forms, 1):
         config = tiny(dtype="bfloat16", log_every=1, save_every=2, steps=2 * number, **form)
@@ -236,7 +236,7 @@ def test_what_bfloat16_weights_do_not_go_with(tmp_path: Path, monkeypatch: pytes
 def test_float16_steps_that_overflow_are_skipped_and_the_scale_falls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is thirty times too large, so the first scale is too; halves of the run equal the whole."""
+    """The loss is thirty times too large for the first scale; a run in two halves equals the whole."""
     losses = passes.losses_of
 
     def steep(*args):
@@ -259,7 +259,7 @@ def test_float16_steps_that_overflow_are_skipped_and_the_scale_falls(
 
 @pytest.mark.slow
 def test_compiled_by_block_with_pictures_between(tmp_path: Path) -> None:
-    """Pictures are of other shapes, and without gradients: they must not use up what may be compiled."""
+    """Pictures have other shapes and no gradients: they must not use up the limit of recompilations."""
     torch._dynamo.reset()
     settings = {"steps": 6, "save_every": 2, "log_every": 1, "lr": 1e-2}
     train(tiny(**settings), tmp_path / "eager")

@@ -1,4 +1,4 @@
-"""What is on the screen: at several widths, without colours, without a terminal, and with nobody reading."""
+"""What the screen shows: at several widths, without colours, without a terminal, and without a reader."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def text_of(console: Console) -> str:
 
 
 def status(width: int, row: dict[str, Any] | None, step: int = 123_456, last: int = 400_000) -> list[str]:
-    """The lines of the live display, half a second a step, five minutes after the beginning."""
+    """The lines of the live display at half a second per step, five minutes after the start."""
     shown = progress._Status(0, last)
     shown.began = time.monotonic() - 300
     for back in range(20, -1, -1):
@@ -125,7 +125,7 @@ def test_a_long_run_has_a_line_every_ten_minutes(monkeypatch: pytest.MonkeyPatch
     console, now = plain(), [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with TrainingProgress(0, 400_000, console) as bar:
-        for step in range(100, 10_001, 100):  # a minute each
+        for step in range(100, 10_001, 100):  # one a minute
             now[0] += 60
             bar.update(step, ROW)
     lines = text_of(console).splitlines()
@@ -182,7 +182,7 @@ def test_a_closed_pipe_does_not_end_the_training(tmp_path: Path) -> None:
 
 
 def test_a_closed_terminal_does_not_end_the_training(tmp_path: Path) -> None:
-    """The other end goes away in the middle: writing to the terminal then fails with EIO."""
+    """The other end closes in the middle: writing to the terminal then fails with EIO."""
     controller, own = pty.openpty()
     running = subprocess.Popen(
         [sys.executable, "-c", DEMO], stdout=own, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
@@ -204,7 +204,7 @@ def test_time_left_forgets_a_slow_beginning() -> None:
     rate.add(0, now)
     assert rate.seconds_per_step() is None
     for step in range(1, 41):
-        now += 60.0 if step <= 3 else 0.5  # three steps compile
+        now += 60.0 if step <= 3 else 0.5  # the first three steps compile
         rate.add(step, now)
     assert rate.seconds_per_step() == pytest.approx(0.5)
 
@@ -283,7 +283,7 @@ def test_summary_of_nothing() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_picture_without_memory(processes: int) -> None:
-    """It is left out by one process; of several the others wait in the middle of theirs."""
+    """A single process leaves it out; of several, the others would wait in the middle of theirs."""
 
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -301,7 +301,7 @@ def test_a_picture_without_memory(processes: int) -> None:
 
 
 def test_images_that_any_process_left_out_are_told() -> None:
-    """Each by its number, once."""
+    """Each once, by its number."""
     world = SimpleNamespace(everyones=lambda own: [own, {7: "seven, too"}, {}, {2: "two"}])
     data = DataConfig(source="digits", on_unreadable="skip")
     loader = SimpleNamespace(unreadable={7: "seven"})

@@ -1,4 +1,4 @@
-"""Processes that each have all the weights: gradients summed behind the passes, in graphs as without them."""
+"""Processes that each hold all weights: gradients summed after the passes, with graphs as without them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ LARGE = ALONE_BYTES // 4 + 1
 
 
 def parameters(rank: int) -> list[nn.Parameter]:
-    """Of all sizes, dtypes and layouts that gradients have; one without, and a replica's own numbers."""
+    """Gradients of all sizes, dtypes and layouts, and a parameter without; the numbers differ by replica."""
     draw = torch.Generator().manual_seed(rank)
     found = []
     for shape, dtype in (
@@ -86,7 +86,7 @@ def step(rows: slice, replicas: int, graphed: bool, changes: dict[str, Any]) -> 
 
 
 def prepare_as_another(rank: int, folder: Path) -> None:
-    """A replica that begins otherwise, by another library say, has the first one's weights."""
+    """A replica that starts out differently, by another library say, gets the first one's weights."""
     derive = run.derive_seed
     run.derive_seed = lambda *parts: derive(*parts) + rank
     world = World(rank, 2, rank, 2, dist.group.WORLD, dist.group.WORLD)
@@ -102,7 +102,7 @@ CHANGES: tuple[dict[str, Any], ...] = ({}, {"passes": "in_turn"})
 
 
 def work_of_two(rank: int, folder: Path) -> None:
-    """Gradients are summed where they lie; a step's are the same bits on both, as graphs and without."""
+    """Gradients are summed in place; a step's are the same bits on both, with graphs and without."""
     sum_by_two(rank)
     prepare_as_another(rank, folder)
     passes.Graphed = Replayed
@@ -118,7 +118,7 @@ def work_of_two(rank: int, folder: Path) -> None:
 
 
 def test_two_replicas_have_the_gradients_of_one_process(tmp_path: Path) -> None:
-    """Accumulated from parts; all of two processes in one start, which takes longer than the work."""
+    """Accumulated from parts; two processes do all checks in one launch, which takes longer than they do."""
     spawn(tmp_path, work_of_two, tmp_path)
     for changes, ours in zip(CHANGES, torch.load(tmp_path / "gradients.pt"), strict=True):
         expected = step(slice(0, 8), 1, False, changes)

@@ -23,7 +23,7 @@ CLOCK = ("time", "img_per_s", "tflop_per_s", "memory_gib")
 
 
 def rows(run: Path) -> list[dict]:
-    """The metrics without what depends on the clock."""
+    """The metrics except what depends on the clock."""
     kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in kept]
 
@@ -126,7 +126,7 @@ def test_a_refused_start_leaves_nothing_and_prepares_under_the_lock(
 
 @pytest.fixture
 def heard() -> Iterator[None]:
-    """Signals with their usual action: under nohup or in the background some are ignored, and stay so."""
+    """Signals act as usual: under nohup or in the background some are ignored, and stay so."""
     usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, action) for number, action in usual.items()}
     yield
@@ -149,7 +149,7 @@ def test_stopped_between_two_rows(
             if run.step == 8:
                 signal.raise_signal(number)
                 if number == signal.SIGHUP:
-                    signal.raise_signal(number)  # a terminal that closes sends it twice
+                    signal.raise_signal(number)  # a closing terminal sends it twice
 
         patch.setattr(loop, "train_step", interrupted)
         result = train(config, tmp_path / "halves")
@@ -182,7 +182,7 @@ def test_odd_lines_in_the_metrics_are_left_out(tmp_path: Path) -> None:
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
-    """The losses of these steps (counted from 1) are NaN."""
+    """Make the losses of these steps (counted from 1) NaN."""
     true_losses, calls = passes.losses_of, []
 
     def broken(*args):
@@ -244,7 +244,7 @@ def test_a_streak_of_bad_steps_goes_on_after_a_resume(
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """SIGKILL, then SIGTERM, then to the end."""
+    """Ended by SIGKILL, then by SIGTERM, then run to the end."""
     config, broken = tiny(steps=24, save_every=1, keep=2), tmp_path / "broken"
     train(config, tmp_path / "whole")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

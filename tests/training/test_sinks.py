@@ -1,4 +1,4 @@
-"""What TensorBoard reads back, what wandb is told (a small stand-in for it), and failing sinks."""
+"""What TensorBoard reads back, what wandb is sent (by a small stand-in for it), and failing sinks."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def row(step: int, loss: float) -> dict[str, Any]:
 
 
 def written(folder: Path) -> Any:
-    """What TensorBoard itself makes of the event files in ``folder``."""
+    """What TensorBoard itself reads from the event files in ``folder``."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder)).Reload()
@@ -80,7 +80,7 @@ def test_tensorboard_forgets_what_a_run_goes_back_over(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         before.write(row(step, 1.0))
     before.close()
-    time.sleep(1.1)  # files are read in the order of their names, which have the second they were begun in
+    time.sleep(1.1)  # files are read in the order of their names, which hold the second of their start
     (after,) = open_sinks(tmp_path, config, 20)  # the checkpoint of step 20; the row of step 30 was lost
     after.write(row(25, 2.0))
     after.close()
@@ -103,7 +103,7 @@ def test_importing_sinks_loads_neither() -> None:
 
 def test_tensorboard_is_used_where_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_sinks(tmp_path, tiny(), 0, tensorboard=False) == []
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if not installed
     assert open_sinks(tmp_path, tiny(), 0) == []
     with pytest.raises(UserError, match=r"^tensorboard: cannot be imported .*mdt-fast\[watch\]'$"):
         open_sinks(tmp_path, tiny(), 0, tensorboard=True)
@@ -231,7 +231,7 @@ def test_a_new_run_that_wandb_refuses_ends_at_once(tmp_path: Path, wandb: FakeWa
         WandbSink(tmp_path, "mdt", "run", {})
     wandb.fails = None
     WandbSink(tmp_path, "mdt", "run", {})
-    assert wandb.inits[0]["id"] != wandb.inits[1]["id"]  # nothing was kept of the first
+    assert wandb.inits[0]["id"] != wandb.inits[1]["id"]  # nothing of the first was kept
 
 
 def test_a_resumed_run_trains_on_without_wandb(tmp_path: Path, wandb: FakeWandb) -> None:

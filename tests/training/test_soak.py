@@ -1,4 +1,4 @@
-"""A training killed again and again is the unbroken one; ``make soak`` does it 20 times."""
+"""A training killed again and again equals an unbroken one; ``make soak`` kills one 20 times."""
 
 import subprocess
 import sys

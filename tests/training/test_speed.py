@@ -1,4 +1,4 @@
-"""FLOPs of a step against the published numbers and against plain averaging; peaks by the names of GPUs."""
+"""FLOPs of a step against the published numbers and plain averaging; peaks by the names of GPUs."""
 
 import subprocess
 import sys
@@ -97,7 +97,7 @@ def test_counting_leaves_the_generators_alone() -> None:
         ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
         ("Tesla V100-SXM2-32GB", None, 15.7),
         ("Tesla V100-PCIE-16GB", None, 14.0),
-        # Names that hold another's: none of the table's.
+        # Names that contain one of the table's but are not in it.
         ("NVIDIA RTX A1000", None, None),
         ("NVIDIA A10G", None, None),
         ("NVIDIA L40", None, None),
@@ -143,7 +143,7 @@ def test_a_cpu_has_no_share_of_peak() -> None:
     columns = measured.of(images=300, seconds=1.5)
     assert list(columns) == ["img_per_s", "tflop_per_s", "memory_gib"]
     assert columns["img_per_s"] == 200
-    assert columns["tflop_per_s"] == pytest.approx(100 * step_flops(TINY) / 1e12)  # of one of two processes
+    assert columns["tflop_per_s"] == pytest.approx(100 * step_flops(TINY) / 1e12)  # by one of two processes
     assert 0.05 < columns["memory_gib"] < 64
     assert measured.of(images=0, seconds=0.0)["img_per_s"] == 0
 
@@ -155,7 +155,7 @@ def test_share_of_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resident_memory_is_in_bytes() -> None:
-    """A process that fills 300 MiB more than an empty one says so."""
+    """A process that fills 300 MiB reports 300 MiB more than before."""
     code = (
         "from mdt_fast.training.speed import peak_resident_bytes as peak; before = peak(); "
         "full = b'x' * (300 << 20); print(peak() - before)"

@@ -1,4 +1,4 @@
-"""A step's passes in a loop of one's own: the objective's gradients, with graphs (a stand-in) and without."""
+"""A step's passes in a user's own loop: the objective's gradients, with graphs (a stand-in) and without."""
 
 import copy
 from contextlib import nullcontext
@@ -52,8 +52,8 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("family", ["mdt", "mdtv2", "dit"])
 def test_gradients_are_the_objectives(family: Any, step_of: Any) -> None:
-    """At every call anew, whatever was there; timesteps given or drawn, and the rest in the order of two
-    passes."""
+    """Each call gives new gradients, whatever was there; timesteps are given or drawn, and everything else is
+    drawn in the order of two passes."""
     masked = {} if family == "dit" else {"mask_ratio": 0.3}
     model = made(family, **masked, class_dropout_prob=0.5).train()
     step = step_of(model)
@@ -82,7 +82,7 @@ def test_gradients_are_the_objectives(family: Any, step_of: Any) -> None:
 
 
 def test_parts_of_an_update(step_of: Any) -> None:
-    """The whole batch's gradients, whoever calls ``zero_grad``; the next update begins anew."""
+    """Parts give the whole batch's gradients, whoever calls ``zero_grad``; the next update begins anew."""
     model = made("mdtv2", mask_ratio=0.3).train()
     whole, parts = TrainingStep(copy.deepcopy(model), DIFFUSION), step_of(model, accumulate=2)
     kept = set()
@@ -109,7 +109,7 @@ def test_parts_of_an_update(step_of: Any) -> None:
 
 
 def test_unequal_parts_and_errors_between(step_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What makes another graph of a later part loses nothing of the earlier one; an error begins anew."""
+    """If a later part needs another graph, the earlier one's gradients stay; an error begins anew."""
     x, y = batch()
     found = []
     for change in ({}, {"y": y[2:].int()}, {"scale": torch.tensor([1.0], dtype=torch.float64)}):
@@ -168,7 +168,7 @@ class OfVectors(nn.Module):
 @pytest.mark.parametrize("family", ["mdtv2", "dit"])
 @pytest.mark.parametrize("passes", ["together", "in_turn"])
 def test_conditioned_by_vectors(family: Any, passes: str, step_of: Any) -> None:
-    """Whose embedder drops some, anew in each pass and call."""
+    """Its embedder drops some vectors, anew in each pass and call."""
     model = made(family, **({} if family == "dit" else {"mask_ratio": 0.3})).train()
     model.y_embedder = OfVectors()
     step, (x, _) = step_of(model, passes=passes), batch()
@@ -203,7 +203,7 @@ class Null(LabelEmbedder):
 
 
 class Learnt(OfVectors):
-    """What stands in place of the dropped is learnt."""
+    """A learnt vector replaces the dropped ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def test_embedders_with_drops_of_their_own(step_of: Any, monkeypatch: pytest.Mon
     assert not table[:CLASSES].any()
     assert table[CLASSES].any()
 
-    step = step_of(model)  # an embedder that comes later is noticed
+    step = step_of(model)  # a later embedder is noticed
     model.y_embedder, y = Learnt(), torch.randn(4, 8, dtype=torch.float64)
     if step.cuda_graphs:
         with pytest.raises(UserError, match="requires a gradient, which a CUDA graph does not propagate"):
@@ -240,7 +240,7 @@ def test_embedders_with_drops_of_their_own(step_of: Any, monkeypatch: pytest.Mon
 
 
 def test_weights_under_an_outer_autocast(step_of: Any) -> None:
-    """Which keeps its casts until its end, beyond a step."""
+    """The outer autocast keeps its casts until its end, beyond a step."""
     x, y = batch()
     found = []
     for outer in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
@@ -299,7 +299,7 @@ def test_graphs_are_made_anew_for_weights_elsewhere(monkeypatch: pytest.MonkeyPa
     step(x, y)
     second = step.made
     assert second is not first
-    model.load_state_dict(model.state_dict(), assign=True)  # other parameters, where the old ones were
+    model.load_state_dict(model.state_dict(), assign=True)  # other parameters at the old addresses
     step(x, y)
     second, before = step.made, second
     assert second is not before
@@ -312,7 +312,7 @@ def test_graphs_are_made_anew_for_weights_elsewhere(monkeypatch: pytest.MonkeyPa
 
 
 def test_shards(tmp_path: Path) -> None:
-    """Of one process: the same gradients; no graphs."""
+    """With one process: the same gradients; no graphs."""
     model = made("mdtv2", torch.float32, mask_ratio=0.3).train()
     whole, (x, y) = TrainingStep(copy.deepcopy(model), DIFFUSION), batch()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""A file of weights that has the model's configuration beside them, as ``mdt-fast convert`` writes it."""
+"""A file of weights and the model's configuration, as ``mdt-fast convert`` writes it."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ MODELS = {
     "mdtv2": {"depth": 5, "decode_layer": 2, "mlp_ratio": 2.3, "mask_ratio": 0.5},
 }
 PROCESS = DiffusionConfig(noise_schedule="squaredcos_cap_v2", predict_xstart=True, min_snr_gamma=None)
-"""What weights do not tell: heads of a DiT, decoder of an MDT, a lost block, a rounded width, a ratio."""
+"""MODELS differ in what weights do not tell: heads, a decoder, a dropped block, a rounded width, a ratio."""
 
 
 def written(folder: Path, name: str) -> tuple[ModelConfig, Path]:
@@ -73,7 +73,7 @@ def test_without_the_process_a_preset_is_needed(tmp_path: Path, capsys: pytest.C
 def test_what_is_set_by_hand(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What would make another function of the weights is refused, what trains them otherwise is taken."""
+    """A setting that would change what the weights compute is refused, one that changes training accepted."""
     config, path = written(tmp_path, "dit")
     code = main(["convert", str(path), str(tmp_path / "run"), *DATA, f"--set=model.{setting}"])
     assert code == (2 if message else 0)
