@@ -17,7 +17,7 @@ from mdt_fast.diffusion.loss import (
 from mdt_fast.errors import UserError
 from tolerances import FLOAT32, relative_error
 
-# The loss each variant of the golden file trains with, said in the test's name.
+# The loss that each variant of the golden file trains with, for the test's name.
 TAGS = {
     "default": "default",
     "r250": "r250",
@@ -32,7 +32,7 @@ GAMMA = {"v1": None, "v2": 5.0}
 
 
 def _variant(tag: str, version: str = "v2") -> tuple[GaussianDiffusion, dict[str, Tensor], Tensor]:
-    """The process, the golden file, and what the model of this variant always returns."""
+    """The process, the golden file, and the output that this variant's model always returns."""
     golden = load("diffusion_losses")
     kwargs = meta("diffusion_losses")[tag]["kwargs"]
     diffusion = create_diffusion(**kwargs, min_snr_gamma=GAMMA[version])
@@ -134,7 +134,7 @@ def test_golden_bpd() -> None:
 
 
 def test_loss_is_its_plain_float64_derivation() -> None:
-    """Every formula again from betas alone, with torch.distributions, in float64."""
+    """Recomputes every formula from betas alone, with torch.distributions, in float64."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     signal = (1 - betas).cumprod(0)
     x_start, noise, eps, v = torch.randn(4, 3, 4, 5, 5, dtype=torch.float64)
@@ -177,8 +177,8 @@ def test_bound_trains_the_variance_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loss_type", [{}, {"use_kl": True}], ids=str)
 def test_half_outputs_are_losses_in_float32(dtype: torch.dtype, loss_type: dict[str, bool]) -> None:
-    """The two variances are nearer to each other than a half type's last bit of their logarithms: computed in
-    bfloat16 the variance's gradient at t = 500 is fifty times its size of rounding."""
+    """The logarithms of the two variances differ by less than a half type's last bit: computed in bfloat16,
+    the variance's gradient at t = 500 would be off by fifty times its rounding."""
     diffusion, t = create_diffusion(**loss_type), torch.tensor([0, 5, 50, 500, 999])
     x, noise = torch.randn(2, 5, 4, 8, 8)
     output = torch.cat([noise + 0.05 * torch.randn_like(x), 0.05 * torch.randn_like(x)], dim=1).to(dtype)

@@ -44,10 +44,10 @@ def test_all_golden_sampling_runs_are_tested() -> None:
 @pytest.mark.parametrize("tag", TAGS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_golden_sampling(implementation: str, tag: str) -> None:
-    """Float32's tolerance, although ten steps amplify a change of the input up to 61 times (metadata).
+    """Within float32's tolerance, although ten steps amplify a change of the input up to 61 times (metadata).
 
-    Guided runs are compared half by half: the second, unconditional half diverges by construction, and would
-    hide an error of the first behind its scale.
+    Guided runs are compared half by half: the second, unconditional half diverges by construction, and its
+    scale would hide an error in the first.
     """
     golden, run = load("diffusion_sampling"), meta("diffusion_sampling")[tag]
     model = _golden_model(implementation, run["model"])
@@ -108,7 +108,7 @@ def test_model_and_guide_see_original_timesteps() -> None:
 
 @pytest.mark.parametrize("mode", ["p_sample_loop", "ddim_sample_loop"])
 def test_every_step_draws_noise_once(mode: str) -> None:
-    """The last step too, and DDIM with eta = 0: a seeded run then draws as the published code does."""
+    """Including the last step, and DDIM with eta = 0: a seeded run then draws as the published code does."""
     diffusion, shape = create_diffusion("10"), (2, 3, 4, 4)
     torch.manual_seed(3)
     from_seed = getattr(diffusion, mode)(_linear_model, shape, device="cpu")
@@ -136,7 +136,7 @@ def test_generator_repeats_and_leaves_the_default_alone() -> None:
 
 
 def test_ddim_reverse_undoes_ddim() -> None:
-    """With a model that always predicts one x_0 both directions follow the same straight line."""
+    """With a model that always predicts one x_0, both directions follow the same straight line."""
     diffusion = create_diffusion("20", predict_xstart=True, learn_sigma=False)
     x_0, eps = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
 
@@ -185,9 +185,9 @@ def test_ddim_with_eta_1_stays_finite(schedule: str, respacing: str) -> None:
 
 @pytest.mark.parametrize(("mode", "respacing"), [("ancestral", "10"), ("ddim", "250")])
 def test_exact_model_of_a_gaussian_gives_that_gaussian(mode: str, respacing: str) -> None:
-    """For x_0 ~ N(m, s^2) the right noise and the right variance are known, so sampling must return m and s.
+    """For x_0 ~ N(m, s^2) the exact noise and variance are known, so sampling must return m and s.
 
-    With both, ancestral steps are exact however few; DDIM solves an equation by steps and needs more.
+    With both, ancestral steps are exact however few; DDIM solves an equation in steps and needs more.
     """
     m, s = 0.7, 0.4
     diffusion = create_diffusion(respacing)
@@ -229,7 +229,7 @@ def test_cond_fn_moves_the_mean_by_variance_times_gradient() -> None:
 
 @pytest.mark.parametrize("mode", ["ddim_sample", "ddim_reverse_sample"])
 def test_cond_fn_moves_the_noise_of_ddim(mode: str) -> None:
-    """The guided step is a plain step of the model whose noise is eps - sqrt(1 - alphas_cumprod) gradient."""
+    """The guided step equals a plain step with the noise eps - sqrt(1 - alphas_cumprod) gradient."""
     diffusion = create_diffusion("10")
     x, t, gradient = torch.randn(2, 3, 4, 4), torch.tensor([2, 6]), torch.randn(2, 3, 4, 4)
     sigma = diffusion.sqrt_one_minus_alphas_cumprod[np.array([2, 6])]
@@ -367,7 +367,7 @@ def test_fixed_variance_model_must_not_have_extra_channels() -> None:
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_models_of_a_half_type(loop: str) -> None:
-    """A loop goes on in float32, the model sees its own dtype; as a method, and with noise of either."""
+    """The loop runs in float32, the model in its own dtype; also as a method, and with noise of either."""
     name = meta("diffusion_sampling")["p10"]["model"]
     model = copy.deepcopy(_golden_model("fast", name)).bfloat16()
     shape = 2, model.in_channels, model.input_size, model.input_size
@@ -375,7 +375,7 @@ def test_models_of_a_half_type(loop: str) -> None:
     drawn = getattr(create_diffusion("4"), loop)
     assert (
         next(in_a_loop(model, 4).parameters()).dtype == torch.bfloat16
-    )  # official loops ask for their device
+    )  # official loops read the device from it
     for given in (noise, noise.bfloat16(), None):
         found = drawn(model, shape, given, model_kwargs=kwargs)
         assert found.dtype == torch.float32

@@ -43,7 +43,7 @@ def test_known_respacings() -> None:
     assert space_timesteps(1000, None) == space_timesteps(1000, "") == list(range(1000))
     assert space_timesteps(10, "2,3") == space_timesteps(10, [2, 3]) == [0, 4, 5, 7, 9]
     assert space_timesteps(10, "1,0,1") == [0, 7]  # sections of 4, 3 and 3
-    assert space_timesteps(6, "3") == [0, 2, 5]  # 2.5 goes to the even 2
+    assert space_timesteps(6, "3") == [0, 2, 5]  # 2.5 rounds to the even 2
 
 
 @given(st.data())

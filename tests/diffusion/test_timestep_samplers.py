@@ -12,7 +12,7 @@ from tolerances import FLOAT32, FLOAT64, relative_error
 
 @pytest.fixture
 def numpy_seed():
-    """Seeds NumPy's global state, and puts it back."""
+    """NumPy's function to seed its global state, which is restored afterwards."""
     state = np.random.get_state()
     yield np.random.seed
     np.random.set_state(state)
