@@ -1,4 +1,4 @@
-"""The autoencoder and its posterior against diffusers' own calls, and every autoencoder that is none."""
+"""The autoencoder and its posterior against diffusers' own calls, and refusals of what is none."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Encoding: one process or several, unbroken or not, give the same bytes; whatever does not fit is named."""
+"""Encoding by one process or several, stopped or not, gives the same bytes; misfits are refused by name."""
 
 import io
 import os
@@ -219,7 +219,7 @@ def test_a_shard_may_be_empty_but_not_the_set(config: DataConfig, tmp_path: Path
 
 
 def test_a_full_disk_keeps_what_is_complete(config: DataConfig, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the second shard is larger than the first."""
+    """A limit on file sizes stands in for a full disk: the second shard is larger than the first."""
     out = tmp_path / "latents"
     photos = sorted(Path(config.source).rglob("*.png"))
     photos[0].write_bytes(b"")

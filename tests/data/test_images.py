@@ -1,4 +1,4 @@
-"""Images in: listing, classes, crops bit for bit as the official data loader, and clear errors."""
+"""Images in: listing, classes, crops that equal the official data loader's bit for bit, and clear errors."""
 
 import os
 import random
@@ -134,7 +134,7 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)  # root reads every folder, whatever its mode
+    monkeypatch.setattr(os, "scandir", refuse)  # root could read every folder, whatever its mode
     with pytest.raises(UserError, match=rf"data.source: cannot read '.*{name}': Permission denied"):
         list_images(root)
 

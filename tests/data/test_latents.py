@@ -1,4 +1,4 @@
-"""An encoded set, as training reads it: what the autoencoder gives, and every damage by name."""
+"""An encoded set as training reads it: what the autoencoder gives, and every damage by name."""
 
 import json
 import random
@@ -133,7 +133,7 @@ def test_digits_are_encoded_as_grey_in_rgb(tiny_vae: Path, tmp_path: Path) -> No
 
 
 def edit_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """An edit by somebody who can sign."""
+    """An edit of the index by somebody who signs it again."""
 
     def edit(folder: Path) -> None:
         values = read_signed(folder / "index.json")

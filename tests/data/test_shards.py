@@ -39,7 +39,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards, 5 images, classes 0 to 2, with what else such shards hold."""
+    """Two shards with 5 images in classes 0 to 2, and whatever else such shards hold."""
     a = [
         ("n0/a.png", picture(0)),
         ("n0/a.cls", b"2\n"),
@@ -187,7 +187,7 @@ def test_other_files_named_tar_are_named(shards: Path) -> None:
 
 
 def test_links_and_paths_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
-    """Only regular members count, whatever they are called, and none is written anywhere."""
+    """Only regular members count, whatever their names, and none is written to disk."""
     (tmp_path / "secret.png").write_bytes(picture(9))
     root = tmp_path / "set"
     root.mkdir()
