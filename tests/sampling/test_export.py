@@ -1,4 +1,4 @@
-"""The exported step: the pictures of ``sample``, any batch, nothing of this package in it, refusals."""
+"""The exported step: the pictures of ``sample``, any batch, none of this package's code in it, refusals."""
 
 import json
 import zipfile
@@ -58,7 +58,7 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("changes", SAMPLERS.values(), ids=SAMPLERS)
 def test_the_pictures_are_those_of_sample(model: nn.Module, package: Path, changes: dict) -> None:
-    """Batches of three and of one by the same file."""
+    """One file serves batches of three and of one."""
     config = replace(CONFIG, **changes)
     drawn = run_exported(package, LABELS, config, first_index=5)
     torch.testing.assert_close(drawn, sample(model, TRAINED, LABELS, config, first_index=5), **CLOSE)
@@ -72,7 +72,7 @@ def test_it_is_plain_pytorch(package: Path) -> None:
 
 
 def test_the_file_says_all_a_loop_needs(package: Path) -> None:
-    """DDIM by torch alone, from what is in the file."""
+    """A DDIM loop in plain torch, from what is in the file."""
     files = {"mdt_fast.json": ""}
     step = torch.export.load(package, extra_files=files).module()
     steps = json.loads(files["mdt_fast.json"])["steps"]
@@ -118,7 +118,7 @@ def test_the_channels_that_were_exported_are_guided(model: nn.Module, tmp_path: 
 
 @pytest.mark.slow
 def test_a_compiled_package_gives_the_same_pictures(model: nn.Module, tmp_path: Path) -> None:
-    """Slow: its C++ is compiled, a minute on one core."""
+    """Slow: it compiles C++, a minute on one core."""
     package = export_step(model, TRAINED, tmp_path / "compiled.pt2", CONFIG, aoti=True)
     assert read_description(package)["sample"]["steps"] == 4
     for sampler in ("ddim", "ddpm"):
@@ -128,7 +128,7 @@ def test_a_compiled_package_gives_the_same_pictures(model: nn.Module, tmp_path: 
 
 
 def test_without_a_compiler(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Inductor raises for it, in one line."""
+    """Inductor's error becomes one line."""
 
     def compile_it(*args: object, **options: object) -> None:
         raise CppCompileError(["no-such-compiler"], "two\nlines")
@@ -215,7 +215,7 @@ def test_what_a_killed_export_left_is_removed(model: nn.Module, tmp_path: Path) 
 
 
 def rewritten(package: Path, path: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
-    """``package`` with each member as ``change`` gives it; None leaves it out."""
+    """A copy of ``package`` with each member as ``change`` returns it; None leaves a member out."""
     with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
             if (content := change(name, old.read(name))) is not None:

@@ -1,4 +1,4 @@
-"""Folders of many samples: resumed, shared by processes, and never of two kinds."""
+"""Folders of many samples: resumed, shared by processes, and never mixed of two kinds."""
 
 import os
 import signal
@@ -137,7 +137,7 @@ def test_resumed_and_shared_it_is_the_same_to_the_bit(
         assert one["arr_1"].tolist() == other["arr_1"].tolist()
     assert Image.open(tmp_path / "a.png").size == Image.open(tmp_path / "b.png").size
 
-    # Some of it lost, and a leftover of a killed process there.
+    # Some files are lost, and a killed process has left one.
     for name in ("shard-00001.npz", "samples_13x8x8x1.npz"):
         (tmp_path / "alone" / name).unlink()
     (tmp_path / "alone" / ".shard-00001.npz.0123abcd.partial").touch()
@@ -146,7 +146,7 @@ def test_resumed_and_shared_it_is_the_same_to_the_bit(
     assert "sampling: 4/4" in capsys.readouterr().out.replace("  ", " ")
     assert content(tmp_path / "alone") == whole
 
-    # Two processes, one after the other; the last one makes the whole.
+    # Two processes, one after the other; the last one joins the shards.
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
@@ -188,7 +188,7 @@ def test_another_checkpoint_or_setting_is_refused(
 
 @pytest.mark.slow
 def test_killed_half_way_it_goes_on(trained: Path, tmp_path: Path) -> None:
-    """SIGKILL at any moment leaves whole shards; the same command gives the files of an unbroken run."""
+    """SIGKILL at any moment leaves whole shards; the same command then gives an unbroken run's files."""
     command = [sys.executable, "-m", "mdt_fast"]
     many = ["--num-samples=60", "--steps=20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

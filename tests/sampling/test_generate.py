@@ -1,4 +1,4 @@
-"""The guided sampler: seeds, batches, guidance, errors. Its numbers are in tests/diffusion."""
+"""The guided sampler: seeds, batches, guidance, errors. Its numbers are tested in tests/diffusion."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ LABELS = [3, 1, 4, 1, 5]
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """A model with weights that do something: a fresh one outputs zeros."""
+    """A model with random weights: a fresh one outputs zeros."""
     torch.manual_seed(1)
     model = build_model(MODEL)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_model_without_null_class_cannot_be_guided() -> None:
 
 
 def test_the_public_function_takes_what_the_model_was_trained_with(model: nn.Module) -> None:
-    """``mdt_fast.sample`` with a ``DiffusionConfig`` is the same as with that respaced."""
+    """``mdt_fast.sample`` with a ``DiffusionConfig`` gives the same as with that process, respaced."""
     config = replace(CONFIG, sampler="ddpm", steps=3)
     trained = DiffusionConfig(noise_schedule="squaredcos_cap_v2")
     got = mdt_fast.sample(model, trained, LABELS, config)
@@ -172,7 +172,7 @@ def test_the_public_function_takes_what_the_model_was_trained_with(model: nn.Mod
 
 
 def test_a_process_that_is_not_respaced_is(model: nn.Module) -> None:
-    """``config.steps`` of it are taken; of one that is respaced all are."""
+    """``config.steps`` of its steps are taken; a respaced process keeps all of its own."""
     model_of_fixed = build_model(replace(MODEL, learn_sigma=False))
     with torch.no_grad():
         for parameter in model_of_fixed.parameters():

@@ -1,4 +1,4 @@
-"""What makes sampling fast gives the same pictures; guidance is left out where it is said to be."""
+"""What makes sampling fast gives the same pictures; guidance is left out where it is configured to be."""
 
 import copy
 from dataclasses import fields, replace
@@ -53,11 +53,11 @@ def published(model: nn.Module, config: SampleConfig, diffusion: GaussianDiffusi
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 def test_every_switch_gives_the_same_pictures(family: Family, sampler: Any) -> None:
-    """Alone and together, in float64; and all off is the published way."""
+    """Alone and together, in float64; with all off, they are the published loop's."""
     model = made(family).eval()
     config = replace(CONFIG, sampler=sampler)
     plain = draw(model, config, SampleSwitches.none())
-    # diffusers' schedulers work in float32 whatever they are given.
+    # diffusers' schedulers work in float32 whatever they get.
     tolerance = FLOAT32 if sampler == "dpm++" else FLOAT64
     for name in SWITCHES:
         got = draw(model, config, replace(SampleSwitches.none(), **{name: True}))
@@ -84,7 +84,7 @@ def test_the_fused_step_follows_the_diffusion(schedule: Any, predict_xstart: boo
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 def test_modulations_of_a_chunk_are_those_of_the_steps(chunk: int) -> None:
-    """However much memory there is; labels that occur twice are computed once."""
+    """However much memory there is; repeated labels are computed once."""
     model = made("mdtv2").eval()
     times, labels = [3, 90, 400, 777, 999], torch.tensor([2, 7, 10])
     size = 3 * 8 * sum(p.shape[0] for n, p in model.named_parameters() if "adaLN_modulation.1.bias" in n)
@@ -102,7 +102,7 @@ def test_modulations_of_a_chunk_are_those_of_the_steps(chunk: int) -> None:
 
 
 def test_a_model_with_hooks_is_called_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP gathers weights in a hook, and a user's must run: nothing is put together from parts then."""
+    """FSDP gathers weights in a hook, and users' hooks must run: the model is then not run in parts."""
     model, calls = made("mdtv2", torch.float32), []
     expected = draw(model, CONFIG, SampleSwitches())
     model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -114,7 +114,7 @@ def test_a_model_with_hooks_is_called_whole(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Counting(nn.Module):
-    """A model that notes how many rows it is asked for at which time."""
+    """A model that records how many rows it gets at which time."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -187,7 +187,7 @@ def test_half_types_are_near(dtype: Any) -> None:
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_cast_once_give_the_same_bits(family: Family, dtype: Any) -> None:
-    """In fewer operations, and the model is left as it was."""
+    """With fewer operations, and the model keeps its own weights."""
     model = made(family, torch.float32).eval()
     config, before = replace(CONFIG, dtype=dtype), [p.clone() for p in model.parameters()]
     pictures, counts = [], []
@@ -216,7 +216,7 @@ def test_a_batch_has_the_weights_as_they_are_when_it_begins() -> None:
 
 
 def test_whose_weights_are_not_cast() -> None:
-    """Whatever a hook, a compiled block or another module reads them for."""
+    """Those that a hook, a compiled block or another module may read."""
     config = replace(CONFIG, dtype="bfloat16")
 
     def cast(model: nn.Module) -> int:
@@ -237,7 +237,7 @@ def test_whose_weights_are_not_cast() -> None:
     assert cast(made("mdtv2", torch.bfloat16).eval()) == 0
     in_float8 = made("dit", torch.float32).eval()
     use_float8(in_float8, emulate=True)
-    assert cast(in_float8) == 4 * 4  # rounded in every step, from half the bytes
+    assert cast(in_float8) == 4 * 4  # rounded anew in every step, from half the bytes
     pytest.importorskip("torchao", reason="torchao is not installed")
     use_float8(by_torchao := made("dit", torch.float32).eval(), "torchao", emulate=True)
     assert cast(by_torchao) == 0
@@ -301,7 +301,7 @@ def test_a_pass_that_fails_leaves_the_weights_whole() -> None:
 
 
 class _Casts(TorchDispatchMode):
-    """``number`` of weights that are cast, one at a time."""
+    """``number``: how many weights are cast, one at a time."""
 
     number = 0
 

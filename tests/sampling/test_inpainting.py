@@ -1,4 +1,4 @@
-"""Filling in: what is known stays, the rest follows from the seed; hidden tokens as the model hides them."""
+"""Filling in: known parts stay, the rest follows from the seed; tokens are hidden as the model hides them."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ SAMPLERS = {
 
 
 def model_of(config: ModelConfig) -> nn.Module:
-    """One with weights that do something: a fresh one outputs zeros."""
+    """A model with random weights: a fresh one outputs zeros."""
     torch.manual_seed(1)
     model = build_model(config)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_fill_depends_on_seed_and_index_alone(model: nn.Module, cfg_scale: flo
 
 @pytest.mark.parametrize("hide", [0.0, 1.0])
 def test_images_and_masks_of_their_own(hide: float) -> None:
-    """With different numbers of hidden tokens, which no batch can hold."""
+    """With different numbers of hidden tokens, which one batch cannot hold."""
     model, images = (
         model_of(MODEL).double(),
         IMAGE.double() * torch.tensor([1.0, -1, 0.5, 0, 1]).view(5, 1, 1, 1),
@@ -128,7 +128,7 @@ def test_only_tokens_that_are_unknown_altogether_are_hidden() -> None:
 @pytest.mark.parametrize("family", ["mdtv2", "mdt"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 def test_a_hidden_step_is_the_models_own_masked_pass(family: str, cfg_scale: float) -> None:
-    """One step from noise, against the forward pass with a plan and the diffusion's own step."""
+    """One step from noise, against a forward pass with a mask plan and the diffusion's own step."""
     config = replace(MODEL, family=family)
     model, labels = model_of(config).double().eval(), [7, 2]
     settings = replace(CONFIG, steps=1, cfg_scale=cfg_scale, scale_pow=None)
@@ -153,7 +153,7 @@ def test_a_hidden_step_is_the_models_own_masked_pass(family: str, cfg_scale: flo
 
 
 def test_a_wrapped_model_hides_as_well(model: nn.Module) -> None:
-    """With a hook the model is called whole."""
+    """With a hook, the model is called whole."""
     expected = fill(model, hide=1.0)
     handle = model.register_forward_hook(lambda module, args, output: output)
     try:

@@ -1,4 +1,4 @@
-"""The evaluator's sample file: its layout, batch by batch, in little memory."""
+"""The evaluator's sample file: its layout, written batch by batch, in little memory."""
 
 import tracemalloc
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A sampler's CUDA graphs: how long they last, what they are captured anew for. By stand-ins, on a CPU."""
+"""A sampler's CUDA graphs: how long they last, when they are captured anew; with stand-ins on a CPU."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ LABELS = [3, 1, 3, 5]
 
 @pytest.fixture
 def graphed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sampler]:
-    """A sampler that replays, on a CPU, where a replay is a call."""
+    """A sampler that replays on a CPU, where a replay is a call."""
 
     class Graph:
         def __init__(self, function: Any, device: torch.device):
@@ -64,7 +64,7 @@ def test_a_copy_has_graphs_of_its_own(graphed: Callable[..., Sampler]) -> None:
 
 
 def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sampler]) -> None:
-    """And for that alone: new numbers are where the old ones were."""
+    """And only then: new values are written to the old addresses."""
     model, config = made("dit", torch.float32).eval(), replace(CONFIG, dtype="bfloat16")
     seen = graphed(model, config).model
     seen.begin(LABELS)
@@ -75,7 +75,7 @@ def test_graphs_are_captured_anew_for_other_memory(graphed: Callable[..., Sample
     assert seen.graphs is first
     assert addresses == [cast[0].data_ptr() for cast in seen.casts.cast]
     other = copy.deepcopy(block.attn.proj)
-    other.bias = block.attn.proj.bias  # of what is not cast nothing has moved
+    other.bias = block.attn.proj.bias  # what is not cast has not moved
     block.attn.proj = other
     seen.begin(LABELS)
     assert seen.graphs is not first

@@ -1,7 +1,7 @@
 """The samplers against diffusers' own on the same noise, and against an exact answer.
 
-Where the data is Gaussian, the best prediction of the noise is known, and so is where each starting point
-ends: along the probability-flow path x_t keeps its place in the distribution of its time.
+For Gaussian data the best prediction of the noise is known, and so is where each starting point ends: along
+the probability-flow path x_t keeps its place in the distribution of its time.
 """
 
 import sys
@@ -30,7 +30,7 @@ SETTINGS = SampleConfig(steps=20, cfg_scale=1.0, seed=5, batch_size=3)
 
 
 class Gaussian(nn.Module):
-    """The exact answer for data of class y that is N(+-MEAN, SPREAD^2) in each number."""
+    """The exact answer for data of class y that follows N(+-MEAN, SPREAD^2) in each element."""
 
     num_classes, in_channels, input_size, config = 2, 4, 8, CONFIG
 
@@ -73,7 +73,7 @@ each_training = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED
 
 @each_training
 def test_every_solver_comes_to_the_exact_answer(trained: DiffusionConfig) -> None:
-    """DDIM's error falls with the steps, the fast solvers' faster; all end at one picture."""
+    """DDIM's error falls with the steps, the fast solvers' falls faster; all end at one picture."""
     model = Gaussian(trained)
     a = model.alphas_cumprod[999]
     mean = (1 - 2 * torch.tensor(LABELS)).view(-1, 1, 1, 1) * MEAN
@@ -107,7 +107,7 @@ def test_the_same_as_diffusers_own(sampler: Any, clip: bool, schedule: Any) -> N
     model, steps = Gaussian(trained), 20
     config = replace(SETTINGS, sampler=sampler, steps=steps)
     got = sample(model, trained, LABELS, config, clip_denoised=clip)
-    # The respaced process as if it had been trained: diffusers spaces timesteps in other ways.
+    # The respaced process as if trained in so few steps: diffusers spaces timesteps differently.
     respaced = sampling_diffusion(CONFIG, trained, config)
     common: dict[str, Any] = {
         "num_train_timesteps": steps, "trained_betas": respaced.betas.tolist(), "clip_sample": clip,
@@ -141,7 +141,7 @@ def test_the_same_as_diffusers_own(sampler: Any, clip: bool, schedule: Any) -> N
 
 @pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
 def test_timesteps_are_set_and_not_left_to_diffusers(sampler: Any) -> None:
-    """Those of its spacing "linspace"; the 0 at which our respacing ends would cost a leap before it."""
+    """Spaced as diffusers' "linspace"; the 0 at which our respacing ends would cost a leap before it."""
     seen = Gaussian(TRAINED["linear-eps"])
     sample(seen, TRAINED["linear-eps"], LABELS, replace(SETTINGS, sampler=sampler, steps=10))
     assert seen.seen == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
