@@ -41,7 +41,7 @@ class FeatureExtractorInceptionV3(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder of one's own, a hub folder in it, no network, and no modules of another test."""
+    """A working folder with a hub folder in it, no network, and no modules of another test."""
 
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError("something was to be downloaded")
@@ -58,7 +58,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with torch-fidelity's interface and a much smaller network, and weights for it."""
+    """A package with torch-fidelity's interface and a much smaller network; returns the network's weights."""
     package = tmp_path / "packages" / "torch_fidelity"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -70,7 +70,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "Mixed_6d.branch1x1.0.weight": torch.randn(192, 3, 1, 1, generator=generator),
         "Mixed_6d.branch1x1.0.bias": torch.randn(192, generator=generator),
         "fc.weight": torch.randn(1008, 192, generator=generator),
-        "fc.bias": torch.full((1008,), 1e9),  # that of the classes must not be used
+        "fc.bias": torch.full((1008,), 1e9),  # the classes' bias must not be used
     }
     torch.save(state, tmp_path / "weights.pth")
     return tmp_path / "weights.pth"

@@ -35,7 +35,7 @@ def gaussian(mean: Tensor, cov: Tensor) -> Moments:
 
 
 def test_commuting_gaussians_have_a_closed_form() -> None:
-    """The same eigenvectors: |m|^2 + sum (sqrt a - sqrt b)^2."""
+    """With the same eigenvectors: |m|^2 + sum (sqrt a - sqrt b)^2."""
     vectors = torch.linalg.qr(normal(40, 40)).Q
     a, b = normal(40, seed=1).square(), normal(40, seed=2).square()
     mean = normal(40, seed=3)
@@ -68,7 +68,7 @@ def test_against_scipy_and_torchmetrics_on_the_same_features(count: int) -> None
     root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
     expected = (a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace()
     expected -= 2 * root.real.trace()
-    # The square root of a singular product is ill-posed: scipy's is what is inexact there.
+    # The square root of a singular product is ill-posed: scipy's is the inexact one there.
     tolerance = 1e-9 if count > 64 else 1e-4
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=tolerance)
 
@@ -81,7 +81,7 @@ def test_against_scipy_and_torchmetrics_on_the_same_features(count: int) -> None
 
 
 def test_singular_covariances_against_thin_factors() -> None:
-    """Fewer samples than features: the exact trace is that of the singular values of X_c Y_c'."""
+    """With fewer samples than features, the exact trace is the sum of singular values of X_c Y_c'."""
     left, right = normal(30, 200, seed=1), normal(40, 200, seed=2)
     thin = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (left, right)]
     a, b = moments(left), moments(right)
@@ -125,7 +125,7 @@ def test_what_is_no_covariance_is_refused() -> None:
 
 
 def plain_precision(samples: Tensor, reference: Tensor, k: int = 3) -> float:
-    """As the paper says it, without tiles."""
+    """As in the paper, without tiles."""
     between = torch.cdist(reference, reference, compute_mode="donot_use_mm_for_euclid_dist")
     radii = between.sort(1).values[:, k]
     to_reference = torch.cdist(samples, reference, compute_mode="donot_use_mm_for_euclid_dist")
@@ -162,7 +162,7 @@ def test_copies_have_no_distance_whatever_the_rounding() -> None:
 
 
 def test_distances_by_a_product_are_those_of_differences() -> None:
-    """float64 to its rounding; float32, which is not used, to its own."""
+    """Within float64's rounding; float32, which is not used, within its own."""
     a, b = normal(40, 256, seed=1), normal(50, 256, seed=2)
     exact = (a[:, None] - b).square().sum(-1)
     torch.testing.assert_close(squared_distances(a, b), exact, rtol=1e-12, atol=0)
@@ -181,7 +181,7 @@ def test_known_inception_scores() -> None:
     one_hot = torch.eye(7).repeat(30, 1)
     assert inception_score(one_hot) == (pytest.approx(7), 0)
     assert inception_score(torch.eye(7)[:1].expand(50, -1)) == (pytest.approx(1), 0)
-    # Parts in order: one of 7 classes, one of a single class.
+    # Two parts in order: one of 7 classes, one of a single class.
     mean, deviation = inception_score(torch.cat([one_hot, torch.eye(7)[:1].expand(210, -1)]), split=210)
     assert (mean, deviation) == (pytest.approx(4), pytest.approx(3))
 
