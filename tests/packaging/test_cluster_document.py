@@ -1,4 +1,4 @@
-"""``docs/cluster.md`` and the installed torch: its options exist, scripts parse, signals act as it says."""
+"""``docs/cluster.md`` and the installed torch: options exist, scripts parse, signals act as described."""
 
 import os
 import re
@@ -24,7 +24,7 @@ SHELL = [block for language, block in FENCED if language == "sh"]
 
 
 def embedded(block: str) -> Iterator[str]:
-    """The scripts in a YAML file: what stands, further in, below a line that ends with ``|``."""
+    """The scripts in a YAML file: the indented text below each line that ends with ``|``."""
     lines = block.splitlines()
     for i, line in enumerate(lines):
         if line.endswith("|"):
@@ -58,7 +58,7 @@ def test_scripts_parse(script: str) -> None:
 
 
 def test_machines_do_not_meet_in_torchruns_store() -> None:
-    """Where there are several: it would count restarts by the machine."""
+    """With several machines, that store would count restarts per machine."""
     several = [
         script for script in SCRIPTS if re.search(r"--rdzv-backend|^\s*torchrun -m", script, re.MULTILINE)
     ]
@@ -96,7 +96,7 @@ def test_other_options_that_are_named_exist() -> None:
     )
     assert len(named) >= 8
     missing = named - known
-    assert missing <= {"--shutdown-timeout"}, missing  # as the text says, newer than torch 2.11
+    assert missing <= {"--shutdown-timeout"}, missing  # newer than torch 2.11, as the text says
 
 
 WORKER = """
@@ -117,7 +117,7 @@ open(f"saved{os.environ['RANK']}", "w").write(str(caught))
     [
         ("SIGTERM", [], True),
         ("SIGUSR1", ["--signals-to-handle", FORWARD], True),
-        ("SIGUSR1", [], False),  # the variable that one would expect to help is set below
+        ("SIGUSR1", [], False),  # though the variable that should help is set below
     ],
     ids=["SIGTERM", "SIGUSR1-asked-for", "SIGUSR1"],
 )
@@ -149,7 +149,7 @@ def test_what_torchrun_does_with_a_signal(
 
 
 def workers_left(folder: Path) -> list[int]:
-    """Processes that run in ``folder``."""
+    """The processes that run in ``folder``."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

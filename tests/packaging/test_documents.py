@@ -1,4 +1,4 @@
-"""The documents: what they tell a user to type works, links lead somewhere, places to fill in are there."""
+"""The documents: what they tell users to type works, links lead somewhere, places to fill in exist."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_commands_of_the_readme_parse(command: str) -> None:
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The examples as printed, but for small models, and three steps of sampling."""
+    """The examples as printed, except for small models and three steps of sampling."""
     monkeypatch.chdir(tmp_path)
     write_weights("official.pt", MDTv2(mask_ratio=0.3, decode_layer=4, **SMALL).state_dict())
     code, loop, optimiser = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -70,7 +70,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_python_of_own_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of ``docs/own_models.md``, one after the other."""
+    """All of ``docs/own_models.md``, block after block."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def test_the_script_of_own_loop_runs_on_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (line.split() for line in sorted(done.stdout.splitlines()))
     assert [one[0], other[0]] == ["0", "1"]
-    assert one[1:] == other[1:]  # as many kept, and the same weights
+    assert one[1:] == other[1:]  # the same number kept, the same weights
     assert read_weights(tmp_path / "ema.safetensors")
 
 

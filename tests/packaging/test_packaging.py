@@ -27,9 +27,9 @@ OPTIONAL = [
     "xformers",
 ]
 
-# Runs in a fresh interpreter: every optional package is made to look missing, then every module is imported
-# (but the rooms' Triton kernels, which their op.py imports where Triton serves it, and csrc's libraries,
-# which are no modules).
+# Runs in a fresh interpreter: every optional package is made to look missing, then every module is imported,
+# except the rooms' Triton kernels (their op.py imports them where Triton serves it) and csrc's libraries,
+# which are no modules.
 IMPORT_WITHOUT_OPTIONALS = f"""
 import importlib.util, pkgutil, sys, time
 
@@ -72,8 +72,8 @@ print(*sorted(set({OPTIONAL!r}) & (set(sys.modules) - before)))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel built, without the network, from a copy: the source tree stays as it is."""
-    try:  # asked in this way: looking for the module would bring Python's own distutils into this process
+    """A wheel built from a copy, without the network: the source tree stays as it is."""
+    try:  # looking for the module instead would bring Python's own distutils into this process
         importlib.metadata.version("pip")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("needs pip to build a wheel")
@@ -135,7 +135,7 @@ def test_command_is_installed() -> None:
 
 
 def test_constraints_pin_what_is_installed() -> None:
-    """Each line is one exact version, and every dependency of the base and test extras has one."""
+    """Each line is one exact version, and every dependency of the base and test extras is pinned."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = dict(line.split("==") for line in lines)
     assert {normal(name) for name in pinned} >= {normal(name) for name in dependencies("mdt-fast", {"test"})}
@@ -146,7 +146,7 @@ def normal(name: str) -> str:
 
 
 def dependencies(name: str, extras: set[str]) -> set[str]:
-    """Direct and indirect dependencies as installed here (torch's CUDA packages are torch's to pin)."""
+    """Direct and indirect dependencies as installed here, without torch's CUDA packages: torch pins them."""
     from packaging.requirements import Requirement
 
     found: set[str] = set()
@@ -168,7 +168,7 @@ def dependencies(name: str, extras: set[str]) -> set[str]:
 
 
 def test_import_needs_nothing_optional(tmp_path: Path) -> None:
-    """From another folder, with every optional package missing; and it costs little over torch itself."""
+    """From another folder, with every optional package missing; it takes less than 10 s on top of torch."""
     command = [sys.executable, "-c", IMPORT_WITHOUT_OPTIONALS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_import_needs_nothing_optional(tmp_path: Path) -> None:
 
 
 def test_import_touches_no_optional_package(tmp_path: Path) -> None:
-    """A plain import leaves the slow optional packages alone where they are installed."""
+    """A plain import leaves the slow optional packages alone, even if they are installed."""
     command = [sys.executable, "-c", IMPORT_BESIDE_OPTIONALS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

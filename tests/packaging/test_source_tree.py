@@ -74,7 +74,7 @@ def room(name: str) -> str:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name)])
 def test_imports_point_one_way(name: str) -> None:
-    """Of every room; the package's own __init__ gathers public names from all of them and is left out."""
+    """For every room; the package's own __init__, which gathers names from all of them, is left out."""
     here = room(name)
     assert here in RANK, f"{name}: give the room {here!r} a rank in this test"
     for target in imported(name, MODULES[name]):
@@ -89,14 +89,14 @@ def test_imports_point_one_way(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ("reference", "kernels")])
 def test_oracle_and_kernels_stand_alone(name: str) -> None:
-    """The oracle knows nothing of what it judges, nor a kernel room of models."""
+    """The oracle imports nothing that it judges, and kernel rooms import no models."""
     allowed = {"kernels": {"kernels"}, "reference": {"reference", "config", "errors", "masking"}}[room(name)]
     ours = {room(target) for target in imported(name, MODULES[name]) if target.startswith("mdt_fast")}
     assert ours <= allowed
 
 
 def sources() -> list[Path]:
-    """The files git tracks or would add; without git there is nothing to check against."""
+    """The files that git tracks or would add; none without git, where there is nothing to check against."""
     try:
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -134,7 +134,7 @@ def test_no_path_of_one_machine_in_the_text() -> None:
 
 
 def test_recorded_numbers_travel_with_the_repository() -> None:
-    """What the tests judge by must not be among the files that git ignores."""
+    """The numbers that tests compare with must not be in files that git ignores."""
     if not sources():
         pytest.skip("needs git and a checkout")
     assert any(path.suffix == ".safetensors" and path.parent.name == "golden" for path in sources())
