@@ -1,4 +1,4 @@
-"""csrc's attention and transposes by themselves: what the kernel rooms never ask of them, bits, refusals."""
+"""csrc's attention and transposes alone: what the kernel rooms never ask of them, bits, refusals."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ call = torch.ops.mdt_fast
 def case(
     dtype: torch.dtype, B: int, H: int, M: int, N: int, d: int, runs: int | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """dout, q [B, H, M, d] and k, v [B, H, N, d], not contiguous; table [T, H], places of queries [B, M] and
-    of keys [B, N], distinct in a sample, which add up to rows counted from the table's last one."""
+    """dout, q [B, H, M, d] and k, v [B, H, N, d], not contiguous; table [T, H]; places of queries [B, M] and
+    of keys [B, N], distinct within a sample, whose sums count rows from the table's last one."""
     torch.manual_seed(0)
     dout, q = torch.randn(B, M, 2, H, d).to(dtype).transpose(1, 3).unbind(2)
     k, v = torch.randn(B, N, 2, H, d).to(dtype).transpose(1, 3).unbind(2)
@@ -57,7 +57,7 @@ def exact(tensors: list[Tensor], places: list[Tensor | None]) -> list[Tensor]:
 
 
 def ours(tensors: list[Tensor], places: list[Tensor | None]) -> list[Tensor]:
-    """The same, by the two ops; memory that they leave unwritten is no number."""
+    """The same by the two ops; outputs start as NaN, so that unwritten memory shows."""
     dout, q, k, v = tensors
     out = torch.full_like(q, torch.nan)
     lse = torch.full((q.shape[1], q.shape[0] * q.shape[2]), torch.nan)
@@ -87,13 +87,13 @@ def test_forward_and_gradients(
 
 
 def test_gradients_of_scores_cancel() -> None:
-    """A row's add up to 0, though all of its probabilities come from one rounded logarithm: an offset that
-    all keys share, and one of all values, leave little in the gradients."""
+    """A row's gradients add up to 0, though all of its probabilities come from one rounded logarithm: offsets
+    shared by all keys or by all values leave little in the gradients."""
     (dout, q, k, v), (table, *places) = case(torch.float32, 2, 2, 65, 96, 24, 1)
     assert table is not None
     given = [dout + 1, q, k + 3, v + 10], [table + 10, *places]
     _, _, *errors = (relative_error(a, b) for a, b in zip(ours(*given), exact(*given), strict=True))
-    for error, allowed in zip(errors, (4, 1, 1, 1), strict=True):  # of q, k, v and the table
+    for error, allowed in zip(errors, (4, 1, 1, 1), strict=True):  # q, k, v and the table
         assert error <= allowed * FLOAT32
 
 
@@ -111,7 +111,7 @@ def test_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
 
 
 def test_samples_of_different_lengths_stand_apart() -> None:
-    """With offsets, each as if it were alone, whatever the longest one before has left in memory."""
+    """With offsets, each gives what it gives alone, whatever the longest one left in memory."""
     (dout, q, k, v), _ = case(torch.bfloat16, 1, 2, 80, 97, 24, None)
     q_ends, k_ends = [0, 70, 70, 73, 80], [0, 60, 77, 80, 97]
     offsets = [torch.tensor(ends).int() for ends in (q_ends, k_ends)]
@@ -129,7 +129,7 @@ def test_samples_of_different_lengths_stand_apart() -> None:
 
 
 def test_far_and_not_finite_scores() -> None:
-    """Nothing overflows, a row is its own, and what is no number stays none."""
+    """Nothing overflows, rows do not affect each other, and NaN stays NaN."""
     q = torch.tensor([[3e37, 3e37, -3e37], [-3e37, -3e37, -3e37], [0.0, torch.nan, 0.0], [1.0, 2.0, 3.0]])
     k, out, lse = torch.eye(3)[None, None], torch.empty(1, 1, 4, 3), torch.empty(1, 4)
     call.rel_attention_fwd_cpu(q[None, None], k, k, None, None, None, None, None, 10.0, out, lse)
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused_by_the_op_itself() -> None:
         with pytest.raises(RuntimeError, match="expected"):
             call.rel_attention_bwd_cpu(*good[:place], wrong, *good[place + 1 :])
     one = [x[:1] for x in (q, k, v)]
-    for more in (ends, torch.tensor([0, 2, 4]).int()):  # samples of queries than of keys, and fewer
+    for more in (ends, torch.tensor([0, 2, 4]).int()):  # more samples of queries than of keys, and fewer
         fewer = torch.tensor([0, 5]).int() if len(more) == 3 else torch.tensor([0, 2, 5]).int()
         with pytest.raises(RuntimeError, match="k_offsets: expected as many samples"):
             call.rel_attention_fwd_cpu(

@@ -1,4 +1,4 @@
-"""How ``csrc/`` is built and found: with a compiler and without, with torch and without; and what it says."""
+"""How ``csrc/`` is built and found, with and without a compiler or torch; and what it reports."""
 
 import importlib.metadata
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what the package is built from, without anything built."""
+    """A copy of the sources that the package is built from, with nothing built."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -35,8 +35,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``pip wheel`` without the network, as ``pip install --no-build-isolation`` builds."""
-    try:  # asked in this way: looking for the module would bring Python's own distutils into this process
+    """``pip wheel`` without the network, which builds as ``pip install --no-build-isolation`` does."""
+    try:  # looking for the module instead would bring Python's own distutils into this process
         importlib.metadata.version("pip")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("needs pip to build a wheel")
@@ -60,7 +60,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_this_checkout_has_the_cpu_ops() -> None:
-    """Built by the set-up; without a compiler they would be missing, and every test of them skipped."""
+    """Set-up builds them; without a compiler they would be missing, and all their tests skipped."""
     assert library("cpu"), MISSING["cpu"]
 
 
@@ -118,7 +118,7 @@ def test_cuda_ops_without_a_gpu(source: Path) -> None:
     (wheel,) = (source.parent / "wheel").glob("*.whl")
     content = zipfile.ZipFile(wheel).read("mdt_fast/kernels/_cuda.abi3.so")
     assert b"libtorch_cuda.so" in content
-    assert b"libcudart.so" not in content  # static
+    assert b"libcudart.so" not in content  # linked statically
 
 
 def test_the_ops_can_be_turned_off() -> None:
@@ -157,12 +157,12 @@ def test_an_empty_folder_is_told_of(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the sanitizers' libraries to be preloaded")
 def test_under_sanitizers(tmp_path: Path) -> None:
-    """The C++ ops compiled with checks of every address and of undefined behaviour, under their own tests."""
+    """The C++ ops under their own tests, compiled to check every address and undefined behaviour."""
     runtime = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
     if not Path(runtime).is_absolute():
         pytest.skip("needs g++ with its address sanitizer")
     compile_ops(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1")
-    # The sanitizer looks for C++'s exceptions when it is loaded.
+    # The sanitizer looks up C++'s exceptions when it is loaded.
     exceptions = subprocess.check_output(["g++", "-print-file-name=libstdc++.so.6"], text=True).strip()
     run_tests(
         tmp_path, "kernels/test_mask_plan.py", "test_optim.py", *OPS_ALONE, ASAN_OPTIONS="detect_leaks=0",
@@ -174,7 +174,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs x86")
 @pytest.mark.parametrize("flag", ["-DMDT_NO_AVX512", "-DMDT_ALWAYS_PAIRS"])
 def test_what_other_processors_run(flag: str, tmp_path: Path) -> None:
-    """Those without AVX-512, and those not Intel's that multiply bfloat16 in pairs."""
+    """Those without AVX-512, and those that are not Intel's, which multiply bfloat16 in pairs."""
     if flag == "-DMDT_ALWAYS_PAIRS" and not of_intel():
         pytest.skip("as this processor does")
     compile_ops(tmp_path, flag, "-O2", "-ffp-contract=off")
@@ -185,7 +185,7 @@ OPS_ALONE = ("csrc/test_native_rows.py", "csrc/test_native_attention.py")
 
 
 def compile_ops(folder: Path, *flags: str) -> None:
-    """``csrc/``'s CPU library into ``folder``."""
+    """Compile ``csrc/``'s CPU library into ``folder``."""
     home = Path(torch.__file__).parent
     command = ["g++", "-std=c++17", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags]
     command += [f"-I{home / 'include'}", f"-L{home / 'lib'}"]

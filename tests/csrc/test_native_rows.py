@@ -25,7 +25,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
     not (CPUINFO.exists() and library("cpu") and vector_bits()), reason="one code for all processors"
 )
 def test_the_widest_vectors_are_chosen() -> None:
-    """On any maker's processor: code for a named one is taken on that very model alone."""
+    """On any maker's processor: code for a named processor would be taken on that very model only."""
     flags = set(re.findall(r"\w+", CPUINFO.read_text()))
     widest = 512 if "avx512f" in flags else 256 if "avx2" in flags else 128
     assert vector_bits() == widest
@@ -63,7 +63,7 @@ def test_gelu(dtype: torch.dtype, R: int, F: int) -> None:
 
 
 def test_gelu_everywhere() -> None:
-    """From far below to far above, and what is no number."""
+    """From far below zero to far above, infinity and NaN."""
     x = torch.cat([torch.linspace(-30, 30, 20001), torch.tensor([-1e30, -1e4, 1e4, 1e30, 3e38])])[None]
     exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
     actual = kernels.bias_gelu(x, torch.zeros(x.shape[1]))
@@ -80,7 +80,7 @@ def test_gelu_everywhere() -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_mixed_dtypes(half: torch.dtype) -> None:
-    """As under autocast: a float32 residual stream, everything from linear layers in half precision."""
+    """As under autocast: a float32 residual stream, and half precision from all linear layers."""
     torch.manual_seed(0)
     x, y = torch.randn(7, 24), torch.randn(7, 24).to(half)
     modulations = [m.to(half) for m in torch.randn(3, 2, 24)]
