@@ -1,4 +1,4 @@
-"""The bench is a folder of scripts, not a package: put it on the path, as running one of them does."""
+"""The bench is a folder of scripts, not a package: put it on the path, as running a script does."""
 
 import sys
 from collections.abc import Iterator

@@ -32,7 +32,7 @@ def test_every_switch_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert fast["saved_bytes"] < 0.7 * reference["saved_bytes"]
     assert fast["peak_bytes"] < 0.8 * reference["peak_bytes"]
     assert fast["ops"] < 0.75 * reference["ops"]
-    blocks = 6  # of which the side block runs in the masked pass only
+    blocks = 6  # the side block runs in the masked pass only
     assert reference["gathers"] == 2 * (2 * blocks + 1)
     assert fast["gathers"] == 2 * (blocks + 1)
     assert found["fast without packed"]["gathers"] == reference["gathers"]

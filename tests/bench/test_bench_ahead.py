@@ -1,4 +1,4 @@
-"""Kernels of a bench are found without being launched, and compiled for a GPU that need not be here."""
+"""A bench's kernels are found without being launched, and compiled for a GPU that need not be here."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="for Triton's compiler")
 
 
 class Driver:
-    """An H100's, which is not here: kernels are compiled for it, and loaded nowhere."""
+    """The driver of an H100 that is not here: kernels are compiled for it, but never loaded."""
 
     utils = SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 232448},
@@ -48,7 +48,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    kernel = launching(ROOM).bias_gelu_fwd_kernel  # whose kernels for this driver nobody else must find
+    kernel = launching(ROOM).bias_gelu_fwd_kernel  # others must not find its kernels for this driver
     monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.device_caches.default_factory))
     found: Driver = triton.runtime.driver.active
     return found
@@ -70,7 +70,7 @@ def test_kernels_are_noted_and_compiled(driver: Driver, tmp_path: Path) -> None:
     assert [ahead.compiled(kernel) for kernel in kernels] == [None, None]
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
     assert driver.launchers == ["bias_gelu_fwd_kernel"] * 2
-    launch.bias_gelu_fwd(x, bias, torch.empty_like(x))  # is found, and nothing is compiled again
+    launch.bias_gelu_fwd(x, bias, torch.empty_like(x))  # found: nothing is compiled again
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
 
 

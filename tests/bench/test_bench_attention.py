@@ -94,7 +94,7 @@ def test_a_refusal_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_the_packed_form_gives_what_the_others_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU its place is taken by PyTorch's attention; what is seen are the layouts."""
+    """On a CPU PyTorch's attention stands in for it: this tests the layouts."""
     packed = attention.rel_attention_qkvpacked
 
     def served(*tensors: torch.Tensor, attention_backend: str, **options: object) -> torch.Tensor:

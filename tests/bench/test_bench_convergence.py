@@ -1,4 +1,4 @@
-"""The comparison of learning speeds at the smallest size: its rows, tables, figure, and every mistake."""
+"""The comparison of learning speeds at the smallest size: rows, tables, figure, and every mistake."""
 
 import math
 import shutil
@@ -73,10 +73,10 @@ def test_a_comparison_leaves_rows_tables_and_a_figure(
     assert (out / "models.png").stat().st_size > 10_000
 
     before = (out / "rows.jsonl").read_text()
-    assert run(f"--out={out}") == 0  # all is complete: nothing is trained again
+    assert run(f"--out={out}") == 0  # all complete: nothing is trained again
     assert " 6 already complete" in capsys.readouterr().out
     assert (out / "rows.jsonl").read_text() == before
-    assert run(f"--out={out}", "--study=path", "--jobs=2") == 0  # MDTv2 is known by another study
+    assert run(f"--out={out}", "--study=path", "--jobs=2") == 0  # shares MDTv2 with the first study
     assert "4 learners, 2 already complete" in capsys.readouterr().out
     assert run(f"--out={out}", "--report") == 0
     assert "sooner than DiT" in capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_scales_and_a_judge_that_came_with_results(
     results.mkdir()
     monkeypatch.setattr(convergence, "RESULTS", results)
     assert run(f"--out={out}", "--study=updates", "--seeds=1") == 0
-    assert "\nscales\n" not in capsys.readouterr().out  # one scale says nothing
+    assert "\nscales\n" not in capsys.readouterr().out  # one scale tells nothing
     (made,) = out.glob("judge-*")
     made.rename(results / made.name)
     document = tmp_path / "text.md"
@@ -99,7 +99,7 @@ def test_scales_and_a_judge_that_came_with_results(
     document.write_text("".join(marked))
     assert run(f"--out={out}", "--study=updates,tokens", "--seeds=1", f"--readme={document}") == 0
     printed = capsys.readouterr().out
-    assert "4 learners, 2 already complete" in printed  # before the same judge they are the same
+    assert "4 learners, 2 already complete" in printed  # with the same judge they are the same
     assert not list(out.glob("judge-*"))
     rows = read([out / "rows.jsonl"])
     assert {(row["study"], row["of"], row["shape"]["tokens"]) for row in rows} == {
@@ -108,7 +108,7 @@ def test_scales_and_a_judge_that_came_with_results(
     text = document.read_text()
     assert "| 16 | 6 | 1 |" in text
     assert "| 64 | 2 | 1 |" in text
-    assert text.count("GFLOP an image") == 1  # it has no place for the table of updates
+    assert text.count("GFLOP an image") == 1  # it has no place for the other table
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ VARIANTS = {f"{study}, {one.name}": one for study, some in STUDIES.items() for o
     "name", [pytest.param(n, marks=needs_csrc if v.train.get("moments") else ()) for n, v in VARIANTS.items()]
 )
 def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
-    """The loss is finite, what takes part moves, what is left out stays."""
+    """The loss is finite; parts in use move, parts left out stay."""
     variant = VARIANTS[name]
     if variant.train.get("float8_by") == "torchao":
         pytest.importorskip("torchao", reason="torchao is not installed")
@@ -145,7 +145,7 @@ def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
     before = {key: p.detach().clone() for key, p in learner.model.named_parameters()}
     data = judge.open_data(tiny.data, 20, torch.device("cpu"))
     batch = torch.rand(4, 1, 8, 8) * 2 - 1, torch.arange(4)
-    for _ in range(4):  # the last layer opens in the first, then gates, then what is behind them
+    for _ in range(4):  # the last layer opens first, then gates, then what is behind them
         assert learner.step(data, batch).isfinite()
     if variant.passes == "masked":
         assert learner.flops() > 0
@@ -161,7 +161,7 @@ def test_every_variant_learns(name: str, tiny: RunConfig, files: Path) -> None:
 
 
 def test_the_fast_path_learns_as_the_reference_does(tiny: RunConfig, files: Path) -> None:
-    """From one seed the two draw the same, so their curves differ by rounding alone."""
+    """With one seed both draw the same, so their curves differ only by rounding."""
     fast, plain = (learn.learn(job(tiny, files, variant)) for variant in STUDIES["path"])
     for ours, theirs in zip(fast, plain, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
@@ -173,7 +173,7 @@ def test_the_fast_path_learns_as_the_reference_does(tiny: RunConfig, files: Path
 def test_graphs_learn_the_same(
     name: str, graphs: int, tiny: RunConfig, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit; every number of kept tokens is captured before the clock starts."""
+    """Bit for bit; graphs for all numbers of kept tokens are captured before the clock starts."""
     ours, captured, clock = job(tiny, files, VARIANTS[name]), [], learn.Clock
     expected = [replace(point, seconds=0.0) for point in learn.learn(ours)]
     number = lambda: len(Replayed.made[0].captured)  # noqa: E731
@@ -186,11 +186,11 @@ def test_graphs_learn_the_same(
 
 
 def test_a_learner_is_another_before_another_judge(tiny: RunConfig, files: Path, tmp_path: Path) -> None:
-    """Distances in the features of different classifiers are not to be compared."""
+    """Distances in the features of different classifiers cannot be compared."""
     ours = job(tiny, files, STUDIES["path"][0])
     other = tmp_path / "judge.safetensors"
     other.write_bytes((files / "judge.safetensors").read_bytes())
-    assert replace(ours, judge=other).digest == ours.digest  # wherever it lies
+    assert replace(ours, judge=other).digest == ours.digest  # wherever the file is
     other.write_bytes(other.read_bytes()[:-1] + b"\1")
     assert replace(ours, judge=other).digest != ours.digest
 
@@ -207,7 +207,7 @@ def test_a_learner_stays_itself_when_settings_are_added() -> None:
 
 
 def test_seeds_and_variants_share_their_images(tiny: RunConfig, files: Path) -> None:
-    """The first losses of variants whose masks do not matter yet are the same: same images, times, noise."""
+    """Variants whose masks do not matter yet start with the same loss: same images, times, noise."""
     first = [learn.learn(job(tiny, files, variant))[0].loss for variant in STUDIES["models"]]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     assert first[0] == pytest.approx(first[2], rel=1e-5)
@@ -256,7 +256,7 @@ def test_a_learner_that_diverged_has_rows_and_is_called_so(
     for variant, points in zip(STUDIES["path"], ([point, found], [point, lost]), strict=True):
         convergence.add(rows, job(tiny, files, variant), points, quality)
     text = (tmp_path / "rows.jsonl").read_text()
-    assert "NaN" not in text  # no JSON
+    assert "NaN" not in text  # not valid JSON
     assert "Infinity" not in text
     made = read([tmp_path / "rows.jsonl"])
     assert math.isinf(learn.Point.of(made[-1]).frechet)
@@ -306,7 +306,7 @@ def test_mistakes(flags: list[str], message: str, tmp_path: Path, capsys: pytest
 
 
 def fake(patch: pytest.MonkeyPatch, found: Callable[[learn.Job], float]) -> None:
-    """Learners that train nothing, whose last distance is what was ``found``."""
+    """Learners that train nothing; their distance after a step is ``found(job) / step``."""
 
     def learnt(jobs: Sequence[learn.Job], at_once: int) -> Iterator[tuple[learn.Job, list[learn.Point]]]:
         for job in jobs:
@@ -327,7 +327,7 @@ def fake(patch: pytest.MonkeyPatch, found: Callable[[learn.Job], float]) -> None
 def test_tables_are_of_what_was_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of another learning rate in the same file are left alone, whichever are later, and not mixed."""
+    """Rows with another learning rate in the same file are left alone, even later ones, and not mixed in."""
     fake(monkeypatch, lambda job: 1e6 * job.settings.train.lr)
     out = f"--out={tmp_path}"
     for lr, expected in (("0.001", "500"), ("0.002", "1,000"), ("0.001", "500")):
@@ -387,7 +387,7 @@ def test_rows_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFix
     (out / "rows.jsonl").write_text("\n".join(other) + "\n")
     assert run(f"--out={out}", "--study=path", "--report") == 2
     assert "rows of the study 'path' have different" in capsys.readouterr().err
-    (out / "rows.jsonl").write_text("\n".join(whole[:3]) + "\n")  # one learner, and a part of another
+    (out / "rows.jsonl").write_text("\n".join(whole[:3]) + "\n")  # one learner, and part of another
     assert run(f"--out={out}", "--study=path", "--report") == 0
     assert "one seed, so no band" in capsys.readouterr().out
 

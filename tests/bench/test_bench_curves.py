@@ -25,7 +25,7 @@ def test_a_crossing_of_a_power_is_exact(place: float, exponent: float) -> None:
 
 def test_crossings_at_the_ends() -> None:
     curve = power(100.0)  # 10 at the first place
-    assert curve.crossing(11.0) == 10.0  # was there before
+    assert curve.crossing(11.0) == 10.0  # reached before the first place
     assert math.isinf(curve.crossing(100.0 / 1281))
     assert curve.crossing(100.0 / 1280) == pytest.approx(1280)
 
@@ -64,12 +64,12 @@ def test_what_was_not_reached_is_a_bound_and_no_number() -> None:
     [
         ("fs", "ff", math.inf),  # 1 and a bound above: no number lies between
         ("ff", "fs", 0.0),
-        ("fs", "sf", math.nan),  # once only the one, once only the other
+        ("fs", "sf", math.nan),  # each reaches it once where the other does not
         ("ffs", "fff", 1.0),
     ],
 )
 def test_a_median_is_not_made_of_bounds(bases: str, others: str, median: float) -> None:
-    curves = {"f": power(10.0), "s": power(1000.0)}  # to 0.5 the one comes, the other does not
+    curves = {"f": power(10.0), "s": power(1000.0)}  # one reaches 0.5, the other does not
     found = speedup([curves[name] for name in bases], [curves[name] for name in others], 0.5)
     assert found is not None
     assert found.median == pytest.approx(median, nan_ok=True)
@@ -115,7 +115,7 @@ def test_targets_are_reached_by_every_seed_of_the_base() -> None:
     assert targets == sorted(targets, reverse=True)
     assert targets[-1] == pytest.approx(130.0 / 1280)
     assert all(math.isfinite(curve.crossing(target)) for curve in base for target in targets)
-    assert targets_of(base, floor=1.0)[-1] == 1.0  # nothing can be told apart below the floor
+    assert targets_of(base, floor=1.0)[-1] == 1.0  # below the floor nothing can be told apart
     assert targets_of([Curve((1.0,), (2.0,))], floor=0.0) == [2.0]
     flat = [Curve((1.0, 2.0), (distance, distance)) for distance in (2.0, 3.0)]
     assert targets_of(flat, floor=0.0) == [3.0]

@@ -35,7 +35,7 @@ def test_forward_of_mdtv2_xl(len_keep: int | None, gflop: float, implementation:
     [("MDTv2_S_2", 0.0756), ("MDTv2_B_2", 0.276), ("MDT_XL_2", 1.2455), ("MDTv2_XL_2", 1.31)],
 )
 def test_training_step(name: str, tflop: float) -> None:
-    """The mean over the kept lengths that a step draws; three of them fix its parabola."""
+    """The mean over the kept lengths that a step draws; three of them determine its parabola."""
     config = providers.model_config(name)
     lengths = (128, 153, 179) if config.family == "mdtv2" else (179,)
     counted = [flops.train_step(config, length).flops / 1e12 for length in lengths]

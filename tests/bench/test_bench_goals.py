@@ -1,4 +1,4 @@
-"""The goals' table and the pictures, from made-up rows: met, missed, not measured, slower made visible."""
+"""The goals' table and pictures from made-up rows: met, missed, not measured; slower results stand out."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def test_float8_has_a_goal_of_its_own() -> None:
 
 
 def test_runs_are_told_apart() -> None:
-    """On a CPU nothing is compared with what another run measured."""
+    """On a CPU nothing is compared across runs."""
 
     def on_a_cpu(command: str, provider: str, img_per_s: float, gib: float = 1.0) -> list[dict[str, Any]]:
         made = models(provider, img_per_s, gib, model="MDTv2_S_2", batch=8, dtype="float32")

@@ -1,4 +1,4 @@
-"""The training step's other forms, with a stand-in for CUDA's graphs: the numbers of the plain one."""
+"""The training step's other forms, with a stand-in for CUDA graphs, give the plain form's numbers."""
 
 from dataclasses import replace
 from functools import partial
@@ -77,7 +77,7 @@ def _on_a_cpu(make: Any, name: str, modules: providers.Modules) -> providers.Pro
     "float8", "float8-graphs", "float8-torchao", "float8-torchao-graphs",
 ])  # fmt: skip
 def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the reference, by the bench's own bounds, before and after steps of the other forms."""
+    """Near the reference, within the bench's bounds; weights, moments and memory are those of the form."""
     if "torchao" in form:
         pytest.importorskip("torchao", reason="torchao is not installed")
     monkeypatch.setattr(providers, "use_float8", partial(use_float8, emulate=True))
@@ -111,7 +111,7 @@ def test_other_precisions_agree_and_keep_what_they_should(form: str, monkeypatch
     kept = 2 + 4 + 4 + 4 * 2 if "lean" in form else 4 + 4 + 4 * 4
     numbers = sum(p.numel() for p in weights)
     frozen = sum(p.numel() for p in step.module.parameters()) - numbers
-    more = steps.TrainStep.own_bytes(step) - numbers * kept  # what is not trained and its average; an index
+    more = steps.TrainStep.own_bytes(step) - numbers * kept  # the frozen weights and their average; an index
     assert 6 * frozen <= more <= 8 * frozen + 20_000
 
 
@@ -149,7 +149,7 @@ def test_where_other_precisions_are_left_out() -> None:
 
 
 def test_memory_is_the_same_whoever_ran_before() -> None:
-    """Gradients left behind by another measurement are no memory that a step gives back."""
+    """Gradients that another measurement left behind do not count as memory that a step frees."""
     config, device = PRESETS["digits"].model, torch.device("cpu")
     case = steps.Case("digits", config, "train", 2, torch.float32, device)
     provider = providers.make("fast", providers.Modules(config, device, None))
@@ -162,7 +162,7 @@ def test_memory_is_the_same_whoever_ran_before() -> None:
     assert whole is not None
     assert again is not None
     assert abs(whole - again) <= 64  # the optimiser's scalars
-    assert peak_bytes(step, device) < whole - step.own_bytes() - 2**20  # what it looks like otherwise
+    assert peak_bytes(step, device) < whole - step.own_bytes() - 2**20  # what it would be otherwise
 
 
 def test_without_a_gpu_it_is_left_out() -> None:

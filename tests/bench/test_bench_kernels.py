@@ -28,7 +28,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_op_is_in_the_bench() -> None:
-    """Attention has a bench of its own; the norm is a part of the optimisers' steps."""
+    """Attention has its own bench; the norm is part of the optimisers' steps."""
     elsewhere = {"rel_attention", "rel_attention_qkvpacked", "grad_sumsq"}
     assert {*ops.cases("S", 1), *optimizers.PROVIDERS} == {row.op for row in backends()} - elsewhere
 
@@ -59,7 +59,7 @@ def test_providers_of_a_step_agree_after_several(op: str, monkeypatch: pytest.Mo
 def test_what_cannot_be_captured_is_launched_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on a GPU, with a stand-in for its graphs."""
+    """As on a GPU, with a stand-in for graphs."""
     replayed: list[str] = []
 
     def capture(call: points.Call) -> points.Call:

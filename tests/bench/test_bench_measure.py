@@ -45,7 +45,7 @@ def test_shuffled_turns_follow_each_other_in_every_order() -> None:
 
 
 def test_a_step_that_fails_keeps_nothing_from_the_others() -> None:
-    """Neither what its frames hold nor what those of the error do that it came from."""
+    """Neither its own frames nor those of the error's cause keep anything."""
     held: list[weakref.ref] = []
 
     def inner() -> None:
@@ -173,7 +173,7 @@ def test_speed_of_a_small_matmul(benchmark) -> None:
 
 
 def test_compiling_takes_no_rounds_away() -> None:
-    """A point whose share of the time is gone before it is timed still has its rounds, until the end."""
+    """A point whose time is up before it is timed still gets its rounds, until the overall deadline."""
 
     def prepare(device: torch.device) -> dict[str, Any]:
         time.sleep(0.05)

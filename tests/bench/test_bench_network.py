@@ -36,7 +36,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counted]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
 def test_bytes_are_those_of_real_processes(case: Case, counted: dict[str, Counted]) -> None:
-    """Collective by collective. What a ring sends of a buffer follows from each process's part of it."""
+    """Per collective; what a ring sends of a buffer follows from each process's part of it."""
     layout = Layout(case.world, case.on_node)
     step = training_step(case.config.model, layout, case.parallel, case.dtype, case.packed)  # type: ignore[arg-type]
     real = counted[str(case)]
@@ -53,7 +53,7 @@ def test_bytes_are_those_of_real_processes(case: Case, counted: dict[str, Counte
 
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 def test_every_parameter_is_counted_once(family: str) -> None:
-    """In one process's arithmetic nothing is padded; the whole gradient is reduced, in float32."""
+    """DDP pads nothing: 16 replicas reduce the whole gradient, in float32."""
     config = published(family, "S", 2).model  # type: ignore[arg-type]
     trained = sum(p.numel() for p in flops.meta_model(config, "fast").parameters() if p.requires_grad)
     (within, between) = training_step(config, Layout(16), "ddp").sent
@@ -73,7 +73,7 @@ def test_every_parameter_is_counted_once(family: str) -> None:
 def test_tables_of_one_row_are_cut_where_they_come_out_even(
     shape: tuple[int, ...], shards: int, dim: int
 ) -> None:
-    """Cut along their one row they would be padded to so many times their size."""
+    """Cut along their single row, they would be padded to many times their size."""
     assert sharded_dim(shape, shards) == dim
     assert padded(shape, shards) == -(-shape[dim] // shards) * shards * math.prod(shape) // shape[dim]
 
@@ -102,7 +102,7 @@ def test_a_collective_takes_its_slowest_link_and_every_hop() -> None:
 
 
 def made_step(gather_ms: float, scatter_ms: float, blocks: int = 4) -> tuple[Step, Links]:
-    """Blocks of equal work, and links on which each gather and each scatter takes so long."""
+    """Blocks of equal work, and links on which each gather and each scatter takes the given time."""
     ring = Ring(2, 2)
     gather, scatter = (Collective(kind, "w", int(2e6 * ms), ring) for kind, ms in
                        (("all_gather", gather_ms), ("reduce_scatter", scatter_ms)))  # type: ignore[arg-type]  # fmt: skip
@@ -111,7 +111,7 @@ def made_step(gather_ms: float, scatter_ms: float, blocks: int = 4) -> tuple[Ste
 
 
 def test_what_is_exposed_of_quick_links() -> None:
-    """Four blocks of 3 ms forward and 6 ms backward; gathers of 1 ms, scatters of 2 ms. Not hidden are the
+    """Four blocks of 3 ms forward and 6 ms backward; gathers of 1 ms, scatters of 2 ms. Exposed are the
     root's gather and the first block's, the last block's before its backward pass, and the last two scatters
     (the first block's and the root's)."""
     step, links = made_step(1, 2)
@@ -119,7 +119,7 @@ def test_what_is_exposed_of_quick_links() -> None:
 
 
 def test_slow_links_decide_the_time() -> None:
-    """Where sending takes longer than computing, a step takes as long as all that is sent."""
+    """If sending takes longer than computing, a step takes as long as everything it sends."""
     step, links = made_step(50, 50)
     sent = 50e-3 * len(step.collectives)
     assert step_seconds(step, links, 36e-3) == pytest.approx(sent, rel=0.05)

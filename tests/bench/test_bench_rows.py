@@ -113,7 +113,7 @@ def test_ratio_with_its_spread_unless_the_latest_run_has_none(tmp_path: Path) ->
 
 
 def op_rows(bench: str, **changes: object) -> list[dict]:
-    """Of one point: time, rates, ratio and, first, the copy that is its roof."""
+    """Rows of one point: time, rates, ratio and, first, the copy that sets its roof."""
     file = RowFile(None, COMMON)
     common = {
         "bench": bench, "op": "ln_modulate", "provider": "fast", "mode": "fwd",
@@ -228,7 +228,7 @@ def test_picture(tmp_path: Path) -> None:
 
 
 def test_picture_over_batches(tmp_path: Path) -> None:
-    """One that was measured at a single batch has none."""
+    """Rows of a single batch give no picture."""
     rows = case_rows(tmp_path / "rows.jsonl")
     assert not plots.draw_batches(rows, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -268,7 +268,7 @@ def test_picture_target(tmp_path: Path) -> None:
 
 
 def test_float32_by_tf32_is_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, where its products may be; half types stay what they are."""
+    """On a GPU where TF32 is allowed float32 is called tf32; half types keep their names."""
     monkeypatch.setattr("rows.tf32", lambda: True)
     for driver, dtype, called in (
         ("580.1", "float32", "tf32"), ("580.1", "bfloat16", "bfloat16"), (None, "float32", "float32")

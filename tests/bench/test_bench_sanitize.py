@@ -1,4 +1,4 @@
-"""The sanitizer's calls on a CPU, and what is said where it cannot run."""
+"""The sanitizer's calls on a CPU, and the messages where it cannot run."""
 
 import os
 from pathlib import Path

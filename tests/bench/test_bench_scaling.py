@@ -21,7 +21,7 @@ def test_a_line_for_each_model_mode_and_number(capsys: pytest.CaptureFixture[str
 
 
 def test_measured_steps_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of this GPU and dtype, at the nearest batch, by the fastest provider."""
+    """For this GPU and dtype, at the nearest batch, by the fastest provider."""
     rows = RowFile(
         tmp_path / "rows.jsonl", machine(torch.device("cpu"), "x") | {"device": "NVIDIA H100 80GB"}
     )
@@ -42,7 +42,7 @@ def test_measured_steps_come_first(tmp_path: Path, capsys: pytest.CaptureFixture
     assert scaling.main(options) == 0
     said = " ".join(capsys.readouterr().out.split())
     measured = "ms measured at batch 16 (NVIDIA H100 80GB)"
-    assert f"7 {measured}, not sharded 2 {measured}" in said  # graphs are not FSDP's
+    assert f"7 {measured}, not sharded 2 {measured}" in said  # FSDP has no graphs
     assert scaling.main([*options, "--mode", "ddp,fsdp", "--gpus", "8"]) == 0
     lines = {
         line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines() if "MDTv2_S_2 " in line

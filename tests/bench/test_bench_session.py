@@ -1,4 +1,4 @@
-"""A case from start to rows: what is left behind, what is known when something fails, how turns are cut."""
+"""A case from start to rows: what stays behind, what is known after a failure, how turns are divided."""
 
 from pathlib import Path
 
@@ -33,8 +33,8 @@ def run_of(names: list[str], mode: str = "train") -> tuple[session.CaseResult, p
 
 @pytest.mark.parametrize("names", [["reference", "fast"], ["fast"]], ids=str)
 def test_no_gradients_are_left(names: list[str]) -> None:
-    """Of a step that is a CUDA graph they would keep all of its memory from whoever comes next; nor those of
-    the reference, where it is not among the providers."""
+    """Gradients of a step that is a CUDA graph would keep all of its memory from the next one; nor may the
+    reference's stay if it is not among the providers."""
     result, modules = run_of(names)
     assert [one.ms is not None and one.peak_bytes is not None for one in result.results] == [True] * len(
         names
@@ -67,7 +67,7 @@ def test_a_reference_that_fails_ends_its_case_alone(
 
 
 def test_quick_steps_are_repeated_in_a_turn() -> None:
-    """Up to 50 ms, which on a GPU hides what the host does; no longer than the slowest takes."""
+    """Up to 50 ms, which on a GPU hides the host's work, but no longer than the slowest takes."""
     assert session.repeated({"slow": 0.3, "quick": 0.007, "tiny": 0.001}, 1) == {
         "slow": 1,
         "quick": 7,
@@ -80,7 +80,7 @@ def test_quick_steps_are_repeated_in_a_turn() -> None:
 def test_a_line_that_fails_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the account of a step, and of sampling."""
+    """In the account of a step, and in that of sampling."""
     monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
     peak, kept = account_sampling.peak_bytes, ("fast", "fast without any")
 

@@ -180,7 +180,7 @@ def test_ctrl_c_keeps_the_rows_made(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_steps_agree(dtype: str, tmp_path: Path) -> None:
-    """MDT v1 and DiT, with the real configurations cut to size, through every mode."""
+    """MDT v1 and DiT, at a tiny size, in every mode."""
     for family in ("mdt", "dit"):
         config = ModelConfig(**{**vars(TINY), "family": family, "decode_layer": 1})
         for mode in ("train", "sample"):
@@ -297,7 +297,7 @@ def test_switches_are_turned_and_said(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_short_rounds_are_enough_for_a_ratio(
     least: float, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the time had passed before the first one."""
+    """Even if the time is up before the first one."""
     monkeypatch.setattr(session, "LEAST_SECONDS", least)
     rows_file = tmp_path / "rows.jsonl"
     flags = [
@@ -327,7 +327,7 @@ def test_providers_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = [row for row in read([rows_file]) if row["provider"] in ("reference", "fast")]
     timed = {row["provider"]: row for row in rows if row["metric"] == "ms"}
     assert {name: row["rounds"] for name, row in timed.items()} == {"reference": 5, "fast": 5}
-    assert [row["provider"] for row in rows if row["metric"] == "ratio"] == ["reference"]  # to itself
+    assert [row["provider"] for row in rows if row["metric"] == "ratio"] == ["reference"]  # with itself
     assert throughput.main([*flags, "--account"]) == 2
     assert "--apart: not together with --account or --breakdown" in capsys.readouterr().err
 

@@ -61,7 +61,7 @@ def test_a_run_leaves_rows_of_every_part(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.usefixtures("_tiny")
 def test_encoded_noise_feeds_a_published_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its data, that is: the model itself is not built here."""
+    """Only its data: the model itself is not built here."""
     from mdt_fast.data import Loader, open_images
 
     flags = ["--device=cpu", "--batch=2"]

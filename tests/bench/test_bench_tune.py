@@ -1,4 +1,4 @@
-"""Tuning: what is tried, what the machine code says, who wins, and what is written. Times need a GPU."""
+"""Tuning: what is tried, what the machine code shows, who wins, what is written. Times need a GPU."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""``gpu_report.sh``'s control flow, with a stand-in for python that notes what it is asked to do."""
+"""``gpu_report.sh``'s control flow, with a stand-in for python that records what it is asked to do."""
 
 import argparse
 import os
@@ -57,7 +57,7 @@ def start(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str
 
 
 def test_all_stages(start: Callable, tmp_path: Path) -> None:
-    """All run; every line is one that its script's parser takes, with names that exist."""
+    """All run; each line's script accepts it, with names that exist."""
     done, asked = start("first", "survey", *STAGES, OFFICIAL="a checkout")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.partition("== summary")[2].splitlines()[1:]
@@ -111,13 +111,13 @@ def test_a_stage_ends_in_its_time(start: Callable) -> None:
 
 
 def test_a_failure_is_told_though_time_ran_out_after_it(start: Callable, tmp_path: Path) -> None:
-    """And the log of a stage has what all of its commands printed."""
+    """And a stage's log holds what all of its commands printed."""
     script = tmp_path / "python"
     script.write_text(script.read_text() + 'echo "$*"\n')
     options = {"FAILS": "--batch 128", "HANGS": "--providers reference", "LIMIT": "6"}
     done, _ = start("breakdown", **options)
     assert "FAILED (exit code 3)" in done.stdout.splitlines()[-1]
-    for _ in range(2):  # a second run has a log of its own
+    for _ in range(2):  # a second run starts a new log
         start("breakdown")
         log = (tmp_path / "out" / "breakdown.log").read_text().splitlines()
         assert [line.split("--mode ")[1].split()[0] for line in log] == ["train", "train", "train", "sample"]
@@ -134,6 +134,6 @@ def test_what_cannot_run(start: Callable) -> None:
     assert (done.returncode, asked) == (2, [])
     assert "python (PYTHON) cannot import torch" in done.stderr
     assert start("kernels small")[0].returncode == 2
-    done, asked = start("report", FAILS="cuda.is_available")  # needs none
+    done, asked = start("report", FAILS="cuda.is_available")  # needs no GPU
     assert (done.returncode, len(asked)) == (0, 2)
     assert "bash bench/gpu_report.sh [STAGE...]" in start("--help")[0].stdout
