@@ -1,4 +1,4 @@
-"""MDTPipeline's arguments: each mistake in one line that names the argument, before anything is drawn."""
+"""MDTPipeline's arguments: each mistake gets one line that names the argument, before anything is drawn."""
 
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def test_refused_parts(model: Any) -> None:
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])
 def test_schedules_that_end_in_noise_alone(model: Any, cls: Any) -> None:
-    """Predicted noise would be divided by nothing; a predicted image does not need that."""
+    """Predicted noise would be divided by zero; a predicted image needs no division."""
     ends = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     with pytest.raises(UserError, match="rescale_betas_zero_snr=True: its first step starts from pure noise"):
         piped(model, cls(**ends))(**USUAL)

@@ -16,7 +16,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text()
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As printed, but for small models, two updates and fewer steps."""
+    """As printed, except for small models, two updates and fewer steps."""
     monkeypatch.chdir(tmp_path)
     quick = ["--steps=2", "--save-every=2", "--set=sample.steps=2", "--device=cpu"]
     assert main(["train", "--preset=digits", *ARGUMENTS, *quick, "--out=runs/digits"]) == 0

@@ -30,7 +30,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def latents(tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on latents of photographs as they come."""
+    """A run on latents of photographs that are encoded on the fly."""
     folder, noise = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
     for kind in ("cat", "dog"):
         (folder / "photos" / kind).mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_a_run_draws_the_same_as_a_pipeline(
     for pipe in (MDTPipeline.from_pretrained(pipeline), MDTPipeline.from_run(folder)):
         pictures = drawn(pipe, [1, 0, 1, 0]) * 255
         assert pictures.shape == expected.shape
-        # .npz files are cut off below; this is float.
+        # .npz files are truncated; this is float.
         assert np.abs(pictures - expected - 0.5).max() <= 0.51
         assert type(pipe.scheduler).__name__ == "DDIMScheduler"
         assert list(pipe.labels) == sorted(open_checkpoint(folder).classes)
@@ -94,7 +94,7 @@ def test_another_autoencoder(latents: Path, tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_that_says_another_scale(latents: Path, tmp_path: Path) -> None:
-    """Latents are decoded as they were encoded, by the run's scale, in a pipeline and by the command."""
+    """Latents are decoded as they were encoded, with the run's scale, in a pipeline and by the command."""
     other = save_tiny_vae(tmp_path / "other", scaling_factor=2.0, shift_factor=0.3)
     usual, changed = MDTPipeline.from_run(latents), MDTPipeline.from_run(latents, vae=other)
     assert (changed.vae.config.scaling_factor, changed.vae.config.shift_factor) == (
@@ -137,7 +137,7 @@ def test_refusals(digits: Path, latents: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_killed_conversion_is_repeated(
     there: bool, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before the last file it leaves nothing; killed there, what the same command removes."""
+    """Stopped before the last file it leaves nothing; killed there, it leaves what a repeat removes."""
     target = tmp_path / "a" / "pipe"
     if there:
         target.mkdir(parents=True)

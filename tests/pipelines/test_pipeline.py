@@ -30,7 +30,7 @@ NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "white shark"}
 
 
 def made(family: Family = "mdtv2", **changes: Any) -> Any:
-    """A small model with weights that do something."""
+    """A small model with random weights."""
     shape = {
         "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 4, "num_heads": 2,
         "num_classes": 10, "decode_layer": 0 if family == "dit" else 2,
@@ -56,7 +56,7 @@ def vae(tiny_vae: Path) -> AutoencoderKL:
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc"])
 @pytest.mark.parametrize("family", ["mdtv2", "mdt", "dit"])
 def test_the_pictures_are_those_of_sample(family: Family, sampler: SamplerName) -> None:
-    """The same noise, the published respacing: 21 steps do not divide 1000, and one lies at a half."""
+    """With the same noise and the published respacing: 21 steps do not divide 1000, one falls on a half."""
     model = made(family)
     config = SampleConfig(steps=21, sampler=sampler, cfg_scale=3.8, scale_pow=4.0, seed=3)
     expected = mdt_fast.sample(model, DiffusionConfig(), LABELS, config, clip_denoised=False)
@@ -70,14 +70,14 @@ def test_the_pictures_are_those_of_sample(family: Family, sampler: SamplerName) 
 @pytest.mark.parametrize("learn_sigma", [True, False])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc"])
 def test_every_process(sampler: SamplerName, learn_sigma: bool, changes: dict[str, Any]) -> None:
-    """Of pixels, which are clamped; without guidance; DDIM with noise."""
+    """For pixels, which are clamped; without guidance; DDIM with noise."""
     model = made(in_channels=3, learn_sigma=learn_sigma)
     trained, eta = DiffusionConfig(**changes), 0.5 if sampler == "ddim" else 0.0
     config = SampleConfig(steps=9, sampler=sampler, cfg_scale=1, eta=eta)
     expected = mdt_fast.sample(model, trained, LABELS, config)
     pipe = piped(model, published_scheduler(trained, learn_sigma=learn_sigma, clip=True, sampler=sampler))
     got = pipe(LABELS, 1, PerImageNoise(0, 0, 4).generators, 9, "latent", eta=eta).images
-    # diffusers' noise schedules are float32, and pictures are less than 1 where their noise was 4.
+    # diffusers' noise schedules are float32, and pictures are below 1 where their noise was 4.
     assert relative_error(got, expected) <= 10 * FLOAT32
     pictures = pipe(LABELS, 1, PerImageNoise(0, 0, 4).generators, 9, "np", eta=eta).images
     np.testing.assert_allclose(pictures, (got / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), atol=1e-6)
@@ -93,7 +93,7 @@ def test_timesteps_are_the_published_respacing() -> None:
 
 
 def same_weights_in_diffusers(model: Any) -> Any:
-    """Diffusers' DiT, told to compute what was published (``mdt_fast/models/dit_of_diffusers.py``)."""
+    """Diffusers' DiT, set to compute what was published (``mdt_fast/models/dit_of_diffusers.py``)."""
     from mdt_fast.models.dit_of_diffusers import AROUND, BLOCK, LABELS
 
     config, ours = model.config, model.state_dict()
@@ -124,7 +124,7 @@ def same_weights_in_diffusers(model: Any) -> Any:
 
 
 def test_diffusers_own_pipeline_draws_the_same(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1000 classes, as ``DiTPipeline`` has its null class at 1000; it guides all four channels."""
+    """With 1000 classes, as ``DiTPipeline``'s null class is 1000; it guides all four channels."""
     model = made("dit", num_classes=1000)
     model.pos_embed.data = build_model(model.config).pos_embed.data
     scheduler = DDIMScheduler(clip_sample=False)  # its own default timesteps
@@ -149,7 +149,7 @@ RANDOM = ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "SASolverScheduler
 
 
 def test_schedulers_are_interchangeable() -> None:
-    """Finite pictures from each, and nearly the same from those that solve the same equation."""
+    """Each draws finite pictures, and those that solve the same equation nearly the same ones."""
     pipe, noise = piped(made("dit", hidden_size=8, depth=1)), torch.randn(2, 4, 8, 8)
     published, pictures = pipe.scheduler.config, {}
     for name in DETERMINISTIC + RANDOM:
@@ -199,7 +199,7 @@ def test_a_folder_comes_back(vae: AutoencoderKL, tmp_path: Path) -> None:
 
 
 def test_from_the_hub(vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What diffusers asks the hub for: it takes a part of this package for one that it knows."""
+    """Diffusers takes this package's transformer for one that it knows, and asks the hub for its files."""
     from diffusers.pipelines import pipeline_utils
 
     saved, cache = tmp_path / "saved", tmp_path / "cache"
@@ -257,7 +257,7 @@ def test_the_device_and_dtype_move(vae: AutoencoderKL) -> None:
 
 
 def test_what_is_wrapped_is_called_whole() -> None:
-    """``torch.compile``, and a forward in front of the model's own: its parts are left alone."""
+    """With ``torch.compile``, or a forward in front of the model's own, the model is not run in parts."""
     model = made("mdt", depth=2, decode_layer=1)
     noise, calls = torch.randn(2, 4, 8, 8), []
     how: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "latents": noise}
@@ -268,7 +268,7 @@ def test_what_is_wrapped_is_called_whole() -> None:
     assert relative_error(piped(model, ddim)([1, 2], **how).images, expected) <= FLOAT32
     assert calls == [2, 4, 4]  # at the first step the guidance weight is 1
     del model.forward
-    with torch.compiler.set_stance("force_eager"):  # what is compiled is not the matter here
+    with torch.compiler.set_stance("force_eager"):  # compilation itself does not matter here
         assert relative_error(piped(torch.compile(model), ddim)([1, 2], **how).images, expected) <= FLOAT32
 
 
