@@ -161,8 +161,7 @@ def rounded(x: Tensor, factor: Tensor | None = None) -> Tensor:
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> list[Tensor]:
-    """From rounded operands, in float64: output and gradients of x, of the weight (not rounded), of the
-    bias."""
+    """From rounded operands, in float64: output; gradients of x, weight (from unrounded ones), bias."""
     held, scale = rounded(weight), reference.quantize_rows(weight, None, None)[1]
     dx = rounded(dout, scale) @ (held / scale.double()[:, None])
     return [

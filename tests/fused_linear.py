@@ -1,4 +1,4 @@
-"""A modulated normal or a GELU with a linear layer behind it: every gradient, and what is kept for them."""
+"""A modulated normal or a GELU with a linear layer behind it: gradients, and what is kept for backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -176,7 +176,7 @@ def test_compiles_and_can_be_checkpointed(form: str) -> None:
 @pytest.mark.parametrize("again", ["", ", kept"])
 @pytest.mark.parametrize(("form", "rows"), [("ln", 1), ("residual", 1), ("gated", 2), ("gelu", 1)])
 def test_what_is_kept(form: str, rows: int, again: str) -> None:
-    """Only so many tensors of the input's size are kept; the normal or activation only without recompute."""
+    """Only ``rows`` tensors of the input's size are kept; normal or activation only without recompute."""
     ours, _, gated = FORMS[form + again]
     rows += bool(again)
     args = [a.requires_grad_() for a in arguments(gated, D=240)]

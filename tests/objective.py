@@ -1,4 +1,4 @@
-"""The training objective of any model: this package's by one batch, others by two passes."""
+"""The training objective of any model: one batch for this package's, two passes for others."""
 
 from torch import Tensor, nn
 

@@ -65,8 +65,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To a trained classifier, digits are nearer to digits than noise is; file kinds and batches don't
-    matter."""
+    """To a trained classifier, digits are nearer to digits than noise; files and batches do not matter."""
     from sklearn.datasets import load_digits
 
     Path("digit_features.py").write_text(DIGITS)
@@ -132,7 +131,7 @@ def test_adms_reference_file(
     features = [Small()(torch.from_numpy(images).permute(0, 3, 1, 2))[0] for images in (many, few)]
     assert seen["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, features)), rel=1e-6)
     assert not any("statistics" in note for note in seen["notes"])
-    # One with another number of features has no choice.
+    # One with another number of features cannot use the statistics.
     mean = run(capsys, "many.npz", "--reference=adm.npz", "--features=mine:mean", "--metrics=fid")
     means = [torch.from_numpy(images).float().mean((1, 2)) for images in (many, few)]
     assert mean["metrics"]["fid"] == pytest.approx(frechet_distance(*map(moments, means)), rel=1e-6)

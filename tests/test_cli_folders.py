@@ -1,4 +1,4 @@
-"""Users' own folders: numbers as names, broken files, classes added later; and output beside a run, which is
+"""Users' folders: numbers as names, broken files, classes added later; and output beside a run, which is
 never overwritten."""
 
 import hashlib

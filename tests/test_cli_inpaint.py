@@ -53,7 +53,7 @@ def test_the_known_pixels_are_kept_to_the_bit(tmp_path: Path, options: list[str]
     assert (images[:, :, :4, 0] == PIXELS[:, :4]).all()
     assert (images[:, :, 4:, 0] != PIXELS[:, 4:]).any()
     again = filled(tmp_path, "--image=x.npy", "--mask=m.png", *options)
-    assert abs(again.astype(int) - images).max() <= 1  # floats are kept, whose bytes are truncated
+    assert abs(again.astype(int) - images).max() <= 1  # known floats are kept, then truncated to bytes
 
 
 def test_an_all_white_mask_is_plain_sampling(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Transforms of torch.func and forward-mode derivatives, which can only see into plain PyTorch; and offsets
-that are not contiguous."""
+"""Transforms of torch.func and forward-mode derivatives, which need plain PyTorch; and offsets that are not
+contiguous."""
 
 from collections.abc import Callable
 from functools import partial

@@ -62,7 +62,7 @@ def test_what_was_not_reached_is_a_bound_and_no_number() -> None:
 @pytest.mark.parametrize(
     ("bases", "others", "median"),
     [
-        ("fs", "ff", math.inf),  # 1 and a bound above: no number lies between
+        ("fs", "ff", math.inf),  # 1 and a lower bound: no number in the middle
         ("ff", "fs", 0.0),
         ("fs", "sf", math.nan),  # each reaches it once where the other does not
         ("ffs", "fff", 1.0),

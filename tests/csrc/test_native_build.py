@@ -174,7 +174,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs x86")
 @pytest.mark.parametrize("flag", ["-DMDT_NO_AVX512", "-DMDT_ALWAYS_PAIRS"])
 def test_what_other_processors_run(flag: str, tmp_path: Path) -> None:
-    """Those without AVX-512, and those that are not Intel's, which multiply bfloat16 in pairs."""
+    """Processors without AVX-512, and non-Intel ones that can multiply bfloat16 in pairs."""
     if flag == "-DMDT_ALWAYS_PAIRS" and not of_intel():
         pytest.skip("as this processor does")
     compile_ops(tmp_path, flag, "-O2", "-ffp-contract=off")

@@ -1,4 +1,4 @@
-"""The autoencoder and its posterior against diffusers' own calls, and refusals of what is none."""
+"""The autoencoder and its posterior against diffusers' own calls; what is not an autoencoder is refused."""
 
 import json
 import shutil

@@ -17,7 +17,7 @@ from tolerances import FLOAT32, relative_error
 
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN multiplies these, on Intel's processors, too."""
+    """oneDNN serves small products, too, and on Intel's processors."""
     monkeypatch.setattr(onednn, "MIN_FLOPS", 0)
     monkeypatch.setattr(op, "MKL_SUFFICES", False)
 

@@ -1,4 +1,4 @@
-"""What several ops refuse alike: no tensors, float8, zero width; and torch.func, which they support."""
+"""What several ops refuse alike: non-tensors, float8, zero width; and torch.func, which they support."""
 
 import re
 from collections.abc import Callable

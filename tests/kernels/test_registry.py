@@ -1,4 +1,4 @@
-"""Operators that are plain function calls unless something looks at them."""
+"""Operators that are plain function calls unless something, such as tracing, looks at them."""
 
 import inspect
 from collections.abc import Iterator
@@ -110,7 +110,7 @@ def test_a_subclass_is_not_taken_for_its_memory(dispatched: list[str]) -> None:
 
 
 def test_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even on another GPU than the current one, where Triton would launch whatever its tensors."""
+    """Also if that is not the current GPU, on which Triton launches whatever tensors it gets."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     current = [0]

@@ -159,7 +159,7 @@ def test_positions_whatever_the_default_device() -> None:
 
 
 def test_forward_mode_gradients_are_refused() -> None:
-    """They would be missing without a word."""
+    """Otherwise they would be silently missing."""
     qkv = torch.randn(2, 25, 3, H, 8)
     with forward_ad.dual_level(), pytest.raises(ValueError, match="'samples' cannot serve this call"):
         rel_attention_qkvpacked(forward_ad.make_dual(qkv, qkv), attention_backend="samples")

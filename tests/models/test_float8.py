@@ -126,7 +126,7 @@ SWITCHES = [
     "switches", SWITCHES, ids=lambda s: str([k for k, on in asdict(s).items() if not on])
 )
 def test_every_way_through_a_block_rounds_alike(switches: Switches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer's weight is rounded, once for each pass, in training and in eval mode."""
+    """And every layer rounds its weight, in training and in eval mode; packed passes do so once."""
     converted, rounded = in_float8(model()), Rounded(monkeypatch)
     loss, expected = gradients(converted)
     rounded.take()

@@ -1,4 +1,4 @@
-"""GELU as the epilogue of the product before it, where no gradients are asked for."""
+"""GELU as the epilogue of the product before it, when no gradients are needed."""
 
 from collections.abc import Callable
 from typing import Any

@@ -337,7 +337,7 @@ def test_weights_and_config_of_two_savings_are_refused(tmp_path: Path) -> None:
     (four / CONFIG).write_text(json.dumps(dict(reversed(values.items()))))  # the same in another layout
     DiT.from_pretrained(four)
     (four / CONFIG).write_text(config)
-    save_file(load_file(four / WEIGHTS), four / WEIGHTS)  # by others, without the digest
+    save_file(load_file(four / WEIGHTS), four / WEIGHTS)  # written by others, without the digest
     assert DiT.from_pretrained(four).config.num_heads == 2
 
 

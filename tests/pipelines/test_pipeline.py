@@ -199,7 +199,7 @@ def test_a_folder_comes_back(vae: AutoencoderKL, tmp_path: Path) -> None:
 
 
 def test_from_the_hub(vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Diffusers takes this package's transformer for one that it knows, and asks the hub for its files."""
+    """Diffusers treats this package's transformer like its own, and asks the hub for its files."""
     from diffusers.pipelines import pipeline_utils
 
     saved, cache = tmp_path / "saved", tmp_path / "cache"

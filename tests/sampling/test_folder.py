@@ -1,4 +1,4 @@
-"""Folders of many samples: resumed, shared by processes, and never mixed of two kinds."""
+"""Folders of many samples: resumed, shared by processes, and never a mix of two kinds."""
 
 import os
 import signal

@@ -110,7 +110,7 @@ def eight_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def carried_on(eight_steps: tuple[Path, str]) -> Path:
-    """Each case by one process as well, all resumed with the other number; and the broken run, resumed."""
+    """Each case by one process, too; all resumed by the other number of processes; the broken run resumed."""
     root, _ = eight_steps
     for name, options in CASES.items():
         single = [option for option in options if "accumulate" not in option and "in_turn" not in option]
@@ -135,7 +135,7 @@ def test_one_process_prints(eight_steps: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(case: str, carried_on: Path) -> None:
-    """The same losses, by quarter of the noise levels, too; then each goes on with the other number."""
+    """Losses agree, also per quarter of the noise levels; then each goes on with the other process count."""
     assert len(rows(carried_on / case / "one")) == 12
     same_losses(carried_on / case / "two", carried_on / case / "one")
 

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 PACKED = Case(2, 2, "fsdp", "bfloat16")
 SEPARATE = Case(2, 2, "fsdp", "bfloat16", packed=False)
 CHECKPOINTED = Case(2, 2, "fsdp", "bfloat16", checkpointing="full")
-BLOCKS = 5  # of which the side block is called in the masked pass only
+BLOCKS = 5  # one is the side block, called in the masked pass only
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_parts_of_an_update(step_of: Any) -> None:
 
 
 def test_unequal_parts_and_errors_between(step_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a later part needs another graph, the earlier one's gradients stay; an error begins anew."""
+    """If a later part needs another graph, the earlier gradients stay; an error restarts the update."""
     x, y = batch()
     found = []
     for change in ({}, {"y": y[2:].int()}, {"scale": torch.tensor([1.0], dtype=torch.float64)}):
