@@ -92,7 +92,7 @@ def test_golden_forward_and_gradients(
 
 
 def check_gradients(model: nn.Module, name: str, case: str) -> None:
-    """Every stored gradient in full, and sum |.| and sum of squares of every parameter's gradient."""
+    """Every stored gradient in full, and sum, sum |.| and sum of squares of every parameter's gradient."""
     golden, info = load(f"{name}.grads"), meta(f"{name}.cases")
     if f"{case}.checksum" not in golden:
         return
@@ -119,7 +119,8 @@ def check_gradients(model: nn.Module, name: str, case: str) -> None:
             continue
         if expected is not None:
             assert relative_error(actual, expected) < tolerance(name), key
-        _, magnitude, squares = rows[key].tolist()
+        total, magnitude, squares = rows[key].tolist()
+        assert abs(actual.sum().item() - total) <= 10 * tolerance(name) * magnitude + 1e-9, key
         assert math.isclose(
             actual.abs().sum().item(), magnitude, rel_tol=10 * tolerance(name), abs_tol=1e-9
         ), key

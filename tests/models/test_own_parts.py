@@ -346,7 +346,7 @@ def test_what_is_no_folder_of_a_model(tmp_path: Path) -> None:
         MDTv2.from_pretrained(tmp_path)
 
 
-def test_a_block_of_a_block_s_copy_has_its_own_modulation() -> None:
+def test_a_copied_block_has_its_own_modulation() -> None:
     """Models made deeper by a copied block: in sampling, and where all modulations are one product."""
     model = made(DiT)
     deeper = copy.deepcopy(model.blocks[-1])
