@@ -38,8 +38,9 @@ OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 BOUND = 1e-3
 """The value of ``skip_below``; with the power-cosine schedule it applies to a third of 250 steps."""
 
-LEAN = "fast with bfloat16 weights"
-"""A model whose weights are bfloat16, as are the activations of its blocks."""
+PRECISIONS = {"fast with bfloat16 weights": "lean", "fast in float8": "float8"}
+"""Further lines in bfloat16: a model with bfloat16 weights and block activations, and one with float8 matrix
+products in its blocks."""
 
 Draw = Callable[[int], object]
 
@@ -90,8 +91,12 @@ def run(
         for name, one, switches in settings(config)
     ]
     if case.dtype == torch.bfloat16:
-        drawn = drawing(modules.get("fast", "lean"), config, labels, SampleSwitches())
-        lines.append(Line(LEAN, *drawn, dataclasses.asdict(SampleSwitches())))
+        for name, precision in PRECISIONS.items():
+            try:
+                drawn = drawing(modules.get("fast", precision), config, labels, SampleSwitches())
+                lines.append(Line(name, *drawn, dataclasses.asdict(SampleSwitches())))
+            except Skip as skip:
+                missing.append(f"{name}: {skip}")
     expected: Any = lines[0].draw(0)
     for line in list(lines):
         say(f"{case.title}: counting {line.name}")

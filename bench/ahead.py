@@ -109,7 +109,8 @@ def _run(case: Case, name: str, modules: providers.Modules, images: inputs.Input
     try:
         provider = providers.make(name, modules)
         step = step_of(case, provider, images, inputs.len_keeps(case.config, lengths))
-    except providers.Skip:
+    except (providers.Skip, UserError) as error:
+        print(f"{name}: nothing to compile: {error}", file=sys.stderr)
         return
     for index in range(lengths):
         step(index)

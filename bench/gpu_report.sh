@@ -7,13 +7,13 @@
 # survey_small survey_sample survey_compiled survey_switches) and single stages.
 # Each stage ends within eight minutes. If one fails or runs out of time, the others still run and its own results
 # are kept. Requires torch, nvcc and the packages of the `test` extra; uses no network.
-# Environment variables: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python),
+# Environment variables: OUT (bench/results), OFFICIAL (a checkout of the official code), PYTHON (python or python3),
 # LIMIT (seconds per stage, 470), JOBS (parallel test processes, 8: they spend most of their time compiling).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 OUT=${OUT:-bench/results}
 OFFICIAL=${OFFICIAL:-}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python >/dev/null && echo python || echo python3)}
 LIMIT=${LIMIT:-470}
 JOBS=${JOBS:-8}
 STAGES=(build tests sanitize races kernels attention flex small middle large tf32 host compiled compiled4 whole float8

@@ -166,8 +166,10 @@ class _Nothing:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``; in eager code without gradients, only the forward pass."""
-    if torch.compiler.is_compiling() or needs_grad(args) or watched(args):
+    if torch.compiler.is_compiling() or needs_grad(args):
         return function.apply(*args)
+    if watched(args):  # detached, because its context does not know that gradients are off
+        return function.apply(*(arg.detach() if isinstance(arg, Tensor) else arg for arg in args))
     return function.forward(_Nothing(), *args)
 
 

@@ -79,7 +79,9 @@ def test_rows_that_begin_anywhere(begin: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("d", [64, 72, 128])
 def test_tf32_where_products_of_float32_may_be(d: int, masked: bool, table_grad: str) -> None:
-    """TF32 rounds to ten bits on the way, as PyTorch's own products do where it is allowed."""
+    """Ten bits of each operand count, as in PyTorch's own products where TF32 is allowed. Triton leaves the
+    rounding to the tensor cores; if those truncate, results are off by up to 3.3e-3 (computed with truncated
+    operands over 13 seeds)."""
     pos = kept(3, 16, 153) if masked else None
     op = partial(rel_attention, grid_size=16, q_pos=pos, k_pos=pos, table_grad=table_grad)
     args = heads(3, 4, 153 if masked else 256, 153 if masked else 256, d, 16)
@@ -88,7 +90,7 @@ def test_tf32_where_products_of_float32_may_be(d: int, masked: bool, table_grad:
     ours, again = run(op, args), run(op, args)
     for i, (a, b, e) in enumerate(zip(ours, again, exact, strict=True)):
         assert torch.equal(a, b), f"result {i}: two runs differ"
-        assert 1e-5 < relative_error(a, e) < 3e-3, f"result {i}"
+        assert 1e-5 < relative_error(a, e) < 5e-3, f"result {i}"
 
 
 @DTYPES

@@ -168,6 +168,15 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
+def in_tf32(head_dim: int) -> bool:
+    """Whether the kernels may use TF32 at this head size.
+
+    Not where the tiles are 32 and 16 wide: there, with the ptxas of Triton 3.6 and 3.7, the gradient of q
+    reads registers on Hopper that nothing writes (``unset_registers`` in ``kernels/aot.py``).
+    """
+    return split_head(head_dim) != (32, 16)
+
+
 def bias_parts(batch: int, tiles: int) -> int:
     """The number of programs that share the samples of one tile of the table's gradient: about 500 in all,
     each with four samples or more."""

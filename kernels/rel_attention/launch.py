@@ -311,10 +311,10 @@ _configs_of = remembered(config.launch_configs)
 
 
 def _kind(x: Tensor) -> config.Kind:
-    """The kind of products; float32 uses TF32 if PyTorch's own products do."""
+    """The kind of products; float32 uses TF32 if PyTorch's own products do and the kernels can."""
     if x.element_size() == 2:
         return "half"
-    if x.is_cuda and tf32() and capability(x.device.index) >= (8, 0):
+    if x.is_cuda and tf32() and config.in_tf32(x.shape[-1]) and capability(x.device.index) >= (8, 0):
         return "tf32"
     return "float32"
 

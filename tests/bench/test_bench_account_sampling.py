@@ -7,7 +7,8 @@ import torch
 
 import account_sampling
 import throughput
-from mdt_fast.config import SampleConfig
+from mdt_fast.config import SampleConfig, SampleSwitches
+from mdt_fast.models.float8 import use_float8
 from providers import Modules, make, model_config
 from rows import read
 from steps import CFG_SCALE, Case
@@ -18,6 +19,7 @@ def test_every_item_has_a_line_and_the_same_picture(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
+    monkeypatch.setattr("providers.use_float8", lambda module, by: use_float8(module, by, emulate=True))
     file = tmp_path / "rows.jsonl"
     flags = ["--account", "--mode", "sample", "--model", "digits", "--batch", "2", "--device", "cpu"]
     assert throughput.main([*flags, "--dtype", dtype, "--repeats", "1", "--json", str(file)]) == 0
@@ -32,7 +34,7 @@ def test_every_item_has_a_line_and_the_same_picture(
     items = ("batched_modulations", "shared_embedding", "fused_step", "skip_unit", *["cast_once"] * half)
     assert set(found) == {
         "reference", "fast", *(f"fast without {item}" for item in items), "fast without any",
-        "fast with skip_below 0.001", *["fast with bfloat16 weights"] * half,
+        "fast with skip_below 0.001", *["fast with bfloat16 weights", "fast in float8"] * half,
     }  # fmt: skip
     fast = found["fast"]
     assert fast["ops"] < found["fast without fused_step"]["ops"] < found["fast without any"]["ops"]
@@ -40,7 +42,18 @@ def test_every_item_has_a_line_and_the_same_picture(
     assert all(line["off"] < (1e-2 if half else 1e-3) and line["ms"] > 0 for line in found.values())
     if half:
         assert found["fast with bfloat16 weights"]["ops"] < fast["ops"]
+        assert found["fast in float8"]["off"] > found["fast with bfloat16 weights"]["off"]
         assert found["fast with bfloat16 weights"]["off"] > found["reference"]["off"]
+
+
+def test_a_line_that_this_device_cannot_have_is_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(account_sampling, "settings", lambda config: [("fast", config, SampleSwitches())])
+    monkeypatch.setattr("providers.compile_obstacle", lambda device: "not in this test")
+    options = ["--model=digits", "--batch=2", "--device=cpu", "--dtype=bfloat16", "--repeats=1"]
+    assert throughput.main(["--account", "--mode=sample", *options]) == 0
+    assert "fast in float8: model: needs a GPU" in capsys.readouterr().out
 
 
 def test_diffusers_transformer_draws_the_same_picture() -> None:

@@ -285,24 +285,34 @@ def test_a_model_takes_a_backend() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "allowed", "capability", "kind"),
+    ("dtype", "head_dim", "allowed", "capability", "kind"),
     [
-        (torch.float32, "tf32", (9, 0), "tf32"),
-        (torch.float32, "ieee", (9, 0), "float32"),
-        (torch.float32, "none", (9, 0), "float32"),
-        (torch.float32, "tf32", (7, 5), "float32"),
-        (torch.bfloat16, "tf32", (9, 0), "half"),
+        (torch.float32, 72, "tf32", (9, 0), "tf32"),
+        (torch.float32, 32, "tf32", (9, 0), "tf32"),
+        (torch.float32, 40, "tf32", (9, 0), "float32"),
+        (torch.float32, 72, "ieee", (9, 0), "float32"),
+        (torch.float32, 72, "none", (9, 0), "float32"),
+        (torch.float32, 72, "tf32", (7, 5), "float32"),
+        (torch.bfloat16, 40, "tf32", (9, 0), "half"),
     ],
 )
 def test_tf32_where_torch_may_take_it_and_the_gpu_has_it(
-    dtype: torch.dtype, allowed: str, capability: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    head_dim: int,
+    allowed: str,
+    capability: tuple[int, int],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton")
     from mdt_fast.kernels.rel_attention import launch
 
     monkeypatch.setattr(launch, "capability", lambda device: capability)
     before = torch.backends.cuda.matmul.fp32_precision
-    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), element_size=lambda: dtype.itemsize)
+    cuda = torch.device("cuda:0")
+    x = SimpleNamespace(
+        is_cuda=True, device=cuda, element_size=lambda: dtype.itemsize, shape=(2, 4, 9, head_dim)
+    )  # fmt: skip
     try:
         torch.backends.cuda.matmul.fp32_precision = allowed
         assert launch._kind(x) == kind
