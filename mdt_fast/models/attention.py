@@ -15,6 +15,7 @@ from .rows import WHOLE, Rows
 class RelativePositionBias(nn.Module):
     """The bias table [(2G-1)^2 + 3, H] of one layer, with the index buffer of official checkpoints.
 
+    Calling it returns the table, so that hooks which put weights in place (offloading, pruning) run first.
     The kernel computes the index from positions. The buffer exists only for the ``state_dict``, and all
     layers of a model share one (see :func:`share_index`).
     """
@@ -26,14 +27,18 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(grid_size, grid_size))
         init_bias_table(self.relative_position_bias_table)
 
+    def forward(self) -> Tensor:
+        return self.relative_position_bias_table
+
 
 def share_index(model: nn.Module) -> None:
-    """Make all layers of ``model`` hold one ``relative_position_index`` tensor instead of one each."""
-    shared: Tensor | None = None
+    """Make all layers of ``model`` with the same grid hold one ``relative_position_index`` tensor instead of
+    one each."""
+    shared: dict[torch.Size, Tensor] = {}
     for module in model.modules():
         if isinstance(module, RelativePositionBias):
-            shared = module.relative_position_index if shared is None else shared
-            module.relative_position_index = shared
+            index = module.relative_position_index
+            module.relative_position_index = shared.setdefault(index.shape, index)
 
 
 class Attention(nn.Module):
@@ -70,7 +75,7 @@ class Attention(nn.Module):
 
     @property
     def table(self) -> Tensor | None:
-        return None if self.rel_pos_bias is None else self.rel_pos_bias.relative_position_bias_table
+        return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
     @property
     def table_grad(self) -> TableGrad | None:

@@ -74,7 +74,6 @@ class Transformer(Pretrained):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels, self.learn_sigma = config.out_channels, learn_sigma
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
-        self.num_classes = num_classes
         self.decode_layer = config.decode_layer
         self.make_parameters()
         self.make_blocks()
@@ -96,6 +95,11 @@ class Transformer(Pretrained):
         self.config = ModelConfig.of(self.family, **{**self.config.kwargs(), "mask_ratio": value})
         if (before is None) != (self.config.mask_ratio is None):
             self.mask_token.requires_grad_(before is None)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, which is also the index of the null class: those of ``y_embedder``."""
+        return self.y_embedder.num_classes if self.takes_labels else self.config.num_classes
 
     def set_attention_backend(self, name: str) -> None:
         """Choose what computes attention: ``auto`` (Triton on CUDA, else csrc or PyTorch), or a backend

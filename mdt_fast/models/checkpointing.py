@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -36,8 +37,19 @@ def checkpointed(block: nn.Module, compute: Callable[..., Tensor], mode: str, *a
     most time per byte it stores. A block calls this inside its forward, so compiling a block includes it."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws(block)}
     if mode == "selective":
+        compute = partial(_casting_anew, compute, block)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(compute, *args, **options)
+
+
+def _casting_anew(compute: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
+    """``compute(*args)`` without autocast's cache of cast weights. A second pass would find casts in it that
+    a recomputation, which starts with an empty cache, has to make; selective mode cannot match the two."""
+    kind = args[0].device.type
+    if torch.compiler.is_compiling() or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return compute(*args)
+    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
+        return compute(*args)
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -153,7 +153,7 @@ class MDTPipeline(DiffusionPipeline):
         """
         transformer = self.transformer
         about: ModelConfig = transformer.config
-        labels = checked_labels(class_labels, about.num_classes)
+        labels = checked_labels(class_labels, transformer.num_classes)
         own = checked_generator(generator, len(labels))
         config = SampleConfig(
             cfg_scale=checked_scale(guidance_scale, about),

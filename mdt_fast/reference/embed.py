@@ -4,6 +4,7 @@ B batch, L tokens, D width, G tokens along one side (L = G*G), C channels.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +71,13 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        weight = next(self.mlp.parameters(), None)  # quantised layers have none
-        return self.mlp(
-            timestep_embedding(t).to(torch.get_default_dtype() if weight is None else weight.dtype)
-        )
+        weight: Any = next(self.mlp.parameters(), None)
+        if (
+            weight is None
+        ):  # FSDP1 and DataParallel keep plain tensors in their place; quantised layers do not
+            weight = getattr(next(self.mlp.children(), None), "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()
+        return self.mlp(timestep_embedding(t).to(dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -9,6 +9,7 @@ import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.clip, self.guided = model, clip, guided
         self.start_x = diffusion.predict_xstart
-        config: Any = model.config
-        self.null, self.channels = config.num_classes, channels or channels_to_guide(config.in_channels)
+        about: Any = model
+        self.null, self.channels = about.num_classes, channels or channels_to_guide(about.in_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, noise: Tensor, row: Tensor, scale: Tensor) -> Tensor:
         """From x and noise float32 [n, C, S, S], t int64 [1] (an original timestep), y int64 [n], row float32
@@ -126,7 +127,8 @@ def export_step(
         raise UserError("model: it is on the meta device, and has no weights to export")
     if not is_open(model):
         raise UserError("model: has hooks, FSDP or torch.compile around it; export the model without them")
-    model_config: Any = model.config
+    about: Any = model
+    model_config = replace(about.config, num_classes=about.num_classes)
     _check(model_config, config)
     clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
     guided = config.cfg_scale != 1
