@@ -185,7 +185,8 @@ class Pretrained(nn.Module):
         if not own:  # the published classes, whose parts are known
             check_sizes(config, state, str(weights))
         try:
-            with torch.device("meta"):
+            # A derived class may make tensors that are not among the weights: they need their values.
+            with torch.device("cpu" if own else "meta"):
                 model = found(**config.kwargs())
         except TypeError as error:
             if not own:
