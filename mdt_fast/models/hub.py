@@ -201,7 +201,10 @@ class Pretrained(nn.Module):
         check_finite(state, str(weights))
         model.load_state_dict(state, strict=True, assign=True)
         share_index(model)
-        return model.to(chosen or model.dtype).eval()
+        dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+        if chosen is not None or len(dtypes) == 1:  # one for all weights is also that of other buffers
+            model.to(chosen or dtypes.pop())
+        return model.eval()
 
 
 CLASS_NAMES = {"mdtv2": "MDTv2", "mdt": "MDT", "dit": "DiT"}

@@ -45,3 +45,15 @@ def test_what_a_derived_class_makes_itself_is_kept(dtype: torch.dtype, tmp_path:
     x, t, y = INPUTS
     with torch.no_grad():
         assert torch.equal(loaded(x.to(dtype), t, y), model(x.to(dtype), t, y))
+
+
+def test_each_weight_keeps_its_dtype(tmp_path: Path) -> None:
+    model = randomised(MDTv2(**SHAPE)).bfloat16()
+    model.final_layer.float()
+    model.save_pretrained(tmp_path)
+    loaded = MDTv2.from_pretrained(tmp_path).state_dict()
+    assert {key: value.dtype for key, value in loaded.items()} == {
+        key: value.dtype for key, value in model.state_dict().items()
+    }
+    chosen = MDTv2.from_pretrained(tmp_path, dtype="float16")
+    assert {parameter.dtype for parameter in chosen.parameters()} == {torch.float16}
