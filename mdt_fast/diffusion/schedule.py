@@ -205,5 +205,6 @@ class Schedule:
             values = torch.as_tensor(getattr(self, array))
             with torch.inference_mode(False):  # a table first used in sampling must also work in training
                 table = values.to(device, torch.float32 if values.is_floating_point() else torch.int64)
-            self._on_device[array, device] = table
+            if type(table) is Tensor:  # not while torch.export traces, with tensors that have no values
+                self._on_device[array, device] = table
         return table

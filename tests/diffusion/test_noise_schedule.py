@@ -1,6 +1,7 @@
 """Betas, respacing and the arrays made of them, against the golden numbers and closed forms."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,3 +207,17 @@ def test_tables_are_copied_once() -> None:
     diffusion.ddim_sample_loop(lambda x, t: torch.zeros(2, 6, 4), (2, 3, 4), device="cpu")
     assert diffusion._on_device.keys() == tables.keys()
     assert all(diffusion._on_device[key] is table for key, table in tables.items())
+
+
+def test_a_trace_leaves_no_table_behind() -> None:
+    """``torch.export`` runs the code on tensors without values."""
+    diffusion = create_diffusion("10")
+
+    class Noised(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return diffusion.q_sample(x, t, noise=x)
+
+    x, t = torch.ones(2, 3), torch.tensor([0, 9])
+    exported = torch.export.export(Noised(), (x, t), strict=False).module()
+    assert {type(table) for table in diffusion._on_device.values()} <= {torch.Tensor}
+    assert torch.equal(exported(x, t), diffusion.q_sample(x, t, noise=x))
