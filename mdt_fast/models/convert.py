@@ -78,9 +78,10 @@ def read_saved(path: Path, *, mmap: bool = False) -> Any:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a ``.safetensors`` file that :func:`read_weights` reads."""
+    """The metadata of a ``.safetensors`` file that :func:`read_weights` reads, without the ``format``."""
     with safe_open(path, framework="pt") as opened:
-        return opened.metadata() or {}
+        metadata: dict[str, str] = opened.metadata() or {}
+    return {key: value for key, value in metadata.items() if key != "format"}
 
 
 def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **metadata: Any) -> None:
@@ -99,7 +100,8 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
         if path.suffix == ".safetensors":
             # safetensors refuses tensors that share memory (views of one tensor do).
             separate = {key: value.clone() for key, value in tensors.items()}
-            save_file(separate, file, metadata={key: json.dumps(value) for key, value in metadata.items()})
+            texts = {key: json.dumps(value) for key, value in metadata.items()}
+            save_file(separate, file, metadata={**texts, "format": "pt"})  # accelerate refuses others
             _sort_metadata(file)
         else:
             with open(file, "wb") as opened:

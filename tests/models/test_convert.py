@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,6 +16,7 @@ from golden_files import load, meta
 from mdt_fast import MDTv2, UserError, from_reference, install, models, reference, uninstall
 from mdt_fast.models import load_weights, read_weights, write_weights
 from mdt_fast.models.attention import RelativePositionBias
+from mdt_fast.models.convert import read_metadata
 from tolerances import FLOAT32, relative_error
 
 TINY = {
@@ -344,3 +346,15 @@ def test_install_lets_the_official_loops_call_a_quicker_model(
 def test_install_without_the_official_package() -> None:
     with pytest.raises(UserError, match="masked_diffusion cannot be imported"):
         install()
+
+
+def test_metadata_names_the_format(tmp_path: Path) -> None:
+    """Accelerate refuses a file with metadata but without a format."""
+    path = tmp_path / "w.safetensors"
+    for metadata in ({}, {"step": 5}):
+        write_weights(path, {"a": torch.ones(1)}, **metadata)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt", **{key: str(value) for key, value in metadata.items()}}
+        assert read_metadata(path) == {key: str(value) for key, value in metadata.items()}
+    save_file({"a": torch.ones(1)}, path)
+    assert read_metadata(path) == {}
