@@ -136,7 +136,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
     """``model.load_state_dict(state, strict=True)``, with a one-line error that names what differs.
 
     The model may be wrapped (``DistributedDataParallel``, ``torch.compile``). It is left unchanged if any key
-    or shape differs. Raises ``UserError``, also for a model that FSDP2 shards.
+    or shape differs. Raises ``UserError``, also for a model on the meta device or one that FSDP2 shards.
     """
     inner = model
     while state.keys() != inner.state_dict().keys() and (wrapped := _wrapped(inner)) is not None:
@@ -147,7 +147,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
             "model: is sharded by FSDP2; load its weights before, or by "
             "torch.distributed.checkpoint.state_dict.set_model_state_dict"
         )
-    check_weights(model.state_dict(), state, source)
+    own = model.state_dict()
+    check_weights(own, state, source)
+    if any(value.is_meta for value in own.values()):
+        raise UserError(
+            "model: got weights on the meta device, expected memory to load into; "
+            "call model.to_empty(device=...) first"
+        )
     model.load_state_dict(dict(state), strict=True)
 
 

@@ -358,3 +358,13 @@ def test_metadata_names_the_format(tmp_path: Path) -> None:
         assert read_metadata(path) == {key: str(value) for key, value in metadata.items()}
     save_file({"a": torch.ones(1)}, path)
     assert read_metadata(path) == {}
+
+
+def test_a_model_without_memory_cannot_be_filled() -> None:
+    with torch.device("meta"):
+        model = MDTv2(**TINY)
+    state = MDTv2(**TINY).state_dict()
+    with pytest.raises(UserError, match=r"^model: got weights on the meta device, expected .*to_empty"):
+        load_weights(model, state)
+    load_weights(model.to_empty(device="cpu"), state)
+    assert torch.equal(model.state_dict()["pos_embed"], state["pos_embed"])
