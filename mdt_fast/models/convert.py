@@ -88,13 +88,16 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], **m
     """Write a state_dict as ``.pt`` or ``.safetensors``, by its name (``metadata``: only the latter).
 
     The file is written under a temporary name, flushed to disk and renamed: a file of that name is complete,
-    old or new, at every moment. Raises ``UserError`` for another ending, a folder that does not exist, a full
-    disk or a missing permission; an existing file is then kept.
+    old or new, at every moment. Raises ``UserError`` for another ending, a folder that does not exist, what
+    is no tensor, a full disk or a missing permission; an existing file is then kept.
     """
     path = Path(path)
     _check_suffix(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: folder {path.parent} does not exist")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"state: got {type(value).__name__} for {key!r}, expected tensors")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with full_disk_named(path), aside(path) as file:
         if path.suffix == ".safetensors":

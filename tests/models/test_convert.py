@@ -368,3 +368,10 @@ def test_a_model_without_memory_cannot_be_filled() -> None:
         load_weights(model, state)
     load_weights(model.to_empty(device="cpu"), state)
     assert torch.equal(model.state_dict()["pos_embed"], state["pos_embed"])
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_only_tensors_are_written(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^state: got int for 'step', expected tensors$"):
+        write_weights(tmp_path / f"w{suffix}", {"step": 5})  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == []
