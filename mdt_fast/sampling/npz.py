@@ -3,6 +3,7 @@
 50,000 images of 256x256 are 9.8 GB: they are never all in memory, nor copied.
 """
 
+import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ def adm_name(count: int, height: int, width: int, channels: int = 3) -> str:
     return f"samples_{count}x{height}x{width}x{channels}.npz"
 
 
-def save_npz(path: Path, images_NHWC: np.ndarray | Iterable[np.ndarray], labels: Sequence[int]) -> None:
+def save_npz(
+    path: str | os.PathLike[str], images_NHWC: np.ndarray | Iterable[np.ndarray], labels: Sequence[int]
+) -> None:
     """Write ``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], uncompressed, for ADM's evaluator.
 
     ``images_NHWC``: one array, or batches of it in order (a generator is consumed while they are written), as
@@ -27,7 +30,7 @@ def save_npz(path: Path, images_NHWC: np.ndarray | Iterable[np.ndarray], labels:
     """
     classes = np.asarray(labels, dtype=np.int64)
     batches = [images_NHWC] if isinstance(images_NHWC, np.ndarray) else images_NHWC
-    with aside(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with aside(Path(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             written, shape = 0, None
             for batch in batches:

@@ -69,3 +69,9 @@ def test_a_failed_write_leaves_the_old_file(images, labels: list, message: str, 
 
 def test_the_usual_name() -> None:
     assert adm_name(50_000, 256, 256) == "samples_50000x256x256x3.npz"
+
+
+def test_a_path_can_be_a_string(tmp_path: Path) -> None:
+    save_npz(str(tmp_path / "samples.npz"), IMAGES, LABELS)
+    with np.load(tmp_path / "samples.npz") as saved:
+        assert saved["arr_1"].tolist() == LABELS
