@@ -1,5 +1,6 @@
 """``torch.compile`` for a training step: the whole model, or one block at a time."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,24 @@ def compile_for_training(model: Transformer, scope: str = "block", **options: An
     step = getattr(type(model), "training_step_outputs", None)
     if step is not None:
         # Not a bound method: a deep copy of the model must run with its own weights.
-        vars(model)["training_step_outputs"] = partial(_drawn_first, torch.compile(step, **options), model)
+        vars(model)["training_step_outputs"] = partial(_drawn_first, _Compiled(step, options), model)
+
+
+class _Compiled:
+    """A compiled function. Copies of a model share it; pickled, it becomes the plain ``function``, just as
+    PyTorch's compiled modules become plain ones."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
+        self.function, self.compiled = function, torch.compile(function, **options)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Compiled":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (self.function,)
 
 
 def _drawn_first(

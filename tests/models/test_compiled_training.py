@@ -1,6 +1,7 @@
 """A compiled training step: how often it compiles, and what it computes."""
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -115,3 +116,18 @@ def test_refusal() -> None:
         compile_for_training(model(), "layer")
     with pytest.raises(UserError, match=r"model: got a DataParallel, expected .*; compile before wrapping"):
         compile_for_training(torch.nn.DataParallel(model()))
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_a_compiled_model_can_be_saved_whole(scope: str) -> None:
+    """It comes back uncompiled, as PyTorch's own compiled modules do."""
+    saved, counter, file = model(), CompileCounterWithBackend("eager"), io.BytesIO()
+    plan, given = MaskPlan.from_noise(torch.rand(2, 256), 128, ascending=True), inputs(32)
+    with torch.no_grad():
+        expected = saved.training_step_outputs(*given, plan)
+        compile_for_training(saved, scope, backend=counter)
+        torch.save(saved, file)
+        saved.x_embedder.proj.weight.zero_()
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        torch.testing.assert_close(loaded.training_step_outputs(*given, plan), expected)
+    assert counter.frame_count == 0
