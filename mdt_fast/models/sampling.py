@@ -31,16 +31,23 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     subclass's, or one set on the instance, as accelerate does to bring weights to the GPU), or
     ``torch.compile``. Nor may it if modulations are more than SiLU and a linear layer.
     """
-    hooks = model._forward_hooks or model._forward_pre_hooks
-    surrounded = hooks or "forward" in vars(model) or model._compiled_call_impl is not None
-    if not isinstance(model, Transformer) or surrounded:
-        return False
-    ours = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
-    if not ours.__module__.startswith(f"{__package__}."):
+    if not isinstance(model, Transformer) or is_wrapped(model) or has_own_forward(model):
         return False
     modulated: list[Any] = [*model.every_block(), model.final_layer]
     own = [getattr(module, "adaLN_modulation", None) for module in modulated]
     return None not in own and all(map(takes_activated, own))
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether hooks, ``torch.compile`` or a ``forward`` set on the instance surround the forward pass."""
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(model) or model._compiled_call_impl is not None
+
+
+def has_own_forward(model: Transformer) -> bool:
+    """Whether the ``forward`` is that of a class outside this package."""
+    ours = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    return not ours.__module__.startswith(f"{__package__}.")
 
 
 def guided_pass(

@@ -23,8 +23,9 @@ from ..errors import UserError, one_line
 from ..files import aside, remove_leftovers
 from ..kernels import ddim_coefficients, ddpm_coefficients
 from ..models.attention import Attention
+from ..models.base import Transformer
 from ..models.convert import full_disk_named
-from ..models.sampling import is_open
+from ..models.sampling import has_own_forward, is_open, is_wrapped
 from .generate import DEFAULT, PerImageNoise, check_sampling, checked_labels, sampling_diffusion
 from .guided import guidance_weights
 from .images import check_writable
@@ -126,7 +127,7 @@ def export_step(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("model: it is on the meta device, and has no weights to export")
     if not is_open(model):
-        raise UserError("model: has hooks, FSDP or torch.compile around it; export the model without them")
+        raise UserError(f"model: {_why_closed(model)}")
     about: Any = model
     model_config = replace(about.config, num_classes=about.num_classes)
     _check(model_config, config)
@@ -163,6 +164,15 @@ def export_step(
     with full_disk_named(path), aside(path) as file:
         file.write_bytes(archive.getbuffer())
     return path
+
+
+def _why_closed(model: nn.Module) -> str:
+    """Why ``is_open`` is False."""
+    if not isinstance(model, Transformer) or is_wrapped(model):
+        return "has hooks, FSDP or torch.compile around it; export the model without them"
+    if has_own_forward(model):
+        return f"got {type(model).__name__} with its own forward, expected this package's"
+    return f"got {type(model).__name__} with its own adaLN_modulation, expected SiLU and a linear layer"
 
 
 def read_description(path: str | Path) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """The exported step: the pictures of ``sample``, any batch, none of this package's code in it, refusals."""
 
+import copy
 import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._inductor.exc import CppCompileError
 
+from mdt_fast import MDTv2
 from mdt_fast.config import DiffusionConfig, ModelConfig, SampleConfig
 from mdt_fast.errors import UserError
 from mdt_fast.models.attention import Attention
@@ -270,3 +273,22 @@ def test_wrong_descriptions_are_refused(
         return json.dumps({**json.loads(content), name: value}).encode()
 
     unloadable(rewritten(package, tmp_path / "step.pt2", change), message)
+
+
+class Own(MDTv2):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(*args, **kwargs)
+
+
+def test_what_is_not_ours_is_named(model: nn.Module, tmp_path: Path) -> None:
+    hooked, modulated = copy.deepcopy(model), copy.deepcopy(model)
+    hooked.register_forward_hook(lambda *args: None)
+    modulated.final_layer.adaLN_modulation = nn.Identity()
+    for other, message in (
+        (Own(**MODEL.kwargs()), "model: got Own with its own forward, expected this package's"),
+        (modulated, "model: got MDTv2 with its own adaLN_modulation, expected SiLU and a linear layer"),
+        (hooked, "model: has hooks, FSDP or torch.compile around it; export the model without them"),
+        (torch.compile(model), "model: has hooks, FSDP or torch.compile around it"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}"):
+            export_step(other, TRAINED, tmp_path / "step.pt2", CONFIG)
