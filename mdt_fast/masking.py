@@ -182,8 +182,11 @@ def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator
 
     With 256 tokens and ``mask_ratio`` 0.3 the result is in 128..179. ``generator``: a CPU generator; None:
     torch's default one. Processes that share a batch get the same number from generators with the same seed.
+    Raises ``UserError`` for a ``mask_ratio`` from which a draw could go beyond 1.
     """
-    if not 0 <= mask_ratio < 1:
-        raise UserError(f"mask_ratio: expected 0 to below 1, got {mask_ratio!r}")
+    if not 0 <= mask_ratio <= 1 - RATIO_RANGE:
+        raise UserError(
+            f"mask_ratio: got {mask_ratio!r}, expected 0..{1 - RATIO_RANGE}; up to {RATIO_RANGE} is added"
+        )
     ratio = torch.rand(1, generator=generator, device="cpu") * RATIO_RANGE + mask_ratio
     return int(num_tokens * (1 - ratio))

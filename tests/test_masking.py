@@ -95,3 +95,19 @@ def test_lengths_follow_each_other_in_one_graph() -> None:
     )
     noise = torch.rand(2, 9, device="meta")
     assert [plan(noise, K).shape[1] for K in (5, 6, 7)] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0.81, 0.95, 1, float("nan")])
+def test_ratios_that_could_reach_beyond_1(ratio: float) -> None:
+    """Refused before the draw, whatever is drawn."""
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=rf"^mask_ratio: got {ratio}, expected 0\.\.0\.8"):
+        draw_len_keep(256, ratio)
+    if 0 <= ratio <= 1:
+        with pytest.raises(UserError, match=rf"^mask_ratio: got {ratio}, expected 0\.\.0\.8"):
+            MaskPlan.draw(2, 256, ratio, random_ratio=True)
+        assert MaskPlan.draw(2, 256, ratio, random_ratio=False).len_keep == int(256 * (1 - ratio))
+        torch.set_rng_state(state)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len_keeps(256, 0.8).start == 0
+    assert draw_len_keep(256, 0.8) in len_keeps(256, 0.8)
