@@ -26,7 +26,7 @@ def power_cosine_scale(
         cfg_scale = cfg_scale.float()
     elif not isinstance(cfg_scale, Tensor | numbers.Real):
         raise UserError(f"cfg_scale: a number or a tensor is needed, got {type(cfg_scale).__name__}")
-    elif not math.isfinite(cfg_scale):
+    elif not torch.compiler.is_compiling() and not math.isfinite(cfg_scale):
         raise UserError(f"cfg_scale: must be finite, got {cfg_scale}")
     if diffusion_steps < 1:
         raise UserError(f"diffusion_steps: must be at least 1, got {diffusion_steps}")

@@ -105,3 +105,12 @@ def test_guide_refuses() -> None:
         guide(x, x, 2.0, 9)
     with pytest.raises(UserError, match=r"scale: expected a number or shape \[2\], got \[4\]"):
         guide(x, x, torch.ones(4), 3)
+
+
+def test_scales_follow_each_other_in_one_graph() -> None:
+    """At the second value the number becomes a variable of the graph."""
+    torch._dynamo.reset()
+    t = torch.tensor([0, 250, 999])
+    scale = torch.compile(power_cosine_scale, fullgraph=True, backend="eager")
+    for cfg_scale in (2.0, 3.0, 4.5):
+        torch.testing.assert_close(scale(t, cfg_scale), power_cosine_scale(t, cfg_scale))
