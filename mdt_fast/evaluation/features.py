@@ -71,13 +71,13 @@ def extract(
             finite &= part.isfinite().all(1)
             spatial.add(part)
         if outputs.probabilities is not None:
-            probabilities.append(outputs.probabilities[: len(batch)].float().cpu())
+            probabilities.append(_copied(outputs.probabilities[: len(batch)]))
             finite &= probabilities[-1].isfinite().all(1).to(finite.device)
         if not finite.all():
             bad = images.label(done + int((~finite).nonzero()[0]))
             raise UserError(f"{what}: the features of {bad} in {images.name!r} are not finite")
         moments.add(features)
-        pooled.append(features.cpu())
+        pooled.append(_copied(features))
         done += len(batch)
         if on_batch:
             on_batch(done)
@@ -85,6 +85,11 @@ def extract(
         images.name, extractor.name, done, images.shape, torch.cat(pooled), moments.result(),
         spatial.result() if spatial.count else None, torch.cat(probabilities) if probabilities else None,
     )  # fmt: skip
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A float32 copy on the CPU: a network may overwrite its output at the next call."""
+    return tensor.to("cpu", torch.float32, copy=True)
 
 
 def save_features(path: Path, features: Features) -> None:
