@@ -32,6 +32,8 @@ def power_cosine_scale(
         raise UserError(f"diffusion_steps: must be at least 1, got {diffusion_steps}")
     if scale_pow is None:
         return t.new_ones(t.shape, dtype=torch.float32) * cfg_scale
+    if not isinstance(scale_pow, Tensor | numbers.Real):
+        raise UserError(f"scale_pow: got {scale_pow!r}, expected a number or None")
     if not 0 <= scale_pow < math.inf:
         raise UserError(f"scale_pow: must be None, or finite and at least 0, got {scale_pow}")
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():

@@ -114,3 +114,8 @@ def test_scales_follow_each_other_in_one_graph() -> None:
     scale = torch.compile(power_cosine_scale, fullgraph=True, backend="eager")
     for cfg_scale in (2.0, 3.0, 4.5):
         torch.testing.assert_close(scale(t, cfg_scale), power_cosine_scale(t, cfg_scale))
+
+
+def test_a_power_that_is_no_number() -> None:
+    with pytest.raises(UserError, match=r"^scale_pow: got '4', expected a number or None$"):
+        power_cosine_scale(torch.tensor([0]), 2.0, scale_pow="4")  # type: ignore[arg-type]
