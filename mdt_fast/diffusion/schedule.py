@@ -30,6 +30,10 @@ def make_betas(noise_schedule: str, steps: int) -> Array:
     Raises ``UserError`` for an unknown name, for no steps, and for fewer than 21 linear steps: the linear
     schedule runs from 1e-4 to 0.02, times 1000 / steps, and must stay below 1.
     """
+    try:
+        steps = operator.index(steps)
+    except TypeError:
+        raise UserError(f"diffusion_steps: got {steps!r}, expected an integer") from None
     if steps < 1:
         raise UserError(f"diffusion_steps: must be at least 1, got {steps}")
     if noise_schedule == "linear":

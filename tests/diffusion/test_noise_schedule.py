@@ -221,3 +221,10 @@ def test_a_trace_leaves_no_table_behind() -> None:
     exported = torch.export.export(Noised(), (x, t), strict=False).module()
     assert {type(table) for table in diffusion._on_device.values()} <= {torch.Tensor}
     assert torch.equal(exported(x, t), diffusion.q_sample(x, t, noise=x))
+
+
+@pytest.mark.parametrize("steps", ["1000", 1000.0, None])
+@pytest.mark.parametrize("noise_schedule", ["linear", "squaredcos_cap_v2"])
+def test_steps_that_are_no_integer(steps: Any, noise_schedule: str) -> None:
+    with pytest.raises(UserError, match=f"^diffusion_steps: got {steps!r}, expected an integer$"):
+        create_diffusion(noise_schedule=noise_schedule, diffusion_steps=steps)
