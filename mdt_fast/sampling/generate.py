@@ -161,7 +161,13 @@ def respaced(
     diffusion: GaussianDiffusion | DiffusionConfig,
     config: SampleConfig,
 ) -> GaussianDiffusion:
-    """The diffusion that ``sample`` was given, respaced."""
+    """The diffusion that ``sample`` was given, respaced. ``UserError`` for other kinds of arguments."""
+    if not isinstance(config, SampleConfig):
+        raise UserError(f"config: got a {type(config).__name__}, expected a SampleConfig")
+    if not isinstance(diffusion, DiffusionConfig) and not hasattr(diffusion, "num_timesteps"):
+        raise UserError(
+            f"diffusion: got a {type(diffusion).__name__}, expected a GaussianDiffusion or a DiffusionConfig"
+        )
     if isinstance(diffusion, DiffusionConfig):
         return sampling_diffusion(config_of(model), diffusion, config)
     if diffusion.num_timesteps != diffusion.original_num_steps or type(diffusion) is not GaussianDiffusion:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,3 +238,16 @@ def test_latents_are_not_clipped_and_pixels_are() -> None:
                 parameter.normal_(std=0.3)
         drawn = mdt_fast.sample(latents, DiffusionConfig(), [1, 2], replace(CONFIG, steps=3))
         assert bool(drawn.abs().max() <= 1) == (channels == 3)
+
+
+@pytest.mark.parametrize("draw", [mdt_fast.sample, mdt_fast.inpaint])
+def test_arguments_of_another_kind(model: nn.Module, draw: Any) -> None:
+    rest = () if draw is mdt_fast.sample else (torch.zeros(1, 8, 8), torch.ones(8, 8, dtype=torch.bool))
+    diffusion = "GaussianDiffusion or a DiffusionConfig"
+    with pytest.raises(UserError, match=f"^diffusion: got a list, expected a {diffusion}$"):
+        draw(model, [1, 2], CONFIG, *rest)
+    for trained in (DiffusionConfig(), mdt_fast.create_diffusion(), mdt_fast.create_diffusion("4")):
+        with pytest.raises(UserError, match=r"^config: got a dict, expected a SampleConfig$"):
+            draw(model, trained, [1, 2], *rest, {"steps": 5})
+    with pytest.raises(UserError, match=r"^scale_pow: expected float or None, got '4'$"):
+        draw(model, DiffusionConfig(), [1, 2], *rest, replace(CONFIG, scale_pow="4"))
