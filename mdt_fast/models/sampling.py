@@ -90,9 +90,7 @@ class CastWeights:
     @torch.no_grad()
     def refresh(self) -> bool:
         """Cast the current weights. Returns whether the cast weights are now in other memory than before."""
-        aside = {id(block) for block in getattr(self.model, "sideblocks", ())}  # for masked passes
-        blocks = (block for block in self.model.every_block() if id(block) not in aside)
-        layers = [layer for block in blocks for layer in _layers_of_steps(block)]
+        layers = [layer for block in _blocks_of_steps(self.model) for layer in _layers_of_steps(block)]
         whole: list[Any] = [layer.weight for layer in layers]
         same = [(id(m), m.weight.shape, m.weight.device, _parts(m)) for m in layers] == [
             (id(m), cast[0].shape, cast[0].device, len(cast))
@@ -146,6 +144,12 @@ def _parts(layer: nn.Linear) -> int:
     return 1 if in_float8(layer) is False else 2
 
 
+def _blocks_of_steps(model: Transformer) -> Iterator[Block]:
+    """The blocks, without those used in masked passes only."""
+    aside = {id(block) for block in getattr(model, "sideblocks", ())}
+    return (block for block in model.every_block() if id(block) not in aside)
+
+
 def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
     """The layers whose weights (float32, or to be rounded to float8) are read only by a step's products.
     Modulation layers are not among them: they can be computed for many steps at once."""
@@ -181,14 +185,10 @@ class StepModulations:
     def __init__(
         self, model: Transformer, times: Sequence[float], labels: Tensor, chunk_bytes: int = CHUNK_BYTES
     ):
-        self.blocks: list[Any] = [
-            block
-            for name, block in model.named_modules()
-            if isinstance(getattr(block, "adaLN_modulation", None), nn.Sequential)
-            and not name.startswith("sideblocks")  # used in masked passes only
-        ]
+        D, parts = model.hidden_size, list[Any]([*_blocks_of_steps(model), model.final_layer])
+        # One of another width belongs to something that is attached to the model.
+        self.blocks = [part for part in parts if getattr(part.adaLN_modulation[1], "in_features", D) == D]
         self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.blocks]
-        D = model.hidden_size
         self.widths = [2 * D if block is model.final_layer else 6 * D for block in self.blocks]
         self.model, self.labels = model, labels
         self.times = torch.tensor(times, device=labels.device)
