@@ -6,6 +6,7 @@ labels, D width, W modulation values per row (all blocks together).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -16,7 +17,7 @@ from ..kernels import quantize_weight
 from ..masking import MaskPlan
 from .attention import Attention
 from .base import Transformer
-from .blocks import Block, Mlp, both_skips
+from .blocks import Block, FinalLayer, Mlp, both_skips
 from .conditioning import Conditioning
 from .ops import Float8Linear, in_float8, is_plain, takes_activated
 
@@ -40,8 +41,7 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether hooks, ``torch.compile`` or a ``forward`` set on the instance surround the forward pass."""
-    hooks = model._forward_hooks or model._forward_pre_hooks
-    return bool(hooks) or "forward" in vars(model) or model._compiled_call_impl is not None
+    return _watched(model) or model._compiled_call_impl is not None
 
 
 def has_own_forward(model: Transformer) -> bool:
@@ -156,10 +156,7 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
     modules: tuple[nn.Module, ...] = block, block.attn, block.mlp
     if tuple(map(type, modules)) != (Block, Attention, Mlp):
         return
-    if any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m._compiled_call_impl is not None
-        for m in modules
-    ):
+    if any(_watched(m) or m._compiled_call_impl is not None for m in modules):
         return
     for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.skip_linear):
         if layer is None or not is_plain(layer):
@@ -170,8 +167,34 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
 
 
 def conditions_plainly(model: Transformer) -> bool:
-    """Whether the model uses times and labels as the published models do, without its own ``condition``."""
-    return type(model).condition is Transformer.condition and "condition" not in vars(model)
+    """Whether blocks and embedders may be run with the modulations of all steps at once: nothing of the
+    user's sees the conditioning, or would see other rows than in a call of the whole model."""
+    if not all(_is_ours(model, name) for name in ("condition", "run", "image", "from_tokens")):
+        return False
+    listed = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+    aside = getattr(model, "sideblocks", None)
+    blocks = [*_blocks_of_steps(model), *chain(*(blocks for blocks in listed if blocks is not aside))]
+    last = model.final_layer
+    if type(last) is not FinalLayer or any(type(block) is not Block for block in blocks):
+        return False
+    modulated: list[Any] = [*blocks, last]
+    given = model.t_embedder, model.y_embedder, *(part.adaLN_modulation for part in modulated)
+    return not any(map(_watched, chain(modulated, *(part.modules() for part in given))))
+
+
+def embeds_plainly(model: Transformer) -> bool:
+    """Whether both halves of a guided batch may share their embedded patches: no hook counts the rows."""
+    return _is_ours(model, "embed") and not any(map(_watched, model.x_embedder.modules()))
+
+
+def _is_ours(model: Transformer, name: str) -> bool:
+    """Whether the method is this package's."""
+    return name not in vars(model) and getattr(type(model), name).__module__.startswith(f"{__package__}.")
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something sees the inputs of ``module``, or replaces its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class StepModulations:

@@ -21,7 +21,14 @@ from ..diffusion import GaussianDiffusion, channels_to_guide, guide, power_cosin
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..kernels.registry import PLAIN
 from ..masking import MaskPlan
-from ..models.sampling import CastWeights, StepModulations, conditions_plainly, guided_pass, is_open
+from ..models.sampling import (
+    CastWeights,
+    StepModulations,
+    conditions_plainly,
+    embeds_plainly,
+    guided_pass,
+    is_open,
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,7 @@ class GuidedModel:
         }
         self.labels = self.rows = torch.empty(0)
         self.modulations: StepModulations | None = None
+        self.shared = False
         self.plan: MaskPlan | None = None
 
     def begin(self, labels: Sequence[int]) -> None:
@@ -151,8 +159,9 @@ class GuidedModel:
             self._look_for_graphs(moved)
         null = [self.num_classes] * len(labels)
         self.labels = torch.tensor([*labels, *null], device=self.device)
-        parts = self.parts if self.switches.batched_modulations else None
-        if parts is not None and conditions_plainly(parts):
+        self.modulations, parts = None, self.parts
+        self.shared = self.switches.shared_embedding and parts is not None and embeds_plainly(parts)
+        if self.switches.batched_modulations and parts is not None and conditions_plainly(parts):
             any_guided = any(self.guided(index) for index in range(len(self.weights)))
             unique = sorted({*labels, *(null if any_guided else ())})
             place = {label: i for i, label in enumerate(unique)}
@@ -233,7 +242,6 @@ class GuidedModel:
                 c = self.modulations.conditioning(modulations)
             else:
                 c = self.parts.condition(t, y)  # type: ignore[arg-type]
-            shared = self.switches.shared_embedding
-            output = guided_pass(self.parts, images, c, plan, guided=guided, shared=shared)
+            output = guided_pass(self.parts, images, c, plan, guided=guided, shared=self.shared)
         output = output.to(x.dtype)
         return output if self.fused is None or row is None else self.fused(output, x, noise, row, weight)

@@ -2,15 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mdt_fast import DiffusionConfig, MDTv2, SampleConfig, sample
+from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, sample
 from mdt_fast.config import SampleSwitches
 from mdt_fast.models.blocks import Block, FinalLayer
+from mdt_fast.sampling import Sampler
+from mdt_fast.sampling.generate import respaced
 from small_models import made
 from tolerances import FLOAT64, relative_error
 
@@ -42,3 +45,83 @@ def test_what_is_attached_to_a_model_is_not_part_of_its_steps(attached: str) -> 
     fast, plain = fast_and_plain(model)
     assert torch.equal(fast, before)
     assert relative_error(plain, before) <= FLOAT64
+
+
+class Conditioned(Block):
+    """A block that also uses the conditioning itself."""
+
+    def forward(self, x: Tensor, c: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x, c, *args, **kwargs) + c[:, None]
+
+
+class ByItself(nn.Module):
+    """A module in a block's place."""
+
+    def forward(self, x: Tensor, c: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x + c[:, None]
+
+
+class Mine(DiT):
+    def run(self, block: Any, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return super().run(block, x + c.plain[:, None], c, *args, **kwargs)
+
+
+def of_class(cls: type[nn.Module]) -> Callable[[Any], None]:
+    return lambda model: setattr(model.blocks[1], "__class__", cls)
+
+
+def replaced(model: Any) -> None:
+    model.blocks[1] = ByItself()
+
+
+def conditioned(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + args[1][:, None]
+
+
+def by_row(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Something else in each row of the batch."""
+    row = torch.arange(len(output)).view(-1, *[1] * (output.ndim - 1))
+    return output + row * torch.linspace(-1, 1, output.shape[-1])
+
+
+def hooked(name: str, hook: Callable[..., Tensor]) -> Callable[[Any], None]:
+    return lambda model: model.get_submodule(name).register_forward_hook(hook)
+
+
+OWN: dict[str, Callable[[Any], Any]] = {
+    "a block's class": of_class(Conditioned),
+    "a block's place": replaced,
+    "the model's class": lambda model: setattr(model, "__class__", Mine),
+    "a hook on a block": hooked("blocks.1", conditioned),
+    "a hook on the last layer": hooked("final_layer", conditioned),
+    **{
+        f"a hook on {name}": hooked(name, by_row)
+        for name in (
+            "t_embedder", "y_embedder", "y_embedder.embedding_table", "t_embedder.mlp.2", "x_embedder",
+            "blocks.0.adaLN_modulation.1", "final_layer.adaLN_modulation.1", "blocks.0.attn",
+            "blocks.1.mlp.fc1",
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_what_sees_the_conditioning_or_the_rows_sees_those_of_a_whole_pass(own: str) -> None:
+    model = made("dit").eval()
+    before = draw(model, SampleSwitches())
+    OWN[own](model)
+    fast, plain = fast_and_plain(model)
+    assert relative_error(fast, plain) <= FLOAT64
+    assert relative_error(plain, before) > 1e-3
+
+
+def test_a_hook_set_between_batches_counts() -> None:
+    model = made("dit").eval()
+    sampler = Sampler(model, respaced(model, DiffusionConfig(), CONFIG), CONFIG)
+    sampler(LABELS)
+    for name in ("y_embedder", "x_embedder"):
+        hooked(name, by_row)(model)
+    plain = sample(
+        model, DiffusionConfig(), LABELS, replace(CONFIG, batch_size=4), switches=SampleSwitches.none()
+    )
+    assert relative_error(sampler(LABELS), plain) <= FLOAT64
