@@ -199,6 +199,12 @@ class Sampler:
         check_sampling(self.about, config)
         if next(model.parameters()).device.type == "meta":
             raise UserError("model: its weights are on the meta device, there is nothing to draw with")
+        if (diffusion.var_type == "learned_range") != self.about.learn_sigma:
+            expected = "learned_range" if self.about.learn_sigma else "fixed_large or fixed_small"
+            raise UserError(
+                f"diffusion: got var_type {diffusion.var_type}, expected {expected} "
+                f"(the model's learn_sigma is {self.about.learn_sigma})"
+            )
         if config.sampler in SOLVERS:
             open_scheduler(config.sampler, diffusion)  # fails now if diffusers is missing
         self.diffusion, self.config = diffusion, config

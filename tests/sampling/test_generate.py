@@ -154,6 +154,19 @@ def test_impossible_settings_are_named(
         draw(model, labels, **changes)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_a_process_whose_variance_is_not_the_models_is_named(sampler: str) -> None:
+    config = replace(CONFIG, sampler=sampler)
+    for learned, got in (
+        (True, "fixed_large, expected learned_range"),
+        (False, "learned_range, expected fix"),
+    ):
+        about = replace(MODEL, learn_sigma=learned)
+        other = sampling_diffusion(replace(MODEL, learn_sigma=not learned), DiffusionConfig(), config)
+        with pytest.raises(UserError, match=f"diffusion: got var_type {got}"):
+            sample(build_model(about), other, LABELS, config)
+
+
 def test_a_model_without_null_class_cannot_be_guided() -> None:
     config = replace(MODEL, class_dropout_prob=0.0)
     unguided = build_model(config)
