@@ -206,7 +206,7 @@ class Schedule:
         """An array as a tensor on ``device``, copied there only once, as a copy waits for the GPU."""
         table = self._on_device.get((array, device))
         if table is None:
-            values = torch.as_tensor(getattr(self, array))
+            values = torch.as_tensor(getattr(self, array), device="cpu")
             with torch.inference_mode(False):  # a table first used in sampling must also work in training
                 table = values.to(device, torch.float32 if values.is_floating_point() else torch.int64)
             if type(table) is Tensor:  # not while torch.export traces, with tensors that have no values

@@ -297,12 +297,13 @@ class PerImageNoise:
         self.generators = []
         for index in self.images:
             state = np.random.SeedSequence([seed, index], spawn_key=stream).generate_state(1, np.uint64)
-            self.generators.append(torch.Generator().manual_seed(int(state[0])))
+            self.generators.append(torch.Generator("cpu").manual_seed(int(state[0])))
 
     def __call__(self, like: Tensor) -> Tensor:
         """Noise like ``like``; drawn in float32 even if ``like`` is float64."""
         shape, dtype = like.shape[1:], torch.float32  # whatever torch's default is
-        rows = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in self.generators])
+        drawn = [torch.randn(shape, generator=g, dtype=dtype, device=g.device) for g in self.generators]
+        rows = torch.stack(drawn)
         if like.device.type == "cuda":  # the copy overlaps with drawing the next noise
             return rows.pin_memory().to(like.device, like.dtype, non_blocking=True)
         return rows.to(like)

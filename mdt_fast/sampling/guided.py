@@ -43,14 +43,14 @@ class Walk:
 def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig) -> Tensor:
     """The guidance weight of each step, float32 [T] on the CPU: 1 outside of ``cfg_interval``, and where it
     differs from 1 by less than ``skip_below``."""
-    times, steps = torch.tensor(diffusion.timestep_map), diffusion.original_num_steps
+    times, steps = torch.tensor(diffusion.timestep_map, device="cpu"), diffusion.original_num_steps
     weights = power_cosine_scale(times, config.cfg_scale, steps, config.scale_pow)
     if config.cfg_interval is not None:
         low, high = config.cfg_interval
         if high <= 1:
             low, high = low * steps, high * steps
-        weights = weights.where((times >= low) & (times <= high), torch.ones(()))
-    return weights.where((weights - 1).abs() >= config.skip_below, torch.ones(()))
+        weights = weights.where((times >= low) & (times <= high), 1.0)
+    return weights.where((weights - 1).abs() >= config.skip_below, 1.0)
 
 
 def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:

@@ -45,7 +45,8 @@ def open_scheduler(sampler: str, diffusion: GaussianDiffusion) -> Callable[[Tens
     except (ImportError, RuntimeError) as error:  # diffusers turns its internal failures into RuntimeError
         raise not_importable(f"sampler: {sampler} comes with diffusers", error, "latents") from None
     T, a = diffusion.num_timesteps, diffusion.alphas_cumprod
-    with warnings.catch_warnings():  # from NumPy, about diffusers
+    # Warnings are from NumPy, about diffusers; diffusers reads its tables on torch's default device.
+    with warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("ignore", DeprecationWarning)
         scheduler = cls(
             num_train_timesteps=T,
@@ -58,7 +59,7 @@ def open_scheduler(sampler: str, diffusion: GaussianDiffusion) -> Callable[[Tens
         scheduler.set_timesteps(T)
     assert scheduler.timesteps.tolist() == list(range(T - 1, -1, -1))
     sigmas = np.append(np.sqrt(1 / a - 1)[::-1], 0.0)
-    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
 
     def step(pred_xstart: Tensor, index: int, x: Tensor) -> Tensor:
         return scheduler.step(pred_xstart, index, x, return_dict=False)[0]

@@ -161,6 +161,16 @@ def test_functional_transforms() -> None:
     assert per_sample["pos_embed"].shape == (2, 1, 16, 16)
 
 
+def test_labels_are_dropped_on_the_host_whatever_the_default_device() -> None:
+    model, y = tiny(class_dropout_prob=0.5).train(), torch.arange(10)
+    torch.manual_seed(0)
+    expected = model.drop_labels(y)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert torch.equal(model.drop_labels(y), expected)
+    assert 0 < (expected == 10).sum() < 10
+
+
 def test_guidance_needs_an_even_batch() -> None:
     with pytest.raises(UserError, match="x: batch of 3, guidance needs an even one"):
         tiny().forward_with_cfg(**inputs(3), cfg_scale=2.0)

@@ -124,6 +124,14 @@ def test_sampling_leaves_the_default_generator_alone(model: nn.Module) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc"])
+def test_noise_is_drawn_on_the_host_whatever_the_default_device(model: nn.Module, sampler: str) -> None:
+    how = {"sampler": sampler, "cfg_interval": (100.0, 900.0)}
+    expected = draw(model, **how)
+    with torch.device("meta"):
+        assert torch.equal(draw(model, **how), expected)
+
+
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [

@@ -200,3 +200,9 @@ def test_models_without_masks_fill_in_but_hide_nothing(changes: dict) -> None:
     assert torch.equal(fill(model)[..., ~RIGHT], IMAGE[..., ~RIGHT].expand(5, -1, -1))
     with pytest.raises(UserError, match="hide: the model was not trained with hidden tokens; use 0"):
         fill(model, hide=0.5)
+
+
+def test_noise_is_drawn_on_the_host_whatever_the_default_device(model: nn.Module) -> None:
+    expected = fill(model, hide=0.5)
+    with torch.device("meta"):
+        assert torch.equal(fill(model, hide=0.5), expected)
