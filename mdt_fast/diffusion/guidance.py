@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .checks import readable
 
 
 def power_cosine_scale(
@@ -36,7 +37,7 @@ def power_cosine_scale(
         raise UserError(f"scale_pow: got {scale_pow!r}, expected a number or None")
     if not 0 <= scale_pow < math.inf:
         raise UserError(f"scale_pow: must be None, or finite and at least 0, got {scale_pow}")
-    if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+    if readable(t) and t.numel():
         low, high = (float(bound) for bound in t.aminmax())
         if low < 0 or high > diffusion_steps:
             raise UserError(f"t: expected 0 to {diffusion_steps}, got values from {low:g} to {high:g}")

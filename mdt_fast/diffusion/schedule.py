@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .checks import readable
 
 Respacing = str | int | Sequence[int] | None
 Array = NDArray[np.float64]
@@ -197,7 +198,7 @@ class Schedule:
             )
         if t.device != x.device:
             raise UserError(f"t: expected on {x.device}, where x is, got {t.device}")
-        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        if readable(t) and t.numel():
             low, high = (int(bound) for bound in t.aminmax())
             if low < 0 or high >= self.num_timesteps:
                 raise UserError(f"t: expected 0 to {self.num_timesteps - 1}, got values from {low} to {high}")

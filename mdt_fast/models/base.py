@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Family, ModelConfig, Switches
+from ..diffusion.checks import readable
 from ..diffusion.guidance import channels_to_guide, guide, power_cosine_scale
 from ..errors import UserError
 from ..kernels import attention_backends
@@ -257,7 +258,7 @@ class Transformer(Pretrained):
             raise UserError(f"{label}: dtype {y.dtype}, expected torch.int64 or torch.int32")
         if t.dtype == torch.bool or t.is_complex():
             raise UserError(f"t: dtype {t.dtype}, expected integers or floating-point numbers")
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or plain_only() or not len(x):
+        if not readable(x) or plain_only() or not len(x):
             return
         rows = self.y_embedder.embedding_table.num_embeddings if self.takes_labels else 0
         if rows and (y.min() < 0 or y.max() >= rows):

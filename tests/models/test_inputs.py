@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mdt_fast
 from mdt_fast import MDT, DiT, MaskPlan, MDTv2, UserError, compile_for_training, models, reference
@@ -159,6 +160,20 @@ def test_functional_transforms() -> None:
     model.eval()
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, batch["x"])
     assert per_sample["pos_embed"].shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("cls", [MDTv2, MDT, DiT])
+def test_fake_tensors(cls: Any) -> None:
+    """On a CPU: their values cannot be checked."""
+    with FakeTensorMode():
+        model, given = tiny(cls), inputs(4)
+        assert model(**given).shape == (4, 8, 8, 8)
+        assert model.forward_with_cfg(**given, cfg_scale=2.0, scale_pow=4.0).shape == (4, 8, 8, 8)
+        losses = mdt_fast.create_diffusion("").training_losses(
+            model, given["x"], given["t"], {"y": given["y"]}
+        )
+        losses["loss"].sum().backward()
+    assert model.final_layer.linear.weight.grad.shape == model.final_layer.linear.weight.shape
 
 
 def test_labels_are_dropped_on_the_host_whatever_the_default_device() -> None:
