@@ -39,6 +39,7 @@ class Transformer(Pretrained):
     """
 
     family: Family
+    trains_mask_token = True  # whenever there is a mask_ratio
 
     def __init__(
         self,
@@ -95,7 +96,9 @@ class Transformer(Pretrained):
         before = self.config.mask_ratio
         self.config = ModelConfig.of(self.family, **{**self.config.kwargs(), "mask_ratio": value})
         if (before is None) != (self.config.mask_ratio is None):
-            self.mask_token.requires_grad_(before is None)
+            if before is not None:  # frozen ones stay frozen
+                self.trains_mask_token = self.mask_token.requires_grad
+            self.mask_token.requires_grad_(before is None and self.trains_mask_token)
 
     @property
     def num_classes(self) -> int:

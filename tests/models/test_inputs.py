@@ -176,6 +176,18 @@ def test_fake_tensors(cls: Any) -> None:
     assert model.final_layer.linear.weight.grad.shape == model.final_layer.linear.weight.shape
 
 
+def test_a_frozen_mask_token_stays_frozen_without_a_mask_ratio_in_between() -> None:
+    model = tiny().requires_grad_(False)
+    for ratio in (None, 0.3, None, 0.4):
+        model.mask_ratio = ratio
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.mask_token.requires_grad_()
+    model.mask_ratio = None
+    assert not model.mask_token.requires_grad
+    model.mask_ratio = 0.3
+    assert model.mask_token.requires_grad
+
+
 def test_labels_are_dropped_on_the_host_whatever_the_default_device() -> None:
     model, y = tiny(class_dropout_prob=0.5).train(), torch.arange(10)
     torch.manual_seed(0)
