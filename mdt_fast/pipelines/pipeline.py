@@ -148,22 +148,26 @@ class MDTPipeline(DiffusionPipeline):
 
         ``output_type``: "pil" images, "np" float32 [n, H, W, 3] in [0, 1] (1 channel for grey images), "pt"
         the same as a tensor [n, 3, H, W], "latent" the transformer's result [n, C, S, S]. Noise and steps are
-        float32 for any dtype of the weights (float64 for a float64 model). Raises ``UserError`` for arguments
-        out of range.
+        float32 for any dtype of the weights (float64 for a float64 model), and under autocast. Raises
+        ``UserError`` for arguments out of range.
         """
         transformer = self.transformer
         about: ModelConfig = transformer.config
         labels = checked_labels(class_labels, transformer.num_classes)
         own = checked_generator(generator, len(labels))
+        device = self._execution_device
+        around: Any = "float32"  # or the dtype of the caller's autocast
+        if torch.is_autocast_enabled(device.type):
+            around = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
         config = SampleConfig(
             cfg_scale=checked_scale(guidance_scale, about),
             scale_pow=checked_power(scale_pow, about),
             guided_channels=checked_channels(guided_channels, about),
+            dtype=around,
         )
         check_output(output_type, about, self.vae is not None)
         if latents is not None:
             check_latents(latents, (len(labels), about.in_channels, about.input_size, about.input_size))
-        device = self._execution_device
         steps = ready(self.scheduler, num_inference_steps, device, transformer.learn_sigma)
         walk = Walk(steps.times[::-1], self.scheduler.config.num_train_timesteps)
         model = GuidedModel(transformer, walk, config, False, SampleSwitches(), device=device)
