@@ -246,8 +246,9 @@ def _initial_noise(
             raise UserError(f"noise: expected shape {list(shape)}, got {list(noise.shape)}")
         return noise if device is None else noise.to(device)
     if device is None:
-        module = getattr(model, "__self__", model)  # the module of a bound method
-        parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None
+        module: Any = getattr(model, "__self__", model)  # the module of a bound method
+        modular = isinstance(module, torch.nn.Module) or hasattr(type(module), "in_a_loop")
+        parameter = next(module.parameters(), None) if modular else None
         if parameter is None:
             raise UserError("device: must be given if there is neither noise nor a model with parameters")
         device = parameter.device

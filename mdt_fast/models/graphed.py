@@ -60,6 +60,10 @@ class GraphedModel:
         """As the model's; ``cfg_scale`` may be a tensor [n] if it changes from step to step."""
         return self._run(self.model.forward_with_cfg, "forward_with_cfg", args, kwargs)
 
+    def in_a_loop(self, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+        """As the model's; ``method``, this object or one of its methods, runs as graphs already."""
+        return _with_its_dtype(self.model, method)
+
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # a copy that is still being made
             raise AttributeError(name)
@@ -138,6 +142,10 @@ def in_a_loop(model: Transformer, method: Callable[..., Tensor], calls: int) -> 
     name = "forward" if method is model else getattr(method, "__name__", "")
     if calls >= LONG and on_a_gpu(next(model.parameters())) and _ours(model, method, name):
         method = _InALoop(model, method, name)
+    return _with_its_dtype(model, method)
+
+
+def _with_its_dtype(model: Transformer, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     half = model.pos_embed.dtype in (torch.bfloat16, torch.float16)
     return _InItsDtype(model, method) if half else method
 

@@ -71,6 +71,21 @@ def test_a_loop_of_the_published_kind(model: nn.Module) -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["forward", "forward_with_cfg", ""])
+def test_a_loop_casts_and_finds_the_device_as_with_the_model(
+    model: nn.Module, dtype: torch.dtype, name: str
+) -> None:
+    diffusion, kwargs, pictures = create_diffusion("5"), {"y": torch.tensor([1, 2, 10, 10])}, []
+    model.to(dtype)
+    for each in (model, GraphedModel(model)):
+        torch.manual_seed(0)
+        called = getattr(each, name) if name else each
+        pictures.append(diffusion.ddim_sample_loop(called, (4, 4, 8, 8), model_kwargs=kwargs))
+    assert torch.equal(*pictures)
+    assert len(Captured.captures) == 1
+
+
 def test_where_the_model_itself_is_called(model: nn.Module) -> None:
     quick, (x, t, y) = GraphedModel(model), inputs()
     assert quick(x, t, y).requires_grad
