@@ -168,8 +168,12 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``; in eager code without gradients, only the forward pass."""
     if torch.compiler.is_compiling() or needs_grad(args):
         return function.apply(*args)
-    if watched(args):  # detached, because its context does not know that gradients are off
-        return function.apply(*(arg.detach() if isinstance(arg, Tensor) else arg for arg in args))
+    if watched(args):
+        # An autograd context does not know that gradients are off. A weight rounded to float8 (a tuple) has
+        # none, so it must: its tensors are detached. Others stay as they are, for what is watching.
+        if any(isinstance(arg, tuple) for arg in args):
+            args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        return function.apply(*args)
     return function.forward(_Nothing(), *args)
 
 

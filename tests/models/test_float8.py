@@ -314,6 +314,16 @@ def test_a_sampler_rounds_the_weights_once_for_a_batch(monkeypatch: pytest.Monke
     assert len(rounded) == 4 * 4 * (2 + 3)
 
 
+def test_a_sampler_may_be_watched() -> None:
+    """A mode that looks at operators has everything run as autograd functions, whose contexts do not know
+    that gradients are off."""
+    converted = in_float8(model(DiT)).eval()
+    config = SampleConfig(steps=2, sampler="ddim", cfg_scale=2.0, dtype="bfloat16")
+    plain = mdt_fast.sample(converted, mdt_fast.DiffusionConfig(), [1, 2], config)
+    with FlopCounterMode(display=False):
+        assert torch.equal(mdt_fast.sample(converted, mdt_fast.DiffusionConfig(), [1, 2], config), plain)
+
+
 def test_a_rounded_weight_is_for_passes_without_gradients() -> None:
     x, weight = torch.randn(5, 32), torch.randn(16, 32, requires_grad=True)
     rows, _, scale = kernels.quantize_weight(weight)
