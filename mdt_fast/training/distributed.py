@@ -23,6 +23,8 @@ from ..errors import UserError
 from ..processes import Ranks
 
 STORE_TIMEOUT, REPORT_TIMEOUT = timedelta(minutes=5), timedelta(seconds=5)
+_join = 0
+"""How many times this process has joined the others; they all count alike."""
 
 
 @dataclass
@@ -105,12 +107,15 @@ def joined(device: torch.device) -> Iterator[World]:
         return
     rank, size = ranks.rank, ranks.world
     local_rank = rank if ranks.local_rank is None else ranks.local_rank
+    global _join
+    _join += 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps its store when it restarts processes, with their old addresses still in it.
+            # torchrun keeps its store when it restarts processes, and when these join again, with their old
+            # addresses still in it.
             store = dist.PrefixStore(f"mdt_fast/attempt_{_attempt()}", _torchruns_store(STORE_TIMEOUT))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         else:
@@ -191,7 +196,7 @@ def warnings_of_launch() -> list[str]:
 
 
 def _attempt() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}_{_join}"
 
 
 def _torchruns_store(timeout: timedelta) -> dist.Store:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ..config import TrainConfig
 from ..cuda_graphs import Graphed, Key, key_of, lent
@@ -34,6 +35,14 @@ class Passes:
     device: torch.device
     replicas: int = 1
 
+    def __post_init__(self) -> None:
+        """FSDP2 can leave out the reduction after a backward pass only for blocks it has gathered once, which
+        the side blocks are not in a pass over all tokens."""
+        for block in self.model.every_block() if self.sharded else ():
+            if isinstance(block, FSDPModule):
+                block.unshard()
+                block.reshard()
+
     def zero_grad(self) -> None:
         self.model.zero_grad()
 
@@ -56,7 +65,9 @@ class Passes:
     def forward_passes(self, x: Tensor, y: Tensor, draws: Draws) -> list[Callable[[], dict[str, Tensor]]]:
         """The forward passes to run, each followed by a backward pass."""
         if self.settings.passes == "in_turn":
-            return losses_by_pass(self.model, self.diffusion, x, y, draws)
+            calls = losses_by_pass(self.model, self.diffusion, x, y, draws)
+            # Under FSDP2 all gradients of a group have one dtype: with the masked pass first, all come in it.
+            return calls[::-1] if self.sharded else calls
         return [lambda: losses_of(self.model, self.diffusion, x, y, draws)]
 
 

@@ -2,20 +2,16 @@
 
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mdt_fast import TrainingStep, create_diffusion
 from mdt_fast.errors import UserError
 from mdt_fast.models.embed import LabelEmbedder
 from mdt_fast.training import passes
-from mdt_fast.training.parallelize import METHODS
 from replayed import Replayed
 from small_models import made
 
@@ -309,34 +305,6 @@ def test_graphs_are_made_anew_for_weights_elsewhere(monkeypatch: pytest.MonkeyPa
     assert step.made is not second
     assert model.final_layer.linear.weight.grad is None
     assert copy.deepcopy(step).made is None
-
-
-def test_shards(tmp_path: Path) -> None:
-    """With one process: the same gradients; no graphs."""
-    model = made("mdtv2", torch.float32, mask_ratio=0.3).train()
-    whole, (x, y) = TrainingStep(copy.deepcopy(model), DIFFUSION), batch()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        for block in model.every_block():
-            fully_shard(block)
-        with pytest.raises(UserError, match="model: its blocks are sharded but it is not"):
-            TrainingStep(model, DIFFUSION)
-        fully_shard(model)
-        for name in METHODS:
-            register_fsdp_forward_method(model, name)
-        step = TrainingStep(model, DIFFUSION, accumulate=2)
-        for seed in range(2):
-            torch.manual_seed(seed)
-            whole(x.float(), y)
-            torch.manual_seed(seed)
-            for rows in (slice(2), slice(2, 4)):
-                step(x[rows].float(), y[rows])
-            for a, e in zip(model.parameters(), whole.model.parameters(), strict=True):
-                torch.testing.assert_close(a.grad.full_tensor(), e.grad, rtol=1e-4, atol=1e-5)
-        with pytest.raises(UserError, match="got a model that FSDP shards"):
-            TrainingStep(model, DIFFUSION, cuda_graphs=True)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_refusals() -> None:
