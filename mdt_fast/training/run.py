@@ -1,5 +1,6 @@
 """A run's parts: checked settings, data, model, optimiser, and the run's folder."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from .speed import Speed
 from .states import restore_optimizer, training_state
 
 INIT = 10  # the seed stream of the initial weights; the loader and the loop have their own
+ORIGIN = "began_from"
+"""A run that began from another run's checkpoint has that one's path in this file."""
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 10, 10, 20
 
 
@@ -90,6 +93,9 @@ class Run:
                 remove_leftovers(folder)
             with aside(self.out / "config.json") as file:
                 file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
+            if self.start is not None and self.start.run.resolve() != self.out.resolve():
+                with aside(self.out / ORIGIN) as file:
+                    file.write_text(f"{self.start.path.absolute()}\n")
         metrics = Metrics(
             self.out / "metrics.jsonl",
             step=self.step,
@@ -257,16 +263,30 @@ def check_steps_left(start: Checkpoint, config: RunConfig, out: Path) -> None:
 def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, world: World) -> None:
     """``UserError`` unless the data fits the model and the processes."""
     check_classes(images.classes, config.model.num_classes)
-    for name, ours, theirs in (
+    for name, wanted, found in (
         ("input_size", config.model.input_size, first_stage.size),
         ("in_channels", config.model.in_channels, first_stage.channels),
     ):
-        if ours != theirs:
-            raise UserError(f"model.{name}: {ours}, but the data has {theirs} (data.source, data.vae)")
+        if wanted != found:
+            raise UserError(f"model.{name}: {wanted}, but the data has {found} (data.source, data.vae)")
     if len(images.labels) < world.size:
         raise UserError(
             f"data.source: {len(images.labels)} images for {world.size} processes; each needs at least one"
         )
+    ours = _digest(images)
+    for rank, theirs in enumerate(world.everyones(ours)):
+        if theirs != ours:
+            raise UserError(
+                f"data.source: process {rank} found other images than process {world.rank} (by class); "
+                "all processes need the same"
+            )
+
+
+def _digest(images: ImageSet) -> str:
+    """Of the classes' names and every image's class."""
+    digest = hashlib.sha256(json.dumps(list(images.classes)).encode())
+    digest.update(np.asarray(images.labels, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
@@ -311,6 +331,7 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {str(out)!r} is a file; a folder is needed")
     newest = checkpoint.latest(out)
+    origin = Path((out / ORIGIN).read_text().strip()) if (out / ORIGIN).is_file() else None
     holds_run = newest is not None or (out / "metrics.jsonl").exists()
     if resume is None:
         if holds_run:
@@ -319,9 +340,13 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
             )
         return None
     if resume == "auto":
-        return open_or_advise(newest, ()) if newest else None
+        path = newest or origin
+        if newest is None and origin is not None and not origin.exists():
+            raise UserError(f"out: {str(out)!r} began from {str(origin)!r}, which does not exist any more")
+        return open_or_advise(path, ()) if path else None
     start = open_or_advise(Path(resume), ())
-    if holds_run and start.run.resolve() != out.resolve():
+    again = newest is None and origin is not None and start.path.resolve() == origin.resolve()
+    if holds_run and not again and start.run.resolve() != out.resolve():
         raise UserError(
             f"resume: {resume!r} belongs to a different run than {str(out)!r}; choose another --out"
         )

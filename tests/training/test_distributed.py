@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ from mdt_fast.kernels.native import library
 from mdt_fast.processes import resolve_device
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
 from mdt_fast.training.distributed import let_go
-from mdt_fast.training.run import equal_share
-from tiny import ARGUMENTS
+from mdt_fast.training.run import check_data, equal_share, prepare
+from tiny import ARGUMENTS, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -278,6 +279,16 @@ def test_a_group_is_left_when_its_threads_hold_nothing(name: str, waited_for: bo
         let_go(patience=100)
         assert ended.is_set()
     thread.join()
+
+
+def test_processes_need_the_same_images(tmp_path: Path) -> None:
+    """Copies on each machine's own disk may differ, and would number classes and images differently."""
+    run = prepare(tiny(), tmp_path / "run", None)
+    world: Any = SimpleNamespace(size=2, rank=1, everyones=lambda own: [own, own])
+    check_data(run.config, run.images, run.first_stage, world)
+    world.everyones = lambda own: ["another's", own]
+    with pytest.raises(UserError, match="data.source: process 0 found other images than process 1"):
+        check_data(run.config, run.images, run.first_stage, world)
 
 
 def test_processes_that_do_not_know_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

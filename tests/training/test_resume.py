@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,6 +84,29 @@ def test_another_runs_checkpoint_starts_a_new_run_from_it(tmp_path: Path) -> Non
     train(tiny(), tmp_path / "whole")
     checkpoint = Path("checkpoints", "step_0000008")
     assert tensors_of(tmp_path / "b" / checkpoint) == tensors_of(tmp_path / "whole" / checkpoint)
+
+
+@pytest.mark.parametrize("resume", ["auto", "a"])
+def test_such_a_run_killed_before_it_saved_begins_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    """Not from random weights; and the checkpoint it began from is asked for."""
+    monkeypatch.chdir(tmp_path)
+    train(tiny(steps=4), "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), "b", resume="a")
+    assert latest(tmp_path / "b") is None
+    train(tiny(), "b", resume=resume)
+    train(tiny(), "whole")
+    checkpoint = Path("checkpoints", "step_0000008")
+    assert tensors_of(tmp_path / "b" / checkpoint) == tensors_of(tmp_path / "whole" / checkpoint)
+    Path("a").rename("elsewhere")
+    train(tiny(steps=9), "b", resume="auto")  # from its own, now
+    shutil.rmtree("b/checkpoints")
+    with pytest.raises(UserError, match=r"out: 'b' began from '.*step_0000004', which does not exist"):
+        train(tiny(steps=9), "b", resume="auto")
 
 
 def test_settings_that_decide_the_numbers_cannot_change(tmp_path: Path) -> None:
