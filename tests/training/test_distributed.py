@@ -287,7 +287,7 @@ def test_processes_need_the_same_images(tmp_path: Path) -> None:
     world: Any = SimpleNamespace(size=2, rank=1, everyones=lambda own: [own, own])
     check_data(run.config, run.images, run.first_stage, world)
     world.everyones = lambda own: ["another's", own]
-    with pytest.raises(UserError, match="data.source: process 0 found other images than process 1"):
+    with pytest.raises(UserError, match=r"data\.source: process 0 found other images than process 1"):
         check_data(run.config, run.images, run.first_stage, world)
 
 
