@@ -1,11 +1,15 @@
 """``mdt-fast train --config``: what --dry-run prints is read back; nonsense gets one line."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from mdt_fast.cli import main
-from mdt_fast.commands.config_file import read_config_file
+from mdt_fast.commands.config_file import Loader, read_config_file
 from mdt_fast.errors import UserError
 from mdt_fast.training.checkpoint import open_checkpoint
 from tiny import ARGUMENTS
@@ -74,6 +78,30 @@ def test_nonsense(text: str, message: str, tmp_path: Path, capsys: pytest.Captur
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--config: cannot read .*: No such file"):
         read_config_file(tmp_path / "none.yaml")
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that a new run takes from its data, and if the data has moved."""
+    images, moved, out = (tmp_path / name for name in ("images", "moved", "run"))
+    for label in "abc":
+        (images / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(images / label / "0.png")
+    shutil.copytree(images, moved)
+    options = [*ARGUMENTS, "--set=model.num_classes=10", "--set=sample.cfg_scale=3", "--set=train.lr=0.5"]
+    options += ["--image-size=8", "--steps=1", "--batch-size=1", "--device=cpu", "--set=sample.steps=1"]
+    assert main(["train", f"--out={out}", f"--data={images}", *options]) == 0
+    for path in out.iterdir():  # what a killed run leaves
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    saved = json.loads((out / "config.json").read_text())
+    for data in (images, moved):
+        more = [] if data == images else [f"--data={data}"]
+        capsys.readouterr()
+        assert main(["train", f"--out={out}", "--resume=auto", "--dry-run", *more]) == 0
+        saved["data"]["source"] = str(data)
+        assert yaml.load(capsys.readouterr().out, Loader) == saved
 
 
 def test_another_preset_than_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

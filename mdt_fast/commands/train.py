@@ -72,16 +72,17 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     name, given = named_preset(args)
     start = starting_point(Path(args.out), args.resume)
     begun = Path(args.out) / "config.json"
+    is_begun = start is None and args.resume == "auto" and name is None and begun.is_file()
     if start is not None:
         _check_preset(name, start)
         values = to_dict(start.config)
-    elif args.resume == "auto" and name is None and args.data is None and begun.is_file():
+    elif is_begun:
         values = to_dict(read_saved_config(begun))
     else:
         values = to_dict(_preset(args, name, given))
     by_hand, family = set_by_hand(args, given, values), values["model"]["family"]
     put(values, by_hand)
-    if start is None or args.model is not None:
+    if args.model is not None or (start is None and not is_begun):  # a run's model is fitted already
         _fit_model_to_data(values, args, by_hand, family)
         put(values, by_hand)  # the user's settings override those derived from the data
     return from_dict(RunConfig, values)
