@@ -85,6 +85,12 @@ def unripe(decay: float, step: int, instead: str = "sample with --weights model"
     )
 
 
+def check_decay(decay: float) -> None:
+    """``UserError`` for an EMA's decay out of range."""
+    if not 0 <= decay < 1:
+        raise UserError(f"train.ema_decay: must be in [0, 1), got {decay}")
+
+
 class Ema:
     """An exponential moving average of a model's parameters: ``ema = decay * ema + (1 - decay) * param``.
 
@@ -94,8 +100,7 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        if not 0 <= decay < 1:
-            raise UserError(f"train.ema_decay: must be in [0, 1), got {decay}")
+        check_decay(decay)
         self.decay, self.model = decay, model
         self.tensors = {
             name: p.detach().float() if p.dtype == torch.bfloat16 else p.detach().clone()

@@ -3,8 +3,10 @@
 from typing import Any
 
 from ..config import RunConfig, check_types, to_dict
+from ..diffusion import create_diffusion
 from ..errors import UserError
 from ..sampling import check_sampling, sampling_diffusion
+from .optim import check_decay
 from .sinks import imported_wandb
 
 MAY_CHANGE = (
@@ -60,6 +62,11 @@ def check_settings(config: RunConfig) -> None:
             f"diffusion.diffusion_steps: expected 1 to {MOST_DIFFUSION_STEPS}, "
             f"got {config.diffusion.diffusion_steps}"
         )
+    check_decay(settings.ema_decay)
+    try:
+        create_diffusion(learn_sigma=config.model.learn_sigma, **to_dict(config.diffusion))
+    except UserError as error:
+        raise UserError(f"diffusion.{error}") from None
     if settings.wandb is not None:
         imported_wandb()
     if settings.weights == "bfloat16" and settings.dtype != "bfloat16":

@@ -55,6 +55,22 @@ def test_what_convert_writes_is_enough(tmp_path: Path, capsys: pytest.CaptureFix
     assert (opened.model, opened.diffusion) == (trained.model, PROCESS)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.ema_decay=1.0", "train.ema_decay: must be in [0, 1), got 1.0"),
+        ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma: must be None or above 0"),
+    ],
+)
+def test_a_run_that_could_not_go_on_is_not_made(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, "mdt")[1]
+    assert main(["convert", str(path), str(tmp_path / "run"), *DATA, f"--set={setting}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_the_process_a_preset_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny().model
     write_weights(tmp_path / "w.safetensors", build_model(config).state_dict(), model=to_dict(config))
