@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import yaml
 from PIL import Image
 
 from mdt_fast.cli import main
-from mdt_fast.commands.config_file import Loader, read_config_file
+from mdt_fast.commands.config_file import Loader, as_yaml, read_config_file
+from mdt_fast.config import DataConfig, RunConfig, from_dict
 from mdt_fast.errors import UserError
 from mdt_fast.training.checkpoint import open_checkpoint
-from tiny import ARGUMENTS
+from tiny import ARGUMENTS, tiny
 
 
 def test_what_dry_run_prints_is_a_whole_configuration(
@@ -32,6 +34,16 @@ def test_what_dry_run_prints_is_a_whole_configuration(
     assert main(["train", f"--out={tmp_path / 'run'}", f"--config={file}"]) == 0
     config = open_checkpoint(tmp_path / "run").config
     assert (config.train.lr, config.model.hidden_size, config.train.device) == (1e-4, 16, "cpu")
+
+
+@pytest.mark.parametrize(
+    "source", ["1e5", "1e-4", "-7", "0x1F", "1:30", "2024-01-01", "yes", "null", "=", ".5"]
+)
+def test_what_as_yaml_writes_is_read_back(source: str, tmp_path: Path) -> None:
+    config = replace(tiny(lr=1e-300, max_grad_norm=1e22), data=DataConfig(source=source))
+    (tmp_path / "run.yaml").write_text(as_yaml(config))
+    _, values = read_config_file(tmp_path / "run.yaml")
+    assert from_dict(RunConfig, values) == config
 
 
 def test_a_file_an_option_and_set_in_that_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

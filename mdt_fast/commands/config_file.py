@@ -28,6 +28,13 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789"))
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that :class:`Loader` would read as something else."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
 def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
     """The preset that the file names with ``preset:``, if any, and the settings by section. ``UserError``
     names the file and the problem: not YAML, an unknown key (with the nearest one), a section that is not a
@@ -72,4 +79,4 @@ def read_saved_config(path: Path) -> RunConfig:
 
 def as_yaml(config: RunConfig) -> str:
     """All settings, as ``--config`` reads them."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False)
