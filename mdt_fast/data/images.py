@@ -6,6 +6,7 @@ A set provides the class and the pixels of sample i. Everything random (order, f
 by ``loader.py``, so that a resumed run sees the same batches.
 """
 
+import copy
 import math
 import os
 import random
@@ -40,8 +41,9 @@ class ImageSet(Protocol):
 
 
 def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
-    """Check that a custom set implements ``ImageSet`` and has images of the configured size; returns it.
-    ``UserError`` names what is wrong."""
+    """Check that a custom set implements ``ImageSet`` and has images of the configured size; returns it, or
+    with ``config.conditional`` False a copy in which all samples have one class. ``UserError`` names what is
+    wrong."""
     for name in ("labels", "classes", "in_memory", "shape", "load"):
         if not hasattr(images, name):
             raise UserError(f"images: a {type(images).__name__} has no {name}; see mdt_fast.data.ImageSet")
@@ -67,6 +69,16 @@ def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
         raise UserError(
             f"images.load: returned {first.dtype} {list(first.shape)}, expected float32 {list(shape)}"
         )
+    if config.conditional:
+        return images
+    images = copy.copy(images)  # the caller's own keeps its classes
+    try:
+        images.labels, images.classes = np.zeros_like(labels), ("images",)
+    except AttributeError as error:  # a property, or frozen
+        raise UserError(
+            f"images: the labels and classes of a {type(images).__name__} cannot be replaced, as "
+            f"data.conditional=False needs: {error}"
+        ) from None
     return images
 
 

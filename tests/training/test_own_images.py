@@ -38,6 +38,33 @@ def test_it_trains_as_the_same_images_do(tmp_path: Path) -> None:
         train(config, tmp_path / "own", images=Own(classes=[*"abcdefghij"]), resume="auto")
 
 
+def test_it_trains_without_classes_too(tmp_path: Path) -> None:
+    config = tiny(steps=2, save_every=2, tensorboard=False)
+    config = replace(
+        config,
+        data=replace(config.data, conditional=False),
+        model=replace(config.model, num_classes=1, class_dropout_prob=0.0),
+        sample=replace(config.sample, cfg_scale=1.0),
+    )
+    images = Own()
+    train(config, tmp_path / "known")
+    train(config, tmp_path / "own", images=images)
+    last = Path("checkpoints", "step_0000002")
+    assert tensors_of(tmp_path / "own" / last) == tensors_of(tmp_path / "known" / last)
+    assert (len(images.classes), images.labels.max()) == (10, 9)  # the user's own set keeps its classes
+
+    class Fixed(Own):
+        classes = property(lambda _: [*"0123456789"], lambda *_: None)  # type: ignore[assignment]
+        labels = property(lambda self: self.digits.labels)  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            self.digits = open_images(DataConfig())
+            self.shape, self.in_memory = self.digits.shape, True
+
+    with pytest.raises(UserError, match=r"^images: the labels and classes of a Fixed cannot be replaced"):
+        train(config, tmp_path / "fixed", images=Fixed())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
