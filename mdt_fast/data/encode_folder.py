@@ -67,6 +67,10 @@ class Folder:
             found = from_dict(Encoding, read_signed(path).get("encoding"), str(path))
         except (DamagedError, TypeError):  # its shard will be made again
             return
+        self._refuse_other(found)
+
+    def _refuse_other(self, found: Encoding) -> None:
+        """``UserError`` if ``found`` is not the encoding of this folder; it names the first difference."""
         for name, value in asdict(self.encoding).items():
             was = getattr(found, name)
             if was == value:
@@ -83,13 +87,18 @@ class Folder:
             )
 
     def record(self, shard: int) -> dict[str, Any] | None:
-        """The contents of the JSON beside a shard; None unless the shard is complete."""
+        """The contents of the JSON beside a shard; None unless the shard is complete.
+
+        ``UserError`` if another process has made it with other settings since ``prepare``.
+        """
         if shard not in self._records:
             try:
                 record = read_signed(self._beside(shard))
                 from_dict(Shard, record["shard"]).check_size(self.root)
+                encoding = from_dict(Encoding, record["encoding"])
             except (UserError, OSError, KeyError, TypeError):
                 return None
+            self._refuse_other(encoding)
             self._records[shard] = record
         return self._records[shard]
 

@@ -173,6 +173,25 @@ def test_other_settings_or_images_need_another_folder(config: DataConfig, tmp_pa
     assert content(out) == before
 
 
+def test_other_settings_in_the_folder_meanwhile_are_not_signed(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 begins with another dtype after rank 1 has checked the folder, and is done before it."""
+    out, asked = tmp_path / "latents", []
+
+    def others_go_first() -> bool:
+        if not asked:
+            asked.append(0)
+            as_rank(monkeypatch, 0, 2)
+            assert run(config, out, dtype="float16").shards == 2
+        return False
+
+    as_rank(monkeypatch, 1, 2)
+    with pytest.raises(UserError, match=r"begun with .*: --dtype float16, now it is float32; encode into"):
+        run(config, out, stopped=others_go_first)
+    assert not (out / "index.json").exists()
+
+
 def test_the_same_autoencoder_elsewhere_may_go_on(config: DataConfig, tiny_vae: Path, tmp_path: Path) -> None:
     out = tmp_path / "latents"
     run(config, out)
