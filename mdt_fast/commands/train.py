@@ -72,12 +72,13 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     name, given = named_preset(args)
     start = starting_point(Path(args.out), args.resume)
     begun = Path(args.out) / "config.json"
-    is_begun = start is None and args.resume == "auto" and name is None and begun.is_file()
-    if start is not None:
+    saved = start is not None and start.run.resolve() == Path(args.out).resolve()
+    is_begun = not saved and args.resume == "auto" and name is None and begun.is_file()
+    if is_begun:  # and was killed before its first checkpoint
+        values = to_dict(read_saved_config(begun))
+    elif start is not None:
         _check_preset(name, start)
         values = to_dict(start.config)
-    elif is_begun:
-        values = to_dict(read_saved_config(begun))
     else:
         values = to_dict(_preset(args, name, given))
     by_hand, family = set_by_hand(args, given, values), values["model"]["family"]

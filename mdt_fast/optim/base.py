@@ -48,9 +48,10 @@ class FusedOptimizer(torch.optim.Optimizer):
       for the norm. DTensor shards are known from their placements and do not need it.
 
     Parameters are float32, bfloat16 (with a float32 ``master`` in the state, made in the first step or given
-    to :meth:`set_masters`) or float64 (plain PyTorch). ``lr`` is a number, or a 0-dim tensor that is read on
-    the device. After a step, ``grad_norm`` is the norm before clipping (0-dim float64) and ``skipped_steps``
-    (0-dim int64) the number of steps skipped so far; both are on the device.
+    to :meth:`set_masters`; write new values under ``torch.no_grad()``, as those written through ``p.data`` go
+    unnoticed and are lost in the next step) or float64 (plain PyTorch). ``lr`` is a number, or a 0-dim tensor
+    that is read on the device. After a step, ``grad_norm`` is the norm before clipping (0-dim float64) and
+    ``skipped_steps`` (0-dim int64) the number of steps skipped so far; both are on the device.
     """
 
     op: str  # of kernels.optim
