@@ -177,11 +177,12 @@ def test_other_settings_in_the_folder_meanwhile_are_not_signed(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 begins with another dtype after rank 1 has checked the folder, and is done before it."""
-    out, asked = tmp_path / "latents", []
+    out = tmp_path / "latents"
+    asked: list[None] = []
 
     def others_go_first() -> bool:
         if not asked:
-            asked.append(0)
+            asked.append(None)
             as_rank(monkeypatch, 0, 2)
             assert run(config, out, dtype="float16").shards == 2
         return False
