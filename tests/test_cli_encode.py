@@ -167,6 +167,8 @@ def test_mistakes_are_one_line(
         "--image-size=16",
         "--device=cpu",
     ]
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     for arguments, message in (
         (good[:2], "the following arguments are required: --out"),
         (good[1:], "encode: SOURCE is needed"),
@@ -182,6 +184,8 @@ def test_mistakes_are_one_line(
         ([*good, "--device=tpu9"], "--device: unknown device 'tpu9'"),
         ([*good, f"--vae={tmp_path}"], "vae: no autoencoder in"),
         ([str(tmp_path / "nowhere"), *good[1:]], "data.source: no folder"),
+        ([str(loop), *good[1:]], "data.source: no folder"),
+        ([*good, f"--out={loop}"], "--out: cannot write in"),
         ([f"--out={tmp_path / 'nowhere'}", "--verify"], "index.json: missing"),
     ):
         assert message in error(capsys, *arguments)
