@@ -137,6 +137,8 @@ class Digits:
                 f"data: the digits are 8x8 with 1 channel, got image_size={config.image_size}, "
                 f"channels={config.channels}"
             )
+        if config.crop != "center":
+            raise UserError(f"data.crop: the digits are used whole, got {config.crop!r}, expected 'center'")
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

@@ -218,6 +218,11 @@ def test_digits_have_one_size() -> None:
         open_images(DataConfig(image_size=16))
 
 
+def test_digits_are_not_cropped() -> None:
+    with pytest.raises(UserError, match=r"^data\.crop: the digits are used whole, got 'random'"):
+        open_images(DataConfig(crop="random"))
+
+
 def test_more_classes_than_the_model_has() -> None:
     check_classes(["a", "b"], 2)
     with pytest.raises(UserError, match=r"3 classes, but the model only 2; use --set model.num_classes=3"):
