@@ -160,6 +160,13 @@ def test_an_autoencoder_of_other_latents(tmp_path: Path, capsys: Capture) -> Non
     assert said.endswith("have 8 channels, but the model's have 4")
 
 
+def test_a_file_named_like_a_checkpoint_is_weights(trained: Path, tmp_path: Path) -> None:
+    file, run = tmp_path / "step_0000004.safetensors", tmp_path / "run"
+    assert main(["convert", str(trained), str(file)]) == 0
+    assert main(["convert", str(file), str(run), "--preset=digits", "--set=data.flip=false"]) == 0
+    assert (run / "config.json").is_file()
+
+
 def test_a_folder_of_shards_knows_its_weights(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     file, out = tmp_path / "digits.safetensors", tmp_path / "out"
     assert main(["convert", str(trained), str(file)]) == 0

@@ -215,7 +215,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def is_ours(path: Path) -> bool:
     """Whether this is the folder of a run or of a checkpoint, complete or not."""
-    return (path / "checkpoints").is_dir() or bool(NAME.search(path.name)) or (path / STATE).exists()
+    named = NAME.search(path.name) is not None and path.is_dir()  # a file of weights may have such a name
+    return named or (path / "checkpoints").is_dir() or (path / STATE).exists()
 
 
 def steps(run: Path) -> list[Path]:
