@@ -16,7 +16,6 @@ from ..training import checkpoint
 from ..training.from_official import make_run, read_optimizer, refuse_used
 from ..training.from_weights import what_is_said
 from ..training.official_files import find_files, write_official
-from ..training.optim import unripe
 from ..training.run import open_or_advise
 from ..training.states import whole_state
 from .official_config import RECIPE, official_config
@@ -62,10 +61,8 @@ def _weights_file(args: argparse.Namespace, source: Path, target: Path) -> int:
     else:
         opened = open_or_advise(source, [args.weights], "mdt-fast convert {}")
         state = whole_state(opened, args.weights)
-        averaged, decay = args.weights == checkpoint.EMA, opened.config.train.ema_decay
-        warning = unripe(decay, opened.step, "convert it with --weights model") if averaged else None
-        if warning is not None:
-            print(warning)
+        if (note := opened.note(args.weights, "convert it with --weights model")) is not None:
+            print(note)
         metadata = {
             "model": to_dict(opened.config.model), "diffusion": to_dict(opened.config.diffusion),
             "sample": to_dict(opened.config.sample), "classes": list(opened.classes),

@@ -24,7 +24,7 @@ def export(args: argparse.Namespace) -> int:
     check_writable(target)
     batch = _batch(args.batch)
     opened = open_for_drawing(Path(args.run), EMA, "mdt-fast export {}")
-    if (note := opened.note(EMA)) is not None:
+    if (note := opened.note(EMA, "export a file of mdt-fast convert --weights model")) is not None:
         print(note)
     device = resolve_device(args.device)
     stage = described_stage(opened.state.get("latents"), opened.config.data)

@@ -138,7 +138,7 @@ class Digits:
                 f"channels={config.channels}"
             )
         if config.crop != "center":
-            raise UserError(f"data.crop: the digits are used whole, got {config.crop!r}, expected 'center'")
+            raise UserError(f"data.crop: got {config.crop!r}, expected 'center': the digits are used whole")
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

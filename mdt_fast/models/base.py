@@ -102,8 +102,15 @@ class Transformer(Pretrained):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, which is also the index of the null class: those of ``y_embedder``."""
+        """The number of classes, which is also the index of the null class: that of ``y_embedder``."""
         return self.y_embedder.num_classes if self.takes_labels else self.config.num_classes
+
+    @num_classes.setter
+    def num_classes(self, value: int) -> None:
+        if value != self.num_classes:
+            raise UserError(
+                f"num_classes: got {value!r}, expected {self.num_classes}; replace y_embedder instead"
+            )
 
     def set_attention_backend(self, name: str) -> None:
         """Choose what computes attention: ``auto`` (Triton on CUDA, else csrc or PyTorch), or a backend

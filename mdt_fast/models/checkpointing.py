@@ -37,12 +37,12 @@ def checkpointed(block: nn.Module, compute: Callable[..., Tensor], mode: str, *a
     most time per byte it stores. A block calls this inside its forward, so compiling a block includes it."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws(block)}
     if mode == "selective":
-        compute = partial(_casting_anew, compute, block)
+        compute = partial(_casting_anew, compute)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(compute, *args, **options)
 
 
-def _casting_anew(compute: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
+def _casting_anew(compute: Callable[..., Tensor], *args: Any) -> Tensor:
     """``compute(*args)`` without autocast's cache of cast weights. A second pass would find casts in it that
     a recomputation, which starts with an empty cache, has to make; selective mode cannot match the two."""
     kind = args[0].device.type

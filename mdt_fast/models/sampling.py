@@ -25,6 +25,10 @@ CHUNK_BYTES = 2**28
 """Memory for the modulations of one chunk of steps."""
 
 
+GIVEN_CONDITIONING = "condition", "run", "image", "from_tokens", "encode", "decode"
+"""The models' methods that make the conditioning or are given it."""
+
+
 def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     """Whether a sampler may run the model's parts itself, instead of its ``forward``.
 
@@ -169,9 +173,11 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
 def conditions_plainly(model: Transformer) -> bool:
     """Whether blocks and embedders may be run with the modulations of all steps at once: nothing of the
     user's sees the conditioning, or would see other rows than in a call of the whole model."""
-    if not all(_is_ours(model, name) for name in ("condition", "run", "image", "from_tokens")):
+    if not all(_is_ours(model, name) for name in GIVEN_CONDITIONING):
         return False
-    listed = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+    # Lists of blocks: a module of another kind among them is given the conditioning, too.
+    lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
+    listed = [parts for parts in lists if any(isinstance(part, Block) for part in parts)]
     aside = getattr(model, "sideblocks", None)
     blocks = [*_blocks_of_steps(model), *chain(*(blocks for blocks in listed if blocks is not aside))]
     last = model.final_layer
@@ -189,7 +195,9 @@ def embeds_plainly(model: Transformer) -> bool:
 
 def _is_ours(model: Transformer, name: str) -> bool:
     """Whether the method is this package's."""
-    return name not in vars(model) and getattr(type(model), name).__module__.startswith(f"{__package__}.")
+    method = getattr(type(model), name, None)
+    ours = method is None or method.__module__.startswith(f"{__package__}.")
+    return ours and name not in vars(model)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -72,9 +72,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         weight: Any = next(self.mlp.parameters(), None)
-        if (
-            weight is None
-        ):  # FSDP1 and DataParallel keep plain tensors in their place; quantised layers do not
+        # FSDP1 and DataParallel keep plain tensors in the parameters' place; quantised layers have neither.
+        if weight is None:
             weight = getattr(next(self.mlp.children(), None), "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()
         return self.mlp(timestep_embedding(t).to(dtype))

@@ -67,7 +67,8 @@ def _around(module: nn.Module) -> tuple[Any, ...]:
     """Everything that decides how ``module`` is run, other than its weights."""
     own = vars(module)
     hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
-    return type(module), hooks, own.get("forward"), own.get("switches"), own.get("attention_backend")
+    methods = tuple(value for value in own.values() if callable(value))
+    return type(module), hooks, methods, own.get("switches"), own.get("attention_backend")
 
 
 class FusedStep:

@@ -78,8 +78,9 @@ class SavedModel(ABC):
         """The tensors of a part whose names start with ``prefix``, unsharded and on the CPU."""
 
     @abstractmethod
-    def note(self, part: str) -> str | None:
-        """What a user who samples with the weights of ``part`` should know; None if there is nothing."""
+    def note(self, part: str, instead: str = "sample with --weights model") -> str | None:
+        """What a user who samples with the weights of ``part`` should know, and what to do ``instead``; None
+        if there is nothing."""
 
 
 class Checkpoint(SavedModel):
@@ -96,8 +97,8 @@ class Checkpoint(SavedModel):
             found: dict[str, Any] = reader.read_metadata().state_dict_metadata
         return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
 
-    def note(self, part: str) -> str | None:
-        return unripe(self.config.train.ema_decay, self.step) if part == EMA else None
+    def note(self, part: str, instead: str = "sample with --weights model") -> str | None:
+        return unripe(self.config.train.ema_decay, self.step, instead) if part == EMA else None
 
     def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
         whole = {

@@ -24,7 +24,7 @@ from ..processes import Ranks
 
 STORE_TIMEOUT, REPORT_TIMEOUT = timedelta(minutes=5), timedelta(seconds=5)
 _join = 0
-"""How many times this process has joined the others; they all count alike."""
+"""How many times this process has joined the others. All count alike if all begin the same runs."""
 
 
 @dataclass
@@ -100,6 +100,8 @@ def joined(device: torch.device) -> Iterator[World]:
 
     ``UserError`` if the processes cannot connect.
     """
+    global _join
+    _join += 1
     ranks = Ranks.from_environment()
     if ranks.world == 1:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -107,8 +109,6 @@ def joined(device: torch.device) -> Iterator[World]:
         return
     rank, size = ranks.rank, ranks.world
     local_rank = rank if ranks.local_rank is None else ranks.local_rank
-    global _join
-    _join += 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

@@ -48,7 +48,7 @@ class WeightsFile(SavedModel):
     weights: Mapping[str, Tensor]
     taken: str | None
 
-    def note(self, part: str) -> str | None:
+    def note(self, part: str, instead: str = "") -> str | None:
         model = self.config.model
         blocks = f", {model.decode_layer} decoder blocks" if model.family == "mdt" else ""
         classes = f"{model.num_classes} classes" if self.config.data.conditional else "no classes"

@@ -60,7 +60,7 @@ class Passes:
                 loss = total_loss(found) / (self.settings.accumulate * self.replicas)
             (loss if scale is None else loss * scale).backward()
             terms |= {name: values.detach() for name, values in found.items()}
-        return terms
+        return dict(sorted(terms.items(), key=lambda term: term[0].startswith("m_")))  # in one order always
 
     def forward_passes(self, x: Tensor, y: Tensor, draws: Draws) -> list[Callable[[], dict[str, Tensor]]]:
         """The forward passes to run, each followed by a backward pass."""

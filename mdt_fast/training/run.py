@@ -93,7 +93,9 @@ class Run:
                 remove_leftovers(folder)
             with aside(self.out / "config.json") as file:
                 file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
-            if self.start is not None and self.start.run.resolve() != self.out.resolve():
+            if self.start is None:
+                (self.out / ORIGIN).unlink(missing_ok=True)  # of a run that was here before
+            elif self.start.run.resolve() != self.out.resolve():
                 with aside(self.out / ORIGIN) as file:
                     file.write_text(f"{self.start.path.absolute()}\n")
         metrics = Metrics(
@@ -342,14 +344,19 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     if resume == "auto":
         path = newest or origin
         if newest is None and origin is not None and not origin.exists():
-            raise UserError(f"out: {str(out)!r} began from {str(origin)!r}, which does not exist any more")
+            raise UserError(
+                f"out: {str(out)!r} began from {str(origin)!r}, which does not exist any more; "
+                "choose another folder"
+            )
         return open_or_advise(path, ()) if path else None
     start = open_or_advise(Path(resume), ())
     again = newest is None and origin is not None and start.path.resolve() == origin.resolve()
     if holds_run and not again and start.run.resolve() != out.resolve():
-        raise UserError(
-            f"resume: {resume!r} belongs to a different run than {str(out)!r}; choose another --out"
+        began_there = (
+            newest is None and origin is not None and start.run.resolve() in origin.resolve().parents
         )
+        advice = "use --resume auto, or choose another --out" if began_there else "choose another --out"
+        raise UserError(f"resume: {resume!r} belongs to a different run than {str(out)!r}; {advice}")
     return start
 
 

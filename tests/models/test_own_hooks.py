@@ -1,6 +1,7 @@
 """What others do to a model: offloading, pruning, other label tables, FSDP1, two passes in one autocast."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mdt_fast import (
     reference,
     sample,
 )
+from mdt_fast.errors import UserError
 from mdt_fast.models import MDT, DiT, MDTv2, Transformer
 from mdt_fast.reference.embed import LabelEmbedder
 from mdt_fast.training.step import TrainingStep
@@ -67,7 +69,7 @@ def test_weights_that_are_brought_for_each_layer(family: type[Any]) -> None:
     expected = model(*inputs())
     for child in model.children():
         Brought.everywhere(child)
-    assert all(p.is_meta for p in model.blocks.parameters()) if family is DiT else True
+    assert all(p.is_meta for child in model.children() for p in child.parameters())
     with torch.no_grad():
         assert relative_error(model(*inputs()), expected) < FLOAT32
 
@@ -97,6 +99,8 @@ def test_another_label_table_has_its_own_null_class(classes: int) -> None:
     model = made(MDTv2)
     model.y_embedder = LabelEmbedder(classes, 32, 1.0)
     assert model.num_classes == classes
+    with pytest.raises(UserError, match=r"num_classes: got 7, expected .*; replace y_embedder instead"):
+        model.num_classes = 7
     seen: list[Tensor] = []
     model.y_embedder.embedding_table.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     x, _, y = inputs()
@@ -127,7 +131,7 @@ def test_selective_checkpointing_of_two_passes_in_one_autocast(family: type[Any]
     assert max(relative_error(ours, plain) for ours, plain in zip(*gradients, strict=True)) < 1e-2
 
 
-def test_times_have_the_dtype_of_flattened_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_times_have_the_dtype_of_flattened_weights(tmp_path: Path) -> None:
     """FSDP1 leaves a layer no parameters: its tensors are views of one that is flat."""
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
@@ -141,6 +145,9 @@ def test_times_have_the_dtype_of_flattened_weights(monkeypatch: pytest.MonkeyPat
         x, t, y = inputs()
         terms = create_diffusion("").two_pass_losses(wrapped, x, t, y)
         sum(term.mean() for name, term in terms.items() if name.endswith("loss")).backward()  # type: ignore[union-attr]
+        gradients = [p.grad for p in wrapped.parameters() if p.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
     finally:
         dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, sample
 from mdt_fast.config import SampleSwitches
 from mdt_fast.models.blocks import Block, FinalLayer
+from mdt_fast.models.sampling import conditions_plainly
 from mdt_fast.sampling import Sampler
 from mdt_fast.sampling.generate import respaced
 from small_models import made
@@ -34,6 +35,7 @@ ATTACHED: dict[str, Callable[[Any], nn.Module]] = {
     "a copy": copy.deepcopy,
     "a wider model": lambda model: MDTv2(input_size=8, hidden_size=64, depth=2, num_heads=2, decode_layer=0),
     "a narrower block": lambda model: Block(16, 2, 4.0, None),
+    "a list of other modules": lambda model: nn.ModuleList([nn.Linear(4, 4)]),
 }
 
 
@@ -45,6 +47,7 @@ def test_what_is_attached_to_a_model_is_not_part_of_its_steps(attached: str) -> 
     fast, plain = fast_and_plain(model)
     assert torch.equal(fast, before)
     assert relative_error(plain, before) <= FLOAT64
+    assert conditions_plainly(model)
 
 
 class Conditioned(Block):
@@ -110,6 +113,19 @@ def test_what_sees_the_conditioning_or_the_rows_sees_those_of_a_whole_pass(own: 
     model = made("dit").eval()
     before = draw(model, SampleSwitches())
     OWN[own](model)
+    fast, plain = fast_and_plain(model)
+    assert relative_error(fast, plain) <= FLOAT64
+    assert relative_error(plain, before) > 1e-3
+
+
+def test_a_decoder_of_ones_own_sees_the_conditioning() -> None:
+    class Own(MDTv2):
+        def decode(self, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return super().decode(x + c.plain.mean(1)[:, None, None], c, *args, **kwargs)
+
+    model = made("mdtv2").eval()
+    before = draw(model, SampleSwitches())
+    model.__class__ = Own
     fast, plain = fast_and_plain(model)
     assert relative_error(fast, plain) <= FLOAT64
     assert relative_error(plain, before) > 1e-3

@@ -105,6 +105,10 @@ def test_such_a_run_killed_before_it_saved_begins_there_again(
     Path("a").rename("elsewhere")
     train(tiny(steps=9), "b", resume="auto")  # from its own, now
     shutil.rmtree("b/checkpoints")
+    shutil.copytree("b", "anew")
+    Path("anew", "metrics.jsonl").unlink()
+    train(tiny(steps=1, save_every=9), "anew")
+    assert not Path("anew", "began_from").exists()
     with pytest.raises(UserError, match=r"out: 'b' began from '.*step_0000004', which does not exist"):
         train(tiny(steps=9), "b", resume="auto")
 
