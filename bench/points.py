@@ -54,9 +54,7 @@ BUSY_LOAD = 0.7
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative error (of norms) of a provider that is still timed."""
-TF32_TOLERANCE = 5e-3
-"""The same for float32 where products use TF32: Triton leaves rounding to the tensor cores, which truncate.
-Attention's gradients are then off by 2.2e-3 (computed with truncated operands)."""
+TF32_TOLERANCE = 5e-3  # Triton does not round operands: attention's gradients are 2.2e-3 off (simulated)
 
 Call = Callable[[], list[Tensor]]
 """One timed call. It returns outputs and gradients, for the comparison."""
@@ -105,10 +103,6 @@ class Result:
     tflop_per_s: Spread | None = None
     roof_share: Spread | None = None
     ratio: Spread | None = None
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    return TF32_TOLERANCE if dtype == torch.float32 and tf32() else TOLERANCE[dtype]
 
 
 def call_of(mode: Mode, function: Callable[..., Any], arguments: Sequence[Any]) -> Call:
@@ -293,7 +287,8 @@ class Session:
             except Exception as error:
                 self.give_up(point, found[name], "failed", one_line(error))
                 continue
-            limit = tolerance_of(point.dtype)
+            in_tf32 = point.dtype == torch.float32 and tf32()
+            limit = TF32_TOLERANCE if in_tf32 else TOLERANCE[point.dtype]
             if off is not None and not off <= limit:
                 reason = f"disagrees with {point.oracle}: off by {off:.1e} relative, allowed {limit:.0e}"
                 self.give_up(point, found[name], "failed", reason)

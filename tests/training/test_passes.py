@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,11 +64,15 @@ def of_family(config: RunConfig, family: str) -> RunConfig:
     return replace(config, model=replace(config.model, **changes))
 
 
+EMPTY: Any = SimpleNamespace(every_block=lambda: ())
+"""A model without blocks."""
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.cuda_graphs: needs a CUDA device, got 'cpu'"):
         train(tiny(cuda_graphs=True), tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-    made = passes.Passes(None, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))
+    made = passes.Passes(EMPTY, None, tiny(cuda_graphs=True).train, True, torch.device("cuda"))
     with pytest.raises(UserError, match=r"train.cuda_graphs: needs one process, or train.parallel ddp"):
         passes.passes_of(made)
 
@@ -78,7 +83,7 @@ def test_graphs_are_hinted_at_where_they_go_and_are_not() -> None:
         (False, False, gpu, True), (True, False, gpu, False), (False, True, gpu, False),
         (False, False, cpu, False),
     ):  # fmt: skip
-        made = passes.Passes(None, None, tiny(cuda_graphs=graphs).train, sharded, device)
+        made = passes.Passes(EMPTY, None, tiny(cuda_graphs=graphs).train, sharded, device)
         assert [hint.startswith("hint: ") for hint in passes.hints(made)] == [True] * hinted
 
 
