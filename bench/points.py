@@ -44,8 +44,7 @@ Mode = Literal["fwd", "fwd+bwd"]
 MODES: tuple[Mode, ...] = ("fwd", "fwd+bwd")
 
 WARM_UP = 3
-BURSTS = 3
-"""Matmul bursts timed after each roofline point that has FLOPs, besides the probe before the first."""
+BURSTS = 3  # matmul bursts timed after each roofline point that has FLOPs, besides the first one's probe
 REPEATS = {"cpu": 20, "cuda": 50}
 
 ROUND_SECONDS = 2.0
@@ -287,8 +286,7 @@ class Session:
             except Exception as error:
                 self.give_up(point, found[name], "failed", one_line(error))
                 continue
-            in_tf32 = point.dtype == torch.float32 and tf32()
-            limit = TF32_TOLERANCE if in_tf32 else TOLERANCE[point.dtype]
+            limit = TF32_TOLERANCE if point.dtype == torch.float32 and tf32() else TOLERANCE[point.dtype]
             if off is not None and not off <= limit:
                 reason = f"disagrees with {point.oracle}: off by {off:.1e} relative, allowed {limit:.0e}"
                 self.give_up(point, found[name], "failed", reason)
