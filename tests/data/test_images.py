@@ -219,7 +219,9 @@ def test_digits_have_one_size() -> None:
 
 
 def test_digits_are_not_cropped() -> None:
-    with pytest.raises(UserError, match=r"^data\.crop: the digits are used whole, got 'random'"):
+    with pytest.raises(
+        UserError, match=r"^data\.crop: got 'random', expected 'center': the digits are used whole"
+    ):
         open_images(DataConfig(crop="random"))
 
 
