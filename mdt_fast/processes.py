@@ -30,7 +30,7 @@ class Ranks:
         if they make no sense."""
         rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
         if rank >= world:
-            raise UserError(f"RANK: must be below WORLD_SIZE={world}, got {rank}")
+            raise UserError(f"RANK: got {rank}, expected a number below WORLD_SIZE={world}")
         local_rank = _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else None
         return cls(rank, world, local_rank, _number("LOCAL_WORLD_SIZE", world))
 
@@ -38,7 +38,7 @@ class Ranks:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(f"{name}: the environment variable must be a number, got {text!r}")
+        raise UserError(f"{name}: got {text!r}, expected a number in this environment variable")
     return int(text)
 
 
@@ -48,9 +48,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise UserError(f"device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         ranks, devices = Ranks.from_environment(), torch.cuda.device_count()
         several = ranks.world > 1

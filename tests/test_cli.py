@@ -198,7 +198,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         ([*DIGITS, "--set=model.depth=deep"], "model.depth: expected int, got 'deep'"),
         ([*DIGITS, "--set=model.patch_size=3"], "is not divisible by patch_size 3"),
         ([*DIGITS, "--image-size=16"], "the digits are 8x8"),
-        ([*DIGITS, "--device=gpu"], "unknown device 'gpu'"),
+        ([*DIGITS, "--device=gpu"], "--device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
         ([*DIGITS, "--device=cuda:99"], "--device: got 'cuda:99', but this machine has"),
         (["train", "--out=x", "--data=nowhere"], "no folder 'nowhere'"),
         (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),

@@ -181,7 +181,7 @@ def test_mistakes_are_one_line(
         ([*good, "--dtype=float61"], "--dtype: 'float61' is not known (did you mean 'float16'?)"),
         ([*good, "--crop=random"], "--crop: 'random' is not known; known: center"),
         ([*good, "--shardsize=8"], "unknown argument '--shardsize' (did you mean '--shard-size'?)"),
-        ([*good, "--device=tpu9"], "--device: unknown device 'tpu9'"),
+        ([*good, "--device=tpu9"], "--device: got 'tpu9', expected auto, cpu, cuda or cuda:N"),
         ([*good, f"--vae={tmp_path}"], "vae: no autoencoder in"),
         ([str(tmp_path / "nowhere"), *good[1:]], "data.source: no folder"),
         ([str(loop), *good[1:]], "data.source: no folder"),

@@ -113,7 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(self._averages) == MOST_AVERAGES:
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
         if not 0 <= decay < 1:
-            raise UserError(f"decay: must be in [0, 1), got {decay}")
+            raise UserError(f"decay: got {decay}, expected [0, 1)")
         loading.check_copies(
             "params", average, own, loading.labels_of("params", self.param_groups), self._copies()
         )

@@ -88,7 +88,7 @@ def unripe(decay: float, step: int, instead: str = "sample with --weights model"
 def check_decay(decay: float) -> None:
     """``UserError`` for an EMA's decay out of range."""
     if not 0 <= decay < 1:
-        raise UserError(f"train.ema_decay: must be in [0, 1), got {decay}")
+        raise UserError(f"train.ema_decay: got {decay}, expected [0, 1)")
 
 
 class Ema:

@@ -124,5 +124,5 @@ def test_errors_name_pythons_arguments(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^out: '.*file' is a file; a folder is needed"):
         train(tiny(steps=1), tmp_path / "file")
     config = tiny(steps=1)
-    with pytest.raises(UserError, match=r"^device: unknown device 'tpu9'"):
+    with pytest.raises(UserError, match=r"^device: got 'tpu9', expected auto"):
         train(replace(config, train=replace(config.train, device="tpu9")), tmp_path / "run")

@@ -58,7 +58,7 @@ def test_what_convert_writes_is_enough(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.ema_decay=1.0", "train.ema_decay: must be in [0, 1), got 1.0"),
+        ("train.ema_decay=1.0", "train.ema_decay: got 1.0, expected [0, 1)"),
         ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma: must be None or above 0"),
     ],
 )
