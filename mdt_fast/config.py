@@ -345,10 +345,9 @@ def as_saved(values: Any) -> Any:
     return values
 
 
-def allowed_words(cls: type, section: str, key: str) -> tuple[Any, ...]:
-    """The choices of a setting that is an enumeration; otherwise an empty tuple."""
-    hint = typing.get_type_hints(typing.get_type_hints(cls)[section])[key]
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+def setting_type(section: str, key: str) -> Any:
+    """The type of one of :class:`RunConfig`'s settings, as declared."""
+    return typing.get_type_hints(typing.get_type_hints(RunConfig)[section])[key]
 
 
 def check_types(config: Any, prefix: str = "") -> None:

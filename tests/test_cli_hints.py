@@ -199,6 +199,35 @@ def test_none_is_a_word_where_it_is_one(
     assert f"  {name}: {'null' if name == 'wandb' else 'none'}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("setting", "printed"),
+    [
+        ("train.wandb=2024", "wandb: '2024'"),
+        ("train.wandb=true", "wandb: 'true'"),
+        ("train.wandb=1e5", "wandb: '1e5'"),
+        ("train.wandb=[a]", "wandb: '[a]'"),
+        ('train.wandb="none"', "wandb: none"),
+        ("train.wandb=null", "wandb: null"),
+        ("sample.cfg_interval=0,1", "cfg_interval:\n  - 0.0\n  - 1.0"),
+        ("sample.cfg_interval=[100,7e2]", "cfg_interval:\n  - 100.0\n  - 700.0"),
+        ("sample.cfg_interval=none", "cfg_interval: null"),
+    ],
+)
+def test_text_is_taken_as_typed_and_intervals_as_in_the_option(
+    setting: str, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("mdt_fast.training.settings.imported_wandb", lambda: None)
+    capsys.readouterr()
+    assert main([*TRAIN, "--dry-run", f"--out={tmp_path / 'x'}", f"--set={setting}"]) == 0
+    assert f"  {printed}\n" in capsys.readouterr().out
+
+
+def test_an_interval_of_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = error(capsys, *TRAIN, f"--out={tmp_path / 'x'}", "--set=sample.cfg_interval=0,high")
+    assert said == "sample.cfg_interval: expected None or two numbers, got '0,high'"
+
+
 def test_a_run_with_nothing_to_do_is_no_new_run(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

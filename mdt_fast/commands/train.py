@@ -4,11 +4,11 @@ import argparse
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from ..config import DataConfig, RunConfig, allowed_words, from_dict, to_dict
+from ..config import DataConfig, RunConfig, from_dict, setting_type, to_dict
 from ..data import open_first_stage, open_images
 from ..data.latents import LatentSet, is_encoded
 from ..errors import UserError, nearest
@@ -140,7 +140,7 @@ def _preset(args: argparse.Namespace, name: str | None, given: dict[str, Any]) -
 
 
 def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
-    """Parse ``section.key=value``; the value is JSON, or else a string. Types are checked later."""
+    """Parse ``section.key=value``. Types are checked later."""
     path, equals, word = text.partition("=")
     section, dot, key = path.partition(".")
     if not (equals and dot):
@@ -152,12 +152,25 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
     if key not in values[section]:
         keys = values[section]
         raise UserError(f"--set: no key {key!r} in {section}{nearest(key, keys)}; known: {', '.join(keys)}")
-    if word in allowed_words(RunConfig, section, key):  # for some settings "none" is one
-        return section, key, word
+    return section, key, _value(word, setting_type(section, key))
+
+
+def _value(word: str, kind: Any) -> Any:
+    """What ``word`` means to a setting of type ``kind``: JSON (two numbers need no brackets), except that
+    text is taken as it is typed, unless it is a JSON string."""
+    if get_origin(kind) is Literal and word in get_args(kind):  # for some settings "none" is one
+        return word
+    text = word
+    if kind is not str and word in ("none", "None"):
+        text = "null"
+    elif kind == tuple[float, float] | None and "," in word and not word.startswith("["):
+        text = f"[{word}]"
     try:
-        return section, key, json.loads({"none": "null", "None": "null"}.get(word, word))
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return section, key, word
+        return word
+    typed = kind in (str, str | None) and not isinstance(value, str) and (value is not None or kind is str)
+    return word if typed else value
 
 
 def _fit_model_to_data(
