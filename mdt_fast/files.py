@@ -53,6 +53,17 @@ def writable_folder(path: Path) -> set[str]:
         return {inside.name for inside in path.iterdir() if not inside.name.startswith(".")}
 
 
+def resolved(path: Path) -> Path:
+    """``path``, absolute and without links. Unlike ``Path.resolve``, a loop of links is no error."""
+    return Path(os.path.realpath(path))
+
+
+def dead_link(path: Path) -> Path | None:
+    """``path``, or the nearest folder above it, if that is a link to nothing (or to itself); else None."""
+    above = *path.parents, *path.absolute().parents
+    return next((p for p in (path, *above) if p.is_symlink() and not p.exists()), None)
+
+
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 

@@ -102,6 +102,34 @@ def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFi
     assert said.endswith("it belongs to the run; choose another name")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--data=x", "--out=loop"], "--out: 'loop' is a link to nothing; a folder is needed"),
+        (["train", "--out=loop", "--resume=RUN"], "--out: 'loop' is a link to nothing; a folder is needed"),
+        (["train", "--out=gone/run", "--resume=RUN"], "--out: 'gone' is a link to nothing; a folder is needed"),
+        (["train", "--out=new", "--resume=loop"], "no run or checkpoint at 'loop'"),
+        (["sample", "RUN", "--png=loop"], "cannot write 'loop': 'loop' is a link to nothing"),
+        (["sample", "RUN", "--out=gone/x"], "cannot write 'gone/x': 'gone' is a link to nothing"),
+        (["sample", "RUN", "--npz=loop/x.npz"], "cannot write 'loop/x.npz': 'loop' is a link to nothing"),
+        (["sample", "RUN", "--npz=loop", "--grid=./loop"], "sample: --npz and --grid need different names"),
+        (["evaluate", "loop", "--reference=x", "--json=loop"], "evaluate: 'loop' is both an input and an"),
+        (["evaluate", "loop", "--reference=x"], "SAMPLES: no file or folder 'loop'"),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",
+)
+def test_links_that_lead_nowhere(
+    numbers: Path, arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for link, target in (("loop", "back"), ("back", "loop"), ("gone", "nowhere")):
+        Path(link).symlink_to(target)
+    run = str(numbers / "run")
+    assert said in error(capsys, *(word.replace("RUN", run) for word in arguments))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "gone", "loop"]
+
+
 @pytest.mark.parametrize("threads", [1025, 10**20])
 def test_no_more_threads_than_libraries_start(
     numbers: Path, threads: int, capsys: pytest.CaptureFixture[str]

@@ -34,7 +34,7 @@ from ..evaluation import (
 )
 from ..evaluation import evaluate as measure
 from ..evaluation.reference import statistics_for, suffice
-from ..files import aside
+from ..files import aside, resolved
 from ..processes import resolve_device
 from ..sampling import assembled_in, check_writable
 from .shared import refuse_empty, set_threads
@@ -200,11 +200,11 @@ def rest_on(given: Features | None, used: Features, metrics: Sequence[str]) -> l
 def check_targets(args: argparse.Namespace) -> None:
     """Check that the output files differ from each other and from the inputs, and can be written."""
     targets = [Path(name) for name in (args.json, args.save_features) if name is not None]
-    inputs = [Path(name).resolve() for name in (args.samples, args.reference) if name is not None]
-    if len({path.resolve() for path in targets}) < len(targets):
+    inputs = [resolved(Path(name)) for name in (args.samples, args.reference) if name is not None]
+    if len({resolved(path) for path in targets}) < len(targets):
         raise UserError("evaluate: --json and --save-features need different names")
     for path in targets:
-        if path.resolve() in inputs:
+        if resolved(path) in inputs:
             raise UserError(f"evaluate: {str(path)!r} is both an input and an output; choose another name")
         check_writable(path)
     if args.save_features is not None and not args.save_features.endswith(".safetensors"):

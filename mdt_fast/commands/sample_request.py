@@ -14,6 +14,7 @@ from ..config import SHARD_SIZE, SampleConfig, from_dict, to_dict
 from ..data import FirstStage, described_stage
 from ..diffusion import GaussianDiffusion
 from ..errors import UserError, nearest
+from ..files import resolved
 from ..models.float8 import check_float8
 from ..processes import Ranks, resolve_device
 from ..sampling import (
@@ -193,7 +194,7 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
         raise UserError("--npz: --out already writes a samples_....npz in its folder; pass only one of them")
     if "out" not in targets and ranks.world > 1:
         raise UserError("--out: required with several processes, which share a folder of shards")
-    if len({path.resolve() for path in targets.values()}) < len(targets):
+    if len({resolved(path) for path in targets.values()}) < len(targets):
         raise UserError(f"sample: {_listed([f'--{name}' for name in targets])} need different names")
     for name, path in targets.items():
         folder = name in ("png", "out")

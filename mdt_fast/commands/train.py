@@ -12,6 +12,7 @@ from ..config import DataConfig, RunConfig, from_dict, setting_type, to_dict
 from ..data import open_first_stage, open_images
 from ..data.latents import LatentSet, is_encoded
 from ..errors import UserError, nearest
+from ..files import resolved
 from ..models import zoo
 from ..presets import PRESETS, decode_layer, published
 from ..processes import Ranks
@@ -72,7 +73,7 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     name, given = named_preset(args)
     start = starting_point(Path(args.out), args.resume)
     begun = Path(args.out) / "config.json"
-    saved = start is not None and start.run.resolve() == Path(args.out).resolve()
+    saved = start is not None and resolved(start.run) == resolved(Path(args.out))
     is_begun = not saved and args.resume == "auto" and name is None and begun.is_file()
     if is_begun:  # and was killed before its first checkpoint
         values = to_dict(read_saved_config(begun))

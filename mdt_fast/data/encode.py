@@ -7,7 +7,6 @@ whose content is the same for all ranks.
 """
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from rich.console import Console
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..files import resolved
 from ..processes import Ranks
 from .ahead import read_ahead
 from .autoencoder import Autoencoder
@@ -150,7 +150,7 @@ def check_source(config: DataConfig, out: Path) -> None:
     if config.crop != "center":
         raise UserError(f"crop: encoding needs center crops, got {config.crop!r}")
     if config.source != "digits" and config.source:
-        if os.path.realpath(source) == os.path.realpath(out):  # unlike resolve(), also for link loops
+        if resolved(source) == resolved(out):
             raise UserError(f"out: {str(out)!r} is the source itself; choose another folder")
         if is_encoded(source):
             raise UserError(f"SOURCE: {config.source!r} is already encoded; images are needed")

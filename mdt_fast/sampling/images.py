@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import aside
+from ..files import aside, dead_link, resolved
 
 CELL = 56  # small images are enlarged to at least this many pixels
 MAX_ROWS, MAX_COLUMNS = 24, 20
@@ -116,6 +116,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     ``folder``: ``path`` is a folder, which need not exist yet. Nothing may be written among a run's
     checkpoints, or over files that a run needs to resume.
     """
+    if (link := dead_link(path if folder else path.parent)) is not None:
+        raise UserError(f"cannot write {str(path)!r}: {str(link)!r} is a link to nothing")
     if folder:
         parent = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not parent.is_dir():
@@ -126,7 +128,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
             raise UserError(f"{str(path)!r} is a folder; a file name is needed")
         if not parent.is_dir():
             raise UserError(f"cannot write {str(path)!r}: no folder {str(parent)!r}")
-    place = parent.resolve()
+    place = resolved(parent)
     if path.name in RUNS and (place / "checkpoints").is_dir():
         raise UserError(f"cannot write {str(path)!r}: it belongs to the run; choose another name")
     if (place / "state.json").exists() or any(

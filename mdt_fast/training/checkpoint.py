@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..config import RunConfig, as_saved, from_dict
 from ..errors import UserError, one_line
-from ..files import sha256_of
+from ..files import dead_link, sha256_of
 from .distributed import World
 from .optim import unripe
 
@@ -285,6 +285,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def check_place(run: Path) -> None:
+    """``UserError`` if ``run`` cannot be a folder."""
+    for path in (run, *run.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"out: {str(path)!r} is a file; a folder is needed")
+    if (link := dead_link(run)) is not None:
+        raise UserError(f"out: {str(link)!r} is a link to nothing; a folder is needed")
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Make the run's folder and lock it, so that no second process trains in it.
@@ -292,12 +301,8 @@ def locked(run: Path) -> Iterator[None]:
     The lock ends with the process, however it ends. Folders made here are removed again if the block raises
     before anything is written.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"out: {str(run)!r} is a file; a folder is needed")
+    check_place(run)
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    for above in run.parents:
-        if above.exists() and not above.is_dir():
-            raise UserError(f"out: {str(above)!r} is a file; a folder is needed")
     run.mkdir(parents=True, exist_ok=True)
     lock = run / ".lock"
     new = not lock.exists()

@@ -15,7 +15,7 @@ from ..config import RunConfig, SampleConfig, to_dict
 from ..data import FirstStage, ImageSet, Loader, check_classes, checked_set, open_first_stage, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError, one_line
-from ..files import aside, remove_leftovers
+from ..files import aside, remove_leftovers, resolved
 from ..models.base import Transformer
 from ..models.zoo import build_model
 from ..optim import FusedAdamW, FusedAdan
@@ -95,7 +95,7 @@ class Run:
                 file.write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
             if self.start is None:
                 (self.out / ORIGIN).unlink(missing_ok=True)  # of a run that was here before
-            elif self.start.run.resolve() != self.out.resolve():
+            elif resolved(self.start.run) != resolved(self.out):
                 with aside(self.out / ORIGIN) as file:
                     file.write_text(f"{self.start.path.absolute()}\n")
         metrics = Metrics(
@@ -253,7 +253,7 @@ def prepare(
 
 def check_steps_left(start: Checkpoint, config: RunConfig, out: Path) -> None:
     """``UserError`` if the checkpoint is past ``train.steps``, or a new run from it would have no steps."""
-    steps, elsewhere = config.train.steps, start.run.resolve() != out.resolve()
+    steps, elsewhere = config.train.steps, resolved(start.run) != resolved(out)
     if start.step > steps or (elsewhere and start.step == steps):
         least = start.step + 1 if elsewhere else start.step
         raise UserError(
@@ -330,8 +330,7 @@ def _starting_path(out: Path, resume: str | None) -> Path | None:
 
 def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start afresh. ``UserError`` if a run would be overwritten."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {str(out)!r} is a file; a folder is needed")
+    checkpoint.check_place(out)
     newest = checkpoint.latest(out)
     origin = Path((out / ORIGIN).read_text().strip()) if (out / ORIGIN).is_file() else None
     holds_run = newest is not None or (out / "metrics.jsonl").exists()
@@ -350,10 +349,10 @@ def starting_point(out: Path, resume: str | None) -> Checkpoint | None:
             )
         return open_or_advise(path, ()) if path else None
     start = open_or_advise(Path(resume), ())
-    again = newest is None and origin is not None and start.path.resolve() == origin.resolve()
-    if holds_run and not again and start.run.resolve() != out.resolve():
+    again = newest is None and origin is not None and resolved(start.path) == resolved(origin)
+    if holds_run and not again and resolved(start.run) != resolved(out):
         began_there = (
-            newest is None and origin is not None and start.run.resolve() in origin.resolve().parents
+            newest is None and origin is not None and resolved(start.run) in resolved(origin).parents
         )
         advice = "use --resume auto, or choose another --out" if began_there else "choose another --out"
         raise UserError(f"resume: {resume!r} belongs to a different run than {str(out)!r}; {advice}")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..config import RunConfig, to_dict
 from ..errors import UserError
-from ..files import aside
+from ..files import aside, resolved
 
 LOSS = re.compile(r"(m_)?((?:loss|mse|vb)(?:_q\d)?)")
 SPEED = ("img_per_s", "tflop_per_s", "share_of_peak", "memory_gib")
@@ -54,7 +54,7 @@ def open_sinks(
             if tensorboard:
                 raise
     if wandb is not None:
-        sinks.append(WandbSink(out, wandb, out.resolve().name, to_dict(config)))
+        sinks.append(WandbSink(out, wandb, resolved(out).name, to_dict(config)))
     return sinks
 
 
