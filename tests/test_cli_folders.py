@@ -107,7 +107,10 @@ def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFi
     [
         (["train", "--data=x", "--out=loop"], "--out: 'loop' is a link to nothing; a folder is needed"),
         (["train", "--out=loop", "--resume=RUN"], "--out: 'loop' is a link to nothing; a folder is needed"),
-        (["train", "--out=gone/run", "--resume=RUN"], "--out: 'gone' is a link to nothing; a folder is needed"),
+        (
+            ["train", "--out=gone/run", "--resume=RUN"],
+            "--out: 'gone' is a link to nothing; a folder is needed",
+        ),
         (["train", "--out=new", "--resume=loop"], "no run or checkpoint at 'loop'"),
         (["sample", "RUN", "--png=loop"], "cannot write 'loop': 'loop' is a link to nothing"),
         (["sample", "RUN", "--out=gone/x"], "cannot write 'gone/x': 'gone' is a link to nothing"),
@@ -128,6 +131,38 @@ def test_links_that_lead_nowhere(
     run = str(numbers / "run")
     assert said in error(capsys, *(word.replace("RUN", run) for word in arguments))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "gone", "loop"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["train", "--preset=digits", "--out=x\udcff"], "--out"),
+        (["train", "--out=x\udcff/y", "--resume=RUN"], "--out"),
+        (["convert", "RUN", "x\udcff.safetensors"], "convert"),
+        (["convert", "RUN", "x\udcff", "--official"], "convert"),
+        (["evaluate", "x.npz", "--save-features=x\udcff.safetensors"], "--save-features"),
+        (["export", "RUN", "x\udcff.pt2"], "export"),
+    ],
+    ids=["train", "fork", "convert", "official", "features", "export"],
+)
+def test_names_that_no_library_opens_again(
+    numbers: Path, arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    run = str(numbers / "run")
+    said = error(capsys, *(word.replace("RUN", run) for word in arguments))
+    assert said.startswith(f"{name}: got '")
+    assert said.endswith(r"', expected a name in UTF-8")
+    assert r"x\udcff" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_and_arrays_may_have_any_name(numbers: Path, tmp_path: Path) -> None:
+    arguments = ["sample", str(numbers / "run"), "--num-samples=1", "--device=cpu"]
+    assert main([*arguments, f"--npz={tmp_path}/x\udcff.npz", f"--png={tmp_path}/y\udcff"]) == 0
+    assert np.load(tmp_path / "x\udcff.npz")["arr_1"].tolist() == [0]
+    assert len(list((tmp_path / "y\udcff").iterdir())) == 1
 
 
 @pytest.mark.parametrize("threads", [1025, 10**20])

@@ -11,7 +11,7 @@ from ..files import folder_aside, is_leftover
 from ..models import Transformer
 from ..models.convert import SUFFIXES, full_disk_named, read_weights, write_weights
 from ..models.hub import saved_in
-from ..sampling import check_writable
+from ..sampling import check_name, check_writable
 from ..training import checkpoint
 from ..training.from_official import make_run, read_optimizer, refuse_used
 from ..training.from_weights import what_is_said
@@ -26,6 +26,7 @@ def convert(args: argparse.Namespace) -> int:
     source that is not a run, to a target that is not a weights file: make a run. Otherwise write one weights
     file."""
     source, target = Path(args.source), Path(args.target)
+    check_name(target, "convert")
     if args.diffusers:
         return _pipeline(args, source, target)
     recipe = [name for name in RECIPE if getattr(args, name)]

@@ -36,7 +36,7 @@ from ..evaluation import evaluate as measure
 from ..evaluation.reference import statistics_for, suffice
 from ..files import aside, resolved
 from ..processes import resolve_device
-from ..sampling import assembled_in, check_writable
+from ..sampling import assembled_in, check_name, check_writable
 from .shared import refuse_empty, set_threads
 
 
@@ -207,10 +207,12 @@ def check_targets(args: argparse.Namespace) -> None:
         if resolved(path) in inputs:
             raise UserError(f"evaluate: {str(path)!r} is both an input and an output; choose another name")
         check_writable(path)
-    if args.save_features is not None and not args.save_features.endswith(".safetensors"):
-        raise UserError(
-            f"--save-features: a name that ends in .safetensors is needed, got {args.save_features!r}"
-        )
+    if args.save_features is not None:
+        check_name(Path(args.save_features), "--save-features")
+        if not args.save_features.endswith(".safetensors"):
+            raise UserError(
+                f"--save-features: a name that ends in .safetensors is needed, got {args.save_features!r}"
+            )
 
 
 def record(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..data import described_stage
 from ..errors import UserError
 from ..processes import resolve_device
-from ..sampling import check_writable, export_step
+from ..sampling import check_name, check_writable, export_step
 from ..sampling.export import MOST_IMAGES
 from ..sampling.schedulers import SOLVERS
 from ..training.checkpoint import EMA
@@ -22,6 +22,7 @@ def export(args: argparse.Namespace) -> int:
     if target.suffix != ".pt2":
         raise UserError(f"export: a name that ends in .pt2 is needed, got {args.target!r}")
     check_writable(target)
+    check_name(target, "export")
     batch = _batch(args.batch)
     opened = open_for_drawing(Path(args.run), EMA, "mdt-fast export {}")
     if (note := opened.note(EMA, "export a file of mdt-fast convert --weights model")) is not None:

@@ -3,7 +3,17 @@
 from .export import export_step, read_description, run_exported
 from .folder import SampleFolder, assembled_in
 from .generate import Sampler, check_sampling, sample, sampling_diffusion
-from .images import check_alone, check_writable, grid, png_names, save_picture, save_pngs, shown, to_uint8
+from .images import (
+    check_alone,
+    check_name,
+    check_writable,
+    grid,
+    png_names,
+    save_picture,
+    save_pngs,
+    shown,
+    to_uint8,
+)
 from .inpainting import Inpainter, check_inpainting, inpaint
 from .npz import adm_name, save_npz
 
@@ -15,6 +25,7 @@ __all__ = [
     "assembled_in",
     "check_alone",
     "check_inpainting",
+    "check_name",
     "check_sampling",
     "check_writable",
     "export_step",

@@ -28,7 +28,7 @@ from ..models.convert import full_disk_named
 from ..models.sampling import has_own_forward, is_open, is_wrapped
 from .generate import DEFAULT, PerImageNoise, check_sampling, checked_labels, sampling_diffusion
 from .guided import guidance_weights
-from .images import check_writable
+from .images import check_name, check_writable
 
 DESCRIPTION = "mdt_fast.json"
 FORMAT = 1
@@ -122,6 +122,7 @@ def export_step(
     if path.suffix != ".pt2":
         raise UserError(f"path: a name that ends in .pt2 is needed, got {path.name!r}")
     check_writable(path)
+    check_name(path, "path")
     if batch is not None and (type(batch) is not int or not 1 <= batch <= MOST_IMAGES):
         raise UserError(f"batch: expected None or 1 to {MOST_IMAGES}, got {batch!r}")
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -141,6 +141,15 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         raise UserError(f"cannot write {str(path)!r}: no permission to write in {str(parent)!r}")
 
 
+def check_name(path: Path, what: str) -> None:
+    """``UserError``, which begins with ``what``, unless the name is valid UTF-8: safetensors and torch cannot
+    open other files again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what}: got {str(path)!r}, expected a name in UTF-8") from None
+
+
 def _picture(pixels_HWC: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
 

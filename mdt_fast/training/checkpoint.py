@@ -30,6 +30,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from ..config import RunConfig, as_saved, from_dict
 from ..errors import UserError, one_line
 from ..files import dead_link, sha256_of
+from ..sampling import check_name
 from .distributed import World
 from .optim import unripe
 
@@ -292,6 +293,7 @@ def check_place(run: Path) -> None:
             raise UserError(f"out: {str(path)!r} is a file; a folder is needed")
     if (link := dead_link(run)) is not None:
         raise UserError(f"out: {str(link)!r} is a link to nothing; a folder is needed")
+    check_name(run.absolute(), "out")
 
 
 @contextmanager
