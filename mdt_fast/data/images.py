@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -112,8 +113,8 @@ def _open(config: DataConfig) -> ImageSet:
 
 
 def open_source(config: DataConfig) -> SourceSet:
-    """The same for unencoded images."""
-    from .shards import WebDataset, holds_shards
+    """The same for unencoded images. ``UserError`` if a folder holds both images and ``.tar`` shards."""
+    from .shards import WebDataset, find_shards
 
     if config.image_size < 1:
         raise UserError(f"data.image_size: must be at least 1, got {config.image_size}")
@@ -121,7 +122,13 @@ def open_source(config: DataConfig) -> SourceSet:
         return Digits(config)
     if not config.source:
         raise UserError("data.source: no images given; pass --data DIR, or --preset digits")
-    if holds_shards(Path(config.source)):
+    root = Path(config.source)
+    if shards := find_shards(root):
+        if (image := first_image(root)) is not None:
+            raise UserError(
+                f"data.source: {config.source!r} holds images ({str(image.relative_to(root))!r}) and .tar "
+                f"shards ({shards[0].name!r}); keep only one kind in it"
+            )
         return WebDataset(config)
     return ImageFolder(config)
 
@@ -208,6 +215,13 @@ def list_images(root: Path, what: str = "data.source") -> list[Path]:
     if not paths:
         raise UserError(f"{what}: no images ({', '.join(s[1:] for s in SUFFIXES)}) in {str(root)!r}")
     return paths
+
+
+def first_image(root: Path) -> Path | None:
+    """Some image below ``root``, or None if none is found."""
+    with suppress(OSError):
+        return next(_walk(root, frozenset()), None)
+    return None
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:

@@ -129,20 +129,17 @@ class _Sample:
     label: int
 
 
-def holds_shards(root: Path) -> bool:
-    """Whether there are .tar files directly in the folder."""
-    return root.is_dir() and bool(_shards(root))
-
-
 def list_shards(root: Path) -> list[Path]:
     """The .tar files directly in ``root``, sorted. ``UserError`` if there are none."""
-    shards = _shards(root) if root.is_dir() else []
-    if not shards:
+    if not (shards := find_shards(root)):
         raise UserError(f"data.source: no .tar shards in {str(root)!r}")
     return shards
 
 
-def _shards(root: Path) -> list[Path]:
+def find_shards(root: Path) -> list[Path]:
+    """The .tar files directly in ``root``, sorted; empty if it is no folder."""
+    if not root.is_dir():
+        return []
     try:
         return sorted(
             path

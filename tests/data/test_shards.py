@@ -162,6 +162,23 @@ def test_images_alone_are_enough_without_classes(tmp_path: Path) -> None:
     assert (images.labels.tolist(), images.classes) == ([0, 0], ("images",))
 
 
+@pytest.mark.parametrize("name", ["cat/1.png", "cat_1.JPEG", "a/b/c/1.gif"])
+def test_images_beside_shards_are_not_left_out_silently(shards: Path, name: str) -> None:
+    (shards / "a").mkdir()
+    (shards / "a" / "notes.txt").touch()
+    (shards / ".hidden").mkdir()
+    (shards / ".hidden" / "0.png").write_bytes(picture(0))
+    assert len(opened(shards).labels) == 5
+    (shards / name).parent.mkdir(parents=True, exist_ok=True)
+    (shards / name).write_bytes(picture(0))
+    with pytest.raises(UserError) as caught:
+        opened(shards)
+    said = (
+        f"data.source: {str(shards)!r} holds images ({name!r}) and .tar shards ('00000.tar'); keep only one"
+    )
+    assert str(caught.value).startswith(said)
+
+
 def test_a_truncated_shard_is_named_wherever_it_ends(shards: Path) -> None:
     path = shards / "00001.tar"
     whole = path.read_bytes()
