@@ -303,6 +303,31 @@ def test_what_stands_beside_weights_is_checked(
     assert message in error(capsys, "sample", str(file), f"--grid={tmp_path / 'x.png'}", *SHORT)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set=model.family=dit"], "model.family: 'dit', but the weights in {} are mdtv2"),
+        (["--model=DiT_S_2"], "--model: 'DiT_S_2' is dit, but the weights in {} are mdtv2"),
+        (
+            ["--model=DiT_S_2", "--set=model.family=mdt"],
+            "model.family: 'mdt', but the weights in {} are mdtv2",
+        ),
+        (["--model=MDTv2_S_2"], "--model: 'MDTv2_S_2' has hidden_size 384, but the weights in {} have 32"),
+        (["--set=model.patch_size=4"], "model.patch_size: 4, but the weights in {} have 2"),
+        (["--preset=dit-s2"], "--preset: 'dit-s2' is a recipe for dit, but the weights in {} are mdtv2"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_the_weights_is_named_by_its_option(
+    trained: Path, tmp_path: Path, capsys: Capture, options: list[str], said: str
+) -> None:
+    weights = tmp_path / "w.pt"
+    assert main(["convert", str(trained), str(weights)]) == 0
+    begin = ["convert", str(weights), str(tmp_path / "run"), "--data=digits"]
+    preset = [] if options[0].startswith("--preset") else ["--preset=digits"]
+    assert error(capsys, *begin, *preset, *options) == said.format(weights)
+
+
 def test_latents_of_three_channels(tmp_path: Path) -> None:
     """Taken as latents if the file says so: some autoencoders' latents have as many channels as pictures."""
     vae, file = save_tiny_vae(tmp_path / "vae", latent_channels=3), tmp_path / "x.safetensors"

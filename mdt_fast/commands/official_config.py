@@ -47,16 +47,20 @@ def official_config(
         notes.append(f"the model{' and its diffusion' if process else ''}: as written in {files.model.name}")
         values["diffusion"] |= process
     hand = {(section, key): value for section, key, value in set_by_hand(args, given, values)}
+    factory: dict[str, Any] = {}
     if args.model is not None:
         family, sizes = published_shape(args.model)
-        hand = {("model", key): value for key, value in {"family": family, **sizes}.items()} | hand
+        factory = {k: v for k, v in {"family": family, **sizes}.items() if ("model", k) not in hand}
+        hand = {("model", key): value for key, value in factory.items()} | hand
     by_hand = [(section, key, value) for (section, key), value in hand.items()]
     family = hand.get(("model", "family"), shape["family"] if name is None else values["model"]["family"])
     if family != shape["family"]:
-        raise UserError(
-            f"--preset: {preset!r} is a recipe for {family}, but the weights in {files.model} are "
-            f"{shape['family']}"
-        )
+        what = f"--preset: {preset!r} is a recipe for {family}"
+        if ("model", "family") in hand:
+            what = (
+                f"--model: {args.model!r} is {family}" if "family" in factory else f"model.family: {family!r}"
+            )
+        raise UserError(f"{what}, but the weights in {files.model} are {shape['family']}")
     values["model"] |= {"family": family, **written}
     put(values, by_hand)
     fit_to_encoded(values)
@@ -80,7 +84,7 @@ def official_config(
     if packed is None:
         notes += _changed_by_hand(shape, of_model, dropped)
     shape.update({key: of_model[key] for key in shape if _makes_the_same(of_model, key, shape)})
-    _check_by_hand(shape, of_model, files)
+    _check_by_hand(shape, of_model, files, args.model, factory)
     notes += _changed(values, "model", shape, f"as in {files.model.name}")
     rate = _rate(files, values["train"]["ema_decay"], ("train", "ema_decay") in hand)
     said = {} if rate is None else {"ema_decay": rate}
@@ -91,10 +95,21 @@ def official_config(
     return from_dict(RunConfig, values), notes
 
 
-def _check_by_hand(shape: dict[str, Any], hand: Mapping[str, Any], files: OfficialFiles) -> None:
-    """``UserError`` for a setting by the user that contradicts the shape of the weights."""
+def _check_by_hand(
+    shape: dict[str, Any],
+    hand: Mapping[str, Any],
+    files: OfficialFiles,
+    model: str | None,
+    factory: Mapping[str, Any],
+) -> None:
+    """``UserError`` for a setting by the user that contradicts the shape of the weights. ``factory``: those
+    that ``--model`` gave by naming ``model``."""
     for key, value in shape.items():
         if hand.get(key, value) != value:
+            if key in factory:
+                raise UserError(
+                    f"--model: {model!r} has {key} {hand[key]}, but the weights in {files.model} have {value}"
+                )
             others = "; without the optimiser's state it may differ" if key in FREE else ""
             raise UserError(
                 f"model.{key}: {hand[key]!r}, but the weights in {files.model} have {value!r}{others}"

@@ -294,7 +294,7 @@ def test_files_that_do_not_fit(
     assert "--preset: needed, as no published model has the shape" in error(capsys, folder, run)
     assert "'dit-s2' is a recipe for dit" in error(capsys, folder, run, "--preset=dit-s2")
     assert "model.depth: 4, but the weights in" in error(capsys, *options, "--set=model.depth=4")
-    assert "model.hidden_size: 384, but the weights" in error(capsys, *options, "--model=MDT_S_4")
+    assert "'MDT_S_4' has hidden_size 384" in error(capsys, *options, "--model=MDT_S_4")
     assert "train.ema_decay: no EMA of rate 0.9 beside" in error(
         capsys, *options, "--set=train.ema_decay=0.9"
     )
