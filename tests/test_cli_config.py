@@ -116,6 +116,47 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_settings(
         assert yaml.load(capsys.readouterr().out, Loader) == saved
 
 
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """What is left of a run killed before its first checkpoint, whose options changed much of its preset."""
+    options = ["--preset=dit-s4", "--data=digits", "--image-size=8", "--set=data.vae=none", "--device=cpu"]
+    options += ["--set=data.channels=1", "--set=model.depth=1", "--set=model.hidden_size=8", "--lr=0.5"]
+    options += ["--set=model.num_heads=2", "--set=train.compile=none", "--dtype=float32", "--batch-size=4"]
+    options += ["--set=sample.steps=1", "--steps=1"]
+    (tmp_path / "again").write_text("\n".join(options))
+    assert main(["train", f"--out={tmp_path / 'run'}", *options]) == 0
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return tmp_path / "run"
+
+
+def test_the_same_command_goes_on_with_a_killed_run(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a preset's name as without; also once there is a checkpoint."""
+    again = ["train", f"--out={killed}", "--resume=auto"]
+    options = (killed.parent / "again").read_text().splitlines()
+    saved = json.loads((killed / "config.json").read_text())
+    for some in (options, [], ["--preset=digits"], options[:1] + options[5:8] + options[9:10]):
+        capsys.readouterr()
+        assert main([*again, "--dry-run", *some]) == 0
+        printed = capsys.readouterr().out
+        assert yaml.load(printed, Loader) == saved
+        assert ("are kept" in printed) == (some not in ([], options))
+    note = f"# the settings in {killed / 'config.json'} are kept, not those of preset digits: "
+    assert main([*again, "--preset=digits", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith(f"{note}model.family=dit (preset: mdtv2), ")
+    assert main([*again, *options]) == 0
+    assert "are kept" not in capsys.readouterr().out
+    assert main([*again, *options, "--steps=2"]) == 0
+    assert main([*again, "--preset=mdtv2-s2", "--steps=3"]) == 2
+
+
+def test_a_killed_run_is_not_one_of_another_shape(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"--out={killed}", "--resume=auto", "--preset=mdtv2-s2"]) == 2
+    said = f"--preset: 'mdtv2-s2' has model.family=mdtv2, the run in {str(killed)!r} has dit; a resumed run"
+    assert said in capsys.readouterr().err
+
+
 def test_another_preset_than_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--preset=digits", *ARGUMENTS, "--steps=1", "--set=sample.steps=1", "--device=cpu"]
     assert main(["train", f"--out={tmp_path}", *options]) == 0

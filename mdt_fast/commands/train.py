@@ -17,7 +17,6 @@ from ..models import zoo
 from ..presets import PRESETS, decode_layer, published
 from ..processes import Ranks
 from ..training import train as run_training
-from ..training.checkpoint import Checkpoint
 from ..training.run import prepare, starting_point
 from .config_file import as_yaml, read_config_file, read_saved_config
 from .shared import refuse_empty, set_threads
@@ -39,9 +38,11 @@ def train(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, quiet=Ranks.from_environment().rank > 0)
     refuse_empty(args, "out")
     out = Path(args.out)
-    config = train_config(args)
+    config, notes = train_config(args)
     if args.dry_run:
         run = prepare(config, out, args.resume)
+        for note in notes:
+            print(f"# {note}")
         parameters = sum(p.numel() for p in run.model.parameters())
         print(as_yaml(config), end="")
         print(
@@ -50,6 +51,8 @@ def train(args: argparse.Namespace) -> int:
             "nothing was written"
         )
         return 0
+    for note in notes:
+        console.print(note, markup=False)
     result = run_training(config, out, resume=args.resume, console=console)
     if result.signal is not None:
         console.print(
@@ -64,8 +67,9 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_config(args: argparse.Namespace) -> RunConfig:
+def train_config(args: argparse.Namespace) -> tuple[RunConfig, list[str]]:
     """The configuration to train with: a base, overridden by ``--config``, then the options, then ``--set``.
+    Also returns notes to print.
 
     The base is the checkpoint's configuration when resuming, the run's ``config.json`` if ``--resume auto``
     finds a run that was killed before its first checkpoint, and otherwise the preset.
@@ -74,20 +78,25 @@ def train_config(args: argparse.Namespace) -> RunConfig:
     start = starting_point(Path(args.out), args.resume)
     begun = Path(args.out) / "config.json"
     saved = start is not None and resolved(start.run) == resolved(Path(args.out))
-    is_begun = not saved and args.resume == "auto" and name is None and begun.is_file()
+    is_begun = not saved and args.resume == "auto" and begun.is_file()
     if is_begun:  # and was killed before its first checkpoint
         values = to_dict(read_saved_config(begun))
     elif start is not None:
-        _check_preset(name, start)
         values = to_dict(start.config)
     else:
         values = to_dict(_preset(args, name, given))
     by_hand, family = set_by_hand(args, given, values), values["model"]["family"]
+    notes: list[str] = []
+    if name is not None and (is_begun or start is not None):
+        own = {(section, key) for section, key, _ in by_hand}
+        run = begun.parent if is_begun or start is None else start.run
+        _check_preset(name, args, own, values, run)
+        notes = _kept(name, args, own, values, begun) if is_begun else []
     put(values, by_hand)
     if args.model is not None or (start is None and not is_begun):  # a run's model is fitted already
         _fit_model_to_data(values, args, by_hand, family)
         put(values, by_hand)  # the user's settings override those derived from the data
-    return from_dict(RunConfig, values)
+    return from_dict(RunConfig, values), notes
 
 
 def named_preset(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
@@ -116,18 +125,46 @@ def put(values: dict[str, Any], settings: Settings) -> None:
         values[section][key] = value
 
 
-def _check_preset(name: str | None, start: Checkpoint) -> None:
-    """A resumed run keeps its settings; ``UserError`` if ``name`` is a published preset of another shape."""
-    if name is None or name in ("digits", "images"):  # their shapes are meant to be changed
+def _check_preset(
+    name: str, args: argparse.Namespace, own: set[tuple[str, str]], values: dict[str, Any], run: Path
+) -> None:
+    """A resumed run keeps its settings, ``values``; ``UserError`` if ``name`` is a published preset of
+    another shape, apart from what the user sets (``own``)."""
+    if name in ("digits", "images") or args.model is not None:  # their shapes are meant to be changed
         return
-    wanted, saved = PRESETS[name].model, start.config.model
     for key in ("family", "depth", "hidden_size", "num_heads", "patch_size"):
-        ours, theirs = getattr(wanted, key), getattr(saved, key)
-        if ours != theirs:
+        ours, theirs = getattr(PRESETS[name].model, key), values["model"][key]
+        if ours != theirs and ("model", key) not in own:
             raise UserError(
-                f"--preset: {name!r} has model.{key}={ours}, the run in {str(start.run)!r} has {theirs}; "
+                f"--preset: {name!r} has model.{key}={ours}, the run in {str(run)!r} has {theirs}; "
                 "a resumed run keeps its own settings"
             )
+
+
+FITTED = {
+    ("model", "input_size"), ("model", "in_channels"), ("model", "num_classes"),
+    ("model", "class_dropout_prob"), ("data", "image_size"), ("data", "vae"), ("data", "flip"),
+    ("sample", "cfg_scale"),
+}  # fmt: skip
+"""Settings that a new run may take from its data instead of the preset."""
+
+
+def _kept(
+    name: str, args: argparse.Namespace, own: set[tuple[str, str]], values: dict[str, Any], file: Path
+) -> list[str]:
+    """A note on the settings in ``values``, from the run's ``file``, that differ from the preset's."""
+    preset = to_dict(PRESETS[name])
+    if args.model is not None:
+        _give_shape(preset, args.model, preset["model"]["family"])
+    differing = [
+        f"{section}.{key}={kept} (preset: {preset[section][key]})"
+        for section, settings in values.items()
+        for key, kept in settings.items()
+        if kept != preset[section][key] and (section, key) not in own | FITTED
+    ]
+    if not differing:
+        return []
+    return [f"the settings in {file} are kept, not those of preset {name}: {', '.join(differing)}"]
 
 
 def _preset(args: argparse.Namespace, name: str | None, given: dict[str, Any]) -> RunConfig:
