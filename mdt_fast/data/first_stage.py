@@ -50,6 +50,7 @@ class Latents(FirstStage):
     """Samples latents from moments encoded earlier, or, if ``encodes``, encodes pixels on the fly.
 
     ``vae``: the autoencoder, loaded when first needed; ``fingerprint``: required of its weights, or None.
+    ``encoder``: the fingerprint of the weights that encode the latents, if known; ``vae`` may be another one.
     Latents are (z - ``shift``) * ``scale``.
     """
 
@@ -65,9 +66,10 @@ class Latents(FirstStage):
         fingerprint: str | None = None,
         device: Any = "cpu",
         autoencoder: Any = None,
+        encoder: str | None = None,
     ):
         super().__init__(channels, size)
-        self.fingerprint = fingerprint
+        self.fingerprint, self.encoder = fingerprint, encoder or fingerprint
         self.scale, self.shift, self.vae, self.device = scale, shift, vae, device
         self.autoencoder, self.encodes = autoencoder, autoencoder is not None
 
@@ -129,7 +131,10 @@ def open_first_stage(config: DataConfig, images: ImageSet, device: Any = "cpu") 
         vae = config.vae or images.autoencoder
         # Naming a different one (such as a better decoder for the same latents) is the user's choice.
         fingerprint = images.fingerprint if vae == images.autoencoder else None
-        return Latents(images.channels, images.size, images.scale, images.shift, vae, fingerprint, device)
+        return Latents(
+            images.channels, images.size, images.scale, images.shift, vae, fingerprint, device,
+            encoder=images.fingerprint,
+        )  # fmt: skip
     if config.vae is None:
         return FirstStage(config.channels, config.image_size)
     found = load_autoencoder(config.vae, device)

@@ -100,7 +100,8 @@ class LatentSet:
 
     ``channels``: C; ``size``: s; ``image_size``: in pixels; ``scale`` and ``shift``: of the latents that the
     model sees (``sample_posterior``); ``autoencoder``: its hub name or folder; ``fingerprint``: that of its
-    weights; ``digest``: the index's SHA-256, which covers those of the shards. Opening checks the index and
+    weights; ``digest``: the index's SHA-256, which covers those of the shards; ``contents``: the same without
+    the autoencoder's name. Opening checks the index and
     every shard's size and header; ``verify`` checks every byte. ``UserError`` names what is missing,
     truncated or edited.
     """
@@ -122,6 +123,7 @@ class LatentSet:
             self.autoencoder = str(index["autoencoder"])
             self.dropped = tuple(str(entry["name"]) for entry in index["dropped"])
             self.digest = str(index["sha256"])
+            self.contents = _digest({k: v for k, v in index.items() if k not in ("autoencoder", "sha256")})
             names = [shard_name(number) for number in range(len(self.shards))]
             if [shard.file for shard in self.shards] != names or len(names) != self.encoding.shards:
                 raise KeyError

@@ -20,10 +20,10 @@ from ..models.zoo import build_model
 from ..optim.loading import check_state
 from . import checkpoint
 from .checkpoint import EMA, MODEL, OPTIMIZER
+from .data import check_data
 from .distributed import World
 from .official_files import OfficialFiles, parameters_of
 from .optim import build_optimizer
-from .run import check_data
 from .saving import Saver
 from .settings import check_settings
 from .states import SKIPPED, all_finite, described

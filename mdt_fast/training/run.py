@@ -1,6 +1,5 @@
 """A run's parts: checked settings, data, model, optimiser, and the run's folder."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig, SampleConfig, to_dict
-from ..data import FirstStage, ImageSet, Loader, check_classes, checked_set, open_first_stage, open_images
+from ..data import FirstStage, ImageSet, Loader, checked_set, open_first_stage, open_images
 from ..diffusion import GaussianDiffusion, create_diffusion
 from ..errors import UserError, one_line
 from ..files import aside, remove_leftovers, resolved
@@ -23,6 +22,7 @@ from ..processes import resolve_device
 from ..sampling import grid, sample, sampling_diffusion, save_picture, to_uint8
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .data import check_data, check_same_data
 from .distributed import World, warnings_of_launch
 from .metrics import Metrics, img_per_s, plot_losses
 from .optim import Ema, LossScale, optimize
@@ -260,67 +260,6 @@ def check_steps_left(start: Checkpoint, config: RunConfig, out: Path) -> None:
             f"train.steps: the checkpoint {str(start.path)!r} is at step {start.step}; "
             f"use at least {least}, got {steps}"
         )
-
-
-def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, world: World) -> None:
-    """``UserError`` unless the data fits the model and the processes."""
-    check_classes(images.classes, config.model.num_classes)
-    for name, wanted, found in (
-        ("input_size", config.model.input_size, first_stage.size),
-        ("in_channels", config.model.in_channels, first_stage.channels),
-    ):
-        if wanted != found:
-            raise UserError(f"model.{name}: {wanted}, but the data has {found} (data.source, data.vae)")
-    if len(images.labels) < world.size:
-        raise UserError(
-            f"data.source: {len(images.labels)} images for {world.size} processes; each needs at least one"
-        )
-    ours = _digest(images)
-    for rank, theirs in enumerate(world.everyones(ours)):
-        if theirs != ours:
-            raise UserError(
-                f"data.source: process {rank} found other images than process {world.rank} (by class); "
-                "all processes need the same"
-            )
-
-
-def _digest(images: ImageSet) -> str:
-    """Of the classes' names and every image's class."""
-    digest = hashlib.sha256(json.dumps(list(images.classes)).encode())
-    digest.update(np.asarray(images.labels, np.int64).tobytes())
-    return digest.hexdigest()
-
-
-def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
-    """``UserError`` if the run cannot resume with these images; a warning if its batches will differ."""
-    if start.classes != tuple(images.classes):
-        more, gone = (
-            {*a} - {*b} for a, b in ((images.classes, start.classes), (start.classes, images.classes))
-        )
-        differing = [
-            f"{len(some)} {word} ({min(some)})" for word, some in (("new", more), ("gone", gone)) if some
-        ]
-        why = f": {', '.join(differing)}" if differing else ""
-        raise UserError(f"data.source: its classes differ from those of the run in {str(start.run)!r}{why}")
-    before, now = start.state.get("latents"), first_stage.described()
-    if before is not None and now is not None:
-        if before["fingerprint"] != now["fingerprint"]:
-            raise UserError(
-                f"data.vae: the weights of {now['vae']!r} are not those that encoded the run's latents"
-            )
-        for name in ("scale", "shift"):
-            if before[name] != now[name]:
-                raise UserError(
-                    f"data.vae: the run's latents have {name} {before[name]:g}, but now it is {now[name]:g}"
-                )
-    if start.state["num_images"] != len(images.labels):
-        return [
-            f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "
-            "batches will differ from those of an uninterrupted run"
-        ]
-    if start.state.get("data") not in (None, getattr(images, "digest", None)):
-        return ["warning: the encoded data has changed since the run began: batches will differ"]
-    return []
 
 
 def _starting_path(out: Path, resume: str | None) -> Path | None:

@@ -13,7 +13,7 @@ MAY_CHANGE = (
     "train.steps", "train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.device",
     "train.accumulate", "train.passes", "train.weights", "train.moments", "train.parallel", "train.compile",
     "train.cuda_graphs", "train.checkpointing", "train.max_skips", "train.async_save", "train.tensorboard",
-    "train.wandb", "data.source", "data.workers", "data.on_unreadable",
+    "train.wandb", "data.source", "data.vae", "data.workers", "data.on_unreadable",
 )  # fmt: skip
 """Settings that may change on resume, besides all of ``sample``. They affect rounding at most; all others
 affect the results."""

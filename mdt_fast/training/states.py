@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig, to_dict
-from ..data import FirstStage, ImageSet
+from ..data import FirstStage, ImageSet, Latents
 from ..errors import UserError, one_line
 from ..models import Transformer, build_model
 from ..models.attention import share_index
@@ -66,9 +66,15 @@ def described(config: RunConfig, images: ImageSet, first_stage: FirstStage) -> d
         "config": to_dict(config),
         "classes": list(images.classes),
         "num_images": len(images.labels),
-        "data": getattr(images, "digest", None),
+        "data": contents_of(images),
         "latents": first_stage.described(),
+        "encoder": first_stage.encoder if isinstance(first_stage, Latents) else None,
     }
+
+
+def contents_of(images: ImageSet) -> str | None:
+    """The digest of an encoded set without the name of its autoencoder; None for images."""
+    return getattr(images, "contents", getattr(images, "digest", None))
 
 
 def restore_optimizer(

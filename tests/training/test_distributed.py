@@ -22,8 +22,9 @@ from mdt_fast.errors import UserError
 from mdt_fast.kernels.native import library
 from mdt_fast.processes import resolve_device
 from mdt_fast.training.checkpoint import PARTS, latest, open_checkpoint
+from mdt_fast.training.data import check_data
 from mdt_fast.training.distributed import let_go
-from mdt_fast.training.run import check_data, equal_share, prepare
+from mdt_fast.training.run import equal_share, prepare
 from tiny import ARGUMENTS, tiny
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from mdt_fast.data import (
 )
 from mdt_fast.errors import UserError
 from mdt_fast.training.checkpoint import open_checkpoint
-from mdt_fast.training.run import check_same_data
+from mdt_fast.training.data import check_same_data
 from tiny import MODEL
 
 SHAPE = [f"--set=model.{key}={value}" for key, value in {**MODEL, "patch_size": 2}.items()]
@@ -176,6 +176,77 @@ def test_another_autoencoder_under_the_same_name_is_noticed(
     assert "is not the autoencoder that encoded the latents" in capsys.readouterr().err
 
 
+def test_an_autoencoder_may_move(
+    photos: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Encoding on the fly: its name may change, its weights may not."""
+    old, new, run = (tmp_path / name for name in ("old", "new", "run"))
+    shutil.copytree(tiny_vae, old)
+    assert main(["train", f"--data={photos}", f"--vae={old}", "--image-size=16", f"--out={run}", *FAST]) == 0
+    old.rename(new)
+    again = ["train", f"--out={run}", "--resume=auto", f"--vae={new}"]
+    assert main([*again, "--steps=6"]) == 0
+    assert main(["train", f"--out={run}", "--resume=auto", "--steps=8"]) == 0
+    opened = open_checkpoint(run)
+    assert (opened.step, opened.config.data.vae, opened.state["latents"]["vae"]) == (8, str(new), str(new))
+    other = save_tiny_vae(tmp_path / "other", seed=1)
+    message = refusal(capsys, *again[1:-1], f"--vae={other}", "--steps=9")
+    assert f"--vae: the weights of {str(other)!r} are not those that encoded the run's latents" in message
+    message = refusal(capsys, *again[1:-1], "--set=data.vae=none", "--steps=9")
+    assert f"data.vae: got None, expected the autoencoder of the run's latents, {str(new)!r}" in message
+
+
+def test_the_autoencoder_of_encoded_data_may_move(
+    photos: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if an encode elsewhere has renamed it in the index; the shards stay, and so do the batches."""
+    old, new, latents, run = (tmp_path / name for name in ("old", "new", "latents", "run"))
+    shutil.copytree(tiny_vae, old)
+    encode = ["encode", str(photos), f"--out={latents}", "--image-size=16", "--shard-size=4", "--device=cpu"]
+    assert main([*encode, f"--vae={old}"]) == 0
+    assert main(["train", f"--data={latents}", f"--out={run}", *FAST]) == 0
+    old.rename(new)
+    again = ["train", f"--out={run}", "--resume=auto"]
+    assert main([*again, "--steps=5", f"--vae={new}"]) == 0  # the index has the old name
+    assert open_checkpoint(run).state["latents"]["vae"] == str(new)
+    capsys.readouterr()
+    assert main([*encode, f"--vae={new}"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    for options in ([], [f"--vae={new}"], [f"--vae={shutil.copytree(new, tmp_path / 'copy')}"]):
+        steps = open_checkpoint(run).step + 1
+        (run / "samples.png").unlink()
+        assert main([*again, f"--steps={steps}", *options]) == 0
+        assert "warning: the encoded data has changed" not in capsys.readouterr().out
+        assert (run / "samples.png").exists()
+    assert open_checkpoint(run).state["latents"]["fingerprint"] == LatentSet(latents).fingerprint
+    other = save_tiny_vae(tmp_path / "other", seed=1)
+    message = refusal(capsys, *again[1:], f"--vae={other}", "--steps=20")
+    assert f"--vae: the weights of {str(other)!r} are not those that encoded the run's latents" in message
+    assert "--vae: no folder" in refusal(capsys, *again[1:], f"--vae={tmp_path / 'gone'}", "--steps=20")
+
+
+def test_a_decoder_of_the_users_choice_may_be_exchanged(
+    latents: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes pictures only; but the latents' own encoder may not change with it."""
+    one, two = (save_tiny_vae(tmp_path / name, seed=seed) for seed, name in ((1, "one"), (2, "two")))
+    run, others = tmp_path / "run", tmp_path / "others"
+    assert main(["train", f"--data={latents}", f"--vae={one}", f"--out={run}", *FAST]) == 0
+    again = [f"--out={run}", "--resume=auto", f"--vae={two}"]
+    assert main(["train", *again, "--steps=5"]) == 0
+    options = [f"--vae={two}", f"--out={others}", "--image-size=16", "--device=cpu"]
+    assert main(["encode", str(photos), *options]) == 0
+    assert "are not those that encoded" in refusal(capsys, *again, f"--data={others}", "--steps=6")
+
+
+def test_a_run_on_pixels_takes_no_autoencoder(
+    tiny_vae: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", f"--data={photos}", "--image-size=8", f"--out={tmp_path}", *FAST]) == 0
+    message = refusal(capsys, f"--out={tmp_path}", "--resume=auto", f"--vae={tiny_vae}", "--steps=6")
+    assert f"--vae: got {str(tiny_vae)!r}, expected None: the run is trained on pixels" in message
+
+
 def test_other_latents_are_noticed_also_where_there_are_more_images(latents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["train", f"--data={latents}", f"--out={run}", *FAST]) == 0
@@ -187,10 +258,10 @@ def test_other_latents_are_noticed_also_where_there_are_more_images(latents: Pat
     fewer: Any = SimpleNamespace(classes=images.classes, labels=images.labels[1:])
     (warning,) = check_same_data(start, fewer, stage)
     assert "images and now has" in warning
-    scale, fingerprint = stage.scale, stage.fingerprint
-    stage.fingerprint = "another's"
+    scale, encoder = stage.scale, stage.encoder
+    stage.encoder = "another's"
     with pytest.raises(UserError, match=r"data\.vae: the weights of .* are not those"):
         check_same_data(start, fewer, stage)
-    stage.fingerprint, stage.scale = fingerprint, 2 * scale
+    stage.encoder, stage.scale = encoder, 2 * scale
     with pytest.raises(UserError, match=f"data.vae: the run's latents have scale {scale:g}, but now it is"):
         check_same_data(start, images, stage)
