@@ -256,12 +256,12 @@ class SampleConfig:
     """Sampling settings. ``num_samples`` applies to ``mdt-fast sample``; in Python each label is one image.
 
     ``sampler``: ancestral sampling (``ddpm``), DDIM with ``eta``, or diffusers' DPM-Solver++ (``dpm++``) and
-    UniPC, both of order 2. ``scale_pow`` None: constant guidance; else the exponent of the power-cosine
-    schedule. ``cfg_interval`` (low, high): guide only from original timestep low to high, both inclusive;
-    fractions of the timesteps if high is at most 1. ``skip_below``: where the guidance weight differs from 1
-    by less than this, use 1, which halves the cost of the step (0: exact). ``guided_channels``: guide only
-    the first N channels; None: 3 of 4, as published, else all. ``dtype``: the model's autocast dtype; noise,
-    sampler steps and images are float32.
+    UniPC, both of order 2. ``scale_pow``: the exponent of the guidance's power-cosine schedule; None:
+    constant guidance; "auto": as published, 4 for MDT and constant for DiT. ``cfg_interval`` (low, high):
+    guide only from original timestep low to high, both inclusive; fractions of the timesteps if high is at
+    most 1. ``skip_below``: where the guidance weight differs from 1 by less than this, use 1, which halves
+    the cost of the step (0: exact). ``guided_channels``: guide only the first N channels; None: 3 of 4, as
+    published, else all. ``dtype``: the model's autocast dtype; noise, sampler steps and images are float32.
     """
 
     num_samples: int = 100
@@ -269,7 +269,7 @@ class SampleConfig:
     sampler: SamplerName = "ddim"
     eta: float = 0.0
     cfg_scale: float = 2.0
-    scale_pow: float | None = 4.0
+    scale_pow: float | Literal["auto"] | None = "auto"
     cfg_interval: tuple[float, float] | None = None
     skip_below: float = 0.0
     guided_channels: int | None = None
@@ -377,6 +377,12 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return float(value[0]), float(value[1])
         raise UserError(f"{where}: expected None or two numbers, got {value!r}")
     allowed = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
+    words = [
+        word for option in allowed if typing.get_origin(option) is Literal for word in typing.get_args(option)
+    ]
+    if isinstance(value, str) and value in words:
+        return value
+    allowed = tuple(option for option in allowed if typing.get_origin(option) is not Literal)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -387,5 +393,6 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     for option in allowed:
         if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
-    names = " or ".join("None" if o is type(None) else o.__name__ for o in allowed)
+    kinds = ["None" if o is type(None) else o.__name__ for o in allowed]
+    names = " or ".join([*kinds, *map(repr, words)])
     raise UserError(f"{where}: expected {names}, got {value!r}")

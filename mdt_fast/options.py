@@ -46,8 +46,8 @@ def add_sample(commands: Any) -> None:
     add("--cfg-scale", type=float, metavar="X", help=f"classifier-free guidance scale; 1 is none {OF_RUN}")
     add(
         "--scale-pow",
-        metavar="P|none",
-        help=f"exponent of the cosine guidance schedule; none: constant guidance {OF_RUN}",
+        metavar="P|none|auto",
+        help=f"exponent of the cosine guidance schedule; none: constant; auto: as published {OF_RUN}",
     )
     add(
         "--cfg-interval",

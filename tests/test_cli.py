@@ -233,7 +233,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--shard-size=4"], "--shard-size: needs --out, which is not given"),
         (["sample", "RUN", "--labels=10"], "--labels: expected 0 to 9, got 10"),
         (["sample", "RUN", "--num-samples=0"], "--num-samples: must be at least 1, got 0"),
-        (["sample", "RUN", "--scale-pow=high"], "--scale-pow: a number or none is needed, got 'high'"),
+        (["sample", "RUN", "--scale-pow=high"], "--scale-pow: got 'high', expected a number, none or auto"),
         (["sample", "RUN", "--steps=2000"], "steps: expected 1 to 1000, got 2000"),
         (["sample", "RUN", "--npz=none/x.npz"], "cannot write 'none/x.npz': no folder 'none'"),
         (["convert", "RUN", "weights.bin"], "weights.bin: ends in '.bin', expected"),

@@ -133,9 +133,10 @@ def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: boo
             values[name] = getattr(args, name)
     if args.scale_pow is not None:
         try:
-            values["scale_pow"] = None if args.scale_pow == "none" else float(args.scale_pow)
+            named = {"none": None, "auto": "auto"}
+            values["scale_pow"] = named[args.scale_pow] if args.scale_pow in named else float(args.scale_pow)
         except ValueError:
-            raise UserError(f"--scale-pow: a number or none is needed, got {args.scale_pow!r}") from None
+            raise UserError(f"--scale-pow: got {args.scale_pow!r}, expected a number, none or auto") from None
     if args.cfg_interval is not None:
         try:
             low, high = map(float, args.cfg_interval.split(","))

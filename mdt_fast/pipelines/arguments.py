@@ -6,7 +6,7 @@ n images, C channels and side S.
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,10 +83,10 @@ def checked_scale(guidance_scale: Any, config: ModelConfig) -> float:
     return max(scale, 1.0)
 
 
-def checked_power(scale_pow: Any, config: ModelConfig) -> float | None:
+def checked_power(scale_pow: Any) -> float | Literal["auto"] | None:
     """The power of the guidance schedule; "auto": as published."""
     if isinstance(scale_pow, str) and scale_pow == "auto":
-        return None if config.family == "dit" else 4.0
+        return "auto"
     return None if scale_pow is None else _number("scale_pow", scale_pow, "None, 'auto' or a number")
 
 

@@ -161,7 +161,7 @@ class MDTPipeline(DiffusionPipeline):
             around = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
         config = SampleConfig(
             cfg_scale=checked_scale(guidance_scale, about),
-            scale_pow=checked_power(scale_pow, about),
+            scale_pow=checked_power(scale_pow),
             guided_channels=checked_channels(guided_channels, about),
             dtype=around,
         )

@@ -27,7 +27,7 @@ from ..models.base import Transformer
 from ..models.convert import full_disk_named
 from ..models.sampling import has_own_forward, is_open, is_wrapped
 from .generate import DEFAULT, PerImageNoise, check_sampling, checked_labels, sampling_diffusion
-from .guided import guidance_weights
+from .guided import guidance_power, guidance_weights
 from .images import check_name, check_writable
 
 DESCRIPTION = "mdt_fast.json"
@@ -132,6 +132,7 @@ def export_step(
     about: Any = model
     model_config = replace(about.config, num_classes=about.num_classes)
     _check(model_config, config)
+    config = replace(config, scale_pow=guidance_power(config, model_config.family))
     clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
     guided = config.cfg_scale != 1
     description = _describe(model_config, diffusion, config, clip=clip, batch=batch, classes=classes)
@@ -211,7 +212,8 @@ def run_exported(
     trained = from_dict(DiffusionConfig, described["diffusion"], "diffusion")
     diffusion = sampling_diffusion(model, trained, config)
     call, device = _called(Path(path), package)
-    table, weights = step_coefficients(diffusion, config).to(device), guidance_weights(diffusion, config)
+    table = step_coefficients(diffusion, config).to(device)
+    weights = guidance_weights(diffusion, config, model.family)
     noisy, fixed = config.sampler == "ddpm" or config.eta > 0, described["batch"]
     images, size = [], fixed or config.batch_size
     shape = model.in_channels, model.input_size, model.input_size
@@ -269,7 +271,7 @@ def _describe(
         "alphas_cumprod": np.cumprod(1 - betas).tolist(),
         "steps": {
             "t": diffusion.timestep_map[::-1],
-            "scale": guidance_weights(diffusion, config).flip(0).tolist(),
+            "scale": guidance_weights(diffusion, config, model.family).flip(0).tolist(),
             "row": step_coefficients(diffusion, config).flip(0).tolist(),
         },
     }

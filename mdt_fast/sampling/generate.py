@@ -68,7 +68,7 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
         ("cfg_scale", 0, None), ("scale_pow", 0, None), ("eta", 0, 1), ("skip_below", 0, None),
     ):  # fmt: skip
         value = getattr(config, name)
-        if value is None:  # no power: constant guidance
+        if value is None or value == "auto":  # scale_pow's
             continue
         if not value >= lowest:
             raise UserError(f"{name}: must be at least {lowest}, got {value}")

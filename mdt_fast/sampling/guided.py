@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..config import SampleConfig, SampleSwitches
+from ..config import Family, SampleConfig, SampleSwitches
 from ..cuda_graphs import Graphed
 from ..diffusion import GaussianDiffusion, channels_to_guide, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
@@ -40,11 +40,18 @@ class Walk:
     original_num_steps: int
 
 
-def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig) -> Tensor:
+def guidance_power(config: SampleConfig, family: Family) -> float | None:
+    """The exponent of the guidance's schedule for a model of this family; None: constant guidance."""
+    if config.scale_pow == "auto":
+        return None if family == "dit" else 4.0
+    return config.scale_pow
+
+
+def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig, family: Family) -> Tensor:
     """The guidance weight of each step, float32 [T] on the CPU: 1 outside of ``cfg_interval``, and where it
     differs from 1 by less than ``skip_below``."""
     times, steps = torch.tensor(diffusion.timestep_map, device="cpu"), diffusion.original_num_steps
-    weights = power_cosine_scale(times, config.cfg_scale, steps, config.scale_pow)
+    weights = power_cosine_scale(times, config.cfg_scale, steps, guidance_power(config, family))
     if config.cfg_interval is not None:
         low, high = config.cfg_interval
         if high <= 1:
@@ -127,7 +134,8 @@ class GuidedModel:
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         C = int(model.in_channels)  # type: ignore[arg-type]
         self.channels = channels_to_guide(C) if config.guided_channels is None else config.guided_channels
-        self.weights = guidance_weights(diffusion, config)
+        about: Any = model.config
+        self.weights = guidance_weights(diffusion, config, about.family)
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
         self.parts = model if is_open(model) else None

@@ -270,5 +270,5 @@ def test_arguments_of_another_kind(model: nn.Module, draw: Any) -> None:
     for trained in (DiffusionConfig(), mdt_fast.create_diffusion(), mdt_fast.create_diffusion("4")):
         with pytest.raises(UserError, match=r"^config: got a dict, expected a SampleConfig$"):
             draw(model, trained, [1, 2], *rest, {"steps": 5})
-    with pytest.raises(UserError, match=r"^scale_pow: expected float or None, got '4'$"):
+    with pytest.raises(UserError, match=r"^scale_pow: expected float or None or 'auto', got '4'$"):
         draw(model, DiffusionConfig(), [1, 2], *rest, replace(CONFIG, scale_pow="4"))

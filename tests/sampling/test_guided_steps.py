@@ -41,7 +41,8 @@ def published(model: nn.Module, config: SampleConfig, diffusion: GaussianDiffusi
         both = lambda like, one=one: torch.cat([one(like[:1])] * 2)  # noqa: E731
         loop = diffusion.p_sample_loop if config.sampler == "ddpm" else diffusion.ddim_sample_loop
         y = torch.tensor([label, 10])
-        kwargs = {"y": y, "cfg_scale": config.cfg_scale, "scale_pow": config.scale_pow}
+        kwargs = {"y": y, "cfg_scale": config.cfg_scale}
+        kwargs |= {} if config.scale_pow == "auto" else {"scale_pow": config.scale_pow}
         z = both(torch.empty(2, 4, 8, 8, dtype=torch.float64))
         with torch.no_grad():
             images.append(
@@ -148,8 +149,19 @@ def test_half_of_the_rows_where_there_is_no_guidance(changes: dict[str, Any], gu
     sample(model, diffusion, LABELS, config)
     assert sorted(model.seen) == [0, 250, 500, 749, 999]
     assert {t for t, rows in model.seen.items() if rows == 8} == guided
-    weights = dict(zip(diffusion.timestep_map, guidance_weights(diffusion, config).tolist()))
+    weights = dict(zip(diffusion.timestep_map, guidance_weights(diffusion, config, "mdtv2").tolist()))
     assert {t for t, weight in weights.items() if weight != 1} == guided
+
+
+@pytest.mark.parametrize(("family", "power"), [("mdtv2", 4.0), ("mdt", 4.0), ("dit", None)])
+def test_guidance_is_by_default_as_published(family: Family, power: float | None) -> None:
+    model = made(family, torch.float32).eval()
+    by_default, chosen = (
+        draw(model, config, SampleSwitches()) for config in (CONFIG, replace(CONFIG, scale_pow=power))
+    )
+    assert torch.equal(by_default, chosen)
+    other = replace(CONFIG, scale_pow=4.0 if power is None else None)
+    assert not torch.equal(by_default, draw(model, other, SampleSwitches()))
 
 
 def test_the_widest_interval_is_guidance_and_an_empty_one_is_none() -> None:
