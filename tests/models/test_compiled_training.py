@@ -69,16 +69,25 @@ def test_all_lengths_of_passes_in_turn(scope: str, most: int) -> None:
     assert 0 < counter.frame_count <= most
 
 
+TRACED = "aot_eager_decomp_partition"
+"""Inductor's tracing and recomputation, without its code: what checkpointing changes."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scope", "checkpointing"),
-    [("model", "none"), ("block", "none"), ("block", "selective"), ("block", "full")],
+    ("scope", "checkpointing", "backend"),
+    [
+        ("model", "none", "inductor"),
+        ("block", "none", "inductor"),
+        ("block", "selective", TRACED),
+        ("block", "full", TRACED),
+    ],
 )
-def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str) -> None:
+def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str, backend: str) -> None:
     torch._dynamo.reset()
     eager, compiled = model(3, input_size=8), model(3, input_size=8)  # a block of each kind
     compiled.set_checkpointing(checkpointing)
-    compile_for_training(compiled, scope)
+    compile_for_training(compiled, scope, backend=backend)
     for len_keep in (11, 8):
         plan, arguments = MaskPlan.from_noise(torch.rand(2, 16), len_keep), inputs(8)
         results = []
