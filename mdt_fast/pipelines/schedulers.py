@@ -16,6 +16,7 @@ from ..sampling.schedulers import SOLVERS
 CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", **SOLVERS}
 LEARNED = ("learned", "learned_range")
 ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler")
+MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
 DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 
 
@@ -106,6 +107,13 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
         reason = one_line(error)
         raise UserError(f"num_inference_steps: {name} cannot take {steps}: {reason}") from None
     times = scheduler.timesteps.tolist()
+    if not kinds.isdisjoint(MULTISTEP):
+        levels = scheduler.sigmas[:-1]
+        if len(levels.unique()) < len(levels) or times[:1] == times[1:2]:
+            raise UserError(
+                f"num_inference_steps: got {steps}, expected fewer: {name} would take a noise level twice, "
+                "which it cannot"
+            )
     if not 0 <= min(times) <= max(times) < total:
         raise UserError(
             f"scheduler: {name} uses timesteps {min(times):g} to {max(times):g}, expected 0 to {total - 1}"

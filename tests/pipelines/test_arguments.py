@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from mdt_fast import DiffusionConfig, MDTPipeline, UserError
-from mdt_fast.config import ModelConfig
+from mdt_fast.config import ModelConfig, SamplerName
 from mdt_fast.models.hub import WEIGHTS
 from mdt_fast.models.zoo import build_model
 from mdt_fast.pipelines import published_scheduler
@@ -133,3 +133,14 @@ def test_folders(model: Any, tmp_path: Path) -> None:
     config = weights.with_name("config.json")
     config.write_text(config.read_text().replace('"mask_ratio": 0.3', '"mask_ratio": 0.4'))
     refused(tmp_path, "was saved with another config.json than the one beside it")
+
+
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_a_solver_takes_no_noise_level_twice(model: Any, sampler: SamplerName, karras: bool) -> None:
+    """Diffusers returns NaN for as many steps as were trained, or fails inside."""
+    scheduler = published_scheduler(DiffusionConfig(diffusion_steps=50), sampler=sampler)
+    pipe = piped(model, type(scheduler).from_config(scheduler.config, use_karras_sigmas=karras))
+    with pytest.raises(UserError, match=r"^num_inference_steps: got 50, expected fewer: "):
+        pipe(**{**USUAL, "num_inference_steps": 50})
+    assert pipe(**{**USUAL, "num_inference_steps": 40}).images.isfinite().all()
