@@ -34,6 +34,8 @@ AROUND = {
 }
 MOST_PATCHES = 1024
 """Per side. A larger number is a mistake, and would use up all memory."""
+TABLE = "pos_embed.pos_embed"
+"""Computed anew; older files hold it."""
 LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 
@@ -69,30 +71,41 @@ def weights_of_diffusers(state: Mapping[str, Tensor], config: ModelConfig, file:
     """The ``state_dict`` of a ``DiTTransformer2DModel``, under the names of :class:`DiT`.
 
     Each block has its own copy of the embeddings, but diffusers' last layer reads only the first block's:
-    the others are dropped. Raises ``UserError`` if the copies differ, or if a tensor is missing.
+    the others are dropped. Raises ``UserError`` if the copies differ, if a tensor is missing, and for tensors
+    that a DiT does not have.
     """
     made: dict[str, Tensor] = {}
+    read = {TABLE, LABELS}
+
+    def of(name: str) -> Tensor:
+        read.add(name)
+        return state[name]
+
     try:
         for theirs, ours in AROUND.items():
             for part in ("weight", "bias"):
-                made[f"{ours}.{part}"] = state[f"{theirs}.{part}"]
+                made[f"{ours}.{part}"] = of(f"{theirs}.{part}")
         made["y_embedder.embedding_table.weight"] = state[LABELS]
         for i in range(config.depth):
             there, here = f"transformer_blocks.{i}", f"blocks.{i}"
             for part in ("weight", "bias"):
-                qkv = [state[f"{there}.attn1.to_{name}.{part}"] for name in "qkv"]
+                qkv = [of(f"{there}.attn1.to_{name}.{part}") for name in "qkv"]
                 made[f"{here}.attn.qkv.{part}"] = torch.cat(qkv)
                 for theirs, ours in BLOCK.items():
-                    made[f"{here}.{ours}.{part}"] = state[f"{there}.{theirs}.{part}"]
+                    made[f"{here}.{ours}.{part}"] = of(f"{there}.{theirs}.{part}")
             for key in state:
                 if key.startswith(f"{there}.norm1.emb."):
                     first = state[key.replace(there, "transformer_blocks.0", 1)]
-                    if not torch.equal(state[key], first):
+                    if not torch.equal(of(key), first):
                         raise UserError(
                             f"{file}: {key} is not that of the first block; a DiT has one for all"
                         )
     except KeyError as error:
         raise UserError(f"{file}: weights of another model: no {error.args[0]}") from None
+    if other := sorted(state.keys() - read):
+        raise UserError(
+            f"{file}: weights of another model: {other[0]}, which a DiT of its config does not have"
+        )
     width = made["x_embedder.proj.weight"].shape[0]
     if width != config.hidden_size:
         raise UserError(
