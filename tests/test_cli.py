@@ -229,6 +229,8 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["sample", "RUN", "--sampler=unipc", "--steps=1"], "steps: expected 2 to 999 with unipc, got 1"),
         (["sample", "RUN", "--sampler=dpm++", "--eta=0.5"], "eta: only ddim has one; use 0 with dpm++"),
         (["sample", "RUN", "--out=o", "--npz=x.npz"], "--npz: --out already writes a samples_....npz in its"),
+        (["sample", "RUN", "--out=.", "--grid=a.png"], "--grid: got 'a.png', expected a place outside --out"),
+        (["sample", "RUN", "--out=o", "--png=./o/a/b"], "--png: got 'o/a/b', expected a place outside --out"),
         (["sample", "RUN", "--out=o", "--shard-size=0"], "--shard-size: must be at least 1, got 0"),
         (["sample", "RUN", "--shard-size=4"], "--shard-size: needs --out, which is not given"),
         (["sample", "RUN", "--labels=10"], "--labels: expected 0 to 9, got 10"),

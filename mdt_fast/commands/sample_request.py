@@ -204,6 +204,16 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
                 f"--{name}: expected a folder, got {str(path)!r}; --grid FILE is one image, --npz FILE arrays"
             )
         check_writable(path, folder=folder)
+    for name in ("grid", "png"):
+        if (
+            "out" in targets
+            and name in targets
+            and targets["out"].resolve() in targets[name].resolve().parents
+        ):
+            raise UserError(
+                f"--{name}: got {str(targets[name])!r}, expected a place outside --out, which would refuse "
+                "to be resumed with other files in it"
+            )
     for name, suffix in (("npz", ".npz"), ("grid", ".png")):
         if name in targets and targets[name].suffix.lower() != suffix:
             raise UserError(
