@@ -229,6 +229,7 @@ REFUSED = [
     ("good.npz", ["--reference=nan.npz", "--batch-size=0"], "--batch-size: must be at least 1, got 0"),
     ("good.npz", ["--image-size=8"], "--image-size: crops images in folders, but neither"),
     ("good.npz", ["--json=good.npz"], "'good.npz' is both an input and an output; choose another name"),
+    ("good.npz", ["--weights=x.pth", "--json=x.pth"], "'x.pth' is both an input and an output; choose"),
     ("good.npz", ["--save-features=x.npz"], "a name that ends in .safetensors is needed, got 'x.npz'"),
     ("good.npz", ["--weights=x.pth"], "--weights: is for inception-v3-compat only"),
     ("", [], "SAMPLES: a name is needed, got ''") ,

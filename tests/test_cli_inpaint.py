@@ -120,6 +120,8 @@ def test_a_latent_model_keeps_the_pixels(tmp_path: Path) -> None:
         (["--image=text.png", "--mask=m.png"], "cannot read image 'text.png'"),
         (["--image=x.png", "--mask=text.png"], "cannot read image 'text.png'"),
         (["--image=x.png", "--mask=big.png"], "--mask: 16x16 pixels, but --image has 8x8; they must match"),
+        (["--image=x.png", "--mask=m.png", "--grid=./x.png"], "--image: 'x.png' would be overwritten by the"),
+        (["--image=x.png", "--mask=m.png", "--grid=m.png"], "--mask: 'm.png' would be overwritten by the"),
         (["--image=x.png", "--mask=none.png"], "--mask: has no white, so there is nothing to fill in"),
         (["--image=no.npy", "--mask=m.png"], "--image: cannot read 'no.npy'"),
         (["--image=bad.npy", "--mask=m.png"], "--image: a .npy needs floats [1, 8, 8], got float"),

@@ -200,7 +200,8 @@ def rest_on(given: Features | None, used: Features, metrics: Sequence[str]) -> l
 def check_targets(args: argparse.Namespace) -> None:
     """Check that the output files differ from each other and from the inputs, and can be written."""
     targets = [Path(name) for name in (args.json, args.save_features) if name is not None]
-    inputs = [resolved(Path(name)) for name in (args.samples, args.reference) if name is not None]
+    names = args.samples, args.reference, args.features, args.weights
+    inputs = [resolved(Path(name)) for name in names if name is not None]
     if len({resolved(path) for path in targets}) < len(targets):
         raise UserError("evaluate: --json and --save-features need different names")
     for path in targets:

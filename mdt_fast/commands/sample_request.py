@@ -76,9 +76,11 @@ def requested(args: argparse.Namespace, ranks: Ranks) -> Request:
         raise UserError("--labels: the run was trained without labels; leave it out")
     chosen = chosen_labels(args.labels, opened.classes, model_config.num_classes)
     labels = [chosen[i % len(chosen)] for i in range(config.num_samples)]
+    pngs = png_names(labels, opened.classes) if "png" in targets else []
+    _check_no_input(args, [*targets.values(), *(targets["png"] / name for name in pngs)])
     if "png" in targets:
         beside = [path.name for path in targets.values() if path.parent == targets["png"]]
-        check_alone(targets["png"], [*png_names(labels, opened.classes), *beside])
+        check_alone(targets["png"], [*pngs, *beside])
     diffusion = sampling_diffusion(model_config, opened.config.diffusion, config)
     device = resolve_device(args.device)
     if args.float8:
@@ -106,6 +108,14 @@ def requested(args: argparse.Namespace, ranks: Ranks) -> Request:
         opened, config, labels, targets, folder, diffusion, device, stage, known, inpainting,
         args.weights, args.float8,
     )  # fmt: skip
+
+
+def _check_no_input(args: argparse.Namespace, written: Sequence[Path]) -> None:
+    """``UserError`` if the image or the mask would be overwritten."""
+    for name in ("image", "mask"):
+        file = getattr(args, name)
+        if file is not None and resolved(Path(file)) in {resolved(path) for path in written}:
+            raise UserError(f"--{name}: {file!r} would be overwritten by the samples; choose another output")
 
 
 def _shard_size(args: argparse.Namespace) -> int:
@@ -208,7 +218,7 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
         if (
             "out" in targets
             and name in targets
-            and targets["out"].resolve() in targets[name].resolve().parents
+            and resolved(targets["out"]) in resolved(targets[name]).parents
         ):
             raise UserError(
                 f"--{name}: got {str(targets[name])!r}, expected a place outside --out, which would refuse "
