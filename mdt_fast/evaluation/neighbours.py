@@ -51,7 +51,8 @@ def _share_within(points: Tensor, others: Tensor, neighbours: int, tile: tuple[i
     for rows in points.split(tile[0]):
         found = torch.zeros(len(rows), dtype=torch.bool, device=points.device)
         for columns, radius in zip(others.split(tile[1]), radii.split(tile[1])):
-            found |= (squared_distances(rows, columns) <= radius).any(1)
+            squared, off = _squared(rows, columns)
+            found |= (squared <= radius + off).any(1)  # a point on the surface is inside, as without rounding
         inside += int(found.sum())
     return inside / len(points)
 
@@ -69,9 +70,13 @@ def _radii(points: Tensor, neighbours: int, tile: tuple[int, int]) -> Tensor:
 
 
 def squared_distances(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """Squared distances [N, M], by one matrix product. Values within rounding of zero become 0, so copies
-    have distance 0."""
+    """Squared distances [N, M]. Values within rounding of zero become 0, so copies have distance 0."""
+    squared, off = _squared(a_ND, b_MD)
+    return torch.where(squared <= off, 0.0, squared)
+
+
+def _squared(a_ND: Tensor, b_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances [N, M] by one matrix product, and how far rounding may have moved them."""
     lengths = a_ND.square().sum(1)[:, None] + b_MD.square().sum(1)
-    squared = torch.addmm(lengths, a_ND, b_MD.T, alpha=-2)
-    rounding = 4 * torch.finfo(a_ND.dtype).eps * a_ND.shape[1]
-    return torch.where(squared <= rounding * lengths, 0.0, squared)
+    off = 4 * torch.finfo(a_ND.dtype).eps * a_ND.shape[1] * lengths
+    return torch.addmm(lengths, a_ND, b_MD.T, alpha=-2), off

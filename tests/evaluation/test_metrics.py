@@ -161,6 +161,15 @@ def test_copies_have_no_distance_whatever_the_rounding() -> None:
     assert precision_recall(others, collapsed)[0] == 0
 
 
+@pytest.mark.parametrize("tile", [(2048, 8192), (1, 1), (7, 13)], ids=str)
+def test_points_on_the_surface_of_a_ball_are_inside(tile: tuple[int, int]) -> None:
+    """Features of few values: many distances are equal, and rounding must not tell them apart."""
+    samples, reference = ((normal(150, 20, seed=seed) > 0.5).double() for seed in (1, 2))
+    found = precision_recall(samples / 255, reference / 255, tile=tile)
+    assert found == (plain_precision(samples, reference), plain_precision(reference, samples))
+    assert 0 < found[1] < 1
+
+
 def test_distances_by_a_product_are_those_of_differences() -> None:
     """Within float64's rounding; float32, which is not used, within its own."""
     a, b = normal(40, 256, seed=1), normal(50, 256, seed=2)
