@@ -306,3 +306,11 @@ def test_torn_images_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "SAMPLES: arr_0 in 'flipped.npz' is damaged: Bad CRC-32" in error(
         capsys, "flipped.npz", "--reference=good.npz", "--features=mine:mean"
     )
+
+
+@pytest.mark.usefixtures("files")
+def test_three_images_have_a_distance_but_no_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    save_npz("three.npz", pictures(3, 1), [0] * 3)
+    found = run(capsys, "three.npz", "--reference=good.npz", "--features=mine:mean")
+    assert set(found["metrics"]) == {"fid"}
+    assert "precision is skipped: 'three.npz' has 3 images; at least 4 are needed" in found["notes"]

@@ -81,13 +81,13 @@ class Extractor:
             )
         for name, ndim in (("pooled", 2), ("spatial", 4), ("logits", 2), ("probabilities", 2)):
             value = named.get(name)
-            if value is None:
+            if value is None and name != "pooled":
                 continue
-            if not isinstance(value, Tensor) or value.ndim != ndim or len(value) != count:
+            if not isinstance(value, Tensor) or value.ndim != ndim or len(value) != count or 0 in value.shape:
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise UserError(
                     f"features: {self.given!r} returned {name} {shape}; {ndim} dimensions, the first of "
-                    f"them {count}, are needed"
+                    f"them {count}, are needed, and none empty"
                 )
         probabilities = named.get("probabilities")
         if named.get("logits") is not None:

@@ -9,7 +9,7 @@ from .features import Features
 from .frechet import frechet_distance
 from .inception_score import SPLIT, inception_score
 from .moments import Moments
-from .neighbours import precision_recall
+from .neighbours import NEIGHBOURS, precision_recall
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 
@@ -38,7 +38,12 @@ def missing(metric: str, samples: Features, reference: Features | None) -> str |
     sides = (samples, reference)
     if metric in ("precision", "recall"):
         lacking = [side.name for side in sides if side.pooled is None]
-        return f"{lacking[0]!r} has statistics only; images or features are needed" if lacking else None
+        if lacking:
+            return f"{lacking[0]!r} has statistics only; images or features are needed"
+        for side in sides:
+            if side.pooled is not None and len(side.pooled) <= NEIGHBOURS:
+                return f"{side.name!r} has {len(side.pooled)} images; at least {NEIGHBOURS + 1} are needed"
+        return None
     parts = [side.moments if metric == "fid" else side.spatial for side in sides]
     for side, part in zip(sides, parts):
         if part is None and metric == "fid":

@@ -182,6 +182,8 @@ def test_functions_modules_and_classes() -> None:
         ("mine:maen", r"'mine' has no 'maen' \(did you mean 'mean'\?\)"),
         ("mine:number", "is int; a function or a torch.nn.Module is needed"),
         ("mine:nothing", r"returned NoneType; pooled \[B, D\]"),
+        ("mine:no_pooled", "returned pooled NoneType; 2 dimensions"),
+        ("mine:no_features", r"returned pooled \[4, 0\]; 2 dimensions, the first of them 4, are needed, and"),
         ("mine:transposed", r"returned pooled \[3, 4\]; 2 dimensions, the first of them 4"),
         ("mine:breaks", r"failed on uint8 \[4, 3, 8, 8\]: three lines of it"),
     ],
