@@ -26,7 +26,14 @@ from ..models.attention import Attention
 from ..models.base import Transformer
 from ..models.convert import full_disk_named
 from ..models.sampling import has_own_forward, is_open, is_wrapped
-from .generate import DEFAULT, PerImageNoise, check_sampling, checked_labels, sampling_diffusion
+from .generate import (
+    DEFAULT,
+    PerImageNoise,
+    check_first_index,
+    check_sampling,
+    checked_labels,
+    sampling_diffusion,
+)
 from .guided import guidance_power, guidance_weights
 from .images import check_name, check_writable
 
@@ -196,6 +203,7 @@ def run_exported(
     are those of ``sample`` up to rounding. An AOTInductor package runs compiled code as it is: open only
     those you trust. Raises ``UserError`` for a file or settings that do not fit.
     """
+    check_first_index(first_index)
     described, package = _opened(Path(path))
     model = from_dict(ModelConfig, described["model"], "model")
     if config is None:

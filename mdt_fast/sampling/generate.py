@@ -134,6 +134,12 @@ def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
     return found
 
 
+def check_first_index(first_index: int) -> None:
+    """Raise ``UserError`` unless this can be the number of an image."""
+    if type(first_index) is not int or first_index < 0:
+        raise UserError(f"first_index: an integer, 0 or more, is needed, got {first_index!r}")
+
+
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode here; afterwards each of its parts gets its own mode back."""
@@ -224,8 +230,7 @@ class Sampler:
     ) -> Tensor:
         """One image per label, drawn batch by batch: [N, C, S, S] on the CPU; see ``sample``."""
         labels = checked_labels(labels, self.num_classes)
-        if type(first_index) is not int or first_index < 0:
-            raise UserError(f"first_index: an integer, 0 or more, is needed, got {first_index!r}")
+        check_first_index(first_index)
         images = []
         for span in self.batches(len(labels)):
             batch = labels[span.start : span.stop]
