@@ -91,7 +91,7 @@ class Step(nn.Module):
 
 def step_coefficients(diffusion: GaussianDiffusion, config: SampleConfig) -> Tensor:
     """Coefficients, float32 [T, K] on the CPU: a row for each step, the last row for the first step taken."""
-    a, zero = diffusion.alphas_cumprod, torch.zeros(diffusion.num_timesteps)
+    a, zero = diffusion.alphas_cumprod, torch.zeros(diffusion.num_timesteps, dtype=torch.float32)
     if config.sampler == "ddpm":
         recip, recipm1, coef1, coef2, low, high, move = ddpm_coefficients(a, diffusion.var_type).unbind(1)
         columns = [recip, recipm1, coef1, coef2, zero, low, high, move, zero]
@@ -146,15 +146,16 @@ def export_step(
     step = Step(model.eval(), diffusion, config.guided_channels, clip=clip, guided=guided)
     n, device = batch or 2, next(model.parameters()).device
     C, S = model_config.in_channels, model_config.input_size
-    x = torch.zeros(n, C, S, S, device=device)
-    one = torch.ones(1, device=device)
-    y, row = torch.zeros(n, dtype=torch.int64, device=device), torch.ones(len(COLUMNS), device=device)
+    # Whatever torch's default dtype and the caller's autocast are.
+    x = torch.zeros(n, C, S, S, device=device, dtype=torch.float32)
+    one, row = x.new_ones(1), x.new_ones(len(COLUMNS))
+    y = torch.zeros(n, dtype=torch.int64, device=device)
     any_n = {0: torch.export.Dim("n", min=1)} if batch is None else None
     chosen = [(m, m.attention_backend) for m in model.modules() if isinstance(m, Attention)]
     try:
         for attention, _ in chosen:
             attention.attention_backend = "auto"  # a library chosen by the user may not be traceable
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             program = torch.export.export(
                 step,
                 (x, one.long(), y, x.clone(), row, one),
@@ -231,11 +232,12 @@ def run_exported(
         some += some[-1:] * ((fixed or n) - n)  # pad to the fixed batch
         noise = PerImageNoise(config.seed, first_index + start, len(some))
         y = torch.tensor(some, device=device)
-        x = noise(torch.empty(len(some), *shape, device=device))
+        x = noise(torch.empty(len(some), *shape, device=device, dtype=torch.float32))
         for index in range(diffusion.num_timesteps - 1, -1, -1):
             t = torch.tensor([diffusion.timestep_map[index]], device=device)
             added = noise(x) if noisy else torch.zeros_like(x)
-            x = call(x, t, y, added, table[index], weights[index : index + 1].to(device))
+            with torch.autocast(device.type, enabled=False):
+                x = call(x, t, y, added, table[index], weights[index : index + 1].to(device))
         images.append(x[:n].cpu())
     return torch.cat(images) if images else torch.empty(0, *shape)
 

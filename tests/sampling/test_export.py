@@ -67,6 +67,23 @@ def test_the_pictures_are_those_of_sample(model: nn.Module, package: Path, chang
     torch.testing.assert_close(drawn, sample(model, TRAINED, LABELS, config, first_index=5), **CLOSE)
 
 
+@pytest.mark.parametrize("surroundings", ["float64", "autocast"])
+def test_default_dtype_and_autocast_of_the_caller_do_not_count(
+    surroundings: str, model: nn.Module, package: Path, tmp_path: Path
+) -> None:
+    expected = sample(model, TRAINED, LABELS, CONFIG)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64 if surroundings == "float64" else before)
+        with torch.autocast("cpu", torch.bfloat16, enabled=surroundings == "autocast"):
+            there = run_exported(package, LABELS)
+            own = run_exported(export_step(model, TRAINED, tmp_path / "own.pt2", CONFIG), LABELS)
+    finally:
+        torch.set_default_dtype(before)
+    for drawn in (there, own):
+        torch.testing.assert_close(drawn, expected, **CLOSE)
+
+
 def test_it_is_plain_pytorch(package: Path) -> None:
     program = torch.export.load(package)
     ops = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
