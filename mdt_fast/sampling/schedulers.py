@@ -4,7 +4,8 @@ Source: Lu et al. 2022 (arXiv:2211.01095); Zhao et al. 2023 (arXiv:2302.04867).
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,21 @@ def open_scheduler(sampler: str, diffusion: GaussianDiffusion) -> Callable[[Tens
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
 
     def step(pred_xstart: Tensor, index: int, x: Tensor) -> Tensor:
-        return scheduler.step(pred_xstart, index, x, return_dict=False)[0]
+        with _float32_by_default():
+            return scheduler.step(pred_xstart, index, x, return_dict=False)[0]
 
     return step
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """UniPC solves for its weights with a matrix of torch's default dtype and a float32 vector."""
+    before = torch.get_default_dtype()
+    if before == torch.float32:  # change nothing that other threads share
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

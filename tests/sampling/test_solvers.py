@@ -18,6 +18,7 @@ from mdt_fast.diffusion import create_diffusion
 from mdt_fast.sampling import sample, sampling_diffusion
 from mdt_fast.sampling.generate import PerImageNoise
 from mdt_fast.sampling.schedulers import SOLVERS
+from small_models import made
 from tolerances import FLOAT32, relative_error
 
 diffusers = pytest.importorskip("diffusers")
@@ -148,6 +149,20 @@ def test_timesteps_are_set_and_not_left_to_diffusers(sampler: Any) -> None:
     scheduler = getattr(diffusers, SOLVERS[sampler])(timestep_spacing="linspace")
     scheduler.set_timesteps(10)
     assert scheduler.timesteps.tolist() == seen.seen
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_torchs_default_dtype_does_not_count(sampler: Any) -> None:
+    model, config = made("dit", torch.float32), replace(SETTINGS, sampler=sampler, steps=5)
+    expected = sample(model, DiffusionConfig(), LABELS, config)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(sample(model, DiffusionConfig(), LABELS, config), expected)
+            assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_without_diffusers_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
