@@ -211,10 +211,12 @@ def test_weights_with_classes_begin_a_run_without(
     begin = ["convert", str(weights), str(run), f"--data={data}", "--image-size=8", "--unconditional"]
     assert main([*begin, "--set=train.batch_size=4", "--set=train.device=cpu"]) == 0
     assert main(["train", f"--out={run}", "--resume=auto", "--steps=1"]) == 0
-    assert main(["convert", str(run), str(tmp_path / "official"), "--official"]) == 0
-    back = ["convert", str(tmp_path / "official"), str(tmp_path / "back"), "--preset=images"]
-    back += [f"--data={data}", "--image-size=8"]
-    assert "its label table has one row: a model without classes; pass --unconditional" in error(
-        capsys, *back
-    )
-    assert main([*back, "--unconditional"]) == 0
+    for target in (["official", "--official"], ["alone.safetensors"]):
+        assert main(["convert", str(run), str(tmp_path / target[0]), *target[1:]]) == 0
+    for source in ("official", "alone.safetensors"):
+        back = ["convert", str(tmp_path / source), str(tmp_path / f"from_{source[0]}"), "--preset=images"]
+        back += [f"--data={data}", "--image-size=8"]
+        assert "its label table has one row: a model without classes; pass --unconditional" in error(
+            capsys, *back
+        )
+        assert main([*back, "--unconditional"]) == 0

@@ -69,14 +69,18 @@ def official_config(
         values["sample"].update(cfg_scale=1.0)
     put(values, by_hand)
     shape |= {key: value for key, value in written.items() if key not in ("mask_ratio", "class_dropout_prob")}
+    without_classes = UserError(
+        f"{files.model}: its label table has one row: a model without classes; pass --unconditional"
+    )
+    guided = values["data"]["conditional"] and values["sample"]["cfg_scale"] != 1
+    if rows == 1 and guided and values["model"]["class_dropout_prob"] == 0:
+        raise without_classes
     dropped = from_dict(RunConfig, values).model.class_dropout_prob > 0
     if written and dropped != (written["class_dropout_prob"] > 0) and ("model", "class_dropout_prob") in hand:
         wanted, null = hand["model", "class_dropout_prob"], "no null class" if dropped else "a null class"
         raise UserError(f"model.class_dropout_prob: {wanted!r}, but the weights in {files.model} have {null}")
     if rows == dropped:
-        raise UserError(
-            f"{files.model}: its label table has one row: a model without classes; pass --unconditional"
-        )
+        raise without_classes
     shape["num_classes"] = rows - dropped
     of_model = {key: value for (section, key), value in hand.items() if section == "model"}
     if packed is None and not values["data"]["conditional"]:
