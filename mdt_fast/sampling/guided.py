@@ -32,7 +32,7 @@ from ..models.sampling import (
 
 
 @dataclass(frozen=True)
-class Walk:
+class Timesteps:
     """What a pass must know of a process that is not ours: each step index's original timestep, ascending
     towards noise (a fraction if a scheduler asks for one), and the number of original steps."""
 
@@ -47,7 +47,9 @@ def guidance_power(config: SampleConfig, family: Family) -> float | None:
     return config.scale_pow
 
 
-def guidance_weights(diffusion: GaussianDiffusion | Walk, config: SampleConfig, family: Family) -> Tensor:
+def guidance_weights(
+    diffusion: GaussianDiffusion | Timesteps, config: SampleConfig, family: Family
+) -> Tensor:
     """The guidance weight of each step, float32 [T] on the CPU: 1 outside of ``cfg_interval``, and where it
     differs from 1 by less than ``skip_below``."""
     times, steps = torch.tensor(diffusion.timestep_map, device="cpu"), diffusion.original_num_steps
@@ -120,7 +122,7 @@ class GuidedModel:
     def __init__(
         self,
         model: nn.Module,
-        diffusion: GaussianDiffusion | Walk,
+        diffusion: GaussianDiffusion | Timesteps,
         config: SampleConfig,
         clip_denoised: bool,
         switches: SampleSwitches,

@@ -136,7 +136,7 @@ class Checkpoint(SavedModel):
                 self._verify(file)
         except DamagedCheckpointError as error:
             wrong = str(error)
-        for message in filter(None, world.everyones(wrong)):
+        for message in filter(None, world.all_gather_object(wrong)):
             raise DamagedCheckpointError(message)
 
     def _verify(self, name: str) -> None:

@@ -28,7 +28,7 @@ def check_data(config: RunConfig, images: ImageSet, first_stage: FirstStage, wor
             f"data.source: {len(images.labels)} images for {world.size} processes; each needs at least one"
         )
     ours = _digest(images)
-    for rank, theirs in enumerate(world.everyones(ours)):
+    for rank, theirs in enumerate(world.all_gather_object(ours)):
         if theirs != ours:
             raise UserError(
                 f"data.source: process {rank} found other images than process {world.rank} (by class); "

@@ -65,7 +65,7 @@ class World:
         work.wait()
         return int(message)
 
-    def together(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """All-gather ``tensor`` (on the CPU, same shape on every rank); returns one tensor per rank."""
         if self.size == 1:
             return [tensor]
@@ -81,7 +81,7 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def everyones(self, value: Any, group: Any = None) -> list[Any]:
+    def all_gather_object(self, value: Any, group: Any = None) -> list[Any]:
         """All-gather ``value``; returns one value per rank."""
         if self.size == 1:
             return [value]
@@ -153,17 +153,17 @@ def _runs(task: Path) -> bool:
 
 
 @contextmanager
-def losses_named(world: World) -> Iterator[None]:
+def lost_processes_named(world: World) -> Iterator[None]:
     """Turn the error that a lost process causes here, when next waited for, into a ``UserError``."""
     try:
         yield
     except RuntimeError as error:
-        if not is_loss(error, world):
+        if not is_lost_process(error, world):
             raise
         raise UserError(f"another process of the run was lost ({_first_line(error)})") from error
 
 
-def is_loss(error: BaseException, world: World) -> bool:
+def is_lost_process(error: BaseException, world: World) -> bool:
     """Whether ``error`` was caused by the loss of another process."""
     words = ("gloo", "NCCL", "onnection", "Broken pipe", "ocket", "peer")
     told = isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -21,7 +21,7 @@ from ..data import ImageSet
 from ..errors import UserError
 from ..processes import Interrupts, resolve_device
 from .checkpoint import latest, locked
-from .distributed import joined, losses_named
+from .distributed import joined, lost_processes_named
 from .metrics import Metrics
 from .objective import draw
 from .optim import learning_rate, set_learning_rate, unripe
@@ -116,12 +116,12 @@ def train(
     with joined(resolve_device(config.train.device)) as world, ExitStack() as stack:
         if world.main:
             stack.enter_context(locked(out))
-        stack.enter_context(losses_named(world))
+        stack.enter_context(lost_processes_named(world))
         run = prepare(config, out, resume, world, images)
         world.barrier()  # all ranks have read the folder before it is written to
         bar = TrainingProgress(run.step, config.train.steps, console, quiet=not world.main)
         try:
-            with losses_named(world), bar, Interrupts() as interrupts:
+            with lost_processes_named(world), bar, Interrupts() as interrupts:
                 return _train(run, bar, interrupts)
         except (UserError, OSError) as error:
             with suppress(Exception):  # let a checkpoint in progress finish; report only the first error
@@ -153,7 +153,7 @@ def _train(run: Run, bar: TrainingProgress, interrupts: Interrupts) -> Result:
         if logging:
             row = metrics.row(run.step, learning_rate(settings, run.step - 1))
             sinks.write(row)
-            if (unreadable := everyones_unreadable(run)) and len(unreadable) > left_out:
+            if (unreadable := all_unreadable(run)) and len(unreadable) > left_out:
                 left_out, first_error = len(unreadable), next(iter(unreadable.values()))
                 bar.say(f"warning: {left_out} unreadable images replaced by others; the first: {first_error}")
         bar.update(run.step, row if logging else None)
@@ -227,11 +227,11 @@ class Pictures:
             raise UserError("interrupted")
 
 
-def everyones_unreadable(run: Run) -> dict[int, str]:
+def all_unreadable(run: Run) -> dict[int, str]:
     """Images that any process has skipped, with the errors. All processes must call this."""
     if run.config.data.on_unreadable == "stop":
         return {}
     found: dict[int, str] = {}
-    for of_one in run.world.everyones(dict(run.loader.unreadable)):
+    for of_one in run.world.all_gather_object(dict(run.loader.unreadable)):
         found |= of_one
     return found

@@ -118,7 +118,7 @@ class Metrics:
             names = list(self._terms[0])
             own = [torch.stack([terms[name] for terms in self._terms]) for name in names]
             own.append(torch.stack(self._timesteps).to(own[0]))  # float32 holds every timestep exactly
-            parts = self.world.together(torch.stack(own).cpu())
+            parts = self.world.all_gather(torch.stack(own).cpu())
             values = torch.cat(parts, dim=2)  # ranks hold consecutive rows of the batch
             pending = {name: values[i] for i, name in enumerate(names)}
             pending[TIMESTEPS] = values[-1].long()

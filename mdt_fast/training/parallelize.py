@@ -103,10 +103,10 @@ def autocasting(config: TrainConfig, sharded: bool, device: torch.device) -> Any
     return torch.autocast(device.type, DTYPES[config.dtype], enabled=enabled, cache_enabled=False)
 
 
-def reduce_gradients(model: Any, sharded: bool, now: bool) -> None:
-    """Set whether the next backward pass reduces the gradients; of several, only the last should."""
+def set_gradient_sync(model: Any, sharded: bool, on: bool) -> None:
+    """Set whether the next backward pass reduces FSDP's gradients; of several, only the last should."""
     if sharded:
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(on)
 
 
 def replicas(config: TrainConfig, world: World) -> int:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..masking import TENSORS, MaskPlan
 from ..models.base import Transformer
 from .objective import Draws, losses_by_pass, losses_of, total_loss
-from .parallelize import autocasting, reduce_gradients
+from .parallelize import autocasting, set_gradient_sync
 
 DRAWN = tuple(field.name for field in fields(Draws) if field.name != "plan")
 
@@ -54,7 +54,7 @@ class Passes:
         terms: dict[str, Tensor] = {}
         calls = self.forward_passes(x, y, draws)
         for number, call in enumerate(calls, 1):
-            reduce_gradients(self.model, self.sharded, now=last and number == len(calls))
+            set_gradient_sync(self.model, self.sharded, on=last and number == len(calls))
             with autocasting(self.settings, self.sharded, self.device):
                 found = call()
                 loss = total_loss(found) / (self.settings.accumulate * self.replicas)

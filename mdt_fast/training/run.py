@@ -177,7 +177,7 @@ class Run:
                 model, diffusion, own, config, first_index=first,
                 clip_denoised=self.first_stage.clip, on_step=self.on_sampling_step,
             )  # fmt: skip
-        drawn = torch.cat(self.world.together(latents.cpu()))[: len(labels)]
+        drawn = torch.cat(self.world.all_gather(latents.cpu()))[: len(labels)]
         if self.world.main:
             try:
                 images = self.first_stage.decode(drawn)

@@ -37,7 +37,7 @@ from .checkpoint import (
     steps,
     versions,
 )
-from .distributed import World, is_loss
+from .distributed import World, is_lost_process
 
 Parts = Mapping[str, dict[str, Tensor]]
 
@@ -120,7 +120,7 @@ class Saver:
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             if self.world.main:
                 shutil.rmtree(partial, ignore_errors=True)
-            if is_loss(error, self.world):
+            if is_lost_process(error, self.world):
                 raise  # not a disk error; reported by whoever waits for this checkpoint
             last = latest(self.run)
             raise UserError(
@@ -147,9 +147,9 @@ class Saver:
             flush(folder)
         except OSError as error:
             failure = error
-        everyones = self.world.everyones((own, failure), self.world.checkpoints)
-        _raise_first(failure for _, failure in everyones)
-        return {name: entry for files, _ in everyones for name, entry in files.items()}
+        gathered = self.world.all_gather_object((own, failure), self.world.checkpoints)
+        _raise_first(failure for _, failure in gathered)
+        return {name: entry for files, _ in gathered for name, entry in files.items()}
 
     def _finish(
         self, partial: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any]
@@ -182,7 +182,7 @@ class Saver:
                 work()
             except OSError as error:
                 failure = error
-        _raise_first(self.world.everyones(failure, self.world.checkpoints))
+        _raise_first(self.world.all_gather_object(failure, self.world.checkpoints))
 
 
 class Writer(HuggingFaceStorageWriter):

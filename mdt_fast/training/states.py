@@ -35,7 +35,7 @@ def training_state(run: "Run", metrics: Metrics) -> tuple[dict[str, dict[str, Te
     weights = run.masters or {name: p.detach() for name, p in run.model.named_parameters()}
     parts = {MODEL: weights, EMA: dict(run.ema.tensors)}
     for part, tensors in parts.items():
-        if not all(run.world.everyones(all_finite(tensors))):
+        if not all(run.world.all_gather_object(all_finite(tensors))):
             raise UserError(f"the {part}'s weights are not finite after step {run.step}; nothing was saved")
     packed = run.optimizer.state_dict()
     names = trained_names(run.model)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from mdt_fast.errors import UserError
 from mdt_fast.training import checkpoint, loop, saving, train
 from mdt_fast.training.checkpoint import PARTS, DamagedCheckpointError, latest, newest_good, open_checkpoint
-from mdt_fast.training.distributed import World, losses_named
+from mdt_fast.training.distributed import World, lost_processes_named
 from mdt_fast.training.saving import Saver
 from tiny import file_of, files_of, tensors_of, tiny
 
@@ -215,7 +215,7 @@ class Deserted(World):
 
     size: int = 2
 
-    def everyones(self, value: Any, group: Any = None) -> list[Any]:
+    def all_gather_object(self, value: Any, group: Any = None) -> list[Any]:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5831")
 
 
@@ -224,7 +224,7 @@ def test_a_process_lost_while_saving_is_no_failure_of_the_disk(tmp_path: Path) -
     saver = Saver(tmp_path, world, keep=1)
     saver.save(1, {"model": {"weight": torch.ones(2)}}, {})
     lost = r"^another process of the run was lost \(.*closed by peer"
-    with pytest.raises(UserError, match=lost), losses_named(world):
+    with pytest.raises(UserError, match=lost), lost_processes_named(world):
         saver.wait()
     assert latest(tmp_path) is None
     saver.close()

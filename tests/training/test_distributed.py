@@ -285,9 +285,9 @@ def test_a_group_is_left_when_its_threads_hold_nothing(name: str, waited_for: bo
 def test_processes_need_the_same_images(tmp_path: Path) -> None:
     """Copies on each machine's own disk may differ, and would number classes and images differently."""
     run = prepare(tiny(), tmp_path / "run", None)
-    world: Any = SimpleNamespace(size=2, rank=1, everyones=lambda own: [own, own])
+    world: Any = SimpleNamespace(size=2, rank=1, all_gather_object=lambda own: [own, own])
     check_data(run.config, run.images, run.first_stage, world)
-    world.everyones = lambda own: ["another's", own]
+    world.all_gather_object = lambda own: ["another's", own]
     with pytest.raises(UserError, match=r"data\.source: process 0 found other images than process 1"):
         check_data(run.config, run.images, run.first_stage, world)
 

@@ -18,7 +18,7 @@ from mdt_fast.config import DataConfig
 from mdt_fast.data.progress import clock
 from mdt_fast.processes import Interrupts
 from mdt_fast.training import progress
-from mdt_fast.training.loop import Pictures, everyones_unreadable
+from mdt_fast.training.loop import Pictures, all_unreadable
 from mdt_fast.training.progress import Rate, TrainingProgress, describe_loss, describe_speed, summary
 from mdt_fast.training.sinks import Sinks
 
@@ -302,8 +302,8 @@ def test_a_picture_without_memory(processes: int) -> None:
 
 def test_images_that_any_process_left_out_are_told() -> None:
     """Each once, by its number."""
-    world = SimpleNamespace(everyones=lambda own: [own, {7: "seven, too"}, {}, {2: "two"}])
+    world = SimpleNamespace(all_gather_object=lambda own: [own, {7: "seven, too"}, {}, {2: "two"}])
     data = DataConfig(source="digits", on_unreadable="skip")
     loader = SimpleNamespace(unreadable={7: "seven"})
     run: Any = SimpleNamespace(config=SimpleNamespace(data=data), loader=loader, world=world)
-    assert everyones_unreadable(run) == {7: "seven, too", 2: "two"}
+    assert all_unreadable(run) == {7: "seven, too", 2: "two"}
