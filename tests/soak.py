@@ -12,7 +12,6 @@ for bit, and so must every row of the metrics, except for clock readings. Exit c
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -26,17 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forked import Forked
 from mdt_fast.training.checkpoint import PARTIAL, PARTS, STATE, latest, open_checkpoint, steps
 from tiny import ARGUMENTS
 
 CLOCK = ("time", "img_per_s", "tflop_per_s", "peak_share", "memory_gib")
 MOMENTS = ("start", "step", "save", "rename", "prune", "picture")
 STEPS_PER_KILL = 5  # how far a resumed run gets at most before it is killed
-PRELOADED = [
-    "mdt_fast.commands.train", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "torch._dynamo",
-]  # fmt: skip
-"""What a training run imports sooner or later."""
 LOST = "another process of the run was lost", "cannot join the others"  # what the surviving process may say
 PATIENCE = 180  # seconds
 
@@ -45,36 +40,7 @@ class SoakError(Exception):
     """Something that should not have happened."""
 
 
-class Forked:
-    """A training run forked from a process that has already imported everything; used like a ``Popen``."""
-
-    CONTEXT = multiprocessing.get_context("forkserver")
-
-    def __init__(self, command: list[str], log: Path):
-        self.process = self.CONTEXT.Process(target=_train, args=(command, log))
-        self.process.start()
-        self.pid, self.kill = self.process.pid, self.process.kill
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self, seconds: float | None = None) -> int:
-        self.process.join(seconds)
-        if self.process.exitcode is None:
-            raise SoakError(f"a run did not end within {seconds} s")
-        return self.process.exitcode
-
-
 Process = subprocess.Popen[bytes] | Forked
-
-
-def _train(command: list[str], log: Path) -> None:
-    from mdt_fast.cli import main
-
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.exit(main(command))
 
 
 @dataclass
@@ -117,7 +83,7 @@ class Soak:
 
     def _start(self, run: Path, log: Path) -> Process:
         if self.warm:
-            return Forked([*self.command, f"--out={run}"], log)
+            return Forked([*self.command, f"--out={run}"], log, log)
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         launcher = [*several, "--max-restarts=0", "--monitor-interval=0.1"] if self.processes > 1 else []
         line = [sys.executable, *launcher, "-m", "mdt_fast", *self.command, f"--out={run}"]
@@ -306,9 +272,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.warm and args.processes > 1:
         parser.error("--warm: for one process; torchrun starts its own")
     os.environ["OMP_NUM_THREADS"] = "1"
-    Forked.CONTEXT.set_forkserver_preload(
-        ["mdt_fast.commands.train", "mdt_fast.data.latents", "sklearn.datasets"]
-    )
     length = STEPS_PER_KILL * args.kills + 5
     data = (
         ["--preset=digits", *ARGUMENTS]

@@ -1,6 +1,5 @@
 """``mdt-fast encode`` as a person uses it: processes, kills, signals, and every mistake in one line."""
 
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forked import Forked
 from mdt_fast.cli import main
 from mdt_fast.data import LatentSet
 
@@ -35,30 +35,22 @@ def encoded(photos: Path, tiny_vae: Path, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-def start(photos: Path, vae: Path, out: Path, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mdt_fast", "encode", str(photos), f"--vae={vae}", f"--out={out}", *SMALL],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # In tests run in the background, Ctrl-C is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(photos: Path, vae: Path, out: Path, **environment: str) -> Forked:
+    arguments = ["encode", str(photos), f"--vae={vae}", f"--out={out}", *SMALL]
+    return Forked(arguments, environment=environment)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+def finish(process: Forked) -> tuple[int, str, str]:
+    return process.wait(120), *process.printed()
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: Forked) -> None:
     while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.printed()[1]
         time.sleep(0.001)
 
 

@@ -1,9 +1,5 @@
 """Folders of many samples: resumed, shared by processes, and never a mix of two kinds."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forked import Forked
 from mdt_fast.cli import main
 from mdt_fast.errors import UserError
 from mdt_fast.sampling import SampleFolder, shown
@@ -189,19 +186,17 @@ def test_another_checkpoint_or_setting_is_refused(
 @pytest.mark.slow
 def test_killed_half_way_it_goes_on(trained: Path, tmp_path: Path) -> None:
     """SIGKILL at any moment leaves whole shards; the same command then gives an unbroken run's files."""
-    command = [sys.executable, "-m", "mdt_fast"]
     many = ["--num-samples=60", "--steps=20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen([*command, *options(trained, tmp_path / "killed", *many)], env=environment)
+    killed = Forked(options(trained, tmp_path / "killed", *many))
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "killed").glob("shard-*.npz"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.wait(60)
     left = len(list((tmp_path / "killed").glob("shard-*.npz")))
-    assert 2 <= left < 15
+    assert 2 <= left < 15, killed.printed()
     for out in ("killed", "whole"):
-        subprocess.run([*command, *options(trained, tmp_path / out, *many)], env=environment, check=True)
+        assert main(options(trained, tmp_path / out, *many)) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 

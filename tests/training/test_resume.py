@@ -1,12 +1,9 @@
 """A run that stopped, was killed or was resumed is bit for bit the unbroken one."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +13,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from forked import Forked
+from mdt_fast.cli import main
 from mdt_fast.errors import UserError
 from mdt_fast.training import loop, passes, train
 from mdt_fast.training.checkpoint import latest, locked, open_checkpoint
@@ -276,20 +275,18 @@ def test_ended_at_a_random_moment(tmp_path: Path) -> None:
     """By SIGTERM, then run to the end. (``tests/soak.py`` does the same with SIGKILL, again and again.)"""
     config, broken = tiny(steps=24, save_every=1, keep=2), tmp_path / "broken"
     train(config, tmp_path / "whole")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    options = ["--steps=24", "--save-every=1", "--batch-size=4", "--device=cpu", "--set=train.log_every=3"]
-    options += ["--set=train.keep=2", "--set=sample.steps=3", "--set=sample.num_samples=4"]
-    command = [sys.executable, "-m", "mdt_fast", "train", "--preset=digits", *ARGUMENTS, *options]
-    command += ["--out", str(broken), "--resume=auto"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = ["train", "--preset=digits", *ARGUMENTS, "--steps=24", "--save-every=1", "--batch-size=4"]
+    command += ["--device=cpu", "--set=train.log_every=3", "--set=train.keep=2", "--set=sample.steps=3"]
+    command += ["--set=sample.num_samples=4", f"--out={broken}", "--resume=auto"]
+    process = Forked(command)
     while latest(broken) is None and process.poll() is None:
         time.sleep(0.005)
     time.sleep(random.random() * 0.1)
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert b"checkpoint saved" in stdout or b"24 steps done" in stdout
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    code, (printed, wrong) = process.wait(60), process.printed()
+    assert code == 0, wrong
+    assert "checkpoint saved" in printed or "24 steps done" in printed
+    assert main(command) == 0
     final = Path("checkpoints", "step_0000024")
     assert tensors_of(broken / final) == tensors_of(tmp_path / "whole" / final)
     steps = [row["step"] for row in rows(broken)]
