@@ -184,6 +184,20 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "latents").exists()
 
 
+def test_latents_in_a_folder_named_digits_change_nothing_for_the_digits(
+    tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--preset=digits", "--out=run", "--device=cpu", "--dry-run"]
+    assert main(train) == 0
+    before = capsys.readouterr().out
+    options = ["--image-size=8", "--shard-size=1000", "--device=cpu", "--threads=1", "--no-mirror"]
+    assert main(["encode", "digits", f"--vae={tiny_vae}", "--out=digits", *options]) == 0
+    capsys.readouterr()
+    assert main(train) == 0
+    assert capsys.readouterr().out == before
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from mdt_fast.cli import main\n"

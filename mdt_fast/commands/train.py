@@ -246,6 +246,6 @@ def _give_shape(values: dict[str, Any], name: str, before: str) -> None:
 def fit_to_encoded(values: dict[str, Any]) -> None:
     """Set the data settings that encoded latents determine, if ``data.source`` is a folder of them."""
     source = from_dict(DataConfig, values["data"], "data").source
-    if is_encoded(Path(source)):
+    if source not in ("", "digits") and is_encoded(Path(source)):  # a folder may be named digits, too
         encoded = LatentSet(Path(source))
         values["data"].update(image_size=encoded.image_size, vae=encoded.autoencoder, flip=encoded.mirrored)
