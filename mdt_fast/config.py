@@ -365,7 +365,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     """``value`` if it matches ``hint`` (an int is accepted where a float is expected)."""
     origin = typing.get_origin(hint)
     if origin is Literal:
-        if value in typing.get_args(hint) and not isinstance(value, bool):
+        if value in typing.get_args(hint) and not isinstance(value, bool | float):  # 1.0 equals 1
             return value
         known = [str(option) for option in typing.get_args(hint)]
         listed = ", ".join(map(repr, typing.get_args(hint)))
