@@ -374,7 +374,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
-            return float(value[0]), float(value[1])
+            return _checked(float, value[0], where), _checked(float, value[1], where)
         raise UserError(f"{where}: expected None or two numbers, got {value!r}")
     allowed = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
     words = [

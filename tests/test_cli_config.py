@@ -71,6 +71,7 @@ NONSENSE = {
     "preset: digits\ntrain: {steps: 2024-13-45}": "train.steps: expected int, got '2024-13-45'",
     "preset: digits\ntrain: {seed: 1:30}": "train.seed: expected int, got '1:30'",
     "preset: digits\ndata: {channels: 1.0}": "data.channels: 1.0 is not one of 1, 3",
+    f"preset: digits\nsample: {{cfg_interval: [1{400 * '0'}, 2]}}": "sample.cfg_interval: 10000",
     "preset: digits\ntrain: {steps: 0b}": "train.steps: expected int, got '0b'",
     "preset: digits\ntrain: {steps: many}": "train.steps: expected int, got 'many'",
     'preset: digits\ndata: {source: "a\\0b"}': "has a null character",
