@@ -46,6 +46,13 @@ def test_what_as_yaml_writes_is_read_back(source: str, tmp_path: Path) -> None:
     assert from_dict(RunConfig, values) == config
 
 
+@pytest.mark.parametrize("source", ["010", "08", "-007"])
+def test_digits_after_a_zero_are_text(source: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {{source: {source}}}\n")
+    assert read_config_file(file) == (None, {"data": {"source": source}})
+
+
 def test_a_file_an_option_and_set_in_that_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("preset: digits\ntrain:\n  lr: 1e-4\n  steps: 7\n  seed: 3\n  warmup_steps: 5\n")
@@ -72,6 +79,7 @@ NONSENSE = {
     "preset: digits\ntrain: {seed: 1:30}": "train.seed: expected int, got '1:30'",
     "preset: digits\ndata: {channels: 1.0}": "data.channels: 1.0 is not one of 1, 3",
     f"preset: digits\nsample: {{cfg_interval: [1{400 * '0'}, 2]}}": "sample.cfg_interval: 10000",
+    "preset: digits\ntrain: {seed: 010}": "train.seed: expected int, got '010'",
     "preset: digits\ntrain: {steps: 0b}": "train.steps: expected int, got '0b'",
     "preset: digits\ntrain: {steps: many}": "train.steps: expected int, got 'many'",
     'preset: digits\ndata: {source: "a\\0b"}': "has a null character",

@@ -10,15 +10,16 @@ import yaml
 from ..config import RunConfig, as_saved, from_dict, to_dict
 from ..errors import UserError, nearest, one_line
 
-INT = re.compile(r"[-+]?[0-9]+$")
+INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$")
 
 
 class Loader(yaml.SafeLoader):
-    """Plain data only, with JSON's numbers: YAML 1.1 reads ``1e-4`` as a string and ``1:30`` as 90."""
+    """Plain data only, with JSON's numbers: YAML 1.1 reads ``1e-4`` as a string, ``1:30`` as 90 and ``010``
+    as 8."""
 
 
-Loader.yaml_implicit_resolvers = {  # no dates, and no base-60 numbers: 1:30 is a string
+Loader.yaml_implicit_resolvers = {  # no dates, and no base-60 or octal numbers: 1:30 is a string
     first: [
         (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))
     ]
