@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / f"{name}.png")
     np.save(folder / "x.npy", PIXELS[None].astype(np.float32) / 127.5 - 1)
     np.save(folder / "bad.npy", PIXELS.astype(np.float32))
+    (folder / "header.npy").write_bytes((folder / "x.npy").read_bytes().replace(b"}", b" "))
+    (folder / "zip.npy").write_bytes(b"PK\x03\x04")
     (folder / "text.png").write_text("no picture")
     return folder
 
@@ -124,6 +126,8 @@ def test_a_latent_model_keeps_the_pixels(tmp_path: Path) -> None:
         (["--image=x.png", "--mask=m.png", "--grid=m.png"], "--mask: 'm.png' would be overwritten by the"),
         (["--image=x.png", "--mask=none.png"], "--mask: has no white, so there is nothing to fill in"),
         (["--image=no.npy", "--mask=m.png"], "--image: cannot read 'no.npy'"),
+        (["--image=header.npy", "--mask=m.png"], "--image: cannot read 'header.npy'"),
+        (["--image=zip.npy", "--mask=m.png"], "--image: cannot read 'zip.npy'"),
         (["--image=bad.npy", "--mask=m.png"], "--image: a .npy needs floats [1, 8, 8], got float"),
         (["--image=x.npy", "--mask=big.png"], "--mask: 16x16 pixels, but --image has 8x8"),
         (["--image=x.png", "--mask=m.png", "--hide=2"], "hide: expected 0 to 1, got 2"),

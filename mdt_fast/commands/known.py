@@ -92,7 +92,7 @@ def _array(file: str, stage: FirstStage) -> Tensor:
     shape = [stage.channels, stage.size, stage.size]
     try:
         array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # for a damaged file NumPy raises almost anything, even a TokenError
         raise UserError(f"--image: cannot read {file!r}: {one_line(error)}") from None
     if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype.kind != "f":
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
