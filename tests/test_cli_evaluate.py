@@ -199,6 +199,9 @@ def files(tmp_path: Path) -> None:
     flipped[len(flipped) // 2] ^= 1
     (tmp_path / "flipped.npz").write_bytes(flipped)
     (tmp_path / "torn.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:500])
+    save_npz(tmp_path / "header.npz", pictures(20, 1, side=32), [0] * 20)
+    header = (tmp_path / "header.npz").read_bytes().replace(b"}", b" ", 1)
+    (tmp_path / "header.npz").write_bytes(header)
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     (tmp_path / "text.txt").touch()
     (tmp_path / "none").mkdir()
@@ -214,6 +217,7 @@ REFUSED = [
     ("flat.npz", [], "arr_0 in 'flat.npz' is uint8 [9, 192]; images are"),
     ("object.npz", [], "cannot read 'object.npz' as .npz: it holds Python objects, which are not read"),
     ("torn.npz", [], "SAMPLES: cannot read 'torn.npz' as .npz: File is not a zip file"),
+    ("header.npz", [], "SAMPLES: cannot read 'header.npz' as .npz: "),
     ("torn.safetensors", [], "SAMPLES: cannot read features from 'torn.safetensors'"),
     ("one.npz", [], "SAMPLES: at least 2 images are needed, 'one.npz' has 1"),
     ("good.npz", ["--reference=large.npz"], "'large.npz' are 9x9 RGB, those in 'good.npz' are 8x8 RGB"),

@@ -1,5 +1,6 @@
 """Read ``.npz`` files member by member: headers first, images in parts, without unpickling."""
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ import numpy as np
 
 from ..errors import UserError
 
-DAMAGED = ValueError, EOFError, zipfile.BadZipFile, zlib.error
+# NumPy parses an array's header as Python, which fails in its own ways.
+DAMAGED = ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError
 """Errors raised for a file that was damaged after it was written."""
 
 

@@ -6,6 +6,7 @@ W, C], and ``arr_1``, the labels; ``samples_NxHxWxC.npz``, written last, has all
 
 import json
 import re
+import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,12 @@ OURS = re.compile(r"settings\.json|shard-\d{5,}\.npz|samples_\d+x\d+x\d+x\d+\.np
 DIGEST = "sha256"
 """The key under which a setting that is a file has the hash of its bytes: {DIGEST: hash}."""
 AGAIN = "resume with the same command"
+DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile,
+    SyntaxError, tokenize.TokenError,  # NumPy parses an array's header as Python
+    NotImplementedError, RuntimeError,  # a compression that does not exist, a password
+)  # fmt: skip
+"""Errors raised for a shard that was damaged after it was written."""
 
 
 def assembled_in(folder: Path) -> Path | None:
@@ -122,7 +129,7 @@ class SampleFolder:
             whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(span)
             if whole and labels.tolist() == list(self.labels[span.start : span.stop]):
                 return images
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except DAMAGED:
             pass
         raise UserError(f"{path}: damaged since it was written; remove it and {AGAIN}")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from forked import Forked
 from mdt_fast.cli import main
 from mdt_fast.errors import UserError
-from mdt_fast.sampling import SampleFolder, shown
+from mdt_fast.sampling import SampleFolder, save_npz, shown
 from tiny import ARGUMENTS
 
 LABELS = [0, 1, 2, 0, 1, 2, 0]
@@ -72,7 +72,7 @@ def test_other_settings_and_files_are_refused_by_name(tmp_path: Path) -> None:
         filled(tmp_path / "file")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "of another folder"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "of another folder", "header", "compression"])
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
     folder = filled(tmp_path / "out")
     for shard in range(3):
@@ -83,6 +83,15 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
     elif damage == "flipped":
         data = bytearray(path.read_bytes())
         data[200] ^= 1
+        path.write_bytes(data)
+    elif damage == "header":
+        save_npz(
+            path, np.zeros((2, 64, 64, 3), np.uint8), [0, 0]
+        )  # too large for NumPy to check the CRC first
+        path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
+    elif damage == "compression":
+        data = bytearray(path.read_bytes())
+        data[data.index(b"PK\1\2") + 10] = 77
         path.write_bytes(data)
     else:
         path.write_bytes((tmp_path / "out" / "shard-00002.npz").read_bytes())
