@@ -171,7 +171,13 @@ class Rows:
     def __init__(self, encoding: Encoding, capacity: int):
         shape = (capacity, 2 * encoding.channels, encoding.side, encoding.side)
         names = ["moments", "mirrored"] if encoding.mirrored else ["moments"]
-        self.moments = {name: np.empty(shape, DTYPES[encoding.dtype][1]) for name in names}
+        try:
+            self.moments = {name: np.empty(shape, DTYPES[encoding.dtype][1]) for name in names}
+        except (MemoryError, ValueError):  # ValueError: more bytes than a number of 64 bits can count
+            raise UserError(
+                f"--shard-size: got {encoding.shard_size}, expected fewer: the moments of {capacity} images "
+                f"of {encoding.image_size}x{encoding.image_size} pixels do not fit into memory"
+            ) from None
         self.labels: list[int] = []
         self.dropped: list[dict[str, Any]] = []
 

@@ -309,6 +309,12 @@ def test_what_does_not_fit_is_named(config: DataConfig, tmp_path: Path) -> None:
     assert isinstance(open_images(replace(config, source=str(tmp_path / "encoded"))), LatentSet)
 
 
+@pytest.mark.parametrize("image_size", [2**26, 2**62])
+def test_a_shard_larger_than_the_memory_is_named(config: DataConfig, tmp_path: Path, image_size: int) -> None:
+    with pytest.raises(UserError, match=r"^--shard-size: got 4, expected fewer: the moments of 4 images"):
+        run(replace(config, image_size=image_size), tmp_path / "latents")
+
+
 def test_moments_that_are_not_finite_are_named(config: DataConfig, tiny_vae: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
