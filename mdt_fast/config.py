@@ -51,9 +51,10 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
         if self.input_size % self.patch_size:
+            near = (str(n * self.patch_size) for n in (self.grid_size, self.grid_size + 1) if n)
             raise UserError(
                 f"input_size: {self.input_size} is not divisible by patch_size {self.patch_size}; nearest "
-                f"that are: {self.grid_size * self.patch_size}, {(self.grid_size + 1) * self.patch_size}"
+                f"that are: {', '.join(near)}"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(

@@ -77,6 +77,7 @@ NONSENSE = {
     "train: {seed: !!python/object/apply:os.getcwd []}": "not YAML",
     "preset: digits\ntrain: {steps: 2024-13-45}": "train.steps: expected int, got '2024-13-45'",
     "preset: digits\ntrain: {seed: 1:30}": "train.seed: expected int, got '1:30'",
+    "preset: digits\nmodel: {input_size: 1}": "by patch_size 2; nearest that are: 2",
     "preset: digits\ndata: {channels: 1.0}": "data.channels: 1.0 is not one of 1, 3",
     f"preset: digits\nsample: {{cfg_interval: [1{400 * '0'}, 2]}}": "sample.cfg_interval: 10000",
     "preset: digits\ntrain: {seed: 010}": "train.seed: expected int, got '010'",
