@@ -17,7 +17,7 @@ from mdt_fast.training.distributed import World
 from mdt_fast.training.objective import draw, losses_of, total_loss
 from mdt_fast.training.optim import build_optimizer
 from mdt_fast.training.parallelize import parallelize, split
-from ranks import spawn
+from ranks import run_ranks
 from tiny import tiny
 
 KINDS = {
@@ -91,7 +91,7 @@ class Counted:
 
 def count(folder: Path, world: int, cases: list[Case]) -> dict[str, Counted]:
     """Each case's second step; all processes must agree on it."""
-    spawn(folder, _count, str(folder), [asdict(case) for case in cases], world=world)
+    run_ranks(folder, _count, str(folder), [asdict(case) for case in cases], world=world)
     found = json.loads((folder / "counted.json").read_text())
     return {
         name: Counted(one["groups"], *([tuple(row) for row in one[key]] for key in ("passes", "update")))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from autoencoders import tiny_vae  # noqa: F401 (a fixture for all of them)
+from forked import end_all
 from golden_files import frequencies
 from mdt_fast.reference import embed
 
@@ -21,6 +22,12 @@ torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for eac
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 PRELOADED = [
     "mdt_fast.commands.train", "mdt_fast.commands.sample", "mdt_fast.data.latents", "torch._dynamo",
@@ -19,31 +20,27 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 
 class Forked:
     """``mdt-fast ARGUMENTS`` on one thread; used like a ``Popen``. ``out`` and ``err``: files for what it
-    prints (default: temporary ones)."""
+    prints; ``environment``: on top of this process's."""
+
+    running: ClassVar[list["Forked"]] = []
 
     def __init__(
-        self,
-        arguments: Sequence[str],
-        out: Path | None = None,
-        err: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, arguments: Sequence[str], out: Path, err: Path, environment: Mapping[str, str] | None = None
     ):
-        self.out, self.err = (Path(tempfile.mkstemp()[1]) if path is None else path for path in (out, err))
-        given = [*arguments], self.out, self.err, {**(environment or {})}
+        self.out, self.err = out, err
+        given = [*arguments], out, err, {**os.environ, **(environment or {})}
         self.process = CONTEXT.Process(target=_command, args=given)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
+        self.running.append(self)
 
     def poll(self) -> int | None:
         return self.process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        assert self.pid is not None
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):
+            if self.poll() is None and self.pid is not None:
+                os.kill(self.pid, number)
 
     def wait(self, seconds: float | None = None) -> int:
         """The exit code; ``TimeoutError`` if it does not end in time."""
@@ -57,11 +54,20 @@ class Forked:
         return self.out.read_text(), self.err.read_text()
 
 
+def end_all() -> None:
+    """Kill what a test has left running."""
+    while Forked.running:
+        process = Forked.running.pop()
+        process.kill()
+        process.wait(60)
+
+
 def _command(arguments: list[str], out: Path, err: Path, environment: dict[str, str]) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     # In tests run in the background, Ctrl-C is ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()  # the forking process was started in another
     os.environ |= environment
     import torch
 

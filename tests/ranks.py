@@ -14,7 +14,7 @@ from forked import CONTEXT
 from mdt_fast.training.distributed import let_go
 
 
-def spawn(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
+def run_ranks(tmp_path: Path, job: Callable[..., None], *args: Any, world: int = 2) -> None:
     """Run ``job(rank, *args)`` in each of ``world`` processes; raises what any of them raises."""
     where = inspect.getfile(job), job.__name__  # by file: other projects install packages named `tests`, too
     given = world, str(tmp_path / "rendezvous"), where, args

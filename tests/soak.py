@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
             finish(beside, Path(f"{whole}.log"))
             wrong = compare(broken, whole)
             count, lines = len(tensors(broken / "checkpoints" / f"step_{length:07d}")), len(rows(broken))
-        except SoakError as error:
+        except (SoakError, TimeoutError, subprocess.TimeoutExpired) as error:
             print(f"FAILED: {error}")
             return 1
         finally:

@@ -162,6 +162,15 @@ def test_the_same_command_goes_on_with_a_killed_run(killed: Path, capsys: pytest
     assert main([*again, "--preset=mdtv2-s2", "--steps=3"]) == 2
 
 
+def test_a_model_by_its_name_is_not_said_to_be_kept(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", f"--out={killed}", "--resume=auto", "--preset=digits", "--model=DiT_S_2", "--dry-run"]
+    assert main(command) == 0
+    note, *printed = capsys.readouterr().out.splitlines()
+    assert "  hidden_size: 384" in printed
+    assert "are kept" in note
+    assert "hidden_size" not in note
+
+
 def test_a_killed_run_is_not_one_of_another_shape(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", f"--out={killed}", "--resume=auto", "--preset=mdtv2-s2"]) == 2
     said = f"--preset: 'mdtv2-s2' has model.family=mdtv2, the run in {str(killed)!r} has dit; a resumed run"

@@ -37,7 +37,8 @@ def encoded(photos: Path, tiny_vae: Path, tmp_path_factory: pytest.TempPathFacto
 
 def start(photos: Path, vae: Path, out: Path, **environment: str) -> Forked:
     arguments = ["encode", str(photos), f"--vae={vae}", f"--out={out}", *SMALL]
-    return Forked(arguments, environment=environment)
+    printed = (out.with_name(f"{out.name}.{environment.get('RANK', 0)}.{kind}") for kind in ("out", "err"))
+    return Forked(arguments, *printed, environment)
 
 
 def finish(process: Forked) -> tuple[int, str, str]:

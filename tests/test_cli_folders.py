@@ -102,14 +102,17 @@ def test_a_runs_own_files_are_no_targets(numbers: Path, capsys: pytest.CaptureFi
     assert said.endswith("it belongs to the run; choose another name")
 
 
+LOOP = "--out: got 'loop', expected a folder: 'loop' is a link to nothing"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--data=x", "--out=loop"], "--out: 'loop' is a link to nothing; a folder is needed"),
-        (["train", "--out=loop", "--resume=RUN"], "--out: 'loop' is a link to nothing; a folder is needed"),
+        (["train", "--data=x", "--out=loop"], LOOP),
+        (["train", "--out=loop", "--resume=RUN"], LOOP),
         (
             ["train", "--out=gone/run", "--resume=RUN"],
-            "--out: 'gone' is a link to nothing; a folder is needed",
+            "--out: got 'gone/run', expected a folder: 'gone' is a link to nothing",
         ),
         (["train", "--out=new", "--resume=loop"], "no run or checkpoint at 'loop'"),
         (["sample", "RUN", "--png=loop"], "cannot write 'loop': 'loop' is a link to nothing"),

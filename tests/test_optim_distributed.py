@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from mdt_fast.errors import UserError
 from mdt_fast.optim import FusedAdamW, FusedAdan
-from ranks import spawn
+from ranks import run_ranks
 
 BOTH = pytest.mark.parametrize("cls", [FusedAdan, FusedAdamW])
 CLIP = 0.05  # far below the norms here
@@ -131,7 +131,7 @@ def sharded(rank: int, cls: Any, dtype: torch.dtype) -> None:
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fsdp_on_two_ranks_is_the_unsharded_run(cls: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    spawn(tmp_path, sharded, cls, dtype)
+    run_ranks(tmp_path, sharded, cls, dtype)
 
 
 def split_by_parameter(rank: int, clip_norm: str) -> None:
@@ -162,7 +162,7 @@ def split_by_parameter(rank: int, clip_norm: str) -> None:
 
 @pytest.mark.parametrize("clip_norm", ["global", "rank"])
 def test_parameters_split_among_ranks(clip_norm: str, tmp_path: Path) -> None:
-    spawn(tmp_path, split_by_parameter, clip_norm)
+    run_ranks(tmp_path, split_by_parameter, clip_norm)
 
 
 def two_meshes(rank: int) -> None:
@@ -183,4 +183,4 @@ def two_meshes(rank: int) -> None:
 
 
 def test_each_square_is_counted_once(tmp_path: Path) -> None:
-    spawn(tmp_path, two_meshes)
+    run_ranks(tmp_path, two_meshes)

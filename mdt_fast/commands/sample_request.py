@@ -26,6 +26,7 @@ from ..sampling import (
     png_names,
     sampling_diffusion,
 )
+from ..sampling.guided import guidance_power
 from ..training.checkpoint import EMA, SavedModel
 from ..training.from_weights import open_for_drawing
 from .known import Known, check_known, digest_of, read_known
@@ -115,7 +116,7 @@ def _check_no_input(args: argparse.Namespace, written: Sequence[Path]) -> None:
     for name in ("image", "mask"):
         file = getattr(args, name)
         if file is not None and resolved(Path(file)) in {resolved(path) for path in written}:
-            raise UserError(f"--{name}: {file!r} would be overwritten by the samples; choose another output")
+            raise UserError(f"--{name}: got {file!r}, which would be overwritten; choose another output")
 
 
 def _shard_size(args: argparse.Namespace) -> int:
@@ -243,6 +244,7 @@ def _settings(
     part = f"{args.weights}/"
     files = {name: file["sha256"] for name, file in opened.state["files"].items() if name.startswith(part)}
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    config = replace(config, scale_pow=guidance_power(config, opened.config.model.family))
     values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
     del values["--batch-size"]
     if config.guided_channels is None and opened.config.model.in_channels > 4:  # older folders: three

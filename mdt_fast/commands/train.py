@@ -86,17 +86,17 @@ def train_config(args: argparse.Namespace) -> tuple[RunConfig, list[str]]:
     else:
         values = to_dict(_preset(args, name, given))
     by_hand, family = set_by_hand(args, given, values), values["model"]["family"]
-    notes: list[str] = []
+    own = {(section, key) for section, key, _ in by_hand}
     if name is not None and (is_begun or start is not None):
-        own = {(section, key) for section, key, _ in by_hand}
         run = begun.parent if is_begun or start is None else start.run
         _check_preset(name, args, own, values, run)
-        notes = _kept(name, args, own, values, begun) if is_begun else []
     put(values, by_hand)
     if args.model is not None or (start is None and not is_begun):  # a run's model is fitted already
         _fit_model_to_data(values, args, by_hand, family)
         put(values, by_hand)  # the user's settings override those derived from the data
-    return from_dict(RunConfig, values), notes
+    config = from_dict(RunConfig, values)
+    kept = _kept(name, args, own, to_dict(config), begun) if is_begun and name is not None else []
+    return config, kept
 
 
 def named_preset(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
@@ -137,7 +137,7 @@ def _check_preset(
         if ours != theirs and ("model", key) not in own:
             raise UserError(
                 f"--preset: {name!r} has model.{key}={ours}, the run in {str(run)!r} has {theirs}; "
-                "a resumed run keeps its own settings"
+                "a resumed run keeps its own settings, a new one needs another --out"
             )
 
 
@@ -201,7 +201,7 @@ def _value(word: str, kind: Any) -> Any:
     text = word
     if kind is not str and word in ("none", "None"):
         text = "null"
-    elif kind == tuple[float, float] | None and "," in word and not word.startswith("["):
+    elif kind == tuple[float, float] | None and "," in word and not word.lstrip().startswith("["):
         text = f"[{word}]"
     try:
         value = json.loads(text)

@@ -11,7 +11,6 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -126,8 +125,8 @@ def open_source(config: DataConfig) -> SourceSet:
     if shards := find_shards(root):
         if (image := first_image(root)) is not None:
             raise UserError(
-                f"data.source: {config.source!r} holds images ({str(image.relative_to(root))!r}) and .tar "
-                f"shards ({shards[0].name!r}); keep only one kind in it"
+                f"data.source: got {config.source!r}, with images ({str(image.relative_to(root))!r}) and "
+                f".tar shards ({shards[0].name!r}), expected only one kind"
             )
         return WebDataset(config)
     return ImageFolder(config)
@@ -218,14 +217,17 @@ def list_images(root: Path, what: str = "data.source") -> list[Path]:
 
 
 def first_image(root: Path) -> Path | None:
-    """Some image below ``root``, or None if none is found."""
-    with suppress(OSError):
-        return next(_walk(root, frozenset()), None)
-    return None
+    """An image of a class of :class:`ImageFolder`, or None. What cannot be read does not count, nor do the
+    pictures of a run."""
+    images = _walk(root, frozenset(), strict=False)
+    return next((path for path in images if path.parent != root or "_" in path.name), None)
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """The images below ``folder``; ``above`` identifies its parent folders, so that link loops end."""
+def _walk(folder: Path, above: frozenset[tuple[int, int]], strict: bool = True) -> Iterator[Path]:
+    """The images below ``folder``; ``above`` identifies its parent folders, so that link loops end. Unless
+    ``strict``, unreadable folders and broken links are left out, and runs."""
+    if not strict and (not os.access(folder, os.R_OK | os.X_OK) or (folder / "metrics.jsonl").exists()):
+        return
     status = folder.stat()
     identity = status.st_dev, status.st_ino
     # Only loops are cut: two links to the same folder are two classes.
@@ -237,12 +239,12 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
                 continue
             path = folder / entry.name
             if entry.is_dir():
-                yield from _walk(path, above | {identity})
+                yield from _walk(path, above | {identity}, strict)
             elif path.suffix.lower() in SUFFIXES:
                 # A broken link is listed: the loader decides whether a bad image stops the run.
                 if entry.is_file() or not path.exists():
                     yield path
-            elif entry.is_symlink():
+            elif strict and entry.is_symlink():
                 entry.stat()  # raises if the link is broken
 
 

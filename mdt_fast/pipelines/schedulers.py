@@ -107,7 +107,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
         reason = one_line(error)
         raise UserError(f"num_inference_steps: {name} cannot take {steps}: {reason}") from None
     times = scheduler.timesteps.tolist()
-    if not kinds.isdisjoint(MULTISTEP):
+    if not kinds.isdisjoint(MULTISTEP) and scheduler.config.solver_order > 1:
         levels = scheduler.sigmas[:-1]
         if len(levels.unique()) < len(levels) or times[:1] == times[1:2]:
             raise UserError(

@@ -239,7 +239,7 @@ def run_exported(
             with torch.autocast(device.type, enabled=False):
                 x = call(x, t, y, added, table[index], weights[index : index + 1].to(device))
         images.append(x[:n].cpu())
-    return torch.cat(images) if images else torch.empty(0, *shape)
+    return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.float32)
 
 
 def _check(model: ModelConfig, config: SampleConfig) -> None:

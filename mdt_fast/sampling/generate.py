@@ -137,7 +137,7 @@ def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
 def check_first_index(first_index: int) -> None:
     """Raise ``UserError`` unless this can be the number of an image."""
     if type(first_index) is not int or first_index < 0:
-        raise UserError(f"first_index: an integer, 0 or more, is needed, got {first_index!r}")
+        raise UserError(f"first_index: got {first_index!r}, expected an integer of 0 or more")
 
 
 @contextmanager

@@ -136,8 +136,9 @@ class GuidedModel:
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         C = int(model.in_channels)  # type: ignore[arg-type]
         self.channels = channels_to_guide(C) if config.guided_channels is None else config.guided_channels
-        about: Any = model.config
-        self.weights = guidance_weights(diffusion, config, about.family)
+        about = getattr(model, "config", None)
+        family: Any = getattr(about, "family", "mdtv2")  # a user's module may have another config, or none
+        self.weights = guidance_weights(diffusion, config, family)
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
         self.parts = model if is_open(model) else None

@@ -292,8 +292,8 @@ def check_place(run: Path) -> None:
         if path.exists() and not path.is_dir():
             raise UserError(f"out: {str(path)!r} is a file; a folder is needed")
     if (link := dead_link(run)) is not None:
-        raise UserError(f"out: {str(link)!r} is a link to nothing; a folder is needed")
-    check_name(run.absolute(), "out")
+        raise UserError(f"out: got {str(run)!r}, expected a folder: {str(link)!r} is a link to nothing")
+    check_name(run, "out")
 
 
 @contextmanager

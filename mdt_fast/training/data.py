@@ -43,7 +43,9 @@ def _digest(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage) -> list[str]:
+def check_same_data(
+    start: Checkpoint, config: RunConfig, images: ImageSet, first_stage: FirstStage
+) -> list[str]:
     """``UserError`` if the run cannot resume with these images; a warning if its batches will differ."""
     if start.classes != tuple(images.classes):
         more, gone = (
@@ -54,7 +56,7 @@ def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage
         ]
         why = f": {', '.join(differing)}" if differing else ""
         raise UserError(f"data.source: its classes differ from those of the run in {str(start.run)!r}{why}")
-    _check_same_latents(start, first_stage)
+    _check_same_latents(start, config, first_stage)
     if start.state["num_images"] != len(images.labels):
         return [
             f"warning: the data had {start.state['num_images']} images and now has {len(images.labels)}: "
@@ -65,13 +67,18 @@ def check_same_data(start: Checkpoint, images: ImageSet, first_stage: FirstStage
     return []
 
 
-def _check_same_latents(start: Checkpoint, first_stage: FirstStage) -> None:
+def _check_same_latents(start: Checkpoint, config: RunConfig, first_stage: FirstStage) -> None:
     """``UserError`` unless the model sees the same latents as before, or pixels as before.
 
     The autoencoder may have another name, but its weights must be the same; if the run began with a decoder
     of the user's own choice, that may be exchanged. They are read here if their fingerprint is not known.
     """
-    if "latents" not in start.state:
+    if "latents" not in start.state:  # of an early version
+        if start.config.data.vae != config.data.vae:
+            raise UserError(
+                f"data.vae: got {config.data.vae!r}, expected {start.config.data.vae!r}: the checkpoint has "
+                "no fingerprint of its weights"
+            )
         return
     before = start.state["latents"]
     if before is None or not isinstance(first_stage, Latents):
@@ -83,8 +90,14 @@ def _check_same_latents(start: Checkpoint, first_stage: FirstStage) -> None:
             raise UserError(f"data.vae: got {first_stage.vae!r}, expected None: the run is trained on pixels")
         return
     vae, weights = first_stage.vae, before["fingerprint"]
+    others = UserError(f"data.vae: got {vae!r}, expected the weights that encoded the run's latents")
     if first_stage.encoder != (start.state.get("encoder") or weights or first_stage.encoder):
-        raise UserError(f"data.vae: the weights of {vae!r} are not those that encoded the run's latents")
+        raise others
+    if weights is None and first_stage.encodes and "encoder" not in start.state:
+        raise UserError(
+            f"data.source: got images, expected encoded latents: the checkpoint does not say whether {vae!r} "
+            "encoded its latents"
+        )
     for name in ("scale", "shift"):
         ours = getattr(first_stage, name)
         if before[name] != ours:
@@ -94,5 +107,5 @@ def _check_same_latents(start: Checkpoint, first_stage: FirstStage) -> None:
     if weights is None or first_stage.fingerprint is not None:
         return
     if vae is not None and vae != before["vae"] and load_autoencoder(vae, "cpu").fingerprint != weights:
-        raise UserError(f"data.vae: the weights of {vae!r} are not those that encoded the run's latents")
+        raise others
     first_stage.fingerprint = weights

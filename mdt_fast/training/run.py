@@ -216,7 +216,7 @@ def prepare(
     device = resolve_device(config.train.device)
     images = open_images(config.data) if images is None else checked_set(images, config.data)
     first_stage = open_first_stage(config.data, images, device)
-    notes += [] if start is None else check_same_data(start, images, first_stage)
+    notes += [] if start is None else check_same_data(start, config, images, first_stage)
     check_data(config, images, first_stage, world)
     torch.manual_seed(derive_seed(config.train.seed, INIT))
     model: Any = build_model(config.model)

@@ -15,8 +15,8 @@ MAY_CHANGE = (
     "train.cuda_graphs", "train.checkpointing", "train.max_skips", "train.async_save", "train.tensorboard",
     "train.wandb", "data.source", "data.vae", "data.workers", "data.on_unreadable",
 )  # fmt: skip
-"""Settings that may change on resume, besides all of ``sample``. They affect rounding at most; all others
-affect the results."""
+"""Settings that may change on resume, besides all of ``sample``. They affect rounding at most (``data.vae``
+must have the same weights); all others affect the results."""
 RATES = "train.lr", "train.lr_anneal_steps"
 """Settings that affect the results but may still change on resume; the change is reported."""
 

@@ -173,10 +173,24 @@ def test_images_beside_shards_are_not_left_out_silently(shards: Path, name: str)
     (shards / name).write_bytes(picture(0))
     with pytest.raises(UserError) as caught:
         opened(shards)
-    said = (
-        f"data.source: {str(shards)!r} holds images ({name!r}) and .tar shards ('00000.tar'); keep only one"
+    assert str(caught.value) == (
+        f"data.source: got {str(shards)!r}, with images ({name!r}) and .tar shards ('00000.tar'), expected "
+        "only one kind"
     )
-    assert str(caught.value).startswith(said)
+
+
+def test_pictures_of_runs_and_broken_links_beside_shards_do_not_count(shards: Path) -> None:
+    for name in ("preview.png", "run/samples.png", "other/nowhere"):
+        (shards / name).parent.mkdir(exist_ok=True)
+        (shards / name).write_bytes(picture(0))
+    (shards / "run" / "metrics.jsonl").touch()
+    (shards / "other" / "nowhere").unlink()
+    (shards / "other" / "nowhere").symlink_to("gone")
+    assert len(opened(shards).labels) == 5
+    (shards / "other" / "zoo").mkdir()
+    (shards / "other" / "zoo" / "1.png").write_bytes(picture(0))
+    with pytest.raises(UserError, match="expected only one kind"):
+        opened(shards)
 
 
 def test_a_truncated_shard_is_named_wherever_it_ends(shards: Path) -> None:

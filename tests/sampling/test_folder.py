@@ -196,7 +196,7 @@ def test_another_checkpoint_or_setting_is_refused(
 def test_killed_half_way_it_goes_on(trained: Path, tmp_path: Path) -> None:
     """SIGKILL at any moment leaves whole shards; the same command then gives an unbroken run's files."""
     many = ["--num-samples=60", "--steps=20"]
-    killed = Forked(options(trained, tmp_path / "killed", *many))
+    killed = Forked(options(trained, tmp_path / "killed", *many), tmp_path / "out", tmp_path / "err")
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "killed").glob("shard-*.npz"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)

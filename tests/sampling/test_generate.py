@@ -72,7 +72,7 @@ def test_labels_by_any_kind_of_whole_number(model: nn.Module) -> None:
         ({"cfg_interval": 5}, "cfg_interval: expected None or two numbers, got 5"),
         ({"steps": "4"}, "steps: expected 1 to 1000, got '4'"),
         ({"steps": 2.5}, "steps: expected 1 to 1000, got 2.5"),
-        ({"first_index": -1}, "first_index: an integer, 0 or more, is needed, got -1"),
+        ({"first_index": -1}, "first_index: got -1, expected an integer of 0 or more"),
     ],
 )
 def test_settings_of_the_wrong_kind(model: nn.Module, changes: dict, message: str) -> None:

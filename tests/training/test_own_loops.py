@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mdt_fast import MaskPlan, MDTv2, UserError, create_diffusion, load_weights
 from mdt_fast.models.blocks import Embedded
-from ranks import spawn
+from ranks import run_ranks
 from tolerances import FLOAT32
 
 pytestmark = pytest.mark.slow
@@ -98,4 +98,4 @@ def on_two(rank: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_gradients_are_those_of_the_whole_batch_on_one(tmp_path: Path) -> None:
-    spawn(tmp_path, on_two)
+    run_ranks(tmp_path, on_two)

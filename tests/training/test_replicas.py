@@ -15,7 +15,7 @@ from mdt_fast.training import passes, run
 from mdt_fast.training.distributed import World
 from mdt_fast.training.objective import draw
 from mdt_fast.training.parallelize import ALONE_BYTES, BUCKET_BYTES, same_weights, sum_gradients
-from ranks import spawn
+from ranks import run_ranks
 from replayed import Replayed
 from tiny import tiny
 from tolerances import FLOAT32, relative_error
@@ -119,7 +119,7 @@ def work_of_two(rank: int, folder: Path) -> None:
 
 def test_two_replicas_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     """Accumulated from parts; two processes do all checks in one launch, which takes longer than they do."""
-    spawn(tmp_path, work_of_two, tmp_path)
+    run_ranks(tmp_path, work_of_two, tmp_path)
     for changes, ours in zip(CHANGES, torch.load(tmp_path / "gradients.pt"), strict=True):
         expected = step(slice(0, 8), 1, False, changes)
         assert ours.keys() == expected.keys()

@@ -278,10 +278,10 @@ def test_ended_at_a_random_moment(tmp_path: Path) -> None:
     command = ["train", "--preset=digits", *ARGUMENTS, "--steps=24", "--save-every=1", "--batch-size=4"]
     command += ["--device=cpu", "--set=train.log_every=3", "--set=train.keep=2", "--set=sample.steps=3"]
     command += ["--set=sample.num_samples=4", f"--out={broken}", "--resume=auto"]
-    process = Forked(command)
+    process = Forked(command, tmp_path / "out", tmp_path / "err")
     while latest(broken) is None and process.poll() is None:
         time.sleep(0.005)
-    time.sleep(random.random() * 0.1)
+    time.sleep(random.Random(3).random() * 0.1)
     process.send_signal(signal.SIGTERM)
     code, (printed, wrong) = process.wait(60), process.printed()
     assert code == 0, wrong
