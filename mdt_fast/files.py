@@ -6,6 +6,9 @@ import re
 import secrets
 import shutil
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +66,13 @@ def dead_link(path: Path) -> Path | None:
     above = *path.parents, *path.absolute().parents
     return next((p for p in (path, *above) if p.is_symlink() and not p.exists()), None)
 
+
+DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
+    SyntaxError, tokenize.TokenError,  # a header is parsed as Python
+    NotImplementedError, RuntimeError,  # a compression that does not exist, a password
+)  # fmt: skip
+"""What NumPy and zipfile raise for a .npy or .npz that was damaged after it was written."""
 
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 

@@ -282,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         "train", *data, "--resume=auto", "--threads=1", "--device=cpu", f"--steps={length}", "--batch-size=4",
         "--save-every=1", "--set=train.log_every=3", "--set=train.keep=2", "--set=sample.steps=2",
     ]  # fmt: skip
-    soak = Soak(command, length, args.processes, args.warm, random.Random(args.seed))
+    startup = 0.5 if args.warm else 5.0
+    soak = Soak(command, length, args.processes, args.warm, random.Random(args.seed), startup)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         whole, broken = Path(name, "whole"), Path(name, "broken")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data import FirstStage
 from ..data.images import center_crop, center_crop_mask, read_image
 from ..errors import UserError, one_line
+from ..files import DAMAGED
 from ..sampling.folder import DIGEST
 
 GREY = 127
@@ -92,7 +93,7 @@ def _array(file: str, stage: FirstStage) -> Tensor:
     shape = [stage.channels, stage.size, stage.size]
     try:
         array = np.load(file, allow_pickle=False)
-    except Exception as error:  # for a damaged file NumPy raises almost anything, even a TokenError
+    except DAMAGED as error:
         raise UserError(f"--image: cannot read {file!r}: {one_line(error)}") from None
     if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype.kind != "f":
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"

@@ -26,7 +26,7 @@ from ..sampling import (
     png_names,
     sampling_diffusion,
 )
-from ..sampling.guided import guidance_power
+from ..sampling.guided import as_published
 from ..training.checkpoint import EMA, SavedModel
 from ..training.from_weights import open_for_drawing
 from .known import Known, check_known, digest_of, read_known
@@ -244,7 +244,7 @@ def _settings(
     part = f"{args.weights}/"
     files = {name: file["sha256"] for name, file in opened.state["files"].items() if name.startswith(part)}
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    config = replace(config, scale_pow=guidance_power(config, opened.config.model.family))
+    config = as_published(config, opened.config.model)
     values = {f"--{name.replace('_', '-')}": value for name, value in to_dict(config).items()}
     del values["--batch-size"]
     if config.guided_channels is None and opened.config.model.in_channels > 4:  # older folders: three

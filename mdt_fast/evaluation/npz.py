@@ -1,8 +1,6 @@
 """Read ``.npz`` files member by member: headers first, images in parts, without unpickling."""
 
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,7 @@ from typing import IO
 import numpy as np
 
 from ..errors import UserError
-
-# NumPy parses an array's header as Python, which fails in its own ways.
-DAMAGED = ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError
-"""Errors raised for a file that was damaged after it was written."""
+from ..files import DAMAGED
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Npz:
                         if info.file_size - member.tell() != size:
                             raise ValueError(f"{info.filename} is not as long as its header says")
                     self.headers[info.filename.removesuffix(".npy")] = header
-        except (*DAMAGED, NotImplementedError, RuntimeError) as error:
+        except DAMAGED as error:
             raise UserError(f"{what}: cannot read {str(path)!r} as .npz: {error}") from None
 
     def array(self, name: str, ndim: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from ..errors import UserError, nearest, one_line
 from ..models import Transformer
 from ..models.hub import floating
 from ..sampling.generate import in_eval
-from ..sampling.guided import GuidedModel, Timesteps
+from ..sampling.guided import GuidedModel, Timesteps, as_published
 from .arguments import (
     Generators,
     check_latents,
@@ -170,7 +170,9 @@ class MDTPipeline(DiffusionPipeline):
             check_latents(latents, (len(labels), about.in_channels, about.input_size, about.input_size))
         steps = ready(self.scheduler, num_inference_steps, device, transformer.learn_sigma)
         timesteps = Timesteps(steps.times[::-1], self.scheduler.config.num_train_timesteps)
-        model = GuidedModel(transformer, timesteps, config, False, SampleSwitches(), device=device)
+        model = GuidedModel(
+            transformer, timesteps, as_published(config, about), False, SampleSwitches(), device=device
+        )
 
         C, scheduler = about.in_channels, steps.scheduler
         known = inspect.signature(scheduler.step).parameters

@@ -34,7 +34,7 @@ from .generate import (
     checked_labels,
     sampling_diffusion,
 )
-from .guided import guidance_power, guidance_weights
+from .guided import as_published, guidance_weights
 from .images import check_name, check_writable
 
 DESCRIPTION = "mdt_fast.json"
@@ -139,7 +139,7 @@ def export_step(
     about: Any = model
     model_config = replace(about.config, num_classes=about.num_classes)
     _check(model_config, config)
-    config = replace(config, scale_pow=guidance_power(config, model_config.family))
+    config = as_published(config, model_config)
     clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
     guided = config.cfg_scale != 1
     description = _describe(model_config, diffusion, config, clip=clip, batch=batch, classes=classes)
@@ -210,6 +210,7 @@ def run_exported(
     if config is None:
         config = from_dict(SampleConfig, described["sample"], "sample")
     _check(model, config)
+    config = as_published(config, model)
     if config.cfg_scale != 1 and not described["guided"]:
         raise UserError(f"cfg_scale: the step was exported without guidance; use 1, got {config.cfg_scale:g}")
     channels = described["sample"].get("guided_channels") or channels_to_guide(model.in_channels)
@@ -222,7 +223,7 @@ def run_exported(
     diffusion = sampling_diffusion(model, trained, config)
     call, device = _called(Path(path), package)
     table = step_coefficients(diffusion, config).to(device)
-    weights = guidance_weights(diffusion, config, model.family)
+    weights = guidance_weights(diffusion, config)
     noisy, fixed = config.sampler == "ddpm" or config.eta > 0, described["batch"]
     images, size = [], fixed or config.batch_size
     shape = model.in_channels, model.input_size, model.input_size
@@ -281,7 +282,7 @@ def _describe(
         "alphas_cumprod": np.cumprod(1 - betas).tolist(),
         "steps": {
             "t": diffusion.timestep_map[::-1],
-            "scale": guidance_weights(diffusion, config, model.family).flip(0).tolist(),
+            "scale": guidance_weights(diffusion, config).flip(0).tolist(),
             "row": step_coefficients(diffusion, config).flip(0).tolist(),
         },
     }

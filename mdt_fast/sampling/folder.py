@@ -6,8 +6,6 @@ W, C], and ``arr_1``, the labels; ``samples_NxHxWxC.npz``, written last, has all
 
 import json
 import re
-import tokenize
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import aside, flush, remove_leftovers, writable_folder
+from ..files import DAMAGED, aside, flush, remove_leftovers, writable_folder
 from .npz import adm_name, save_npz
 
 SETTINGS = "settings.json"
@@ -23,12 +21,6 @@ OURS = re.compile(r"settings\.json|shard-\d{5,}\.npz|samples_\d+x\d+x\d+x\d+\.np
 DIGEST = "sha256"
 """The key under which a setting that is a file has the hash of its bytes: {DIGEST: hash}."""
 AGAIN = "resume with the same command"
-DAMAGED = (
-    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile,
-    SyntaxError, tokenize.TokenError,  # NumPy parses an array's header as Python
-    NotImplementedError, RuntimeError,  # a compression that does not exist, a password
-)  # fmt: skip
-"""Errors raised for a shard that was damaged after it was written."""
 
 
 def assembled_in(folder: Path) -> Path | None:

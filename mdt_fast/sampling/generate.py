@@ -19,7 +19,7 @@ from ..config import (
 )
 from ..diffusion import GaussianDiffusion, make_betas, space_timesteps
 from ..errors import UserError, nearest
-from .guided import GuidedModel
+from .guided import GuidedModel, as_published
 from .schedulers import ORDER, SOLVERS, open_scheduler, solver_timesteps
 
 DEFAULT, ALL = SampleConfig(), SampleSwitches()
@@ -203,6 +203,7 @@ class Sampler:
     ):
         self.about = config_of(model)
         check_sampling(self.about, config)
+        config = as_published(config, self.about)
         if next(model.parameters()).device.type == "meta":
             raise UserError("model: its weights are on the meta device, there is nothing to draw with")
         if (diffusion.var_type == "learned_range") != self.about.learn_sigma:

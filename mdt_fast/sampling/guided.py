@@ -7,7 +7,7 @@ steps, K coefficients.
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..config import Family, SampleConfig, SampleSwitches
+from ..config import ModelConfig, SampleConfig, SampleSwitches
 from ..cuda_graphs import Graphed
 from ..diffusion import GaussianDiffusion, channels_to_guide, guide, power_cosine_scale
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
@@ -40,20 +40,20 @@ class Timesteps:
     original_num_steps: int
 
 
-def guidance_power(config: SampleConfig, family: Family) -> float | None:
-    """The exponent of the guidance's schedule for a model of this family; None: constant guidance."""
-    if config.scale_pow == "auto":
-        return None if family == "dit" else 4.0
-    return config.scale_pow
+def as_published(config: SampleConfig, model: ModelConfig) -> SampleConfig:
+    """``config`` with the guidance of the model's family where ``scale_pow`` is "auto"."""
+    if config.scale_pow != "auto":
+        return config
+    family = getattr(model, "family", None)  # a module of the user's own may have another config
+    return replace(config, scale_pow=None if family == "dit" else 4.0)
 
 
-def guidance_weights(
-    diffusion: GaussianDiffusion | Timesteps, config: SampleConfig, family: Family
-) -> Tensor:
+def guidance_weights(diffusion: GaussianDiffusion | Timesteps, config: SampleConfig) -> Tensor:
     """The guidance weight of each step, float32 [T] on the CPU: 1 outside of ``cfg_interval``, and where it
-    differs from 1 by less than ``skip_below``."""
+    differs from 1 by less than ``skip_below``. ``config``: from :func:`as_published`."""
+    assert config.scale_pow != "auto"
     times, steps = torch.tensor(diffusion.timestep_map, device="cpu"), diffusion.original_num_steps
-    weights = power_cosine_scale(times, config.cfg_scale, steps, guidance_power(config, family))
+    weights = power_cosine_scale(times, config.cfg_scale, steps, config.scale_pow)
     if config.cfg_interval is not None:
         low, high = config.cfg_interval
         if high <= 1:
@@ -136,9 +136,7 @@ class GuidedModel:
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         C = int(model.in_channels)  # type: ignore[arg-type]
         self.channels = channels_to_guide(C) if config.guided_channels is None else config.guided_channels
-        about = getattr(model, "config", None)
-        family: Any = getattr(about, "family", "mdtv2")  # a user's module may have another config, or none
-        self.weights = guidance_weights(diffusion, config, family)
+        self.weights = guidance_weights(diffusion, config)
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)
         self.parts = model if is_open(model) else None

@@ -199,9 +199,10 @@ def test_what_cannot_be_run(package: Path, tmp_path: Path) -> None:
             run_exported(package, LABELS, replace(CONFIG, **changes))
     with pytest.raises(UserError, match="labels: a list of integers is needed, got int: 3"):
         run_exported(package, 3)  # type: ignore[arg-type]
-    for index in (-1, 1.5):
+    indices: tuple[Any, ...] = (-1, 1.5)
+    for index in indices:
         with pytest.raises(UserError, match=f"first_index: got {index}, expected an integer of 0 or more"):
-            run_exported(package, [3], first_index=index)  # type: ignore[arg-type]
+            run_exported(package, [3], first_index=index)
     with pytest.raises(UserError, match="labels: expected 0 to 9, got 10"):
         run_exported(package, [10])
     with pytest.raises(UserError, match="No such file or directory"):

@@ -85,9 +85,8 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
         data[200] ^= 1
         path.write_bytes(data)
     elif damage == "header":
-        save_npz(
-            path, np.zeros((2, 64, 64, 3), np.uint8), [0, 0]
-        )  # too large for NumPy to check the CRC first
+        # Too large for NumPy to check the CRC first.
+        save_npz(path, np.zeros((2, 64, 64, 3), np.uint8), [0, 0])
         path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
     elif damage == "compression":
         data = bytearray(path.read_bytes())

@@ -17,7 +17,7 @@ from mdt_fast.models.float8 import use_float8
 from mdt_fast.models.sampling import StepModulations, is_open
 from mdt_fast.sampling import Sampler, sample, sampling_diffusion
 from mdt_fast.sampling.generate import steps_of
-from mdt_fast.sampling.guided import guidance_weights
+from mdt_fast.sampling.guided import as_published, guidance_weights
 from small_models import made
 from tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -149,7 +149,8 @@ def test_half_of_the_rows_where_there_is_no_guidance(changes: dict[str, Any], gu
     sample(model, diffusion, LABELS, config)
     assert sorted(model.seen) == [0, 250, 500, 749, 999]
     assert {t for t, rows in model.seen.items() if rows == 8} == guided
-    weights = dict(zip(diffusion.timestep_map, guidance_weights(diffusion, config, "mdtv2").tolist()))
+    by_step = guidance_weights(diffusion, as_published(config, model.config))
+    weights = dict(zip(diffusion.timestep_map, by_step.tolist()))
     assert {t for t, weight in weights.items() if weight != 1} == guided
 
 
