@@ -1,14 +1,9 @@
-"""The bench is a folder of scripts, not a package: put it on the path, as running a script does."""
+"""For benches on a busy machine: short probes, and threads as they were (``bench/`` is on pytest's path)."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
 
 
 @pytest.fixture(autouse=True)
