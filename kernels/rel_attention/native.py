@@ -46,7 +46,7 @@ def backward(
     """Write the gradients of q, k and v, and that of the table if ``dtable`` (initially zeros) is given."""
     sums_TH = dtable_TH
     if sums_TH is not None and (sums_TH.dtype != torch.float32 or not sums_TH.is_contiguous()):
-        sums_TH = torch.zeros(sums_TH.shape, device="cpu")
+        sums_TH = torch.zeros(sums_TH.shape, dtype=torch.float32, device="cpu")
     CPU.rel_attention_bwd(
         dout_BHMd, q_BHMd, k_BHNd, v_BHNd, _table(table_TH), *_rest(table_TH, call), lse, dq_BHMd, dk_BHNd,
         dv_BHNd, sums_TH,

@@ -47,7 +47,8 @@ class FusedAdan(FusedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self.param_groups[-1]["step"] = torch.tensor(float(self.param_groups[-1].get("step", 0)))
+        group = self.param_groups[-1]
+        group["step"] = torch.tensor(float(group.get("step", 0)), dtype=torch.float32)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,5 +131,6 @@ class FusedAdamW(FusedOptimizer):
         return CLIP_EPS
 
     def _start(self, group: dict[str, Any], item: Item, norm: Tensor) -> bool:
-        self.state[item.param] = {"step": torch.zeros((), device=item.local.device), **self.state[item.param]}
+        step = torch.zeros((), dtype=torch.float32, device=item.local.device)
+        self.state[item.param] = {"step": step, **self.state[item.param]}
         return True

@@ -119,7 +119,7 @@ def restore(
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         kept = {name: _fit(_moment(entries, name), p, moments_dtype or wide) for name in moments}
         if "step" in entries:
-            kept["step"] = torch.tensor(float(entries["step"]), device=local(p).device)
+            kept["step"] = torch.tensor(float(entries["step"]), dtype=torch.float32, device=local(p).device)
         master = entries.get("master")
         if p.dtype == torch.bfloat16 and master is not None and master.dtype != torch.bfloat16:
             # (A plain optimiser has kept a bfloat16 master without updating it.)

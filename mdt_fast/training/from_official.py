@@ -226,5 +226,5 @@ def _optimizer(
             value = entries[moment] if moment in entries else -entries["prev_grad"]
             tensors[f"{name}/{moment}"] = value.float().contiguous()
         if packed.kind == "adamw":
-            tensors[f"{name}/step"] = torch.tensor(float(entries["step"]))
+            tensors[f"{name}/step"] = torch.tensor(float(entries["step"]), dtype=torch.float32)
     return tensors, optimizer.state_dict()["param_groups"]

@@ -147,8 +147,8 @@ class LossScale:
 
     def __init__(self, device: torch.device, patience: int = 2000):
         self.patience = patience
-        self.scale = torch.full((), 2.0**16, device=device)
-        self.good = torch.zeros((), device=device)
+        self.scale = torch.full((), 2.0**16, dtype=torch.float32, device=device)
+        self.good = torch.zeros((), dtype=torch.float32, device=device)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale, in place."""

@@ -97,7 +97,7 @@ class TrainingStep:
         device = next(self.model.parameters()).device
         if isinstance(scale, int | float):
             # Copying a number to the GPU would wait for it.
-            scale = torch.full((), float(scale), device=device)
+            scale = torch.full((), float(scale), dtype=torch.float32, device=device)
         self._check(x, y, scale, device)
         B, parts, part, draws = len(x), self.settings.accumulate, self.calls, self.draws
         if draws is not None and len(draws.t) != parts * B:

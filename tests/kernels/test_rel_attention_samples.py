@@ -163,3 +163,23 @@ def test_forward_mode_gradients_are_refused() -> None:
     qkv = torch.randn(2, 25, 3, H, 8)
     with forward_ad.dual_level(), pytest.raises(ValueError, match="'samples' cannot serve this call"):
         rel_attention_qkvpacked(forward_ad.make_dual(qkv, qkv), attention_backend="samples")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_the_table_whatever_the_default_dtype(default: torch.dtype, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.float32)
+    table = torch.randn(12, 2, dtype=torch.float32).to(dtype)
+
+    def gradient() -> Tensor:
+        leaf = table.clone().requires_grad_()
+        out = rel_attention(q, k, v, leaf, grid_size=2, attention_backend="samples")
+        return torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    expected = gradient()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        assert torch.equal(gradient(), expected)
+    finally:
+        torch.set_default_dtype(before)

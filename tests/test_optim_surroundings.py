@@ -1,0 +1,41 @@
+"""The fused optimisers in what surrounds them: default dtypes and devices, autograd, models that change."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fused import BOTH, bits, parameters, run, same
+from fused import served as served  # a fixture
+
+pytestmark = pytest.mark.usefixtures("served")
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Another default dtype than float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(cls: Any, dtype: torch.dtype, default_dtype: torch.dtype) -> None:
+    def trained() -> list[torch.Tensor]:
+        with torch.no_grad():
+            params = parameters(dtype)
+            for p in params:
+                p.copy_(torch.arange(p.numel(), dtype=torch.float64).view(p.shape) / 64)
+        optimizer = cls(params, lr=1e-2, max_grad_norm=1.0)
+        run(optimizer, params, 3)
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(optimizer, params, 3, first=3)
+        return bits(optimizer, params)
+
+    ours = trained()
+    torch.set_default_dtype(torch.float32)
+    expected = trained()
+    assert same(ours, expected)
