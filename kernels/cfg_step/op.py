@@ -101,7 +101,7 @@ def _check(
     if not isinstance(scale, Tensor):
         if not isinstance(scale, int | float):
             raise ValueError(f"scale: got {type(scale).__name__}, expected a number or a tensor [{B // 2}]")
-        return torch.full((1,), float(scale), device=x.device).expand(B // 2)
+        return torch.full((1,), float(scale), dtype=torch.float32, device=x.device).expand(B // 2)
     checks.shape("scale", scale, B // 2)
     checks.floating_on("scale", scale, x)
     return scale.float()
