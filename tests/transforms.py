@@ -44,6 +44,7 @@ def _of_tokens() -> dict[str, tuple[Op, list[Tensor]]]:
 
 
 NAMES = list(_of_tokens())
+MODULATED = [name for name in NAMES if name.startswith(("ln", "gate", "activated", "bias"))]
 
 
 def summed(op: Op, *args: Tensor) -> Tensor:
@@ -74,6 +75,24 @@ def test_derivatives_in_forward_mode(name: str) -> None:
     gradients = torch.autograd.grad(summed(op, *leaves), leaves)
     expected = sum((g * a).sum() for g, a in zip(gradients, along, strict=True))
     assert relative_error(slope, torch.as_tensor(expected)) <= 10 * FLOAT32
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize("name", MODULATED)
+def test_results_have_the_dtype_of_x(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """With modulations and biases in another dtype, under torch.func as without."""
+    own, other = dtypes
+    op, args = _of_tokens()[name]
+    args = [
+        a.to(other if a.shape == (B, D) or (name == "bias_gelu" and a.shape == (D,)) else own) for a in args
+    ]
+    found = torch.func.grad(partial(summed, op), argnums=tuple(range(len(args))))(*args)
+    assert [g.dtype for g in found] == [a.dtype for a in args]
+    several = torch.func.vmap(op)(*(torch.stack([a, a]) for a in args))
+    expected = op(*args)
+    for ours, plain in zip(*(r if isinstance(r, tuple) else (r,) for r in (several, expected)), strict=True):
+        assert ours.dtype == plain.dtype == own
+        assert relative_error(ours[0].double(), plain.double()) <= (0.02 if own == torch.float16 else FLOAT32)
 
 
 RAGGED: dict[str, tuple[Op, int]] = {

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import cast
+
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(x + bias, approximate="tanh")
+    return cast(F.gelu(x + bias, approximate="tanh"), x.dtype)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import cast
+
 
 def per_row(m_BD: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
     """A modulation in a shape that broadcasts over the rows: [B, 1, D], or [R, D] for a ragged batch."""
@@ -20,7 +22,8 @@ def samples_of(offsets: Tensor, rows: int) -> Tensor:
 
 def ln_modulate(x: Tensor, shift_BD: Tensor, scale_BD: Tensor, offsets: Tensor | None, eps: float) -> Tensor:
     R, normal = x.shape[0], F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(per_row(shift_BD, offsets, R), normal, 1 + per_row(scale_BD, offsets, R))
+    out = torch.addcmul(per_row(shift_BD, offsets, R), normal, 1 + per_row(scale_BD, offsets, R))
+    return cast(out, x.dtype)
 
 
 def gate_residual_ln_modulate(
@@ -37,7 +40,7 @@ def gate_residual_ln_modulate(
 
 
 def gate_residual(x: Tensor, y: Tensor, gate_BD: Tensor, offsets: Tensor | None) -> Tensor:
-    return torch.addcmul(x, per_row(gate_BD, offsets, x.shape[0]), y)
+    return cast(torch.addcmul(x, per_row(gate_BD, offsets, x.shape[0]), y), x.dtype)
 
 
 def forward(
