@@ -183,11 +183,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dresidual_RD, dout_RD, _dmean, _drstd):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors  # once: checkpointing refuses a second time
     if dout_RD is None:  # only the residual is used
-        x_RD, *_ = ctx.saved_tensors
-        dout_RD = x_RD.new_zeros(x_RD.shape, dtype=ctx.dtype)
+        dout_RD = saved[0].new_zeros(saved[0].shape, dtype=ctx.dtype)
     dresidual_RD = dresidual_RD.contiguous() if ctx.gated and dresidual_RD is not None else None
-    gradients = ln_modulate_bwd(*ctx.saved_tensors, dresidual_RD, dout_RD.contiguous(), False)
+    gradients = ln_modulate_bwd(*saved, dresidual_RD, dout_RD.contiguous(), False)
     dx, dy, dgate, dshift, dscale, _ = gradients
     return dx, dy if ctx.gated else None, dgate if ctx.gated else None, dshift, dscale, None, None, None
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdt_fast.kernels import (
+    gate_residual_ln_modulate,
     gelu_linear,
     launches,
     ln_modulate_linear,
@@ -194,6 +197,19 @@ def test_saved_tensors_are_unpacked_once() -> None:
         out = gelu_linear(x, bias, weight)
     torch.autograd.grad(out.sum(), x, create_graph=True)
     assert len(unpacked) == len(set(unpacked)) > 0
+
+
+def test_a_checkpoint_whose_residual_alone_is_used() -> None:
+    x, y, *modulations = (*torch.randn(2, 2, 5, 8), *torch.randn(3, 2, 8))
+    gradients = []
+    for call in (
+        gate_residual_ln_modulate,
+        partial(checkpoint, gate_residual_ln_modulate, use_reentrant=False),
+    ):
+        leaves = [a.clone().requires_grad_() for a in (x, y, *modulations)]
+        residual, _ = call(*leaves)
+        gradients.append(torch.autograd.grad(residual.square().sum(), leaves[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_attention_whose_output_has_no_gradient() -> None:
