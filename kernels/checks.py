@@ -1,7 +1,8 @@
 """Argument checks shared by several rooms. Each raises a one-line ``ValueError``."""
 
 import operator
-from math import inf
+import sys
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .last import of_the_last
 
 FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
 """The dtypes to compute in. float8 is only a storage format."""
+LARGEST = sys.float_info.max
 
 
 def tensor(name: str, x: Any) -> None:
@@ -70,10 +72,20 @@ def floating_on(name: str, x: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected floating-point on {other.device}")
 
 
-def eps(value: Any) -> None:
-    """``value``, which is added to a variance, must be finite and not negative."""
-    if not isinstance(value, int | float) or not 0 <= value < inf:
-        raise ValueError(f"eps: got {value!r}, expected finite numbers of 0 or more")
+def number(name: str, value: Any, expected: str, least: float = -LARGEST) -> float:
+    """``value`` as a float; it must be a finite number of ``least`` or more, Python's, NumPy's or symbolic."""
+    if not isinstance(value, int | float) and isinstance(value, Real):
+        value = float(value)
+    if not isinstance(value, int | float) or not least <= value <= LARGEST:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return float(value)
+
+
+def eps(value: Any) -> float:
+    """``value``, which is added to a variance, as a float; it must be finite and not negative."""
+    if isinstance(value, float) and 0 <= value <= LARGEST:  # the usual case
+        return value
+    return number("eps", value, "finite numbers of 0 or more", 0.0)
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -68,7 +68,7 @@ def residual_ln_modulate_linear(
     writes them. The returned ``x`` may share memory with the argument, so change neither in place.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
-    checks.eps(eps)
+    eps = checks.eps(eps)
     dtype = _dtype(x_BLD, weight_OD, bias_O)
     if checks.plain_only():
         normal = ln_modulate(x_BLD, shift_BD, scale_BD, offsets=offsets, eps=eps)
@@ -103,7 +103,7 @@ def gate_residual_ln_modulate_linear(
     backward pass. Raises ``ValueError`` for arguments that do not fit.
     """
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
-    checks.eps(eps)
+    eps = checks.eps(eps)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
     dtype = _dtype(x_BLD, weight_OD, bias_O)

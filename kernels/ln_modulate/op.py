@@ -23,7 +23,7 @@ def ln_modulate(
     Source: DiT (arXiv:2212.09748), section 3.2, adaLN-Zero.
     """
     check(x_BLD, offsets, shift=shift_BD, scale=scale_BD)
-    checks.eps(eps)
+    eps = checks.eps(eps)
     if not serves(x_BLD, shift_BD, scale_BD):
         return reference.ln_modulate(x_BLD, shift_BD, scale_BD, offsets, eps)
     return _kernel(x_BLD, None, None, shift_BD, scale_BD, offsets, eps)[1]
@@ -46,7 +46,7 @@ def gate_residual_ln_modulate(
     Raises ``ValueError`` for arguments that do not fit.
     """
     check(x_BLD, offsets, gate=gate_BD, shift=shift_BD, scale=scale_BD)
-    checks.eps(eps)
+    eps = checks.eps(eps)
     checks.shape("y", y_BLD, *x_BLD.shape)
     checks.floating_on("y", y_BLD, x_BLD)
     if not serves(x_BLD, y_BLD, gate_BD, shift_BD, scale_BD):

@@ -3,7 +3,6 @@
 B samples, H heads, M queries, N keys, L tokens, R rows (tokens of all samples), d head size, G grid side.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -145,11 +144,9 @@ def _call(
     ):
         if value is not None and value not in allowed:
             raise ValueError(f"{name}: got {value!r}, expected {', '.join(allowed)} or None")
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"scale: got {scale!r}, expected finite numbers or None")
     if head_dim == 0:
         raise ValueError("q: head size 0, expected 1 or more")
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, "finite numbers or None")
     call = Call(queries=queries, keys=keys, grid_size=grid_size, scale=scale)
     if bias_form is not None:
         call = call._replace(bias_form=bias_form)

@@ -68,6 +68,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.ln_modulate(R(2, 3, 4), R(2, 4), R(2, 4), eps=float("nan")),
         "eps: got nan, expected finite numbers of 0 or more",
     ),
+    "eps beyond every float": (
+        lambda: kernels.ln_modulate(R(2, 3, 4), R(2, 4), R(2, 4), eps=10**400), "eps: got 1000"
+    ),
     "guidance by an array": (
         lambda: kernels.cfg_step(R(2, 8, 2), R(1, 4, 2), R(1, 4, 2), R(12), scale=np.ones(1)),  # type: ignore[arg-type]
         "scale: got ndarray, expected a number or a tensor [1]",

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mdt_fast.kernels import rel_attention, rel_attention_qkvpacked
+from tolerances import FLOAT32, relative_error
 
 Q, TABLE = torch.zeros(2, 2, 16, 8), torch.zeros(52, 2)
 POS = torch.arange(16).expand(2, 16)
@@ -19,6 +21,7 @@ QKV, OFFSETS = torch.zeros(16, 3, 2, 8), torch.tensor([0, 5, 16], dtype=torch.in
         ({"grid_size": 4.0}, r"grid_size: got 4\.0, a table needs an integer from 1 to 64"),
         ({"scale": "a"}, "scale: got 'a', expected finite numbers or None"),
         ({"scale": float("nan")}, "scale: got nan, expected finite numbers or None"),
+        ({"scale": 10**400}, "scale: got 10{400}, expected finite numbers or None"),
         ({"bias_form": "table"}, "bias_form: got 'table', expected lookup, dense or None"),
         ({"table_grad": "atomic"}, "table_grad: got 'atomic', expected recompute, store or None"),
         ({"q_pos": POS.int()}, r"q_pos: dtype torch.int32, expected torch.int64"),
@@ -59,3 +62,23 @@ def test_packed_refusals(change: dict[str, Any], message: str) -> None:
     args = {"qkv_BL3Hd": QKV, "table_RH": TABLE, "grid_size": 4, "offsets": OFFSETS, "pos": POS[0]}
     with pytest.raises(ValueError, match=message):
         rel_attention_qkvpacked(**(args | change))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_scale_that_changes_stays_in_one_graph(dynamic: bool | None) -> None:
+    """A second number makes it symbolic."""
+    q, qkv = torch.randn(1, 2, 4, 8), torch.randn(1, 4, 3, 2, 8)
+
+    def both(scale: float) -> list[torch.Tensor]:
+        return [rel_attention(q, q, q, scale=scale), rel_attention_qkvpacked(qkv, scale=scale)]
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for scale in (0.3, 0.4, 0.5):
+        for ours, expected in zip(compiled(scale), both(scale), strict=True):
+            assert relative_error(ours, expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float64(0.5), np.int64(1), 1], ids=repr)
+def test_numbers_of_other_libraries_are_scales(scale: Any) -> None:
+    q = torch.randn(1, 2, 4, 8)
+    assert torch.equal(rel_attention(q, q, q, scale=scale), rel_attention(q, q, q, scale=float(scale)))
