@@ -73,7 +73,7 @@ def floating_on(name: str, x: Tensor, other: Tensor) -> None:
 
 
 def number(name: str, value: Any, expected: str, least: float = -LARGEST) -> float:
-    """``value`` as a float; it must be a finite number of ``least`` or more, Python's, NumPy's or symbolic."""
+    """``value`` as a float; it must be finite and ``least`` or more; Python's, NumPy's or symbolic."""
     if not isinstance(value, int | float) and isinstance(value, Real):
         value = float(value)
     if not isinstance(value, int | float) or not least <= value <= LARGEST:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+SMALLEST = 1e-76
 
 
 def ddpm_coefficients(
@@ -19,7 +20,7 @@ def ddpm_coefficients(
     """Coefficients of ancestral sampling: float32 [T, 7] on the CPU, for T (possibly respaced) timesteps.
 
     ``alphas_cumprod`` [T] (a tensor or numbers, taken as float64) is the share of signal variance left after
-    each step: strictly decreasing, below 1 and above 0. With a = ``alphas_cumprod``, the columns are
+    each step: strictly decreasing, below 1 and at least 1e-76. With a = ``alphas_cumprod``, the columns are
     sqrt(1/a); sqrt(1/a - 1); the factors of x_0 and of x_t in the posterior mean; the lower and the upper
     bound of the log variance (the posterior's, clipped at t = 0, and log beta); and a flag that is 0 at t = 0
     and 1 elsewhere. With a fixed variance, both bounds are its log variance. Raises ``ValueError`` for other
@@ -57,7 +58,11 @@ def ddim_coefficients(alphas_cumprod: Tensor | Sequence[float], eta: float = 0.0
     # As in the published samplers: round to float32 first, then compute in float32.
     a = exact.float()
     prev = torch.cat([a.new_ones(1), a[:-1]])
-    sigma = eta * ((1 - prev) / (1 - a)).sqrt() * (1 - a / prev).sqrt()
+    # Where float32 rounds to 1 or to (nearly) 0, the limits and the exact quotients replace 0 / 0.
+    tiny = torch.finfo(torch.float32).tiny
+    noise = torch.where(a < 1, (1 - prev) / (1 - a), 0)
+    alphas = torch.where(prev >= tiny, a / prev, exact / torch.cat([exact.new_ones(1), exact[:-1]])).float()
+    sigma = eta * noise.sqrt() * (1 - alphas).sqrt()
     direction = (1 - prev - sigma**2).clamp(min=0).sqrt()
     return torch.stack(
         [*(column.float() for column in _recip(exact)), prev.sqrt(), direction, sigma * _move(a)], dim=1
@@ -70,6 +75,10 @@ def _alphas_cumprod(values: Tensor | Sequence[float]) -> Tensor:
     if a.ndim != 1 or not len(a) or not (steps.diff() < 0).all() or not a[-1] > 0:
         raise ValueError(
             f"alphas_cumprod: got shape {list(a.shape)}; expected [T] numbers that fall, below 1, above 0"
+        )
+    if a[-1] < SMALLEST:
+        raise ValueError(
+            f"alphas_cumprod: got {float(a[-1])}, expected {SMALLEST} or more, as sqrt(1/a) is float32"
         )
     return a
 

@@ -329,6 +329,28 @@ def test_no_schedule(values: list[float]) -> None:
             make(values)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "values", [[1 - 1e-9, 0.5], [1 - 1e-9, 1 - 2e-9, 0.3], [0.9, 1e-50, 1e-60], [0.9, 1e-44, 3e-45]], ids=str
+)
+def test_numbers_that_float32_rounds_to_1_or_0(values: list[float], eta: float) -> None:
+    """As computed in float64; only the factor of x_0 may be rounded further, to 0."""
+    a = torch.tensor(values, dtype=torch.float64)
+    prev = torch.cat([a.new_ones(1), a[:-1]])
+    sigma = eta * ((1 - prev) / (1 - a) * (1 - a / prev)).sqrt()
+    direction = (1 - prev - sigma**2).clamp(min=0).sqrt()
+    expected = torch.stack([(1 / a).sqrt(), (1 / a - 1).sqrt(), prev.sqrt(), direction, sigma], dim=1)
+    expected[0, 4] = 0
+    torch.testing.assert_close(ddim_coefficients(values, eta).double(), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_numbers_whose_reciprocals_no_float32_holds() -> None:
+    for make in (ddpm_coefficients, ddim_coefficients):
+        assert make([0.5, 1e-76]).isfinite().all()
+        with pytest.raises(ValueError, match=r"alphas_cumprod: got 1e-77, expected 1e-76 or more"):
+            make([0.5, 1e-77])
+
+
 def test_bad_names() -> None:
     with pytest.raises(ValueError, match="variance: got 'fixed', expected learned_range"):
         ddpm_coefficients([0.5], "fixed")
