@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from .last import of_the_last
+from .registry import PLAIN
 
 FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
 """The dtypes to compute in. float8 is only a storage format."""
@@ -96,14 +98,25 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the host may read the values of ``x``: on a CPU, but not in a compiled program, under vmap
+    or of a subclass such as a fake tensor. Reading a CUDA tensor would synchronise with the device."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return False
+        x = _functorch.get_unwrapped(x)
+    return type(x) in PLAIN
+
+
 def token_ids(name: str, ids: Tensor, high: int, like: Tensor) -> None:
     """``ids`` must be int64 on the device of ``like``, and on the CPU also within 0..high-1."""
     if ids.dtype != torch.int64:
         raise ValueError(f"{name}: dtype {ids.dtype}, expected torch.int64")
     if ids.device != like.device:
         raise ValueError(f"{name}: on {ids.device}, but the tokens are on {like.device}")
-    # Reading the values of a CUDA tensor would synchronise with the device.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    if readable(ids) and ids.numel():
         _within(name, ids, high)
 
 
@@ -125,7 +138,7 @@ def offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
             f"{name}: {offsets.dtype} [{len(offsets)}] on {offsets.device}, "
             f"expected torch.int32 [B + 1] on {rows.device}"
         )
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(offsets):
         _ascending(name, offsets, rows.shape[0])
 
 

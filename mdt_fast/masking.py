@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import RATIO_RANGE
 from .errors import UserError
 from .kernels import mask_plan
+from .kernels.checks import readable
 
 TENSORS = ("ids_keep", "ids_mask", "ids_restore", "mask")
 
@@ -70,7 +71,7 @@ class MaskPlan:
             raise UserError(f"len_keep: got {len_keep!r}, expected integers")
         if noise.ndim != 2 or not noise.is_floating_point():
             raise UserError(f"noise: expected floats [batch, tokens], got {noise.dtype} {list(noise.shape)}")
-        if noise.device.type == "cpu" and noise.isnan().any():
+        if readable(noise) and noise.isnan().any():
             raise UserError("noise: has NaN values; expected ordinary numbers")
         if not 0 <= len_keep <= noise.shape[1]:
             raise UserError(f"len_keep: got {len_keep}, expected 0..{noise.shape[1]}")

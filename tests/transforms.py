@@ -115,3 +115,47 @@ def test_offsets_that_lie_apart(name: str) -> None:
         out = summed(partial(op, offsets=offsets), *leaves)
         results.append([out, *torch.autograd.grad(out, leaves)])
     assert all(torch.equal(a, e) for a, e in zip(*results, strict=True))
+
+
+def _of_places() -> dict[str, tuple[Op, Tensor]]:
+    """Ops as functions of the numbers that a CPU checks, and several of those."""
+    x, ids, mask = R(B, L, D), torch.rand(3, B, L).argsort(dim=-1), R(1, 1, D)
+    q, qkv, table = R(B, 2, L, D), R(B, L, 3, 2, D), R(12, 2)
+    images, weight, bias = R(B, 3, 4, 4), R(D, 3, 2, 2), R(D)
+    plain = kernels
+    return {
+        "gather_tokens": (lambda ids: plain.gather_tokens(x, ids, ids), ids),
+        "merge_tokens": (lambda ids: plain.merge_tokens(x, x[:, :2], ids), ids),
+        "unmask_tokens": (lambda ids: plain.unmask_tokens(x[:, :2], mask, x[:1], ids), ids),
+        "q_pos": (lambda pos: plain.rel_attention(q, q, q, table, grid_size=2, q_pos=pos), ids),
+        "pos": (lambda pos: plain.rel_attention_qkvpacked(qkv, table, grid_size=2, pos=pos), ids),
+        "patch_embed": (lambda ids: plain.patch_embed(images, weight, bias, x[:1], ids), ids),
+        "mask_plan": (lambda noise: plain.mask_plan(noise, 2), torch.rand(3, B, L)),
+    }
+
+
+@pytest.mark.parametrize("name", list(_of_places()))
+def test_vmap_over_what_a_cpu_checks(name: str) -> None:
+    torch.manual_seed(0)
+    op, several = _of_places()[name]
+    apart = [op(each) for each in several]
+    found = torch.func.vmap(op)(several)
+    if isinstance(found, Tensor):
+        found, apart = [found], [[each] for each in apart]
+    for i, ours in enumerate(found):
+        assert relative_error(ours.double(), torch.stack([each[i] for each in apart]).double()) <= FLOAT32
+    if not several.is_floating_point():  # also within another transform, which wraps its arguments once more
+        fixed = R(3, 1).requires_grad_()
+        torch.func.vmap(torch.func.grad(lambda f, each: f.sum() * op(each).sum()))(fixed, several)
+
+
+def test_offsets_under_vmap_need_a_longest_sample() -> None:
+    q, offsets = R(6, 2, D), torch.tensor([[0, 2, 6], [0, 3, 6]], dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match="max_q: got None; with q_offsets it must be given on CUDA and under"
+    ):
+        torch.func.vmap(lambda each: kernels.rel_attention(q, q, q, q_offsets=each))(offsets)
+    x, m = R(6, D), R(2, D)
+    ours = torch.func.vmap(lambda each: kernels.ln_modulate(x, m, m, offsets=each))(offsets)
+    apart = torch.stack([kernels.ln_modulate(x, m, m, offsets=each) for each in offsets])
+    assert relative_error(ours, apart) <= FLOAT32

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..native import library
 from . import reference
 
@@ -42,11 +43,11 @@ def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
         raise ValueError(f"len_keep: got {len_keep!r}, expected an integer")
     if not 0 <= len_keep <= noise.shape[1]:
         raise ValueError(f"len_keep: got {len_keep}, expected 0..{noise.shape[1]}")
-    if noise.device.type == "cpu" and not torch.compiler.is_compiling() and noise.isnan().any():
+    if checks.readable(noise) and noise.isnan().any():
         raise ValueError("noise: has NaN values; expected ordinary numbers")
     noise = noise.detach()
     fits = noise.device.type != "cuda" or noise.shape[1] <= MOST_TOKENS_ON_CUDA
-    if not fits or not library(noise.device.type):
+    if not fits or not library(noise.device.type) or checks.plain_only():
         return MaskIds(*reference.mask_plan(noise, len_keep))
     if noise.dtype != torch.float64:
         noise = noise.float()  # exact, so the order stays the same

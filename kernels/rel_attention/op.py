@@ -201,7 +201,7 @@ def _side(
     grid_size: int,
 ) -> Side:
     """Check queries or keys ``x``: [B, ...] with ``length`` tokens each, or packed [R, ...] with offsets."""
-    looking, longest = torch.compiler.is_compiling() or x.is_cuda, checks.whole(longest)
+    longest = checks.whole(longest)
     if offsets is None:
         batch = x.shape[0]
         if longest is not None:
@@ -209,7 +209,7 @@ def _side(
     else:
         checks.offsets(names.offsets, offsets, x)
         batch = len(offsets) - 1
-        if not looking:
+        if checks.readable(offsets):
             most = _longest(offsets) if batch else 0
             if longest is not None and longest < most:
                 raise ValueError(
@@ -219,7 +219,7 @@ def _side(
         if not isinstance(longest, int | torch.SymInt) or longest < 0:
             raise ValueError(
                 f"{names.longest}: got {longest}; with {names.offsets} it must be given on CUDA and under "
-                "torch.compile, and be 0 or more"
+                "torch.compile or torch.func, and be 0 or more"
             )
         length = longest
     if table_RH is None:
@@ -227,7 +227,7 @@ def _side(
     elif pos is not None:
         checks.shape(names.pos, pos, *((x.shape[0],) if offsets is not None else (batch, length)))
         checks.token_ids(names.pos, pos, grid_size**2, x)
-        if not looking and pos.device.type == "cpu":
+        if checks.readable(pos) and (offsets is None or checks.readable(offsets)):
             _check_distinct(names.pos, pos, offsets, grid_size**2)
     elif offsets is not None or length != grid_size**2:
         what = "samples of different lengths" if offsets is not None else f"{length} tokens"
