@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..native import library
+from ..registry import needs_grad
 from . import reference
 
 MOST_AVERAGES = 64
@@ -20,8 +21,9 @@ NATIVE = (torch.float32, torch.bfloat16)
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The global 2-norm of ``grads``: 0-dim float64 on their device, without a synchronisation.
 
-    An empty list gives 0. Raises ``ValueError`` for tensors that are not floating-point or are on several
-    devices.
+    An empty list gives 0. Where gradients are enabled and one of ``grads`` requires one, so does the result
+    (PyTorch then computes it). Raises ``ValueError`` for tensors that are not dense and floating-point
+    (float8 is not) or are on several devices.
     """
     return grad_sumsq(grads).sqrt()
 
@@ -38,12 +40,18 @@ def grad_sumsq(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros((), dtype=torch.float64)
     for i, grad in enumerate(grads):
-        if not grad.is_floating_point() or grad.device != grads[0].device:
+        if not isinstance(grad, Tensor):
+            checks.tensor(f"grads[{i}]", grad)
+        if grad.layout != torch.strided:
+            raise ValueError(f"grads[{i}]: {grad.layout}, expected a dense tensor")
+        if grad.dtype not in checks.FLOATING or grad.device != grads[0].device:
             raise ValueError(
                 f"grads[{i}]: {grad.dtype} on {grad.device}, expected floating-point on {grads[0].device}"
             )
     served = all(grad.dtype in NATIVE and is_dense(grad) for grad in grads)
-    if served and library(grads[0].device.type):
+    # The native op has no derivative.
+    plain = needs_grad(tuple(grads)) or checks.plain_only()
+    if served and not plain and library(grads[0].device.type):
         return torch.ops.mdt_fast.grad_sumsq(grads)
     return reference.grad_sumsq(grads)
 

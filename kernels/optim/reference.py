@@ -10,9 +10,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import plain_only
+
 
 def grad_sumsq(grads: list[Tensor]) -> Tensor:
     """The sum of squares of all elements: 0-dim float64, accumulated in float64."""
+    if plain_only():  # torch.func.vmap has no rule for the other
+        return torch.stack([grad.double().square().sum() for grad in grads]).sum()
     norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
     return torch.stack(norms).square().sum()
 

@@ -103,6 +103,26 @@ def test_the_norm(dtype: torch.dtype) -> None:
     assert reference.grad_sumsq([torch.tensor([float("inf")])]).isinf()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norm_has_a_gradient(dtype: torch.dtype) -> None:
+    """As a penalty on gradients needs it."""
+    leaves = [torch.randn(5, 7).to(dtype).requires_grad_(), torch.randn(3).to(dtype).requires_grad_()]
+    found = torch.autograd.grad(grad_norm(leaves), leaves)
+    norm = grad_norm([leaf.detach() for leaf in leaves])
+    transformed = torch.func.grad(lambda *x: grad_norm(x), argnums=(0, 1))(
+        *(leaf.detach() for leaf in leaves)
+    )
+    for leaf, gradients in zip(leaves, zip(found, transformed, strict=True), strict=True):
+        expected = leaf.detach().double() / norm
+        for gradient in gradients:
+            assert gradient.dtype == dtype
+            torch.testing.assert_close(gradient.double(), expected, rtol=0.01, atol=1e-6)
+    rows = torch.func.vmap(lambda x: grad_norm([x]))(leaves[0].detach())
+    torch.testing.assert_close(rows, leaves[0].detach().double().norm(dim=1))
+    with torch.no_grad():
+        assert not grad_norm(leaves).requires_grad
+
+
 def test_no_parameters_at_all() -> None:
     for name in STEPS:
         values = {key: [] if isinstance(value, list) else value for key, value in arguments(name).items()}
@@ -173,5 +193,12 @@ def test_wrong_arguments_change_nothing(name: str, bad: dict[str, Any], message:
 def test_wrong_gradients() -> None:
     with pytest.raises(ValueError, match=r"grads\[1\]: torch.int64 on cpu, expected floating-point on cpu"):
         grad_norm([torch.ones(2), torch.ones(2, dtype=torch.int64)])
+    for wrong, message in (
+        (None, "got NoneType, expected a tensor"),
+        (torch.eye(2).to_sparse(), "torch.sparse_coo, expected a dense tensor"),
+        (torch.ones(2).to(torch.float8_e5m2), "torch.float8_e5m2 on cpu, expected floating-point on cpu"),
+    ):
+        with pytest.raises(ValueError, match=r"grads\[1\]: " + message):
+            grad_norm([torch.ones(2), wrong])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"grads\[1\]: torch.float32 on meta"):
         grad_sumsq([torch.ones(2), torch.ones(2, device="meta")])
