@@ -39,3 +39,23 @@ def test_the_default_dtype_changes_nothing(cls: Any, dtype: torch.dtype, default
     torch.set_default_dtype(torch.float32)
     expected = trained()
     assert same(ours, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_autograd_notices_a_step(cls: Any, dtype: torch.dtype) -> None:
+    """A backward pass through weights that a step has changed is an error, as with torch's optimisers."""
+    params = parameters(dtype)
+    optimizer = cls(params)
+    averages = [p.detach().to(torch.float32).clone() for p in params]
+    optimizer.add_ema(averages, 0.9)
+    if dtype == torch.bfloat16:
+        optimizer.set_masters([p.detach().float() for p in params])
+    for step in range(2):
+        written = [*params, *averages, *optimizer._masters]
+        before = [x._version for x in written]
+        loss = params[0].square().sum()
+        run(optimizer, params, 1, first=step)
+        assert all(x._version > version for x, version in zip(written, before, strict=True))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -16,6 +16,8 @@ MOST_AVERAGES = 64
 """Most averages per call: the CUDA op's limit, applied everywhere."""
 NATIVE = (torch.float32, torch.bfloat16)
 """The dtypes of the native ops. They compute in float32, so float64 goes to PyTorch."""
+MASTERS = {"adan_step": 5, "adamw_step": 3}
+"""Where an op's arguments have the masters, which the averages follow, counted after the parameters."""
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -155,6 +157,9 @@ def run(name: str, native: bool, params: list[Tensor], *args: Any) -> None:
         return
     if native and params[0].dtype in NATIVE and library(params[0].device.type):
         getattr(torch.ops.mdt_fast, name)(params, *args)
+        if not torch.compiler.is_compiling():  # so that autograd notices the change, as of PyTorch's own ops
+            masters, emas = args[MASTERS[name] : MASTERS[name] + 2]
+            torch.autograd.graph.increment_version([*params, *masters, *emas])
     else:
         getattr(reference, name)(params, *args)
 
