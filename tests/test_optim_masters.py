@@ -153,3 +153,32 @@ def test_a_master_that_a_plain_optimiser_has_carried_along_is_stale() -> None:
     before = [p.detach().clone() for p in params]
     run(ours, params, 1, 22)
     assert all(((p - b).abs() < 0.03).all() for p, b in zip(params, before))
+
+
+@BOTH
+@pytest.mark.parametrize("given", [False, True])
+def test_masters_follow_a_model_that_was_float32_in_between(cls: Any, given: bool) -> None:
+    model = nn.Linear(7, 5).bfloat16()
+    params = list(model.parameters())
+    optimizer = cls(params, lr=1e-2)
+    average = [p.detach().float() for p in params]
+    optimizer.add_ema(average, 0.5)
+    if given:
+        optimizer.set_masters([p.detach().float() for p in params])
+    run(optimizer, params, 2)
+    for p in model.float().parameters():
+        p.grad = None
+    run(optimizer, params, 20, first=2)
+    assert not any("master" in optimizer.state[p] for p in params)
+    params[1].grad = None
+    optimizer.step()  # its average moves to the parameter itself
+    far = average[1].clone()
+    optimizer.step()
+    torch.testing.assert_close(average[1], (far + params[1].detach()) / 2)
+    moved = [p.detach().clone() for p in params]
+    model.bfloat16()
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, params, 1, first=22)
+    for p, before in zip(params, moved, strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, before.bfloat16())

@@ -311,8 +311,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not self._start(group, item, norm):
                     del self.state[p]
                     continue
-            if p.dtype == torch.bfloat16 and "master" not in self.state[p]:
-                self.state[p]["master"] = self._master(item.place, p).detach().float()
+            if p.dtype != torch.bfloat16:
+                self.state[p].pop("master", None)  # left behind by Module.float(); it would go stale
+            elif "master" not in self.state[p]:
+                self.state[p]["master"] = master = self._master(item.place, p).detach().float()
+                if self._masters:
+                    loading.follow(master, p)
             elif self._versions.get(item.place, p._version) != p._version:  # p was written to since
                 loading.follow(self.state[p]["master"], p)
             served.append(item)
@@ -376,6 +380,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _master(self, place: int, p: Tensor) -> Tensor:
         """A bfloat16 parameter's float32 master if it has one yet, otherwise the parameter."""
+        if p.dtype != torch.bfloat16:
+            return p
         return self._masters[place] if self._masters else self.state.get(p, {}).get("master", p)
 
     def _moments_dtype(self, p: Tensor) -> torch.dtype:
