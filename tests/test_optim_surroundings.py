@@ -59,3 +59,17 @@ def test_autograd_notices_a_step(cls: Any, dtype: torch.dtype) -> None:
         assert all(x._version > version for x, version in zip(written, before, strict=True))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@BOTH
+def test_the_default_device_changes_nothing(cls: Any) -> None:
+    params, others = parameters(), parameters()
+    with torch.device("meta"):
+        optimizer = cls(params)
+    other = cls(others)
+    run(optimizer, params, 2)
+    with torch.device("meta"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    run(optimizer, params, 2, first=2)
+    run(other, others, 4)
+    assert same(bits(optimizer, params), bits(other, others))

@@ -78,8 +78,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise UserError(f"moments_dtype: got {moments_dtype}, expected None, float32, bfloat16")
         self.max_grad_norm, self.clip_norm = float(max_grad_norm), clip_norm
         self.moments_dtype, self.process_group = moments_dtype, process_group
-        self.grad_norm = torch.full((), math.nan, dtype=torch.float64)
-        self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self.grad_norm = torch.full((), math.nan, dtype=torch.float64, device="cpu")
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._averages: list[list[Tensor]] = []
         self._decays: list[float] = []
         self._masters: list[Tensor] = []

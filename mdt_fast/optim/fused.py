@@ -48,13 +48,15 @@ class FusedAdan(FusedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["step"] = torch.tensor(float(group.get("step", 0)), dtype=torch.float32)
+        group["step"] = torch.tensor(float(group.get("step", 0)), dtype=torch.float32, device="cpu")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("no_prox", False)
-            group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.float32)
+            step = group.get("step", 0)
+            device = step.device if isinstance(step, Tensor) else "cpu"
+            group["step"] = torch.as_tensor(step, dtype=torch.float32, device=device)
 
     def _steps(self, group: dict[str, Any], items: list[Item]) -> list[Tensor]:
         if items:
