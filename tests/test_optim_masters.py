@@ -182,3 +182,24 @@ def test_masters_follow_a_model_that_was_float32_in_between(cls: Any, given: boo
     for p, before in zip(params, moved, strict=True):
         assert p.dtype == torch.bfloat16
         assert torch.equal(p, before.bfloat16())
+
+
+@BOTH
+def test_averages_that_overlap_are_refused(cls: Any) -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    buffer, message = (
+        torch.ones(12),
+        "shares memory with a tensor that the optimiser already has; make a copy",
+    )
+    for starts, wrong in (((0, 3, 8), 1), ((8, 5, 0), 0), ((6, 0, 4), 0)):
+        with pytest.raises(UserError, match=rf"params\[{wrong}\]: {message}"):
+            cls(params).add_ema([buffer[i : i + 4] for i in starts], 0.9)
+    optimizer = cls(params)
+    optimizer.add_ema([buffer[i : i + 4] for i in (4, 0, 8)], 0.9)
+    with pytest.raises(UserError, match=rf"params\[2\]: {message}"):
+        optimizer.add_ema([torch.ones(4), torch.ones(4), buffer[1:5]], 0.9)
+    whole = torch.ones(8)
+    others = [nn.Parameter(whole[:4]), nn.Parameter(torch.ones(4))]
+    with pytest.raises(UserError, match=rf"params\[1\]: {message}"):
+        cls(others).add_ema([torch.ones(4), whole[2:6]], 0.9)
+    cls(params).add_ema(list(torch.ones(4, 3).unbind(1)), 0.9)  # these only lie between each other

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..kernels.optim.op import is_dense
 from .shards import laid_out, local
 
 NUMBERS = {2: "two", 3: "three"}
@@ -53,7 +55,7 @@ def check_copies(
 ) -> None:
     """Raise ``UserError`` unless there is a float32 copy (float64 is allowed for a float64 parameter) for
     each, which shares memory neither with it nor with another copy or ``others``. ``labels``: their names."""
-    taken = {local(other).data_ptr() for other in others}
+    ranges = [(*_range(x), "") for x in (*others, *params)]
     if len(copies) != len(params):
         raise UserError(f"{name}: {len(copies)} tensors for {len(params)} parameters")
     for label, copy, p in zip(labels, copies, params, strict=True):
@@ -73,9 +75,25 @@ def check_copies(
         if local(p).numel() and local(p).device.type != "meta":
             if any(n > 1 and not stride for n, stride in zip(copy.shape, copy.stride())):
                 raise UserError(f"{label}: is expanded, its elements share memory; make a copy")
-            if local(copy).data_ptr() in taken:
-                raise UserError(f"{label}: is a tensor that the optimiser already has; make a copy")
-            taken.add(local(copy).data_ptr())
+            ranges.append((*_range(copy), label))
+    shared: dict[str, str] = {}
+    reached, start_of, owner = 0, 0, ""
+    for start, end, label in sorted(ranges, key=itemgetter(0)):
+        if start < min(reached, end):
+            shared[label or owner] = "is" if start == start_of else "shares memory with"
+        if end > reached:
+            reached, start_of, owner = end, start, label
+    if found := next((label for label in labels if label in shared), None):
+        raise UserError(f"{found}: {shared[found]} a tensor that the optimiser already has; make a copy")
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """Its first address and the one after its last, or if it has gaps, which others may fill, its first."""
+    own = local(tensor)
+    if own.device.type == "meta" or not own.numel():
+        return 0, 0
+    start = own.data_ptr()
+    return start, start + own.element_size() * (own.numel() if is_dense(own) else 1)
 
 
 def _memory(tensor: Tensor) -> int:
