@@ -198,6 +198,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(cls: Any, value: float, d
 
 
 @BOTH
+def test_a_step_that_is_skipped_leaves_averages_of_infinite_parameters(cls: Any) -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.tensor([1.0, float("inf"), 2.0]))]
+    optimizer = cls(params)
+    averages = [torch.ones(3), torch.zeros(3)]
+    optimizer.add_ema(averages, 0.5)
+    params[0].grad = torch.full((3,), float("nan"))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(averages[1], torch.zeros(3))
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(averages[1], torch.tensor([0.5, float("inf"), 1.0]))
+
+
+@BOTH
 def test_a_first_step_that_is_skipped(cls: Any) -> None:
     params, others = parameters(), parameters()
     optimizer, other = cls(params, lr=1e-2), cls(others, lr=1e-2)

@@ -374,8 +374,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for average, decay in zip(self._averages, self._decays):
             emas = [local(average[i]) for i, _ in others]
             values = [local(value).to(e.dtype) for value, e in zip(whole, emas)]
-            change = torch._foreach_sub(values, emas)
-            torch._foreach_mul_(change, finite * (1 - decay))
+            # Not a product with ``finite``: infinity times 0 is not a number.
+            change = [torch.where(finite, c, 0) for c in torch._foreach_sub(values, emas)]
+            torch._foreach_mul_(change, 1 - decay)
             torch._foreach_add_(emas, change)
 
     def _master(self, place: int, p: Tensor) -> Tensor:
