@@ -260,6 +260,14 @@ def test_the_step_compiles(cls: Any) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr: must be at least 0 and finite, got -1.0"),
+    ({"lr": "1"}, "lr: must be at least 0 and finite, got '1'"),
+    ({"lr": None}, "lr: must be at least 0 and finite, got None"),
+    ({"lr": torch.tensor(float("nan"))}, "lr: must be at least 0 and finite, got nan"),
+    ({"lr": torch.tensor(-1.0)}, "lr: must be at least 0 and finite, got -1.0"),
+    ({"eps": 10**400}, "eps: must be at least 0 and finite, got 1000"),
+    ({"betas": None}, "values in [0, 1) needed, got None"),
+    ({"betas": "ab"}, "values in [0, 1) needed, got 'ab'"),
+    ({"max_grad_norm": None}, "max_grad_norm: must be at least 0 and finite, got None"),
     ({"lr": torch.ones(2)}, "lr: a tensor of shape [2], expected a single number"),
     ({"eps": -1.0}, "eps: must be at least 0 and finite, got -1.0"),
     ({"weight_decay": float("nan")}, "weight_decay: must be at least 0 and finite, got nan"),

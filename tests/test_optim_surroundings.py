@@ -8,6 +8,7 @@ import torch
 
 from fused import BOTH, bits, parameters, run, same
 from fused import served as served  # a fixture
+from mdt_fast.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("served")
 
@@ -73,3 +74,29 @@ def test_the_default_device_changes_nothing(cls: Any) -> None:
     run(optimizer, params, 2, first=2)
     run(other, others, 4)
     assert same(bits(optimizer, params), bits(other, others))
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [{"betas": None}, {"eps": "1"}, {"lr": torch.tensor(-1.0)}], ids=str)
+def test_a_group_that_is_refused_is_not_added(cls: Any, bad: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = cls(params[1:])
+    with pytest.raises(UserError, match=f"{next(iter(bad))}: "):
+        optimizer.add_param_group({"params": params[:1], **bad})
+    assert len(optimizer.param_groups) == 1
+    run(optimizer, params[1:], 1)
+
+
+@BOTH
+def test_an_option_that_is_turned_on_later_is_refused(cls: Any) -> None:
+    params = parameters()
+    optimizer = cls(params)
+    run(optimizer, params, 1)
+    before = bits(optimizer, params)
+    for option in cls.refused:
+        own = optimizer.param_groups[0][option]
+        optimizer.param_groups[0][option] = not own
+        with pytest.raises(UserError, match=f"{option}: {not own} is not supported, only {own}"):
+            optimizer.step()
+        optimizer.param_groups[0][option] = own
+    assert same(before, bits(optimizer, params))

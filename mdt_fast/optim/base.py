@@ -70,8 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         moments_dtype: torch.dtype | None,
         process_group: dist.ProcessGroup | None,
     ):
-        if not 0 <= max_grad_norm < math.inf:
-            raise UserError(f"max_grad_norm: must be at least 0 and finite, got {max_grad_norm}")
+        loading.at_least_0("max_grad_norm", max_grad_norm)
         if clip_norm not in ("global", "rank"):
             raise UserError(f"clip_norm: got {clip_norm!r}, expected global, rank")
         if moments_dtype not in (None, torch.float32, torch.bfloat16):
@@ -96,7 +95,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except UserError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -151,8 +150,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                loading.check_rate(group["lr"])
+            loading.check_before_step(group, self.fixed, self.refused)
         groups, squares = self._gather()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()

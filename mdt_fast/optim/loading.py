@@ -1,7 +1,8 @@
 """Checks of an optimiser's numbers, of copies of parameters and of loaded states; loading of states."""
 
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from operator import itemgetter
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..kernels.checks import readable
 from ..kernels.optim.op import is_dense
 from .shards import laid_out, local
 
 NUMBERS = {2: "two", 3: "three"}
+LARGEST_RATE = torch.finfo(torch.float32).max
 UNUSED = ("prev_grad", "master")  # entries of a loaded state; a master that is needed is put back
 
 
@@ -179,26 +182,35 @@ def check_numbers(
 ) -> None:
     """Raise ``UserError`` for values of a group that are not allowed, including a number of betas other than
     ``betas``, and another value than in ``fixed`` for a name in ``refused``."""
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if name == "lr" and isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise UserError(f"lr: a tensor of shape {list(value.shape)}, expected a single number")
-        elif name == "lr":
-            check_rate(value)
-        elif not 0 <= value < math.inf:
-            raise UserError(f"{name}: must be at least 0 and finite, got {value}")
+    for name in ("eps", "weight_decay"):
+        at_least_0(name, group[name])
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise UserError(f"lr: a tensor of shape {list(lr.shape)}, expected a single number")
+        if readable(lr):
+            at_least_0("lr", float(lr), LARGEST_RATE)
+    check_before_step(group, fixed, refused)
     given = group["betas"]
-    if len(given) != betas or any(not 0 <= beta < 1 for beta in given):
-        raise UserError(f"betas: {NUMBERS[betas]} values in [0, 1) needed, got {given}")
-    for name, value in fixed.items():
-        if name in refused and group.get(name, value) != value:
-            raise UserError(f"{name}: {group[name]} is not supported, only {value}")
+    several = isinstance(given, Sequence | Tensor) and not isinstance(given, str) and len(given) == betas
+    if not several or not all(isinstance(beta, Real | Tensor) and 0 <= beta < 1 for beta in given):
+        raise UserError(f"betas: {NUMBERS[betas]} values in [0, 1) needed, got {given!r}")
 
 
-def check_rate(lr: float) -> None:
-    if not 0 <= lr <= torch.finfo(torch.float32).max:
-        raise UserError(f"lr: must be at least 0 and finite, got {lr}")
+def check_before_step(group: dict[str, Any], fixed: Mapping[str, Any], refused: Sequence[str]) -> None:
+    """Raise ``UserError`` for what may have been written into a group since it was made: a rate that is not
+    allowed, and another value than in ``fixed`` for a name in ``refused``."""
+    if not isinstance(group["lr"], Tensor):
+        at_least_0("lr", group["lr"], LARGEST_RATE)
+    for name in refused:
+        if group.get(name, fixed[name]) != fixed[name]:
+            raise UserError(f"{name}: {group[name]} is not supported, only {fixed[name]}")
+
+
+def at_least_0(name: str, value: Any, largest: float = sys.float_info.max) -> None:
+    """Raise ``UserError`` unless ``value`` is a number from 0 to ``largest``, which stands for infinity."""
+    if not isinstance(value, Real) or not 0 <= value <= largest:
+        raise UserError(f"{name}: must be at least 0 and finite, got {value!r}")
 
 
 def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
