@@ -4,6 +4,7 @@ B samples (n conditional, then n unconditional), C channels, K coefficients.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -75,6 +76,8 @@ def _check(
     guided_channels: int,
 ) -> Tensor | None:
     """The guidance weights as float32 [n]."""
+    for name, given in (("output", output), ("coefficients", coefficients)):
+        checks.tensor(name, given)
     checks.floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x: shape {list(x.shape)}, expected [B, C, ...]")
@@ -99,7 +102,8 @@ def _check(
     if not isinstance(guided_channels, int | torch.SymInt) or not 0 <= guided_channels <= C:
         raise ValueError(f"guided_channels: got {guided_channels}, expected 0 to {C}")
     if not isinstance(scale, Tensor):
-        if not isinstance(scale, int | float):
+        huge = isinstance(scale, int) and not -checks.LARGEST <= scale <= checks.LARGEST
+        if huge or not isinstance(scale, int | float | Real):
             raise ValueError(f"scale: got {type(scale).__name__}, expected a number or a tensor [{B // 2}]")
         return torch.full((1,), float(scale), dtype=torch.float32, device=x.device).expand(B // 2)
     checks.shape("scale", scale, B // 2)

@@ -37,6 +37,7 @@ def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
     Raises ``ValueError`` if ``noise`` is not a floating [B, L] tensor, if it has NaN (on the CPU), or if
     ``len_keep`` is outside 0..L.
     """
+    checks.tensor("noise", noise)
     if noise.ndim != 2 or not noise.is_floating_point():
         raise ValueError(f"noise: {noise.dtype} {list(noise.shape)}, expected floating-point [B, L]")
     if not isinstance(len_keep, Integral | torch.SymInt) or isinstance(len_keep, bool):

@@ -26,6 +26,7 @@ def patch_embed(
     Raises ``ValueError`` for shapes or dtypes that do not fit, and on the CPU for ids out of range.
     """
     checks.floating("x", x_BCSS)
+    checks.tensor("weight", weight_DCpp)
     checks.shape("weight", weight_DCpp, "D", "C", "p", weight_DCpp.shape[-1] if weight_DCpp.ndim else "p")
     D, C, p, other = weight_DCpp.shape
     if p < 1 or p != other:

@@ -211,14 +211,14 @@ def _side(
         batch = len(offsets) - 1
         if checks.readable(offsets):
             most = _longest(offsets) if batch else 0
-            if longest is not None and longest < most:
+            if isinstance(longest, int) and longest < most:
                 raise ValueError(
                     f"{names.longest}: got {longest}, but {names.offsets} has a sample of {most}"
                 )
             longest = most if longest is None else longest
         if not isinstance(longest, int | torch.SymInt) or longest < 0:
             raise ValueError(
-                f"{names.longest}: got {longest}; with {names.offsets} it must be given on CUDA and under "
+                f"{names.longest}: got {longest!r}; with {names.offsets} it must be given on CUDA and under "
                 "torch.compile or torch.func, and be 0 or more"
             )
         length = longest

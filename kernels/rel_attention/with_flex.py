@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import exporting, plain_only
 from . import reference
 from .call import Call, Side
 
@@ -25,6 +26,8 @@ models multiply."""
 def refusal(q: Tensor, table_RH: Tensor | None, call: Call, needs_grad: bool) -> str | None:
     if call.ragged:
         return "samples of different lengths (q_offsets); pad them, or take triton or sdpa"
+    if plain_only() and not exporting():
+        return "it cannot be transformed by torch.func, nor differentiated forwards"
     return limits(q, needs_grad, q.device.type)
 
 

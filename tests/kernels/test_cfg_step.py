@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -356,3 +357,18 @@ def test_bad_names() -> None:
         ddpm_coefficients([0.5], "fixed")
     with pytest.raises(ValueError, match=r"eta: got 2\.0, expected 0 to 1"):
         ddim_coefficients([0.5], 2.0)
+
+
+def test_numbers_of_all_kinds_guide() -> None:
+    args: dict[str, Any] = {"output": torch.randn(4, 8, 2), "x": torch.randn(2, 4, 2), "noise": None}
+    row = ddim_coefficients([0.9, 0.3])[1]
+
+    def step(scale: Any) -> Tensor:
+        return cfg_step(**args, coefficients=row, scale=scale, kind="ddim")[0]
+
+    expected = {number: step(torch.full((2,), number)) for number in (2.0, 3.0, 4.0)}
+    for scale in (2, np.float32(2), np.int64(2)):
+        assert torch.equal(step(scale), expected[2.0])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for number, result in expected.items():  # from the second one on it is symbolic
+        assert relative_error(compiled(number), result) <= FLOAT32

@@ -68,6 +68,33 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.ln_modulate(R(2, 3, 4), R(2, 4), R(2, 4), eps=float("nan")),
         "eps: got nan, expected finite numbers of 0 or more",
     ),
+    "noise in lists": (lambda: kernels.mask_plan([[0.1]], 1), "noise: got list, expected a tensor"),  # type: ignore[arg-type]
+    "no output": (
+        lambda: kernels.cfg_step(None, R(1, 4, 2), None, R(7)),  # type: ignore[arg-type]
+        "output: got NoneType, expected a tensor",
+    ),
+    "no coefficients": (
+        lambda: kernels.cfg_step(R(1, 8, 2), R(1, 4, 2), None, None),  # type: ignore[arg-type]
+        "coefficients: got NoneType, expected a tensor",
+    ),
+    "guidance beyond every float": (
+        lambda: kernels.cfg_step(R(2, 8, 2), R(1, 4, 2), None, R(7), scale=10**400),
+        "scale: got int, expected a number or a tensor [1]",
+    ),
+    "no weight for patches": (
+        lambda: kernels.patch_embed(R(1, 3, 4, 4), None, None, None),  # type: ignore[arg-type]
+        "weight: got NoneType, expected a tensor",
+    ),
+    "a length in letters": (
+        lambda: kernels.rel_attention(*R(3, 4, 2, 8), q_offsets=torch.tensor([0, 4]).int(), max_q="4"),  # type: ignore[arg-type]
+        "max_q: got '4'; with q_offsets it must be given",
+    ),
+    "FlexAttention under vmap": (
+        lambda: torch.func.vmap(lambda q: kernels.rel_attention(q, q, q, attention_backend="flex"))(
+            R(3, 1, 2, 4, 8)
+        ),
+        "attention_backend: 'flex' cannot serve this call: it cannot be transformed by torch.func",
+    ),
     "eps beyond every float": (
         lambda: kernels.ln_modulate(R(2, 3, 4), R(2, 4), R(2, 4), eps=10**400), "eps: got 1000"
     ),
