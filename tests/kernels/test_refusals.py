@@ -149,3 +149,24 @@ def test_float64_under_autocast_is_named(double: str) -> None:
 def test_no_width_before_an_activation() -> None:
     assert kernels.bias_gelu(R(2, 3, 0), R(0)).shape == (2, 3, 0)
     assert kernels.gelu_linear(R(2, 3, 0), R(0), R(4, 0), R(4)).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("auto", [torch.float16, torch.bfloat16], ids=str)
+def test_tokens_move_under_autocast_in_either_half_type(auto: torch.dtype, own: torch.dtype) -> None:
+    x, computed = R(2, 4, 8).to(own).requires_grad_(), R(2, 2, 8).to(own)
+    ids = torch.tensor([[0, 2, 1, 3], [3, 0, 2, 1]])
+
+    def both() -> list[Tensor]:
+        unmasked = kernels.unmask_tokens(x[:, :2], R(1, 1, 8) * 0, R(1, 4, 8) * 0, ids)
+        return [kernels.merge_tokens(x, computed, ids), unmasked]
+
+    expected = both()
+    with torch.autocast("cpu", auto):
+        moved = both()
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")()
+    for ours, theirs, plain in zip(moved, compiled, expected, strict=True):
+        assert ours.dtype == theirs.dtype == own
+        assert torch.equal(ours, plain)
+        assert torch.equal(theirs, plain)
+    torch.autograd.grad(moved[0].sum(), x)
