@@ -5,6 +5,7 @@ B samples, L tokens, K kept tokens.
 """
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -51,8 +52,10 @@ class MaskPlan:
         that nothing waits for a device; the noise is drawn on ``device``. ``ascending``: see
         :meth:`from_noise`.
         """
-        if not 0 <= mask_ratio <= 1:
-            raise UserError(f"mask_ratio: got {mask_ratio}, expected 0..1")
+        for name, count in (("batch", batch), ("num_tokens", num_tokens)):
+            _check_count(name, count)
+        if not isinstance(mask_ratio, Real | Tensor) or not 0 <= mask_ratio <= 1:
+            raise UserError(f"mask_ratio: got {mask_ratio!r}, expected 0..1")
         len_keep = (
             draw_len_keep(num_tokens, mask_ratio) if random_ratio else int(num_tokens * (1 - mask_ratio))
         )
@@ -67,8 +70,10 @@ class MaskPlan:
         index. Raises ``UserError`` for noise that is not [B, L] or contains NaN (checked on the CPU only),
         and for a ``len_keep`` that is not an integer in 0..L.
         """
-        if isinstance(len_keep, bool | float):
+        if not _is_whole(len_keep):
             raise UserError(f"len_keep: got {len_keep!r}, expected integers")
+        if not isinstance(noise, Tensor):
+            raise UserError(f"noise: expected floats [batch, tokens], got {_named(noise)}")
         if noise.ndim != 2 or not noise.is_floating_point():
             raise UserError(f"noise: expected floats [batch, tokens], got {noise.dtype} {list(noise.shape)}")
         if readable(noise) and noise.isnan().any():
@@ -85,6 +90,7 @@ class MaskPlan:
         """The plan that keeps ``ids_keep`` [B, K] (int64, distinct within a row, 0..num_tokens-1)."""
         if not isinstance(ids_keep, Tensor) or ids_keep.ndim != 2 or ids_keep.dtype != torch.int64:
             raise UserError(f"ids_keep: expected int64 [batch, kept], got {_named(ids_keep)}")
+        _check_count("num_tokens", num_tokens)
         if ids_keep.numel() and (ids_keep.min() < 0 or ids_keep.max() >= num_tokens):
             low, high = int(ids_keep.min()), int(ids_keep.max())
             raise UserError(f"ids_keep: values {low}..{high}, expected 0..{num_tokens - 1}")
@@ -165,6 +171,15 @@ class MaskPlan:
     def rows(self, rows: slice) -> "MaskPlan":
         """The plan of some of the samples."""
         return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | Integral | torch.SymInt | Tensor) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_whole(value) or value < 0:
+        raise UserError(f"{name}: got {value!r}, expected an integer of 0 or more")
 
 
 def _named(value: object) -> str:
