@@ -193,7 +193,7 @@ def check_numbers(
     check_before_step(group, fixed, refused)
     given = group["betas"]
     several = isinstance(given, Sequence | Tensor) and not isinstance(given, str) and len(given) == betas
-    if not several or not all(isinstance(beta, Real | Tensor) and 0 <= beta < 1 for beta in given):
+    if not several or not all(_is_number(beta) and 0 <= beta < 1 for beta in given):
         raise UserError(f"betas: {NUMBERS[betas]} values in [0, 1) needed, got {given!r}")
 
 
@@ -209,8 +209,12 @@ def check_before_step(group: dict[str, Any], fixed: Mapping[str, Any], refused: 
 
 def at_least_0(name: str, value: Any, largest: float = sys.float_info.max) -> None:
     """Raise ``UserError`` unless ``value`` is a number from 0 to ``largest``, which stands for infinity."""
-    if not isinstance(value, Real) or not 0 <= value <= largest:
+    if not _is_number(value) or not 0 <= value <= largest:
         raise UserError(f"{name}: must be at least 0 and finite, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | Tensor)
 
 
 def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
