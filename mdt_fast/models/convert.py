@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..files import aside
 from .attention import share_index
 from .base import Transformer
+from .own_parts import differing_parts, hooked_parts, lost_in_conversion
 from .zoo import CLASSES
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -302,7 +303,8 @@ def from_reference(module: nn.Module) -> Transformer:
     """The fast model with the weights of a reference or official one, sharing their storage.
 
     The parameters are the same objects: an optimiser or a checkpoint made for one model serves the other.
-    Raises ``UserError`` for a module that is not an MDT, MDTv2 or DiT.
+    Raises ``UserError`` for a module that is not an MDT, MDTv2 or DiT, or that computes something else than
+    they do (see :func:`~mdt_fast.models.own_parts.lost_in_conversion`).
     """
     module = getattr(module, "_orig_mod", module)  # the model that torch.compile wraps
     config = config_of(module)
@@ -314,6 +316,12 @@ def from_reference(module: nn.Module) -> Transformer:
         raise UserError(
             f"module: {type(module).__name__} has other weights: {'; '.join(_listed('differ', differing))}"
         )
+    if isinstance(module, Transformer):
+        differ = hooked_parts(module) + differing_parts(module, fast)
+    else:
+        differ = lost_in_conversion(module)
+    if differ:
+        raise UserError(f"module: computes more than its weights say: {'; '.join(differ[:2])}")
     fast.load_state_dict(state, strict=True, assign=True)
     for key, parameter in fast.named_parameters():
         # Assigning gave the given module's own parameters the fast model's requires_grad.

@@ -48,7 +48,8 @@ class Pretrained(nn.Module):
 
         ``license``: the license named in the card, such as "apache-2.0". Existing files are replaced; if
         saving is interrupted between them, loading refuses the folder. Raises ``UserError`` if the folder
-        cannot be written, for a model on the meta device, or if each process holds a part of the weights.
+        cannot be written, for a model on the meta device or one with parts of its own, which
+        ``from_pretrained`` could not build, or if each process holds a part of the weights.
         """
         self.save_component(save_directory)
         card = Path(save_directory) / CARD
@@ -59,6 +60,7 @@ class Pretrained(nn.Module):
     def save_component(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True) -> None:
         """:meth:`save_pretrained` without the card, for a component of a pipeline's folder."""
         from .convert import write_weights
+        from .own_parts import differing_parts
         from .zoo import CLASSES
 
         if not os.fspath(save_directory):
@@ -78,6 +80,11 @@ class Pretrained(nn.Module):
             raise UserError(
                 "save_pretrained: each process has a part of the weights; save a checkpoint and use "
                 "mdt-fast convert"
+            )
+        if type(self) is type(plain) and (parts := differing_parts(self, plain)):
+            raise UserError(
+                f"save_pretrained: from_pretrained would build another model than this one, which has "
+                f"{'; '.join(parts[:2])}{', ...' if parts[2:] else ''}; save its state_dict instead"
             )
         if any(value.is_meta for value in state.values()):
             raise UserError("save_pretrained: the model is on the meta device, and has no weights to save")
