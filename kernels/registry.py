@@ -5,8 +5,10 @@ counters. Eager code does not need the dispatcher, which takes longer than many 
 calls its function directly, and the profiler sees only the kernels.
 """
 
+import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -43,6 +45,7 @@ class Op(Generic[R]):
         if gradients and self.formula is None:
             raise RuntimeError(f"{self.name}: has no derivative")
         if watched(args):
+            _give_formulas()
             return self.overload(*args)
         return self.formula.apply(*args) if gradients and self.formula else self.function(*args)
 
@@ -69,6 +72,12 @@ class Op(Generic[R]):
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.formula = type(self.name.replace("::", "_"), (torch.autograd.Function,), methods)
+
+
+def _give_formulas() -> None:
+    """Let a FLOP counter that looks at operators know those of this package."""
+    if modes() and "torch.utils.flop_counter" in sys.modules:
+        import_module(".flops", __package__).counted()
 
 
 def registered(name: str) -> Callable[[Callable[..., R]], Op[R]]:

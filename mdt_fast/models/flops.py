@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..config import ModelConfig, Switches
-from ..kernels.linear import flops as flops  # the formulas for our own products
+from ..kernels import flops as flops  # the formulas for our own ops
 from ..masking import MaskPlan
 from . import zoo
 
