@@ -45,8 +45,14 @@ def power_cosine_scale(
     return 1 + (cfg_scale - 1) * (1 - torch.cos(remaining**scale_pow * math.pi)) / 2
 
 
-def channels_to_guide(in_channels: int) -> int:
-    """Number of channels that guidance changes: 3 of 4, as in the published models, otherwise all."""
+def channels_to_guide(in_channels: int, out_channels: int | None = None, learn_sigma: bool = False) -> int:
+    """Number of channels that guidance changes: 3 of 4, as in the published models, otherwise all.
+
+    A model whose inputs have more channels than it predicts (an image concatenated to them, say) gives
+    ``out_channels``, half of which are the variance with ``learn_sigma``: that is never guided.
+    """
+    if out_channels is not None:
+        in_channels = min(in_channels, out_channels // 2 if learn_sigma else out_channels)
     return 3 if in_channels == 4 else in_channels
 
 

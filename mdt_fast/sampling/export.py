@@ -34,7 +34,7 @@ from .generate import (
     checked_labels,
     sampling_diffusion,
 )
-from .guided import as_published, guidance_weights
+from .guided import as_published, check_own_guidance, guidance_weights
 from .images import check_name, check_writable
 
 DESCRIPTION = "mdt_fast.json"
@@ -130,6 +130,11 @@ def export_step(
         raise UserError(f"path: a name that ends in .pt2 is needed, got {path.name!r}")
     check_writable(path)
     check_name(path, "path")
+    if not isinstance(diffusion, DiffusionConfig):
+        raise UserError(
+            f"diffusion: got {type(diffusion).__name__}, expected the DiffusionConfig of the training "
+            "(DiffusionConfig() is create_diffusion's default)"
+        )
     if batch is not None and (type(batch) is not int or not 1 <= batch <= MOST_IMAGES):
         raise UserError(f"batch: expected None or 1 to {MOST_IMAGES}, got {batch!r}")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -139,6 +144,7 @@ def export_step(
     about: Any = model
     model_config = replace(about.config, num_classes=about.num_classes)
     _check(model_config, config)
+    check_own_guidance(model, config)
     config = as_published(config, model_config)
     clip = model_config.in_channels in (1, 3) if clip_denoised is None else clip_denoised
     guided = config.cfg_scale != 1

@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..config import ModelConfig, SampleConfig, SampleSwitches
 from ..cuda_graphs import Graphed
 from ..diffusion import GaussianDiffusion, channels_to_guide, guide, power_cosine_scale
+from ..errors import UserError
 from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..kernels.registry import PLAIN
 from ..masking import MaskPlan
+from ..models.base import Transformer
 from ..models.sampling import (
     CastWeights,
     StepModulations,
@@ -80,6 +82,25 @@ def _around(module: nn.Module) -> tuple[Any, ...]:
     return type(module), hooks, methods, own.get("switches"), own.get("attention_backend")
 
 
+def _channels_of(model: Any) -> int:
+    """The number of channels to guide of a model, which may be a user's own module."""
+    C, outputs = int(model.in_channels), getattr(model, "out_channels", None)
+    return channels_to_guide(C, outputs, getattr(model, "learn_sigma", False))
+
+
+def check_own_guidance(model: nn.Module, config: SampleConfig) -> None:
+    """Raise ``UserError`` for a subclass with a guidance of its own, which a sampler's steps do not call."""
+    guidance = getattr(type(model), "forward_with_cfg", None)
+    if config.cfg_scale == 1 or not isinstance(model, Transformer) or guidance is None:
+        return
+    if guidance.__module__.split(".")[0] != __package__.split(".")[0]:
+        raise UserError(
+            f"model: got {type(model).__name__} with its own forward_with_cfg, which is not called here; "
+            "expected a loop over it, create_diffusion(...).p_sample_loop(model.forward_with_cfg, ...), or its "
+            "guidance in a forward of its own and cfg_scale=1"
+        )
+
+
 class FusedStep:
     """Guidance and a ``ddpm`` or ``ddim`` step in one kernel, applied to the model's output."""
 
@@ -134,8 +155,8 @@ class GuidedModel:
         weight = next(model.parameters())
         self.device, self.dtype = device or weight.device, weight.dtype
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
-        C = int(model.in_channels)  # type: ignore[arg-type]
-        self.channels = channels_to_guide(C) if config.guided_channels is None else config.guided_channels
+        check_own_guidance(model, config)
+        self.channels = config.guided_channels or _channels_of(model)
         self.weights = guidance_weights(diffusion, config)
         self.weights_T = self.weights.to(self.device)
         self.times_T = torch.tensor(diffusion.timestep_map, device=self.device)

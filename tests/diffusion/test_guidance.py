@@ -7,7 +7,7 @@ import torch
 
 from golden_files import load, meta
 from mdt_fast import MDTv2
-from mdt_fast.diffusion import guide, power_cosine_scale
+from mdt_fast.diffusion import channels_to_guide, guide, power_cosine_scale
 from mdt_fast.errors import UserError
 from tolerances import FLOAT32, relative_error
 
@@ -119,3 +119,22 @@ def test_scales_follow_each_other_in_one_graph() -> None:
 def test_a_power_that_is_no_number() -> None:
     with pytest.raises(UserError, match=r"^scale_pow: got '4', expected a number or None$"):
         power_cosine_scale(torch.tensor([0]), 2.0, scale_pow="4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((4,), 3),
+        ((3,), 3),
+        ((8,), 8),
+        ((4, 8, True), 3),
+        ((1, 2, True), 1),
+        ((8, 8, True), 3),  # four channels of noise and four of variance, four of the inputs are a condition
+        ((6, 6, True), 3),
+        ((8, 4, False), 3),
+        ((8, 16, True), 8),
+    ],
+    ids=str,
+)
+def test_the_variance_is_not_guided(arguments: tuple[int, ...], expected: int) -> None:
+    assert channels_to_guide(*arguments) == expected

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._inductor.exc import CppCompileError
 
-from mdt_fast import MDTv2
+from mdt_fast import MDTv2, create_diffusion
 from mdt_fast.config import DiffusionConfig, ModelConfig, SampleConfig
 from mdt_fast.errors import UserError
 from mdt_fast.models.attention import Attention
@@ -227,6 +227,11 @@ def test_places_and_models_are_checked_before_the_trace(
         empty = build_model(MODEL)
     with pytest.raises(UserError, match="model: it is on the meta device"):
         export_step(empty, TRAINED, tmp_path / "step.pt2", CONFIG)
+    process: Any = create_diffusion("")
+    with pytest.raises(
+        UserError, match=r"^diffusion: got GaussianDiffusion, expected the DiffusionConfig of"
+    ):
+        export_step(model, process, tmp_path / "step.pt2", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
 
 

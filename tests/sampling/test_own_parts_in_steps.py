@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from mdt_fast import DiffusionConfig, DiT, MDTv2, SampleConfig, sample
 from mdt_fast.config import SampleSwitches
+from mdt_fast.errors import UserError
 from mdt_fast.models.blocks import Block, FinalLayer
 from mdt_fast.models.sampling import conditions_plainly
-from mdt_fast.sampling import Sampler
+from mdt_fast.sampling import Sampler, export_step
 from mdt_fast.sampling.generate import respaced
+from mdt_fast.sampling.guided import GuidedModel
 from small_models import made
 from tolerances import FLOAT64, relative_error
 
@@ -141,3 +144,33 @@ def test_a_hook_set_between_batches_counts() -> None:
         model, DiffusionConfig(), LABELS, replace(CONFIG, batch_size=4), switches=SampleSwitches.none()
     )
     assert relative_error(sampler(LABELS), plain) <= FLOAT64
+
+
+class OwnGuidance(MDTv2):
+    def forward_with_cfg(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_guidance_of_ones_own_is_not_passed_over(sampler: str, tmp_path: Path) -> None:
+    model = OwnGuidance(input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=10, decode_layer=2)
+    config = SampleConfig(steps=2, sampler=sampler, cfg_scale=2.0)
+    expected = r"^model: got OwnGuidance with its own forward_with_cfg, .*p_sample_loop.* and cfg_scale=1$"
+    with pytest.raises(UserError, match=expected):
+        sample(model, DiffusionConfig(), [1], config)
+    with pytest.raises(UserError, match=expected):
+        export_step(model, DiffusionConfig(), tmp_path / "step.pt2", config)
+    assert sample(model, DiffusionConfig(), [1], replace(config, cfg_scale=1)).shape == (1, 4, 8, 8)
+    plain = made("mdtv2").eval()
+    plain.forward_with_cfg = torch.compile(plain.forward_with_cfg)  # is still this package's
+    assert len(sample(plain, DiffusionConfig(), [1], config)) == 1
+
+
+def test_the_variance_of_a_model_with_more_inputs_is_not_guided() -> None:
+    model: Any = MDTv2(
+        input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=10, decode_layer=2, in_channels=8
+    )
+    model.out_channels, model.final_layer = 8, FinalLayer(32, 2, 8)
+    diffusion = respaced(made("mdtv2"), DiffusionConfig(), CONFIG)
+    steps = GuidedModel(model, diffusion, CONFIG, False, SampleSwitches())
+    assert steps.channels == 3
