@@ -96,8 +96,8 @@ def check_own_guidance(model: nn.Module, config: SampleConfig) -> None:
     if guidance.__module__.split(".")[0] != __package__.split(".")[0]:
         raise UserError(
             f"model: got {type(model).__name__} with its own forward_with_cfg, which is not called here; "
-            "expected a loop over it, create_diffusion(...).p_sample_loop(model.forward_with_cfg, ...), or its "
-            "guidance in a forward of its own and cfg_scale=1"
+            "expected a loop over it, create_diffusion(...).p_sample_loop(model.forward_with_cfg, ...), or "
+            "its guidance in a forward of its own and cfg_scale=1"
         )
 
 

@@ -271,7 +271,8 @@ def test_install_replaces_the_official_models(
 
         model = models_mdt.__dict__["MDTv2_S_2"](input_size=8, mask_ratio="0.3", decode_layer="6")
         assert isinstance(model, MDTv2)
-        assert hasattr(models_mdt, "helper") == imported_before
+        assert models_mdt.__getattr__("helper") == models_mdt.helper == 1  # of the official file
+        assert not hasattr(models_mdt, "nothing")
     finally:
         uninstall()
         import masked_diffusion.models
