@@ -24,14 +24,11 @@ from ..errors import UserError
 from ..files import aside
 from .attention import share_index
 from .base import Transformer
+from .entries import ENTRIES, prefix_hint, without_wrappers
 from .own_parts import differing_parts, hooked_parts, lost_in_conversion
 from .zoo import CLASSES
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""Prefixes that DistributedDataParallel, torch.compile and Lightning put before a model's weight names."""
-ENTRIES = ("ema", "model", "state_dict")
-"""The entries of a training file that hold weights. As in DiT's code, the EMA comes first."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The dtypes allowed for weights."""
 
@@ -39,9 +36,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Tensor]:
     """Read the state_dict in a ``.pt`` (``.pth``, ``.ckpt``) or ``.safetensors`` file, on the CPU.
 
-    If the file is a training's, as ``{"model": ..., "ema": ..., ...}``, this is its ``ema``, else its
-    ``model`` or ``state_dict``. A prefix that a wrapper (``DistributedDataParallel``, ``torch.compile``, a
-    Lightning module) put before all names is removed. ``mmap``: the tensors of a ``.pt`` file are read when
+    If the file is a training's, as ``{"model": ..., "ema": ..., ...}``, this is its ``ema`` or
+    ``model_ema``, else its ``model`` or ``state_dict``. A prefix that a wrapper
+    (``DistributedDataParallel``, ``torch.compile``, ``AveragedModel``, a Lightning module) put before all
+    names is removed. ``mmap``: the tensors of a ``.pt`` file are read when
     they are used, and take no memory of their own. Raises ``UserError`` naming the file if it is missing,
     truncated or of another kind, if it holds anything but tensors under names, or if reading it would
     execute code from the file.
@@ -53,9 +51,7 @@ def read_weights(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[st
     if not _is_state(state):
         held = f", but {', '.join(map(repr, list(state)[:6]))}" if isinstance(state, dict) and state else ""
         raise UserError(f"{path}: holds no state_dict (a table of ordinary tensors by name){held}")
-    while wrapper := next((p for p in WRAPPERS if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    return dict(state)
+    return without_wrappers(state)
 
 
 def _is_state(value: Any) -> bool:
@@ -192,9 +188,8 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source
     if differences:
         if _of_another_size(own, state):
             differences.append("resize_weights converts them to another image size")
-        put_before = next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None)
-        if put_before is not None:
-            differences.append(f"all names begin with {put_before!r}, which a wrapper put there: take it off")
+        if (hint := prefix_hint(own, state)) is not None:
+            differences.append(hint)
         raise UserError(f"{source}: weights of another model: {'; '.join(differences)}")
 
 

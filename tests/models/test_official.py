@@ -42,8 +42,8 @@ def test_other_names_of_the_official_file(tmp_path: Path) -> None:
     )
     done = run("script.py", cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: MDTBlock: the official masked_diffusion.models cannot be imported (there is no models.py)"
-        "; mdt_fast provides mdt_fast.models.blocks.Block in its place"
+        "ImportError: MDTBlock: the official masked_diffusion.models cannot be imported (there is no "
+        "models.py); mdt_fast provides mdt_fast.models.blocks.Block in its place"
     )
     (tmp_path / "masked_diffusion" / "models.py").write_text("from .other import MDTBlock\nMDTv2 = None\n")
     done = run("script.py", cwd=tmp_path)
