@@ -197,17 +197,18 @@ def plain_only() -> bool:
     """Whether only plain PyTorch may be used.
 
     That is so under transforms of torch.func and forward-mode differentiation, which only see into plain
-    PyTorch, and under torch.export, whose programs must run without this package.
+    PyTorch, and under torch.export and torch.jit.trace, whose programs must run without this package.
     """
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return True
-    return bool(torch.compiler._is_exporting_flag)  # exporting() inlined: a block makes some twenty calls
+    # exporting() inlined: a block makes some twenty calls
+    return bool(torch.compiler._is_exporting_flag) or torch._C._get_tracing_state() is not None
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` is running.
+    """Whether ``torch.export`` or ``torch.jit.trace`` is running.
 
-    This reads its flag, because torch 2.11 compiles ``torch.compiler.is_exporting`` as true even under
-    ``torch.compile``.
+    This reads the former's flag, because torch 2.11 compiles ``torch.compiler.is_exporting`` as true even
+    under ``torch.compile``.
     """
-    return bool(torch.compiler._is_exporting_flag)
+    return bool(torch.compiler._is_exporting_flag) or torch._C._get_tracing_state() is not None
