@@ -18,10 +18,13 @@ def power_cosine_scale(
     ``1 + (cfg_scale - 1) * (1 - cos(pi * (1 - t / diffusion_steps) ** scale_pow)) / 2``
 
     ``t`` [B], any dtype: original timesteps, 0..diffusion_steps. ``cfg_scale``: a number, or one per sample
-    [B]. A large ``scale_pow`` keeps guidance for the last, cleanest steps; 0.01 is almost full guidance
-    throughout; None means ``cfg_scale`` at every t. The result is float32 for float64 ``t`` too.
+    [B] (or [2B], of which the first half counts, as the official ``forward_with_cfg`` takes it). A large
+    ``scale_pow`` keeps guidance for the last, cleanest steps; 0.01 is almost full guidance throughout; None
+    means ``cfg_scale`` at every t. The result is float32 for float64 ``t`` too.
     """
     if isinstance(cfg_scale, Tensor) and cfg_scale.ndim:
+        if t.ndim == 1 and cfg_scale.shape == (2 * len(t),):
+            cfg_scale = cfg_scale[: len(t)]
         if cfg_scale.shape != t.shape:
             raise UserError(f"cfg_scale: a number or {list(t.shape)} is needed, got {list(cfg_scale.shape)}")
         cfg_scale = cfg_scale.float()

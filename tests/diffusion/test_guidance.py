@@ -53,6 +53,12 @@ def test_scale_is_float32_and_takes_any_t() -> None:
     assert constant.tolist() == [2, 2, 2]
 
 
+def test_a_scale_for_each_row_of_the_batch() -> None:
+    """The official ``forward_with_cfg`` takes one for each of 2n rows, and reads the first n."""
+    t, scales = torch.tensor([0, 250]), torch.tensor([1.5, 2.5, 9.0, 9.0])
+    assert torch.equal(power_cosine_scale(t, scales), power_cosine_scale(t, scales[:2]))
+
+
 @pytest.mark.parametrize("scale_pow", [None, 4.0])
 def test_a_scale_for_each_sample(scale_pow: float | None) -> None:
     t, scales = torch.tensor([0, 250, 999]), torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64)
