@@ -8,7 +8,7 @@ from ..kernels import rel_attention, rel_attention_qkvpacked
 from ..kernels.rel_attention.config import TableGrad
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
-from .ops import apply_linear
+from .ops import apply_linear, known
 from .rows import WHOLE, Rows
 
 
@@ -41,6 +41,7 @@ def share_index(model: nn.Module) -> None:
             module.relative_position_index = shared.setdefault(index.shape, index)
 
 
+@known
 class Attention(nn.Module):
     """Multi-head self-attention, with a relative position bias if ``grid_size`` is given (not in DiT)."""
 

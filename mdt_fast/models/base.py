@@ -23,6 +23,7 @@ from .checkpointing import CHECKPOINTING
 from .conditioning import Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .hub import Pretrained
+from .ops import takes_ours
 from .rows import WHOLE, Rows
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -196,11 +197,18 @@ class Transformer(Pretrained):
 
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
         """Run one block."""
-        return block(x, c.given_to(block), rows, modulation=c.modulations.get(block), **kwargs)
+        if takes_ours(block, Block):
+            ours = {"activated": c.activated, "modulation": c.modulations.get(block)}
+            return block(x, c.plain, rows=rows, **ours, **kwargs)
+        return run_as_it_is(block, x, c.plain, rows, **kwargs)
 
     def image(self, x: Tensor, c: Conditioning) -> Tensor:
         """Turn tokens [B, L, D] into images [B, O, S, S]."""
-        patches = self.final_layer(x, c.given_to(self.final_layer), c.modulations.get(self.final_layer))
+        layer = self.final_layer
+        if takes_ours(layer, FinalLayer):
+            patches = layer(x, c.plain, activated=c.activated, modulation=c.modulations.get(layer))
+        else:
+            patches = layer(x, c.plain)
         return unpatchify(patches, self.patch_size, self.out_channels)
 
     def forward_with_cfg(
@@ -294,6 +302,22 @@ def _blocks_in(module: nn.Module) -> Iterator[Block]:
             yield child
         else:
             yield from _blocks_in(child)
+
+
+def run_as_it_is(block: nn.Module, x: Tensor, c: Tensor, rows: Rows, **kwargs: Any) -> Tensor:
+    """Run a block that something observes or replaces. Only what has a ``Block`` in it is told about masks:
+    what stands in a block's place is called with x, c and, in MDTv2, ``skip``."""
+    if type(block) is nn.Identity:
+        return x
+    if rows is not WHOLE:
+        kwargs["rows"] = rows
+        if not any(isinstance(module, Block) for module in block.modules()):
+            raise UserError(
+                f"model: got a {type(block).__name__} in a block's place, expected a Block or a module "
+                "around one, as it has to be told which tokens a mask keeps"
+            )
+    result: Tensor = block(x, c, **kwargs)
+    return result
 
 
 def _separate_index(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:

@@ -24,9 +24,11 @@ from .ops import (
     in_float8,
     is_itself,
     is_plain,
+    known,
     modulation_from,
     norm_linear,
     residual_norm_linear,
+    takes_ours,
 )
 from .rows import WHOLE, Rows
 
@@ -53,6 +55,7 @@ def both_skips(full: Skip, masked: Skip) -> Skip:
     return None
 
 
+@known
 class Mlp(nn.Module):
     """Linear, bias and GELU (tanh form), linear. The block runs the first linear layer, after its norm."""
 
@@ -86,6 +89,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
+@known
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning and, in MDTv2, a long skip at its input."""
 
@@ -103,20 +107,27 @@ class Block(nn.Module):
         self,
         x: Tensor,
         c: Tensor,
-        rows: Rows = WHOLE,
         skip: Tensor | Embedded | None = None,
+        ids_keep: Tensor | None = None,
+        *,
+        rows: Rows = WHOLE,
         masked: MaskPlan | None = None,
+        activated: Tensor | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:
-        """Map x to an output of its shape; c [B, D] is activated (SiLU) if ``adaLN_modulation`` takes that.
+        """Map x to an output of its shape; c [B, D] is the sum of embedded times and labels.
 
-        ``skip``: shaped like x, or the embedded input. ``masked``: x [B, L, D] are whole grids, of which only
-        the masked tokens are computed; the others stay. ``modulation`` [B, 6D]: this block's, if already
-        computed.
+        ``skip``: shaped like x, or the embedded input. ``ids_keep`` [B, K]: the positions of x [B, K, D];
+        ``rows``: the same for packed samples. ``masked``: x [B, L, D] are whole grids, of which only the
+        masked tokens are computed; the others stay. ``activated``: SiLU of c, and ``modulation`` [B, 6D]:
+        this block's, if already computed.
         """
+        if ids_keep is not None:
+            rows = Rows(ids_keep)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.compute(x, c, rows, skip, masked, modulation)
-        return checkpointed(self, self.compute, self.checkpointing, x, c, rows, skip, masked, modulation)
+            return self.compute(x, c, rows, skip, masked, activated, modulation)
+        args = x, c, rows, skip, masked, activated, modulation
+        return checkpointed(self, self.compute, self.checkpointing, *args)
 
     def compute(
         self,
@@ -125,13 +136,14 @@ class Block(nn.Module):
         rows: Rows,
         skip: Tensor | Embedded | None,
         masked: MaskPlan | None,
+        activated: Tensor | None,
         modulation: Tensor | None,
     ) -> Tensor:
         """:meth:`forward`, without gradient checkpointing."""
         if skip is not None and self.skip_linear is not None:
             x = self.mix(x, skip, self.skip_linear)
         if modulation is None:
-            modulation = modulation_from(self.adaLN_modulation, c)
+            modulation = modulation_from(self.adaLN_modulation, c, activated)
         attn, mlp = self.attn, self.mlp  # looked up once: attribute access on a module is slow on the host
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
@@ -167,15 +179,22 @@ class Block(nn.Module):
 def chooses_tokens(block: nn.Module) -> bool:
     """Whether ``block`` may be run on some tokens only. Not if something (except FSDP, which changes no
     values) observes the block or its attention over all tokens, or replaces them."""
-    hooked = block._forward_hooks or block._forward_pre_hooks
-    if not isinstance(block, Block) or (hooked and not isinstance(block, FSDPModule)):
+    if not isinstance(block, Block) or not takes_ours(block, Block):
+        return False
+    if block._forward_hooks and not isinstance(block, FSDPModule):
         return False
     return is_itself(block.attn, Attention) and is_plain(block.attn.qkv)
 
 
+def takes_factored(block: nn.Module) -> bool:
+    """Whether ``block`` takes the embedded input in factored form, or does not look at it."""
+    layer = vars(block)["_modules"].get("skip_linear")
+    return takes_ours(block, Block) and (layer is None or is_plain(layer))
+
+
+@known
 class FinalLayer(nn.Module):
-    """Turn tokens [B, L, D] into patches [B, L, p*p*O], with conditioning [B, D] that is activated (SiLU) if
-    ``adaLN_modulation`` takes that."""
+    """Turn tokens [B, L, D] into patches [B, L, p*p*O], with the conditioning c [B, D]."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -183,10 +202,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """``modulation`` [B, 2D]: this layer's, if already computed."""
+    def forward(
+        self, x: Tensor, c: Tensor, *, activated: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        """``activated``: SiLU of c, and ``modulation`` [B, 2D]: this layer's, if already computed."""
         if modulation is None:
-            modulation = modulation_from(self.adaLN_modulation, c)
+            modulation = modulation_from(self.adaLN_modulation, c, activated)
         shift, scale = modulation.chunk(2, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
         return norm_linear(x, shift, scale, self.linear, offsets=None, fused=fused, recompute=recompute)

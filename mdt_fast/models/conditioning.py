@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,6 @@ class Conditioning:
         """The conditioning of some of the samples."""
         modulations = {block: m[samples] for block, m in self.modulations.items()}
         return Conditioning(self.plain[samples], self.activated[samples], modulations)
-
-    def given_to(self, module: Any) -> Tensor:
-        """The conditioning that a block or the last layer takes: plain or activated."""
-        return self.activated if takes_activated(getattr(module, "adaLN_modulation", None)) else self.plain
 
 
 def conditioning(c: Tensor, blocks: Sequence[Block], *, batched: bool) -> Conditioning:

@@ -7,11 +7,12 @@ from ..kernels import patch_embed
 from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from ..reference.embed import LabelEmbedder, TimestepEmbedder
-from .ops import is_itself, is_plain
+from .ops import is_itself, is_plain, known
 
 __all__ = ["LabelEmbedder", "PatchEmbed", "TimestepEmbedder"]
 
 
+@known
 class PatchEmbed(nn.Module):
     """Embed images [B, C, S, S] as tokens with position embedding [B, L, D], in one kernel."""
 

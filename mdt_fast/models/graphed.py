@@ -14,6 +14,7 @@ from torch.nn.modules import module as hooks_of_all
 from ..cuda_graphs import WARM_UP, Graphed, Numbers, key_of
 from ..errors import UserError
 from .base import Transformer
+from .ops import is_ours
 
 METHODS = "forward", "forward_with_cfg"
 OWN = "model", "numbers", "names", "graphs", "plain", "warm_up"
@@ -225,7 +226,7 @@ def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
     if name not in METHODS or method not in (model, getattr(model, name)):
         return False
     called = [getattr(type(model), each) for each in (name, "forward")]
-    if not all(function.__module__.startswith(f"{__package__}.") for function in called):
+    if not all(map(is_ours, called)):
         return False
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
         return False
@@ -235,9 +236,9 @@ def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    home = type(module).__module__.partition(".")[0]
+    homes = {each.__module__.partition(".")[0] for each in (type(module), type(module).forward)}
     hooks = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
-    return home in ("torch", "mdt_fast") and not hooks and not any(map(callable, vars(module).values()))
+    return homes <= {"torch", "mdt_fast"} and not hooks and not any(map(callable, vars(module).values()))
 
 
 def mark(output: Tensor) -> torch.cuda.Event:

@@ -17,10 +17,9 @@ from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from . import rows
 from .base import Transformer
-from .blocks import Embedded, Skip, both_skips, chooses_tokens
+from .blocks import Embedded, Skip, both_skips, chooses_tokens, takes_factored
 from .conditioning import Conditioning
 from .embed import embeds_plainly
-from .ops import is_plain
 from .rows import Rows
 
 
@@ -189,8 +188,7 @@ class MDTv2(MaskedTransformer):
         self.sideblocks = self.blocks_of(1)
 
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
-        layers = [block.get_submodule("skip_linear") for block in self.de_blocks]
-        plain = embeds_plainly(self.x_embedder) and all(map(is_plain, layers))
+        plain = embeds_plainly(self.x_embedder) and all(map(takes_factored, self.de_blocks))
         # With a single sample this would save nothing: part of the work is done once per batch.
         if self.switches.thin_skip and x.shape[0] > 1 and plain:
             weight, bias = self.x_embedder.proj.weight, self.x_embedder.proj.bias

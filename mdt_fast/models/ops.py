@@ -4,10 +4,11 @@ x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D]. ``recom
 normalised activations for the backward pass.
 """
 
-from typing import TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
@@ -41,14 +42,51 @@ class Float8Linear(nn.Linear):
         return linear(input, self.weight, self.bias, float8=in_float8(self))
 
 
+FORWARDS: dict[type[nn.Module], Any] = {
+    cls: cls.forward for cls in (nn.Linear, nn.Conv2d, nn.Sequential, nn.SiLU, Float8Linear)
+}
+"""The forward methods as they are defined, to notice if someone replaces one in its class."""
+
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+
+def known(cls: Kind) -> Kind:
+    """Add a class of this package to ``FORWARDS``."""
+    FORWARDS[cls] = cls.forward
+    return cls
+
+
 def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` runs exactly the forward pass of ``kind``: no subclass (except float8's), no
-    hooks, no replaced ``forward``."""
-    own = vars(module)  # attribute access on a module is seven times slower, and a block checks eight layers
+    hooks, no ``forward`` replaced on the module or in its class."""
+    own, cls = vars(module), type(module)  # attributes of a module are slow, and a block checks eight layers
+    if cls is not kind and not (kind is nn.Linear and cls is Float8Linear):
+        return False
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
     hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    same = type(module) is kind or (kind is nn.Linear and type(module) is Float8Linear)
-    return same and not hooked and "forward" not in own
+    return not hooked and "forward" not in own and cls.forward is FORWARDS[cls]
+
+
+def is_ours(method: Any) -> bool:
+    """Whether the function is this package's, and not one around it."""
+    home = getattr(method, "__module__", None) or ""
+    return home.startswith(f"{__package__}.") and not hasattr(method, "__wrapped__")
+
+
+def takes_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` runs the forward pass of ``kind`` with arguments that nobody else sees or changes.
+
+    It may be of a subclass with the same ``forward``, have hooks that see its output, or be sharded by FSDP,
+    whose hook before the forward pass changes no values.
+    """
+    own, cls = vars(module), type(module)
+    if cls.forward is not FORWARDS[kind] or "forward" in own:
+        return False
+    before = own["_forward_pre_hooks"]
+    if before and not (isinstance(module, FSDPModule) and len(before) == 1):
+        return False
+    return not (own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def in_float8(layer: nn.Module) -> Float8:
@@ -78,21 +116,19 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[n
     return plain_parameters(layer, kind) is not None
 
 
-def takes_activated(modulation: nn.Module | None) -> bool:
+def takes_activated(modulation: nn.Module) -> bool:
     """Whether ``modulation`` is SiLU and one layer, so that the conditioning is activated once for all."""
-    if modulation is None:  # of a module that replaces a block
-        return True
     parts = [*vars(modulation)["_modules"].values()]
     return is_itself(modulation, nn.Sequential) and len(parts) == 2 and is_itself(parts[0], nn.SiLU)
 
 
-def modulation_from(modulation: nn.Module, c: Tensor) -> Tensor:
-    """The modulation from c [B, D]; c is already activated if ``modulation`` takes that."""
-    if not takes_activated(modulation):
+def modulation_from(modulation: nn.Module, c: Tensor, activated: Tensor | None = None) -> Tensor:
+    """The modulation from c [B, D]; ``activated``: SiLU of c, if already computed."""
+    if activated is None or not takes_activated(modulation):
         result: Tensor = modulation(c)
         return result
     _, layer = vars(modulation)["_modules"].values()
-    return apply_linear(layer, c)
+    return apply_linear(layer, activated)
 
 
 def is_readable(weight: Tensor) -> bool:

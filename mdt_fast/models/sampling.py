@@ -19,7 +19,7 @@ from .attention import Attention
 from .base import Transformer
 from .blocks import Block, FinalLayer, Mlp, both_skips
 from .conditioning import Conditioning
-from .ops import Float8Linear, in_float8, is_plain, takes_activated
+from .ops import Float8Linear, in_float8, is_itself, is_ours, is_plain, takes_activated
 
 CHUNK_BYTES = 2**28
 """Memory for the modulations of one chunk of steps."""
@@ -49,9 +49,8 @@ def is_wrapped(model: nn.Module) -> bool:
 
 
 def has_own_forward(model: Transformer) -> bool:
-    """Whether the ``forward`` is that of a class outside this package."""
-    ours = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
-    return not ours.__module__.startswith(f"{__package__}.")
+    """Whether the class's ``forward`` was written, or put there, outside of this package."""
+    return not is_ours(type(model).forward)
 
 
 def guided_pass(
@@ -158,9 +157,9 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
     """The layers whose weights (float32, or to be rounded to float8) are read only by a step's products.
     Modulation layers are not among them: they can be computed for many steps at once."""
     modules: tuple[nn.Module, ...] = block, block.attn, block.mlp
-    if tuple(map(type, modules)) != (Block, Attention, Mlp):
+    if not all(map(is_itself, modules, (Block, Attention, Mlp))):
         return
-    if any(_watched(m) or m._compiled_call_impl is not None for m in modules):
+    if any(m._compiled_call_impl is not None for m in modules):
         return
     for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.skip_linear):
         if layer is None or not is_plain(layer):
@@ -181,7 +180,7 @@ def conditions_plainly(model: Transformer) -> bool:
     aside = getattr(model, "sideblocks", None)
     blocks = [*_blocks_of_steps(model), *chain(*(blocks for blocks in listed if blocks is not aside))]
     last = model.final_layer
-    if type(last) is not FinalLayer or any(type(block) is not Block for block in blocks):
+    if not is_itself(last, FinalLayer) or not all(is_itself(block, Block) for block in blocks):
         return False
     modulated: list[Any] = [*blocks, last]
     given = model.t_embedder, model.y_embedder, *(part.adaLN_modulation for part in modulated)
@@ -196,8 +195,7 @@ def embeds_plainly(model: Transformer) -> bool:
 def _is_ours(model: Transformer, name: str) -> bool:
     """Whether the method is this package's."""
     method = getattr(type(model), name, None)
-    ours = method is None or method.__module__.startswith(f"{__package__}.")
-    return ours and name not in vars(model)
+    return (method is None or is_ours(method)) and name not in vars(model)
 
 
 def _watched(module: nn.Module) -> bool:
