@@ -1,9 +1,12 @@
 """Self-attention by the ``rel_attention`` kernel. B samples, L tokens, D width, H heads, d = D/H."""
 
+from inspect import CO_VARKEYWORDS
+
 import torch
 from torch import Tensor, nn
 
 from ..config import Switches
+from ..errors import UserError
 from ..kernels import rel_attention, rel_attention_qkvpacked
 from ..kernels.rel_attention.config import TableGrad
 from ..reference.init import init_bias_table
@@ -43,11 +46,15 @@ def share_index(model: nn.Module) -> None:
 
 @known
 class Attention(nn.Module):
-    """Multi-head self-attention, with a relative position bias if ``grid_size`` is given (not in DiT)."""
+    """Multi-head self-attention, with a relative position bias if ``grid_size`` is given (not in DiT).
+
+    Unless something replaces or observes it, the block fuses its norm with ``qkv``, and calls
+    :meth:`after_qkv`. ``rows``: those of a call that does not say them, set around it by :func:`attend`.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
-        self.attention_backend = "auto"
+        self.attention_backend, self.rows = "auto", WHOLE
         self.switches = Switches()
         self.num_heads = num_heads
         self.grid_size = grid_size or 0
@@ -55,7 +62,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.rel_pos_bias = None if grid_size is None else RelativePositionBias(grid_size, num_heads)
 
-    def forward(self, qkv: Tensor, rows: Rows = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, ids_keep: Tensor | None = None, *, rows: Rows | None = None) -> Tensor:
+        """Attend among tokens x [B, L, D], or packed rows [R, D]; ``ids_keep`` [B, K]: the positions of x [B,
+        K, D]; ``rows``: the same for packed samples."""
+        rows = (self.rows if rows is None else rows) if ids_keep is None else Rows(ids_keep)
+        return self.after_qkv(apply_linear(self.qkv, x), rows)
+
+    def after_qkv(self, qkv: Tensor, rows: Rows) -> Tensor:
         """Attend from ``qkv`` [B, L, 3D] to [B, L, D], or from packed rows [R, 3D] to [R, D]."""
         out = rel_attention_qkvpacked(
             qkv.unflatten(-1, (3, self.num_heads, -1)), self.table, grid_size=self.grid_size,
@@ -87,3 +100,28 @@ class Attention(nn.Module):
         """The backend to use; without the fused kernel, ``auto`` means PyTorch's attention."""
         automatic = self.attention_backend == "auto"
         return "sdpa" if automatic and not self.switches.fused_attention else self.attention_backend
+
+
+def attend(attn: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+    """Call an attention module, of the user's or with hooks, on tokens x. In a masked pass, every
+    :class:`Attention` in it is told which tokens they are. Raises ``UserError`` if there is none."""
+    result: Tensor
+    if rows is WHOLE:
+        result = attn(x)
+        return result
+    inside = [module for module in attn.modules() if isinstance(module, Attention)]
+    if not inside:
+        raise UserError(
+            f"attn: got a {type(attn).__name__}, expected an Attention or a module around one, as it has to "
+            "be told which tokens a mask keeps"
+        )
+    # What is recomputed in the backward pass must have been given them.
+    hands_on = "forward" not in vars(attn) and type(attn).forward.__code__.co_flags & CO_VARKEYWORDS
+    for module in inside:
+        module.rows = rows
+    try:
+        result = attn(x, rows=rows) if hands_on else attn(x)
+    finally:
+        for module in inside:
+            module.rows = WHOLE
+    return result

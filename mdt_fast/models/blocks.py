@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..config import Switches
-from ..kernels import gather_tokens, gelu_linear, merge_tokens, patch_skip_linear, skip_linear
+from ..kernels import gather_tokens, gelu_linear, linear, merge_tokens, patch_skip_linear, skip_linear
 from ..kernels.linear.op import gelu_epilogue
 from ..masking import MaskPlan
 from ..reference.layers import unpatchify
-from .attention import Attention
+from .attention import Attention, attend
 from .checkpointing import checkpointed
 from .ops import (
     apply_linear,
@@ -26,6 +26,7 @@ from .ops import (
     is_plain,
     known,
     modulation_from,
+    norm,
     norm_linear,
     residual_norm_linear,
     takes_ours,
@@ -57,7 +58,8 @@ def both_skips(full: Skip, masked: Skip) -> Skip:
 
 @known
 class Mlp(nn.Module):
-    """Linear, bias and GELU (tanh form), linear. The block runs the first linear layer, after its norm."""
+    """Linear, GELU (tanh form), linear, for tokens [..., D]. Unless something replaces or observes it, the
+    block fuses its norm with the first layer, and calls :meth:`after_fc1`."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -67,20 +69,22 @@ class Mlp(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether :meth:`forward` adds the first layer's bias."""
+        """Whether :meth:`after_fc1` adds the first layer's bias."""
         return self.switches.fused_mlp and is_plain(self.fc1) and is_plain(self.fc2)
 
     def takes_gelu(self, x: Tensor) -> bool:
-        """Whether the first layer's product gets GELU as its epilogue, so that only ``fc2`` is left to run.
-        Not if something observes the input of :meth:`forward`, or replaces it."""
+        """Whether the first layer's product gets GELU as its epilogue, and only ``fc2`` is left to run."""
         if torch.is_grad_enabled():  # the backward pass needs the input of GELU
             return False
-        fused = self.fused and type(self) is Mlp and in_float8(self.fc1) is False
-        if not (fused and gelu_epilogue(x, self.fc1.weight)):
-            return False
-        return not (self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
+        fused = self.fused and in_float8(self.fc1) is False
+        return fused and gelu_epilogue(x, self.fc1.weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return self.after_fc1(linear(x, self.fc1.weight, None, float8=in_float8(self.fc1)))
+        return self.after_fc1(apply_linear(self.fc1, x))
+
+    def after_fc1(self, hidden: Tensor) -> Tensor:
         """From the first layer's output, which includes its bias unless ``fused``."""
         if self.fused:
             weight, bias = self.fc2.weight, self.fc2.bias
@@ -148,21 +152,24 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         fused, recompute = self.switches.fused_adaln, self.switches.recompute
         how: dict[str, Any] = {"offsets": rows.offsets, "fused": fused, "recompute": recompute}
-        whole, qkv = x, attn.qkv
+        whole = x
         if masked is None:
-            x, hidden = residual_norm_linear(x, shift_a, scale_a, qkv, **how)
-            attended = attn(hidden, rows)
+            if is_itself(attn, Attention):
+                x, hidden = residual_norm_linear(x, shift_a, scale_a, attn.qkv, **how)
+                attended = attn.after_qkv(hidden, rows)
+            else:
+                attended = attend(attn, norm(x, shift_a, scale_a, rows.offsets, fused), rows)
         else:
-            x, D = gather_tokens(whole, masked.ids_mask), x.shape[-1]
+            x, D, qkv = gather_tokens(whole, masked.ids_mask), x.shape[-1], attn.qkv
             q = norm_linear(x, shift_a, scale_a, qkv, **how, outputs=slice(0, D))
             kv = norm_linear(whole, shift_a, scale_a, qkv, **how, outputs=slice(D, 3 * D))
             attended = attn.chosen(q, kv, masked.ids_mask)
-        if isinstance(mlp, Mlp):
+        if is_itself(mlp, Mlp):
             gelu = mlp.takes_gelu(x)
             how |= {"with_bias": gelu or not mlp.fused, "gelu": gelu}
             x, hidden = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, mlp.fc1, **how)
-            y = apply_linear(mlp.fc2, hidden) if gelu else mlp(hidden)
-        else:  # a user's module, which takes tokens
+            y = apply_linear(mlp.fc2, hidden) if gelu else mlp.after_fc1(hidden)
+        else:
             x, y = gated_norm_linear(x, attended, gate_a, shift_m, scale_m, mlp, **how)
         x = gated(x, y, gate_m, offsets=rows.offsets, fused=fused)
         return x if masked is None else merge_tokens(whole, x, masked.ids_restore)

@@ -168,9 +168,10 @@ class MaskedTransformer(Transformer):
 
     def check_packed(self) -> None:
         for block in self.every_block():
-            if block.attn.attention_backend in ("flex", "xformers"):
+            backend = getattr(block.attn, "attention_backend", "auto")
+            if backend in ("flex", "xformers"):
                 raise UserError(
-                    f"switches: packed does not go with attention_backend {block.attn.attention_backend!r}, "
+                    f"switches: packed does not go with attention_backend {backend!r}, "
                     "which takes no samples of different lengths; expected auto, triton, samples, sdpa"
                 )
 

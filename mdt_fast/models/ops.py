@@ -141,6 +141,13 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x) if plain is None else linear(x, *plain, float8=in_float8(layer))
 
 
+def norm(x: Tensor, shift: Tensor, scale: Tensor, offsets: Tensor | None, fused: bool) -> Tensor:
+    """The modulated norm of x."""
+    if fused:
+        return ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
+    return reference.ln_modulate(x, shift, scale, offsets, EPS)
+
+
 def norm_linear(
     x: Tensor,
     shift: Tensor,
@@ -160,11 +167,7 @@ def norm_linear(
         return ln_modulate_linear(
             x, shift, scale, *plain, offsets=offsets, eps=EPS, recompute=recompute, float8=float8
         )
-    normal = (
-        ln_modulate(x, shift, scale, offsets=offsets, eps=EPS)
-        if fused
-        else reference.ln_modulate(x, shift, scale, offsets, EPS)
-    )
+    normal = norm(x, shift, scale, offsets, fused)
     if plain is not None:
         return linear(normal, *plain, float8=float8)
     return layer(normal) if outputs is None else layer(normal)[..., outputs]
@@ -199,7 +202,7 @@ def gated_norm_linear(
     gate: Tensor,
     shift: Tensor,
     scale: Tensor,
-    layer: nn.Linear,
+    layer: nn.Module,
     *,
     offsets: Tensor | None,
     fused: bool,

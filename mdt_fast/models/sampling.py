@@ -40,7 +40,7 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
         return False
     modulated: list[Any] = [*model.every_block(), model.final_layer]
     own = [getattr(module, "adaLN_modulation", None) for module in modulated]
-    return None not in own and all(map(takes_activated, own))
+    return all(each is not None and takes_activated(each) for each in own)
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -68,7 +68,7 @@ def test_the_same_outputs(
 REPLACED: dict[str, Callable[[Any, list[Tensor]], Any]] = {
     "hook": lambda mlp, seen: mlp.register_forward_pre_hook(lambda _, args: seen.append(*args)),
     "forward": lambda mlp, seen: setattr(
-        mlp, "forward", lambda hidden, plain=mlp.forward: seen.append(hidden) or plain(hidden)
+        mlp, "forward", lambda x, plain=mlp.forward: seen.append(x) or plain(x)
     ),
 }
 

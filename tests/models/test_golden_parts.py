@@ -11,7 +11,6 @@ from golden_files import json_file, load
 from mdt_fast import models, reference
 from mdt_fast.kernels import relative_bias
 from mdt_fast.models.attention import Attention as FastAttention
-from mdt_fast.models.rows import Rows
 from mdt_fast.models.zoo import FACTORIES, make
 from mdt_fast.reference.embed import (
     LabelEmbedder,
@@ -67,7 +66,7 @@ def test_golden_attention_layer(implementation: str, case: str) -> None:
     ]
     x = g[f"attn/{case}/x"].requires_grad_()
     ids_keep = g["w4/ids_keep"] if case == "masked" else None
-    out = layer(x, ids_keep) if implementation == "reference" else layer(layer.qkv(x), Rows(ids_keep))
+    out = layer(x, ids_keep)
     assert relative_error(out, g[f"attn/{case}/out"]) < FLOAT32
     (out * g[f"attn/{case}/w"]).sum().backward()
     assert relative_error(x.grad, g[f"attn/{case}/grad_x"]) < FLOAT32
