@@ -23,7 +23,7 @@ from .checkpointing import CHECKPOINTING
 from .conditioning import Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .hub import Pretrained
-from .ops import takes_ours
+from .ops import is_itself, takes_ours
 from .rows import WHOLE, Rows
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -195,6 +195,14 @@ class Transformer(Pretrained):
         called in every step."""
         return iter(dict.fromkeys(_blocks_in(self)))
 
+    def every_token(self, x: Tensor) -> Tensor:
+        """Embed images as tokens [B, L, D], with positions. An embedder that is replaced or observed does
+        not get these: they are added to what it returns."""
+        embedder: Any = self.x_embedder
+        whole = is_itself(embedder, PatchEmbed)
+        tokens: Tensor = embedder(x, self.pos_embed) if whole else embedder(x) + self.pos_embed
+        return tokens
+
     def run(self, block: Any, x: Tensor, c: Conditioning, rows: Rows = WHOLE, **kwargs: Any) -> Tensor:
         """Run one block."""
         if takes_ours(block, Block):
@@ -283,8 +291,8 @@ class Transformer(Pretrained):
             null = " (the last is the null class)" if rows > self.num_classes else ""
             found = f"{int(y.min())}..{int(y.max())}"
             raise UserError(f"{label}: labels {found}, expected 0..{rows - 1}{null}")
-        if not (t >= 0).all() or not torch.isfinite(t).all():
-            raise UserError(f"t: values {t.min().item()}..{t.max().item()}, expected timesteps of 0 or more")
+        if not torch.isfinite(t).all():
+            raise UserError(f"t: values {t.min().item()}..{t.max().item()}, expected finite numbers")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .cuda() and the like copy every buffer: make the layers share one index again.

@@ -27,7 +27,7 @@ class DiT(Transformer):
 
     def embed(self, x: Tensor, plan: None = None) -> tuple[Tensor, None]:
         """Turn images into tokens [B, L, D]. DiT has no masks and no long skips."""
-        return self.x_embedder(x, self.pos_embed), None
+        return self.every_token(x), None
 
     def from_tokens(self, tokens: Tensor, skip: None, c: Conditioning, plan: None = None) -> Tensor:
         """Turn the result of :meth:`embed` into the output [B, O, S, S]."""

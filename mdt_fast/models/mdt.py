@@ -127,15 +127,27 @@ class MaskedTransformer(Transformer):
             return x + self.decoder_pos_embed
         unmask = unmask_tokens if self.switches.fused_tokens else reference.unmask_tokens
         full = unmask(x, self.mask_token, self.decoder_pos_embed, plan.ids_restore)
-        block = self.sideblocks[0]
-        if self.switches.masked_side and chooses_tokens(block):
-            return self.run(block, full, c, masked=plan)
-        side = self.run(block, full, c)
+        blocks = self.sideblocks
+        if self.switches.masked_side and len(blocks) == 1 and chooses_tokens(blocks[0]):
+            return self.run(blocks[0], full, c, masked=plan)
+        side = full
+        for block in blocks:
+            side = self.run(block, side, c)
         return side.where(plan.mask[:, :, None] > 0, full)
 
     def embed(self, x: Tensor, plan: MaskPlan | None) -> tuple[Tensor, Skip]:
         """Turn images into the encoder's tokens [B, K, D], and the input that the decoder mixes in."""
-        return self.x_embedder(x, self.pos_embed, plan), None
+        if embeds_plainly(self.x_embedder):
+            return self.x_embedder(x, self.pos_embed, plan), None
+        return self.kept(self.every_token(x), plan), None
+
+    def kept(self, x: Tensor, plan: MaskPlan | None) -> Tensor:
+        """The tokens of x [B, L, D] that the plan keeps, [B, K, D]."""
+        if plan is None:
+            return x
+        if self.switches.fused_tokens:
+            return gather_tokens(x, plan.ids_keep, plan.ids_restore)
+        return reference.gather_tokens(x, plan.ids_keep)
 
     def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
         raise NotImplementedError
@@ -196,12 +208,8 @@ class MDTv2(MaskedTransformer):
             assert bias is not None
             skip = Embedded(patchify(x, self.patch_size), weight.flatten(1), bias, self.pos_embed)
             return self.x_embedder(x, self.pos_embed, plan), skip
-        tokens = self.x_embedder(x, self.pos_embed)
-        if plan is None:
-            return tokens, tokens
-        if self.switches.fused_tokens:
-            return gather_tokens(tokens, plan.ids_keep, plan.ids_restore), tokens
-        return reference.gather_tokens(tokens, plan.ids_keep), tokens
+        tokens = self.every_token(x)
+        return self.kept(tokens, plan), tokens
 
     def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
         skips = []
@@ -227,12 +235,17 @@ class MDT(MaskedTransformer):
         self.blocks = self.blocks_of(self.depth)
         self.sideblocks = self.blocks_of(1)
 
+    @property
+    def encoder_length(self) -> int:
+        """The number of blocks before the join, also when blocks have been removed or added."""
+        return max(0, len(self.blocks) - self.decode_layer)
+
     def encode(self, x: Tensor, c: Conditioning, rows: Rows) -> Tensor:
-        for block in self.blocks[: self.depth - self.decode_layer]:
+        for block in self.blocks[: self.encoder_length]:
             x = self.run(block, x, c, rows)
         return x
 
     def decode(self, x: Tensor, c: Conditioning, skip: Skip) -> Tensor:
-        for block in self.blocks[self.depth - self.decode_layer :]:
+        for block in self.blocks[self.encoder_length :]:
             x = self.run(block, x, c)
         return x

@@ -140,7 +140,9 @@ class _MaskedTransformer(_Transformer):
             return x + self.decoder_pos_embed
         mask_tokens = self.mask_token.expand(x.shape[0], plan.num_tokens - plan.len_keep, -1)
         full = gather_tokens(torch.cat([x, mask_tokens], dim=1), plan.ids_restore) + self.decoder_pos_embed
-        side = self.sideblocks[0](full, c)
+        side = full
+        for block in self.sideblocks:
+            side = block(side, c)
         mask = plan.mask[:, :, None].to(x.dtype)
         return side * mask + full * (1 - mask)
 
@@ -196,7 +198,7 @@ class MDT(_MaskedTransformer):
         ids_keep = None if plan is None else plan.ids_keep
         x = tokens if plan is None else gather_tokens(tokens, plan.ids_keep)
 
-        encoder = self.config.depth - self.config.decode_layer
+        encoder = max(0, len(self.blocks) - self.config.decode_layer)
         for block in self.blocks[:encoder]:
             x = block(x, c, ids_keep=ids_keep)
         x = self.join(x, c, plan)

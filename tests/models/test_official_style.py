@@ -1,5 +1,6 @@
 """Code and parts written for the official models work here as they do there, or are refused."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -183,3 +184,76 @@ def test_a_decoder_block_without_its_long_skip() -> None:
     theirs.de_blocks[1].forward = lambda x, c, skip=None, f=theirs.de_blocks[1].forward: f(x, c)
     assert alike(ours, theirs)
     assert relative_error(passes(ours)[0], before) > 1e-3
+
+
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_more_or_fewer_blocks(cls: Any) -> None:
+    ours, theirs = pair(cls)
+    before = passes(ours)
+    for model in (ours, theirs):
+        if not issubclass(cls, MDTv2):
+            model.blocks = model.blocks[:3]
+        if not issubclass(cls, DiT):
+            model.sideblocks.append(copy.deepcopy(model.sideblocks[0]))
+    assert alike(ours, theirs)
+    assert relative_error(passes(ours)[-1], before[-1]) > 1e-3
+
+
+class Stem(nn.Module):
+    """An embedder of patches that knows nothing of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 32, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(2).transpose(1, 2)
+
+
+def grow(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
+    return 2 * tokens + torch.linspace(-1, 1, 16 * 32).view(1, 16, 32).double()
+
+
+EMBEDDERS: dict[str, Callable[[Any], Any]] = {
+    "another module": lambda model: setattr(model, "x_embedder", Stem().double()),
+    "a hook on it": lambda model: model.x_embedder.register_forward_hook(grow),
+    "within another": lambda model: setattr(model, "x_embedder", nn.Sequential(model.x_embedder, nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("change", EMBEDDERS)
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_an_embedder_of_its_own(cls: Any, change: str) -> None:
+    ours, theirs = pair(cls)
+    before = passes(ours)[0]
+    for model in (ours, theirs):
+        EMBEDDERS[change](model)
+    assert alike(ours, theirs)
+    assert relative_error(passes(ours)[0], before) > 1e-3
+    assert relative_error(*sampled(ours)) < FLOAT64
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "dilated": {"kernel_size": 2, "stride": 2, "padding": 1, "dilation": 2},
+    "overlapping": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "in groups": {"kernel_size": 2, "stride": 2, "groups": 2},
+    "by circular patches": {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "circular"},
+    "by name": {"kernel_size": 2, "stride": 2, "padding": "valid"},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_convolutions_of_other_kinds(cls: Any, options: str) -> None:
+    ours, theirs = pair(cls)
+    ours.x_embedder.proj = theirs.x_embedder.proj = nn.Conv2d(4, 32, **CONVOLUTIONS[options]).double()
+    assert alike(ours, theirs)
+
+
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_times_below_zero_and_between_integers(cls: Any) -> None:
+    """EDM's c_noise and the logarithm of a signal-to-noise ratio are such."""
+    ours, theirs = pair(cls)
+    t = torch.tensor([-1.5, 0.0, 0.25]).double()
+    assert relative_error(ours(X, t, Y), theirs(X, t, Y)) < FLOAT64
