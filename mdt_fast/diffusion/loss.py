@@ -65,8 +65,9 @@ def two_pass_losses(
     accelerate, ``torch.compile``. It is called once, as ``model(x_full, t, y, x_masked=...)``; if its
     ``training_step_outputs`` is an instance attribute (FSDP2's ``register_fsdp_forward_method``,
     ``compile_for_training``), that is called instead. A class with its own forward must name the keywords
-    ``x_masked``, ``y_masked`` and ``mask_plan``; labels have been dropped before it is called. Raises
-    ``UserError`` for other models, and if y is not a batch of labels.
+    ``x_masked``, ``y_masked`` and ``mask_plan``; labels have been dropped before it is called, unless the
+    embedder drops them by itself (``y_masked`` is None then). Raises ``UserError`` for other models, and if y
+    is not a batch of labels.
     """
     diffusion.check_timesteps(t, x_start)
     mdt = _unwrapped(model)
@@ -74,7 +75,8 @@ def two_pass_losses(
     drop = mdt.drop_labels if y_masked is None else _as_it_is
     noise, y_full = draw(None, x_start) if noise is None else noise, drop(y)
     noise_masked = draw(None, x_start) if noise_masked is None else noise_masked
-    y_masked = drop(y if y_masked is None else y_masked)
+    if y_masked is not None or not (mdt.training and getattr(mdt, "drops_by_itself", False)):
+        y_masked = drop(y if y_masked is None else y_masked)
     x_full, x_masked = (diffusion.q_sample(x_start, t, n) for n in (noise, noise_masked))
     times = diffusion.original_timesteps(t)
     plan = mdt.draw_plan(len(t), x_start.device) if mask_plan is None else mask_plan

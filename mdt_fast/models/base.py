@@ -4,6 +4,7 @@ B batch, S side of the image (or latent), C its channels, O output channels, L t
 """
 
 from collections.abc import Callable, Iterator
+from inspect import isfunction
 from typing import Any, Self
 
 import torch
@@ -27,6 +28,12 @@ from .ops import is_itself, takes_ours
 from .rows import WHOLE, Rows
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OFFICIAL_METHODS = {
+    "random_masking": "draw_plan(batch, device), which returns a MaskPlan",
+    "forward_side_interpolater": "join(x, c, plan)",
+}
+"""The official models' methods that these models do not have, and what to override instead."""
 
 
 class Transformer(Pretrained):
@@ -81,11 +88,23 @@ class Transformer(Pretrained):
         self.make_parameters()
         self.make_blocks()
         self.final_layer = FinalLayer(hidden_size, patch_size, config.out_channels)
-        initialise(self, config.grid_size)
+        self.initialize_weights()
         self.switches = Switches()
         share_index(self)
         self.register_state_dict_post_hook(_separate_index)
         self.set_attention_backend(attention_backend)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, instead in OFFICIAL_METHODS.items():
+            if hasattr(cls, name) and not _is_called(cls, name):
+                raise UserError(
+                    f"{name}: {cls.__name__} defines it, but nothing calls it; override {instead}"
+                )
+
+    def initialize_weights(self) -> None:
+        """Set the initial weights, with the official values for a seed; the constructor calls it."""
+        initialise(self, self.config.grid_size)
 
     @property
     def mask_ratio(self) -> float | None:
@@ -170,7 +189,7 @@ class Transformer(Pretrained):
 
     def condition(self, t: Tensor, y: Tensor, drop: bool = False) -> Conditioning:
         """The conditioning for times and labels [B]; ``drop`` drops some labels, as in training."""
-        by_itself = drop and not hasattr(self.y_embedder, "drop")
+        by_itself = drop and self.drops_by_itself
         c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y) if drop else y, by_itself)
         return conditioning(c, list(self.every_block()), batched=self.switches.batched_adaln)
 
@@ -179,11 +198,22 @@ class Transformer(Pretrained):
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels y [B], some of them replaced by the null class in training; in eval mode y itself. A custom
-        embedder can do the same with ``dropout_prob`` and a method ``drop``. Without ``drop``, it is told
-        about training in :meth:`forward` only, as the official one is, and drops nothing elsewhere."""
+        embedder can do the same with ``dropout_prob`` and a method ``drop``. One that drops by itself does so
+        later, when :meth:`condition` calls it; here it gets y back."""
+        if not self.training or self.drops_by_itself:
+            return y
         embedder = self.y_embedder
-        drops = self.training and hasattr(embedder, "drop") and getattr(embedder, "dropout_prob", 0) > 0
-        return embedder.drop(y) if drops else y
+        return embedder.drop(y) if getattr(embedder, "dropout_prob", 0) > 0 else y
+
+    @property
+    def drops_by_itself(self) -> bool:
+        """Whether the embedder is told about training, and drops conditions in its own ``forward``, as the
+        official one does: one without ``drop``, or of a subclass with another ``forward`` alone."""
+        embedder = self.y_embedder
+        if not isinstance(embedder, LabelEmbedder):
+            return not hasattr(embedder, "drop")
+        cls = type(embedder)
+        return cls.forward is not LabelEmbedder.forward and cls.drop is LabelEmbedder.drop
 
     @property
     def takes_labels(self) -> bool:
@@ -217,7 +247,11 @@ class Transformer(Pretrained):
             patches = layer(x, c.plain, activated=c.activated, modulation=c.modulations.get(layer))
         else:
             patches = layer(x, c.plain)
-        return unpatchify(patches, self.patch_size, self.out_channels)
+        return self.unpatchify(patches)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Turn patches [B, L, p*p*O] into images [B, O, S, S]."""
+        return unpatchify(x, self.patch_size, self.out_channels)
 
     def forward_with_cfg(
         self,
@@ -302,6 +336,13 @@ class Transformer(Pretrained):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.kwargs().items())
+
+
+def _is_called(cls: type, name: str) -> bool:
+    """Whether a method, other than itself, of a class outside of this package mentions ``name``."""
+    theirs = (each for each in cls.__mro__ if not each.__module__.startswith(f"{__package__}."))
+    methods = [method for each in theirs for key, method in vars(each).items() if key != name]
+    return any(name in method.__code__.co_names for method in methods if isfunction(method))
 
 
 def _blocks_in(module: nn.Module) -> Iterator[Block]:

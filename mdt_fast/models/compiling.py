@@ -76,7 +76,7 @@ def _drawn_first(
 ) -> tuple[Tensor, Tensor]:
     """Draw the random numbers of ``training_step_outputs`` first, then run it compiled (``step``)."""
     model.check_step_inputs(x_full, x_masked, t, y, y_masked)
-    if y_masked is None:
+    if y_masked is None and not (model.training and model.drops_by_itself):
         y, y_masked = model.drop_labels(y), model.drop_labels(y)
     if mask_plan is None:
         mask_plan = model.draw_plan(len(t), x_masked.device)

@@ -89,16 +89,17 @@ class MaskedTransformer(Transformer):
         cannot take them.
         """
         self.check_step_inputs(x_full, x_masked, t, y, y_masked)
+        drop = y_masked is None and self.training and self.drops_by_itself
         if y_masked is None:
             y, y_masked = self.drop_labels(y), self.drop_labels(y)
         plan = self.plan(x_masked, True, mask_plan) or self.draw_plan(len(t), x_masked.device)
         if not self.switches.packed:
-            full = self.one_pass(x_full, self.condition(t, y), None)
-            return full, self.one_pass(x_masked, self.condition(t, y_masked), plan)
+            full = self.one_pass(x_full, self.condition(t, y, drop), None)
+            return full, self.one_pass(x_masked, self.condition(t, y_masked, drop), plan)
 
         self.check_packed()
         B, L, K = len(t), plan.num_tokens, plan.len_keep
-        c = self.condition(torch.cat([t, t]), torch.cat([y, y_masked]))
+        c = self.condition(torch.cat([t, t]), torch.cat([y, y_masked]), drop)
         (full, skip_full), (kept, skip_masked) = self.embed(x_full, None), self.embed(x_masked, plan)
         x = torch.cat([full.flatten(0, 1), kept.flatten(0, 1)])  # [R, D]: B samples of L, then B of K tokens
         where = rows.packed(plan)

@@ -92,6 +92,10 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """:meth:`token_drop`."""
+        return self.token_drop(labels, force_drop_ids)
+
+    def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         """Labels, the dropped ones replaced by the null class; ``force_drop_ids`` [B]: drop where it is 1."""
         if force_drop_ids is None:
             # From the CPU's generator on any device, as in the official model.

@@ -70,10 +70,11 @@ class TrainingStep:
             where = "a model that FSDP shards" if self.sharded else f"a model on {str(weight.device)!r}"
             raise UserError(f"cuda_graphs: needs a CUDA device without shards, got {where}")
         embedder: Any = model.y_embedder
-        drops = model.takes_labels or hasattr(embedder, "drop")
-        if not drops and getattr(embedder, "dropout_prob", False):
+        if model.drops_by_itself and getattr(embedder, "dropout_prob", False):
             name = type(embedder).__name__
-            raise UserError(f"model: its y_embedder, a {name}, has a dropout_prob but no method drop(y)")
+            raise UserError(
+                f"model: its y_embedder, a {name}, has a dropout_prob but no method drop(y) of its own"
+            )
         self.numbers, self.device = Numbers(model), weight.device
         self.made: Passes | GraphedPasses | None = None
         self.calls = 0
@@ -114,7 +115,8 @@ class TrainingStep:
             self.diffusion.check_timesteps(t, x)
             rows = replace(rows, t=t)
         embedder: Any = self.model.y_embedder
-        if not self.model.takes_labels or type(embedder).drop is not LabelEmbedder.drop:
+        ours = LabelEmbedder.drop, LabelEmbedder.token_drop
+        if not self.model.takes_labels or (type(embedder).drop, type(embedder).token_drop) != ours:
             rows = self._dropped(y, rows)
         assert self.made is not None
         if part == 0:
