@@ -11,6 +11,7 @@ from ..kernels import rel_attention, rel_attention_qkvpacked
 from ..kernels.rel_attention.config import TableGrad
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
+from .absent import WithoutOfficialParts
 from .ops import apply_linear, known
 from .rows import WHOLE, Rows
 
@@ -45,12 +46,14 @@ def share_index(model: nn.Module) -> None:
 
 
 @known
-class Attention(nn.Module):
+class Attention(WithoutOfficialParts):
     """Multi-head self-attention, with a relative position bias if ``grid_size`` is given (not in DiT).
 
     Unless something replaces or observes it, the block fuses its norm with ``qkv``, and calls
     :meth:`after_qkv`. ``rows``: those of a call that does not say them, set around it by :func:`attend`.
     """
+
+    absent = "q_norm", "k_norm", "scale", "attn_drop", "proj_drop"
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()

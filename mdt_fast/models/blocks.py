@@ -15,6 +15,7 @@ from ..kernels import gather_tokens, gelu_linear, linear, merge_tokens, patch_sk
 from ..kernels.linear.op import gelu_epilogue
 from ..masking import MaskPlan
 from ..reference.layers import unpatchify
+from .absent import WithoutOfficialParts
 from .attention import Attention, attend
 from .checkpointing import checkpointed
 from .ops import (
@@ -57,9 +58,11 @@ def both_skips(full: Skip, masked: Skip) -> Skip:
 
 
 @known
-class Mlp(nn.Module):
+class Mlp(WithoutOfficialParts):
     """Linear, GELU (tanh form), linear, for tokens [..., D]. Unless something replaces or observes it, the
     block fuses its norm with the first layer, and calls :meth:`after_fc1`."""
+
+    absent = "act", "drop", "drop1", "drop2", "norm"
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -94,8 +97,10 @@ class Mlp(nn.Module):
 
 
 @known
-class Block(nn.Module):
+class Block(WithoutOfficialParts):
     """A transformer block with adaLN-Zero conditioning and, in MDTv2, a long skip at its input."""
+
+    absent = "norm1", "norm2"
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None, skip: bool = False
@@ -200,8 +205,10 @@ def takes_factored(block: nn.Module) -> bool:
 
 
 @known
-class FinalLayer(nn.Module):
+class FinalLayer(WithoutOfficialParts):
     """Turn tokens [B, L, D] into patches [B, L, p*p*O], with the conditioning c [B, D]."""
+
+    absent = ("norm_final",)
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()

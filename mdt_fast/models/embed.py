@@ -9,14 +9,17 @@ from ..kernels import patch_embed
 from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from ..reference.embed import LabelEmbedder, TimestepEmbedder
+from .absent import WithoutOfficialParts
 from .ops import is_itself, is_plain, known
 
 __all__ = ["LabelEmbedder", "PatchEmbed", "TimestepEmbedder"]
 
 
 @known
-class PatchEmbed(nn.Module):
+class PatchEmbed(WithoutOfficialParts):
     """Embed images [B, C, S, S] as tokens with position embedding [B, L, D], in one kernel."""
+
+    absent = ("norm",)
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mdt_fast import MDT, DiT, MDTv2, create_diffusion
 from mdt_fast.config import Switches
 from mdt_fast.errors import UserError
+from mdt_fast.models.blocks import Block
 from mdt_fast.reference.embed import LabelEmbedder
 from mdt_fast.training.step import TrainingStep
 from tolerances import FLOAT32, relative_error
@@ -147,3 +148,40 @@ def test_the_same_labels_are_dropped_as_before() -> None:
         torch.manual_seed(3)
         found.append(torch.cat([*model.training_step_outputs(X, X, T, Y)]))
     assert relative_error(*found) < FLOAT32
+
+
+ABSENT = [
+    *(f"blocks.0.{name}" for name in ("norm1", "norm2", "mlp.act", "mlp.drop")),
+    *(f"blocks.1.attn.{name}" for name in ("q_norm", "k_norm", "scale", "attn_drop", "proj_drop")),
+    "final_layer.norm_final", "x_embedder.norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ABSENT)
+def test_official_parts_that_nothing_would_use(path: str) -> None:
+    model = DiT(input_size=8, hidden_size=32, depth=2, num_heads=2)
+    owner, _, name = path.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    value: Any = 0.1 if name == "scale" else nn.LayerNorm(32)
+    with pytest.raises(
+        UserError, match=rf"^{name}: got a (float|LayerNorm), .* have no effect; expected .*own_m"
+    ):
+        setattr(module, name, value)
+    if name != "scale":
+        setattr(module, name, nn.Identity())
+    module.forward = module.forward
+    setattr(module, name, value)
+
+
+def test_a_subclass_may_have_official_parts() -> None:
+    class Normed(Block):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.norm1 = nn.RMSNorm(32)
+
+        def forward(self, x: Tensor, c: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(self.norm1(x), c, *args, **kwargs)
+
+    model = DiT(input_size=8, hidden_size=32, depth=2, num_heads=2)
+    model.blocks[0] = Normed(32, 2, 4.0, None)
+    assert model(X, T, Y).shape == (4, 8, 8, 8)
