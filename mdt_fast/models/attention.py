@@ -53,11 +53,12 @@ class Attention(WithoutOfficialParts):
     :meth:`after_qkv`. ``rows``: those of a call that does not say them, set around it by :func:`attend`.
     """
 
+    rows = WHOLE
     absent = "q_norm", "k_norm", "scale", "attn_drop", "proj_drop"
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
-        self.attention_backend, self.rows = "auto", WHOLE
+        self.attention_backend = "auto"
         self.switches = Switches()
         self.num_heads = num_heads
         self.grid_size = grid_size or 0
