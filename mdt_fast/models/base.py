@@ -269,7 +269,7 @@ class Transformer(Pretrained):
         :meth:`forward`. The guidance weight follows the power-cosine schedule, from 1 at ``t =
         diffusion_steps`` up to ``cfg_scale`` at 0; it is constant if ``scale_pow`` is None. With four
         channels the first three are guided and each half keeps its own for the rest, as published; with any
-        other number all are guided. Raises ``UserError`` for an odd batch.
+        other number all that it predicts are guided. Raises ``UserError`` for an odd batch.
         Source: MDT (arXiv:2303.14389), section 4.
         """
         if cfg_scale is None:
@@ -279,7 +279,8 @@ class Transformer(Pretrained):
         half = x[: len(x) // 2]
         cond, uncond = self(torch.cat([half, half]), t, y).chunk(2)
         scale = power_cosine_scale(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)
-        return guide(cond, uncond, scale, channels=channels_to_guide(self.in_channels))
+        channels = channels_to_guide(self.in_channels, self.out_channels, self.learn_sigma)
+        return guide(cond, uncond, scale, channels=channels)
 
     def in_a_loop(self, method: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
         """Prepare ``method`` of this model (or the model itself) for a sampling loop that calls it ``calls``
