@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..config import RunConfig, from_dict, to_dict
+from ..data.latents import is_encoded
 from ..errors import UserError
 from ..models.convert import read_metadata
 from ..models.zoo import shape_of as published_shape
@@ -37,7 +39,7 @@ def official_config(
     the user's settings contradict the shape of the weights, and if no preset matches.
     """
     shape, rows = said_by_weights(files.model, weights)
-    written, process = _written_with(files)
+    written, process, latents = _written_with(files)
     name, given = named_preset(args)
     preset = name or _published(shape, "images" if process else None)
     values = to_dict(PRESETS[preset])
@@ -64,6 +66,8 @@ def official_config(
     values["model"] |= {"family": family, **written}
     put(values, by_hand)
     fit_to_encoded(values)
+    if not latents and (pixels := _pixels(values, shape, hand)):
+        notes += _changed(values, "data", pixels, f"as in {files.model.name}")
     if not values["data"]["conditional"]:
         values["model"].update(class_dropout_prob=0.0)
         values["sample"].update(cfg_scale=1.0)
@@ -97,6 +101,22 @@ def official_config(
     said = {key: value for key, value in said.items() if ("train", key) not in hand}
     notes += _changed(values, "train", said, "as in the files")
     return from_dict(RunConfig, values), notes
+
+
+def _pixels(
+    values: Mapping[str, Any], shape: Mapping[str, Any], hand: Mapping[tuple[str, str], Any]
+) -> dict[str, Any]:
+    """The images' size and channels that the weights of a model on pixels take, without those that the user
+    set; {}: a model on latents."""
+    channels, data = shape["in_channels"], from_dict(RunConfig, values).data
+    encoded = data.source not in ("", "digits") and is_encoded(Path(data.source))
+    if channels not in (1, 3) or data.vae is not None or encoded:
+        return {}
+    size = hand.get(("model", "input_size"), shape["input_size"])
+    if data.source == "digits":
+        size, channels = 8, 1
+    taken = {"image_size": size, "channels": channels}
+    return {key: value for key, value in taken.items() if ("data", key) not in hand}
 
 
 def _check_by_hand(
@@ -148,14 +168,16 @@ def _makes_the_same(hand: Mapping[str, Any], key: str, shape: dict[str, Any]) ->
     )
 
 
-def _written_with(files: OfficialFiles) -> tuple[dict[str, Any], dict[str, Any]]:
+def _written_with(files: OfficialFiles) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """The model's configuration without its classes, and that of its diffusion process, as ``convert`` writes
-    them into a file with a run's weights; both are empty for other files."""
+    them into a file with a run's weights, both empty for other files; and whether it says that the model is
+    for latents."""
     if files.model.suffix != ".safetensors":
-        return {}, {}
+        return {}, {}, False
     beside = read_metadata(files.model)
     model, process = written(beside, "model"), written(beside, "diffusion")
-    return {key: value for key, value in model.items() if key != "num_classes"}, process if model else {}
+    sizes = {key: value for key, value in model.items() if key != "num_classes"}
+    return sizes, process if model else {}, beside.get("latents", "null") != "null"
 
 
 def _published(shape: dict[str, Any], other: str | None = None) -> str:

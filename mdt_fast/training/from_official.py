@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig, RunConfig, to_dict
-from ..data import open_first_stage, open_images
+from ..data import Latents, open_first_stage, open_images
 from ..errors import UserError
 from ..files import aside
 from ..models.convert import check_weights, read_saved, read_weights, shape_of
@@ -95,8 +95,10 @@ def make_run(
     images = open_images(config.data)
     first_stage = open_first_stage(config.data, images)
     if packed is None and first_stage.size != config.model.input_size:
+        on_pixels = not isinstance(first_stage, Latents) and config.data.source != "digits"
+        same = f"--image-size {config.model.input_size} fits the images to it, " if on_pixels else ""
         raise UserError(
-            f"model.input_size: {config.model.input_size}, but the data has {first_stage.size}; "
+            f"model.input_size: {config.model.input_size}, but the data has {first_stage.size}; {same}"
             f"--set model.input_size={first_stage.size} resizes position embeddings and bias tables"
         )
     check_data(config, images, first_stage, World())

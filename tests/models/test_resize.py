@@ -142,7 +142,7 @@ def test_a_run_starts_from_weights_of_another_size(
         "--data", str(tmp_path / "images"), "--image-size=16",
     ]  # fmt: skip
     assert main(command) == 2
-    assert "model.input_size: 8, but the data has 16; --set model.input_size=16" in capsys.readouterr().err
+    assert "--image-size 8 fits the images to it, --set model.input_size=16" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*command, "--set=model.input_size=15"]) == 2
     assert main([*command, "--set=model.input_size=16"]) == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mdt_fast import write_weights
 from mdt_fast.cli import main
@@ -108,3 +109,52 @@ def test_of_another_program_the_file_is_its_weights(tmp_path: Path) -> None:
     )
     assert open_checkpoint(tmp_path / "run").config == tiny()
     assert torch.equal(*(open_checkpoint(tmp_path / "run").tensors(p)["pos_embed"] for p in ("ema", "model")))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for kind in ("cat", "dog"):
+        (folder / kind).mkdir()
+        for i in range(2):
+            Image.new("RGB", (20, 20), (40 * i, 90, 160)).save(folder / kind / f"{i}.png")
+    return folder
+
+
+def on_photos(folder: Path, **sizes: object) -> Path:
+    config = replace(tiny().model, **{"input_size": 16, "in_channels": 3, "num_classes": 2} | sizes)
+    path = folder / "weights.safetensors"
+    values = to_dict(config), to_dict(PROCESS)
+    write_weights(path, build_model(config).state_dict(), model=values[0], diffusion=values[1], latents=None)
+    return path
+
+
+def test_a_model_on_pixels_says_what_images_it_takes(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, "mdtv2")[1]
+    assert main(["convert", str(path), str(tmp_path / "digits"), "--data=digits"]) == 0
+    opened = open_checkpoint(tmp_path / "digits").config
+    assert (opened.data.image_size, opened.data.channels) == (8, 1)
+    path = on_photos(tmp_path)
+    assert main(["convert", str(path), str(tmp_path / "run"), f"--data={photos}"]) == 0
+    opened = open_checkpoint(tmp_path / "run").config
+    assert (opened.data.image_size, opened.data.channels, opened.model.input_size) == (16, 3, 16)
+    assert "as in weights.safetensors: data.image_size 16 (not 32)" in capsys.readouterr().out
+
+
+def test_another_size_is_resized_on_request_only(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert = ["convert", str(on_photos(tmp_path)), str(tmp_path / "run"), f"--data={photos}"]
+    assert main([*convert, "--image-size=20"]) == 2
+    said = "model.input_size: 16, but the data has 20; --image-size 16 fits the images to it, --set model."
+    assert said in capsys.readouterr().err
+    assert main([*convert, "--set=model.input_size=20"]) == 0
+    opened = open_checkpoint(tmp_path / "run").config
+    assert (opened.data.image_size, opened.model.input_size) == (20, 20)
+    (tmp_path / "d").mkdir()
+    one = on_photos(tmp_path / "d", in_channels=1, num_classes=10)
+    assert main(["convert", str(one), str(tmp_path / "digits"), "--data=digits"]) == 2
+    error = capsys.readouterr().err
+    assert "model.input_size: 16, but the data has 8; --set model.input_size=8 resizes" in error
