@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from feature_networks import forget
 from mdt_fast.cli import main
@@ -70,3 +71,20 @@ def test_a_folder_of_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(Path("o.json").read_text())["samples"] == {
         "path": "samples/samples_6x8x8x1.npz", "count": 6, "shape": [8, 8, 1],
     }  # fmt: skip
+
+
+def test_the_word_is_the_data_set_even_beside_a_folder_of_that_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``--data digits`` ignores such a folder, too."""
+    folder = Path("digits")
+    folder.mkdir()
+    Image.fromarray(noise(1)[0, ..., 0]).save(folder / "0.png")
+    options = ["--reference=digits", FEATURES, "--metrics=fid", "--json=o.json"]
+    assert evaluate("digits", *options) == 0
+    assert json.loads(Path("o.json").read_text())["reference"]["count"] == 1797
+    Image.fromarray(noise(2)[1, ..., 0]).save(folder / "1.png")
+    assert evaluate("./digits", *options) == 0
+    assert json.loads(Path("o.json").read_text())["samples"]["count"] == 2
+    assert evaluate("digits", *options, "--image-size=8") == 2
+    assert "--image-size: crops images in folders" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from ..evaluation import (
 )
 from ..evaluation import evaluate as measure
 from ..evaluation.reference import statistics_for, suffice
+from ..evaluation.sources import DIGITS
 from ..files import aside, resolved
 from ..processes import resolve_device
 from ..sampling import assembled_in, check_name, check_writable
@@ -176,12 +177,13 @@ def possible(samples: Features, reference: Features | None) -> tuple[list[str], 
 def _open(args: argparse.Namespace) -> list[Opened]:
     """Open both sides; ``--image-size`` applies to folders, and at least one side must be one."""
     names = [args.samples] + ([args.reference] if args.reference is not None else [])
-    paths = [assembled_in(path) or path for path in map(Path, names)]
-    if args.image_size is not None and not any(path.is_dir() for path in paths):
+    sources = [name if name == DIGITS else assembled_in(Path(name)) or Path(name) for name in names]
+    folders = [isinstance(source, Path) and source.is_dir() for source in sources]
+    if args.image_size is not None and not any(folders):
         raise UserError("--image-size: crops images in folders, but neither SAMPLES nor --reference is one")
     opened = [
-        open_source(path, what, args.image_size if path.is_dir() else None)
-        for path, what in zip(paths, ("SAMPLES", "--reference"))
+        open_source(source, what, args.image_size if folder else None)
+        for source, folder, what in zip(sources, folders, ("SAMPLES", "--reference"))
     ]
     images = [source.images for source in opened if source.images is not None]
     if len(images) == 2:

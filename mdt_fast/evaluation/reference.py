@@ -27,12 +27,14 @@ class Opened:
     images: Images | None
 
 
-def open_source(path: Path, what: str, image_size: int | None = None) -> Opened:
-    """Open a path; ``what`` is the name the user knows it by (SAMPLES, --reference). Raises ``UserError``."""
+def open_source(source: str | Path, what: str, image_size: int | None = None) -> Opened:
+    """Open a path; ``what`` is the name the user knows it by (SAMPLES, --reference). The word ``digits`` is
+    the data set, as in ``--data``, and ``./digits`` a folder. Raises ``UserError``."""
+    if source == DIGITS:
+        return Opened(None, DigitImages())
+    path = Path(source)
     if path.is_dir():
         return Opened(None, FolderImages(path, what, image_size))
-    if path == Path(DIGITS) and not path.exists():
-        return Opened(None, DigitImages())
     if not path.is_file():
         raise UserError(f"{what}: no file or folder {str(path)!r}")
     if image_size is not None:
