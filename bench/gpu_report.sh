@@ -32,6 +32,10 @@ for name in "${asked[@]}"; do
         exit 2
     }
 done
+[[ $LIMIT =~ ^[1-9][0-9]{0,5}$ ]] || {
+    echo "gpu_report: LIMIT: got '$LIMIT', expected whole seconds, 1 or more" >&2
+    exit 2
+}
 mkdir -p "$OUT" || exit 2
 "$PYTHON" -c 'import torch' 2>/dev/null || {
     echo "gpu_report: $PYTHON (PYTHON) cannot import torch" >&2

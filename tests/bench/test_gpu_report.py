@@ -137,3 +137,10 @@ def test_what_cannot_run(start: Callable) -> None:
     done, asked = start("report", FAILS="cuda.is_available")  # needs no GPU
     assert (done.returncode, len(asked)) == (0, 2)
     assert "bash bench/gpu_report.sh [STAGE...]" in start("--help")[0].stdout
+
+
+@pytest.mark.parametrize("limit", ["x", "0", "-5", "1.5", "8m"])
+def test_a_limit_that_is_no_time(start: Callable, limit: str) -> None:
+    done, asked = start("report", LIMIT=limit)
+    assert (done.returncode, asked) == (2, [])
+    assert done.stderr == f"gpu_report: LIMIT: got '{limit}', expected whole seconds, 1 or more\n"
