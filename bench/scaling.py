@@ -161,14 +161,18 @@ class Request:
         command.at_least_one("--batch", args.batch)
         command.at_least_one("--gpus-per-node", args.gpus_per_node)
         positive("--network", args.network, "Gbit/s")
+        if not 0 < args.target < 1:
+            raise UserError(f"--target: got {args.target}, expected a number between 0 and 1")
         for option, value in (("--link-share", args.link_share), ("--mfu", args.mfu)):
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{option}: got {value}, expected a number above 0, up to 1")
         self.gpu, self.per = GPUS[gpu], per
-        self.layouts = [
-            Layout(command.whole("--gpus", text), args.gpus_per_node)
-            for text in command.listed("--gpus", args.gpus)
-        ]
+        numbers = [command.whole("--gpus", text) for text in command.listed("--gpus", args.gpus)]
+        try:
+            self.layouts = [Layout(gpus, args.gpus_per_node) for gpus in numbers]
+        except UserError as error:
+            said = str(error).replace("gpus_per_node", "--gpus-per-node")
+            raise UserError(f"--{said}") from None
         self.network = args.network * 1e9 / 8 / (args.gpus_per_node if per == "node" else 1)
         self.links = Links(
             Link(self.gpu.nvlink * args.link_share, NODE_LATENCY),
