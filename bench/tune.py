@@ -66,6 +66,8 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     command.positive_seconds("--time-limit", args.time_limit)
     if args.report and args.json is None:
         raise UserError("--report: needs --json FILE, the rows of earlier runs")
+    if args.report and not args.json.exists():
+        raise UserError(f"--json: no file {str(args.json)!r}; --report reads the rows of earlier runs")
     if args.compile_only and (args.write or args.report):
         raise UserError(
             f"--{'write' if args.write else 'report'}: not with --compile-only, which times nothing"

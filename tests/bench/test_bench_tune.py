@@ -162,6 +162,7 @@ MISTAKES = {
     "--compile-only --arch sm_91": "--arch: unknown 'sm_91'",
     "--compile-only --write": "--write: not with --compile-only",
     "--report": "--report: needs --json FILE",
+    "--report --json nope.jsonl": "--json: no file 'nope.jsonl'; --report reads the rows of earlier runs",
     "--arch sm_90": "--arch: only with --compile-only",
     "--compile-only --ops sum_rows --sizes 7": "--sizes: '7' names no shape class of sum_chunks",
     "--top 0": "--top: got '0'",
