@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from mdt_fast.commands.shared import MOST_THREADS
 from mdt_fast.errors import UserError, nearest
 from rows import Row, RowFile
 
@@ -69,6 +70,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results as this PNG file")
 
 
+def make_folder(option: str, folder: Path, *, new: bool = False) -> None:
+    """Make the folder of an option. Raises ``UserError`` if it cannot be made or, with ``new``, exists."""
+    try:
+        folder.mkdir(parents=True, exist_ok=not new)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make {str(folder)!r}: {error.strerror}") from None
+
+
 def listed(option: str, text: str) -> list[str]:
     """The comma-separated names in ``text``, without repeats."""
     found = [name.strip() for name in text.split(",") if name.strip()]
@@ -95,6 +104,15 @@ def whole(option: str, text: str) -> int:
     if number < 1:
         raise UserError(f"{option}: got {text!r}, expected an integer, 1 or more")
     return number
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many CPU threads, if given. Raises ``UserError`` beyond what ``mdt-fast`` allows."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"--threads: got {threads}, expected 1 to {MOST_THREADS}")
+    torch.set_num_threads(threads)
 
 
 def at_least_one(option: str, value: int | None) -> None:

@@ -58,8 +58,9 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     if args.report:
         conclude(args, names, read([args.json]))
         return 0
-    for name in ("steps", "seeds", "samples", "points", "jobs", "threads", "batch"):
+    for name in ("steps", "seeds", "samples", "points", "jobs", "batch"):
         command.at_least_one(f"--{name}", getattr(args, name))
+    command.set_threads(args.threads)
     if args.lr is not None and not 0 <= args.lr < math.inf:
         raise UserError(f"--lr: got {args.lr}, expected 0 or more, and finite")
     settings, device = settings_of(args), command.device(args.device or SIZES[args.size].train.device)
@@ -67,10 +68,9 @@ def _main(argv: list[str], kept: command.Kept) -> int:
         args.jobs = 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
     graphs = settings.train.cuda_graphs and device.type == "cuda"
     settings = replace(settings, train=replace(settings.train, device=str(device), cuda_graphs=graphs))
-    torch.set_num_threads(args.threads)
     data = open_data(settings.data, settings.sample.num_samples, device)
     settings = fitted(settings, data)
-    make_folder("--json", args.json.parent)
+    command.make_folder("--json", args.json.parent)
     judge = open_judge(args.out, settings, data, device)
     line = shlex.join(["python", "bench/convergence.py", *argv])
     kept.rows = rows = RowFile(args.json, machine(device, line))
@@ -104,23 +104,16 @@ def _main(argv: list[str], kept: command.Kept) -> int:
 
 def check_outputs(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raise ``UserError`` if tables or figures could not be written, before anything is trained."""
-    make_folder("--out", args.out)
+    command.make_folder("--out", args.out)
     if args.plot is not None and len(names) > 1:
         raise UserError(
             f"--plot: one figure for {len(names)} studies; without --plot each has its own in --out"
         )
     if args.plot is not None:
-        make_folder("--plot", args.plot.parent)
+        command.make_folder("--plot", args.plot.parent)
     placed(args.readme, names)
     for name in names:
         plots.check_target(args.plot or args.out / f"{name}.png")
-
-
-def make_folder(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}: cannot make {str(folder)!r}: {error.strerror}") from None
 
 
 def placed(readme: Path | None, names: Sequence[str]) -> list[str]:

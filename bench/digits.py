@@ -83,8 +83,7 @@ def call(*arguments: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     out, results = Path(args.out), []
-    out.mkdir(parents=True)
-    torch.set_num_threads(args.threads)
+    command.make_folder("--out", out, new=True)
     began = time.perf_counter()
     error = train_autoencoder(out / "vae", args.vae_steps)
     print(f"autoencoder: RMS error {error:.3f} of a range of 2, {time.perf_counter() - began:.0f} s")
@@ -111,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    for option in ("steps", "vae-steps", "samples", "threads"):
+    for option in ("steps", "vae-steps", "samples"):
         command.at_least_one(f"--{option}", getattr(args, option.replace("-", "_")))
+    command.set_threads(args.threads)
     args.ways = command.names("--ways", args.ways, ("pixels", "latents"))
     run(args)
     return 0

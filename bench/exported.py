@@ -63,10 +63,9 @@ def _main(argv: Sequence[str] | None) -> int:
             f"--model: got {args.model!r}{nearest(args.model, SHAPES)}, expected {', '.join(SHAPES)}"
         )
     command.at_least_one("--batch", args.batch)
-    command.at_least_one("--threads", args.threads)
     if args.rounds < 2:
         raise UserError(f"--rounds: got {args.rounds}, expected 2 or more")
-    torch.set_num_threads(args.threads)
+    command.set_threads(args.threads)
     compare(args.model, args.batch, args.rounds)
     return 0
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import command
+import plots
 from digits import pixels_of_digits
 from mdt_fast.config import SAMPLERS, SampleConfig
 from mdt_fast.evaluation.frechet import frechet_distance
@@ -92,18 +93,18 @@ def compare(completion: Completion, config: SampleConfig) -> None:
 
 
 def picture(completion: Completion, config: SampleConfig) -> Image.Image:
-    """Ten digits: the truth, the known part, and fills with nothing hidden and with the hole hidden."""
+    """A digit of each class there is: the truth, the known part, and fills with nothing or the hole hidden."""
     rows: list[tuple[str, Tensor]] = []
     for unknown in list(masks().values())[::2]:
         rows += [("true", completion.truth), ("known", completion.truth.masked_fill(unknown, 0.0))]
         for hide in (0.0, 1.0):
             drawn = completion.fill(unknown, config, hide=hide)
             rows += [(f"fill, hide {hide:g}", fill) for fill in drawn[:2]]
-    font = ImageFont.load_default(size=16)
-    sheet = Image.new("L", (MARGIN + 10 * (CELL + GAP), len(rows) * (CELL + GAP) + GAP), 255)
-    pen = ImageDraw.Draw(sheet)
     labels = completion.digits.labels
-    columns = [labels.index(label) for label in range(10)]
+    columns = [labels.index(label) for label in sorted(set(labels))]
+    font = ImageFont.load_default(size=16)
+    sheet = Image.new("L", (MARGIN + len(columns) * (CELL + GAP), len(rows) * (CELL + GAP) + GAP), 255)
+    pen = ImageDraw.Draw(sheet)
     for i, (name, images) in enumerate(rows):
         top = GAP + i * (CELL + GAP)
         pen.text((MARGIN - 2 * GAP, top + CELL // 2), name, fill=20, font=font, anchor="rm")
@@ -120,13 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    for option in ("digits", "fills", "threads"):
+    for option in ("digits", "fills"):
         command.at_least_one(f"--{option}", getattr(args, option))
-    torch.set_num_threads(args.threads)
+    command.set_threads(args.threads)
+    if args.picture is not None:
+        plots.check_target(Path(args.picture), "--picture")
     completion = Completion(Path(args.run), args.digits, args.fills)
     config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.digits * args.fills)
     compare(completion, config)
-    if args.picture:
+    if args.picture is not None:
         save_picture(Path(args.picture), picture(completion, config))
     return 0
 

@@ -54,18 +54,18 @@ ATTENTION_COLORS = {
 }
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, option: str = "--plot") -> None:
     """Raise ``UserError`` if a picture cannot be written to ``path``; called before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot: needs matplotlib, which is not installed: pip install matplotlib")
+        raise UserError(f"{option}: needs matplotlib, which is not installed: pip install matplotlib")
     if path.suffix.lower() != ".png":
-        raise UserError(f"--plot: got {str(path)!r}, expected a file that ends in .png")
+        raise UserError(f"{option}: got {str(path)!r}, expected a file that ends in .png")
     existed = path.exists()
     try:
         with path.open("ab"):
             pass
     except OSError as error:
-        raise UserError(f"--plot: cannot write {str(path)!r}: {error.strerror}") from None
+        raise UserError(f"{option}: cannot write {str(path)!r}: {error.strerror}") from None
     if not existed:
         path.unlink()
 

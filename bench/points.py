@@ -181,11 +181,9 @@ class Request:
         if self.asked:
             asked = command.names("--providers", args.providers, providers)
             self.providers = [name for name in providers if name in asked]
-        for option, value in (("--repeats", args.repeats), ("--threads", args.threads)):
-            command.at_least_one(option, value)
+        command.at_least_one("--repeats", args.repeats)
         command.positive_seconds("--time-limit", args.time_limit)
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
+        command.set_threads(args.threads)
         self.repeats = args.repeats or REPEATS[self.device.type]
         self.time_limit = args.time_limit or time_limits[self.device.type]
 

@@ -83,7 +83,7 @@ def pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
         "throughput": plots.draw, "batches": plots.draw_batches, "kernels": plots.draw_kernels,
         "roofline": roofline.draw, "attention": plots.draw_attention, "head-sizes": roofline.draw_head_sizes,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    command.make_folder("--plots", folder)
     devices = list(dict.fromkeys(row["device"] for row in rows))
     for device in devices:
         of_device = [row for row in rows if row["device"] == device]

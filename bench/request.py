@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import torch
-
 import command
 import inputs
 import providers
@@ -94,15 +92,13 @@ class Request:
         self.modes = command.names("--mode", args.mode or default, MODES)
         self.device = command.device(args.device)
         for option, value in (
-            ("--threads", args.threads),
             ("--repeats", args.repeats),
             ("--lengths", args.lengths),
             ("--steps", args.steps),
         ):
             command.at_least_one(option, value)
         command.positive_seconds("--time-limit", args.time_limit)
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
+        command.set_threads(args.threads)
         default_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         dtypes = command.names("--dtype", args.dtype or default_dtype, AUTOCAST)
         self.dtypes = [DTYPES[name] for name in dtypes]

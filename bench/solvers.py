@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import command
+import plots
 from digits import pixels_of_digits
 from mdt_fast.config import SAMPLERS, SampleConfig
 from mdt_fast.errors import UserError
@@ -112,12 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     command.at_least_one("--samples", args.samples)
-    command.at_least_one("--threads", args.threads)
-    torch.set_num_threads(args.threads)
+    command.set_threads(args.threads)
+    if args.picture is not None:
+        plots.check_target(Path(args.picture), "--picture")
     digits = Digits(Path(args.run), args.samples)
     config = SampleConfig(cfg_scale=2.0, scale_pow=None, batch_size=args.samples)
     picture = compare(digits, config)
-    if args.picture:
+    if args.picture is not None:
         save_picture(Path(args.picture), picture)
     skipping(digits, config)
     return 0

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str], kept: command.Kept) -> int:
     args = _parser().parse_args(argv)
     parts = command.names("--parts", args.parts, PARTS)
-    for name in ("repeats", "threads", "batch", "images", "size"):
+    for name in ("repeats", "batch", "images", "size"):
         command.at_least_one(f"--{name}", getattr(args, name))
     if not args.consumes > 0:
         raise UserError(f"--consumes: got {args.consumes}, expected a positive number of img/s")
@@ -93,8 +93,7 @@ def _main(argv: list[str], kept: command.Kept) -> int:
     if "encode" in parts and find_spec("diffusers") is None:
         raise UserError("--parts: encode needs diffusers, which is not installed; choose other parts")
     device = command.device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    command.set_threads(args.threads)
     args.batch = args.batch or (256 if device.type == "cuda" else 8)
     line = shlex.join(["python", "bench/training.py", *argv])
     kept.rows = rows = RowFile(args.json, machine(device, line))

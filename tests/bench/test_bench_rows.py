@@ -277,3 +277,9 @@ def test_float32_by_tf32_is_another_case(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["dtype"] == called
     monkeypatch.setattr("rows.tf32", lambda: False)
     assert RowFile(None, COMMON | {"driver": "580.1"}).add(**fields())["dtype"] == "float32"
+
+
+def test_a_folder_for_pictures_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case_rows(tmp_path / "rows.jsonl")
+    assert report.main([str(tmp_path / "rows.jsonl"), "--plots", str(tmp_path / "rows.jsonl")]) == 2
+    assert "report: error: --plots: cannot make" in capsys.readouterr().err

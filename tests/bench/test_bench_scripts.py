@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+import convergence
 import digits
 import exported
 import inpainting
 import solvers
+import training
 from mdt_fast import train
 from tiny import tiny
 
@@ -41,7 +43,8 @@ def test_inpainting(run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.
     config = inpainting.SampleConfig
     monkeypatch.setattr(inpainting, "SampleConfig", lambda **kwargs: config(steps=2, **kwargs))
     picture = str(tmp_path / "fills.png")
-    assert inpainting.main([str(run), "--digits", "60", "--fills", "2", "--picture", picture]) == 0
+    options = ["--digits", "5", "--fills", "2", "--picture", picture]  # of ten classes
+    assert inpainting.main([str(run), *options]) == 0
     assert "right half" in capsys.readouterr().out
     assert (tmp_path / "fills.png").stat().st_size > 1000
 
@@ -62,7 +65,16 @@ def test_inpainting(run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.
             "--ways: got 'voxels' (did you mean 'pixels'?), expected",
         ),
         (digits, ["--out", "new", "--vae-steps", "0"], "digits: error: --vae-steps: got 0, expected 1 or"),
-        (digits, ["--out", "."], "digits: error: [Errno 17] File exists: '.'"),
+        (digits, ["--out", "."], "digits: error: --out: cannot make '.': File exists"),
+        (digits, ["--out", "new", "--threads", "5000"], "digits: error: --threads: got 5000, expected 1 to"),
+        (exported, ["--threads", "0"], "exported: error: --threads: got 0, expected 1 to 1024"),
+        (solvers, ["nowhere", "--threads", "5000"], "error: --threads: got 5000, expected 1 to 1024"),
+        (inpainting, ["nowhere", "--threads", "5000"], "error: --threads: got 5000, expected 1 to 1024"),
+        (training, ["--threads", "5000"], "error: --threads: got 5000, expected 1 to 1024"),
+        (convergence, ["--threads", "5000", "--out", "/tmp"], "--threads: got 5000, expected 1 to 1024"),
+        (solvers, ["nowhere", "--picture", "a.jpg"], "--picture: got 'a.jpg', expected a file that ends in"),
+        (solvers, ["nowhere", "--picture", "no/a.png"], "--picture: cannot write 'no/a.png': No such file"),
+        (inpainting, ["nowhere", "--picture", "no/a.png"], "--picture: cannot write 'no/a.png': No such"),
     ],
 )
 def test_mistakes(script: Any, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,6 +201,7 @@ MISTAKES = {
     "batch": (["--batch", "0"], "--batch: got '0', expected an integer, 1 or more"),
     "batch-text": (["--batch", "four"], "--batch: got 'four'"),
     "repeats": (["--repeats", "0"], "--repeats: got 0, expected 1 or more"),
+    "threads": (["--threads", "5000"], "--threads: got 5000, expected 1 to 1024"),
     "repeats-text": (["--repeats", "x"], "argument --repeats: invalid int value: 'x'"),
     "time-limit": (["--time-limit", "-1"], "--time-limit: got -1.0"),
     "device": (["--device", "gpu"], "--device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
