@@ -93,7 +93,7 @@ def compare(completion: Completion, config: SampleConfig) -> None:
 
 
 def picture(completion: Completion, config: SampleConfig) -> Image.Image:
-    """A digit of each class there is: the truth, the known part, and fills with nothing or the hole hidden."""
+    """A digit of each class there is: truth, known part, and fills with nothing and with the hole hidden."""
     rows: list[tuple[str, Tensor]] = []
     for unknown in list(masks().values())[::2]:
         rows += [("true", completion.truth), ("known", completion.truth.masked_fill(unknown, 0.0))]

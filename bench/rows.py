@@ -150,13 +150,17 @@ def read(paths: Iterable[Path]) -> list[Row]:
             raise UserError(
                 f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}"
             ) from None
-        for number, line in enumerate(text.splitlines(), start=1):
+        lines = text.splitlines()
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                if line.startswith("{") and not line.endswith("}"):
+                last = number == len(lines) and not text.endswith("\n")
+                # After "}", it ends where more was to come: a row is cut behind an object or in a string.
+                cut = error.pos >= len(line) or error.msg.startswith("Unterminated string")
+                if line.startswith("{") and (last or cut or not line.endswith("}")):
                     print(f"{path}:{number}: skipped an unfinished row", file=sys.stderr)
                     continue
                 raise UserError(f"{path}:{number}: not a row: {error.msg}") from None

@@ -63,6 +63,21 @@ def test_a_torn_last_line_is_kept_apart(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.endswith("rows.jsonl:1: skipped an unfinished row\n")
 
 
+@pytest.mark.parametrize("end", ["", "\n", None], ids=["last", "ended", "in the middle"])
+@pytest.mark.parametrize("cut", ['"note": "took {x}', '"shape": {"B": 2}', '"switches": {}'])
+def test_a_torn_line_may_end_in_a_brace(
+    cut: str, end: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    RowFile(path, COMMON).add(**fields())
+    with path.open("a") as file:
+        file.write(f'{{"bench": "throughput", {cut}{end or ""}')
+    if end is None:
+        RowFile(path, COMMON).add(**fields())
+    assert len(read([path])) == (2 if end is None else 1)
+    assert capsys.readouterr().err.endswith("rows.jsonl:2: skipped an unfinished row\n")
+
+
 @pytest.mark.parametrize("text", ["[]", '{"bench": "throughput"}', '{"bench": throughput}', "nonsense"])
 def test_what_is_not_a_row_is_named_by_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rows.jsonl"
