@@ -7,6 +7,9 @@ from mdt_fast.errors import UserError
 Quantiles = tuple[float | None, float, float | None]
 """The 20th, 50th and 80th percentile; the outer ones may be unknown."""
 
+BUSY = 1.3
+"""p80/p20 of a step's time above which the machine must have been busy with other work."""
+
 
 def number(value: float) -> str:
     """Three significant digits, with trailing zeros; integers from 100 on."""

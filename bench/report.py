@@ -21,13 +21,15 @@ import command
 import goals
 import plots
 import roofline
-from formats import interval, memory, number, ratio, sizes
+from formats import BUSY, interval, memory, number, ratio, sizes
 from mdt_fast.errors import UserError
 from mdt_fast.files import aside
-from rows import Row, mode_of, read
+from rows import Row, mode_of, read, settings
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SAMPLING = " Sampling: 250 guided steps, extrapolated from the time of one."
+SCATTERED = ", scattered"
+SCATTER = f" Scattered: the 80th percentile is above {BUSY:g} times the 20th, as on a busy machine."
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -104,7 +106,9 @@ def markdown(rows: Sequence[Row], benches: Sequence[str] | None = None) -> str:
             runs.setdefault(tuple(str(row[key]) for key in RUN), []).append(row)
         for run in [run for run, some in runs.items() if not any(row["metric"] == "ms" for row in some)]:
             del runs[run]  # failed or skipped: nothing in it has a time
-        tables += [TABLES[bench](run, of_run) for run, of_run in runs.items()]
+        for run, of_run in runs.items():
+            text = TABLES[bench](run, of_run)
+            tables.append(text + (SCATTER if f"{SCATTERED} |" in text else ""))
     if not tables:
         what = "" if benches is None else f" of {', '.join(benches)}"
         raise UserError(f"nothing{what} was measured in these rows")
@@ -140,14 +144,18 @@ def between(readme: Path, begin_marker: str, end_marker: str, option: str) -> tu
 
 def _latest(rows: Sequence[Row], bench: str) -> list[Row]:
     """The latest row of each (device, case, provider, metric), in order of first appearance, if it was
-    measured."""
+    measured. Rows of one commit that differ in their settings are cases of their own; a later commit's rows
+    replace all of them."""
     case = ("mode", "model", "batch") if bench == "throughput" else ("mode", "op", "shape")
-    found: dict[tuple[str, ...], Row] = {}
+    found: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = {}
     for row in rows:
         if row["bench"] == bench and set(case) <= set(row) and row.get("op") not in plots.RATES:
             keys = ("device", *case, "dtype", "provider", "metric")
-            found[mode_of(row), *(str(row[key]) for key in keys)] = row
-    return [row for row in found.values() if row["p50"] is not None]
+            same = found.setdefault((mode_of(row), *(str(row[key]) for key in keys)), {})
+            for key in [key for key, other in same.items() if other["commit"] != row["commit"]]:
+                del same[key]
+            same[settings(row)] = row
+    return [row for same in found.values() for row in same.values() if row["p50"] is not None]
 
 
 def _throughput(run: tuple[str, ...], rows: Sequence[Row]) -> str:
@@ -166,7 +174,7 @@ def _throughput(run: tuple[str, ...], rows: Sequence[Row]) -> str:
                 f"{model}, {batch}, {dtype}{half}",
                 f"`{provider}`",
                 number(p50["img_per_s"]),
-                f"{number(ms['p50'])} ({interval(ms['p20'], ms['p80'])})",
+                f"{number(ms['p50'])} ({interval(ms['p20'], ms['p80'])}){_scattered(ms)}",
                 str(ms.get("rounds", "")),
                 f"{p50['peak_share']:.0%}" if "peak_share" in p50 else "",
                 memory(p50["peak_bytes"]) if "peak_bytes" in p50 else "",
@@ -202,7 +210,7 @@ def _kernels(run: tuple[str, ...], rows: Sequence[Row]) -> str:
             shape,
             mode,
             f"`{provider}`",
-            f"{number(us[1])} ({interval(us[0], us[2])})",
+            f"{number(us[1])} ({interval(us[0], us[2])}){_scattered(metrics['ms'])}",
             number(p50["gb_per_s"]) if "gb_per_s" in p50 else "",
             number(p50["tflop_per_s"]) if "tflop_per_s" in p50 else "",
             f"{p50['roof_share']:.0%}" if "roof_share" in p50 else "",
@@ -237,7 +245,7 @@ def _attention(run: tuple[str, ...], rows: Sequence[Row]) -> str:
             metrics = by_length.get(length, {})
             rate = number(metrics["tflop_per_s"]["p50"]) if "tflop_per_s" in metrics else ""
             vs = f" ({metrics['ratio']['p50']:.2f}x)" if "ratio" in metrics else ""
-            cells.append(rate + vs)
+            cells.append(rate + vs + (_scattered(metrics["ms"]) if rate and "ms" in metrics else ""))
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -254,7 +262,7 @@ def _training(run: tuple[str, ...], rows: Sequence[Row]) -> str:
     for row in rows:
         unit, scale = ("%", 100) if row["unit"] == "share" else (row["unit"], 1)
         p20, p50, p80 = (scale * row[key] for key in ("p20", "p50", "p80"))
-        value = f"{number(p50)} {unit} ({interval(p20, p80)})"
+        value = f"{number(p50)} {unit} ({interval(p20, p80)}){_scattered(row)}"
         cells = [row["op"], sizes(row["shape"]), row["provider"], row["metric"], value, str(row["rounds"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", origin(run)])
@@ -274,6 +282,11 @@ def _ratio(metrics: dict[str, Row]) -> str:
         return ""
     text = ratio((row["p20"], row["p50"], row["p80"]))
     return f"**{text}, slower**" if (row["p80"] or row["p50"]) < 1 else text
+
+
+def _scattered(row: Row) -> str:
+    """A mark for times that scatter as on a busy machine."""
+    return SCATTERED if row["p20"] and row["p80"] and row["p80"] > BUSY * row["p20"] else ""
 
 
 def origin(run: tuple[str, ...]) -> str:

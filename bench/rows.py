@@ -6,11 +6,14 @@ Keys: ``bench``, ``model`` or ``op``, ``provider``, ``mode``, ``batch`` or ``sha
 could not be measured has a row with the metric ``skipped`` or ``failed``, whose ``note`` says why.
 """
 
+import argparse
 import datetime
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,9 @@ KEYS = (
     "command",
 )
 """The keys of every row; in addition there are ``model`` and ``batch``, or ``op`` and ``shape``."""
+
+
+SETTINGS = ("--lengths", "--data", "--steps")
 
 
 def machine(device: torch.device, command: str) -> Row:
@@ -99,6 +105,23 @@ def mode_of(row: Row) -> str:
     """The row's mode; ``sample ddim`` for another sampler than ddpm, whose rows are another case."""
     mode, sampler = str(row.get("mode")), row.get("switches", {}).get("sampler", "ddpm")
     return mode if sampler == "ddpm" else f"{mode} {sampler}"
+
+
+def settings(row: Row) -> tuple[str, ...]:
+    """What the row's command sets that is in no other key and changes the numbers; "" for each default."""
+    return _settings(str(row["command"]))
+
+
+@cache
+def _settings(command: str) -> tuple[str, ...]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in SETTINGS:
+        parser.add_argument(option, default="")
+    try:
+        found, _ = parser.parse_known_args(shlex.split(command))
+    except (ValueError, SystemExit):  # a command of another program
+        return ("",) * len(SETTINGS)
+    return tuple(vars(found).values())
 
 
 class RowFile:

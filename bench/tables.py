@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from formats import interval, memory, number, ratio
+from formats import BUSY, interval, memory, number, ratio
 from measure import Spread
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 WIDTH = 140
 """Columns of the widest table, used even if the terminal is narrower or there is none."""
-
-BUSY = 1.3
-"""p80/p20 of a step's time above which the machine must have been busy with other work."""
 
 
 def show(console: Console, result: CaseResult, images: str) -> None:

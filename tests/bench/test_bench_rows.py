@@ -135,7 +135,7 @@ def op_rows(bench: str, **changes: object) -> list[dict]:
         "shape": {"B": 2, "L": 256, "D": 384}, "dtype": "float32", "switches": {}, "rounds": 9,
     } | changes  # fmt: skip
     file.add((1.0, 2.0, 3.0), **common | {"op": "copy", "provider": "torch"}, metric="gb_per_s", unit="GB/s")
-    file.add((0.09, 0.1, 0.12), **common, metric="ms", unit="ms")
+    file.add((0.09, 0.1, 0.11), **common, metric="ms", unit="ms")
     file.add((30.0, 40.0, 50.0), **common, metric="gb_per_s", unit="GB/s")
     file.add((1.0, 2.5, 3.0), **common, metric="tflop_per_s", unit="TFLOP/s")
     file.add((0.7, 0.84, 0.9), **common, metric="roof_share", unit="1")
@@ -149,8 +149,8 @@ def test_table_of_ops() -> None:
     lines = report.markdown(rows).splitlines()
     op, rates = "| `ln_modulate` | B 2, L 256, D 384, float32 |", "40.0 | 2.50 | 84% | 1.75x (1.50-1.80) |"
     assert lines[2:4] == [
-        f"{op} fwd | `fast` | 200 (90.0-300) | {rates}",
-        f"{op} fwd+bwd | `eager` | 100 (90.0-120) | {rates}",
+        f"{op} fwd | `fast` | 200 (90.0-300), scattered | {rates}",
+        f"{op} fwd+bwd | `eager` | 100 (90.0-110) | {rates}",
     ]
     assert not any("copy`" in line for line in lines)
     assert "`python bench/throughput.py`" in lines[-1]
@@ -298,3 +298,33 @@ def test_a_folder_for_pictures_that_is_a_file(tmp_path: Path, capsys: pytest.Cap
     case_rows(tmp_path / "rows.jsonl")
     assert report.main([str(tmp_path / "rows.jsonl"), "--plots", str(tmp_path / "rows.jsonl")]) == 2
     assert "report: error: --plots: cannot make" in capsys.readouterr().err
+
+
+def test_settings_are_cases_of_their_own_within_a_commit() -> None:
+    def at(commit: str, options: str, p50: float) -> dict:
+        common = COMMON | {"commit": commit, "command": f"python bench/throughput.py {options}"}
+        file = RowFile(None, common)
+        for metric, unit in (("ms", "ms/step"), ("img_per_s", "img/s")):
+            file.add((p50, p50, p50), **fields(metric=metric, unit=unit, rounds=7))
+        return file.rows
+
+    rows = [
+        *at("a", "--lengths 2", 1),
+        *at("a", "", 2),
+        *at("a", "--data=photos", 3),
+        *at("a", "--json x", 4),
+    ]
+    text = report.markdown(rows)
+    assert [n for n in (1, 2, 3, 4) if f"| {n}.00 | {n}.00 (" in text] == [1, 3, 4]
+    text = report.markdown(rows + at("b", "--steps 2", 5))
+    assert [n for n in range(1, 6) if f"| {n}.00 | {n}.00 (" in text] == [5]
+
+
+def test_times_that_scatter_are_marked(tmp_path: Path) -> None:
+    rows = case_rows(tmp_path / "rows.jsonl")
+    assert "cattered" not in report.markdown(rows)
+    (row,) = (row for row in rows if row["metric"] == "ms")
+    row["p80"] = 1.31 * row["p20"]
+    text = report.markdown(rows)
+    assert "| 10.0 (9.00-11.8), scattered |" in text
+    assert text.endswith("Scattered: the 80th percentile is above 1.3 times the 20th, as on a busy machine.")
