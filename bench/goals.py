@@ -9,7 +9,7 @@ from operator import itemgetter
 
 from plots import RATES
 from providers import NAMES, precision
-from rows import Row, few, mode_of
+from rows import Row, few, mode_of, settings
 from sanitize import CALLS
 from steps import SAMPLING_STEPS
 
@@ -18,6 +18,7 @@ Found = tuple[float, str] | None
 Measure = Callable[["Rows"], Found]
 
 XL, S = "MDTv2_XL_2", "MDTv2_S_2"
+SMALLER = ("MDTv2_L_2", "MDTv2_B_2", S)
 FLOAT8 = tuple(name for name in NAMES if "float8" in precision(name))
 OURS = tuple(name for name in NAMES if name.startswith("fast") and name not in FLOAT8)
 COMPILED = tuple(name for name in NAMES if name.startswith("reference-"))
@@ -48,10 +49,12 @@ KEYS = ("bench", "op", "model", "mode", "batch", "shape", "dtype", "provider", "
 
 
 class Rows:
-    """The measured rows of one device: the latest of each case, preferably with enough rounds."""
+    """The measured rows of one device, preferably with enough rounds: ``latest`` of each case, and
+    ``of_runs``, the latest of each case in each run."""
 
     def __init__(self, rows: Sequence[Row]):
-        self.latest: dict[tuple[str, ...], Row] = {}
+        self.latest: dict[tuple[object, ...], Row] = {}
+        self.of_runs: dict[tuple[object, ...], Row] = {}
         for row in rows:
             if row["p50"] is None or row.get("op") in RATES:
                 continue
@@ -59,14 +62,16 @@ class Rows:
                 continue
             keys = (*KEYS, "note") if row["bench"] == "account" else KEYS  # there the note names the line
             case = tuple(str(row.get(key)) for key in keys)
-            if not (few(row) and case in self.latest and not few(self.latest[case])):
-                self.latest[case] = row
+            for kept, key in ((self.latest, case), (self.of_runs, (*case, *run(row)))):
+                if not (few(row) and key in kept and not few(kept[key])):
+                    kept[key] = row
 
-    def of(self, **wanted: object) -> list[Row]:
-        """The rows whose keys have these values, or one of them if a tuple is given."""
+    def of(self, every: bool = False, /, **wanted: object) -> list[Row]:
+        """The rows whose keys have these values, or one of them if a tuple is given. ``every``: of every run,
+        not only the latest."""
         return [
             row
-            for row in self.latest.values()
+            for row in (self.of_runs if every else self.latest).values()
             if all(
                 row.get(key) in value if isinstance(value, tuple) else row.get(key) == value
                 for key, value in wanted.items()
@@ -74,12 +79,18 @@ class Rows:
         ]
 
 
+PARTIAL = "; without "
 UNKEPT = "; of files that no commit holds"
 
 
 def run(row: Row) -> tuple[str | None, str]:
     """What a row has in common with those measured in the same run."""
     return row["commit"], row["command"]
+
+
+def comparable(a: Row, b: Row) -> bool:
+    """Whether two rows are of one commit and measured with the same settings, if not in one run."""
+    return a["commit"] == b["commit"] and settings(a) == settings(b)
 
 
 def named(text: str, *rows: Row) -> str:
@@ -116,30 +127,48 @@ def against(
     model: str, mode: str, batch: int | None, theirs: Sequence[str], metric: str, dtypes: tuple[str, str],
     *, one_run: bool = False,
 ) -> Measure:  # fmt: skip
-    """Our best over their best at one batch: the highest img/s, or the lowest memory. ``one_run`` admits only
-    our rows of the same run, for values that differ between runs: CPU times, and what counts as memory."""
+    """Our best over their best at one batch: the highest img/s, or the lowest memory. Only rows of one commit
+    and the same settings are compared; ``one_run`` admits only those of one run, for values that differ
+    between runs: CPU times, and what counts as memory. Of several such pairs the latest with enough rounds
+    counts. Speed over the reference of the same run is the median of the ratios round by round."""
     pick, value = min if metric == "peak_bytes" else max, itemgetter("p50")
+    same = (lambda a, b: run(a) == run(b)) if one_run else comparable
 
     def measure(rows: Rows) -> Found:
         common = {"bench": "throughput", "metric": metric, "model": model, "mode": mode}
         if batch is not None:
             common["batch"] = batch
-        ours = rows.of(**common, provider=OURS, dtype=dtypes[0])
-        other = rows.of(**common, provider=tuple(theirs), dtype=dtypes[1])
-        batches = {row["batch"] for row in ours} & {row["batch"] for row in other}
-        if not batches:
+        ours = rows.of(True, **common, provider=OURS, dtype=dtypes[0])
+        other = rows.of(True, **common, provider=tuple(theirs), dtype=dtypes[1])
+        pairs = []
+        for one in other:
+            at = one["batch"]
+            beside = [row for row in ours if row["batch"] == at and same(row, one)]
+            if beside:
+                b = pick((row for row in other if row["batch"] == at and same(row, one)), key=value)
+                pairs.append((pick(beside, key=value), b))
+        if not pairs:
             return None
-        at = max(batches)
-        b = pick((row for row in other if row["batch"] == at), key=value)
-        beside = [row for row in ours if row["batch"] == at and (not one_run or run(row) == run(b))]
-        if not beside:
-            return None
-        a = pick(beside, key=value)
+        a, b = max(pairs, key=lambda p: (p[0]["batch"], not any(map(few, p)), p[0]["time"], p[1]["time"]))
         apart = "" if run(a) == run(b) else "; of two runs"
+        newest = max((row for row in ours if row["batch"] == a["batch"]), key=itemgetter("time"))
+        apart += "; of an earlier run" if newest["time"] > a["time"] and run(newest) != run(a) else ""
         over = f" over {b['provider']}" if len(theirs) > 1 else ""
-        return a["p50"] / b["p50"], named(f"{a['provider']}{over}, batch {at}{apart}", a, b)
+        return _over(rows, a, b), named(f"{a['provider']}{over}, batch {a['batch']}{apart}", a, b)
 
     return measure
+
+
+def _over(rows: Rows, a: Row, b: Row) -> float:
+    """``a`` over ``b``: by the rounds' ratios if one run has them, else by the medians."""
+    if (a["metric"], b["provider"], a["dtype"]) == ("img_per_s", "reference", b["dtype"]) and run(a) == run(
+        b
+    ):
+        keys = ("bench", "model", "mode", "batch", "dtype", "provider")
+        for row in rows.of(True, metric="ratio", **{key: a[key] for key in keys}):
+            if run(row) == run(a):
+                return float(row["p50"])
+    return float(a["p50"] / b["p50"])
 
 
 def attention(other: str, *modes: str) -> Measure:
@@ -174,21 +203,38 @@ def roof(ops: tuple[str, ...]) -> Measure:
 
 
 def fewer_ops(rows: Rows) -> Found:
-    """Operations dispatched in a training step, over the reference's."""
-    found = rows.of(bench="account", metric="ops", mode="train", model=XL)
-    base = {row["batch"]: row["p50"] for row in found if row["provider"] == "reference"}
-    ours = [row for row in found if row["provider"] != "reference" and row["batch"] in base]
-    shares = [(row["p50"] / base[row["batch"]], f"{row['note']}, batch {row['batch']}") for row in ours]
-    return min(shares, default=None)
+    """Operations dispatched in a training step, over the reference's: of XL/2, or else of a smaller model
+    with the default switches at its worst batch."""
+    for model in (XL, *SMALLER):
+        found = rows.of(bench="account", metric="ops", mode="train", model=model)
+        base = {row["batch"]: row["p50"] for row in found if row["provider"] == "reference"}
+        ours = [row for row in found if row["provider"] != "reference" and row["batch"] in base]
+        shares = [
+            (row["p50"] / base[row["batch"]], f"{row['note']}, batch {row['batch']}", row["note"])
+            for row in ours
+        ]
+        if shares and model == XL:
+            return min(shares)[:2]
+        shares = [share for share in shares if share[2] == "fast"]
+        if shares:
+            share, case, _ = max(shares)
+            return share, f"{case}; of {model}, not {XL}"
+    return None
 
 
 def sanitized(rows: Rows) -> Found:
-    """The worse of memcheck and racecheck, from runs over all kernels only."""
-    every = rows.of(bench="sanitize", metric="clean", op=("memcheck", "racecheck"))
-    found = [row for row in every if set(CALLS) <= set(row["shape"].split(","))]
-    if {row["op"] for row in found} != {"memcheck", "racecheck"}:
-        return None
-    return min((row["p50"], row["op"]) for row in found)
+    """The worse of memcheck and racecheck, each over as many of the kernels as any run of it."""
+    found = []
+    for tool in ("memcheck", "racecheck"):
+        every = rows.of(bench="sanitize", metric="clean", op=tool)
+        lacking = [[call for call in CALLS if call not in row["shape"].split(",")] for row in every]
+        if not every:
+            return None
+        least = min(map(len, lacking))
+        for row, without in zip(every, lacking):
+            if len(without) == least:
+                found.append((row["p50"], tool + (PARTIAL + ", ".join(without) if without else "")))
+    return min(found)
 
 
 BF16, F32 = ("bfloat16", "bfloat16"), ("float32", "float32")
@@ -238,7 +284,8 @@ def table(rows: Sequence[Row]) -> str:
             if on_cpu == goal.on_cpu and goal.gpu in name and (value := goal.measure(some)) is not None
         ]
         for name, (value, case) in found:
-            said = "met" if goal.met(value) else "**missed**"
+            partial = " so far" if PARTIAL in case else ""
+            said = f"met{partial}" if goal.met(value) else "**missed**"
             lines.append(f"| {goal.what} | {bar} | {_text(value, goal.unit)} ({case}) | {said} | {name} |")
         if not found:
             lines.append(f"| {goal.what} | {bar} | | not measured | |")

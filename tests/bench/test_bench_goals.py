@@ -93,14 +93,37 @@ def test_runs_are_told_apart() -> None:
     speed, peak = "CPU, train S/2 over eager, float32", "CPU, peak memory of S/2 over eager, float32"
     rows = [*on_a_cpu("first", "reference", 10), *on_a_cpu("first", "fast", 14, 0.7)]
     assert "| 1.40x (fast, batch 8) | met |" in said(rows, speed)
-    rows += on_a_cpu("second", "reference", 10)
-    assert said(rows, speed).endswith("| not measured | |")
-    rows += on_a_cpu("second", "fast-compiled", 13, 0.5)
+    rows += on_a_cpu("second", "reference", 20)
+    assert "| 1.40x (fast, batch 8) | met |" in said(rows, speed), "of the run that has both"
+    rows += [row | {"time": "9999"} for row in on_a_cpu("second", "fast-compiled", 26, 0.5)]
     assert "| 1.30x (fast-compiled, batch 8) | met |" in said(rows, speed)
     assert "| 0.50x (fast-compiled, batch 8) | met |" in said(rows, peak)
     rows = [*models("reference-compiled", 200), *(r | {"command": "other"} for r in models("fast", 300))]
     expected = "| 1.50x (fast over reference-compiled, batch 32; of two runs) | met |"
+    goal = "train XL/2 over compiled bfloat16"
+    assert expected in said(rows, goal)
+    for change in ({"commit": "another"}, {"command": "python bench/throughput.py --lengths 2"}):
+        assert said([*rows[:2], *(row | change for row in rows[2:])], goal).endswith("| not measured | |")
+
+
+def test_an_older_pair_of_one_run_counts_and_says_so() -> None:
+    rows = models("reference-compiled", 100, 10) + models("fast", 200, 6)
+    later = {"commit": "later", "time": "9999"}
+    rows += [row | later for row in models("fast", 290, 4)]
+    expected = "| 2.00x (fast over reference-compiled, batch 32; of an earlier run) | met |"
     assert expected in said(rows, "train XL/2 over compiled bfloat16")
+    expected = "| 0.60x (fast over reference-compiled, batch 32; of an earlier run) | **missed** |"
+    assert expected in said(rows, "peak memory, XL/2, batch 32, over compiled")
+
+
+def test_the_ratio_of_one_run_is_by_rounds() -> None:
+    rows = models("reference", 100) + models("fast", 390)
+    common = {key: rows[0][key] for key in ("bench", "model", "mode", "batch", "dtype")}
+    rows += rows_of({"metric": "ratio", "p50": 3.7}, provider="fast", **common)
+    goal = "train XL/2 over eager bfloat16"
+    assert "| 3.70x (fast, batch 32) |" in said(rows, goal)
+    rows[0]["command"] = "another"
+    assert "| 3.90x (fast, batch 32; of two runs) |" in said(rows, goal)
 
 
 def test_few_rounds_say_so_and_replace_no_more() -> None:
@@ -171,7 +194,8 @@ def test_kernels_ops_and_sanitizer() -> None:
     goal = "compute-sanitizer, memcheck and racecheck: clean"
     assert said(rows, goal).endswith("not measured | |")
     some = rows_of({"op": "racecheck", "p50": 1.0}, **clean | {"shape": ",".join(CALLS[1:])})
-    assert said(rows + some, goal).endswith("not measured | |")
+    part = rows_of({"op": "memcheck", "p50": 1.0}, **clean | {"shape": ",".join(CALLS[1:])})
+    assert f"| 100% (memcheck; without {CALLS[0]}) | met so far | an H200 |" in said(part + some, goal)
     assert "| 0% (racecheck) | **missed** |" in said(
         rows + some + rows_of({"op": "racecheck", "p50": 0.0}, **clean), goal
     )
@@ -188,7 +212,11 @@ def test_operations_are_compared_at_one_batch() -> None:
         **steps,
     )
     expected = "| 0.22x (fast with batched_adaln, batch 32) | met |"
-    assert expected in said(rows, "ops dispatched in a training step over eager")
+    goal = "ops dispatched in a training step over eager"
+    assert expected in said(rows, goal)
+    rows = [row | {"model": "MDTv2_S_2"} for row in rows]
+    rows[1]["p50"] = 290
+    assert "| 0.29x (fast, batch 4; of MDTv2_S_2, not MDTv2_XL_2) | **missed** |" in said(rows, goal)
 
 
 def test_rows_of_no_commit() -> None:
