@@ -69,6 +69,17 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0 < (trained - average).abs().max() < 1e-3
 
 
+def test_python_of_the_sampling_step_runs() -> None:
+    """The block of ``kernels/cfg_step/README.md``, with a small model and three steps."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/cfg_step/README.md").read_text(), re.DOTALL)
+    small = "".join(f"{key}={value}, " for key, value in SMALL.items())
+    changes = {"import MDTv2_S_2": "import MDTv2", "MDTv2_S_2(": f"MDTv2({small}", '"50"': '"3"'}
+    names: dict[str, Any] = {}
+    exec(changed(code, {**changes, "decode_layer=6": "decode_layer=4"}), names)
+    assert names["x"].shape == (2, 4, 32, 32)
+    assert names["x"].isfinite().all()
+
+
 def test_python_of_own_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of ``docs/own_models.md``, block after block."""
     monkeypatch.chdir(tmp_path)
