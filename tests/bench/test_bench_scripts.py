@@ -84,3 +84,14 @@ def test_mistakes(script: Any, argv: list[str], message: str, capsys: pytest.Cap
     assert message in said
     assert said.count("\n") == 1
     torch.set_num_threads(threads)
+
+
+def test_the_index_names_every_file() -> None:
+    """A table with the commands, and lists with the modules."""
+    folder = Path(digits.__file__).parent
+    commands, modules = (folder / "README.md").read_text().split("## Modules")
+    for path in folder.glob("*.py"):
+        if "__main__" in path.read_text():
+            assert f"| `{path.name}` |" in commands
+        else:
+            assert f"`{path.stem}`" in modules
