@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -143,6 +143,17 @@ class Timing:
     late: int = 0
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during :func:`take_turns`, with the ``timings`` of the rounds that were complete."""
+
+    def __init__(self, timings: dict[str, Timing], rounds: int):
+        super().__init__()
+        self.timings = {
+            name: replace(one, seconds=one.seconds[:rounds], indices=one.indices[:rounds])
+            for name, one in timings.items()
+        }
+
+
 def take_turns(
     steps: dict[str, Callable[[int], object]],
     device: torch.device,
@@ -163,7 +174,7 @@ def take_turns(
 
     ``seconds`` are per step. A round that has started is finished, so that all have the same number of
     samples. No round starts after ``deadline`` (``time.monotonic``), except for the first ``least``. A step
-    that raises drops out.
+    that raises drops out. Ctrl-C raises :class:`Interrupted`.
     """
     clock = clock or WallClock(device)
     timings = {name: Timing() for name in steps}
@@ -180,6 +191,8 @@ def take_turns(
             indices = [index for index in range(r * inner, (r + 1) * inner) for _ in range(times)]
             try:
                 timings[name].seconds.append(clock(partial(_each, step, indices)) / len(indices))
+            except KeyboardInterrupt:
+                raise Interrupted(timings, r) from None
             except Exception as error:
                 timings[name].error = error
                 let_go(error)

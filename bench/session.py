@@ -12,6 +12,7 @@ from mdt_fast.kernels.backends import tf32
 from mdt_fast.models import flops
 from measure import (
     MIN_ROUNDS,
+    Interrupted,
     Matmul,
     Spread,
     Timing,
@@ -126,10 +127,34 @@ class Session:
         self.say(f"{case.title}: timing {', '.join(steps)}")
         # Memory is measured after the timing, and takes about two rounds.
         least = MIN_ROUNDS if MIN_ROUNDS * inner * slowest * len(turns) <= LEAST_SECONDS else 1
-        timings = take_turns(
-            turns, case.device, repeats=repeats, inner=inner, least=least, again=again,
-            deadline=deadline - 2 * slowest * len(steps),
-        )  # fmt: skip
+        try:
+            timings = take_turns(
+                turns, case.device, repeats=repeats, inner=inner, least=least, again=again,
+                deadline=deadline - 2 * slowest * len(steps),
+            )  # fmt: skip
+        except Interrupted as interrupted:
+            if all(one.seconds or one.error is not None for one in interrupted.timings.values()):
+                self.timed(case, steps, interrupted.timings, matmul, inner, result, found)
+            raise
+        self.timed(case, steps, timings, matmul, inner, result, found)
+        self.say(f"{case.title}: measuring memory")
+        for name, step in steps.items():
+            if found[name].ms is not None:
+                self.memory(case, step, found[name])
+                step.forget()  # gradients would keep a graph alive with all its memory
+        return result
+
+    def timed(
+        self,
+        case: Case,
+        steps: dict[str, Step],
+        timings: dict[str, Timing],
+        matmul: Matmul,
+        inner: int,
+        result: CaseResult,
+        found: dict[str, Result],
+    ) -> None:
+        """Write the rows of a case's rounds."""
         if timings["matmul"].error is None:
             matmul.see(timings["matmul"])
         result.peak = matmul.best / 1e12
@@ -155,12 +180,6 @@ class Session:
                 continue
             result.repeats = len(timings[name].seconds)
             self.evaluate(case, step, timings, inner, result, found[name])
-        self.say(f"{case.title}: measuring memory")
-        for name, step in steps.items():
-            if found[name].ms is not None:
-                self.memory(case, step, found[name])
-                step.forget()  # gradients would keep a graph alive with all its memory
-        return result
 
     def agreeing(
         self,

@@ -178,6 +178,36 @@ def test_ctrl_c_keeps_the_rows_made(
     assert f"interrupted; {len(rows)} rows so far are in" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("complete", [0, 2])
+def test_ctrl_c_keeps_the_complete_rounds_of_the_case(
+    complete: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(turns: dict, device: torch.device, **options: object) -> dict[str, Timing]:
+        if "matmul" not in turns:
+            return timed(turns, device, **options)
+        calls = dict.fromkeys(turns, 0)
+
+        def matmul(index: int) -> None:
+            calls["matmul"] += 1
+            if calls["matmul"] > complete:
+                raise KeyboardInterrupt
+            turns["matmul"](index)
+
+        return timed(turns | {"matmul": matmul}, device, **{**options, "repeats": 9, "least": 9})
+
+    timed = session.take_turns
+    monkeypatch.setattr(session, "take_turns", interrupted)
+    rows_file = tmp_path / "rows.jsonl"
+    flags = [*FLAGS, "--providers", "reference,fast", "--mode", "sample", "--json", str(rows_file)]
+    assert throughput.main(flags) == 130
+    rows = read([rows_file])
+    kept = [(row["provider"], row["rounds"]) for row in rows if row["metric"] == "ms"]
+    assert kept == ([("reference", 2), ("fast", 2)] if complete else [])
+    assert not any(row["metric"] == "peak_bytes" for row in rows)
+    assert f"interrupted; {len(rows)} rows so far are in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_steps_agree(dtype: str, tmp_path: Path) -> None:
     """MDT v1 and DiT, at a tiny size, in every mode."""
