@@ -41,9 +41,11 @@ def official_config(
     shape, rows = said_by_weights(files.model, weights)
     written, process, latents = _written_with(files)
     name, given = named_preset(args)
-    preset = name or _published(shape, "images" if process else None)
+    source = args.data or given.get("data", {}).get("source")
+    others = "digits" if source == "digits" else "images"  # digits are not mirrored
+    preset = name or _published(shape, others if process else None)
     values = to_dict(PRESETS[preset])
-    why = "by the shape of the weights" if preset != "images" else "as no published model has this shape"
+    why = "by the shape of the weights" if preset != others else "as no published model has this shape"
     notes = [] if name else [f"preset {preset}, {why}"]
     if written:
         notes.append(f"the model{' and its diffusion' if process else ''}: as written in {files.model.name}")

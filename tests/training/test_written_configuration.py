@@ -50,7 +50,7 @@ def test_what_convert_writes_is_enough(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["convert", str(tmp_path / "old"), str(tmp_path / "w.safetensors")]) == 0
     assert main(["convert", str(tmp_path / "w.safetensors"), str(tmp_path / "new"), *DATA]) == 0
     printed = capsys.readouterr().out
-    assert "preset images, as no published model has this shape" in printed
+    assert "preset digits, as no published model has this shape" in printed
     assert "the model and its diffusion: as written in w.safetensors" in printed
     opened = open_checkpoint(tmp_path / "new").config
     assert (opened.model, opened.diffusion) == (trained.model, PROCESS)
@@ -135,7 +135,7 @@ def test_a_model_on_pixels_says_what_images_it_takes(
     path = written(tmp_path, "mdtv2")[1]
     assert main(["convert", str(path), str(tmp_path / "digits"), "--data=digits"]) == 0
     opened = open_checkpoint(tmp_path / "digits").config
-    assert (opened.data.image_size, opened.data.channels) == (8, 1)
+    assert (opened.data.image_size, opened.data.channels, opened.data.flip) == (8, 1, False)
     path = on_photos(tmp_path)
     assert main(["convert", str(path), str(tmp_path / "run"), f"--data={photos}"]) == 0
     opened = open_checkpoint(tmp_path / "run").config
