@@ -181,25 +181,38 @@ def take_turns(
     for r in range(repeats):
         if r >= least and time.monotonic() > deadline:
             break
-        order = list(steps.items())
-        if shuffle:
-            random.Random(r).shuffle(order)
-        for name, step in order:
-            if timings[name].error is not None:
-                continue
-            times = (again or {}).get(name, 1)
-            indices = [index for index in range(r * inner, (r + 1) * inner) for _ in range(times)]
-            try:
-                timings[name].seconds.append(clock(partial(_each, step, indices)) / len(indices))
-            except KeyboardInterrupt:
-                raise Interrupted(timings, r) from None
-            except Exception as error:
-                timings[name].error = error
-                let_go(error)
-                continue
-            timings[name].indices.append(r * inner)
-            timings[name].late += clock.late
+        try:
+            _round(r, steps, timings, clock, inner, shuffle, again or {})
+        except KeyboardInterrupt:
+            raise Interrupted(timings, r) from None
     return timings
+
+
+def _round(
+    r: int,
+    steps: dict[str, Callable[[int], object]],
+    timings: dict[str, Timing],
+    clock: Clock,
+    inner: int,
+    shuffle: bool,
+    again: Mapping[str, int],
+) -> None:
+    order = list(steps.items())
+    if shuffle:
+        random.Random(r).shuffle(order)
+    for name, step in order:
+        if timings[name].error is not None:
+            continue
+        times = again.get(name, 1)
+        indices = [index for index in range(r * inner, (r + 1) * inner) for _ in range(times)]
+        try:
+            timings[name].seconds.append(clock(partial(_each, step, indices)) / len(indices))
+        except Exception as error:
+            timings[name].error = error
+            let_go(error)
+            continue
+        timings[name].indices.append(r * inner)
+        timings[name].late += clock.late
 
 
 def release(device: torch.device) -> None:

@@ -73,9 +73,9 @@ class MaskPlan:
         if not _is_whole(len_keep):
             raise UserError(f"len_keep: got {len_keep!r}, expected integers")
         if not isinstance(noise, Tensor):
-            raise UserError(f"noise: expected floats [batch, tokens], got {_named(noise)}")
+            raise UserError(f"noise: got {_named(noise)}, expected floats [batch, tokens]")
         if noise.ndim != 2 or not noise.is_floating_point():
-            raise UserError(f"noise: expected floats [batch, tokens], got {noise.dtype} {list(noise.shape)}")
+            raise UserError(f"noise: got {noise.dtype} {list(noise.shape)}, expected floats [batch, tokens]")
         if readable(noise) and noise.isnan().any():
             raise UserError("noise: has NaN values; expected ordinary numbers")
         if not 0 <= len_keep <= noise.shape[1]:

@@ -50,13 +50,19 @@ def test_lengths_at_256_tokens() -> None:
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, expected integers"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, expected integers"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), "2"), "len_keep: got '2', expected integers"),
-        (lambda: MaskPlan.from_noise([[0.1]], 1), r"noise: expected floats \[batch, tokens\], got a list"),
+        (lambda: MaskPlan.from_noise([[0.1]], 1), r"noise: got a list, expected floats \[batch, tokens\]"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0]]), 4.0), r"num_tokens: got 4\.0, expected an integer"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0]]), -1), "num_tokens: got -1, expected an integer of 0"),
         (lambda: MaskPlan.draw(-1, 4, 0.3, random_ratio=False), "batch: got -1, expected an integer of 0"),
         (lambda: MaskPlan.draw(1, 4, "a", random_ratio=False), "mask_ratio: got 'a', expected 0..1"),
-        (lambda: MaskPlan.from_noise(torch.rand(4), 2), r"noise: expected floats \[batch, tokens\]"),
-        (lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2), "noise: expected floats"),
+        (
+            lambda: MaskPlan.from_noise(torch.rand(4), 2),
+            r"noise: got torch.float32 \[4\], expected floats \[batch, tokens\]",
+        ),
+        (
+            lambda: MaskPlan.from_noise(torch.ones(2, 4, dtype=torch.int64), 2),
+            r"noise: got torch.int64 .*, expected floats",
+        ),
         (lambda: MaskPlan.from_noise(torch.full((1, 4), torch.nan), 2), "noise: has NaN values"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0, 4]]), 4), "ids_keep: values 0..4, expected 0..3"),
         (

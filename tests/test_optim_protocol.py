@@ -259,21 +259,21 @@ def test_the_step_compiles(cls: Any) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"lr": -1.0}, "lr: must be at least 0 and finite, got -1.0"),
-    ({"lr": "1"}, "lr: must be at least 0 and finite, got '1'"),
-    ({"lr": None}, "lr: must be at least 0 and finite, got None"),
-    ({"lr": torch.tensor(float("nan"))}, "lr: must be at least 0 and finite, got nan"),
-    ({"lr": torch.tensor(-1.0)}, "lr: must be at least 0 and finite, got -1.0"),
-    ({"eps": 10**400}, "eps: must be at least 0 and finite, got 1000"),
-    ({"betas": None}, "values in [0, 1) needed, got None"),
-    ({"betas": "ab"}, "values in [0, 1) needed, got 'ab'"),
-    ({"max_grad_norm": None}, "max_grad_norm: must be at least 0 and finite, got None"),
+    ({"lr": -1.0}, "lr: got -1.0"),
+    ({"lr": "1"}, "lr: got '1'"),
+    ({"lr": None}, "lr: got None"),
+    ({"lr": torch.tensor(float("nan"))}, "lr: got nan"),
+    ({"lr": torch.tensor(-1.0)}, "lr: got -1.0"),
+    ({"eps": 10**400}, "eps: got 1000"),
+    ({"betas": None}, "betas: got None"),
+    ({"betas": "ab"}, "betas: got 'ab'"),
+    ({"max_grad_norm": None}, "max_grad_norm: got None"),
     ({"lr": torch.ones(2)}, "lr: a tensor of shape [2], expected a single number"),
-    ({"eps": -1.0}, "eps: must be at least 0 and finite, got -1.0"),
-    ({"weight_decay": float("nan")}, "weight_decay: must be at least 0 and finite, got nan"),
-    ({"betas": (0.9,)}, "values in [0, 1) needed, got (0.9,)"),
-    ({"betas": (0.9, 0.9, 1.0)}, "values in [0, 1) needed, got (0.9, 0.9, 1.0)"),
-    ({"max_grad_norm": -1.0}, "max_grad_norm: must be at least 0 and finite, got -1.0"),
+    ({"eps": -1.0}, "eps: got -1.0"),
+    ({"weight_decay": float("nan")}, "weight_decay: got nan"),
+    ({"betas": (0.9,)}, "betas: got (0.9,)"),
+    ({"betas": (0.9, 0.9, 1.0)}, "betas: got (0.9, 0.9, 1.0)"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),
     ({"clip_norm": "local"}, "clip_norm: got 'local', expected global, rank"),
     (
         {"moments_dtype": torch.float16},
@@ -334,7 +334,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     other["param_groups"][0]["betas"] = (0.9, 0.999)
     for state, message in (
         (clipped, "max_grad_norm: 1 in the loaded state, 0 in this optimizer; make it with max_grad_norm=1"),
-        (other, r"betas: three values in \[0, 1\) needed, got \(0.9, 0.999\)"),
+        (other, r"betas: got \(0.9, 0.999\), expected three values in \[0, 1\)"),
         (adamw.state_dict(), "state of parameter 0: no 'exp_avg_diff'; it has step, exp_avg, exp_avg_sq"),
         (wrong, r"state of parameter 0: exp_avg of shape \[2\], or sharded otherwise, for .* \[7, 5\]"),
         (cautious, "caution: True is not supported, only False"),
@@ -371,7 +371,7 @@ def test_a_rate_set_later_is_checked(lr: float) -> None:
     optimizer.step()
     before = bits(optimizer, [p])
     optimizer.param_groups[0]["lr"] = lr
-    with pytest.raises(UserError, match="lr: must be at least 0 and finite, got"):
+    with pytest.raises(UserError, match=r"lr: got .*, expected a finite number of 0 or more"):
         optimizer.step()
     assert same(before, bits(optimizer, [p]))
 

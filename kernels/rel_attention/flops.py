@@ -14,10 +14,11 @@ from . import registered as registered  # registers the ops
 
 def _product(queries: int, q_offsets: Tensor | None, keys: int, k_offsets: Tensor | None, batch: int) -> int:
     """The number of scores of one head. A ragged batch has those of its true lengths if the offsets can be
-    read, else those of the bounds ``queries`` and ``keys``."""
+    read (which waits for a GPU), else those of the bounds ``queries`` and ``keys``."""
     if q_offsets is None or k_offsets is None:
         return batch * queries * keys
-    if any(type(x) not in PLAIN or x.is_meta for x in (q_offsets, k_offsets)):
+    unreadable = any(type(x) not in PLAIN or x.is_meta for x in (q_offsets, k_offsets))
+    if unreadable or (q_offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
         return (len(q_offsets) - 1) * queries * keys
     return int((q_offsets.diff().long() * k_offsets.diff().long()).sum())
 

@@ -14,11 +14,14 @@ class WithoutOfficialParts(nn.Module):
     absent: ClassVar[tuple[str, ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.absent and not isinstance(value, nn.Identity) and self._would_do_nothing():
+        off = (
+            value is None or isinstance(value, nn.Identity) or (isinstance(value, nn.Dropout) and not value.p)
+        )
+        if name in self.absent and not off and self._would_do_nothing():
             cls = type(self).__name__
             raise UserError(
-                f"{name}: got a {type(value).__name__}, but {cls} does not have it, so this would have no "
-                "effect; expected a subclass or another forward that uses it (docs/own_models.md)"
+                f"{name}: got a {type(value).__name__}, which {cls} would not use; expected a subclass of "
+                f"{cls} that does, or {cls}.forward replaced first (docs/own_models.md)"
             )
         super().__setattr__(name, value)
 

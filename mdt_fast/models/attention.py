@@ -106,6 +106,13 @@ class Attention(WithoutOfficialParts):
         return "sdpa" if automatic and not self.switches.fused_attention else self.attention_backend
 
 
+def _takes_rows(attn: Attention) -> bool:
+    code = getattr(type(attn).forward, "__code__", None)
+    if code is None or code.co_flags & CO_VARKEYWORDS:
+        return code is not None
+    return "rows" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
 def attend(attn: nn.Module, x: Tensor, rows: Rows) -> Tensor:
     """Call an attention module, of the user's or with hooks, on tokens x. In a masked pass, every
     :class:`Attention` in it is told which tokens they are. Raises ``UserError`` if there is none."""
@@ -120,7 +127,8 @@ def attend(attn: nn.Module, x: Tensor, rows: Rows) -> Tensor:
             "be told which tokens a mask keeps"
         )
     # What is recomputed in the backward pass must have been given them.
-    hands_on = "forward" not in vars(attn) and type(attn).forward.__code__.co_flags & CO_VARKEYWORDS
+    code = None if "forward" in vars(attn) else getattr(type(attn).forward, "__code__", None)
+    hands_on = code is not None and code.co_flags & CO_VARKEYWORDS and all(map(_takes_rows, inside))
     for module in inside:
         module.rows = rows
     try:

@@ -3,6 +3,7 @@
 B batch, S side of the image (or latent), C its channels, O output channels, L tokens, D width.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from inspect import isfunction
 from typing import Any, Self
@@ -98,9 +99,10 @@ class Transformer(Pretrained):
         super().__init_subclass__(**kwargs)
         for name, instead in OFFICIAL_METHODS.items():
             if hasattr(cls, name) and not _is_called(cls, name):
-                raise UserError(
-                    f"{name}: {cls.__name__} defines it, but nothing calls it; override {instead}"
+                text = (
+                    f"{name}: {cls.__name__} defines it, but the model does not call it; override {instead}"
                 )
+                warnings.warn(text, stacklevel=2)
 
     def initialize_weights(self) -> None:
         """Set the initial weights, with the official values for a seed; the constructor calls it."""
@@ -327,7 +329,8 @@ class Transformer(Pretrained):
             found = f"{int(y.min())}..{int(y.max())}"
             raise UserError(f"{label}: labels {found}, expected 0..{rows - 1}{null}")
         if not torch.isfinite(t).all():
-            raise UserError(f"t: values {t.min().item()}..{t.max().item()}, expected finite numbers")
+            found = f"{t.min().item()}..{t.max().item()}"
+            raise UserError(f"t: got values {found}, expected finite numbers")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .cuda() and the like copy every buffer: make the layers share one index again.

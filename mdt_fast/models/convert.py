@@ -316,7 +316,11 @@ def from_reference(module: nn.Module) -> Transformer:
     else:
         differ = lost_in_conversion(module)
     if differ:
-        raise UserError(f"module: computes more than its weights say: {'; '.join(differ[:2])}")
+        more = ", ..." if differ[2:] else ""
+        raise UserError(
+            f"module: got one that computes more than its weights say ({'; '.join(differ[:2])}{more}), "
+            "expected the published layers alone"
+        )
     fast.load_state_dict(state, strict=True, assign=True)
     for key, parameter in fast.named_parameters():
         # Assigning gave the given module's own parameters the fast model's requires_grad.

@@ -3,9 +3,11 @@
 import importlib
 import importlib.machinery
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -88,8 +90,12 @@ def _official_names(package: ModuleType, official: ModuleType | None) -> Callabl
 
 
 def _load_official(package: ModuleType, name: str) -> ModuleType:
-    """The official module, without a place in ``sys.modules``; ``ImportError`` says what there is instead."""
+    """The official module, without a place in ``sys.modules``. ``ImportError`` says what there is instead;
+    ``AttributeError`` for a name that is none of the official module's, which is not run for it."""
     spec = importlib.machinery.PathFinder.find_spec(MODULE, list(package.__path__))
+    source = Path(spec.origin).read_text() if spec is not None and spec.origin is not None else ""
+    if name not in IN_PLACE and not re.search(rf"\b{re.escape(name)}\b", source):
+        raise AttributeError(f"module {MODULE!r} has no attribute {name!r}")
     reason = "there is no models.py"
     if spec is not None and spec.loader is not None:
         module = importlib.util.module_from_spec(spec)

@@ -59,12 +59,13 @@ def known(cls: Kind) -> Kind:
 
 def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` runs exactly the forward pass of ``kind``: no subclass (except float8's), no
-    hooks, no ``forward`` replaced on the module or in its class."""
+    hooks, not compiled by itself, no ``forward`` replaced on the module or in its class."""
     own, cls = vars(module), type(module)  # attributes of a module are slow, and a block checks eight layers
     if cls is not kind and not (kind is nn.Linear and cls is Float8Linear):
         return False
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
     hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    hooked = hooked or own.get("_compiled_call_impl") is not None  # by module.compile()
     return not hooked and "forward" not in own and cls.forward is FORWARDS[cls]
 
 

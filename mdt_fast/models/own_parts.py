@@ -78,7 +78,7 @@ def lost_in_conversion(module: nn.Module) -> list[str]:
     found = hooked_parts(module)
     for name, part in module.named_modules():
         where = name or type(part).__name__
-        if "forward" in vars(part):
+        if "forward" in vars(part) and not OFFLOADING & vars(part).keys():
             found.append(f"{where} has a forward of its own")
         elif _overrides(part):
             found.append(f"{where} has the forward of a derived class, {type(part).__name__}")

@@ -159,8 +159,6 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
     modules: tuple[nn.Module, ...] = block, block.attn, block.mlp
     if not all(map(is_itself, modules, (Block, Attention, Mlp))):
         return
-    if any(m._compiled_call_impl is not None for m in modules):
-        return
     for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.skip_linear):
         if layer is None or not is_plain(layer):
             continue

@@ -194,7 +194,7 @@ def check_numbers(
     given = group["betas"]
     several = isinstance(given, Sequence | Tensor) and not isinstance(given, str) and len(given) == betas
     if not several or not all(_is_number(beta) and 0 <= beta < 1 for beta in given):
-        raise UserError(f"betas: {NUMBERS[betas]} values in [0, 1) needed, got {given!r}")
+        raise UserError(f"betas: got {given!r}, expected {NUMBERS[betas]} values in [0, 1)")
 
 
 def check_before_step(group: dict[str, Any], fixed: Mapping[str, Any], refused: Sequence[str]) -> None:
@@ -210,11 +210,13 @@ def check_before_step(group: dict[str, Any], fixed: Mapping[str, Any], refused: 
 def at_least_0(name: str, value: Any, largest: float = sys.float_info.max) -> None:
     """Raise ``UserError`` unless ``value`` is a number from 0 to ``largest``, which stands for infinity."""
     if not _is_number(value) or not 0 <= value <= largest:
-        raise UserError(f"{name}: must be at least 0 and finite, got {value!r}")
+        raise UserError(f"{name}: got {value!r}, expected a finite number of 0 or more")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real | Tensor)
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _entries(loaded: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:

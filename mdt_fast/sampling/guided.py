@@ -23,6 +23,7 @@ from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..kernels.registry import PLAIN
 from ..masking import MaskPlan
 from ..models.base import Transformer
+from ..models.ops import is_ours
 from ..models.sampling import (
     CastWeights,
     StepModulations,
@@ -84,8 +85,9 @@ def _around(module: nn.Module) -> tuple[Any, ...]:
 
 def _channels_of(model: Any) -> int:
     """The number of channels to guide of a model, which may be a user's own module."""
-    C, outputs = int(model.in_channels), getattr(model, "out_channels", None)
-    return channels_to_guide(C, outputs, getattr(model, "learn_sigma", False))
+    if isinstance(model, Transformer):
+        return channels_to_guide(model.in_channels, model.out_channels, model.learn_sigma)
+    return channels_to_guide(int(model.in_channels))
 
 
 def check_own_guidance(model: nn.Module, config: SampleConfig) -> None:
@@ -93,7 +95,7 @@ def check_own_guidance(model: nn.Module, config: SampleConfig) -> None:
     guidance = getattr(type(model), "forward_with_cfg", None)
     if config.cfg_scale == 1 or not isinstance(model, Transformer) or guidance is None:
         return
-    if guidance.__module__.split(".")[0] != __package__.split(".")[0]:
+    if not is_ours(guidance):
         raise UserError(
             f"model: got {type(model).__name__} with its own forward_with_cfg, which is not called here; "
             "expected a loop over it, create_diffusion(...).p_sample_loop(model.forward_with_cfg, ...), or "

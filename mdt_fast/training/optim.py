@@ -18,7 +18,7 @@ def build_optimizer(params: Iterable[Tensor], config: TrainConfig) -> FusedAdan 
     """Build the optimiser that ``config`` names, over the parameters that require a gradient."""
     for name, value in (("lr", config.lr), ("weight_decay", config.weight_decay)):
         if not 0 <= value < float("inf"):
-            raise UserError(f"train.{name}: must be at least 0 and finite, got {value}")
+            raise UserError(f"train.{name}: got {value}, expected a finite number of 0 or more")
     trained = [p for p in params if p.requires_grad]
     cls: type[FusedAdan | FusedAdamW] = FusedAdan if config.optimizer == "adan" else FusedAdamW
     return cls(

@@ -73,7 +73,8 @@ class TrainingStep:
         if model.drops_by_itself and getattr(embedder, "dropout_prob", False):
             name = type(embedder).__name__
             raise UserError(
-                f"model: its y_embedder, a {name}, has a dropout_prob but no method drop(y) of its own"
+                f"y_embedder: got a {name}, which drops labels in its own forward; expected one with a "
+                "method drop(y) for it"
             )
         self.numbers, self.device = Numbers(model), weight.device
         self.made: Passes | GraphedPasses | None = None

@@ -282,6 +282,27 @@ def test_install_replaces_the_official_models(
             sys.modules.pop(name, None)
 
 
+def test_an_official_file_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "masked_diffusion"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "models.py").write_text("import not_installed\nhelper = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install()
+    try:
+        import masked_diffusion.models as official
+
+        assert not hasattr(official, "nothing")  # what looks through all modules asks for anything
+        with pytest.raises(ImportError, match=r"^helper: .* cannot be imported .*not_installed"):
+            official.__getattr__("helper")
+        with pytest.raises(ImportError, match=r"provides mdt_fast\.models\.blocks\.Block in its place"):
+            official.__getattr__("MDTBlock")
+    finally:
+        uninstall()
+        for name in ("masked_diffusion.models", "masked_diffusion"):
+            sys.modules.pop(name, None)
+
+
 def test_weights_go_into_what_wraps_a_model() -> None:
     source = randomised(MDTv2(**TINY))
     for wrap in (torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))):

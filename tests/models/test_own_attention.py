@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from mdt_fast import MDT, DiT, MDTv2, Switches, reference
 from mdt_fast.errors import UserError
+from mdt_fast.models.attention import Attention
 from tolerances import FLOAT64, relative_error
 
 FAMILIES = (MDTv2, MDT, DiT)
@@ -232,3 +233,41 @@ def test_a_parametrized_layer_within_a_hooked_part() -> None:
         model.blocks[0].attn.register_forward_hook(lambda module, given, out: out + 1)
         register_parametrization(model.blocks[0].attn.qkv, "weight", Doubling())
     assert relative_error(ours(X, T, Y), theirs(X, T, Y)) < FLOAT64
+
+
+def test_a_part_compiled_by_itself_runs_compiled() -> None:
+    model, _ = pair(DiT)
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.append(len(inputs))
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(X, T, Y)
+        model.blocks[0].attn.compile(backend=backend)
+        model.blocks[0].mlp.compile(backend=backend)
+        torch.testing.assert_close(model(X, T, Y), expected)
+    assert len(seen) >= 2
+
+
+def test_a_wrapper_hands_rows_on_only_to_what_takes_them() -> None:
+    class Own(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Around(nn.Module):
+        def __init__(self, attn: nn.Module) -> None:
+            super().__init__()
+            self.attn = attn
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.attn(*args, **kwargs)
+
+    model, _ = pair(MDTv2)
+    plan = model.draw_plan(3, X.device)
+    expected = model(X, T, Y, mask_plan=plan)
+    for block in model.every_block():
+        block.attn.__class__ = Own
+        block.attn = Around(block.attn)
+    torch.testing.assert_close(model(X, T, Y, mask_plan=plan), expected)
