@@ -197,6 +197,7 @@ def _round(
     shuffle: bool,
     again: Mapping[str, int],
 ) -> None:
+    """One round of :func:`take_turns`."""
     order = list(steps.items())
     if shuffle:
         random.Random(r).shuffle(order)

@@ -210,13 +210,13 @@ def test_kernel(
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 def test_a_number_guides_the_same_whatever_the_default_dtype(default: torch.dtype) -> None:
-    args = {"output": torch.randn(2, 8, 4), "x": torch.randn(2, 4, 4), "noise": None}
+    args: dict[str, Any] = {"output": torch.randn(2, 8, 4), "x": torch.randn(2, 4, 4), "noise": None}
     row = ddim_coefficients([0.9, 0.3])[1]
-    expected = cfg_step(**args, coefficients=row, scale=torch.full((1,), 3.8001), kind="ddim")  # type: ignore[arg-type]
+    expected = cfg_step(**args, coefficients=row, scale=torch.full((1,), 3.8001), kind="ddim")
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(default)
-        ours = cfg_step(**args, coefficients=row, scale=3.8001, kind="ddim")  # type: ignore[arg-type]
+        ours = cfg_step(**args, coefficients=row, scale=3.8001, kind="ddim")
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
