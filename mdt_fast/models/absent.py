@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import UserError
+from .own import is_ours
 
 
 class WithoutOfficialParts(nn.Module):
@@ -17,14 +18,10 @@ class WithoutOfficialParts(nn.Module):
         off = (
             value is None or isinstance(value, nn.Identity) or (isinstance(value, nn.Dropout) and not value.p)
         )
-        if name in self.absent and not off and self._would_do_nothing():
+        if name in self.absent and not off and is_ours(type(self)) and "forward" not in vars(self):
             cls = type(self).__name__
             raise UserError(
                 f"{name}: got a {type(value).__name__}, which {cls} would not use; expected a subclass of "
                 f"{cls} that does, or {cls}.forward replaced first (docs/own_models.md)"
             )
         super().__setattr__(name, value)
-
-    def _would_do_nothing(self) -> bool:
-        ours = type(self).__module__.startswith(f"{__package__}.")
-        return ours and "forward" not in vars(self)

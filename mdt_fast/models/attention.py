@@ -12,7 +12,8 @@ from ..kernels.rel_attention.config import TableGrad
 from ..reference.init import init_bias_table
 from ..reference.layers import relative_position_index
 from .absent import WithoutOfficialParts
-from .ops import apply_linear, known
+from .ops import apply_linear
+from .own import known
 from .rows import WHOLE, Rows
 
 

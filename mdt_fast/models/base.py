@@ -25,7 +25,7 @@ from .checkpointing import CHECKPOINTING
 from .conditioning import Conditioning, conditioning
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from .hub import Pretrained
-from .ops import is_itself, takes_ours
+from .own import is_itself, is_ours, takes_ours
 from .rows import WHOLE, Rows
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -344,7 +344,7 @@ class Transformer(Pretrained):
 
 def _is_called(cls: type, name: str) -> bool:
     """Whether a method, other than itself, of a class outside of this package mentions ``name``."""
-    theirs = (each for each in cls.__mro__ if not each.__module__.startswith(f"{__package__}."))
+    theirs = (each for each in cls.__mro__ if not is_ours(each))
     methods = [method for each in theirs for key, method in vars(each).items() if key != name]
     return any(name in method.__code__.co_names for method in methods if isfunction(method))
 

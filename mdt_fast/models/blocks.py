@@ -23,15 +23,12 @@ from .ops import (
     gated,
     gated_norm_linear,
     in_float8,
-    is_itself,
-    is_plain,
-    known,
     modulation_from,
     norm,
     norm_linear,
     residual_norm_linear,
-    takes_ours,
 )
+from .own import is_itself, is_plain, known, takes_ours
 from .rows import WHOLE, Rows
 
 

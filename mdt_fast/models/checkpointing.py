@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from .own import OURS, home, is_watched
+
 CHECKPOINTING = ("none", "selective", "full")
 
 ATTENTION = ("rel_attention", "rel_attention_qkvpacked", "scaled_dot_product", "_flash_attn")
@@ -25,9 +27,8 @@ def draws(block: nn.Module) -> bool:
         cls, itself = type(module), module is block
         if itself and isinstance(module, FSDPModule):
             cls = cls.__mro__[2]  # after FSDP's class for this block and FSDPModule comes the original class
-        ours = cls in LAYERS or cls.__module__.partition(".")[0] in ("mdt_fast", "torchao")
-        hooked = not itself and (module._forward_hooks or module._forward_pre_hooks)
-        if not ours or hooked or "forward" in vars(module):
+        ours = cls in LAYERS or home(cls) in (OURS, "torchao")
+        if not ours or ("forward" in vars(module) if itself else is_watched(module)):
             return True
     return False
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import Block
-from .ops import is_plain, takes_activated
+from .ops import takes_activated
+from .own import is_plain
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..kernels.tokens import reference
 from ..masking import MaskPlan
 from ..reference.embed import LabelEmbedder, TimestepEmbedder
 from .absent import WithoutOfficialParts
-from .ops import is_itself, is_plain, known
+from .own import is_itself, is_plain, known
 
 __all__ = ["LabelEmbedder", "PatchEmbed", "TimestepEmbedder"]
 

@@ -13,7 +13,8 @@ from ..config import ModelConfig
 from ..errors import UserError, not_importable
 from ..kernels.float8.registered import CAPABILITIES, MULTIPLE, multiplies
 from .base import Transformer
-from .ops import Float8Linear, is_readable
+from .ops import Float8Linear
+from .own import is_readable
 
 LAYERS = {
     "kernels": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),

@@ -14,7 +14,7 @@ from torch.nn.modules import module as hooks_of_all
 from ..cuda_graphs import WARM_UP, Graphed, Numbers, key_of
 from ..errors import UserError
 from .base import Transformer
-from .ops import is_ours
+from .own import OURS, home, is_wrapped, keeps
 
 METHODS = "forward", "forward_with_cfg"
 OWN = "model", "numbers", "names", "graphs", "plain", "warm_up"
@@ -225,8 +225,7 @@ def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
     subclass's method, no hooks, nothing compiled, no counter of operations, no other graph."""
     if name not in METHODS or method not in (model, getattr(model, name)):
         return False
-    called = [getattr(type(model), each) for each in (name, "forward")]
-    if not all(map(is_ours, called)):
+    if not keeps(model, name, "forward"):
         return False
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
         return False
@@ -236,9 +235,9 @@ def _ours(model: Transformer, method: Callable[..., Tensor], name: str) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    homes = {each.__module__.partition(".")[0] for each in (type(module), type(module).forward)}
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
-    return homes <= {"torch", "mdt_fast"} and not hooks and not any(map(callable, vars(module).values()))
+    homes = {home(type(module)), home(type(module).forward)}
+    own = any(map(callable, vars(module).values()))
+    return homes <= {"torch", OURS} and not own and not is_wrapped(module)
 
 
 def mark(output: Tensor) -> torch.cuda.Event:

@@ -4,13 +4,8 @@ x [B, L, D], or packed rows [R, D] with ``offsets``; modulations [B, D]. ``recom
 normalised activations for the backward pass.
 """
 
-from typing import Any, TypeGuard, TypeVar
-
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 from ..kernels import (
     gate_residual,
@@ -23,11 +18,12 @@ from ..kernels import (
 )
 from ..kernels.linear.op import Float8
 from ..kernels.ln_modulate import reference
-from ..kernels.registry import PLAIN
+from .own import is_itself, is_readable, known, plain_parameters
 
 EPS = 1e-6
 
 
+@known
 class Float8Linear(nn.Linear):
     """A linear layer with float8 products, except the one for its weight's gradient (see ``float8.py``).
 
@@ -42,79 +38,11 @@ class Float8Linear(nn.Linear):
         return linear(input, self.weight, self.bias, float8=in_float8(self))
 
 
-FORWARDS: dict[type[nn.Module], Any] = {
-    cls: cls.forward for cls in (nn.Linear, nn.Conv2d, nn.Sequential, nn.SiLU, Float8Linear)
-}
-"""The forward methods as they are defined, to notice if someone replaces one in its class."""
-
-
-Kind = TypeVar("Kind", bound=type[nn.Module])
-
-
-def known(cls: Kind) -> Kind:
-    """Add a class of this package to ``FORWARDS``."""
-    FORWARDS[cls] = cls.forward
-    return cls
-
-
-def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` runs exactly the forward pass of ``kind``: no subclass (except float8's), no
-    hooks, not compiled by itself, no ``forward`` replaced on the module or in its class."""
-    own, cls = vars(module), type(module)  # attributes of a module are slow, and a block checks eight layers
-    if cls is not kind and not (kind is nn.Linear and cls is Float8Linear):
-        return False
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    hooked = hooked or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    hooked = hooked or own.get("_compiled_call_impl") is not None  # by module.compile()
-    return not hooked and "forward" not in own and cls.forward is FORWARDS[cls]
-
-
-def is_ours(method: Any) -> bool:
-    """Whether the function is this package's, and not one around it."""
-    home = getattr(method, "__module__", None) or ""
-    return home.startswith(f"{__package__}.") and not hasattr(method, "__wrapped__")
-
-
-def takes_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` runs the forward pass of ``kind`` with arguments that nobody else sees or changes.
-
-    It may be of a subclass with the same ``forward``, have hooks that see its output, or be sharded by FSDP,
-    whose hook before the forward pass changes no values.
-    """
-    own, cls = vars(module), type(module)
-    if cls.forward is not FORWARDS[kind] or "forward" in own:
-        return False
-    before = own["_forward_pre_hooks"]
-    if before and not (isinstance(module, FSDPModule) and len(before) == 1):
-        return False
-    return not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-
-
 def in_float8(layer: nn.Module) -> Float8:
     """Whether this package multiplies ``layer`` in float8; or its rounded weight, if there is one."""
     if type(layer) is not Float8Linear:
         return False
     return True if layer.rounded is None else layer.rounded
-
-
-def plain_parameters(
-    layer: nn.Module, kind: type[nn.Module] = nn.Linear
-) -> tuple[nn.Parameter, nn.Parameter] | None:
-    """Weight and bias of a linear layer (or convolution) if they fully describe it. None if it has hooks or
-    another module or function in its place (torchao's float8, adapters), whose forward must run, or if its
-    weight wraps other tensors (torchao's values and scales), which only a whole product can read."""
-    if not is_itself(layer, kind):
-        return None
-    parameters = vars(layer)["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or bias is None:  # FSDP1 keeps both as attributes
-        weight, bias = layer.weight, layer.bias
-    return (weight, bias) if bias is not None and is_readable(weight) else None
-
-
-def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
-    """Whether ``layer`` has :func:`plain_parameters`."""
-    return plain_parameters(layer, kind) is not None
 
 
 def takes_activated(modulation: nn.Module) -> bool:
@@ -130,10 +58,6 @@ def modulation_from(modulation: nn.Module, c: Tensor, activated: Tensor | None =
         return result
     _, layer = vars(modulation)["_modules"].values()
     return apply_linear(layer, activated)
-
-
-def is_readable(weight: Tensor) -> bool:
-    return type(weight) in PLAIN or isinstance(weight, DTensor) or not is_wrapper(weight)
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .ops import Float8Linear
+from .own import OURS, home
 
 SETTINGS = frozenset({"training", "checkpointing", "attention_backend", "dropout_prob", "inplace"})
 """Plain attributes of parts that change nothing of what a model in eval mode computes."""
@@ -50,17 +51,14 @@ def hooked_parts(module: nn.Module) -> list[str]:
 
 def _is_kind(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether ``part`` is of this class, or a linear layer that multiplies the same weight in float8."""
-    if type(part) is kind:
-        return True
-    float8 = type(part) is Float8Linear or type(part).__module__.startswith("torchao.")
-    return kind is nn.Linear and float8
+    float8 = type(part) is Float8Linear or home(type(part)) == "torchao"
+    return type(part) is kind or (kind is nn.Linear and float8)
 
 
 def _kind(part: nn.Module) -> str:
     """The class of a part; with its module if that is not this package's or torch's."""
     kind = type(part)
-    known = kind.__module__.split(".")[0] in ("torch", __package__.split(".")[0])
-    return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
+    return kind.__name__ if home(kind) in (OURS, "torch") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _settings(name: str, part: nn.Module, plain: nn.Module) -> Iterator[str]:
@@ -90,7 +88,7 @@ def lost_in_conversion(module: nn.Module) -> list[str]:
 def _overrides(part: nn.Module) -> bool:
     """Whether a class outside torch overrides the ``forward`` of the class that it derives from."""
     kind: Any = type(part)
-    if kind is Float8Linear or kind.__module__.split(".")[0] in ("torch", "torchao", "timm"):
+    if kind is Float8Linear or home(kind) in ("torch", "torchao", "timm"):
         return False
     return sum("forward" in vars(base) for base in kind.__mro__ if base is not nn.Module) > 1
 

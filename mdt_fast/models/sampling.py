@@ -19,7 +19,8 @@ from .attention import Attention
 from .base import Transformer
 from .blocks import Block, FinalLayer, Mlp, both_skips
 from .conditioning import Conditioning
-from .ops import Float8Linear, in_float8, is_itself, is_ours, is_plain, takes_activated
+from .ops import Float8Linear, in_float8, takes_activated
+from .own import is_itself, is_plain, is_watched, is_wrapped, keeps
 
 CHUNK_BYTES = 2**28
 """Memory for the modulations of one chunk of steps."""
@@ -36,21 +37,11 @@ def is_open(model: nn.Module) -> TypeGuard[Transformer]:
     subclass's, or one set on the instance, as accelerate does to bring weights to the GPU), or
     ``torch.compile``. Nor may it if modulations are more than SiLU and a linear layer.
     """
-    if not isinstance(model, Transformer) or is_wrapped(model) or has_own_forward(model):
+    if not isinstance(model, Transformer) or is_wrapped(model) or not keeps(model, "forward"):
         return False
     modulated: list[Any] = [*model.every_block(), model.final_layer]
     own = [getattr(module, "adaLN_modulation", None) for module in modulated]
     return all(each is not None and takes_activated(each) for each in own)
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether hooks, ``torch.compile`` or a ``forward`` set on the instance surround the forward pass."""
-    return _watched(model) or model._compiled_call_impl is not None
-
-
-def has_own_forward(model: Transformer) -> bool:
-    """Whether the class's ``forward`` was written, or put there, outside of this package."""
-    return not is_ours(type(model).forward)
 
 
 def guided_pass(
@@ -170,7 +161,7 @@ def _layers_of_steps(block: Block) -> Iterator[nn.Linear]:
 def conditions_plainly(model: Transformer) -> bool:
     """Whether blocks and embedders may be run with the modulations of all steps at once: nothing of the
     user's sees the conditioning, or would see other rows than in a call of the whole model."""
-    if not all(_is_ours(model, name) for name in GIVEN_CONDITIONING):
+    if not keeps(model, *GIVEN_CONDITIONING):
         return False
     # Lists of blocks: a module of another kind among them is given the conditioning, too.
     lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
@@ -182,23 +173,12 @@ def conditions_plainly(model: Transformer) -> bool:
         return False
     modulated: list[Any] = [*blocks, last]
     given = model.t_embedder, model.y_embedder, *(part.adaLN_modulation for part in modulated)
-    return not any(map(_watched, chain(modulated, *(part.modules() for part in given))))
+    return not any(map(is_watched, chain(*(part.modules() for part in given))))
 
 
-def embeds_plainly(model: Transformer) -> bool:
+def may_share_patches(model: Transformer) -> bool:
     """Whether both halves of a guided batch may share their embedded patches: no hook counts the rows."""
-    return _is_ours(model, "embed") and not any(map(_watched, model.x_embedder.modules()))
-
-
-def _is_ours(model: Transformer, name: str) -> bool:
-    """Whether the method is this package's."""
-    method = getattr(type(model), name, None)
-    return (method is None or is_ours(method)) and name not in vars(model)
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether something sees the inputs of ``module``, or replaces its ``forward``."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return keeps(model, "embed") and not any(map(is_watched, model.x_embedder.modules()))
 
 
 class StepModulations:

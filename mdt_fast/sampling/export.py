@@ -25,7 +25,8 @@ from ..kernels import ddim_coefficients, ddpm_coefficients
 from ..models.attention import Attention
 from ..models.base import Transformer
 from ..models.convert import full_disk_named
-from ..models.sampling import has_own_forward, is_open, is_wrapped
+from ..models.own import is_wrapped, keeps
+from ..models.sampling import is_open
 from .generate import (
     DEFAULT,
     PerImageNoise,
@@ -186,7 +187,7 @@ def _why_closed(model: nn.Module) -> str:
     """Why ``is_open`` is False."""
     if not isinstance(model, Transformer) or is_wrapped(model):
         return "has hooks, FSDP or torch.compile around it; export the model without them"
-    if has_own_forward(model):
+    if not keeps(model, "forward"):
         return f"got {type(model).__name__} with its own forward, expected this package's"
     return f"got {type(model).__name__} with its own adaLN_modulation, expected SiLU and a linear layer"
 

@@ -23,14 +23,14 @@ from ..kernels import cfg_step, ddim_coefficients, ddpm_coefficients
 from ..kernels.registry import PLAIN
 from ..masking import MaskPlan
 from ..models.base import Transformer
-from ..models.ops import is_ours
+from ..models.own import is_ours
 from ..models.sampling import (
     CastWeights,
     StepModulations,
     conditions_plainly,
-    embeds_plainly,
     guided_pass,
     is_open,
+    may_share_patches,
 )
 
 
@@ -92,10 +92,7 @@ def _channels_of(model: Any) -> int:
 
 def check_own_guidance(model: nn.Module, config: SampleConfig) -> None:
     """Raise ``UserError`` for a subclass with a guidance of its own, which a sampler's steps do not call."""
-    guidance = getattr(type(model), "forward_with_cfg", None)
-    if config.cfg_scale == 1 or not isinstance(model, Transformer) or guidance is None:
-        return
-    if not is_ours(guidance):
+    if config.cfg_scale != 1 and isinstance(model, Transformer) and not is_ours(type(model).forward_with_cfg):
         raise UserError(
             f"model: got {type(model).__name__} with its own forward_with_cfg, which is not called here; "
             "expected a loop over it, create_diffusion(...).p_sample_loop(model.forward_with_cfg, ...), or "
@@ -193,7 +190,7 @@ class GuidedModel:
         null = [self.num_classes] * len(labels)
         self.labels = torch.tensor([*labels, *null], device=self.device)
         self.modulations, parts = None, self.parts
-        self.shared = self.switches.shared_embedding and parts is not None and embeds_plainly(parts)
+        self.shared = self.switches.shared_embedding and parts is not None and may_share_patches(parts)
         if self.switches.batched_modulations and parts is not None and conditions_plainly(parts):
             any_guided = any(self.guided(index) for index in range(len(self.weights)))
             unique = sorted({*labels, *(null if any_guided else ())})

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mdt_fast.diffusion import create_diffusion
 from mdt_fast.diffusion.sampler import in_a_loop
 from mdt_fast.errors import UserError
 from mdt_fast.models import graphed
+from mdt_fast.models.blocks import Block
 from replayed import Captured, graphs_on_a_cpu
 from small_models import made
 
@@ -143,6 +145,20 @@ def test_loops_call_what_is_put_around_a_model(model: nn.Module, around: str) ->
     AROUND[around](model)
     loops()["p"](model)
     assert not Captured.captures
+
+
+def test_loops_call_what_is_put_around_a_class(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = Block.forward, []
+
+    @wraps(plain)
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    loops()["p"](model)
+    assert not Captured.captures
+    assert len(calls) == 12 * model.config.depth
 
 
 @pytest.mark.parametrize("place", [0, 5])
