@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ def floating_on(name: str, x: Tensor, other: Tensor) -> None:
         tensor(name, x)
     if x.dtype not in FLOATING or x.device != other.device:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected floating-point on {other.device}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, Python's, NumPy's or symbolic, and no bool."""
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
 
 
 def number(name: str, value: Any, expected: str, least: float = -LARGEST) -> float:

@@ -5,7 +5,7 @@ B samples, L tokens, K kept tokens.
 """
 
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import RATIO_RANGE
 from .errors import UserError
 from .kernels import mask_plan
-from .kernels.checks import readable
+from .kernels.checks import is_integer, readable
 
 TENSORS = ("ids_keep", "ids_mask", "ids_restore", "mask")
 
@@ -70,15 +70,14 @@ class MaskPlan:
         index. Raises ``UserError`` for noise that is not [B, L] or contains NaN (checked on the CPU only),
         and for a ``len_keep`` that is not an integer in 0..L.
         """
-        if not _is_whole(len_keep):
-            raise UserError(f"len_keep: got {len_keep!r}, expected integers")
+        _check_count("len_keep", len_keep)
         if not isinstance(noise, Tensor):
             raise UserError(f"noise: got {_named(noise)}, expected floats [batch, tokens]")
         if noise.ndim != 2 or not noise.is_floating_point():
             raise UserError(f"noise: got {noise.dtype} {list(noise.shape)}, expected floats [batch, tokens]")
         if readable(noise) and noise.isnan().any():
             raise UserError("noise: has NaN values; expected ordinary numbers")
-        if not 0 <= len_keep <= noise.shape[1]:
+        if len_keep > noise.shape[1]:
             raise UserError(f"len_keep: got {len_keep}, expected 0..{noise.shape[1]}")
         if ascending:
             return replace(cls(*mask_plan(noise, len_keep)), ascending=True)
@@ -173,12 +172,9 @@ class MaskPlan:
         return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | Integral | torch.SymInt | Tensor) and not isinstance(value, bool)
-
-
 def _check_count(name: str, value: Any) -> None:
-    if not _is_whole(value) or value < 0:
+    traced = isinstance(value, Tensor)  # a size in a program that torch.jit traces
+    if not (is_integer(value) or traced) or value < 0:
         raise UserError(f"{name}: got {value!r}, expected an integer of 0 or more")
 
 

@@ -47,9 +47,9 @@ def test_lengths_at_256_tokens() -> None:
     [
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), 5), "len_keep: got 5, expected 0..4"),
         (lambda: MaskPlan.from_noise(torch.rand(2, 4), -1), "len_keep: got -1"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, expected integers"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, expected integers"),
-        (lambda: MaskPlan.from_noise(torch.rand(2, 4), "2"), "len_keep: got '2', expected integers"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), 2.0), "len_keep: got 2.0, expected an integer"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), True), "len_keep: got True, expected an integer"),
+        (lambda: MaskPlan.from_noise(torch.rand(2, 4), "2"), "len_keep: got '2', expected an integer"),
         (lambda: MaskPlan.from_noise([[0.1]], 1), r"noise: got a list, expected floats \[batch, tokens\]"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0]]), 4.0), r"num_tokens: got 4\.0, expected an integer"),
         (lambda: MaskPlan.from_keep(torch.tensor([[0]]), -1), "num_tokens: got -1, expected an integer of 0"),

@@ -1,6 +1,5 @@
 """Argument checks and dispatch: the op of ``csrc/`` if it was built, else PyTorch."""
 
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ def mask_plan(noise: Tensor, len_keep: int) -> MaskIds:
     checks.tensor("noise", noise)
     if noise.ndim != 2 or not noise.is_floating_point():
         raise ValueError(f"noise: {noise.dtype} {list(noise.shape)}, expected floating-point [B, L]")
-    if not isinstance(len_keep, Integral | torch.SymInt) or isinstance(len_keep, bool):
+    if not checks.is_integer(len_keep):
         raise ValueError(f"len_keep: got {len_keep!r}, expected an integer")
     if not 0 <= len_keep <= noise.shape[1]:
         raise ValueError(f"len_keep: got {len_keep}, expected 0..{noise.shape[1]}")

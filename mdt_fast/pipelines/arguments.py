@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import UserError, nearest
+from ..kernels.checks import is_integer
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 GUIDANCE = 4.0
@@ -30,7 +31,7 @@ def checked_labels(class_labels: Any, classes: int) -> list[int]:
     for label in labels:
         if isinstance(label, str):
             raise UserError(f"class_labels: got {label!r}; get_label_ids finds classes by name")
-        if not _is_whole(label) or not 0 <= label < classes:
+        if not is_integer(label) or not 0 <= label < classes:
             raise UserError(f"class_labels: expected 0 to {classes - 1}, got {label!r}")
     if not labels:
         raise UserError("class_labels: at least one class is needed, got none")
@@ -45,7 +46,7 @@ def checked_names(id2label: Any, classes: int) -> dict[int, str]:
         raise UserError(f"id2label: expected names by class, got {type(id2label).__name__}")
     names = {}
     for key, value in id2label.items():
-        if not _is_whole(key) and not (isinstance(key, str) and key.isascii() and key.isdecimal()):
+        if not is_integer(key) and not (isinstance(key, str) and key.isascii() and key.isdecimal()):
             raise UserError(f"id2label: classes are numbers, got {key!r}")
         if not 0 <= int(key) < classes:
             raise UserError(f"id2label: classes are 0 to {classes - 1}, got {key}")
@@ -103,7 +104,7 @@ def checked_channels(guided_channels: Any, config: ModelConfig) -> int | None:
     C = config.in_channels
     if guided_channels is None:
         return None
-    if not _is_whole(guided_channels) or not 1 <= guided_channels <= C:
+    if not is_integer(guided_channels) or not 1 <= guided_channels <= C:
         raise UserError(f"guided_channels: expected 1 to {C}, got {guided_channels!r}")
     return int(guided_channels)
 
@@ -134,7 +135,3 @@ def _number(name: str, value: Any, allowed: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UserError(f"{name}: expected {allowed}, got {value!r}".replace("\n", " "))
     return float(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
