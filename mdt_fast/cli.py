@@ -95,9 +95,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             name = "command" if action.dest == "command" else "/".join(action.option_strings)
             allowed = [str(choice) for choice in action.choices]
-            self.error(
-                f"{name}: {value!r} is not known{nearest(str(value), allowed)}; known: {', '.join(allowed)}"
-            )
+            self.error(f"{name}: got {value!r}{nearest(str(value), allowed)}, expected {', '.join(allowed)}")
 
     def option_names(self) -> list[str]:
         return list(self._option_string_actions)

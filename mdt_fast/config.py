@@ -53,13 +53,13 @@ class ModelConfig:
         if self.input_size % self.patch_size:
             near = (str(n * self.patch_size) for n in (self.grid_size, self.grid_size + 1) if n)
             raise UserError(
-                f"input_size: {self.input_size} is not divisible by patch_size {self.patch_size}; nearest "
-                f"that are: {', '.join(near)}"
+                f"input_size: got {self.input_size}, expected a multiple of patch_size {self.patch_size}, "
+                f"such as {' or '.join(near)}"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(
-                f"hidden_size: {self.hidden_size} must be divisible by num_heads {self.num_heads} "
-                "and by 4 (position embedding)"
+                f"hidden_size: got {self.hidden_size}, expected a multiple of num_heads {self.num_heads} "
+                "and of 4 (position embedding)"
             )
         if not _is_number(self.mlp_ratio) or not 1 / self.hidden_size <= self.mlp_ratio <= 1024:
             raise UserError(f"mlp_ratio: got {self.mlp_ratio}, expected a positive number up to 1024")
@@ -322,7 +322,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: Any, where: str = "") -> Any:
     """Build ``cls`` from nested dicts; ``UserError`` names an unknown key or a value of the wrong type."""
     if not isinstance(values, dict):
-        raise UserError(f"{where or 'config'}: expected a table of settings, got {type(values).__name__}")
+        raise UserError(f"{where or 'config'}: got {type(values).__name__}, expected a table of settings")
     hints = typing.get_type_hints(cls)
     made = {}
     for key, value in values.items():
@@ -370,13 +370,13 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return value
         known = [str(option) for option in typing.get_args(hint)]
         listed = ", ".join(map(repr, typing.get_args(hint)))
-        raise UserError(f"{where}: {value!r} is not one of {listed}{nearest(str(value), known)}")
+        raise UserError(f"{where}: got {value!r}{nearest(str(value), known)}, expected {listed}")
     if hint == tuple[float, float] | None:
         if value is None:
             return None
         if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
             return _checked(float, value[0], where), _checked(float, value[1], where)
-        raise UserError(f"{where}: expected None or two numbers, got {value!r}")
+        raise UserError(f"{where}: got {value!r}, expected None or two numbers")
     allowed = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
     words = [
         word for option in allowed if typing.get_origin(option) is Literal for word in typing.get_args(option)
@@ -396,4 +396,4 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return value
     kinds = ["None" if o is type(None) else o.__name__ for o in allowed]
     names = " or ".join([*kinds, *map(repr, words)])
-    raise UserError(f"{where}: expected {names}, got {value!r}")
+    raise UserError(f"{where}: got {value!r}, expected {names}")

@@ -88,7 +88,7 @@ class MaskPlan:
     def from_keep(cls, ids_keep: Tensor, num_tokens: int) -> "MaskPlan":
         """The plan that keeps ``ids_keep`` [B, K] (int64, distinct within a row, 0..num_tokens-1)."""
         if not isinstance(ids_keep, Tensor) or ids_keep.ndim != 2 or ids_keep.dtype != torch.int64:
-            raise UserError(f"ids_keep: expected int64 [batch, kept], got {_named(ids_keep)}")
+            raise UserError(f"ids_keep: got {_named(ids_keep)}, expected int64 [batch, kept]")
         _check_count("num_tokens", num_tokens)
         if ids_keep.numel() and (ids_keep.min() < 0 or ids_keep.max() >= num_tokens):
             low, high = int(ids_keep.min()), int(ids_keep.max())
@@ -108,7 +108,7 @@ class MaskPlan:
         GPU.
         """
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
-            raise UserError(f"mask: expected bool [batch, tokens], got {_named(mask)}")
+            raise UserError(f"mask: got {_named(mask)}, expected bool [batch, tokens]")
         dropped = mask.sum(dim=1).tolist() or [0]
         if min(dropped) != max(dropped):
             raise UserError(

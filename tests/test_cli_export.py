@@ -37,13 +37,13 @@ def test_the_file_draws_what_the_run_draws(run: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere", "x.pt2"], "no run or checkpoint at 'nowhere'"),
-        (["RUN", "x.pt"], "export: a name that ends in .pt2 is needed, got 'x.pt'"),
+        (["RUN", "x.pt"], "export: got 'x.pt', expected a name that ends in .pt2"),
         (["RUN", "none/x.pt2"], "cannot write 'none/x.pt2': no folder 'none'"),
-        (["RUN", "x.pt2", "--batch=0"], "--batch: expected dynamic or a number from 1 to 65536, got '0'"),
-        (["RUN", "x.pt2", "--batch=many"], "--batch: expected dynamic or a number from 1 to 65536, got"),
+        (["RUN", "x.pt2", "--batch=0"], "--batch: got '0', expected dynamic or a number from 1 to 65536"),
+        (["RUN", "x.pt2", "--batch=many"], "--batch: got 'many', expected dynamic or a number from 1 to"),
         (
             ["RUN", "x.pt2", "--batch=99999999999999999999"],
-            "--batch: expected dynamic or a number from 1 to 65536",
+            ", expected dynamic or a number from 1 to 65536",
         ),
         (["RUN", "x.pt2", "--device=tpu"], "'tpu'"),
         (["RUN"], "the following arguments are required: FILE"),

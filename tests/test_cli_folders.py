@@ -81,7 +81,7 @@ def test_a_class_that_came_later_is_named(
     ("option", "said"),
     [
         ("--grid={}/metrics.jsonl", "it belongs to the run; choose another name"),
-        ("--grid={}/other.jpg", "--grid: a name that ends in .png is needed, got"),
+        ("--grid={}/other.jpg", "other.jpg', expected a name that ends in .png"),
     ],
 )
 def test_a_picture_takes_no_files_place(
@@ -173,7 +173,7 @@ def test_no_more_threads_than_libraries_start(
     numbers: Path, threads: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = error(capsys, "sample", str(numbers / "run"), f"--threads={threads}")
-    assert said == f"--threads: expected 1 to 1024, got {threads}"
+    assert said == f"--threads: got {threads}, expected 1 to 1024"
 
 
 def test_broken_files_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

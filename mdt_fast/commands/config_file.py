@@ -49,10 +49,10 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
     if values is None:
         return None, {}
     if not isinstance(values, dict):
-        raise UserError(f"--config: {path}: expected sections of settings, got {type(values).__name__}")
+        raise UserError(f"--config: {path}: got {type(values).__name__}, expected sections of settings")
     preset = values.pop("preset", None)
     if preset is not None and not isinstance(preset, str):
-        raise UserError(f"--config: {path}: preset: expected a name, got {preset!r}")
+        raise UserError(f"--config: {path}: preset: got {preset!r}, expected a name")
     known = to_dict(RunConfig())
     for section, settings in values.items():
         if section not in known:
@@ -61,7 +61,7 @@ def read_config_file(path: Path) -> tuple[str | None, dict[str, Any]]:
                 f"--config: {path}: unknown section {section!r}{hint}; allowed: preset, {', '.join(known)}"
             )
         if not isinstance(settings, dict):
-            raise UserError(f"--config: {path}: {section}: expected settings, got {settings!r}")
+            raise UserError(f"--config: {path}: {section}: got {settings!r}, expected settings")
         for key in settings:
             if key not in known[section]:
                 hint, allowed = nearest(key, known[section]), ", ".join(known[section])

@@ -71,12 +71,12 @@ def evaluate(args: argparse.Namespace) -> int:
 def check_arguments(args: argparse.Namespace) -> list[str] | None:
     """The requested metrics, or None for all computable ones. ``UserError`` before any work."""
     if not args.samples:
-        raise UserError("SAMPLES: a name is needed, got ''")
+        raise UserError("SAMPLES: got '', expected a name")
     refuse_empty(args, "reference", "json", "save_features", "features", "weights")
     for name in ("batch_size", "image_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+            raise UserError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
     asked = parse_metrics(args.metrics) if args.metrics is not None else None
     if args.reference is None and asked != ["is"] and (asked is not None or args.save_features is None):
         raise UserError(
@@ -214,7 +214,7 @@ def check_targets(args: argparse.Namespace) -> None:
         check_name(Path(args.save_features), "--save-features")
         if not args.save_features.endswith(".safetensors"):
             raise UserError(
-                f"--save-features: a name that ends in .safetensors is needed, got {args.save_features!r}"
+                f"--save-features: got {args.save_features!r}, expected a name that ends in .safetensors"
             )
 
 

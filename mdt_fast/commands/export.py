@@ -20,7 +20,7 @@ def export(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     target = Path(args.target)
     if target.suffix != ".pt2":
-        raise UserError(f"export: a name that ends in .pt2 is needed, got {args.target!r}")
+        raise UserError(f"export: got {args.target!r}, expected a name that ends in .pt2")
     check_writable(target)
     check_name(target, "export")
     batch = _batch(args.batch)
@@ -52,5 +52,5 @@ def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_IMAGES:
-        raise UserError(f"--batch: expected dynamic or a number from 1 to {MOST_IMAGES}, got {text[:40]!r}")
+        raise UserError(f"--batch: got {text[:40]!r}, expected dynamic or a number from 1 to {MOST_IMAGES}")
     return int(text)

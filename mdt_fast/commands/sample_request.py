@@ -123,7 +123,7 @@ def _shard_size(args: argparse.Namespace) -> int:
     if args.shard_size is None:
         return SHARD_SIZE
     if args.shard_size < 1:
-        raise UserError(f"--shard-size: must be at least 1, got {args.shard_size}")
+        raise UserError(f"--shard-size: got {args.shard_size}, expected 1 or more")
     if args.out is None:
         raise UserError("--shard-size: needs --out, which is not given")
     return args.shard_size
@@ -153,11 +153,11 @@ def sample_config(args: argparse.Namespace, base: SampleConfig, conditional: boo
             low, high = map(float, args.cfg_interval.split(","))
         except ValueError:
             raise UserError(
-                f"--cfg-interval: LOW,HIGH such as 0.1,0.7 or 100,700 is needed, got {args.cfg_interval!r}"
+                f"--cfg-interval: got {args.cfg_interval!r}, expected LOW,HIGH such as 0.1,0.7 or 100,700"
             ) from None
         values["cfg_interval"] = low, high
     if values["num_samples"] < 1:
-        raise UserError(f"--num-samples: must be at least 1, got {values['num_samples']}")
+        raise UserError(f"--num-samples: got {values['num_samples']}, expected 1 or more")
     return from_dict(SampleConfig, values, "sample")
 
 
@@ -171,7 +171,7 @@ def chosen_labels(text: str | None, classes: Sequence[str], num_classes: int) ->
         if re.fullmatch(r"-?\d+", name) and name not in classes:
             label = int(name)
             if not 0 <= label < num_classes:
-                raise UserError(f"--labels: expected 0 to {num_classes - 1}, got {label}")
+                raise UserError(f"--labels: got {label}, expected 0 to {num_classes - 1}")
         elif name in classes:
             label = list(classes).index(name)
         else:
@@ -212,7 +212,7 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
         folder = name in ("png", "out")
         if folder and path.suffix.lower() in FILES and not path.is_dir():
             raise UserError(
-                f"--{name}: expected a folder, got {str(path)!r}; --grid FILE is one image, --npz FILE arrays"
+                f"--{name}: got {str(path)!r}, expected a folder; --grid FILE is one image, --npz FILE arrays"
             )
         check_writable(path, folder=folder)
     for name in ("grid", "png"):
@@ -228,7 +228,7 @@ def _targets(args: argparse.Namespace, ranks: Ranks) -> dict[str, Path]:
     for name, suffix in (("npz", ".npz"), ("grid", ".png")):
         if name in targets and targets[name].suffix.lower() != suffix:
             raise UserError(
-                f"--{name}: a name that ends in {suffix} is needed, got {str(getattr(args, name))!r}"
+                f"--{name}: got {str(getattr(args, name))!r}, expected a name that ends in {suffix}"
             )
     return targets
 

@@ -104,9 +104,7 @@ def named_preset(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
     preset, given = (None, {}) if args.config is None else read_config_file(Path(args.config))
     name = args.preset or preset
     if name is not None and name not in PRESETS:
-        raise UserError(
-            f"--preset: {name!r} is not known{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
-        )
+        raise UserError(f"--preset: got {name!r}{nearest(name, PRESETS)}, expected {', '.join(PRESETS)}")
     return name, given
 
 
@@ -182,7 +180,7 @@ def _setting(text: str, values: dict[str, Any]) -> tuple[str, str, Any]:
     path, equals, word = text.partition("=")
     section, dot, key = path.partition(".")
     if not (equals and dot):
-        raise UserError(f"--set: expected SECTION.KEY=VALUE, got {text!r}")
+        raise UserError(f"--set: got {text!r}, expected SECTION.KEY=VALUE")
     if section not in values:
         raise UserError(
             f"--set: no section {section!r}{nearest(section, values)}; known: {', '.join(values)}"

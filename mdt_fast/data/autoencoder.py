@@ -50,7 +50,7 @@ class Autoencoder:
         except (ImportError, RuntimeError) as error:  # diffusers raises its import failures as RuntimeError
             raise not_importable("the autoencoder comes with diffusers", error, "latents") from None
         if not str(name):
-            raise UserError("vae: a folder or a hub name of an AutoencoderKL is needed, got ''")
+            raise UserError("vae: got '', expected a folder or a hub name of an AutoencoderKL")
         folder = _local_folder(name)
         try:
             with _quiet():

@@ -75,9 +75,9 @@ def encode(
     """
     for name, number in (("--batch-size", batch_size), ("--shard-size", shard_size)):
         if number < 1:
-            raise UserError(f"{name}: must be at least 1, got {number}")
+            raise UserError(f"{name}: got {number}, expected 1 or more")
     if config.workers < 1:
-        raise UserError(f"workers: must be at least 1, got {config.workers}")
+        raise UserError(f"workers: got {config.workers}, expected 1 or more")
     if config.vae is None:
         raise UserError("vae: the folder or hub name of an AutoencoderKL is needed")
     ranks = Ranks.from_environment()
@@ -85,8 +85,8 @@ def encode(
     vae = Autoencoder.load(config.vae, device, getattr(torch, vae_dtype))
     if config.image_size < 1 or config.image_size % vae.factor:
         raise UserError(
-            f"image_size: must be a multiple of {vae.factor}, the pixels per latent of {vae.name!r}; "
-            f"got {config.image_size}"
+            f"image_size: got {config.image_size}, expected a multiple of {vae.factor}, the pixels per "
+            f"latent of {vae.name!r}"
         )
     if vae.image_channels not in (1, 3):
         raise UserError(f"vae: {vae.name!r} takes images with {vae.image_channels} channels, not 1 or 3")

@@ -49,14 +49,14 @@ def checked_set(images: ImageSet, config: DataConfig) -> ImageSet:
             raise UserError(f"images: a {type(images).__name__} has no {name}; see mdt_fast.data.ImageSet")
     labels, classes = np.asarray(images.labels), len(images.classes)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
-        raise UserError(f"images.labels: a list of integers is needed, got {labels.dtype} {labels.shape}")
+        raise UserError(f"images.labels: got {labels.dtype} {labels.shape}, expected a list of integers")
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(
-            f"images.labels: expected 0 to {classes - 1}, as there are {classes} classes, got "
-            f"{labels.min()} to {labels.max()}"
+            f"images.labels: got {labels.min()} to {labels.max()}, expected 0 to {classes - 1}, as there are "
+            f"{classes} classes"
         )
     if not all(isinstance(name, str) for name in images.classes):
-        raise UserError("images.classes: names are needed, got " + repr(list(images.classes)[:4]))
+        raise UserError(f"images.classes: got {list(images.classes)[:4]!r}, expected names")
     shape, wanted = tuple(images.shape), (config.channels, config.image_size, config.image_size)
     if shape != wanted:
         raise UserError(
@@ -116,7 +116,7 @@ def open_source(config: DataConfig) -> SourceSet:
     from .shards import WebDataset, find_shards
 
     if config.image_size < 1:
-        raise UserError(f"data.image_size: must be at least 1, got {config.image_size}")
+        raise UserError(f"data.image_size: got {config.image_size}, expected 1 or more")
     if config.source == "digits":
         return Digits(config)
     if not config.source:

@@ -45,9 +45,9 @@ class Loader:
         pinned: bool = False,
     ):
         if batch_size < 1:
-            raise UserError(f"train.batch_size: must be at least 1, got {batch_size}")
+            raise UserError(f"train.batch_size: got {batch_size}, expected 1 or more")
         if config.workers < 1:
-            raise UserError(f"data.workers: must be at least 1, got {config.workers}")
+            raise UserError(f"data.workers: got {config.workers}, expected 1 or more")
         self.images, self.config, self.batch_size, self.seed = images, config, batch_size, seed
         self.rows = slice(0, batch_size) if rows is None else rows
         self.pinned = pinned

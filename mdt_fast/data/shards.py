@@ -115,7 +115,7 @@ class WebDataset:
                 if type(label) is not int:
                     raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{name}: expected a class index, got {text.strip()[:40]!r}") from None
+            raise UserError(f"{name}: got {text.strip()[:40]!r}, expected a class index") from None
         if not 0 <= label < MAX_CLASSES:
             raise UserError(f"{name}: class indices are 0 to {MAX_CLASSES - 1}, got {label}")
         return label

@@ -79,7 +79,7 @@ def create_diffusion(
     Raises ``UserError`` for an unknown schedule and for an impossible respacing.
     """
     if min_snr_gamma is not None and not 0 < min_snr_gamma <= torch.finfo(torch.float32).max:
-        raise UserError(f"min_snr_gamma: must be None or above 0, and a float32, got {min_snr_gamma}")
+        raise UserError(f"min_snr_gamma: got {min_snr_gamma}, expected None or above 0, and a float32")
     loss_type: LossType = "rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse"
     var_type: VarType = "learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large"
     return GaussianDiffusion(

@@ -26,24 +26,24 @@ def power_cosine_scale(
         if t.ndim == 1 and cfg_scale.shape == (2 * len(t),):
             cfg_scale = cfg_scale[: len(t)]
         if cfg_scale.shape != t.shape:
-            raise UserError(f"cfg_scale: a number or {list(t.shape)} is needed, got {list(cfg_scale.shape)}")
+            raise UserError(f"cfg_scale: got {list(cfg_scale.shape)}, expected a number or {list(t.shape)}")
         cfg_scale = cfg_scale.float()
     elif not isinstance(cfg_scale, Tensor | numbers.Real):
-        raise UserError(f"cfg_scale: a number or a tensor is needed, got {type(cfg_scale).__name__}")
+        raise UserError(f"cfg_scale: got {type(cfg_scale).__name__}, expected a number or a tensor")
     elif not torch.compiler.is_compiling() and not math.isfinite(cfg_scale):
-        raise UserError(f"cfg_scale: must be finite, got {cfg_scale}")
+        raise UserError(f"cfg_scale: got {cfg_scale}, expected a finite number")
     if diffusion_steps < 1:
-        raise UserError(f"diffusion_steps: must be at least 1, got {diffusion_steps}")
+        raise UserError(f"diffusion_steps: got {diffusion_steps}, expected 1 or more")
     if scale_pow is None:
         return t.new_ones(t.shape, dtype=torch.float32) * cfg_scale
     if not isinstance(scale_pow, Tensor | numbers.Real):
         raise UserError(f"scale_pow: got {scale_pow!r}, expected a number or None")
     if not 0 <= scale_pow < math.inf:
-        raise UserError(f"scale_pow: must be None, or finite and at least 0, got {scale_pow}")
+        raise UserError(f"scale_pow: got {scale_pow}, expected None, or finite and at least 0")
     if readable(t) and t.numel():
         low, high = (float(bound) for bound in t.aminmax())
         if low < 0 or high > diffusion_steps:
-            raise UserError(f"t: expected 0 to {diffusion_steps}, got values from {low:g} to {high:g}")
+            raise UserError(f"t: got values from {low:g} to {high:g}, expected 0 to {diffusion_steps}")
     remaining = 1 - t.float() / diffusion_steps
     return 1 + (cfg_scale - 1) * (1 - torch.cos(remaining**scale_pow * math.pi)) / 2
 
@@ -67,12 +67,12 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor | float, channels: int) ->
     channels.
     """
     if cond.shape != uncond.shape:
-        raise UserError(f"uncond: expected the shape of cond, {list(cond.shape)}, got {list(uncond.shape)}")
+        raise UserError(f"uncond: got {list(uncond.shape)}, expected the shape of cond, {list(cond.shape)}")
     if not 0 <= channels <= cond.shape[1]:
-        raise UserError(f"channels: expected 0 to {cond.shape[1]}, got {channels}")
+        raise UserError(f"channels: got {channels}, expected 0 to {cond.shape[1]}")
     if isinstance(scale, Tensor):
         if scale.shape != cond.shape[:1]:
-            raise UserError(f"scale: expected a number or shape {[cond.shape[0]]}, got {list(scale.shape)}")
+            raise UserError(f"scale: got {list(scale.shape)}, expected a number or shape {[cond.shape[0]]}")
         scale = scale.view(-1, *[1] * (cond.ndim - 1))
     start = uncond[:, :channels]
     guided = start + scale * (cond[:, :channels] - start)

@@ -86,7 +86,7 @@ def two_pass_losses(
         outputs = model(x_full, times, y_full, mask_plan=plan, x_masked=x_masked, y_masked=y_masked)
     if not isinstance(outputs, tuple | list) or len(outputs) != 2:
         got = list(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise UserError(f"model: expected both passes' outputs where x_masked is given, got {got}")
+        raise UserError(f"model: got {got}, expected both passes' outputs where x_masked is given")
     full, masked = (
         losses_from_output(diffusion, diffusion.checked(output, x), x_start, x, t, n)
         for output, x, n in zip(outputs, (x_full, x_masked), (noise, noise_masked), strict=True)
@@ -121,7 +121,7 @@ def _check_two_passes(mdt: Any, x_start: Tensor, y: Any) -> None:
     labels = getattr(mdt, "takes_labels", True)
     if not isinstance(y, Tensor) or y.shape[: None if labels else 1] != x_start.shape[:1]:
         got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise UserError(f"y: expected the labels [{len(x_start)}] themselves, got {got}")
+        raise UserError(f"y: got {got}, expected the labels [{len(x_start)}] themselves")
 
 
 def _as_it_is(y: Tensor) -> Tensor:

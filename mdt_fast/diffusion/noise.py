@@ -15,7 +15,7 @@ device, and gives the same numbers on each). A function: called with a tensor, r
 def draw(source: NoiseSource, like: Tensor) -> Tensor:
     """Standard normal noise with the shape, dtype and device of ``like`` (a float tensor)."""
     if not like.is_floating_point():
-        raise UserError(f"x: expected a float tensor, got {like.dtype}")
+        raise UserError(f"x: got {like.dtype}, expected a float tensor")
     if source is None:
         # Contiguous whatever the layout of ``like``: the same seed gives the same image.
         return torch.randn_like(like, memory_format=torch.contiguous_format)
@@ -36,5 +36,5 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) 
     """Raise ``UserError`` unless both have the same shape (broadcasting here would hide a mistake)."""
     if tensor.shape != other.shape:
         raise UserError(
-            f"{name}: expected the shape of {other_name}, {list(other.shape)}, got {list(tensor.shape)}"
+            f"{name}: got {list(tensor.shape)}, expected the shape of {other_name}, {list(other.shape)}"
         )

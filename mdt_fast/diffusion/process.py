@@ -50,7 +50,7 @@ class GaussianProcess(Schedule):
         kinds = {"mean_type": MeanType, "var_type": VarType, "loss_type": LossType}
         for name, value in (("mean_type", mean_type), ("var_type", var_type), ("loss_type", loss_type)):
             if value not in (words := get_args(kinds[name])):
-                raise UserError(f"{name}: {value!r} is not one of {', '.join(words)}{nearest(value, words)}")
+                raise UserError(f"{name}: got {value!r}{nearest(value, words)}, expected {', '.join(words)}")
         self.mean_type = mean_type
         self.var_type = var_type
         self.loss_type = loss_type
@@ -128,7 +128,7 @@ class GaussianProcess(Schedule):
         if not isinstance(output, Tensor) or output.shape != expected:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             rule = "twice the channels of x with learn_sigma" if factor == 2 else "that of x"
-            raise UserError(f"model: expected output {list(expected)} ({rule}), got {got}")
+            raise UserError(f"model: got {got}, expected output {list(expected)} ({rule})")
         return output
 
     def p_from_output(

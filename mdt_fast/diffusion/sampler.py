@@ -63,7 +63,7 @@ def ddim_sample(
     """One DDIM step: ``sample`` and ``pred_xstart``, like ``x``. ``eta`` 0 is deterministic, 1 uses DDPM's
     posterior variance."""
     if not 0 <= eta <= 1:
-        raise UserError(f"eta: expected 0 to 1, got {eta}")
+        raise UserError(f"eta: got {eta}, expected 0 to 1")
     pred_xstart = _pred_xstart(diffusion, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
     eps = diffusion.predict_eps(x, t, pred_xstart)  # from the clipped x_0
     signal = diffusion.lookup("alphas_cumprod", t, x)
@@ -243,7 +243,7 @@ def _initial_noise(
     """x_T on the device given by ``device``, ``noise`` or the model's parameters, in that order."""
     if noise is not None:
         if tuple(noise.shape) != tuple(shape):
-            raise UserError(f"noise: expected shape {list(shape)}, got {list(noise.shape)}")
+            raise UserError(f"noise: got {list(noise.shape)}, expected shape {list(shape)}")
         return noise if device is None else noise.to(device)
     if device is None:
         module: Any = getattr(model, "__self__", model)  # the module of a bound method

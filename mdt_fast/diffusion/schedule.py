@@ -36,7 +36,7 @@ def make_betas(noise_schedule: str, steps: int) -> Array:
     except TypeError:
         raise UserError(f"diffusion_steps: got {steps!r}, expected an integer") from None
     if steps < 1:
-        raise UserError(f"diffusion_steps: must be at least 1, got {steps}")
+        raise UserError(f"diffusion_steps: got {steps}, expected 1 or more")
     if noise_schedule == "linear":
         if steps <= 20:
             raise UserError(f"diffusion_steps: the linear schedule needs at least 21, got {steps}")
@@ -50,7 +50,7 @@ def make_betas(noise_schedule: str, steps: int) -> Array:
         betas = [1 - signal((i + 1) / steps) / signal(i / steps) for i in range(steps)]
         return np.minimum(np.array(betas, dtype=np.float64), 0.999)
     hint = nearest(noise_schedule, NOISE_SCHEDULES)
-    raise UserError(f"noise_schedule: {noise_schedule!r} is not one of {', '.join(NOISE_SCHEDULES)}{hint}")
+    raise UserError(f"noise_schedule: got {noise_schedule!r}{hint}, expected {', '.join(NOISE_SCHEDULES)}")
 
 
 def space_timesteps(num_timesteps: int, respacing: Respacing) -> list[int]:
@@ -83,7 +83,7 @@ def space_timesteps(num_timesteps: int, respacing: Respacing) -> list[int]:
             position += stride
         start += size
     if not used:
-        raise UserError(f"timestep_respacing: {respacing!r} keeps no timestep, at least 1 is needed")
+        raise UserError(f"timestep_respacing: got {respacing!r}, expected to keep at least 1 timestep")
     return used
 
 
@@ -98,9 +98,7 @@ def _section_counts(respacing: str | int | Sequence[int]) -> list[int]:
     except (TypeError, ValueError):
         counts = []
     if not counts:
-        raise UserError(
-            f"timestep_respacing: cannot read {respacing!r}; expected '250', '10,15,20', 'ddim50' or ''"
-        )
+        raise UserError(f"timestep_respacing: got {respacing!r}, expected '250', '10,15,20', 'ddim50' or ''")
     return counts
 
 
@@ -191,17 +189,17 @@ class Schedule:
         """
         if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise UserError(f"t: expected an int64 tensor of timesteps, got {got}")
+            raise UserError(f"t: got {got}, expected an int64 tensor of timesteps")
         if t.ndim != 1 or t.shape != x.shape[:1]:
             raise UserError(
-                f"t: expected one timestep per row of x {list(x.shape)}, got shape {list(t.shape)}"
+                f"t: got shape {list(t.shape)}, expected one timestep per row of x {list(x.shape)}"
             )
         if t.device != x.device:
-            raise UserError(f"t: expected on {x.device}, where x is, got {t.device}")
+            raise UserError(f"t: got one on {t.device}, expected one on {x.device}, where x is")
         if readable(t) and t.numel():
             low, high = (int(bound) for bound in t.aminmax())
             if low < 0 or high >= self.num_timesteps:
-                raise UserError(f"t: expected 0 to {self.num_timesteps - 1}, got values from {low} to {high}")
+                raise UserError(f"t: got values from {low} to {high}, expected 0 to {self.num_timesteps - 1}")
 
     def _table(self, array: str, device: torch.device) -> Tensor:
         """An array as a tensor on ``device``, copied there only once, as a copy waits for the GPU."""

@@ -21,7 +21,7 @@ class UniformSampler:
 
     def __init__(self, num_timesteps: int, *, rng: Rng | None = None) -> None:
         if num_timesteps < 1:
-            raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
+            raise UserError(f"num_timesteps: got {num_timesteps}, expected 1 or more")
         self.num_timesteps = num_timesteps
         self.rng: Any = np.random if rng is None else rng
 
@@ -55,9 +55,9 @@ class LossSecondMomentSampler(UniformSampler):
     ) -> None:
         super().__init__(num_timesteps, rng=rng)
         if history_per_term < 1:
-            raise UserError(f"history_per_term: must be at least 1, got {history_per_term}")
+            raise UserError(f"history_per_term: got {history_per_term}, expected 1 or more")
         if not 0 <= uniform_prob <= 1:
-            raise UserError(f"uniform_prob: expected 0 to 1, got {uniform_prob}")
+            raise UserError(f"uniform_prob: got {uniform_prob}, expected 0 to 1")
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self.losses = np.zeros((num_timesteps, history_per_term))
@@ -79,15 +79,15 @@ class LossSecondMomentSampler(UniformSampler):
         """
         if t.shape != losses.shape or t.ndim != 1:
             raise UserError(
-                f"losses: expected one per timestep, got {list(losses.shape)} for t {list(t.shape)}"
+                f"losses: got {list(losses.shape)} for t {list(t.shape)}, expected one per timestep"
             )
         steps, values = t.tolist(), losses.detach().tolist()
         if steps and not 0 <= min(steps) <= max(steps) < self.num_timesteps:
             raise UserError(
-                f"t: expected 0 to {self.num_timesteps - 1}, got values from {min(steps)} to {max(steps)}"
+                f"t: got values from {min(steps)} to {max(steps)}, expected 0 to {self.num_timesteps - 1}"
             )
         if not np.isfinite(values).all():
-            raise UserError("losses: must be finite, got nan or inf")
+            raise UserError("losses: got nan or inf, expected finite numbers")
         for step, loss in zip(steps, values, strict=True):
             self.losses[step, self.counts[step] % self.history_per_term] = loss
             self.counts[step] += 1

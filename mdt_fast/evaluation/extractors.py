@@ -136,7 +136,7 @@ def open_extractor(
     if ":" in given:
         return _open_function(given, device)
     raise UserError(
-        f"features: {given!r} is not known{nearest(given, NAMES)}; use {', '.join(NAMES)}, a TorchScript "
+        f"features: got {given!r}{nearest(given, NAMES)}, expected {', '.join(NAMES)}, a TorchScript "
         "or torch.export file, or module:function"
     )
 

@@ -19,11 +19,9 @@ def parse_metrics(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METRICS:
-            raise UserError(
-                f"metrics: {name!r} is not known{nearest(name, METRICS)}; known: {', '.join(METRICS)}"
-            )
+            raise UserError(f"metrics: got {name!r}{nearest(name, METRICS)}, expected {', '.join(METRICS)}")
     if not names:
-        raise UserError(f"metrics: at least one is needed of {', '.join(METRICS)}")
+        raise UserError(f"metrics: got none, expected one or more of {', '.join(METRICS)}")
     return [name for name in METRICS if name in names]
 
 

@@ -30,7 +30,7 @@ def precision_recall(
     for name, points in (("samples", samples_ND), ("reference", reference_MD)):
         if len(points) <= neighbours:
             raise UserError(
-                f"precision, recall: {name} must be at least {neighbours + 1}, got {len(points)} "
+                f"precision, recall: got {len(points)} {name}, expected {neighbours + 1} or more "
                 f"(each needs {neighbours} neighbours)"
             )
     # Relative to a common centre: distances are differences, and lose fewer digits near the origin.

@@ -277,7 +277,7 @@ class Transformer(Pretrained):
         if cfg_scale is None:
             return self(x, t, y)
         if len(x) % 2:
-            raise UserError(f"x: batch of {len(x)}, guidance needs an even one (classes, then null classes)")
+            raise UserError(f"x: got a batch of {len(x)}, expected an even one (classes, then null classes)")
         half = x[: len(x) // 2]
         cond, uncond = self(torch.cat([half, half]), t, y).chunk(2)
         scale = power_cosine_scale(t[: len(half)], cfg_scale, diffusion_steps, scale_pow)

@@ -44,16 +44,16 @@ def config_of_diffusers(values: Mapping[str, Any], file: Path) -> ModelConfig:
     fixed = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
     for name, value in fixed.items():
         if values.get(name, value) != value:
-            raise UserError(f"{file}: {name} is {values[name]!r}; a DiT has {value!r}")
+            raise UserError(f"{file}: got {name} {values[name]!r}, expected {value!r}, as in a DiT")
     heads, size = values.get("num_attention_heads", 16), values.get("attention_head_dim", 72)
     channels = values.get("in_channels", 4)
     numbers = {"num_attention_heads": heads, "attention_head_dim": size, "in_channels": channels}
     for name, value in numbers.items():
         if type(value) is not int:
-            raise UserError(f"{file}: {name} is {value!r}; an integer is needed")
+            raise UserError(f"{file}: got {name} {value!r}, expected an integer")
     outputs = values.get("out_channels") or channels
     if outputs not in (channels, 2 * channels):
-        raise UserError(f"{file}: out_channels is {outputs}; a DiT has {channels} or {2 * channels}")
+        raise UserError(f"{file}: got out_channels {outputs}, expected {channels} or {2 * channels}")
     return ModelConfig.of(
         "dit",
         input_size=values.get("sample_size", 32),

@@ -64,38 +64,38 @@ class Pretrained(nn.Module):
         from .zoo import CLASSES
 
         if not os.fspath(save_directory):
-            raise UserError("save_directory: a name is needed, got ''")
+            raise UserError("save_directory: got '', expected a name")
         if not safe_serialization:
-            raise UserError("safe_serialization: got False, but weights are written as safetensors alone")
+            raise UserError("safe_serialization: got False, expected True: weights are safetensors alone")
         state = self.state_dict()
         with torch.device("meta"):
             plain: Any = CLASSES["fast"][self.config.family](**self.config.kwargs())
         other = sorted(state.keys() ^ plain.state_dict().keys())
         if other and type(self) is type(plain):
             raise UserError(
-                f"save_pretrained: additional parts ({', '.join(other[:3])}, ...) make this a model that "
-                "from_pretrained cannot build; take them out or merge them, or save its state_dict"
+                f"model: got additional parts ({', '.join(other[:3])}, ...), expected one that "
+                "from_pretrained can build; take them out or merge them, or save its state_dict"
             )
         if any(hasattr(value, "full_tensor") for value in state.values()):
             raise UserError(
-                "save_pretrained: each process has a part of the weights; save a checkpoint and use "
+                "model: got a part of the weights in each process, expected all; save a checkpoint and use "
                 "mdt-fast convert"
             )
         if type(self) is type(plain) and (parts := differing_parts(self, plain)):
             raise UserError(
-                f"save_pretrained: from_pretrained would build another model than this one, which has "
-                f"{'; '.join(parts[:2])}{', ...' if parts[2:] else ''}; save its state_dict instead"
+                f"model: got {'; '.join(parts[:2])}{', ...' if parts[2:] else ''}, expected one that "
+                "from_pretrained can build; save its state_dict instead"
             )
         if any(value.is_meta for value in state.values()):
-            raise UserError("save_pretrained: the model is on the meta device, and has no weights to save")
+            raise UserError("model: got weights on the meta device, expected ones with values")
         folder = Path(save_directory)
         for name in (WEIGHTS, CONFIG):
             if (folder / name).is_dir():
-                raise UserError(f"save_pretrained: {str(folder / name)!r} is a folder; a file goes there")
+                raise UserError(f"save_directory: got a folder {str(folder / name)!r}, expected a file")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"save_pretrained: cannot make the folder {str(folder)!r}: {error}") from None
+            raise UserError(f"save_directory: cannot make the folder {str(folder)!r}: {error}") from None
         remove_leftovers(folder, [WEIGHTS, CONFIG, CARD])
         described = {"_class_name": CLASS_NAMES[self.config.family], **self.config.kwargs()}
         write_weights(folder / WEIGHTS, state, **{DIGEST: _digest(described)})
@@ -181,7 +181,7 @@ class Pretrained(nn.Module):
             found = cls
         if not issubclass(found, cls):
             raise UserError(
-                f"{file}: the class is {found.__name__}, not {cls.__name__}; "
+                f"{file}: got the class {found.__name__}, expected {cls.__name__}; "
                 f"{found.__name__}.from_pretrained loads it"
             )
         weights = get(WEIGHTS)
@@ -245,7 +245,7 @@ def floating(argument: str, dtype: torch.dtype | str | None) -> torch.dtype | No
     found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if dtype is None or found in FLOATS:
         return found
-    raise UserError(f"{argument}: expected {', '.join(names)}, got {dtype!r}")
+    raise UserError(f"{argument}: got {dtype!r}, expected {', '.join(names)}")
 
 
 def saved_in(folder: Path) -> str | None:
@@ -281,7 +281,7 @@ def _config(values: dict[str, Any], file: Path) -> ModelConfig:
     kind, families = values["_class_name"], {name: family for family, name in CLASS_NAMES.items()}
     if kind not in families:
         hint = nearest(kind, families)
-        raise UserError(f"{file}: _class_name {kind!r} is not one of {', '.join(families)}{hint}")
+        raise UserError(f"{file}: got _class_name {kind!r}{hint}, expected {', '.join(families)}")
     own = {key: value for key, value in values.items() if not key.startswith("_")}
     none = {"mask_ratio": None, "decode_layer": 0} if kind == "DiT" else {}
     return from_dict(ModelConfig, {"family": families[kind], **none, **own}, str(file))
@@ -291,11 +291,11 @@ def _local_files(path: Path, subfolder: str) -> Callable[[str], Path] | None:
     """A function that locates a folder's files; None if ``path`` looks like a name on the hub."""
     if not path.exists():
         if path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
-            raise UserError(f"from_pretrained: no folder {str(path)!r}, nor is it a hub name such as me/mdt")
+            raise UserError(f"from_pretrained: got {str(path)!r}, expected a folder or a hub name (me/mdt)")
         return None
     if path.is_file():
         raise UserError(
-            f"from_pretrained: {str(path)!r} is a file, a folder is needed; "
+            f"from_pretrained: got the file {str(path)!r}, expected a folder; "
             "load_weights(model, read_weights(path)) takes a file of weights"
         )
     folder = path / subfolder

@@ -13,13 +13,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wra
 from ..kernels.registry import PLAIN
 
 OURS = __name__.partition(".")[0]
+Kind = TypeVar("Kind", bound=type[nn.Module])
 FORWARDS: dict[type[nn.Module], Any] = {
     cls: cls.forward for cls in (nn.Linear, nn.Conv2d, nn.Sequential, nn.SiLU)
 }
 """The forward methods as they are defined, to notice if someone replaces one in its class."""
-
-
-Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def known(cls: Kind) -> Kind:
@@ -31,9 +29,8 @@ def known(cls: Kind) -> Kind:
 def home(thing: Any) -> str:
     """The top-level package that a class or function is from, such as "torch"; "" for a function around
     another, which has only the name of its module."""
-    return (
-        "" if hasattr(thing, "__wrapped__") else (getattr(thing, "__module__", None) or "").partition(".")[0]
-    )
+    module = None if hasattr(thing, "__wrapped__") else getattr(thing, "__module__", None)
+    return (module or "").partition(".")[0]
 
 
 def is_ours(thing: Any) -> bool:

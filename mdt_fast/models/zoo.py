@@ -86,7 +86,7 @@ DiT_models = {
 def shape_of(name: str) -> tuple[Family, dict[str, int]]:
     """Family and sizes of a published model; ``UserError`` (with the nearest name) for an unknown name."""
     if name not in SHAPES:
-        raise UserError(f"model: {name!r} is unknown{nearest(name, SHAPES)}; known: {', '.join(SHAPES)}")
+        raise UserError(f"model: got {name!r}{nearest(name, SHAPES)}, expected {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
@@ -99,10 +99,8 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 def build_model(config: ModelConfig, implementation: Implementation = "fast") -> nn.Module:
     """A new model of this configuration, as a fast or as a reference class."""
     if implementation not in CLASSES:
-        known = ", ".join(CLASSES)
-        raise UserError(
-            f"implementation: {implementation!r}{nearest(implementation, CLASSES)}; known: {known}"
-        )
+        hint = nearest(implementation, CLASSES)
+        raise UserError(f"implementation: got {implementation!r}{hint}, expected {', '.join(CLASSES)}")
     return CLASSES[implementation][config.family](**config.kwargs())
 
 

@@ -208,7 +208,8 @@ def check_before_step(group: dict[str, Any], fixed: Mapping[str, Any], refused: 
 
 
 def at_least_0(name: str, value: Any, largest: float = sys.float_info.max) -> None:
-    """Raise ``UserError`` unless ``value`` is a number from 0 to ``largest``, which stands for infinity."""
+    """Raise ``UserError`` unless ``value`` is a number (or a tensor of one, but no bool) from 0 to
+    ``largest``, which stands for infinity."""
     if not _is_number(value) or not 0 <= value <= largest:
         raise UserError(f"{name}: got {value!r}, expected a finite number of 0 or more")
 

@@ -32,9 +32,9 @@ def checked_labels(class_labels: Any, classes: int) -> list[int]:
         if isinstance(label, str):
             raise UserError(f"class_labels: got {label!r}; get_label_ids finds classes by name")
         if not is_integer(label) or not 0 <= label < classes:
-            raise UserError(f"class_labels: expected 0 to {classes - 1}, got {label!r}")
+            raise UserError(f"class_labels: got {label!r}, expected 0 to {classes - 1}")
     if not labels:
-        raise UserError("class_labels: at least one class is needed, got none")
+        raise UserError("class_labels: got none, expected one or more")
     return [int(label) for label in labels]
 
 
@@ -43,15 +43,15 @@ def checked_names(id2label: Any, classes: int) -> dict[int, str]:
     if id2label is None:
         return {}
     if not isinstance(id2label, Mapping):
-        raise UserError(f"id2label: expected names by class, got {type(id2label).__name__}")
+        raise UserError(f"id2label: got {type(id2label).__name__}, expected names by class")
     names = {}
     for key, value in id2label.items():
         if not is_integer(key) and not (isinstance(key, str) and key.isascii() and key.isdecimal()):
-            raise UserError(f"id2label: classes are numbers, got {key!r}")
+            raise UserError(f"id2label: got the class {key!r}, expected a number")
         if not 0 <= int(key) < classes:
-            raise UserError(f"id2label: classes are 0 to {classes - 1}, got {key}")
+            raise UserError(f"id2label: got the class {key}, expected 0 to {classes - 1}")
         if not isinstance(value, str):
-            raise UserError(f"id2label: the name of class {key} must be a string, got {value!r}")
+            raise UserError(f"id2label: got {value!r} for class {key}, expected a string")
         names[int(key)] = value
     return names
 
@@ -66,7 +66,7 @@ def checked_generator(generator: Any, count: int) -> Generators:
         if not isinstance(one, torch.Generator):
             raise UserError(f"generator: got {type(one).__name__} in a list, expected a torch.Generator")
     if len(generator) != count:
-        raise UserError(f"generator: a list needs one for each of the {count} images, got {len(generator)}")
+        raise UserError(f"generator: got {len(generator)} in a list, expected one for each of {count} images")
     return list(generator)
 
 
@@ -76,7 +76,7 @@ def checked_scale(guidance_scale: Any, config: ModelConfig) -> float:
         return GUIDANCE if config.class_dropout_prob > 0 else 1.0
     scale = _number("guidance_scale", guidance_scale)
     if not math.isfinite(scale):
-        raise UserError(f"guidance_scale: must be finite, got {scale}")
+        raise UserError(f"guidance_scale: got {scale}, expected a finite number")
     if scale > 1 and config.class_dropout_prob == 0:
         raise UserError(
             f"guidance_scale: a model trained without label dropout cannot be guided; use 1, got {scale:g}"
@@ -95,7 +95,7 @@ def checked_eta(eta: Any, taken: bool) -> float:
     """DDIM's noise; ``taken``: whether the scheduler takes it."""
     value = _number("eta", eta)
     if not 0 <= value <= 1 or (value and not taken):
-        raise UserError(f"eta: expected 0 to 1 with DDIM, and 0 with others, got {eta}")
+        raise UserError(f"eta: got {eta}, expected 0 to 1 with DDIM, and 0 with others")
     return value
 
 
@@ -105,14 +105,14 @@ def checked_channels(guided_channels: Any, config: ModelConfig) -> int | None:
     if guided_channels is None:
         return None
     if not is_integer(guided_channels) or not 1 <= guided_channels <= C:
-        raise UserError(f"guided_channels: expected 1 to {C}, got {guided_channels!r}")
+        raise UserError(f"guided_channels: got {guided_channels!r}, expected 1 to {C}")
     return int(guided_channels)
 
 
 def check_output(output_type: Any, config: ModelConfig, has_vae: bool) -> None:
     if not isinstance(output_type, str) or output_type not in OUTPUTS:
         hint = nearest(output_type, OUTPUTS)
-        raise UserError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUTS)}{hint}")
+        raise UserError(f"output_type: got {output_type!r}{hint}, expected {', '.join(OUTPUTS)}")
     if not has_vae and config.in_channels not in (1, 3) and output_type != "latent":
         raise UserError(
             f"output_type: {config.in_channels} channels make no picture without a vae; use 'latent'"
@@ -126,12 +126,12 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     if not latents.is_floating_point():
         raise UserError(f"latents: dtype {latents.dtype}, expected a floating-point one such as float32")
     if tuple(latents.shape) != shape:
-        raise UserError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
+        raise UserError(f"latents: got {list(latents.shape)}, expected shape {list(shape)}")
     if not latents.isfinite().all():
-        raise UserError("latents: must be finite, got NaN or infinities")
+        raise UserError("latents: got NaN or infinities, expected finite numbers")
 
 
 def _number(name: str, value: Any, allowed: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise UserError(f"{name}: expected {allowed}, got {value!r}".replace("\n", " "))
+        raise UserError(f"{name}: got {value!r}, expected {allowed}".replace("\n", " "))
     return float(value)

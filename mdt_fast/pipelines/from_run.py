@@ -14,7 +14,7 @@ from .schedulers import published_scheduler
 def components_of_run(run: Path, weights: str, vae: str | None = None) -> dict[str, Any]:
     """``MDTPipeline``'s arguments; ``UserError`` if the run, or the autoencoder it names, cannot be read."""
     if weights not in ("ema", "model"):
-        raise UserError(f"weights: expected ema or model, got {weights!r}")
+        raise UserError(f"weights: got {weights!r}, expected ema or model")
     opened = open_for_drawing(run, weights, "{}")
     config = opened.config
     data = config.data if vae is None else replace(config.data, vae=vae)

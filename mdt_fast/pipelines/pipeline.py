@@ -81,7 +81,7 @@ class MDTPipeline(DiffusionPipeline):
         """
         _check_folder(Path(name))
         if not kwargs.setdefault("use_safetensors", True):
-            raise UserError("use_safetensors: got False, but pickled weights are never read")
+            raise UserError("use_safetensors: got False, expected True: pickled weights are never read")
         if not isinstance(kwargs.get("torch_dtype"), dict):  # a dict is by component; diffusers checks it
             kwargs["torch_dtype"] = floating("torch_dtype", kwargs.get("torch_dtype"))
         if "device_map" not in kwargs:
@@ -113,7 +113,7 @@ class MDTPipeline(DiffusionPipeline):
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Look up classes by name; ``UserError`` (with the nearest name) for an unknown name."""
         if not isinstance(label, str | Sequence):
-            raise UserError(f"label: expected a name or several, got {label!r}")
+            raise UserError(f"label: got {label!r}, expected a name or several")
         names = [label] if isinstance(label, str) else list(label)
         if not self.labels:
             raise UserError("label: this pipeline has no names of classes (id2label)")
@@ -251,4 +251,4 @@ def _check_folder(path: Path) -> None:
                 reason = "; it may be a model's: Transformer.from_pretrained loads those"
             raise UserError(f"from_pretrained: no model_index.json in {str(path)!r}{reason}")
     elif path.is_absolute() or str(path).startswith((".", "~")) or len(path.parts) != 2:
-        raise UserError(f"from_pretrained: no folder {str(path)!r}, nor is it a hub name such as me/mdt")
+        raise UserError(f"from_pretrained: got {str(path)!r}, expected a folder or a hub name (me/mdt)")

@@ -86,7 +86,7 @@ def ready(scheduler: Any, steps: int, device: torch.device, learn_sigma: bool) -
         )
     total = config.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
-        raise UserError(f"num_inference_steps: expected 1 to {total}, got {steps!r}")
+        raise UserError(f"num_inference_steps: got {steps!r}, expected 1 to {total}")
     steps = int(steps)
     learned = config.get("variance_type") in LEARNED
     takes_variance = learned and not kinds.isdisjoint(ANCESTRAL)

@@ -128,7 +128,7 @@ def export_step(
     """
     path = Path(path)
     if path.suffix != ".pt2":
-        raise UserError(f"path: a name that ends in .pt2 is needed, got {path.name!r}")
+        raise UserError(f"path: got {path.name!r}, expected a name that ends in .pt2")
     check_writable(path)
     check_name(path, "path")
     if not isinstance(diffusion, DiffusionConfig):
@@ -137,7 +137,7 @@ def export_step(
             "(DiffusionConfig() is create_diffusion's default)"
         )
     if batch is not None and (type(batch) is not int or not 1 <= batch <= MOST_IMAGES):
-        raise UserError(f"batch: expected None or 1 to {MOST_IMAGES}, got {batch!r}")
+        raise UserError(f"batch: got {batch!r}, expected None or 1 to {MOST_IMAGES}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("model: it is on the meta device, and has no weights to export")
     if not is_open(model):
@@ -381,9 +381,9 @@ def _check_description(described: dict[str, Any], path: str) -> None:
     guided, batch = described.get("guided"), described.get("batch", 0)
     if not isinstance(guided, bool):
         raise UserError(
-            f"{path!r}: its description is damaged: guided: expected true or false, got {guided!r}"
+            f"{path!r}: its description is damaged: guided: got {guided!r}, expected true or false"
         )
     if batch is not None and (type(batch) is not int or batch < 1):
         raise UserError(
-            f"{path!r}: its description is damaged: batch: expected null or 1 or more, got {batch!r}"
+            f"{path!r}: its description is damaged: batch: got {batch!r}, expected null or 1 or more"
         )

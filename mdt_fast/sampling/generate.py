@@ -50,7 +50,7 @@ def steps_of(config: SampleConfig, T: int) -> list[int]:
     lowest, highest = (ORDER, T - 1) if solver else (1, T)
     if type(config.steps) is not int or not lowest <= config.steps <= highest:
         of = f" with {config.sampler}" if solver else ""
-        raise UserError(f"steps: expected {lowest} to {highest}{of}, got {config.steps!r}")
+        raise UserError(f"steps: got {config.steps!r}, expected {lowest} to {highest}{of}")
     return solver_timesteps(T, config.steps) if solver else space_timesteps(T, config.steps)
 
 
@@ -59,8 +59,8 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
     number of ``steps``."""
     if config.sampler not in SAMPLERS:
         raise UserError(
-            f"sampler: {config.sampler!r} is not known{nearest(config.sampler, SAMPLERS)}; "
-            f"known: {', '.join(SAMPLERS)}"
+            f"sampler: got {config.sampler!r}{nearest(config.sampler, SAMPLERS)}, "
+            f"expected {', '.join(SAMPLERS)}"
         )
     check_types(config)
     for name, lowest, highest in (
@@ -71,20 +71,19 @@ def check_sampling(model: ModelConfig, config: SampleConfig) -> None:
         if value is None or value == "auto":  # scale_pow's
             continue
         if not value >= lowest:
-            raise UserError(f"{name}: must be at least {lowest}, got {value}")
+            raise UserError(f"{name}: got {value}, expected {lowest} or more")
         if not math.isfinite(value) or (highest is not None and value > highest):
-            raise UserError(
-                f"{name}: must be {'finite' if highest is None else f'at most {highest}'}, got {value}"
-            )
+            allowed = "a finite number" if highest is None else f"at most {highest}"
+            raise UserError(f"{name}: got {value}, expected {allowed}")
     if config.sampler != "ddim" and config.eta:
         raise UserError(f"eta: only ddim has one; use 0 with {config.sampler}, got {config.eta:g}")
     if config.cfg_interval is not None:
         low, high = config.cfg_interval
         if not 0 <= low <= high < math.inf:
-            raise UserError(f"cfg_interval: LOW,HIGH with 0 <= LOW <= HIGH is needed, got {low:g},{high:g}")
+            raise UserError(f"cfg_interval: got {low:g},{high:g}, expected LOW,HIGH with 0 <= LOW <= HIGH")
     if config.guided_channels is not None and not 1 <= config.guided_channels <= model.in_channels:
         raise UserError(
-            f"guided_channels: expected None or 1 to {model.in_channels}, got {config.guided_channels}"
+            f"guided_channels: got {config.guided_channels}, expected None or 1 to {model.in_channels}"
         )
     if config.cfg_scale != 1 and model.class_dropout_prob == 0:
         raise UserError("cfg_scale: a model trained without label dropout cannot be guided; use 1")
@@ -127,10 +126,10 @@ def checked_labels(labels: Sequence[int], num_classes: int) -> list[int]:
         found = [operator.index(label) for label in labels]
     except TypeError:
         got = "" if isinstance(labels, Tensor) else f": {labels!r}"
-        raise UserError(f"labels: a list of integers is needed, got {type(labels).__name__}{got}") from None
+        raise UserError(f"labels: got {type(labels).__name__}{got}, expected a list of integers") from None
     for label in found:
         if not 0 <= label < num_classes:
-            raise UserError(f"labels: expected 0 to {num_classes - 1}, got {label}")
+            raise UserError(f"labels: got {label}, expected 0 to {num_classes - 1}")
     return found
 
 

@@ -151,9 +151,9 @@ def check_inpainting(
     if not unknown_NSS.flatten(1).any(dim=1).all():
         raise UserError("unknown: a mask is all False, there is nothing to draw")
     if isinstance(hide, bool) or not isinstance(hide, int | float) or not 0 <= hide <= 1:
-        raise UserError(f"hide: expected 0 to 1, got {hide!r}")
+        raise UserError(f"hide: got {hide!r}, expected 0 to 1")
     if type(resample) is not int or resample < 1:
-        raise UserError(f"resample: an integer, 1 or more, is needed, got {resample!r}")
+        raise UserError(f"resample: got {resample!r}, expected an integer, 1 or more")
     if resample > 1 and config.sampler in SOLVERS:
         raise UserError(f"resample: {config.sampler} uses earlier steps and cannot go back; use ddpm or ddim")
     if hide and (model.family == "dit" or model.mask_ratio is None):
@@ -175,14 +175,14 @@ def _checked(image: Tensor, unknown: Tensor, shape: tuple[int, int, int]) -> tup
     for name, value in (("image", image), ("unknown", unknown)):
         if not isinstance(value, Tensor) or value.device.type == "meta":
             came = "one on the meta device" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{name}: a torch.Tensor with values is needed, got {came}")
+            raise UserError(f"{name}: got {came}, expected a torch.Tensor with values")
     if image.ndim not in (3, 4) or tuple(image.shape[-3:]) != shape or not image.is_floating_point():
         raise UserError(
-            f"image: floats [{C}, {S}, {S}] or [N, {C}, {S}, {S}] are needed, got {image.dtype} "
-            f"{list(image.shape)}"
+            f"image: got {image.dtype} {list(image.shape)}, expected floats [{C}, {S}, {S}] or "
+            f"[N, {C}, {S}, {S}]"
         )
     if unknown.ndim not in (2, 3) or unknown.shape[-2:] != (S, S) or unknown.dtype != torch.bool:
         raise UserError(
-            f"unknown: bool [{S}, {S}] or [N, {S}, {S}] is needed, got {unknown.dtype} {list(unknown.shape)}"
+            f"unknown: got {unknown.dtype} {list(unknown.shape)}, expected bool [{S}, {S}] or [N, {S}, {S}]"
         )
     return image.reshape(-1, C, S, S), unknown.reshape(-1, 1, S, S)

@@ -36,7 +36,7 @@ def save_npz(
             for batch in batches:
                 if batch.dtype != np.uint8 or batch.ndim != 4:
                     raise UserError(
-                        f"images: uint8 [N, H, W, C] is needed, got {batch.dtype} {list(batch.shape)}"
+                        f"images: got {batch.dtype} {list(batch.shape)}, expected uint8 [N, H, W, C]"
                     )
                 if shape is None:
                     shape = batch.shape[1:]

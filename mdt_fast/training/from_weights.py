@@ -102,7 +102,7 @@ def load_run(run: str | Path, weights: str = "ema") -> Transformer:
     a configuration that match no published shape.
     """
     if weights not in (EMA, MODEL):
-        raise UserError(f"weights: expected ema or model, got {weights!r}")
+        raise UserError(f"weights: got {weights!r}, expected ema or model")
     return model_of(open_for_drawing(Path(run), weights, "{}"), weights)
 
 

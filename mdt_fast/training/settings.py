@@ -48,10 +48,10 @@ def check_settings(config: RunConfig) -> None:
         ("max_skips", 0),
     ):  # fmt: skip
         if not getattr(settings, name) >= lowest:
-            raise UserError(f"train.{name}: must be at least {lowest}, got {getattr(settings, name)}")
+            raise UserError(f"train.{name}: got {getattr(settings, name)}, expected {lowest} or more")
     for name in ("steps", "batch_size", "seed"):
         if getattr(settings, name) >= 2**63:
-            raise UserError(f"train.{name}: must be below 2^63, got {getattr(settings, name)}")
+            raise UserError(f"train.{name}: got {getattr(settings, name)}, expected below 2^63")
     if settings.lr_anneal_steps and settings.steps > settings.lr_anneal_steps:
         raise UserError(
             f"train.steps: {settings.steps} exceeds lr_anneal_steps {settings.lr_anneal_steps}, "
@@ -59,8 +59,8 @@ def check_settings(config: RunConfig) -> None:
         )
     if not 1 <= config.diffusion.diffusion_steps <= MOST_DIFFUSION_STEPS:
         raise UserError(
-            f"diffusion.diffusion_steps: expected 1 to {MOST_DIFFUSION_STEPS}, "
-            f"got {config.diffusion.diffusion_steps}"
+            f"diffusion.diffusion_steps: got {config.diffusion.diffusion_steps}, "
+            f"expected 1 to {MOST_DIFFUSION_STEPS}"
         )
     check_decay(settings.ema_decay)
     try:

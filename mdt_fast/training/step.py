@@ -56,7 +56,7 @@ class TrainingStep:
         self.settings = TrainConfig(dtype=dtype, passes=passes, accumulate=accumulate)
         check_types(self.settings)
         if accumulate < 1:
-            raise UserError(f"accumulate: must be at least 1, got {accumulate}")
+            raise UserError(f"accumulate: got {accumulate}, expected 1 or more")
         if cuda_graphs not in (None, True, False):
             raise UserError(f"cuda_graphs: got {cuda_graphs!r}, expected None, True or False")
         self.model, self.diffusion, self.cuda_graphs = model, diffusion, cuda_graphs

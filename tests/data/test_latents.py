@@ -195,7 +195,7 @@ SHARD = "shard-00001.safetensors"
         (edit_index(lambda index: index["shards"][0].update(file="../x")), r"index\.json: edited, entries"),
         (
             edit_index(lambda index: index["shards"][0].update(samples=True)),
-            r"samples: expected int, got True",
+            r"samples: got True, expected int",
         ),
         (
             edit_index(lambda index: index["classes"].pop()),
@@ -203,7 +203,7 @@ SHARD = "shard-00001.safetensors"
         ),
         (edit_index(lambda index: index["encoding"].pop("side")), r"index\.json: edited, entries"),
         (edit_index(lambda index: index["encoding"].update(shard_size=0)), r"index\.json: edited, entries"),
-        (edit_index(lambda index: index.update(encoding=[])), r"index\.json: expected a table of settings"),
+        (edit_index(lambda index: index.update(encoding=[])), r"index\.json: got list, expected a table"),
     ],
 )
 def test_damage_is_named(folder: Path, damage: Callable[[Path], None], message: str) -> None:

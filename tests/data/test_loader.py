@@ -110,7 +110,7 @@ def test_a_bad_file_stops_or_is_skipped_as_configured(folder: DataConfig, tmp_pa
 
 
 def test_impossible_settings_are_named(folder: DataConfig) -> None:
-    with pytest.raises(UserError, match="batch_size: must be at least 1, got 0"):
+    with pytest.raises(UserError, match="batch_size: got 0, expected 1 or more"):
         loader(folder, batch_size=0)
-    with pytest.raises(UserError, match="workers: must be at least 1, got 0"):
+    with pytest.raises(UserError, match="workers: got 0, expected 1 or more"):
         loader(replace(folder, workers=0))

@@ -52,7 +52,7 @@ def test_two_passes_of_what_has_none() -> None:
     with pytest.raises(UserError, match=r"model: a DiT \(in a DataParallel\) has no training_step_out"):
         diffusion.two_pass_losses(torch.nn.DataParallel(DiT(**shape, num_classes=3)), x, t, y)
     for labels, got in (({"y": y}, "a dict"), (y[:1], r"\[1\]"), (y[:, None], r"\[2, 1\]")):
-        with pytest.raises(UserError, match=rf"y: expected the labels \[2\] themselves, got {got}"):
+        with pytest.raises(UserError, match=rf"y: got {got}, expected the labels \[2\] themselves"):
             diffusion.two_pass_losses(mdt, x, t, labels)
 
 

@@ -285,14 +285,14 @@ def test_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("t", "message"),
     [
-        (torch.tensor([0, 10]), "t: expected 0 to 9, got values from 0 to 10"),
-        (torch.tensor([-1, 5]), "t: expected 0 to 9, got values from -1 to 5"),
-        (torch.tensor([0.0, 1.0]), "t: expected an int64 tensor of timesteps, got torch.float32"),
-        (torch.tensor([True, False]), "t: expected an int64 tensor of timesteps, got torch.bool"),
-        ([0, 1], "t: expected an int64 tensor of timesteps, got list"),
-        (torch.tensor([0, 1], device="meta"), "t: expected on cpu, where x is, got meta"),
-        (torch.tensor([0]), r"t: expected one timestep per row of x \[2, 3, 4, 4\], got shape \[1\]"),
-        (torch.tensor(3), r"t: expected one timestep per row of x \[2, 3, 4, 4\], got shape \[\]"),
+        (torch.tensor([0, 10]), "t: got values from 0 to 10, expected 0 to 9"),
+        (torch.tensor([-1, 5]), "t: got values from -1 to 5, expected 0 to 9"),
+        (torch.tensor([0.0, 1.0]), "t: got torch.float32, expected an int64 tensor of timesteps"),
+        (torch.tensor([True, False]), "t: got torch.bool, expected an int64 tensor of timesteps"),
+        ([0, 1], "t: got list, expected an int64 tensor of timesteps"),
+        (torch.tensor([0, 1], device="meta"), "t: got one on meta, expected one on cpu, where x is"),
+        (torch.tensor([0]), r"t: got shape \[1\], expected one timestep per row of x \[2, 3, 4, 4\]"),
+        (torch.tensor(3), r"t: got shape \[\], expected one timestep per row of x \[2, 3, 4, 4\]"),
     ],
 )
 @pytest.mark.parametrize(
@@ -317,37 +317,37 @@ def test_wrong_timesteps_are_named(call, t: Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d, x, t: d.q_sample(x, t, x[:1]), r"noise: expected the shape of x_start, \[2, 3, 4, 4\]"),
-        (lambda d, x, t: d.q_sample(x.to(torch.uint8), t), "x: expected a float tensor, got torch.uint8"),
+        (lambda d, x, t: d.q_sample(x, t, x[:1]), "noise: got .*, expected the shape of x_start"),
+        (lambda d, x, t: d.q_sample(x.to(torch.uint8), t), "x: got torch.uint8, expected a float tensor"),
         (
             lambda d, x, t: d.training_losses(_linear_model, x.to(torch.uint8), t),
-            "x: expected a float tensor",
+            "x: got torch.uint8, expected a float tensor",
         ),
         (
             lambda d, x, t: d.p_sample(_linear_model, x, t, generator=lambda like: like[:1]),
-            r"generator: expected the shape of x, \[2, 3, 4, 4\], got \[1, 3, 4, 4\]",
+            r"generator: got \[1, 3, 4, 4\], expected the shape of x, \[2, 3, 4, 4\]",
         ),
         (
             lambda d, x, t: d.p_sample(_linear_model, x, t, cond_fn=lambda x, t: x[:, :1]),
-            r"cond_fn: expected the shape of x, \[2, 3, 4, 4\], got \[2, 1, 4, 4\]",
+            r"cond_fn: got \[2, 1, 4, 4\], expected the shape of x, \[2, 3, 4, 4\]",
         ),
-        (lambda d, x, t: d.q_posterior_mean_variance(x, x[:, :1], t), "x_t: expected the shape of x_start"),
+        (lambda d, x, t: d.q_posterior_mean_variance(x, x[:, :1], t), "x_t: got .*, expected the shape"),
         (
             lambda d, x, t: d.training_losses(lambda x, t: x, x, t),
-            r"model: expected output \[2, 6, 4, 4\] \(twice the channels of x .*\), got \[2, 3, 4, 4\]",
+            r"model: got \[2, 3, 4, 4\], expected output \[2, 6, 4, 4\] \(twice the channels of x .*\)",
         ),
-        (lambda d, x, t: d.p_sample(lambda x, t: None, x, t), "model: expected output .*, got NoneType"),
-        (lambda d, x, t: d.ddim_sample(_linear_model, x, t, eta=1.5), "eta: expected 0 to 1, got 1.5"),
+        (lambda d, x, t: d.p_sample(lambda x, t: None, x, t), "model: got NoneType, expected output .*"),
+        (lambda d, x, t: d.ddim_sample(_linear_model, x, t, eta=1.5), "eta: got 1.5, expected 0 to 1"),
         (
             lambda d, x, t: d.ddim_sample(_linear_model, x, t, eta=math.nan),
-            "eta: expected 0 to 1, got nan",
+            "eta: got nan, expected 0 to 1",
         ),
         (lambda d, x, t: d.ddim_reverse_sample(_linear_model, x, t, eta=0.5), "eta: .* 0 only, got 0.5"),
         (lambda d, x, t: d.p_sample_loop(_linear_model, x.shape), "device: must be given"),
         (lambda d, x, t: d.p_sample_loop(nn.Identity(), x.shape), "device: must be given"),
         (
             lambda d, x, t: d.ddim_sample_loop(_linear_model, (2, 3, 5, 5), noise=x),
-            r"noise: expected shape \[2, 3, 5, 5\], got \[2, 3, 4, 4\]",
+            r"noise: got \[2, 3, 4, 4\], expected shape \[2, 3, 5, 5\]",
         ),
     ],
 )
@@ -358,7 +358,7 @@ def test_mistakes_are_named(call, message: str) -> None:
 
 def test_fixed_variance_model_must_not_have_extra_channels() -> None:
     with pytest.raises(
-        UserError, match=r"model: expected output \[2, 3, 4, 4\] \(that of x\), got \[2, 6, 4, 4\]"
+        UserError, match=r"model: got \[2, 6, 4, 4\], expected output \[2, 3, 4, 4\] \(that of x\)"
     ):
         create_diffusion("10", learn_sigma=False).p_sample(
             _linear_model, torch.randn(2, 3, 4, 4), torch.tensor([0, 9])

@@ -73,17 +73,17 @@ def test_rng_repeats() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match="num_timesteps: must be at least 1, got 0"):
+    with pytest.raises(UserError, match="num_timesteps: got 0, expected 1 or more"):
         UniformSampler(0)
-    with pytest.raises(UserError, match="history_per_term: must be at least 1, got 0"):
+    with pytest.raises(UserError, match="history_per_term: got 0, expected 1 or more"):
         LossSecondMomentSampler(10, 0)
-    with pytest.raises(UserError, match="uniform_prob: expected 0 to 1, got 2"):
+    with pytest.raises(UserError, match="uniform_prob: got 2, expected 0 to 1"):
         LossSecondMomentSampler(10, uniform_prob=2)
-    with pytest.raises(UserError, match="t: expected 0 to 3, got values from -1 to -1"):
+    with pytest.raises(UserError, match="t: got values from -1 to -1, expected 0 to 3"):
         _warm().update(torch.tensor([-1]), torch.tensor([1.0]))
-    with pytest.raises(UserError, match="losses: expected one per timestep"):
+    with pytest.raises(UserError, match=r"losses: got .*, expected one per timestep"):
         _warm().update(torch.tensor([1]), torch.tensor([1.0, 2.0]))
-    with pytest.raises(UserError, match="losses: must be finite"):
+    with pytest.raises(UserError, match="losses: got nan or inf, expected finite numbers"):
         _warm().update(torch.tensor([1, 2]), torch.tensor([1.0, torch.nan]))
 
 

@@ -174,7 +174,7 @@ def test_functions_modules_and_classes() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("inception-v3-compact", r"is not known \(did you mean 'inception-v3-compat'\?\); use"),
+        ("inception-v3-compact", r"compact' \(did you mean 'inception-v3-compat'\?\), expected"),
         ("none.pt", "no file 'none.pt'"),
         ("weights.pt", "neither a TorchScript nor a torch.export program"),
         ("weights.pt2", "neither a TorchScript nor a torch.export program"),

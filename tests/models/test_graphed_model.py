@@ -187,7 +187,7 @@ def test_not_without_end(model: nn.Module) -> None:
     assert torch.equal(quick.forward_with_cfg(x, t, y, 1.0), model.forward_with_cfg(x, t, y, 1.0))
     quick = GraphedModel(model)
     for _ in range(graphed.MOST):
-        with pytest.raises(UserError, match="x: batch of 1"):
+        with pytest.raises(UserError, match="x: got a batch of 1"):
             quick.forward_with_cfg(x[:1], t[:1], y[:1], 2.0)
     Captured.captures.clear()
     for B in range(1, graphed.MOST + 5):

@@ -189,9 +189,9 @@ def refused(message: str, name: Any, cls: Any = Transformer, **how: Any) -> None
 def test_refusals(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     made().save_pretrained(folder)
-    refused("the class is MDTv2, not DiT; MDTv2.from_pretrained loads it", folder, DiT)
-    refused("no folder 'nowhere', nor is it a hub name such as me/mdt", "nowhere")
-    refused("no folder", tmp_path / "none")
+    refused("got the class MDTv2, expected DiT; MDTv2.from_pretrained loads it", folder, DiT)
+    refused("got 'nowhere', expected a folder or a hub name (me/mdt)", "nowhere")
+    refused("expected a folder", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     refused("no config.json in", tmp_path / "empty")
     refused("no config.json in", folder, subfolder="transformer")
@@ -202,10 +202,10 @@ def test_refusals(tmp_path: Path) -> None:
         ("[]", "names no class (_class_name)"),
         (
             json.dumps({**values, "_class_name": "MDTV2"}),
-            "not one of MDTv2, MDT, DiT (did you mean 'MDTv2'?)",
+            "got _class_name 'MDTV2' (did you mean 'MDTv2'?), expected MDTv2, MDT, DiT",
         ),
         (json.dumps({**values, "dept": 4}), "unknown key 'dept' (did you mean 'depth'?)"),
-        (json.dumps({**values, "depth": "4"}), "config.json.depth: expected int, got '4'"),
+        (json.dumps({**values, "depth": "4"}), "config.json.depth: got '4', expected int"),
         (json.dumps({**values, "depth": 6}), "weights of another model: "),
         (json.dumps({**values, "num_classes": 11}), "[11, 16] instead of [12, 16]"),
     ):
@@ -236,7 +236,7 @@ def test_parts_of_several_processes_are_refused(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(UserError, match="each process has a part of the weights"):
+        with pytest.raises(UserError, match="model: got a part of the weights in each process"):
             model.save_pretrained(tmp_path)
     finally:
         distributed.destroy_process_group()
@@ -294,12 +294,12 @@ def test_a_number_that_is_none(name: str, tmp_path: Path) -> None:
     small_dit().save_pretrained(tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**values, name: None}))
-    refused(f"{name} is None; an integer is needed", tmp_path)
+    refused(f"got {name} None, expected an integer", tmp_path)
 
 
 def test_other_models_of_diffusers_are_refused(tmp_path: Path) -> None:
     small_dit().save_pretrained(tmp_path)
-    refused("the class is DiT, not MDTv2", tmp_path, MDTv2)
+    refused("got the class DiT, expected MDTv2", tmp_path, MDTv2)
     state = load_file(tmp_path / WEIGHTS)
     odd = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     save_file({**state, odd: state[odd] + 1}, tmp_path / WEIGHTS)
@@ -316,7 +316,7 @@ def test_other_models_of_diffusers_are_refused(tmp_path: Path) -> None:
         (tmp_path / CONFIG).write_text(json.dumps({**values, key: 1_000_000_000}))
         refused(message, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({**values, "norm_type": "layer_norm"}))
-    refused("norm_type is 'layer_norm'; a DiT has 'ada_norm_zero'", tmp_path)
+    refused("got norm_type 'layer_norm', expected 'ada_norm_zero', as in a DiT", tmp_path)
 
 
 def test_public_names() -> None:
@@ -376,20 +376,20 @@ def test_dtypes_by_name(tmp_path: Path) -> None:
     assert MDTv2.from_pretrained(tmp_path, dtype="float16").dtype == torch.float16
     assert MDTv2.from_pretrained(tmp_path, torch_dtype="torch.bfloat16").dtype == torch.bfloat16
     allowed = "expected float32, float16, bfloat16, float64"
-    refused(f"dtype: {allowed}, got torch.int8", tmp_path, dtype=torch.int8)
-    refused(f"torch_dtype: {allowed}, got 'half'", tmp_path, torch_dtype="half")
-    refused(f"dtype: {allowed}, got 16", tmp_path, dtype=16)
+    refused(f"dtype: got torch.int8, {allowed}", tmp_path, dtype=torch.int8)
+    refused(f"torch_dtype: got 'half', {allowed}", tmp_path, torch_dtype="half")
+    refused(f"dtype: got 16, {allowed}", tmp_path, dtype=16)
 
 
 def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = DiT(**SHAPE)
-    with pytest.raises(UserError, match="on the meta device"):
+    with pytest.raises(UserError, match="model: got weights on the meta device"):
         model.save_pretrained(tmp_path / "meta")
     assert not (tmp_path / "meta").exists()
     for name in (CONFIG, WEIGHTS):
         (tmp_path / name).mkdir()
-        with pytest.raises(UserError, match="is a folder; a file goes there"):
+        with pytest.raises(UserError, match=r"save_directory: got a folder .*, expected a file"):
             made().save_pretrained(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [name]
         (tmp_path / name).rmdir()

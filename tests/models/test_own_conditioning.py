@@ -376,7 +376,7 @@ def test_a_forward_that_two_passes_would_not_fit_is_refused() -> None:
         ) -> Any:
             return super().forward(x, t, y)
 
-    with pytest.raises(UserError, match=r"^model: expected both passes' outputs .*, got \[4, 8, 8, 8\]"):
+    with pytest.raises(UserError, match=r"^model: got \[4, 8, 8, 8\], expected both passes' outputs .*"):
         losses(made(One))
     model = made()
     model.forward = lambda x, t, y: x

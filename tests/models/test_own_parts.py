@@ -331,7 +331,7 @@ def test_a_model_with_parts_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"from_pretrained: OfMore takes other arguments: .*required"):
         OfMore.from_pretrained(tmp_path / "wide")
     model.de_blocks[0].attn.qkv = nn.Sequential(model.de_blocks[0].attn.qkv)
-    with pytest.raises(UserError, match=r"^save_pretrained: additional parts \(de_blocks.0.attn.qkv.0.bias,"):
+    with pytest.raises(UserError, match=r"^model: got additional parts \(de_blocks.0.attn.qkv.0.bias,"):
         model.save_pretrained(tmp_path / "own")
     assert not (tmp_path / "own").exists()
 
@@ -339,7 +339,7 @@ def test_a_model_with_parts_of_its_own(tmp_path: Path) -> None:
 def test_what_is_no_folder_of_a_model(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     write_weights(file, made().state_dict())
-    with pytest.raises(UserError, match=r"is a file, a folder is needed; load_weights\(model, read_weights"):
+    with pytest.raises(UserError, match=r"expected a folder; load_weights\(model, read_weights"):
         MDTv2.from_pretrained(file)
     (tmp_path / "config.json").write_text('{"model": {}, "train": {}}')
     with pytest.raises(UserError, match=r"a file that save_pretrained wrote is needed; it is a run's"):

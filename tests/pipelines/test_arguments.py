@@ -39,29 +39,29 @@ def piped(model: Any, scheduler: Any = SCHEDULER, **parts: Any) -> MDTPipeline:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": 1.5}, "class_labels: expected 0 to 9, got 1.5"),
-        ({"class_labels": None}, "class_labels: expected 0 to 9, got None"),
-        ({"class_labels": torch.tensor([1.0, 2.0])}, "class_labels: expected 0 to 9, got 1.0"),
-        ({"guidance_scale": "4"}, "guidance_scale: expected a number, got '4'"),
-        ({"guidance_scale": [2]}, "guidance_scale: expected a number, got [2]"),
-        ({"guidance_scale": torch.ones(2, 2)}, "guidance_scale: expected a number, got tensor("),
-        ({"scale_pow": "x"}, "scale_pow: expected None, 'auto' or a number, got 'x'"),
-        ({"guided_channels": 1.5}, "guided_channels: expected 1 to 4, got 1.5"),
-        ({"guided_channels": True}, "guided_channels: expected 1 to 4, got True"),
-        ({"eta": "a"}, "eta: expected a number, got 'a'"),
-        ({"eta": None}, "eta: expected a number, got None"),
+        ({"class_labels": 1.5}, "class_labels: got 1.5, expected 0 to 9"),
+        ({"class_labels": None}, "class_labels: got None, expected 0 to 9"),
+        ({"class_labels": torch.tensor([1.0, 2.0])}, "class_labels: got 1.0, expected 0 to 9"),
+        ({"guidance_scale": "4"}, "guidance_scale: got '4', expected a number"),
+        ({"guidance_scale": [2]}, "guidance_scale: got [2], expected a number"),
+        ({"guidance_scale": torch.ones(2, 2)}, "guidance_scale: got tensor("),
+        ({"scale_pow": "x"}, "scale_pow: got 'x', expected None, 'auto' or a number"),
+        ({"guided_channels": 1.5}, "guided_channels: got 1.5, expected 1 to 4"),
+        ({"guided_channels": True}, "guided_channels: got True, expected 1 to 4"),
+        ({"eta": "a"}, "eta: got 'a', expected a number"),
+        ({"eta": None}, "eta: got None, expected a number"),
         ({"generator": [None, None]}, "generator: got NoneType in a list, expected a torch.Generator"),
         ({"generator": "ab"}, "generator: got str in a list, expected a torch.Generator"),
-        ({"num_inference_steps": True}, "num_inference_steps: expected 1 to 1000, got True"),
-        ({"num_inference_steps": None}, "num_inference_steps: expected 1 to 1000, got None"),
-        ({"output_type": 3}, "output_type: 3 is not one of pil, np, pt, latent"),
+        ({"num_inference_steps": True}, "num_inference_steps: got True, expected 1 to 1000"),
+        ({"num_inference_steps": None}, "num_inference_steps: got None, expected 1 to 1000"),
+        ({"output_type": 3}, "output_type: got 3, expected pil, np, pt, latent"),
         ({"latents": ZEROS.numpy()}, "latents: got ndarray, expected a tensor or None"),
         (
             {"latents": ZEROS.to(torch.complex64)},
             "latents: dtype torch.complex64, expected a floating-point",
         ),
         ({"latents": ZEROS.long()}, "latents: dtype torch.int64, expected a floating-point"),
-        ({"latents": ZEROS * float("nan")}, "latents: must be finite, got NaN or infinities"),
+        ({"latents": ZEROS * float("nan")}, "latents: got NaN or infinities, expected finite numbers"),
     ],
 )
 def test_refused_calls(model: Any, arguments: dict[str, Any], message: str) -> None:
@@ -84,12 +84,12 @@ def test_refused_parts(model: Any) -> None:
     for parts, message in (
         ({"scheduler": None}, "scheduler: got NoneType, expected one of diffusers'"),
         ({"scheduler": "x"}, "scheduler: got str, expected one of diffusers'"),
-        ({"id2label": ["cat"]}, "id2label: expected names by class, got list"),
-        ({"id2label": "cat"}, "id2label: expected names by class, got str"),
-        ({"id2label": {"one": "cat"}}, "id2label: classes are numbers, got 'one'"),
-        ({"id2label": {1.5: "cat"}}, "id2label: classes are numbers, got 1.5"),
-        ({"id2label": {1: 5}}, "id2label: the name of class 1 must be a string, got 5"),
-        ({"id2label": {-1: "cat"}}, "id2label: classes are 0 to 9, got -1"),
+        ({"id2label": ["cat"]}, "id2label: got list, expected names by class"),
+        ({"id2label": "cat"}, "id2label: got str, expected names by class"),
+        ({"id2label": {"one": "cat"}}, "id2label: got the class 'one', expected a number"),
+        ({"id2label": {1.5: "cat"}}, "id2label: got the class 1.5, expected a number"),
+        ({"id2label": {1: 5}}, "id2label: got 5 for class 1, expected a string"),
+        ({"id2label": {-1: "cat"}}, "id2label: got the class -1, expected 0 to 9"),
     ):
         with pytest.raises(UserError) as caught:
             piped(model, **parts)
@@ -97,7 +97,7 @@ def test_refused_parts(model: Any) -> None:
     pipe = piped(model, id2label={1: "cat", "2": "dog"})
     assert pipe.get_label_ids(("dog", "cat")) == [2, 1]
     for label in (5, None):
-        with pytest.raises(UserError, match=f"label: expected a name or several, got {label}"):
+        with pytest.raises(UserError, match=f"label: got {label}, expected a name or several"):
             pipe.get_label_ids(label)  # type: ignore[arg-type]
 
 
@@ -122,8 +122,8 @@ def test_folders(model: Any, tmp_path: Path) -> None:
     piped(model).save_pretrained(tmp_path)
     half = MDTPipeline.from_pretrained(tmp_path, torch_dtype="float16")
     assert half.transformer.dtype == torch.float16
-    refused(tmp_path, "torch_dtype: expected float32, ", torch_dtype=torch.int8)
-    refused(tmp_path, "torch_dtype: expected float32, ", torch_dtype="half")
+    refused(tmp_path, "torch_dtype: got torch.int8, expected float32, ", torch_dtype=torch.int8)
+    refused(tmp_path, "torch_dtype: got 'half', expected float32, ", torch_dtype="half")
     weights = tmp_path / "transformer" / WEIGHTS
     whole, state = weights.read_bytes(), load_file(weights)
     key = "final_layer.linear.weight"

@@ -129,7 +129,7 @@ def test_refusals(digits: Path, latents: Path, tmp_path: Path, capsys: pytest.Ca
         assert message in text, text
         assert text.count("\n") == 1
     assert not (tmp_path / "x").exists()
-    with pytest.raises(UserError, match="weights: expected ema or model, got 'last'"):
+    with pytest.raises(UserError, match="weights: got 'last', expected ema or model"):
         MDTPipeline.from_run(digits, weights="last")
 
 

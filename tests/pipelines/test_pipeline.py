@@ -294,23 +294,23 @@ def test_one_generator_for_each_image() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": [3, 10]}, "class_labels: expected 0 to 9, got 10"),
-        ({"class_labels": -1}, "class_labels: expected 0 to 9, got -1"),
-        ({"class_labels": [1.5]}, "class_labels: expected 0 to 9, got 1.5"),
-        ({"class_labels": []}, "class_labels: at least one class is needed, got none"),
+        ({"class_labels": [3, 10]}, "class_labels: got 10, expected 0 to 9"),
+        ({"class_labels": -1}, "class_labels: got -1, expected 0 to 9"),
+        ({"class_labels": [1.5]}, "class_labels: got 1.5, expected 0 to 9"),
+        ({"class_labels": []}, "class_labels: got none, expected one or more"),
         ({"class_labels": "cat"}, "class_labels: got 'cat'; get_label_ids finds classes by name"),
-        ({"num_inference_steps": 0}, "num_inference_steps: expected 1 to 1000, got 0"),
-        ({"num_inference_steps": 1001}, "num_inference_steps: expected 1 to 1000, got 1001"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps: expected 1 to 1000, got 2.5"),
-        ({"generator": [torch.Generator()]}, "generator: a list needs one for each of the 2 images, got 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps: got 0, expected 1 to 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps: got 1001, expected 1 to 1000"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps: got 2.5, expected 1 to 1000"),
+        ({"generator": [torch.Generator()]}, "generator: got 1 in a list, expected one"),
         ({"generator": 3}, "generator: got int, expected a torch.Generator"),
-        ({"eta": 0.5}, "eta: expected 0 to 1 with DDIM, and 0 with others, got 0.5"),
-        ({"guidance_scale": float("nan")}, "guidance_scale: must be finite, got nan"),
-        ({"scale_pow": -1.0}, "scale_pow: must be None, or finite and at least 0, got -1.0"),
-        ({"guided_channels": 5}, "guided_channels: expected 1 to 4, got 5"),
-        ({"output_type": "png"}, "output_type: 'png' is not one of pil, np, pt, latent"),
+        ({"eta": 0.5}, "eta: got 0.5, expected 0 to 1 with DDIM, and 0 with others"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: got nan, expected a finite number"),
+        ({"scale_pow": -1.0}, "scale_pow: got -1.0, expected None, or finite and at least 0"),
+        ({"guided_channels": 5}, "guided_channels: got 5, expected 1 to 4"),
+        ({"output_type": "png"}, "output_type: got 'png', expected pil, np, pt, latent"),
         ({"output_type": "pil"}, "output_type: 4 channels make no picture without a vae; use 'latent'"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents: expected shape [2, 4, 8, 8], got [1, 4, 8, 8]"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents: got [1, 4, 8, 8], expected shape [2, 4, 8, 8]"),
     ],
 )
 def test_refused_calls(arguments: dict[str, Any], message: str) -> None:
@@ -353,7 +353,7 @@ def test_refused_parts(vae: AutoencoderKL) -> None:
         ({"transformer": torch.nn.Linear(1, 1)}, "transformer: got Linear, expected an MDTv2, MDT or DiT"),
         ({"transformer": made(in_channels=3), "vae": vae}, "latents have 4 channels, the transformer's 3"),
         ({"transformer": made(), "vae": made()}, "vae: got MDTv2, expected an AutoencoderKL or None"),
-        ({"transformer": made(), "id2label": {10: "x"}}, "id2label: classes are 0 to 9, got 10"),
+        ({"transformer": made(), "id2label": {10: "x"}}, "id2label: got the class 10, expected 0 to 9"),
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:
             MDTPipeline(scheduler=scheduler, **parts)
@@ -370,8 +370,8 @@ def refused(folder: Any, message: str, **how: Any) -> None:
 def test_refused_folders(tmp_path: Path) -> None:
     folder = tmp_path / "pipe"
     piped(made()).save_pretrained(folder)
-    refused(tmp_path / "none", "no folder")
-    refused("nowhere", "no folder 'nowhere', nor is it a hub name")
+    refused(tmp_path / "none", "expected a folder or a hub name")
+    refused("nowhere", "got 'nowhere', expected a folder or a hub name")
     refused(tmp_path, "no model_index.json in")
     refused(folder / "transformer", "it may be a model's: Transformer.from_pretrained loads those")
     refused(folder, "pickled weights are never read", use_safetensors=False)

@@ -218,7 +218,7 @@ def test_classes_by_name(
     assert chosen_labels("owl, cat,4", classes, 5) == [2, 0, 4]
     with pytest.raises(UserError, match=r"--labels: 'dgo' is not a class \(did you mean 'dog'\?\)"):
         chosen_labels("cat,dgo", classes, 5)
-    with pytest.raises(UserError, match=r"--labels: expected 0 to 4, got 5"):
+    with pytest.raises(UserError, match=r"--labels: got 5, expected 0 to 4"):
         chosen_labels("5", classes, 5)
 
 

@@ -52,7 +52,7 @@ def test_batches_are_never_in_memory_together(tmp_path: Path) -> None:
         (IMAGES, ["x"] * 5, "'x'"),
         (IMAGES, LABELS[:3], "3 labels need as many images, got 5"),
         ([], LABELS, "5 labels need as many images, got 0"),
-        (IMAGES.astype(np.float32), LABELS, r"uint8 \[N, H, W, C\] is needed, got float32"),
+        (IMAGES.astype(np.float32), LABELS, r"got float32 .*, expected uint8 \[N, H, W, C\]"),
         ([IMAGES[:2], IMAGES[2:, :4]], LABELS, r"\[4, 8, 3\] comes after \[8, 8, 3\]"),
     ],
     ids=["labels", "too-many", "none", "dtype", "size"],

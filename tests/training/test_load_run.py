@@ -36,5 +36,5 @@ def test_the_model_of_a_run(tmp_path: Path) -> None:
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
         load_run(tmp_path / "nothing")
-    with pytest.raises(UserError, match="weights: expected ema or model, got 'best'"):
+    with pytest.raises(UserError, match="weights: got 'best', expected ema or model"):
         load_run(tmp_path, "best")

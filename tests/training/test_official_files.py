@@ -290,7 +290,7 @@ def test_files_that_do_not_fit(
     assert "no modelNNNNNN.pt of the official training loop" in error(
         capsys, tmp_path, run, "--preset=digits"
     )
-    assert "'nothing' is not known" in error(capsys, folder, run, "--preset=nothing")
+    assert "got 'nothing'" in error(capsys, folder, run, "--preset=nothing")
     assert "--preset: needed, as no published model has the shape" in error(capsys, folder, run)
     assert "'dit-s2' is a recipe for dit" in error(capsys, folder, run, "--preset=dit-s2")
     assert "model.depth: 4, but the weights in" in error(capsys, *options, "--set=model.depth=4")

@@ -82,7 +82,7 @@ def test_what_float8_does_not_go_with(tmp_path: Path) -> None:
         ({"dtype": "float16", "float8": True}, "train.float8: needs train.dtype bfloat16, got float16"),
         (
             {"float8": True, "float8_by": "apex"},
-            "train.float8_by: 'apex' is not one of 'kernels', 'torchao'",
+            "train.float8_by: got 'apex', expected 'kernels', 'torchao'",
         ),
         ({"float8_by": "torchao"}, "train.float8_by: torchao needs train.float8=true"),
         (

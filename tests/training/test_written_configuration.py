@@ -60,7 +60,7 @@ def test_what_convert_writes_is_enough(tmp_path: Path, capsys: pytest.CaptureFix
     ("setting", "message"),
     [
         ("train.ema_decay=1.0", "train.ema_decay: got 1.0, expected [0, 1)"),
-        ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma: must be None or above 0"),
+        ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma: got 0.0, expected None or above 0"),
     ],
 )
 def test_a_run_that_could_not_go_on_is_not_made(
