@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import cdiv, chosen, columns
 from ..sums.launch import sum_parts
 from .config import launch_config
@@ -12,7 +13,8 @@ from .kernel import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
 def bias_gelu_fwd(x_RF: Tensor, bias_1F: Tensor, out_RF: Tensor) -> None:
     R, F = x_RF.shape
     config = chosen(launch_config, "bias_gelu_fwd", x_RF, columns(F), R, F)
-    bias_gelu_fwd_kernel[(cdiv(F, config.block_f) * cdiv(R, config.block_r),)](
+    launch(
+        bias_gelu_fwd_kernel, (cdiv(F, config.block_f) * cdiv(R, config.block_r),),
         x_RF, bias_1F, out_RF, R, F,
         BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
     )  # fmt: skip
@@ -24,7 +26,8 @@ def bias_gelu_bwd(
     R, F = x_RF.shape
     config = chosen(launch_config, "bias_gelu_bwd", x_RF, columns(F), R, F)
     parts_PF = x_RF.new_empty(config.parts, F, dtype=torch.float32)
-    bias_gelu_bwd_kernel[(cdiv(F, config.block_f), config.parts)](
+    launch(
+        bias_gelu_bwd_kernel, (cdiv(F, config.block_f), config.parts),
         x_RF, bias_1F, dout_RF, dx_RF, parts_PF, x_RF if out_RF is None else out_RF, R, F,
         RECOMPUTE=out_RF is not None, BLOCK_R=config.block_r, BLOCK_F=config.block_f,
         STAGES=config.num_stages, num_warps=config.num_warps,

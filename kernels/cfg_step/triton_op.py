@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import cdiv, chosen, columns
 from ..registry import registered
 from .config import launch_config
@@ -34,7 +35,8 @@ def cfg_step_fwd(
     config = chosen(launch_config, "cfg_step", output, columns(numbers), numbers)
     pairs = B if scale_n is None else B // 2
     # Only the first grid axis may exceed 65535.
-    cfg_step_kernel[(pairs, cdiv(numbers, config.block))](
+    launch(
+        cfg_step_kernel, (pairs, cdiv(numbers, config.block)),
         output, x, x if noise is None else noise, coefficients_BK, x if scale_n is None else scale_n,
         sample, xstart, pairs, numbers, output[0].numel(), guided_channels * math.prod(x.shape[2:]),
         coefficients_BK.stride(0), 0 if scale_n is None else scale_n.stride(0),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import chosen, columns
 from ..sums.launch import sum_parts
 from .config import launch_config, thin_config
@@ -36,7 +37,8 @@ def ln_modulate_fwd(
     (R, D), B, unused = x_RD.shape, shift_BD.shape[0], x_RD
     name = "ln_modulate_fwd" if y_RD is None else "gate_residual_ln_modulate_fwd"
     config = chosen(launch_config, name, x_RD, columns(D), D, B, R // B)
-    ln_modulate_fwd_kernel[(B, config.programs)](
+    launch(
+        ln_modulate_fwd_kernel, (B, config.programs),
         x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD,
         shift_BD, scale_BD, unused if offsets is None else offsets,
         unused if residual_RD is None else residual_RD, out_RD,
@@ -74,7 +76,8 @@ def ln_modulate_bwd(
         config = chosen(thin_config, name, x_RD, columns(D), D, B, R // B)
     sums = [dshift_BD, dscale_BD, *([] if dgate_BD is None else [dgate_BD])]
     parts_KBPD = x_RD.new_empty(len(sums), B, config.programs, D, dtype=torch.float32)
-    ln_modulate_bwd_kernel[(B, config.programs)](
+    launch(
+        ln_modulate_bwd_kernel, (B, config.programs),
         x_RD, unused if y_RD is None else y_RD, unused if gate_BD is None else gate_BD, shift_BD, scale_BD,
         unused if offsets is None else offsets, mean_R, rstd_R,
         unused if dresidual_RD is None else dresidual_RD, dout_RD,
@@ -94,7 +97,8 @@ def gate_residual_fwd(
 ) -> None:
     (R, D), B = x_RD.shape, gate_BD.shape[0]
     config = chosen(thin_config, "gate_residual_fwd", x_RD, columns(D), D, B, R // B)
-    gate_residual_fwd_kernel[(B, config.programs)](
+    launch(
+        gate_residual_fwd_kernel, (B, config.programs),
         x_RD, y_RD, gate_BD, x_RD if offsets is None else offsets, out_RD, _length(R, B, offsets), D,
         gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,
@@ -108,7 +112,8 @@ def gate_residual_bwd(
     (R, D), B = y_RD.shape, gate_BD.shape[0]
     config = chosen(thin_config, "gate_residual_bwd", y_RD, columns(D), D, B, R // B)
     parts_BPD = y_RD.new_empty(B, config.programs, D, dtype=torch.float32)
-    gate_residual_bwd_kernel[(B, config.programs)](
+    launch(
+        gate_residual_bwd_kernel, (B, config.programs),
         y_RD, gate_BD, y_RD if offsets is None else offsets, dout_RD, dy_RD, parts_BPD,
         _length(R, B, offsets), D, gate_BD.stride(0),
         OFFSETS=offsets is not None, BLOCK_D=config.block_d, STAGES=config.num_stages,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import cdiv, chosen, columns
 from ..registry import registered
 from ..sums.launch import total
@@ -26,7 +27,8 @@ def patch_embed_fwd(
     out_BKD = x_BCSS.new_empty(B, K, D, dtype=dtype)
     if out_BKD.numel():
         config = _config("patch_embed_fwd", out_BKD, weight_DCpp)
-        patch_embed_fwd_kernel[(cdiv(B * K, config.block_r), cdiv(D, config.block_d))](
+        launch(
+            patch_embed_fwd_kernel, (cdiv(B * K, config.block_r), cdiv(D, config.block_d)),
             x_BCSS, weight_DCpp, bias_D, pos_1LD, x_BCSS if ids_BK is None else ids_BK, out_BKD,
             B * K, L, K, C, S // p, D, p=p, IDS=ids_BK is not None, BLOCK_R=config.block_r,
             BLOCK_J=config.block_j, BLOCK_D=config.block_d,
@@ -56,7 +58,8 @@ def patch_embed_bwd(
     dbias = x_BCSS.new_empty(blocks * parts, D, dtype=torch.float32)
     dpos = x_BCSS.new_empty(parts if ids_BK is None else 0, L, D, dtype=torch.float32)
     columns = cdiv(D, config.block_d) * cdiv(numbers, config.block_j)
-    patch_embed_bwd_kernel[(blocks, parts, columns)](
+    launch(
+        patch_embed_bwd_kernel, (blocks, parts, columns),
         x_BCSS, x_BCSS if ids_BK is None else ids_BK, dout_BKD,
         dweight, dbias, dpos if ids_BK is None else dbias, B, L, K, C, x_BCSS.shape[2] // p, D,
         p=p, IDS=ids_BK is not None, BLOCK_R=config.block_r,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import INTERPRETING, tf32
 from ..checks import cast
+from ..launcher import launch
 from ..launches import architecture, capability, cdiv, remembered
 from . import config
 from .call import Call, Side
@@ -35,15 +36,16 @@ def forward(
     k_BHNd, v_BHNd = (aligned(x, call.keys.length) for x in (k_BHNd, v_BHNd))
     B, H, rows = call.queries.batch, q_BHMd.shape[1], q_BHMd.shape[0] * q_BHMd.shape[2]
     lse = q_BHMd.new_empty(H, rows, dtype=torch.float32)
-    launch = _configs(q_BHMd).forward
-    n_blocks = cdiv(call.queries.length, launch.block_m)
+    choice = _configs(q_BHMd).forward
+    n_blocks = cdiv(call.queries.length, choice.block_m)
     if B * H * n_blocks and rows:
         bias, bias_size, form = _bias(q_BHMd, table_RH, call)
         strides = _strides(q_BHMd, k_BHNd, v_BHNd, out_BHMd)
-        rel_attention_fwd_kernel[(B * H * n_blocks,)](
+        launch(
+            rel_attention_fwd_kernel, (B * H * n_blocks,),
             q_BHMd, k_BHNd, v_BHNd, *_scene(q_BHMd, bias, call), out_BHMd, lse,
             H, call.queries.length, call.keys.length, rows, n_blocks, bias_size, call.scale, *strides,
-            BIAS=form, **_constants(call, q_BHMd, strides), **_blocks(launch),
+            BIAS=form, **_constants(call, q_BHMd, strides), **_blocks(choice),
         )  # fmt: skip
     return lse
 
@@ -84,7 +86,8 @@ def backward(
     if queries:
         strides = _strides(dout_BHMd)
         constants = _constants(call, dout_BHMd, strides)
-        rel_attention_bwd_delta_kernel[(B * H * n_blocks,)](
+        launch(
+            rel_attention_bwd_delta_kernel, (B * H * n_blocks,),
             out_BHMd, dout_BHMd, _or(call.queries.offsets, q_BHMd), delta,
             H, lengths[0], rows, n_blocks, *strides,
             **{name: constants[name] for name in ("RAGGED", "D", "D0", "D1", "ALIGN")},
@@ -92,7 +95,8 @@ def backward(
         )  # fmt: skip
     else:
         strides = _strides(q_BHMd, k_BHNd, v_BHNd, dout_BHMd, dq_BHMd)
-        rel_attention_bwd_q_kernel[(B * H * n_blocks,)](
+        launch(
+            rel_attention_bwd_q_kernel, (B * H * n_blocks,),
             q_BHMd, k_BHNd, v_BHNd, *scene, out_BHMd, dout_BHMd, lse, delta, dq_BHMd,
             H, *lengths, rows, n_blocks, bias_size, call.scale, *strides,
             BIAS=form, **_constants(call, q_BHMd, strides), **_blocks(configs.q),
@@ -114,7 +118,8 @@ def backward(
     constants = _constants(call, q_BHMd, strides)
     for first in range(0, B, chunk):
         samples = min(chunk, B - first)
-        rel_attention_bwd_kv_kernel[(samples * H * n_blocks,)](
+        launch(
+            rel_attention_bwd_kv_kernel, (samples * H * n_blocks,),
             q_BHMd, k_BHNd, v_BHNd, *scene, dout_BHMd, lse, delta, dk_BHNd, dv_BHNd, ds,
             first, H, *lengths, rows, n_blocks, bias_size, call.scale, *strides, ds.stride(1), ds.stride(2),
             BIAS=form, STORE=store, **constants, **_blocks(kv),
@@ -162,9 +167,9 @@ def _recompute(
 ) -> None:
     """The table's gradient by ``recompute``, some heads at a time; ``bias`` is in its LOOKUP form."""
     B, H, L = call.queries.batch, q_BHMd.shape[1], call.grid_size**2
-    launch = _configs(q_BHMd).bias
-    n_blocks = cdiv(L, launch.block_n)
-    tiles = n_blocks * cdiv(L, launch.block_m)
+    choice = _configs(q_BHMd).bias
+    n_blocks = cdiv(L, choice.block_n)
+    tiles = n_blocks * cdiv(L, choice.block_m)
     parts = config.bias_parts(B, tiles * H)
     heads = max(1, min(H, config.DBIAS_BYTES // (4 * parts * L * L)))
     sums = q_BHMd.new_empty(parts, heads, L * L, dtype=torch.float32)
@@ -174,12 +179,13 @@ def _recompute(
     del constants["Q_POSITIONS"], constants["K_POSITIONS"]
     for first in range(0, H, heads):
         some = min(heads, H - first)
-        rel_attention_bwd_bias_kernel[(tiles, some, parts)](
+        launch(
+            rel_attention_bwd_bias_kernel, (tiles, some, parts),
             q_BHMd, k_BHNd, v_BHNd, bias, _or(q_slots, q_BHMd), _or(k_slots, q_BHMd),
             _or(call.queries.offsets, q_BHMd), _or(call.keys.offsets, q_BHMd), dout_BHMd, lse, delta, sums,
             B, first, some, call.queries.length, call.keys.length, lse.shape[1], n_blocks, bias_size,
             call.scale, *strides,
-            Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, **constants, **_blocks(launch),
+            Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, **constants, **_blocks(choice),
         )  # fmt: skip
         _table(sums.flatten(0, 1)[: parts * some].view(parts, some, -1), dtable_RH, first, call)
 
@@ -191,29 +197,31 @@ def _gather(
     call: Call,
     first: int,
     samples: int,
-    launch: config.LaunchConfig,
+    choice: config.LaunchConfig,
     dq_BHMd: Tensor | None,
     sums: Tensor,
 ) -> None:
     """Add the stored dS of ``samples`` samples from ``first`` on to ``sums``; write ``dq`` if it is given."""
     H, L, (q_slots, k_slots) = ds.shape[1], call.grid_size**2, slots
-    n_blocks, dq = cdiv(L, launch.block_n), k_BHNd if dq_BHMd is None else dq_BHMd
+    n_blocks, dq = cdiv(L, choice.block_n), k_BHNd if dq_BHMd is None else dq_BHMd
     strides = _strides(k_BHNd, dq)
     constants = _constants(call, k_BHNd, strides)
     del constants["Q_POSITIONS"], constants["K_POSITIONS"], constants["DIRECT"]
-    rel_attention_bwd_gather_kernel[(n_blocks * cdiv(L, launch.block_m), H, len(sums))](
+    launch(
+        rel_attention_bwd_gather_kernel, (n_blocks * cdiv(L, choice.block_m), H, len(sums)),
         ds, k_BHNd, _or(q_slots, ds), _or(k_slots, ds), _or(call.queries.offsets, ds),
         _or(call.keys.offsets, ds), dq, sums, first, samples, H, call.queries.length, call.keys.length,
         n_blocks, call.scale, ds.stride(1), ds.stride(2), *strides,
         Q_SLOTS=q_slots is not None, K_SLOTS=k_slots is not None, QUERIES=dq_BHMd is not None,
-        **constants, **_blocks(launch),
+        **constants, **_blocks(choice),
     )  # fmt: skip
 
 
 def _table(sums: Tensor, dtable_RH: Tensor, first: int, call: Call) -> None:
     """Write the table's gradient from sums over samples [parts, heads from ``first``, G*G * G*G]."""
     G = call.grid_size
-    rel_attention_bwd_table_kernel[(2 * G - 1, sums.shape[1])](
+    launch(
+        rel_attention_bwd_table_kernel, (2 * G - 1, sums.shape[1]),
         sums, dtable_RH, first, sums.shape[0], sums.shape[1], dtable_RH.shape[1],
         G=G, **config.table_blocks(_architecture(dtable_RH), G), num_warps=4,
     )  # fmt: skip
@@ -233,9 +241,10 @@ def _bias(q_BHMd: Tensor, table_RH: Tensor | None, call: Call) -> tuple[Tensor, 
     # Float32: half types would save bytes, but the pipeline can prefetch 4-byte loads, not 2-byte ones.
     bias_HLL = q_BHMd.new_empty(H, L, L, dtype=torch.float32)
     grid = (cdiv(L, 128), cdiv(L, 16), H)
-    rel_attention_bias_kernel[grid](
-        table_HR, bias_HLL, R, G=call.grid_size, BLOCK_M=16, BLOCK_N=128, num_warps=4
-    )
+    launch(
+        rel_attention_bias_kernel, grid,
+        table_HR, bias_HLL, R, G=call.grid_size, BLOCK_M=16, BLOCK_N=128, num_warps=4,
+    )  # fmt: skip
     return bias_HLL, L * L, DENSE
 
 
@@ -252,7 +261,8 @@ def _slots_of(side: Side, G: int, batch: int) -> Tensor | None:
         return None
     slots = side.pos.new_empty(batch, G * G, dtype=torch.int32)
     placed = side.pos.new_empty(batch, dtype=torch.int32)
-    rel_attention_slots_kernel[(batch,)](
+    launch(
+        rel_attention_slots_kernel, (batch,),
         side.pos, _or(side.offsets, side.pos), slots, placed, side.length,
         RAGGED=side.offsets is not None, G=G,
         BLOCK=min(1024, triton.next_power_of_2(G * G)), num_warps=4,
@@ -274,32 +284,51 @@ def _or(x: Tensor | None, unused: Tensor) -> Tensor:
     return unused if x is None else x
 
 
-def _strides(*tensors_BHRd: Tensor) -> list[int]:
+def _strides(*tensors_BHRd: Tensor) -> tuple[int, ...]:
     """The first three strides of each tensor; 0 for dimensions of size 1, whose strides mean nothing."""
+    return _steps(*[(x.shape, x.stride()) for x in tensors_BHRd])
+
+
+@remembered
+def _steps(*layouts: tuple[torch.Size, tuple[int, ...]]) -> tuple[int, ...]:
     steps: list[int] = []
-    for x in tensors_BHRd:
-        (B, H, R, _), (sample, head, row, _) = x.shape, x.stride()
+    for (B, H, R, _), (sample, head, row, _) in layouts:
         steps += (sample if B > 1 else 0, head if H > 1 else 0, row if R > 1 else 0)
-    return steps
+    return (*steps,)
 
 
-def _constants(call: Call, x_BHRd: Tensor, strides: list[int]) -> dict[str, Any]:
+def _constants(call: Call, x_BHRd: Tensor, strides: tuple[int, ...]) -> dict[str, Any]:
     """The compile-time constants of a launch on tensors like ``x`` with these strides."""
-    head_dim = x_BHRd.shape[3]
+    positions = call.queries.pos is not None, call.keys.pos is not None
+    rest = call.ragged, call.grid_size, x_BHRd.shape[3], strides, _kind(x_BHRd), x_BHRd.is_cuda
+    return {**_constants_of(*positions, *rest)}
+
+
+@remembered
+def _constants_of(
+    q_positions: bool,
+    k_positions: bool,
+    ragged: bool,
+    G: int,
+    head_dim: int,
+    strides: tuple[int, ...],
+    kind: config.Kind,
+    cuda: bool,
+) -> dict[str, Any]:
     first, rest = config.split_head(head_dim)
     aligned = gcd(head_dim, *strides) % 8 == 0
     return {
-        "Q_POSITIONS": call.queries.pos is not None, "K_POSITIONS": call.keys.pos is not None,
-        "RAGGED": call.ragged, "G": call.grid_size, "D": head_dim, "D0": first, "D1": rest,
-        "ALIGN": 8 if aligned else 1, "PRECISION": "tf32" if _kind(x_BHRd) == "tf32" else "ieee",
-        "DIRECT": x_BHRd.is_cuda and torch.version.hip is None and not INTERPRETING,
+        "Q_POSITIONS": q_positions, "K_POSITIONS": k_positions,
+        "RAGGED": ragged, "G": G, "D": head_dim, "D0": first, "D1": rest,
+        "ALIGN": 8 if aligned else 1, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "DIRECT": cuda and torch.version.hip is None and not INTERPRETING,
     }  # fmt: skip
 
 
-def _blocks(launch: config.LaunchConfig) -> dict[str, int]:
+def _blocks(choice: config.LaunchConfig) -> dict[str, int]:
     return {
-        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
-        "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+        "BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n,
+        "num_warps": choice.num_warps, "num_stages": choice.num_stages,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import cdiv, chosen
 from .config import ANY, CHUNKS, LaunchConfig, launch_config
 from .kernel import sum_chunks_kernel
@@ -37,7 +38,8 @@ def sum_parts(parts_KBPD: Tensor, outs: list[Tensor]) -> None:
 def _sum(x: Tensor, outs: list[Tensor], R: int, P: int, config: LaunchConfig) -> None:
     D = x.shape[-1]
     first, second, third = (*outs, outs[-1], outs[-1])[:3]
-    sum_chunks_kernel[(cdiv(R, P) * cdiv(D, config.block_d), len(outs))](
+    launch(
+        sum_chunks_kernel, (cdiv(R, P) * cdiv(D, config.block_d), len(outs)),
         x, first, second, third, R, P, D,
         BLOCK_P=config.block_p, BLOCK_D=config.block_d, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import chosen, columns
 from ..registry import registered
 from .config import row_config
@@ -21,9 +22,10 @@ def gather_tokens_fwd(x_BLD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor | No
     out_BKD = x_BLD.new_empty(B, K, D)
     if out_BKD.numel():
         config = chosen(row_config, "gather_tokens_fwd", x_BLD, columns(D), D)
-        gather_tokens_fwd_kernel[(B * K,)](
-            x_BLD, ids_BK, out_BKD, L, K, D, BLOCK_D=config.block_d, num_warps=config.num_warps
-        )
+        launch(
+            gather_tokens_fwd_kernel, (B * K,),
+            x_BLD, ids_BK, out_BKD, L, K, D, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        )  # fmt: skip
     return out_BKD
 
 
@@ -36,7 +38,8 @@ def gather_tokens_bwd(dout_BKD: Tensor, ids_BK: Tensor, ids_restore_BL: Tensor |
         return dx_BLD.zero_()
     if dx_BLD.numel():
         config = chosen(row_config, "gather_tokens_bwd", dout_BKD, columns(D), D)
-        gather_tokens_bwd_kernel[(B * L,)](
+        launch(
+            gather_tokens_bwd_kernel, (B * L,),
             dout_BKD, ids_BK, ids_BK if ids_restore_BL is None else ids_restore_BL, dx_BLD, L, K, D,
             RESTORE=ids_restore_BL is not None, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
             num_warps=config.num_warps,
@@ -51,7 +54,8 @@ def merge_tokens_fwd(x_BLD: Tensor, computed_BND: Tensor, ids_restore_BL: Tensor
     out_BLD = torch.empty_like(x_BLD)
     if out_BLD.numel():
         config = chosen(row_config, "merge_tokens_fwd", x_BLD, columns(D), D)
-        merge_tokens_fwd_kernel[(B * L,)](
+        launch(
+            merge_tokens_fwd_kernel, (B * L,),
             x_BLD, computed_BND if N else x_BLD, ids_restore_BL, out_BLD, L, N, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
         )  # fmt: skip
@@ -65,7 +69,8 @@ def merge_tokens_bwd(dout_BLD: Tensor, ids_restore_BL: Tensor, masked: int) -> t
     dx_BLD, dcomputed_BND = torch.empty_like(dout_BLD), dout_BLD.new_empty(B, masked, D)
     if dx_BLD.numel():
         config = chosen(row_config, "merge_tokens_bwd", dout_BLD, columns(D), D)
-        merge_tokens_bwd_kernel[(B * L,)](
+        launch(
+            merge_tokens_bwd_kernel, (B * L,),
             dout_BLD, ids_restore_BL, dx_BLD, dcomputed_BND if masked else dx_BLD, L, masked, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
         )  # fmt: skip

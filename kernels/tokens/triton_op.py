@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..launcher import launch
 from ..launches import chosen, columns
 from ..registry import registered
 from ..sums.launch import total
@@ -19,7 +20,8 @@ def unmask_tokens_fwd(
     out_BLD = x_BKD.new_empty(B, L, D)
     if out_BLD.numel():
         config = chosen(launch_config, "unmask_tokens_fwd", x_BKD, columns(D), D, B, L)
-        unmask_tokens_fwd_kernel[(L, config.parts)](
+        launch(
+            unmask_tokens_fwd_kernel, (L, config.parts),
             x_BKD if K else mask_token_11D, mask_token_11D, pos_1LD, ids_restore_BL, out_BLD, B, L, K, D,
             BLOCK_D=config.block_d, num_warps=config.num_warps,
         )  # fmt: skip
@@ -37,7 +39,8 @@ def unmask_tokens_bwd(
         return dx_BKD, torch.zeros_like(mask_token_11D), torch.zeros_like(pos_1LD)
     config = chosen(launch_config, "unmask_tokens_bwd", dout_BLD, columns(D), D, B, L)
     parts_2PLD = dout_BLD.new_empty(2, config.parts, L, D, dtype=torch.float32)
-    unmask_tokens_bwd_kernel[(L, config.parts)](
+    launch(
+        unmask_tokens_bwd_kernel, (L, config.parts),
         dout_BLD, ids_restore_BL, dx_BKD if len_keep else dout_BLD, parts_2PLD[0], parts_2PLD[1],
         B, L, len_keep, D, BLOCK_D=config.block_d, num_warps=config.num_warps,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def room_aot(name):
 assert all(hasattr(mdt_fast, name) for name in dir(mdt_fast))
 for package in (mdt_fast, mdt_fast.kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        triton = (".kernel", ".kernel_bwd", ".kernel_table", ".launch", ".triton_op", ".move_op")
+        triton = (".kernel", ".kernel_bwd", ".kernel_table", ".launch", ".launcher", ".triton_op", ".move_op")
         native = ("._cpu", "._cuda")
         derived = (".pipelines.pipeline",)  # its class is one of diffusers
         if not (module.name.endswith((*triton, *native, *derived, ".__main__")) or room_aot(module.name)):
