@@ -52,7 +52,7 @@ class Op(Generic[R]):
     def within(self, ctx: Any) -> Callable[..., R]:
         """What to call in the forward pass of an autograd function with this context: the function itself if
         :func:`applied` has found that nothing looks at operators, else the op."""
-        return self.function if type(ctx) is _Nothing else self
+        return self.function if without_gradients(ctx) else self
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Register the function that makes outputs of the right shapes from fake tensors."""
@@ -96,7 +96,7 @@ def on_their_device(function: Callable[..., R]) -> Callable[..., R]:
     def run(*args: Any) -> R:
         for arg in args:
             if isinstance(arg, Tensor):
-                if not arg.is_cuda or arg.device.index == torch.cuda.current_device():
+                if not arg.is_cuda or arg.get_device() == torch._C._cuda_getDevice():
                     break
                 with torch.cuda.device(arg.device):
                     return function(*args)
@@ -171,6 +171,11 @@ class _Nothing:
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
     def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def without_gradients(ctx: Any) -> bool:
+    """Whether :func:`applied` has found that no gradient is asked for, and nothing looks at operators."""
+    return type(ctx) is _Nothing
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_csrc, uses_triton
 from ..float8 import op as in_float8
-from ..linear.op import Float8, gradients, operand, product, weight_gradient
+from ..linear.op import Float8, for_product, gradients, operand, product, weight_gradient
 from ..registry import applied, once
 from ..rows import as_before, as_rows
 from . import reference
@@ -58,9 +58,10 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute, float8):  # type: ignore[no-untyped-def]
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         recompute = recompute or not weight.requires_grad
-        bias = None if bias is None else checks.cast(bias, dtype)
+        bias = None if bias is None else for_product(ctx, bias, dtype)
         (factor, scale), kept = operand(ctx, weight, dtype, float8)
         if scale is not None and recompute:
+            bias = None if bias is None else checks.cast(bias, dtype)
             activation, out = None, in_float8.product_of_gelu(x, bias_F, factor, scale, bias, dtype)
         else:
             activation = checks.cast(_forward(ctx, x, bias_F), dtype)

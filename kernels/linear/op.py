@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..float8 import op as in_float8
 from ..float8.registered import MULTIPLE, quantize_weight_fwd
-from ..registry import applied, once
+from ..registry import applied, once, without_gradients
 from ..rows import as_before, in_rows
 from ..sums import sum_rows
 from . import onednn, reference
@@ -64,7 +64,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Flo
     dtype = checks.layer(x, weight, bias)
     if (float8 is not False or (x.is_cuda and torch.is_grad_enabled())) and not checks.plain_only():
         return as_before(applied(Linear, in_rows(x), weight, bias, dtype, float8), x)
-    return product(x, checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype))
+    if not x.is_cuda or checks.plain_only():  # as in for_product
+        weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
+    return product(x, weight, bias)
+
+
+def for_product(ctx: Any, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight or bias in the dtype of the product.
+
+    Without gradients, autocast casts what PyTorch's products take, and does so once for all passes within
+    it. On a CPU, oneDNN takes over products of which autocast does not know.
+    """
+    return parameter if without_gradients(ctx) and parameter.is_cuda else checks.cast(parameter, dtype)
 
 
 def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tuple[Operand, Kept]:
@@ -73,7 +84,7 @@ def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tup
     ``ctx`` is the layer's autograd context; it tells whether gradients are needed.
     """
     if float8 is False:
-        cast = checks.cast(weight, dtype)
+        cast = for_product(ctx, weight, dtype)
         return (cast, None), (cast, None, None, None if cast is weight else weight)
     if any(size % MULTIPLE for size in weight.shape):
         raise ValueError(f"weight: shape {list(weight.shape)}, for float8 both are multiples of {MULTIPLE}")
@@ -94,6 +105,7 @@ def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tup
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
     """:func:`linear` without its checks; ``weight`` and ``scale_O`` are an :data:`Operand`."""
     if scale_O is not None:
+        bias = None if bias is None else checks.cast(bias, x.dtype)
         return in_float8.product(x, weight, scale_O, bias, x.dtype)
     if not (uses_onednn(x, weight) or (bias is not None and _in_bfloat16(x, weight))):
         return reference.linear(x, weight, bias)
@@ -115,6 +127,7 @@ def product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     is the product's epilogue, applied before the sums are rounded.
     """
     if bias is not None and x.is_cuda and torch.version.hip is None and x.element_size() == 2 and x.numel():
+        bias, weight = checks.cast(bias, x.dtype), checks.cast(weight, x.dtype)
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     if x.device.type == "cpu" and x.dtype == weight.dtype and _onednn_knows(x.dtype):
         return linear_gelu_fwd(x, weight, bias)
@@ -135,7 +148,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, dtype, float8):  # type: ignore[no-untyped-def]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        x, bias = checks.cast(x, dtype), None if bias is None else checks.cast(bias, dtype)
+        x, bias = checks.cast(x, dtype), None if bias is None else for_product(ctx, bias, dtype)
         (factor, scale), kept = operand(ctx, weight, dtype, float8)
         ctx.save_for_backward(x, *kept)
         return product(x, factor, bias, scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import uses_triton
 from ..float8.registered import multiply, rounds
-from ..linear.op import Float8, gradients, operand, product, product_gelu, weight_gradient
+from ..linear.op import Float8, for_product, gradients, operand, product, product_gelu, weight_gradient
 from ..registry import applied, needs_grad, once
 from ..rows import as_before, as_rows
 from . import reference
@@ -140,11 +140,12 @@ class _Linear(torch.autograd.Function):
         ctx.out = dtype, len(weight)
         recompute = recompute or not weight.requires_grad
         (factor, factor_scale), kept_weight = operand(ctx, weight, dtype, float8)
-        bias = None if bias is None else checks.cast(bias, dtype)
+        bias = None if bias is None else for_product(ctx, bias, dtype)
         if factor_scale is not None and recompute and uses_triton(x) and rounds(x):
             serves(x)
             normals = ln_modulate_float8_fwd.within(ctx)(x, y, gate, shift, scale, offsets, eps)
             residual, rows, rows_scale, mean, rstd = normals
+            bias = None if bias is None else checks.cast(bias, dtype)
             kept, out = None, multiply.within(ctx)(rows, rows_scale, factor, factor_scale, bias, dtype)
         else:
             forward = ln_modulate_fwd.within(ctx) if serves(x, y, gate, shift, scale) else reference.forward

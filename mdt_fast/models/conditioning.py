@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels.checks import autocasts
 from .blocks import Block
 from .ops import takes_activated
 from .own import is_plain
@@ -31,6 +32,8 @@ class Conditioning:
 def conditioning(c: Tensor, blocks: Sequence[Block], *, batched: bool) -> Conditioning:
     """From embedded times and labels [B, D]; ``batched``: compute all blocks' modulations in one product."""
     activated = F.silu(c)
+    if not torch.is_grad_enabled() and autocasts(c) and c.dtype != torch.float64:
+        activated = activated.to(torch.get_autocast_dtype(c.device.type))  # once, not for each block
     if not batched or not blocks:
         return Conditioning(c, activated)
     plain = all(takes_activated(block.adaLN_modulation) for block in blocks)

@@ -10,6 +10,7 @@ import torch
 import convergence
 import digits
 import exported
+import host
 import inpainting
 import solvers
 import training
@@ -49,6 +50,15 @@ def test_inpainting(run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.
     assert (tmp_path / "fills.png").stat().st_size > 1000
 
 
+def test_host(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(host, "DEVICE", "cpu")
+    assert host.main(["--model", "digits", "--batch", "1", "--rounds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(line.split()[:2]) for line in lines] == [(m, p) for m in host.MODES for p in host.PROVIDERS]
+    assert all(re.search(r" ms \(.*, least .*\), \d.\d\dx the reference \(", line) for line in lines)
+
+
 @pytest.mark.parametrize(
     ("script", "argv", "message"),
     [
@@ -57,6 +67,8 @@ def test_inpainting(run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.
         (solvers, ["nowhere", "--sample", "9"], "solvers: error: unrecognized arguments: --sample 9"),
         (inpainting, ["nowhere"], "inpainting: error: "),
         (inpainting, ["nowhere", "--fills", "0"], "inpainting: error: --fills: got 0, expected 1 or more"),
+        (host, ["--rounds", "1"], "host: error: --rounds: got 1, expected 2 or more"),
+        (host, ["--model", "narow"], "host: error: --model: unknown model 'narow' (did you mean 'narrow'?)"),
         (exported, ["--model", "MDT_S4"], "error: --model: got 'MDT_S4' (did you mean 'MDT_S_4'?), expected"),
         (exported, ["--rounds", "1"], "exported: error: --rounds: got 1, expected 2 or more"),
         (

@@ -129,6 +129,7 @@ def kernel(name: str, op: Any) -> Callable[..., Any]:
     """What runs in place of the CUDA kernel of ``op``."""
     arguments, run_op = op._schema.arguments, OWN.get(name, op)
     draws = next((a.name for a in arguments if "Generator" in str(a.type)), None)
+    tensors = [a.name for a in arguments if str(a.type) == "Tensor"]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if Now.launching and "_assert_async" in name:
@@ -145,6 +146,9 @@ def kernel(name: str, op: Any) -> Callable[..., Any]:
                 return CPU if isinstance(x, torch.device) else x
 
             call = {key: tree_map(convert, x) for key, x in given.items() if key != draws}
+            for key in tensors:  # numbers, which arrive as such
+                if isinstance(call.get(key), bool | int | float | complex):
+                    call[key] = torch.tensor(call[key])
             positional: list[Any] = []
             for argument in arguments:
                 if argument.kwarg_only or argument.name not in call:
@@ -330,7 +334,9 @@ def replaced(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replace_ours() -> None:
-    registry = sys.modules.get("mdt_fast.kernels.registry")
+    registry, launcher = map(sys.modules.get, ("mdt_fast.kernels.registry", "mdt_fast.kernels.launcher"))
+    if launcher:  # what launches by itself is not computed here
+        launcher._watched = lambda kernel: not Now.launching
     modules = [module for name, module in [*sys.modules.items()] if name.startswith("mdt_fast")]
     for op in [x for module in modules for x in [*vars(module).values()]]:
         if registry and type(op) is registry.Op and not hasattr(op, "emulated"):

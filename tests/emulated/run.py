@@ -4,6 +4,9 @@
 and CUDA's headers. EMULATE_SECONDS=120 skips tests that take longer; EMULATE_COMPILE=1 also compiles Triton's
 kernels. Values are a CPU's: this finds what fails before or between kernels (devices, captures, graphs,
 launch code), not wrong kernels, and times mean nothing.
+
+``--program bench/throughput.py --device cuda ...`` runs a program in place of pytest. With ``--idle`` kernels
+do nothing at all, so that ``--idle bench/host.py`` times what the host does.
 """
 
 import os
@@ -22,6 +25,17 @@ TRITON = (
     "cuInit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuFuncSetAttribute", "cuFuncSetCacheConfig",
     "cuLaunchKernelEx", "cuTensorMapEncodeTiled",
 )  # fmt: skip
+
+START = """
+import runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+PROGRAM = f"import mdt_fast, pytorch; pytorch.replace_ours(){START}"
+# cuDNN's answers decide what PyTorch does next, and there are none.
+IDLE = f"import torch; torch.backends.cudnn.enabled = False{START}"
 
 
 def nvidia() -> list[str]:
@@ -80,8 +94,10 @@ def main(arguments: list[str]) -> int:
             "LD_PRELOAD": str(made), "LD_LIBRARY_PATH": name, "TRITON_LIBCUDA_PATH": name,
             "MDT_FAST_NATIVE": str(native), "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }  # fmt: skip
-        command = [sys.executable, "-m", "pytest", "-p", "pytorch", "-p", "no:xdist", "-m", "gpu", *arguments]
-        return subprocess.run(command, env=environment, cwd=ROOT).returncode
+        command = ["-m", "pytest", "-p", "pytorch", "-p", "no:xdist", "-m", "gpu", *arguments]
+        if arguments[:1] in (["--program"], ["--idle"]):
+            command = ["-c", IDLE if arguments[0] == "--idle" else PROGRAM, *arguments[1:]]
+        return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
