@@ -5,9 +5,11 @@ import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from autoencoders import tiny_vae  # noqa: F401 (a fixture for all of them)
 from forked import end_all
@@ -43,6 +45,28 @@ def _on_the_recording_machine(request: pytest.FixtureRequest, monkeypatch: pytes
     """Golden tests do not depend on how this machine's processor rounds."""
     if "golden" in request.node.name:
         monkeypatch.setattr(embed, "frequencies", frequencies)
+
+
+@pytest.fixture
+def rendered() -> None:
+    """For tests of the loss curve itself (:func:`_loss_curves_are_blank`)."""
+
+
+@pytest.fixture(autouse=True)
+def _loss_curves_are_blank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the rendering of ``loss.png`` is done, which takes 40% of a tiny training."""
+    figure = sys.modules.get("matplotlib.figure")  # not imported for this: a first curve may be rendered
+    if figure is None or "rendered" in request.fixturenames:
+        return
+    render = figure.Figure.savefig
+
+    def savefig(self: Any, file: Any, **how: Any) -> None:
+        if "loss.png" in getattr(file, "name", ""):
+            Image.new("RGB", (64, 64)).save(file, format="png")
+        else:
+            render(self, file, **how)
+
+    monkeypatch.setattr(figure.Figure, "savefig", savefig)
 
 
 @pytest.fixture
