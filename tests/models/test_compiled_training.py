@@ -14,6 +14,9 @@ from tolerances import FLOAT32, relative_error
 
 KINDS = 4
 """Kinds of blocks: into the U, out of it, decoder, side block."""
+DEPTHS = {"model": 3, "block": 4}
+"""A block of each kind, as compiling a model takes longer with each block; and for blocks, two of one kind,
+which must share a compilation."""
 
 
 def model(depth: int = 4, **kwargs: Any) -> MDTv2:
@@ -42,7 +45,7 @@ def inputs(side: int, batch: int = 2) -> tuple[torch.Tensor, ...]:
 def test_all_lengths_of_training(scope: str, most: int) -> None:
     """256 tokens keep 128 to 179 of them."""
     torch._dynamo.reset()
-    compiled, counter = model(), CompileCounterWithBackend("aot_eager")
+    compiled, counter = model(DEPTHS[scope]), CompileCounterWithBackend("aot_eager")
     compile_for_training(compiled, scope, backend=counter)
     lengths = sorted({draw_len_keep(256, 0.3) for _ in range(5000)})
     assert lengths == list(range(128, 180))
@@ -59,7 +62,7 @@ def test_all_lengths_of_training(scope: str, most: int) -> None:
 def test_all_lengths_of_passes_in_turn(scope: str, most: int) -> None:
     """Passes over whole grids need one more compilation of the model; blocks need at most six in all."""
     torch._dynamo.reset()
-    compiled, counter = model(), CompileCounterWithBackend("aot_eager")
+    compiled, counter = model(DEPTHS[scope]), CompileCounterWithBackend("aot_eager")
     compile_for_training(compiled, scope, backend=counter)
     x, x_masked, t, y, _ = inputs(32)
     for len_keep in range(179, 127, -3):
@@ -103,7 +106,7 @@ def test_it_gives_what_the_eager_model_gives(scope: str, checkpointing: str, bac
 
 def test_a_copy_runs_its_own_weights() -> None:
     torch._dynamo.reset()
-    compiled = model(input_size=8)
+    compiled = model(2, input_size=8)
     compile_for_training(compiled, "model", backend="aot_eager")
     plan, arguments = MaskPlan.from_noise(torch.rand(2, 16), 8, ascending=True), inputs(8)
     before = compiled.training_step_outputs(*arguments, plan)
@@ -113,7 +116,7 @@ def test_a_copy_runs_its_own_weights() -> None:
             parameter.mul_(2)
     assert torch.equal(compiled.training_step_outputs(*arguments, plan)[0], before[0])
     changed = copied.training_step_outputs(*arguments, plan)
-    plain = model(input_size=8)
+    plain = model(2, input_size=8)
     plain.load_state_dict(copied.state_dict())
     for a, e in zip(changed, plain.training_step_outputs(*arguments, plan), strict=True):
         assert relative_error(a, e) < FLOAT32
