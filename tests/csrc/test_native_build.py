@@ -156,14 +156,17 @@ def test_a_damaged_library_is_told_of(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_told_of(tmp_path: Path) -> None:
-    code = "from mdt_fast.kernels import native; print(native.MISSING['cpu'])"
-    assert run(code, MDT_FAST_NATIVE=str(tmp_path)).startswith(
-        f"not in the folder that MDT_FAST_NATIVE={tmp_path}"
+    """One process for all: the module only looks around when it is imported."""
+    names = [str(tmp_path), str(tmp_path / "nowhere"), "1"]
+    code = (
+        "import importlib, os; from mdt_fast.kernels import native; print(native.MISSING['cpu'])\n"
+        f"for name in {names[1:]}:\n"
+        "    os.environ['MDT_FAST_NATIVE'] = name; print(importlib.reload(native).MISSING['cpu'])"
     )
-    for name in (str(tmp_path / "nowhere"), "1"):
-        assert run(code, MDT_FAST_NATIVE=name).startswith(
-            f"not there: MDT_FAST_NATIVE={name} is not a folder"
-        )
+    empty, *missing = run(code, MDT_FAST_NATIVE=names[0]).splitlines()
+    assert empty.startswith(f"not in the folder that MDT_FAST_NATIVE={tmp_path}")
+    for name, said in zip(names[1:], missing, strict=True):
+        assert said.startswith(f"not there: MDT_FAST_NATIVE={name} is not a folder")
 
 
 @pytest.mark.slow
