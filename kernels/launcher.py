@@ -37,15 +37,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     pointers = _pointers.get(name)
     if pointers is None:
         pointers = _pointers[name] = sum(p.endswith("_ptr") for p in kernel.arg_names)
-    addresses, dtypes = 0, []
+    addresses, low, dtypes = [], 0, []
     for x in args[:pointers]:
-        addresses |= x.data_ptr()
+        address = x.data_ptr()
+        addresses.append(address)
+        low |= address
         dtypes.append(x.dtype)
-    if not KNOWN or addresses % ALIGNED or _watched(kernel):
+    if not KNOWN or low % ALIGNED or _watched(kernel):
         kernel[grid](*args, **constants)
         return
-    device = args[0].get_device()
-    key = name, device, *dtypes, *args[pointers:], *constants.values()
+    device, numbers = args[0].get_device(), args[pointers:]
+    key = name, device, *dtypes, *numbers, *constants.values()
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*args, **constants)
@@ -57,9 +59,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     compiled, values = known
     x, y, z, *_ = *grid, 1, 1
     stream = torch._C._cuda_getCurrentRawStream(device)
+    # Addresses, as Triton would ask the driver about each tensor's.
     compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values
-    )
+        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *addresses, *numbers, *values,
+    )  # fmt: skip
 
 
 def _watched(kernel: Any) -> bool:
