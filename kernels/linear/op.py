@@ -189,6 +189,8 @@ def _widens(x: Tensor, dtype: torch.dtype) -> bool:
 
 def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
     """``dout @ weight``: [R, D]."""
+    if dout_RO.is_cuda:
+        return torch.mm(dout_RO, weight_OD)  # a third of the host's time for F.linear with it transposed
     return product(dout_RO, weight_OD.t())
 
 
