@@ -3,7 +3,8 @@
 A pytest plugin; ``run.py`` starts it. Streams, allocators, captures and launches are PyTorch's own. A graph's
 replay runs what was captured again, on the addresses it had then. Ops of this package run their launch code
 (with ``EMULATE_COMPILE=1`` Triton compiles, too) and get their results from the CPU's op; Triton's kernels
-outside of them, and where there is no CPU op, run in Triton's interpreter. Inductor's kernels do nothing.
+outside of them, and where there is no CPU op, run in Triton's interpreter. What Inductor would compile runs
+op by op.
 """
 
 import ctypes
@@ -358,6 +359,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+def replace_inductor() -> None:
+    from torch._dynamo.backends.debugging import aot_eager
+    from torch._inductor import compile_fx
+
+    compile_fx.compile_fx = lambda model, inputs, **_: aot_eager(model, inputs)
+
+
 replace_pytorch()
+replace_inductor()
 replace_graphs()
 replace_triton()
