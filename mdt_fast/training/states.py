@@ -110,7 +110,7 @@ def restore_optimizer(
         for group in optimizer.param_groups:
             optimizer._check_group(group)
         optimizer.skipped_steps.copy_(counters[SKIPPED])
-        if loss_scale is not None:
+        if loss_scale is not None and SCALE in counters:  # a run that convert made has none yet
             scale, good = counters[SCALE].to(loss_scale.scale.device).unbind()
             loss_scale.scale, loss_scale.good = scale.clone(), good.clone()
     except (UserError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:

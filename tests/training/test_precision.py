@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mdt_fast.cli import main
 from mdt_fast.errors import UserError
 from mdt_fast.kernels.native import MISSING
 from mdt_fast.models.base import Transformer
@@ -255,6 +256,18 @@ def test_float16_steps_that_overflow_are_skipped_and_the_scale_falls(
     train(config, tmp_path / "halves", resume="auto")
     step = Path("checkpoints", "step_0000008")
     assert tensors_of(tmp_path / "halves" / step) == tensors_of(tmp_path / "whole" / step)
+
+
+def test_weights_begin_a_float16_run(tmp_path: Path) -> None:
+    """What convert makes has no loss scale yet: it begins as in a new run."""
+    train(tiny(steps=1), tmp_path / "old")
+    weights, new = str(tmp_path / "w.safetensors"), str(tmp_path / "new")
+    assert main(["convert", str(tmp_path / "old"), weights]) == 0
+    settings = ["--set=train.dtype=float16", "--set=train.steps=2", "--set=train.batch_size=4"]
+    assert main(["convert", weights, new, "--data=digits", "--set=sample.steps=2", *settings]) == 0
+    assert main(["train", f"--out={new}", "--resume=auto"]) == 0
+    saved = open_checkpoint(tmp_path / "new").tensors("optimizer", "counters/")
+    assert saved["counters/loss_scale"].tolist() == [2.0**16, 2.0]
 
 
 @pytest.mark.slow
