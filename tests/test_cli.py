@@ -203,6 +203,7 @@ def test_both_weights_and_both_formats(run: Path, tmp_path: Path) -> None:
         (["train", "--out=x", "--data=nowhere"], "no folder 'nowhere'"),
         (["train", "--out=x", "--resume=nowhere"], "no run or checkpoint at 'nowhere'"),
         (["train", "--out=", "--preset=digits"], "--out: got '', expected a name"),
+        (["train", "--out=RUN", "--resume="], "--resume: got '', expected a name"),
         (["train", "--out=RUN", "--preset=nonsense", "--resume=auto"], "--preset: got 'nonsense'"),
         ([*DIGITS, "--set=sample.steps=5000"], "sample.steps: got 5000, expected 1 to 1000"),
         ([*DIGITS, "--set=sample.cfg_scale=NaN"], "sample.cfg_scale: got nan, expected 0 or more"),

@@ -36,7 +36,7 @@ PREEMPTION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if h
 def train(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     console = Console(highlight=False, soft_wrap=True, quiet=Ranks.from_environment().rank > 0)
-    refuse_empty(args, "out")
+    refuse_empty(args, "out", "resume")
     out = Path(args.out)
     config, notes = train_config(args)
     if args.dry_run:
