@@ -314,9 +314,9 @@ def locked(run: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if new and list(run.iterdir()) == [lock]:
-                lock.unlink()
-                with suppress(OSError):  # another process may use a folder above by now
+            with suppress(OSError):  # it may be gone, and another process may use a folder above by now
+                if new and list(run.iterdir()) == [lock]:
+                    lock.unlink()
                     for folder in made:
                         folder.rmdir()
             raise

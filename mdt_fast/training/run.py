@@ -153,7 +153,7 @@ class Run:
         return "samples", self.out / "samples.png", self.step
 
     def plot(self) -> None:
-        if self.world.main:
+        if self.world.main and (self.out / "metrics.jsonl").exists():  # not if stopped before the first row
             try:
                 plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
             except Exception as error:  # such as edited values in the rows

@@ -188,6 +188,24 @@ def test_stopped_between_two_rows(
     assert [list(row.items()) for row in halves] == [list(row.items()) for row in whole]
 
 
+@pytest.mark.usefixtures("heard")
+def test_stopped_before_the_first_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no curve to draw yet, which needs no warning."""
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: (step(*args), signal.raise_signal(signal.SIGINT)))
+    assert train(tiny(), tmp_path / "run").steps == 1
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_folder_deleted_while_training_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: (step(*args), shutil.rmtree(tmp_path / "run")))
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No such file"):
+        train(tiny(log_every=1, tensorboard=False), tmp_path / "run")
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
