@@ -47,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
     GPU of its local rank. ``UserError`` if there is no such device."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")

@@ -95,7 +95,7 @@ def train(
     config: RunConfig,
     out: str | Path,
     *,
-    resume: str | None = None,
+    resume: str | Path | None = None,
     console: Console | None = None,
     images: ImageSet | None = None,
 ) -> Result:
@@ -112,7 +112,11 @@ def train(
         raise UserError(
             f"config: got {type(config).__name__}, expected a RunConfig (mdt_fast.presets has some)"
         )
-    out = Path(out)
+    if out == "" or not isinstance(out, str | Path):
+        raise UserError(f"out: got {out!r}, expected a folder")
+    if resume == "" or not isinstance(resume, str | Path | None):
+        raise UserError(f"resume: got {resume!r}, expected None, 'auto' or the path of a run or checkpoint")
+    out, resume = Path(out), None if resume is None else str(resume)
     with joined(resolve_device(config.train.device)) as world, ExitStack() as stack:
         if world.main:
             stack.enter_context(locked(out))
