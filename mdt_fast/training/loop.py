@@ -20,9 +20,9 @@ from ..config import RunConfig
 from ..data import ImageSet
 from ..errors import UserError
 from ..processes import Interrupts, resolve_device
-from .checkpoint import latest, locked
+from .checkpoint import locked, number_of, steps
 from .distributed import joined, lost_processes_named
-from .metrics import Metrics
+from .metrics import Metrics, NonFiniteLossError
 from .objective import draw
 from .optim import learning_rate, set_learning_rate, unripe
 from .parallelize import split, sum_gradients
@@ -130,10 +130,22 @@ def train(
         except (UserError, OSError) as error:
             with suppress(Exception):  # let a checkpoint in progress finish; report only the first error
                 run.saver.wait()
-            last = latest(out)
-            if last is None or str(last) in str(error):
-                raise
-            raise UserError(f"{error}; the last checkpoint is {str(last)!r}") from error
+            if advice := where_to_resume(out, error):
+                raise UserError(f"{error}; {advice}") from error
+            raise
+
+
+def where_to_resume(out: Path, error: Exception) -> str:
+    """Names the run's last checkpoint, unless ``error`` does: if losses are not finite, one from before."""
+    saved = steps(out)
+    if not saved or str(saved[-1]) in str(error):
+        return ""
+    if isinstance(error, NonFiniteLossError) and number_of(saved[-1]) >= error.step:
+        before = [path for path in saved if number_of(path) < error.step]
+        if not before:
+            return "no checkpoint is from before that step"
+        return f"the last checkpoint before that step is {str(before[-1])!r}: use --resume {before[-1]}"
+    return f"the last checkpoint is {str(saved[-1])!r}"
 
 
 def _train(run: Run, bar: TrainingProgress, interrupts: Interrupts) -> Result:

@@ -29,7 +29,11 @@ def img_per_s(images: int, seconds: float) -> dict[str, float]:
 
 
 class NonFiniteLossError(UserError):
-    """Losses or gradients were NaN or infinite for too many steps in a row."""
+    """Losses or gradients were NaN or infinite for too many steps in a row, from ``step`` on."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class Metrics:
@@ -155,9 +159,9 @@ class Metrics:
             if name != TIMESTEPS and not values[max(first, 0)].isfinite().all()
         )
         more = f", and so are the {streaks[last] - 1} steps after it" if streaks[last] > 1 else ""
+        bad = step - len(streaks) + first + 1
         raise NonFiniteLossError(
-            f"{name} is {value} at step {step - len(streaks) + first + 1}{more} "
-            f"(train.max_skips={self.max_skips})"
+            f"{name} is {value} at step {bad}{more} (train.max_skips={self.max_skips})", bad
         )
 
 

@@ -115,7 +115,7 @@ class Saver:
             for part, tensors in parts.items():
                 files |= self._write_part(partial / part, tensors)
             self._main(lambda: self._finish(partial, final, step, files, state))
-            if self.world.main:
+            if self.world.main and not state.get("streak"):  # after bad steps, an older one may be needed
                 self._prune(step)
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             if self.world.main:

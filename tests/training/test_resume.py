@@ -264,6 +264,23 @@ def test_too_many_losses_that_are_not_finite_end_the_run(
         train(tiny(max_skips=2), tmp_path / "more")
 
 
+def test_the_checkpoint_before_the_bad_steps_is_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One saved among them would fail again."""
+    spoilt(monkeypatch, 8, 9, 10)
+    saved = tmp_path / "run" / "checkpoints"
+    message = r"the last checkpoint before that step is '(.*step_0000004)': use --resume \1$"
+    with pytest.raises(UserError, match=rf"^loss is nan at step 8, .*; {message}"):
+        train(tiny(max_skips=2, steps=12, keep=1), tmp_path / "run")
+    assert sorted(path.name for path in saved.iterdir()) == ["step_0000004", "step_0000008"]
+    spoilt(monkeypatch, 1, 2, 3, 4, 5)
+    with pytest.raises(
+        UserError, match=r"^loss is nan at step 1, .*; no checkpoint is from before that step"
+    ):
+        train(tiny(max_skips=4), tmp_path / "other")
+
+
 def test_a_step_that_is_not_finite_is_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
