@@ -287,10 +287,12 @@ def versions() -> dict[str, str]:
 
 
 def check_place(run: Path) -> None:
-    """``UserError`` if ``run`` cannot be a folder."""
+    """``UserError`` if ``run`` cannot be the folder of a run."""
     for path in (run, *run.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"out: {str(path)!r} is a file; a folder is needed")
+        if path.name == "checkpoints" and steps(path.parent):  # pruned in time
+            raise UserError(f"out: got {str(run)!r}, expected a run's folder, such as {str(path.parent)!r}")
     if (link := dead_link(run)) is not None:
         raise UserError(f"out: got {str(run)!r}, expected a folder: {str(link)!r} is a link to nothing")
     check_name(run, "out")

@@ -127,6 +127,16 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "run" / "checkpoints" / "step_0000002") == before
 
 
+@pytest.mark.parametrize("inside", ["", "step_0000002", "new"])
+def test_no_run_begins_among_the_checkpoints_of_another(tmp_path: Path, inside: str) -> None:
+    """The other one would take it for a checkpoint of its own, and delete it in time."""
+    run = tmp_path / "run"
+    train(tiny(steps=2), run)
+    with pytest.raises(UserError, match=rf"^out: got '.*', expected a run's folder, such as '{run}'$"):
+        train(tiny(steps=3), run / "checkpoints" / inside, resume="auto")
+    assert train(tiny(steps=3), run, resume="auto").steps == 3
+
+
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
