@@ -84,6 +84,8 @@ class Run:
         if self.start is not None:
             notes.append(f"resuming from {self.start.path} ({self.step} steps done)")
             pending = self.start.tensors(checkpoint.OPTIMIZER, f"{checkpoint.METRICS}/")
+        elif (self.out / "metrics.jsonl").exists():
+            notes.append(f"no checkpoint in {str(self.out)!r}: the run begins again, and its metrics do")
         self.world.barrier()  # all ranks have read the checkpoint that they resume from
         if self.world.main:
             for moved in checkpoint.set_aside_later(self.out, self.step):

@@ -73,8 +73,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert rows(tmp_path / "run") == before
 
 
-def test_auto_starts_where_nothing_is_saved_yet(tmp_path: Path) -> None:
+def test_auto_starts_where_nothing_is_saved_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says so if that is a run which has lost its checkpoints."""
     assert train(tiny(steps=2), tmp_path / "run", resume="auto").steps == 2
+    assert "no checkpoint" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train(tiny(steps=1), tmp_path / "run", resume="auto").steps == 1
+    assert "run': the run begins again, and its metrics do" in capsys.readouterr().out
 
 
 def test_another_runs_checkpoint_starts_a_new_run_from_it(tmp_path: Path) -> None:
