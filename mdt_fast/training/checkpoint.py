@@ -291,7 +291,9 @@ def check_place(run: Path) -> None:
     for path in (run, *run.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"out: {str(path)!r} is a file; a folder is needed")
-        if path.name == "checkpoints" and steps(path.parent):  # pruned in time
+    place = run.absolute()
+    for path in (place, *place.parents):
+        if path.name == "checkpoints" and steps(path.parent):  # they are pruned in time
             raise UserError(f"out: got {str(run)!r}, expected a run's folder, such as {str(path.parent)!r}")
     if (link := dead_link(run)) is not None:
         raise UserError(f"out: got {str(run)!r}, expected a folder: {str(link)!r} is a link to nothing")

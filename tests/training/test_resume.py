@@ -133,12 +133,15 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["", "step_0000002", "new"])
-def test_no_run_begins_among_the_checkpoints_of_another(tmp_path: Path, inside: str) -> None:
+def test_no_run_begins_among_the_checkpoints_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
     """The other one would take it for a checkpoint of its own, and delete it in time."""
     run = tmp_path / "run"
     train(tiny(steps=2), run)
+    monkeypatch.chdir(run / "checkpoints")
     with pytest.raises(UserError, match=rf"^out: got '.*', expected a run's folder, such as '{run}'$"):
-        train(tiny(steps=3), run / "checkpoints" / inside, resume="auto")
+        train(tiny(steps=3), Path(inside), resume="auto")
     assert train(tiny(steps=3), run, resume="auto").steps == 3
 
 
