@@ -143,6 +143,40 @@ def test_masters_follow_a_model_that_is_loaded_between_two_steps(cls: Any, given
     assert torch.equal(model.bias, other.bias)
 
 
+@BOTH
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("when", ["without gradient", "state loaded", "before a copy", "after a copy"])
+def test_masters_follow_whenever_weights_are_written(cls: Any, given: bool, when: str) -> None:
+    """Also in a step without their gradients, and around loading the optimiser's state or copying it."""
+    model = nn.Linear(5, 3).bfloat16()
+    params = list(model.parameters())
+    optimizer = cls(params, lr=1e-2)
+    if given:
+        optimizer.set_masters([p.detach().float() for p in params])
+    average = [p.detach().float() for p in params]
+    optimizer.add_ema(average, 0.0)
+    run(optimizer, params, 2)
+    if when == "without gradient":
+        params[0].grad = None
+        optimizer.step()
+    elif when == "state loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif when == "after a copy":
+        optimizer, params, average = copy.deepcopy((optimizer, params, average))
+    with torch.no_grad():
+        params[0].fill_(0.5)
+    if when == "before a copy":
+        optimizer, params, average = copy.deepcopy((optimizer, params, average))
+    set_grads(params, 2)
+    params[0].grad = None
+    optimizer.step()
+    torch.testing.assert_close(average[0], torch.full_like(average[0], 0.5))
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, params, 1, 3)
+    assert (params[0] == 0.5).all()
+    assert (optimizer.state[params[0]]["master"] == 0.5).all()
+
+
 def test_a_master_that_a_plain_optimiser_has_carried_along_is_stale() -> None:
     params = parameters(torch.bfloat16)
     ours, theirs = FusedAdamW(params, lr=1e-2), torch.optim.AdamW(params, lr=1e-2)

@@ -152,6 +152,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             loading.check_before_step(group, self.fixed, self.refused)
         groups, squares = self._gather()
+        self._follow_writes()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()
         self.skipped_steps = self.skipped_steps.to(norm.device)
@@ -164,8 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 last = number == len(batches) - 1
                 self._update(index, dtype, native, batch, self._of(steps, batch, last), norm)
         self._average_others({item.place for items in groups for item in items}, finite)
-        own = (item for items in groups for item in items if item.param.dtype == torch.bfloat16)
-        self._versions = {item.place: item.param._version for item in own}
+        self._versions = {i: p._version for i, p in enumerate(self._all()) if p.dtype == torch.bfloat16}
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,6 +280,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         return groups, squares
 
+    def _follow_writes(self) -> None:
+        """Take over bfloat16 weights written since the last step, with or without a gradient now."""
+        for i, p in enumerate(self._all()):
+            written = p.dtype == torch.bfloat16 and self._versions.get(i) != p._version
+            if written and (master := self._master(i, p)) is not p:
+                loading.follow(master, p)
+
     def _norm(self, squares: dict[Any, list[Tensor]]) -> Tensor:
         """The norm to clip by. If it is not finite on one rank, it is so on all, and all skip the step."""
         total = torch.zeros((), dtype=torch.float64, device=local(next(self._all())).device)
@@ -312,11 +319,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p.dtype != torch.bfloat16:
                 self.state[p].pop("master", None)  # left behind by Module.float(); it would go stale
             elif "master" not in self.state[p]:
-                self.state[p]["master"] = master = self._master(item.place, p).detach().float()
-                if self._masters:
-                    loading.follow(master, p)
-            elif self._versions.get(item.place, p._version) != p._version:  # p was written to since
-                loading.follow(self.state[p]["master"], p)
+                self.state[p]["master"] = self._master(item.place, p).detach().float()
             served.append(item)
         return served
 
