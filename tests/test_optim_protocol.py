@@ -309,6 +309,7 @@ def test_bad_gradients_and_averages_are_named(cls: Any) -> None:
         optimizer.step()
     for ema, decay, message in (
         ([torch.ones(3, 2)], 1.0, r"^decay: got 1.0, expected \[0, 1\)"),
+        ([torch.ones(3, 2)], None, r"^decay: got None, expected \[0, 1\)"),
         ([], 0.9, "params: 0 tensors for 1 parameters"),
         ([torch.ones(2)], 0.9, r"params\[0\]: torch.float32 \[2\] on cpu, expected torch.float32 \[3, 2\]"),
         ([torch.ones(3, 2).bfloat16()], 0.9, r"params\[0\]: torch.bfloat16"),

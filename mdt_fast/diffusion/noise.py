@@ -33,7 +33,9 @@ def draw_shape(source: NoiseSource, shape: Sequence[int], device: torch.device) 
 
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise ``UserError`` unless both have the same shape (broadcasting here would hide a mistake)."""
+    """Raise ``UserError`` unless both are tensors of one shape (broadcasting would hide a mistake)."""
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{name}: got a {type(tensor).__name__}, expected a tensor like {other_name}")
     if tensor.shape != other.shape:
         raise UserError(
             f"{name}: got {list(tensor.shape)}, expected the shape of {other_name}, {list(other.shape)}"

@@ -5,7 +5,7 @@ float64 array and is rounded to float32, for float64 ``x`` too, as in the publis
 Source: Ho et al. 2020 equations 4 to 7 and 15; Nichol and Dhariwal 2021 equation 15 (learned variance).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -119,6 +119,9 @@ class GaussianProcess(Schedule):
     ) -> Tensor:
         """``model(x, original timesteps, **model_kwargs)``; the output must be [B, 2C or C, ...]."""
         self.check_timesteps(t, x)
+        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+            got = type(model_kwargs).__name__
+            raise UserError(f'model_kwargs: got a {got}, expected a dict such as {{"y": labels}}')
         return self.checked(model(x, self.original_timesteps(t), **(model_kwargs or {})), x)
 
     def checked(self, output: Tensor, x: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         average, own = loading.in_order("params", params, self.param_groups), list(self._all())
         if len(self._averages) == MOST_AVERAGES:
             raise UserError(f"add_ema: there are {MOST_AVERAGES} averages, no more are allowed")
-        if not 0 <= decay < 1:
-            raise UserError(f"decay: got {decay}, expected [0, 1)")
+        if not loading.is_number(decay) or not 0 <= decay < 1:
+            raise UserError(f"decay: got {decay!r}, expected [0, 1)")
         loading.check_copies(
             "params", average, own, loading.labels_of("params", self.param_groups), self._copies()
         )

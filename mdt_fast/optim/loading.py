@@ -193,7 +193,7 @@ def check_numbers(
     check_before_step(group, fixed, refused)
     given = group["betas"]
     several = isinstance(given, Sequence | Tensor) and not isinstance(given, str) and len(given) == betas
-    if not several or not all(_is_number(beta) and 0 <= beta < 1 for beta in given):
+    if not several or not all(is_number(beta) and 0 <= beta < 1 for beta in given):
         raise UserError(f"betas: got {given!r}, expected {NUMBERS[betas]} values in [0, 1)")
 
 
@@ -210,11 +210,12 @@ def check_before_step(group: dict[str, Any], fixed: Mapping[str, Any], refused: 
 def at_least_0(name: str, value: Any, largest: float = sys.float_info.max) -> None:
     """Raise ``UserError`` unless ``value`` is a number (or a tensor of one, but no bool) from 0 to
     ``largest``, which stands for infinity."""
-    if not _is_number(value) or not 0 <= value <= largest:
+    if not is_number(value) or not 0 <= value <= largest:
         raise UserError(f"{name}: got {value!r}, expected a finite number of 0 or more")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number, but no bool, or a tensor of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -343,6 +343,15 @@ def test_wrong_timesteps_are_named(call, t: Tensor, message: str) -> None:
             "eta: got nan, expected 0 to 1",
         ),
         (lambda d, x, t: d.ddim_reverse_sample(_linear_model, x, t, eta=0.5), "eta: .* 0 only, got 0.5"),
+        (
+            lambda d, x, t: d.training_losses(_linear_model, x, t, t),
+            "^model_kwargs: got a Tensor, expected a",
+        ),
+        (lambda d, x, t: d.p_sample(_linear_model, x, t, model_kwargs=[1]), "^model_kwargs: got a list, exp"),
+        (
+            lambda d, x, t: d.training_losses(_linear_model, x, t, noise=0.5),
+            "^noise: got a float, expected a",
+        ),
         (lambda d, x, t: d.p_sample_loop(_linear_model, x.shape), "device: must be given"),
         (lambda d, x, t: d.p_sample_loop(nn.Identity(), x.shape), "device: must be given"),
         (
