@@ -1,10 +1,13 @@
 """The fused optimisers in what surrounds them: default dtypes and devices, autograd, models that change."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fused import BOTH, bits, parameters, run, same
 from fused import served as served  # a fixture
@@ -100,3 +103,29 @@ def test_an_option_that_is_turned_on_later_is_refused(cls: Any) -> None:
             optimizer.step()
         optimizer.param_groups[0][option] = own
     assert same(before, bits(optimizer, params))
+
+
+@BOTH
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_a_copy_moves_the_copied_average(cls: Any, copied: Any) -> None:
+    """Also before the average in the copied tuple; and an average follows when its module is cast."""
+    model = nn.Linear(3, 2)
+    average = copy.deepcopy(model)
+    optimizer = cls(model.named_parameters())
+    optimizer.add_ema(average.named_parameters(), 0.5)
+    other, other_average, other_model = copied((optimizer, average, model))
+    for o, m, e in ((optimizer, model, average), (other, other_model, other_average)):
+        before = e.weight.detach().clone()
+        run(o, list(m.parameters()), 1)
+        torch.testing.assert_close(e.weight, (before + m.weight) / 2)
+    average.half()
+    before = model.weight.detach().clone()
+    message = r"^params\['weight'\] of add_ema: got torch.float16 on cpu, expected torch.float32 on cpu"
+    with pytest.raises(UserError, match=message):
+        run(optimizer, list(model.parameters()), 1, 1)
+    assert torch.equal(model.weight, before)
+    average.float()
+    run(optimizer, list(model.parameters()), 1, 1)
+    torch.testing.assert_close(
+        average.weight, (before.half().float() + model.weight) / 2, rtol=1e-3, atol=1e-3
+    )

@@ -116,7 +116,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         loading.check_copies(
             "params", average, own, loading.labels_of("params", self.param_groups), self._copies()
         )
-        self._averages.append([ema.detach() for ema in average])
+        # Leaves as they are: a deep copy of the optimiser and these moves the copies.
+        self._averages.append([ema if ema.is_leaf else ema.detach() for ema in average])
         self._decays.append(float(decay))
 
     def set_masters(self, masters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
@@ -152,6 +153,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             loading.check_before_step(group, self.fixed, self.refused)
         groups, squares = self._gather()
+        loading.check_averages(self._averages, list(self._all()), loading.names_of(self.param_groups))
         self._follow_writes()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()

@@ -65,7 +65,7 @@ def check_copies(
         if not isinstance(copy, Tensor) or copy.layout != torch.strided:
             what = f"a {copy.layout} tensor" if isinstance(copy, Tensor) else f"a {type(copy).__name__}"
             raise UserError(f"{label}: {what}, expected a dense tensor")
-        allowed = (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
+        allowed = _dtypes_beside(p)
         if copy.shape != p.shape or copy.device != p.device or copy.dtype not in allowed:
             raise UserError(
                 f"{label}: {copy.dtype} {list(copy.shape)} on {copy.device}, "
@@ -88,6 +88,22 @@ def check_copies(
             reached, start_of, owner = end, start, label
     if found := next((label for label in labels if label in shared), None):
         raise UserError(f"{found}: {shared[found]} a tensor that the optimiser already has; make a copy")
+
+
+def check_averages(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], names: list[str]) -> None:
+    """Raise ``UserError`` if an average was cast or moved to another device since it was given."""
+    for average in averages:
+        for i, (ema, p) in enumerate(zip(average, params)):
+            if ema.device != p.device or ema.dtype not in (allowed := _dtypes_beside(p)):
+                label = repr(names[i]) if names else i
+                raise UserError(
+                    f"params[{label}] of add_ema: got {ema.dtype} on {ema.device}, "
+                    f"expected {allowed[0]} on {p.device}, as when it was given"
+                )
+
+
+def _dtypes_beside(p: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.float64) if p.dtype == torch.float64 else (torch.float32,)
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
