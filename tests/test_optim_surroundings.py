@@ -129,3 +129,22 @@ def test_a_copy_moves_the_copied_average(cls: Any, copied: Any) -> None:
     torch.testing.assert_close(
         average.weight, (before.half().float() + model.weight) / 2, rtol=1e-3, atol=1e-3
     )
+
+
+@BOTH
+@pytest.mark.parametrize("given", ["averages", "masters"])
+def test_parameters_taken_out_of_a_group(cls: Any, given: str) -> None:
+    """Averages and masters, which go by position, are never those of another parameter."""
+    params = [nn.Parameter(torch.full((2,), float(i)).bfloat16()) for i in range(3)]
+    optimizer, copies = cls(params, lr=0.0, weight_decay=0.0), [p.detach().float() for p in params]
+    if given == "averages":
+        optimizer.add_ema(copies, 0.5)
+    else:
+        optimizer.set_masters(copies)
+    del optimizer.param_groups[0]["params"][0]
+    with pytest.raises(
+        UserError, match=f"^param_groups: got 2 parameters, expected those 3 that {given} were"
+    ):
+        run(optimizer, params, 1)
+    assert all((p == i).all() for i, p in enumerate(params))
+    assert all((copy == i).all() for i, copy in enumerate(copies))

@@ -153,7 +153,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             loading.check_before_step(group, self.fixed, self.refused)
         groups, squares = self._gather()
-        loading.check_averages(self._averages, list(self._all()), loading.names_of(self.param_groups))
+        loading.check_kept(self._averages, self._masters, self.param_groups)
         self._follow_writes()
         self.grad_norm = norm = self._norm(squares)
         finite = norm.isfinite()

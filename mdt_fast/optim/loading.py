@@ -90,14 +90,23 @@ def check_copies(
         raise UserError(f"{found}: {shared[found]} a tensor that the optimiser already has; make a copy")
 
 
-def check_averages(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], names: list[str]) -> None:
-    """Raise ``UserError`` if an average was cast or moved to another device since it was given."""
+def check_kept(
+    averages: Sequence[Sequence[Tensor]], masters: Sequence[Tensor], groups: Sequence[dict[str, Any]]
+) -> None:
+    """Raise ``UserError`` if parameters were put into or taken out of ``groups`` since averages or masters of
+    them were given, or if an average was cast or moved to another device."""
+    params = [p for group in groups for p in group["params"]]
+    for given, copies in (*(("averages", average) for average in averages), ("masters", masters or params)):
+        if len(copies) != len(params):
+            raise UserError(
+                f"param_groups: got {len(params)} parameters, expected those {len(copies)} that {given} were "
+                "given for; freeze parameters by requires_grad, or make a new optimiser"
+            )
     for average in averages:
         for i, (ema, p) in enumerate(zip(average, params)):
             if ema.device != p.device or ema.dtype not in (allowed := _dtypes_beside(p)):
-                label = repr(names[i]) if names else i
                 raise UserError(
-                    f"params[{label}] of add_ema: got {ema.dtype} on {ema.device}, "
+                    f"{labels_of('params', groups)[i]} of add_ema: got {ema.dtype} on {ema.device}, "
                     f"expected {allowed[0]} on {p.device}, as when it was given"
                 )
 
