@@ -59,7 +59,8 @@ class MaskPlan:
         len_keep = (
             draw_len_keep(num_tokens, mask_ratio) if random_ratio else int(num_tokens * (1 - mask_ratio))
         )
-        return cls.from_noise(torch.rand(batch, num_tokens, device=device), len_keep, ascending=ascending)
+        noise = torch.rand(batch, num_tokens, dtype=torch.float32, device=device)  # half types have ties
+        return cls.from_noise(noise, len_keep, ascending=ascending)
 
     @classmethod
     def from_noise(cls, noise: Tensor, len_keep: int, *, ascending: bool = False) -> "MaskPlan":
@@ -184,7 +185,7 @@ def _named(value: object) -> str:
 
 def len_keeps(num_tokens: int, mask_ratio: float) -> range:
     """All values that :func:`draw_len_keep` can return, ascending."""
-    ratios = torch.tensor([1, 0], device="cpu") * RATIO_RANGE + mask_ratio
+    ratios = torch.tensor([1.0, 0.0], dtype=torch.float32, device="cpu") * RATIO_RANGE + mask_ratio
     least, most = (int(num_tokens * (1 - ratio)) for ratio in ratios)
     return range(least, most + 1)
 
@@ -200,5 +201,5 @@ def draw_len_keep(num_tokens: int, mask_ratio: float, generator: torch.Generator
         raise UserError(
             f"mask_ratio: got {mask_ratio!r}, expected 0..{1 - RATIO_RANGE}; up to {RATIO_RANGE} is added"
         )
-    ratio = torch.rand(1, generator=generator, device="cpu") * RATIO_RANGE + mask_ratio
+    ratio = torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") * RATIO_RANGE + mask_ratio
     return int(num_tokens * (1 - ratio))

@@ -99,7 +99,7 @@ class LabelEmbedder(nn.Module):
         """Labels, the dropped ones replaced by the null class; ``force_drop_ids`` [B]: drop where it is 1."""
         if force_drop_ids is None:
             # From the CPU's generator on any device, as in the official model.
-            dropped = torch.rand(labels.shape[0], device="cpu") < self.dropout_prob
+            dropped = torch.rand(labels.shape[0], dtype=torch.float32, device="cpu") < self.dropout_prob
         else:
             dropped = force_drop_ids == 1
         return torch.where(dropped.to(labels.device, non_blocking=True), self.num_classes, labels)

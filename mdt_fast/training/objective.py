@@ -47,7 +47,7 @@ def draw(model: Any, diffusion: GaussianDiffusion, batch: int, device: torch.dev
     shape = (batch, model.in_channels, model.input_size, model.input_size)
 
     def one_pass() -> tuple[Tensor, Tensor | None]:
-        noise = torch.randn(shape, device=device)
+        noise = torch.randn(shape, dtype=torch.float32, device=device)
         return noise, _drops(model, batch, device)
 
     t = torch.randint(diffusion.num_timesteps, (batch,), device=device)
@@ -63,7 +63,7 @@ def _drops(model: Any, batch: int, device: torch.device) -> Tensor | None:
         return None
     probability = model.y_embedder.dropout_prob
     # With the CPU generator on any device, as in the models themselves.
-    return (torch.rand(batch) < probability).to(device, non_blocking=True)
+    return (torch.rand(batch, dtype=torch.float32) < probability).to(device, non_blocking=True)
 
 
 def drop(y: Tensor, dropped: Tensor | None, null: int) -> Tensor:

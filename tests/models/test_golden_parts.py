@@ -103,7 +103,7 @@ def test_golden_label_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     embedder.load_state_dict({"embedding_table.weight": g["label/table"]})
     assert torch.equal(embedder(g["label/y"], False), g["label/out_eval"])
     assert torch.equal(embedder(g["label/y"], False, g["label/force_drop_ids"]), g["label/out_forced_eval"])
-    monkeypatch.setattr(torch, "rand", lambda *_, device: g["label/u"])
+    monkeypatch.setattr(torch, "rand", lambda *_, **_options: g["label/u"])
     assert torch.equal(embedder(g["label/y"], True), g["label/out_train"])
     assert LabelEmbedder(10, 6, 0.0).embedding_table.num_embeddings == g["label/table_rows_when_dropout_0"]
 

@@ -253,6 +253,26 @@ def test_weights_under_an_outer_autocast(step_of: Any) -> None:
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(default: torch.dtype, step_of: Any) -> None:
+    """Neither noise nor masks nor labels dropped, whose draws would have ties in half precision."""
+    x, y = batch()
+    model = made("mdtv2", torch.float32, mask_ratio=0.3).train()
+    step, found = step_of(model), []
+    before = torch.get_default_dtype()
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(0)
+            found.append([*step(x.float(), y).values(), *gradients(model)])
+            t = torch.randint(DIFFUSION.num_timesteps, (len(x),))
+            found[-1] += DIFFUSION.two_pass_losses(model, x.float(), t, y).values()
+        finally:
+            torch.set_default_dtype(before)
+    for a, e in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
 def test_the_dtype_and_the_order_of_passes_are_what_was_asked_for(
     step_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
