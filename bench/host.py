@@ -50,11 +50,13 @@ def training(model: Any, x: torch.Tensor, t: torch.Tensor) -> Callable[[], Any]:
     passes = [{"y": t}, {"y": t, "enable_mask": True}] if hasattr(model, "mask_token") else [{"y": t}]
 
     def step() -> None:
-        if together:
-            terms = diffusion.two_pass_losses(model, x, t, t)
-            loss = (terms["loss"] + terms["m_loss"]).mean()
-        else:
-            loss = sum(diffusion.training_losses(model, x, t, options)["loss"].mean() for options in passes)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            if together:
+                terms = diffusion.two_pass_losses(model, x, t, t)
+                loss = (terms["loss"] + terms["m_loss"]).mean()
+            else:
+                losses = (diffusion.training_losses(model, x, t, options)["loss"] for options in passes)
+                loss = sum(each.mean() for each in losses)
         loss.backward()
         model.zero_grad(set_to_none=True)
 
@@ -77,7 +79,7 @@ def by_triton(step: Callable[[], Any]) -> Callable[[], Any]:
 def compare(name: str, batch: int, mode: str, rounds: int) -> None:
     calls = steps(name, batch, mode)
     seconds: dict[str, list[float]] = {provider: [] for provider in calls}
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=mode == "sample"):
         for _ in range(rounds + 1):
             for provider, call in calls.items():
                 began = time.perf_counter()

@@ -155,4 +155,7 @@ def _backend(op: str) -> Backend:
 
         if not multiplies(torch.device("cuda", torch.cuda.current_device())):
             return Backend(op, "pytorch", f"{plain}: this GPU has no products in float8 that PyTorch serves")
-    return Backend(op, "triton", "CUDA device and triton are there")
+    from .launcher import KNOWN, VERSIONS
+
+    known = f"; its own launches are slower than ours, for Triton {' and '.join(VERSIONS)} on NVIDIA GPUs"
+    return Backend(op, "triton", f"CUDA device and triton are there{'' if KNOWN else known}")

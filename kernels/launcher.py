@@ -13,8 +13,10 @@ from triton import knobs
 
 from .backends import INTERPRETING
 
-KNOWN = not INTERPRETING and triton.__version__.startswith(("3.6.", "3.7."))
-"""Whether a compiled kernel is launched as below, as Triton itself does."""
+VERSIONS = "3.6", "3.7"
+"""The versions of Triton whose compiled kernels take the arguments given below."""
+KNOWN = triton.__version__.startswith(VERSIONS) and not INTERPRETING and torch.version.hip is None
+"""Whether launches are remembered; not on AMD GPUs, for which Triton also compiles by the size of tensors."""
 ALIGNED = 16
 """Triton compiles differently for addresses that are multiples of it. Launches with others go its own way."""
 MOST = 8192
@@ -22,8 +24,8 @@ MOST = 8192
 
 _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 """The compiled kernel of a launch, and its constants in the order of the kernel's parameters."""
-_pointers: dict[int, int] = {}
-"""How many parameters of a kernel are pointers."""
+_pointers: dict[int, tuple[int, Any]] = {}
+"""How many parameters of a kernel are pointers; and the kernel, whose id is the key."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -31,39 +33,44 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
     ``args`` are all parameters but the constants: first tensors, whose parameters' names end with ``_ptr``,
     then numbers. A parameter takes only ints or only floats, as 1 and 1.0 are one key. ``constants`` are the
-    constexpr parameters, which are the kernel's last, and options such as ``num_warps``.
+    constexpr parameters, which are the kernel's last, and options such as ``num_warps``, in the same order in
+    all launches of a kernel.
     """
+    if not KNOWN or _watched(kernel):
+        kernel[grid](*args, **constants)
+        return
     name = id(kernel)  # its hash is its source's
-    pointers = _pointers.get(name)
-    if pointers is None:
-        pointers = _pointers[name] = sum(p.endswith("_ptr") for p in kernel.arg_names)
+    if name not in _pointers:
+        _pointers[name] = sum(p.endswith("_ptr") for p in kernel.arg_names), kernel
+    pointers, _ = _pointers[name]
     addresses, low, dtypes = [], 0, []
+    device = devices = args[0].get_device()
     for x in args[:pointers]:
         address = x.data_ptr()
         addresses.append(address)
         low |= address
         dtypes.append(x.dtype)
-    if not KNOWN or low % ALIGNED or _watched(kernel):
-        kernel[grid](*args, **constants)
-        return
-    device, numbers = args[0].get_device(), args[pointers:]
+        devices |= x.get_device()  # a CPU's is -1
+    numbers = args[pointers:]
     key = name, device, *dtypes, *numbers, *constants.values()
     known = _compiled.get(key)
-    if known is None:
+    if low % ALIGNED or devices != device:
+        kernel[grid](*args, **constants)
+    elif known is None:
         compiled = kernel[grid](*args, **constants)
         if compiled is not None:
             if len(_compiled) >= MOST:
                 _compiled.clear()
             _compiled[key] = compiled, tuple(constants[p] for p in kernel.arg_names[len(args) :])
-        return
-    compiled, values = known
-    x, y, z, *_ = *grid, 1, 1
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    # Addresses, as Triton would ask the driver about each tensor's.
-    compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *addresses, *numbers, *values,
-    )  # fmt: skip
+    else:
+        compiled, values = known
+        x, y, z, *_ = *grid, 1, 1
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        # Addresses, as Triton would ask the driver about each tensor's.
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *addresses, *numbers, *values,
+        )  # fmt: skip
 
 
 def _watched(kernel: Any) -> bool:

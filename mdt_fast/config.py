@@ -203,7 +203,8 @@ class TrainConfig:
     the optimiser's moments; bfloat16 needs ``csrc/``. ``float8``: run the blocks' matmuls in float8, on GPUs
     that support it, with our kernels or torchao (``float8_by``). ``keep``: how many of the newest checkpoints
     to keep, besides those of every ``keep_every``-th step (0: none). ``max_skips``: updates with a non-finite
-    loss or gradient are skipped; after more than this many in a row the run stops.
+    loss or gradient are skipped; after more than this many in a row the run stops. While there are such
+    updates, one checkpoint from before them is kept, too.
 
     ``parallel``, with several processes: ``fsdp`` shards weights across all processes; ``hybrid`` shards
     within a node and replicates across nodes; ``ddp`` replicates weights and averages gradients after the

@@ -52,7 +52,8 @@ def gelu_linear(
 
 
 class _Linear(torch.autograd.Function):
-    """x [R, F], weight [O, F] -> [R, O] in ``dtype``; weight and bias are cast to it here."""
+    """x [R, F], weight [O, F] -> [R, O] in ``dtype``; weight and bias are cast to it here
+    or in the product."""
 
     @staticmethod
     def forward(ctx: Any, x, bias_F, weight, bias, dtype, recompute, float8):  # type: ignore[no-untyped-def]

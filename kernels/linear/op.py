@@ -64,18 +64,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, float8: Flo
     dtype = checks.layer(x, weight, bias)
     if (float8 is not False or (x.is_cuda and torch.is_grad_enabled())) and not checks.plain_only():
         return as_before(applied(Linear, in_rows(x), weight, bias, dtype, float8), x)
-    if not x.is_cuda or checks.plain_only():  # as in for_product
-        weight, bias = checks.cast(weight, dtype), None if bias is None else checks.cast(bias, dtype)
-    return product(x, weight, bias)
+    prepared = checks.cast if not x.is_cuda or checks.plain_only() else left_to_autocast
+    return product(x, prepared(weight, dtype), None if bias is None else prepared(bias, dtype))
 
 
 def for_product(ctx: Any, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight or bias in the dtype of the product.
+    """A weight or bias as PyTorch's product takes it: in ``dtype``, or as it is where autocast casts it.
 
-    Without gradients, autocast casts what PyTorch's products take, and does so once for all passes within
-    it. On a CPU, oneDNN takes over products of which autocast does not know.
+    On a CPU, oneDNN takes over products of which autocast does not know.
     """
-    return parameter if without_gradients(ctx) and parameter.is_cuda else checks.cast(parameter, dtype)
+    if without_gradients(ctx) and parameter.is_cuda:
+        return left_to_autocast(parameter, dtype)
+    return checks.cast(parameter, dtype)
+
+
+def left_to_autocast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """``parameter``, which autocast casts once for all passes within it, from the second on, until it is
+    written to."""
+    if parameter.dtype == dtype or not parameter.requires_grad:  # autocast keeps no casts of others
+        return parameter
+    if parameter.is_inference():
+        return parameter.to(dtype)
+    name, version = id(parameter), parameter._version
+    if _versions.get(name) != version:
+        torch.clear_autocast_cache()
+        _versions[name] = version
+    return parameter
+
+
+_versions: dict[int, int] = {}
+"""The versions of parameters, by id, of which autocast may have kept casts."""
 
 
 def operand(ctx: Any, weight: Tensor, dtype: torch.dtype, float8: Float8) -> tuple[Operand, Kept]:
@@ -141,8 +159,8 @@ def _onednn_knows(dtype: torch.dtype) -> bool:
 class Linear(torch.autograd.Function):
     """x [R, D], weight [O, D], bias [O] -> [R, O] in ``dtype``.
 
-    The casts to ``dtype`` are in here, so the gradients of weight and bias are computed directly in the
-    parameters' own dtypes.
+    The casts to ``dtype`` are in here where gradients are needed (see :func:`for_product`), so the gradients
+    of weight and bias are computed directly in the parameters' own dtypes.
     """
 
     @staticmethod
@@ -190,7 +208,7 @@ def _widens(x: Tensor, dtype: torch.dtype) -> bool:
 def input_gradient(dout_RO: Tensor, weight_OD: Tensor) -> Tensor:
     """``dout @ weight``: [R, D]."""
     if dout_RO.is_cuda:
-        return torch.mm(dout_RO, weight_OD)  # a third of the host's time for F.linear with it transposed
+        return torch.mm(dout_RO, weight_OD)  # F.linear on the transpose takes the host longer
     return product(dout_RO, weight_OD.t())
 
 

@@ -128,7 +128,8 @@ class _Linear(torch.autograd.Function):
     """x, y [R, D], gate, shift, scale [B, D], weight [O, D] -> residual [R, D] (x if there is no y) and the
     layer's output [R, O] in ``dtype``.
 
-    Weight and bias are cast to ``dtype`` here. ``gelu`` activates the output and has no gradient.
+    Weight and bias are cast to ``dtype`` here or in the product. ``gelu`` activates the output and has no
+    gradient.
     """
 
     @staticmethod

@@ -184,7 +184,7 @@ def _check_strides(name: str, x: Tensor) -> None:
 def _check_table(table_RH: Tensor | None, x: Tensor, grid_size: int, heads: int) -> None:
     if table_RH is None:
         return
-    if not isinstance(grid_size, int | torch.SymInt) or not 1 <= grid_size <= MAX_GRID:
+    if not checks.is_integer(grid_size) or not 1 <= grid_size <= MAX_GRID:
         raise ValueError(f"grid_size: got {grid_size!r}, a table needs an integer from 1 to {MAX_GRID}")
     checks.floating_on("table", table_RH, x)
     checks.shape("table", table_RH, (2 * grid_size - 1) ** 2 + 3, heads)
@@ -216,7 +216,7 @@ def _side(
                     f"{names.longest}: got {longest}, but {names.offsets} has a sample of {most}"
                 )
             longest = most if longest is None else longest
-        if not isinstance(longest, int | torch.SymInt) or longest < 0:
+        if not checks.is_integer(longest) or longest < 0:
             raise ValueError(
                 f"{names.longest}: got {longest!r}; with {names.offsets} it must be given on CUDA and under "
                 "torch.compile or torch.func, and be 0 or more"

@@ -66,15 +66,15 @@ class Pretrained(nn.Module):
         if not os.fspath(save_directory):
             raise UserError("save_directory: got '', expected a name")
         if not safe_serialization:
-            raise UserError("safe_serialization: got False, expected True: weights are safetensors alone")
+            raise UserError("safe_serialization: got False, expected True (weights are safetensors)")
         state = self.state_dict()
         with torch.device("meta"):
             plain: Any = CLASSES["fast"][self.config.family](**self.config.kwargs())
         other = sorted(state.keys() ^ plain.state_dict().keys())
         if other and type(self) is type(plain):
             raise UserError(
-                f"model: got additional parts ({', '.join(other[:3])}, ...), expected one that "
-                "from_pretrained can build; take them out or merge them, or save its state_dict"
+                f"model: got additional parts ({', '.join(other[:3])}, ...), expected a model "
+                "that from_pretrained can build; take them out or merge them, or save its state_dict"
             )
         if any(hasattr(value, "full_tensor") for value in state.values()):
             raise UserError(
@@ -83,8 +83,8 @@ class Pretrained(nn.Module):
             )
         if type(self) is type(plain) and (parts := differing_parts(self, plain)):
             raise UserError(
-                f"model: got {'; '.join(parts[:2])}{', ...' if parts[2:] else ''}, expected one that "
-                "from_pretrained can build; save its state_dict instead"
+                f"model: got {'; '.join(parts[:2])}{', ...' if parts[2:] else ''}, expected a model "
+                "that from_pretrained can build; save its state_dict instead"
             )
         if any(value.is_meta for value in state.values()):
             raise UserError("model: got weights on the meta device, expected ones with values")

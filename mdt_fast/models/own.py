@@ -21,7 +21,8 @@ FORWARDS: dict[type[nn.Module], Any] = {
 
 
 def known(cls: Kind) -> Kind:
-    """Add a class of this package to ``FORWARDS``; it also stands for a class there that it derives from."""
+    """Add a class of this package to ``FORWARDS``. It also stands for a class there that it derives from, so
+    its forward pass must compute the same."""
     FORWARDS[cls] = cls.forward
     return cls
 
@@ -42,7 +43,8 @@ def keeps(module: nn.Module, *methods: str) -> bool:
     """Whether those of ``methods`` that the class of ``module`` has are this package's, in the class and on
     the module."""
     cls, own = type(module), vars(module)
-    return all(name not in own and is_ours(getattr(cls, name, keeps)) for name in methods)
+    theirs = [name for name in methods if hasattr(cls, name) and not is_ours(getattr(cls, name))]
+    return not theirs and own.keys().isdisjoint(methods)
 
 
 def is_watched(module: nn.Module) -> bool:

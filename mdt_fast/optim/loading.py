@@ -104,11 +104,12 @@ def check_kept(
             )
     for average in averages:
         for i, (ema, p) in enumerate(zip(average, params)):
-            if ema.device != p.device or ema.dtype not in (allowed := _dtypes_beside(p)):
-                raise UserError(
-                    f"{labels_of('params', groups)[i]} of add_ema: got {ema.dtype} on {ema.device}, "
-                    f"expected {allowed[0]} on {p.device}, as when it was given"
-                )
+            if (ema.dtype is torch.float32 or ema.dtype in _dtypes_beside(p)) and ema.device == p.device:
+                continue
+            raise UserError(
+                f"{labels_of('params', groups)[i]} of add_ema: got {ema.dtype} on {ema.device}, "
+                f"expected {_dtypes_beside(p)[0]} on {p.device}, as when it was given"
+            )
 
 
 def _dtypes_beside(p: Tensor) -> tuple[torch.dtype, ...]:

@@ -144,7 +144,7 @@ def where_to_resume(out: Path, error: Exception) -> str:
         before = [path for path in saved if number_of(path) < error.step]
         if not before:
             return "no checkpoint is from before that step"
-        return f"the last checkpoint before that step is {str(before[-1])!r}: use --resume {before[-1]}"
+        return f"the last checkpoint before that step is {str(before[-1])!r}, from which to resume"
     return f"the last checkpoint is {str(saved[-1])!r}"
 
 

@@ -62,6 +62,7 @@ class Metrics:
         self._grad_norms: list[Tensor] = []
         self._before: dict[str, Tensor] = {}
         self.streak = self.skipped = 0  # bad steps before the pending ones: in a row, and in all
+        self.bad = 0  # in a row up to the last pending one that was read
         self._began = time.perf_counter()
         if self.world.main and path.exists():
             _keep_rows(path, step)
@@ -131,8 +132,10 @@ class Metrics:
                 pending = {name: torch.cat([self._before[name], values]) for name, values in pending.items()}
         else:
             pending = self._before
+        self.bad = self.streak
         if pending:
             self._check(pending, step)
+            self.bad = self._streaks(pending)[-1]
         return pending
 
     def restore(self, pending: dict[str, Tensor], streak: int, skipped: int) -> None:

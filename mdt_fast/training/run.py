@@ -133,7 +133,7 @@ class Run:
     def save(self, metrics: Metrics) -> None:
         """Save a checkpoint of the current state, including the steps not yet in a row of ``metrics``."""
         parts, state = training_state(self, metrics)
-        self.saver.save(self.step, parts, state)
+        self.saver.save(self.step, parts, state, metrics.bad)
 
     @property
     def replicas(self) -> int:

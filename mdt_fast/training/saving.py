@@ -64,15 +64,18 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
+    def save(self, step: int, parts: Parts, state: dict[str, Any], bad: int = 0) -> None:
         """Copy ``parts`` and write them as the checkpoint of ``step``, with ``state`` in its JSON.
+
+        ``bad``: how many steps up to this one had losses that were not finite; a checkpoint from before them
+        is kept.
 
         Waits for the previous checkpoint to be complete. Raises ``UserError`` if that one failed, or (not
         asynchronous) if this one does; complete checkpoints are kept.
         """
         self.wait()
         copies = {part: self._copied(tensors) for part, tensors in parts.items()}
-        self._writing = self._thread.submit(self._write, step, copies, state)
+        self._writing = self._thread.submit(self._write, step, copies, state, bad)
         if not self.asynchronous:
             self.wait()
 
@@ -106,7 +109,7 @@ class Saver:
             self._thread.shutdown(wait=False)
             self._stager.close()
 
-    def _write(self, step: int, parts: Any, state: dict[str, Any]) -> None:
+    def _write(self, step: int, parts: Any, state: dict[str, Any], bad: int) -> None:
         folder = self.run / "checkpoints"
         final, partial = folder / f"step_{step:07d}", folder / f"{PARTIAL}step_{step:07d}"
         try:
@@ -115,8 +118,8 @@ class Saver:
             for part, tensors in parts.items():
                 files |= self._write_part(partial / part, tensors)
             self._main(lambda: self._finish(partial, final, step, files, state))
-            if self.world.main and not state.get("streak"):  # after bad steps, an older one may be needed
-                self._prune(step)
+            if self.world.main:
+                self._prune(step, step - bad)
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             if self.world.main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -161,10 +164,14 @@ class Saver:
         partial.rename(final)
         flush(final.parent)
 
-    def _prune(self, step: int) -> None:
-        """Delete older checkpoints beyond ``keep``; one that cannot be deleted stays, with a warning."""
+    def _prune(self, step: int, good: int) -> None:
+        """Delete older checkpoints beyond ``keep``, but not the last up to the step ``good``; one that cannot
+        be deleted stays, with a warning."""
         older = [path for path in steps(self.run) if number_of(path) < step]
+        spared = [path for path in older if number_of(path) <= good][-1:] if good < step else []
         for old in older[: max(0, len(older) - self.keep + 1)]:
+            if old in spared:
+                continue
             if self.keep_every and number_of(old) % self.keep_every == 0:
                 continue
             if old.is_symlink() or not (old / STATE).is_file():

@@ -1,6 +1,7 @@
 """Launches without Triton's own Python: what is launched, and when Triton's code runs instead."""
 
 import importlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,26 @@ def test_another_launch_is_triton_s_again(kernel: Kernel, other: dict[str, Any])
     assert not kernel.at_once
 
 
+class OnGPU3(Tensor):
+    """Says that it is there."""
+
+    def get_device(self) -> int:
+        return 3
+
+
+def test_a_tensor_on_another_device(kernel: Kernel) -> None:
+    """Triton says what is wrong with it; all on another device are another launch."""
+    call(kernel, *pair(), 64, 1e-6)
+    x, out = pair()
+    for _ in range(2):
+        call(kernel, x.as_subclass(OnGPU3), out, 64, 1e-6)
+    assert (len(kernel.by_triton), len(kernel.at_once)) == (3, 0)
+    for _ in range(2):
+        call(kernel, x.as_subclass(OnGPU3), out.as_subclass(OnGPU3), 64, 1e-6)
+    assert (len(kernel.by_triton), len(kernel.at_once)) == (4, 1)
+    assert kernel.at_once[0][3] == 43  # that device's stream
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_addresses_that_are_not_aligned(kernel: Kernel, which: int) -> None:
     call(kernel, *pair(), 64, 1e-6)
@@ -119,14 +140,18 @@ def test_no_more_are_remembered_than_allowed(kernel: Kernel, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_parameters_come_in_order(room: str) -> None:
-    """Pointers, numbers, constants: how a launch tells them apart."""
-    for path in (Path(launcher.__file__).parent / room).glob("kernel*.py"):
+def test_how_a_launch_tells_arguments_apart(room: str) -> None:
+    """Parameters are pointers, numbers, then constants; and a kernel has one launch, so its constants come in
+    one order."""
+    folder = Path(launcher.__file__).parent / room
+    launches = "".join(path.read_text() for path in folder.glob("*.py"))
+    for path in folder.glob("kernel*.py"):
         module = importlib.import_module(f"mdt_fast.kernels.{room}.{path.stem}")
         for name, kernel in vars(module).items():
-            if name.endswith("_kernel"):
+            if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
                 kinds = [
                     2 if "constexpr" in str(p.annotation) else 0 if p.name.endswith("_ptr") else 1
                     for p in kernel.signature.parameters.values()
                 ]
                 assert kinds == sorted(kinds), name
+                assert len(re.findall(rf"launch\(\s*{name},", launches)) == 1, name
