@@ -96,7 +96,7 @@ def on_their_device(function: Callable[..., R]) -> Callable[..., R]:
     def run(*args: Any) -> R:
         for arg in args:
             if isinstance(arg, Tensor):
-                if not arg.is_cuda or arg.get_device() == torch._C._cuda_getDevice():
+                if not arg.is_cuda or arg.device.index == torch.cuda.current_device():
                     break
                 with torch.cuda.device(arg.device):
                     return function(*args)

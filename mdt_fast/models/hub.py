@@ -73,21 +73,21 @@ class Pretrained(nn.Module):
         other = sorted(state.keys() ^ plain.state_dict().keys())
         if other and type(self) is type(plain):
             raise UserError(
-                f"model: got additional parts ({', '.join(other[:3])}, ...), expected a model "
+                f"save_pretrained: got additional parts ({', '.join(other[:3])}, ...), expected a model "
                 "that from_pretrained can build; take them out or merge them, or save its state_dict"
             )
         if any(hasattr(value, "full_tensor") for value in state.values()):
             raise UserError(
-                "model: got a part of the weights in each process, expected all; save a checkpoint and use "
-                "mdt-fast convert"
+                "save_pretrained: got a part of the weights in each process, expected all; save a checkpoint "
+                "and use mdt-fast convert"
             )
         if type(self) is type(plain) and (parts := differing_parts(self, plain)):
             raise UserError(
-                f"model: got {'; '.join(parts[:2])}{', ...' if parts[2:] else ''}, expected a model "
-                "that from_pretrained can build; save its state_dict instead"
+                f"save_pretrained: got {'; '.join(parts[:2])}{', ...' if parts[2:] else ''}, expected "
+                "a model that from_pretrained can build; save its state_dict instead"
             )
         if any(value.is_meta for value in state.values()):
-            raise UserError("model: got weights on the meta device, expected ones with values")
+            raise UserError("save_pretrained: got weights on the meta device, expected ones with values")
         folder = Path(save_directory)
         for name in (WEIGHTS, CONFIG):
             if (folder / name).is_dir():

@@ -236,7 +236,7 @@ def test_parts_of_several_processes_are_refused(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(UserError, match="model: got a part of the weights in each process"):
+        with pytest.raises(UserError, match="save_pretrained: got a part of the weights in each process"):
             model.save_pretrained(tmp_path)
     finally:
         distributed.destroy_process_group()
@@ -384,7 +384,7 @@ def test_dtypes_by_name(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = DiT(**SHAPE)
-    with pytest.raises(UserError, match="model: got weights on the meta device"):
+    with pytest.raises(UserError, match="save_pretrained: got weights on the meta device"):
         model.save_pretrained(tmp_path / "meta")
     assert not (tmp_path / "meta").exists()
     for name in (CONFIG, WEIGHTS):

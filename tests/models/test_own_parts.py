@@ -331,7 +331,9 @@ def test_a_model_with_parts_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"from_pretrained: OfMore takes other arguments: .*required"):
         OfMore.from_pretrained(tmp_path / "wide")
     model.de_blocks[0].attn.qkv = nn.Sequential(model.de_blocks[0].attn.qkv)
-    with pytest.raises(UserError, match=r"^model: got additional parts \(de_blocks.0.attn.qkv.0.bias,"):
+    with pytest.raises(
+        UserError, match=r"^save_pretrained: got additional parts \(de_blocks.0.attn.qkv.0.bias,"
+    ):
         model.save_pretrained(tmp_path / "own")
     assert not (tmp_path / "own").exists()
 
