@@ -83,8 +83,8 @@ def left_to_autocast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     written to."""
     if parameter.dtype == dtype or not parameter.requires_grad:  # autocast keeps no casts of others
         return parameter
-    if parameter.is_inference():
-        return parameter.to(dtype)
+    if parameter.is_inference() or torch.cuda.is_current_stream_capturing():
+        return parameter.to(dtype)  # a graph must not read a cast that is gone when it is replayed
     name, version = id(parameter), parameter._version
     if _versions.get(name) != version:
         torch.clear_autocast_cache()

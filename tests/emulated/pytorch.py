@@ -234,7 +234,7 @@ def replace_graphs() -> None:
 
     def replay_all(self: Any) -> None:
         replay(self)
-        with LOCK, torch.no_grad():
+        with LOCK, torch.inference_mode():  # it may have been captured in one
             for again in captured.get(id(self), ()):
                 again()
 
