@@ -126,13 +126,15 @@ def test_errors_name_pythons_arguments(tmp_path: Path) -> None:
     config = tiny(steps=1)
     with pytest.raises(UserError, match=r"^device: got 'tpu9', expected auto"):
         train(replace(config, train=replace(config.train, device="tpu9")), tmp_path / "run")
+    nothing: Any = None
     with pytest.raises(UserError, match=r"^device: got None, expected auto"):
-        train(replace(config, train=replace(config.train, device=None)), tmp_path / "run")  # type: ignore[arg-type]
-    for out in ("", None):
+        train(replace(config, train=replace(config.train, device=nothing)), tmp_path / "run")
+    for out in ("", nothing):
         with pytest.raises(UserError, match=f"^out: got {out!r}, expected a folder"):
-            train(config, out)  # type: ignore[arg-type]
-    for resume in ("", True):
+            train(config, out)
+    yes: Any = True
+    for resume in ("", yes):
         with pytest.raises(UserError, match=f"^resume: got {resume!r}, expected None, 'auto' or the path"):
-            train(config, tmp_path / "run", resume=resume)  # type: ignore[arg-type]
+            train(config, tmp_path / "run", resume=resume)
     train(config, tmp_path / "run")
     assert train(config, tmp_path / "run", resume=tmp_path / "run").steps == 1
